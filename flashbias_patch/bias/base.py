@@ -1,0 +1,452 @@
+"""What is added to the attention scores, and the little algebra over it.
+
+A bias is added to the *scaled* scores: softmax(q k^T * scale + bias). Shapes are (B, H, M, N) for the bias
+and (B, M, H, R) / (B, N, H, R) for its factors, B batch, H heads, M queries, N keys, R rank; a size of 1 in
+B or H means "the same for all", and stays so: nothing here expands a broadcast dimension to save a line.
+"""
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Callable, ContextManager, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
+
+Factors = Tuple[Tensor, Tensor]
+Segments = Tuple[Tensor, Tuple[int, ...]]
+Shape = Tuple[int, int, int, int]
+
+
+class BiasParts(NamedTuple):
+    """What an attention backend consumes; the bias is the sum of the parts that are not None.
+
+    q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R) come together; segments is (weights (B|1, M, H|1, S),
+    lengths); dense (B|1, H|1, M|1, N) is floating; mask (B|1, H|1, M|1, N) is bool, True = masked out.
+    """
+
+    q_factor: Optional[Tensor] = None
+    k_factor: Optional[Tensor] = None
+    segments: Optional[Segments] = None
+    dense: Optional[Tensor] = None
+    mask: Optional[Tensor] = None
+
+
+class AttentionBias:
+    """A bias on attention scores; immutable, every operation returns a new one.
+
+    Subclasses name the tensors they hold in `_fields` and define `shape`, and `factors()` or `parts()`.
+    """
+
+    _fields: Tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> Shape:
+        """(B|1, H|1, M, N); 1 = broadcast. M may be 1 for a broadcast row only in DenseBias and MaskBias."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> Optional[int]:
+        """Columns of the factors, or None where there is no low-rank form."""
+        raise NotImplementedError
+
+    def factors(self) -> Factors:
+        """(q_factor (B|1, M, H|1, R), k_factor (B|1, N, H|1, R)) with bias = q_factor @ k_factor^T per batch and head.
+
+        ValueError where `rank` is None.
+        """
+        raise ValueError(
+            "%s has no low-rank form (rank is None): use dense() or parts(), or flashbias_patch.bias.factorize"
+            % type(self).__name__
+        )
+
+    def dense(self) -> Tensor:
+        """The bias as one tensor (B|1, H|1, M, N). Costs M*N memory: for tests and reference code."""
+        q_factor, k_factor = self.factors()
+        return multiply_out(q_factor, k_factor)
+
+    def segments(self) -> Optional[Segments]:
+        """(weights (B|1, M, H|1, S), lengths) where the bias is constant over runs of keys, else None."""
+        return None
+
+    def parts(self) -> BiasParts:
+        """The cheapest exact form, for attention to consume."""
+        q_factor, k_factor = self.factors()
+        return BiasParts(q_factor=q_factor, k_factor=k_factor)
+
+    def tensors(self) -> Tuple[Tensor, ...]:
+        """The tensors held: where gradients arrive, and what moves with `to`."""
+        held = (getattr(self, name) for name in self._fields)
+        return tuple(value for value in held if isinstance(value, Tensor))
+
+    def to(self, device: object = None, dtype: Optional[torch.dtype] = None) -> AttentionBias:
+        """The same bias with its tensors on `device`, and the floating ones in `dtype`."""
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError("dtype: expected a floating dtype, got %s" % dtype)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)  # type: ignore[call-overload]
+
+        return self._map(move)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> AttentionBias:
+        other = copy.copy(self)
+        for name in self._fields:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(other, name, function(value))
+        return other
+
+    def _terms(self) -> Tuple[AttentionBias, ...]:
+        return (self,)
+
+    def _scaled(self, factor: Union[float, Tensor]) -> AttentionBias:
+        """Times `factor`: a float, or a tensor that is 0-d or (H,)."""
+        q_factor, k_factor = self.factors()
+        return LowRankBias(q_factor * head_last(factor, 1), k_factor)
+
+    def __add__(self, other: object) -> AttentionBias:
+        if not isinstance(other, AttentionBias):
+            return NotImplemented
+        return add_terms(self._terms() + other._terms())
+
+    def __mul__(self, factor: object) -> AttentionBias:
+        if isinstance(factor, bool) or not isinstance(factor, (int, float, Tensor)):
+            return NotImplemented
+        if isinstance(factor, Tensor):
+            heads = self.shape[1]
+            if not factor.is_floating_point():
+                raise TypeError("factor: expected a floating tensor, got %s" % factor.dtype)
+            if factor.dim() > 1 or (factor.dim() == 1 and heads != 1 and factor.shape[0] not in (1, heads)):
+                raise ValueError(
+                    "factor: expected a scalar or one number a head, shape () or (%s,), to multiply a bias of shape "
+                    "(B, H, M, N) = %s; got %s" % ("H" if heads == 1 else heads, self.shape, tuple(factor.shape))
+                )
+        return self._scaled(factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> AttentionBias:
+        return self * -1.0
+
+    def __repr__(self) -> str:
+        return "%s(shape=%s, rank=%s)" % (type(self).__name__, self.shape, self.rank)
+
+
+class LowRankBias(AttentionBias):
+    """bias[b, h, m, n] = sum_r q_factor[b, m, h, r] * k_factor[b, n, h, r]   (FlashBias, arXiv 2505.12044).
+
+    q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R), floating, on one device. float32 factors keep their
+    digits when attention computes in half precision; half factors are used as they are.
+    """
+
+    _fields = ("q_factor", "k_factor")
+
+    def __init__(self, q_factor: Tensor, k_factor: Tensor) -> None:
+        for name, factor, rows in (("q_factor", q_factor, "M"), ("k_factor", k_factor, "N")):
+            check_floating(name, factor)
+            if factor.dim() != 4:
+                raise ValueError(
+                    "%s: expected shape (B|1, %s, H|1, R), got %s" % (name, rows, tuple(factor.shape))
+                )
+        if q_factor.shape[3] != k_factor.shape[3] or q_factor.shape[3] == 0:
+            raise ValueError(
+                "q_factor and k_factor: expected the same number of columns R >= 1, got %s and %s"
+                % (tuple(q_factor.shape), tuple(k_factor.shape))
+            )
+        for dim, word in ((0, "batch"), (2, "heads")):
+            if q_factor.shape[dim] != k_factor.shape[dim] and 1 not in (q_factor.shape[dim], k_factor.shape[dim]):
+                raise ValueError(
+                    "q_factor and k_factor: sizes of dimension %d (%s) must be equal or 1, got %s and %s"
+                    % (dim, word, tuple(q_factor.shape), tuple(k_factor.shape))
+                )
+        check_device("q_factor", q_factor, "k_factor", k_factor)
+        self.q_factor = q_factor
+        self.k_factor = k_factor
+
+    @property
+    def shape(self) -> Shape:
+        batch, queries, heads, _ = self.q_factor.shape
+        key_batch, keys, key_heads, _ = self.k_factor.shape
+        return (
+            key_batch if batch == 1 else batch,
+            key_heads if heads == 1 else heads,
+            queries,
+            keys,
+        )
+
+    @property
+    def rank(self) -> int:
+        return self.q_factor.shape[3]
+
+    def factors(self) -> Factors:
+        return self.q_factor, self.k_factor
+
+
+class DenseBias(AttentionBias):
+    """A bias given entry by entry: (M, N), (B, M, N), (B*H, M, N) with `num_heads`, or (B|1, H|1, M|1, N).
+
+    A 3-D tensor is (B*H, M, N), heads fastest, if `num_heads` is given (the layout of nn.MultiheadAttention's
+    attn_mask), else (B, M, N). Entries may be -inf: masked out. A batch or head dimension that is only expanded
+    (stride 0) is kept as broadcast, so `shape` may show a 1 there.
+    """
+
+    _fields = ("tensor",)
+
+    def __init__(self, tensor: Tensor, num_heads: Optional[int] = None) -> None:
+        check_floating("tensor", tensor, "; a boolean mask goes into MaskBias or attn_mask")
+        self.tensor = collapse_expanded(as_four(tensor, num_heads))
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.tensor.shape)  # type: ignore[return-value]
+
+    @property
+    def rank(self) -> None:
+        return None
+
+    def dense(self) -> Tensor:
+        return self.tensor
+
+    def parts(self) -> BiasParts:
+        return BiasParts(dense=self.tensor)
+
+    def _scaled(self, factor: Union[float, Tensor]) -> AttentionBias:
+        return DenseBias(self.tensor * head_last(factor, 2))
+
+    def split_mask(self) -> Tuple[DenseBias, MaskBias]:
+        """The finite entries (0 where masked) and the -inf entries as a mask; no host synchronisation."""
+        masked = torch.isneginf(self.tensor)
+        return DenseBias(self.tensor.masked_fill(masked, 0.0)), MaskBias(masked)
+
+
+class MaskBias(AttentionBias):
+    """Pairs that must not attend: mask bool, True = masked out (-inf), in any shape DenseBias takes.
+
+    Multiplying it changes nothing: a pair stays forbidden, and no 0 * inf reaches a gradient.
+    """
+
+    _fields = ("mask",)
+
+    def __init__(self, mask: Tensor, num_heads: Optional[int] = None) -> None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError("mask: expected a bool tensor, True = masked out, got %s" % got)
+        self.mask = collapse_expanded(as_four(mask, num_heads, "mask"))
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.mask.shape)  # type: ignore[return-value]
+
+    @property
+    def rank(self) -> None:
+        return None
+
+    def dense(self) -> Tensor:
+        zeros = torch.zeros(self.mask.shape, device=self.mask.device)
+        return zeros.masked_fill(self.mask, float("-inf"))
+
+    def parts(self) -> BiasParts:
+        return BiasParts(mask=self.mask)
+
+    def _scaled(self, factor: Union[float, Tensor]) -> AttentionBias:
+        return self
+
+
+class SumBias(AttentionBias):
+    """The sum of biases that do not merge into one form: low rank, segments, dense and mask side by side."""
+
+    def __init__(self, terms: Sequence[AttentionBias]) -> None:
+        flat = [part for term in terms for part in term._terms()]
+        if not flat:
+            raise ValueError("terms: expected at least one AttentionBias, got none")
+        self._shape = broadcast_shapes(flat)
+        self.terms = tuple(flat)
+
+    @property
+    def shape(self) -> Shape:
+        return self._shape
+
+    @property
+    def rank(self) -> Optional[int]:
+        ranks = [term.rank for term in self.terms]
+        return None if any(rank is None for rank in ranks) else sum(ranks)  # type: ignore[arg-type]
+
+    def factors(self) -> Factors:
+        if self.rank is None:
+            return super().factors()
+        return concatenate([term.factors() for term in self.terms])
+
+    def dense(self) -> Tensor:
+        total = self.terms[0].dense()
+        for term in self.terms[1:]:
+            total = total + term.dense()
+        return total
+
+    def parts(self) -> BiasParts:
+        low: List[Factors] = []
+        segments, dense, mask = None, None, None
+        for term in self.terms:
+            part = term.parts()
+            if part.q_factor is not None and part.k_factor is not None:
+                low.append((part.q_factor, part.k_factor))
+            if part.segments is not None:
+                if segments is None:
+                    segments = part.segments
+                elif segments[1] == part.segments[1]:
+                    segments = (segments[0] + part.segments[0], segments[1])
+                else:  # a backend takes one set of segments: further ones go as factors
+                    low.append(term.factors())
+            if part.dense is not None:
+                dense = part.dense if dense is None else dense + part.dense
+            if part.mask is not None:
+                mask = part.mask if mask is None else mask | part.mask
+        q_factor, k_factor = concatenate(low) if low else (None, None)
+        return BiasParts(q_factor, k_factor, segments, dense, mask)
+
+    def tensors(self) -> Tuple[Tensor, ...]:
+        return tuple(tensor for term in self.terms for tensor in term.tensors())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> AttentionBias:
+        return SumBias([term._map(function) for term in self.terms])
+
+    def _terms(self) -> Tuple[AttentionBias, ...]:
+        return self.terms
+
+    def _scaled(self, factor: Union[float, Tensor]) -> AttentionBias:
+        return SumBias([term._scaled(factor) for term in self.terms])
+
+
+def add_terms(terms: Sequence[AttentionBias]) -> AttentionBias:
+    """One bias from several: low ranks concatenate, dense ones and masks merge, unlike kinds stay side by side."""
+    broadcast_shapes(terms)
+    low = [term for term in terms if term.rank is not None and term.segments() is None]
+    segmented = [term for term in terms if term.segments() is not None]
+    dense = [term for term in terms if isinstance(term, DenseBias)]
+    masks = [term for term in terms if isinstance(term, MaskBias)]
+    merged: List[AttentionBias] = []
+    if len(low) == 1:
+        merged += low
+    elif low:
+        merged.append(LowRankBias(*concatenate([term.factors() for term in low])))
+    merged += segmented
+    if dense:
+        merged.append(DenseBias(total([term.tensor for term in dense])))
+    if masks:
+        mask = masks[0].mask
+        for term in masks[1:]:
+            mask = mask | term.mask
+        merged.append(MaskBias(mask))
+    return merged[0] if len(merged) == 1 else SumBias(merged)
+
+
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    result = tensors[0]
+    for tensor in tensors[1:]:
+        result = result + tensor
+    return result
+
+
+def concatenate(pairs: Sequence[Factors]) -> Factors:
+    """Factors side by side along R; batch and heads grow only as far as some pair needs them."""
+    if len(pairs) == 1:
+        return pairs[0]
+
+    def joined(factors: List[Tensor]) -> Tensor:
+        batch = max(factor.shape[0] for factor in factors)
+        heads = max(factor.shape[2] for factor in factors)
+        return torch.cat([factor.expand(batch, -1, heads, -1) for factor in factors], dim=-1)
+
+    return joined([pair[0] for pair in pairs]), joined([pair[1] for pair in pairs])
+
+
+def multiply_out(q_factor: Tensor, k_factor: Tensor) -> Tensor:
+    """(B|1, M, H|1, R), (B|1, N, H|1, R) -> (B|1, H|1, M, N), in the factors' precision even under autocast."""
+    dtype = torch.promote_types(q_factor.dtype, k_factor.dtype)
+    with full_precision(q_factor.device):
+        return q_factor.to(dtype).permute(0, 2, 1, 3) @ k_factor.to(dtype).permute(0, 2, 3, 1)
+
+
+def full_precision(device: torch.device) -> ContextManager[object]:
+    """Autocast off: digits of a bias are not to be lost in a matrix product."""
+    if device.type in ("cpu", "cuda"):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def broadcast_shapes(biases: Sequence[AttentionBias]) -> Shape:
+    """The common (B|1, H|1, M, N). ValueError names both shapes where they do not fit."""
+    shape = biases[0].shape
+    for bias in biases[1:]:
+        sizes = []
+        for mine, theirs, word in zip(shape, bias.shape, ("batch", "heads", "queries", "keys")):
+            if mine != theirs and (word == "keys" or 1 not in (mine, theirs)):
+                raise ValueError(
+                    "biases of shape (B, H, M, N) = %s and %s cannot be added: %s %d and %d"
+                    % (shape, bias.shape, word, mine, theirs)
+                )
+            sizes.append(theirs if mine == 1 else mine)
+        shape = tuple(sizes)  # type: ignore[assignment]
+    return shape
+
+
+def head_last(factor: Union[float, Tensor], trailing: int) -> Union[float, Tensor]:
+    """(H,) -> (H, 1, ...) with as many ones as dimensions follow the heads; scalars as they are.
+
+    `trailing` is 1 for factors (..., H, R) and 2 for scores (..., H, M, N).
+    """
+    if isinstance(factor, Tensor) and factor.dim() == 1:
+        return factor.reshape((-1,) + (1,) * trailing)
+    return factor
+
+
+def as_four(tensor: Tensor, num_heads: Optional[int], name: str = "tensor") -> Tensor:
+    """(M, N), (B, M, N), (B*H, M, N) or (B, H, M, N) -> (B|1, H|1, M, N), a view."""
+    if num_heads is not None and (isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1):
+        raise ValueError("num_heads: expected a positive int or None, got %r" % (num_heads,))
+    if tensor.dim() == 2:
+        return tensor[None, None]
+    if tensor.dim() == 3:
+        if num_heads is None:
+            return tensor[:, None]
+        if tensor.shape[0] == 1:
+            return tensor[None]
+        if tensor.shape[0] % num_heads:
+            raise ValueError(
+                "%s: a 3-D tensor with num_heads=%d is (B*H, M, N), but its first size does not divide by %d: got %s"
+                % (name, num_heads, num_heads, tuple(tensor.shape))
+            )
+        return tensor.unflatten(0, (tensor.shape[0] // num_heads, num_heads))
+    if tensor.dim() == 4:
+        if num_heads is not None and tensor.shape[1] not in (1, num_heads):
+            raise ValueError(
+                "%s: expected %d or 1 heads in dimension 1 of (B, H, M, N), got %s"
+                % (name, num_heads, tuple(tensor.shape))
+            )
+        return tensor
+    raise ValueError(
+        "%s: expected (M, N), (B, M, N), (B*H, M, N) with num_heads, or (B, H, M, N), got %s"
+        % (name, tuple(tensor.shape))
+    )
+
+
+def collapse_expanded(tensor: Tensor) -> Tensor:
+    """Batch and head dimensions that are only expanded (stride 0) become size 1: one copy, no cost."""
+    for dim in (0, 1):
+        if tensor.shape[dim] > 1 and tensor.stride(dim) == 0:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def check_floating(name: str, value: object, hint: str = "") -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError("%s: expected a floating tensor, got %s%s" % (name, type(value).__name__, hint))
+    if not value.is_floating_point():
+        raise TypeError("%s: expected a floating tensor, got %s%s" % (name, value.dtype, hint))
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            "%s and %s: expected one device, got %s and %s" % (name, other_name, tensor.device, other.device)
+        )
