@@ -1,0 +1,141 @@
+"""Plain PyTorch, chunked over queries: never holds (B, H, M, N), takes every call, on any device."""
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ..inputs import AttentionInputs
+
+# Tensors of AttentionInputs that are cut along the queries, with the dimension of M; the rest is used whole.
+QUERY_AXIS = {"q": 1, "q_factor": 1, "segment_weights": 1, "dense": 2, "mask": 2}
+TENSORS = ("q", "k", "v", "q_factor", "k_factor", "segment_weights", "dense", "mask", "key_padding")
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+
+
+class Reference:
+    name = "reference"
+
+    def why_not(self, inputs: AttentionInputs) -> List[str]:
+        return []
+
+    def __call__(self, inputs: AttentionInputs) -> Tensor:
+        seed = None
+        if inputs.dropout_p:
+            # Drawn on the CPU whatever the device: reading a CUDA generator would synchronise.
+            seed = int(torch.empty((), dtype=torch.int64).random_(1 << 31))
+        tensors = [getattr(inputs, field) for field in TENSORS]
+        return _Chunked.apply(inputs._replace(**dict.fromkeys(TENSORS)), seed, *tensors)
+
+
+backend = Reference()
+
+
+def chunk_rows(inputs: AttentionInputs) -> int:
+    """Queries per chunk, so that one chunk's float32 scores stay within CHUNK_BYTES."""
+    B, _, H, _ = inputs.q.shape
+    row = max(1, B * H * inputs.k.shape[1] * 4)
+    return max(1, CHUNK_BYTES.get(inputs.q.device.type, 256 << 20) // row)
+
+
+def cut(inputs: AttentionInputs, start: int, stop: int) -> AttentionInputs:
+    """The same call for queries start..stop only."""
+    rows: Dict[str, Tensor] = {}
+    for field, axis in QUERY_AXIS.items():
+        tensor = getattr(inputs, field)
+        if tensor is not None and not (tensor.shape[axis] == 1 and inputs.q.shape[1] != 1):
+            rows[field] = tensor.narrow(axis, start, stop - start)
+    return inputs._replace(**rows)
+
+
+def scores(inputs: AttentionInputs) -> Tensor:
+    """q k^T * scale + every part of the bias, (B, H, M, N) in at least float32; -inf where masked out."""
+    dtype = torch.promote_types(torch.float32, inputs.q.dtype)
+
+    def heads_first(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype).transpose(1, 2)
+
+    s = heads_first(inputs.q) @ heads_first(inputs.k).transpose(-1, -2) * inputs.scale
+    if inputs.q_factor is not None:
+        s = s + heads_first(inputs.q_factor) @ heads_first(inputs.k_factor).transpose(-1, -2)
+    if inputs.segment_weights is not None:
+        lengths = torch.tensor(inputs.segment_lengths, device=s.device)
+        s = s + heads_first(inputs.segment_weights).repeat_interleave(lengths, -1, output_size=s.shape[-1])
+    if inputs.dense is not None:
+        s = s + inputs.dense.to(dtype)
+    if inputs.mask is not None:
+        s = s.masked_fill(inputs.mask, float("-inf"))
+    if inputs.key_padding is not None:
+        padding = inputs.key_padding[:, None, None]
+        s = s.masked_fill(padding, float("-inf")) if padding.dtype is torch.bool else s + padding.to(dtype)
+    return s
+
+
+def attend_dense(inputs: AttentionInputs, generator: Optional[torch.Generator] = None) -> Tensor:
+    """The whole call at once, scores materialised. A fully masked row gives zeros, and zero gradients."""
+    s = scores(inputs)
+    dead = s.detach().amax(-1, keepdim=True) == float("-inf") if s.shape[-1] else s.new_zeros(()).bool()
+    p = torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
+    if inputs.dropout_p:
+        keep = torch.rand(p.shape, device=p.device, generator=generator) >= inputs.dropout_p
+        p = p * keep / (1.0 - inputs.dropout_p)
+    return (p @ inputs.v.to(p.dtype).transpose(1, 2)).transpose(1, 2).to(inputs.q.dtype)
+
+
+class _Chunked(torch.autograd.Function):
+    """Forward chunk by chunk; backward recomputes each chunk's scores, with the same dropout."""
+
+    @staticmethod
+    def forward(ctx: Any, static: AttentionInputs, seed: Optional[int], *tensors: Optional[Tensor]) -> Tensor:
+        inputs = static._replace(**dict(zip(TENSORS, tensors)))
+        ctx.static, ctx.seed = static, seed
+        ctx.save_for_backward(*tensors)
+        out = inputs.q.new_empty(*inputs.q.shape[:3], inputs.v.shape[-1])
+        for start, stop in _chunks(inputs):
+            out[:, start:stop] = attend_dense(cut(inputs, start, stop), _generator(inputs, seed, start))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> Tuple[Optional[Tensor], ...]:
+        inputs = ctx.static._replace(**dict(zip(TENSORS, ctx.saved_tensors)))
+        grads = gradients(inputs, grad_out, ctx.needs_input_grad[2:], ctx.seed)
+        return (None, None, *grads)
+
+
+def gradients(
+    inputs: AttentionInputs, grad_out: Tensor, needed: Tuple[bool, ...], seed: Optional[int] = None
+) -> List[Optional[Tensor]]:
+    """Gradients of the tensors named in TENSORS (None where not `needed`), chunk by chunk."""
+    totals: List[Optional[Tensor]] = [
+        torch.zeros_like(t, dtype=torch.promote_types(torch.float32, t.dtype)) if need else None
+        for t, need in zip((getattr(inputs, field) for field in TENSORS), needed)
+    ]
+    wanted = [i for i, need in enumerate(needed) if need]
+    for start, stop in _chunks(inputs):
+        part = cut(inputs, start, stop)
+        leaves = {TENSORS[i]: getattr(part, TENSORS[i]).detach().requires_grad_() for i in wanted}
+        with torch.enable_grad():
+            out = attend_dense(part._replace(**leaves), _generator(inputs, seed, start))
+            found = torch.autograd.grad(out, list(leaves.values()), grad_out[:, start:stop], allow_unused=True)
+        for i, grad in zip(wanted, found):
+            if grad is None:
+                continue
+            total, axis = totals[i], QUERY_AXIS.get(TENSORS[i])
+            assert total is not None
+            if axis is not None and total.shape[axis] == inputs.q.shape[1]:
+                total = total.narrow(axis, start, stop - start)
+            total += grad
+    return [None if t is None else t.to(getattr(inputs, field).dtype) for t, field in zip(totals, TENSORS)]
+
+
+def _chunks(inputs: AttentionInputs) -> List[Tuple[int, int]]:
+    M, step = inputs.q.shape[1], chunk_rows(inputs)
+    return [(start, min(start + step, M)) for start in range(0, M, step)]
+
+
+def _generator(inputs: AttentionInputs, seed: Optional[int], start: int) -> Optional[torch.Generator]:
+    if seed is None:
+        return None
+    return torch.Generator(inputs.q.device).manual_seed(seed + start)

@@ -1,0 +1,146 @@
+"""torch's scaled_dot_product_attention: low-rank factors by concatenation, masks and dense biases as attn_mask.
+
+Concatenation (FlashBias, arXiv 2505.12044, section 3.2): [q * scale, q_factor] . [k, k_factor] with scale 1.
+"""
+from __future__ import annotations
+
+import contextlib
+from typing import Any, ContextManager, List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..inputs import AttentionInputs
+
+HALF = (torch.float16, torch.bfloat16)
+ALIGN = 8  # every fused SDPA kernel wants head dims in multiples of eight
+
+
+class Sdpa:
+    name = "sdpa"
+
+    def why_not(self, inputs: AttentionInputs) -> List[str]:
+        reasons = []
+        if 0 in inputs.q.shape or 0 in inputs.k.shape:
+            reasons.append(f"empty: q {tuple(inputs.q.shape)}, k {tuple(inputs.k.shape)}")
+        if inputs.q.device.type == "cpu" and inputs.q.dtype in HALF:
+            reasons.append("half precision on the CPU is not supported by every torch")
+        return reasons
+
+    def __call__(self, inputs: AttentionInputs) -> Tensor:
+        inputs = segments_to_factors(inputs)
+        q, k, v = inputs.q, inputs.k, inputs.v
+        scale: Optional[float] = inputs.scale
+        if inputs.q_factor is not None:
+            q, k = concatenate(inputs)
+            scale = 1.0
+        attn_mask, dead = merge_masks(inputs)
+        kernel, pad_v = _kernel(q, k, v, attn_mask, inputs.dropout_p)
+        head_dim = v.shape[-1]
+        if pad_v and q.shape[-1] > head_dim:
+            v = F.pad(v, (0, q.shape[-1] - head_dim))
+        with kernel:
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                attn_mask=attn_mask, dropout_p=inputs.dropout_p, scale=scale,
+            )
+        if dead is not None:
+            out = out.masked_fill(dead, 0.0)
+        return out[..., :head_dim].transpose(1, 2)
+
+
+backend = Sdpa()
+
+
+def segments_to_factors(inputs: AttentionInputs) -> AttentionInputs:
+    """Segment weights as one more block of low-rank columns: weight times the indicator of its segment."""
+    if inputs.segment_weights is None:
+        return inputs
+    from ...bias.precision import split_factors
+
+    weights, lengths = inputs.segment_weights, torch.tensor(inputs.segment_lengths)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(weights.device, non_blocking=True)
+    indicator = F.one_hot(segment, len(lengths)).to(weights.dtype)[None, :, None]
+    if inputs.q.dtype in HALF:
+        weights, indicator = split_factors(weights, indicator, inputs.q.dtype)
+    else:
+        weights, indicator = weights.to(inputs.q.dtype), indicator.to(inputs.q.dtype)
+    if inputs.q_factor is not None:
+        weights = _join(inputs.q_factor, weights)
+        indicator = _join(inputs.k_factor, indicator)
+    return inputs._replace(q_factor=weights, k_factor=indicator, segment_weights=None, segment_lengths=None)
+
+
+def _join(a: Optional[Tensor], b: Tensor) -> Tensor:
+    """Concatenate along the rank, expanding batch and heads only as far as the other operand needs."""
+    assert a is not None
+    shape = [max(x, y) for x, y in zip(a.shape[:3], b.shape[:3])]
+    return torch.cat([a.expand(*shape, -1), b.expand(*shape, -1)], -1)
+
+
+def concatenate(inputs: AttentionInputs) -> Tuple[Tensor, Tensor]:
+    """([q * scale, q_factor, 0], [k, k_factor, 0]) with the head dim a multiple of ALIGN."""
+    assert inputs.q_factor is not None and inputs.k_factor is not None
+    pad = -(inputs.q.shape[-1] + inputs.rank) % ALIGN
+
+    def join(x: Tensor, factor: Tensor) -> Tensor:
+        joined = torch.cat([x, factor.expand(*x.shape[:3], -1)], -1)
+        return F.pad(joined, (0, pad)) if pad else joined
+
+    return join(inputs.q * inputs.scale, inputs.q_factor), join(inputs.k, inputs.k_factor)
+
+
+def merge_masks(inputs: AttentionInputs) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    """(SDPA's attn_mask, rows whose keys are all masked). SDPA's masks mean True = take part.
+
+    Such rows would be NaN: they are let through and zeroed afterwards, which also zeroes their gradients.
+    """
+    additive, masked = inputs.dense, inputs.mask
+    padding = inputs.key_padding
+    if padding is not None:
+        padding = padding[:, None, None]
+        if padding.dtype is torch.bool:
+            masked = padding if masked is None else masked | padding
+        else:
+            additive = padding if additive is None else additive + padding
+    if additive is None and masked is None:
+        return None, None
+    if additive is None:
+        assert masked is not None
+        dead = masked.all(-1, keepdim=True)
+        return ~masked | dead, dead
+    additive = additive.to(inputs.q.dtype)
+    if masked is not None:
+        additive = additive.masked_fill(masked, float("-inf"))
+    dead = additive.detach().amax(-1, keepdim=True) == float("-inf")
+    return additive.masked_fill(dead, 0.0), dead
+
+
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], dropout_p: float
+) -> Tuple[ContextManager[Any], bool]:
+    """(context that picks the SDPA kernel, whether v must be padded to q's head dim).
+
+    On CUDA in half precision cuDNN takes unequal head dims, flash does not (it would end in the math kernel,
+    which holds the scores); on the CPU the fused kernel wants equal ones too.
+    """
+    if q.shape[-1] == v.shape[-1] or attn_mask is not None:
+        return contextlib.nullcontext(), q.device.type == "cpu"
+    if q.device.type == "cuda" and q.dtype in HALF and _cudnn_takes(q, k, v, dropout_p):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]), False
+    return contextlib.nullcontext(), not (q.device.type == "cuda" and q.dtype not in HALF)
+
+
+def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> bool:
+    probe = getattr(torch.backends.cuda, "can_use_cudnn_attention", None)
+    if probe is None:  # before torch 2.5
+        return False
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    try:
+        params = torch.backends.cuda.SDPAParams(q, k, v, None, dropout_p, False, False)
+    except TypeError:  # torch 2.5 has no enable_gqa argument
+        params = torch.backends.cuda.SDPAParams(q, k, v, None, dropout_p, False)
+    return probe(params)

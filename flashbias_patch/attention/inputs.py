@@ -1,0 +1,189 @@
+"""One call of attention, validated and in normal form: what every backend receives."""
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ..bias import AttentionBias, DenseBias, MaskBias
+from ..bias.precision import split_factors
+
+
+class AttentionInputs(NamedTuple):
+    """softmax(q k^T * scale + bias) v, with the bias in up to four summed parts. Any strides.
+
+    Shapes: q (B, M, H, D), k (B, N, H, D), v (B, N, H, Dv), one dtype and device;
+    q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R) in q's dtype;
+    segment_weights (B|1, M, H|1, S) with segment_lengths summing to N: a constant a row over each key segment;
+    dense (B|1, H|1, M|1, N) floating, additive, may hold -inf;
+    mask (B|1, H|1, M|1, N) bool, True = masked out;
+    key_padding (B, N), bool with True = masked out, or floating and additive (may hold -inf).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_factor: Optional[Tensor] = None
+    k_factor: Optional[Tensor] = None
+    segment_weights: Optional[Tensor] = None
+    segment_lengths: Optional[Tuple[int, ...]] = None
+    dense: Optional[Tensor] = None
+    mask: Optional[Tensor] = None
+    key_padding: Optional[Tensor] = None
+    dropout_p: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.q_factor is None else self.q_factor.shape[-1]
+
+    @property
+    def needs_grad(self) -> bool:
+        return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in self)
+
+    def call_class(self) -> str:
+        """What backends succeed or fail by: device, dtype, head dims, rank bucket and features, as one string."""
+        features = [name for name in _FEATURES if getattr(self, name) is not None]
+        rank_bucket = 1 << max(self.rank - 1, 0).bit_length() if self.rank else 0
+        words = [self.q.device.type, str(self.q.dtype)[6:], f"D{self.q.shape[-1]}", f"R{rank_bucket}"]
+        if self.v.shape[-1] != self.q.shape[-1]:
+            words.append(f"Dv{self.v.shape[-1]}")
+        if self.dropout_p:
+            words.append("dropout")
+        if self.needs_grad:
+            words.append("grad")
+        return " ".join(words + features)
+
+
+_FEATURES = ("segment_weights", "dense", "mask", "key_padding")
+
+
+def build(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: "Optional[AttentionBias | Tensor]" = None,
+    *,
+    attn_mask: Optional[Tensor] = None,
+    key_padding_mask: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    scale: Optional[float] = None,
+) -> AttentionInputs:
+    """Validate a public call and bring it to normal form. Raises ValueError/TypeError naming the argument."""
+    B, M, H, D, N = _check_qkv(q, k, v)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+    q_factor = k_factor = weights = lengths = dense = mask = None
+    if bias is not None:
+        bias = as_bias(bias, B, H, M, N)
+        q_factor, k_factor, segments, dense, mask = bias.parts()
+        if segments is not None:
+            weights, lengths = segments
+            weights = weights.to(q.device, torch.promote_types(torch.float32, weights.dtype))
+        if q_factor is not None:
+            q_factor, k_factor = _cast_factors(q_factor, k_factor, q)
+        if dense is not None:
+            dense = dense.to(q.device)
+    if attn_mask is not None:
+        kind, four = mask_4d(attn_mask, B, H, M, N)
+        four = four.to(q.device)
+        if kind == "bool":
+            mask = four if mask is None else mask | four
+        else:
+            dense = four if dense is None else dense + four
+    padding = _key_padding(key_padding_mask, B, N)
+    return AttentionInputs(
+        q, k, v, q_factor, k_factor, weights, lengths, dense, mask,
+        None if padding is None else padding.to(q.device), float(dropout_p),
+        D ** -0.5 if scale is None else float(scale),
+    )
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tuple[int, int, int, int, int]:
+    for name, tensor, axes in (("q", q, "(B, M, H, D)"), ("k", k, "(B, N, H, D)"), ("v", v, "(B, N, H, Dv)")):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor of shape {axes}, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have shape {axes}, got {tuple(tensor.shape)}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"q, k and v must share a dtype: q is {q.dtype}, {name} is {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"q, k and v must be on one device: q is on {q.device}, {name} on {tensor.device}")
+    if not q.dtype.is_floating_point:
+        raise TypeError(f"q, k and v must be floating point, got {q.dtype}")
+    B, M, H, D = q.shape
+    N = k.shape[1]
+    if tuple(k.shape) != (B, N, H, D):
+        raise ValueError(f"k must have shape (B, N, H, D) = ({B}, N, {H}, {D}) to fit q, got {tuple(k.shape)}")
+    if tuple(v.shape[:3]) != (B, N, H):
+        raise ValueError(f"v must have shape (B, N, H, Dv) = ({B}, {N}, {H}, Dv) to fit k, got {tuple(v.shape)}")
+    return B, M, H, D, N
+
+
+def as_bias(bias: "AttentionBias | Tensor", B: int, H: int, M: int, N: int) -> AttentionBias:
+    """`bias` as an AttentionBias that fits a call of that size; ValueError or TypeError if it is not one."""
+    if isinstance(bias, Tensor):
+        kind, four = mask_4d(bias, B, H, M, N, "bias")
+        return MaskBias(four) if kind == "bool" else DenseBias(four)
+    if not isinstance(bias, AttentionBias):
+        raise TypeError(f"bias must be an AttentionBias or a Tensor, got {type(bias).__name__}")
+    rows = (1, M) if bias.rank is None else (M,)
+    if any(size not in sizes for size, sizes in zip(bias.shape, ((1, B), (1, H), rows, (N,)))):
+        raise ValueError(
+            f"bias of shape {tuple(bias.shape)} does not fit this attention: expected (B|1, H|1, M, N) with "
+            f"B={B}, H={H}, M={M}, N={N}"
+        )
+    return bias
+
+
+def _cast_factors(q_factor: Tensor, k_factor: Tensor, q: Tensor) -> Tuple[Tensor, Tensor]:
+    """Factors in q's dtype. float32 factors keep their digits in half precision by splitting (more columns)."""
+    q_factor, k_factor = q_factor.to(q.device), k_factor.to(q.device)
+    if q.dtype in (torch.float16, torch.bfloat16):
+        return split_factors(q_factor, k_factor, q.dtype)
+    return q_factor.to(q.dtype), k_factor.to(q.dtype)
+
+
+def mask_4d(
+    mask: Tensor, B: int, H: int, M: int, N: int, argument: str = "attn_mask"
+) -> Tuple[str, Tensor]:
+    """('bool' | 'float', view of shape (B|1, H|1, M|1, N)) of a mask (M,N), (B,M,N), (B*H,M,N) or (B,H,M,N).
+
+    Boolean and byte masks mean True = masked out, as in torch.nn.MultiheadAttention.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{argument} must be a Tensor, got {type(mask).__name__}")
+    if mask.dtype == torch.uint8:
+        mask = mask.bool()
+    if mask.dtype is not torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{argument} must be boolean, byte or floating point, got {mask.dtype}")
+    four = mask
+    if mask.dim() == 2:
+        four = mask[None, None]
+    elif mask.dim() == 3 and mask.shape[0] in (1, B):
+        four = mask[:, None]
+    elif mask.dim() == 3 and mask.shape[0] == B * H:
+        four = mask.unflatten(0, (B, H))
+    shape = tuple(four.shape)
+    fits = four.dim() == 4 and all(s in (1, size) for s, size in zip(shape[:3], (B, H, M))) and shape[3] == N
+    if not fits:
+        raise ValueError(
+            f"{argument} of shape {tuple(mask.shape)} does not fit: expected (M,N)=({M},{N}), (B,M,N)=({B},{M},{N}), "
+            f"(B*H,M,N)=({B * H},{M},{N}) or (B,H,M,N)=({B},{H},{M},{N})"
+        )
+    return ("bool" if four.dtype is torch.bool else "float"), four
+
+
+def _key_padding(mask: Optional[Tensor], B: int, N: int) -> Optional[Tensor]:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"key_padding_mask must be a Tensor, got {type(mask).__name__}")
+    if tuple(mask.shape) != (B, N):
+        raise ValueError(f"key_padding_mask must have shape (B, N) = ({B}, {N}), got {tuple(mask.shape)}")
+    if mask.dtype == torch.uint8:
+        return mask.bool()
+    if mask.dtype is not torch.bool and not mask.is_floating_point():
+        raise TypeError(f"key_padding_mask must be boolean, byte or floating point, got {mask.dtype}")
+    return mask

@@ -1,0 +1,48 @@
+"""The public function: flash_bias_attention."""
+from __future__ import annotations
+
+from typing import Optional, Union
+
+from torch import Tensor
+
+from ..bias import AttentionBias
+from . import dispatch
+from .inputs import build
+
+
+def flash_bias_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Optional[Union[AttentionBias, Tensor]] = None,
+    *,
+    attn_mask: Optional[Tensor] = None,
+    key_padding_mask: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    scale: Optional[float] = None,
+    backend: Optional[str] = None,
+) -> Tensor:
+    """softmax(q k^T * scale + bias) v, with a low-rank or dense bias, differentiable in q, k, v and the bias.
+
+    Args:
+        q, k, v: (B, M, H, D), (B, N, H, D), (B, N, H, Dv); float16, bfloat16, float32 or float64; any strides.
+        bias: an AttentionBias, or a dense Tensor (M,N), (B,M,N), (B*H,M,N) or (B,H,M,N), added to the *scaled*
+            scores (FlashBias, arXiv 2505.12044, eq. 3).
+        attn_mask: boolean or byte (True = masked out, as in torch.nn.MultiheadAttention) or floating (additive);
+            (M,N), (B,M,N), (B*H,M,N) or (B,H,M,N).
+        key_padding_mask: (B, N), boolean (True = masked out) or floating (additive).
+        dropout_p: probability of dropping an attention weight, in [0, 1).
+        scale: factor on q k^T; default 1/sqrt(D).
+        backend: "triton", "flash", "upstream", "sdpa" or "reference"; default: the fastest that takes the call.
+
+    Returns:
+        (B, M, H, Dv) in q's dtype. A row whose keys are all masked is zero.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        flashbias_patch.attention.dispatch.NoBackendError: no backend takes the call; lists why.
+    """
+    inputs = build(
+        q, k, v, bias, attn_mask=attn_mask, key_padding_mask=key_padding_mask, dropout_p=dropout_p, scale=scale
+    )
+    return dispatch.attend(inputs, backend)

@@ -1,0 +1,141 @@
+"""`flashbias doctor`: what is here, what would be patched, which backend would answer, and what stands in the way."""
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from typing import Any, Dict, Iterator, List, Optional
+
+NAME = "doctor"
+HELP = "show versions, settings, backends with their reasons and, for a repository, which classes would be patched"
+
+PACKAGES = ("torch", "triton", "wrapt", "mmcv-full", "mmcv", "mmengine", "mmdet", "mmdet3d", "flash-attn",
+            "flash-attn-4", "numpy")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repo", metavar="DIR", help="a repository: list its classes that would be patched")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.repo is not None and not os.path.isdir(args.repo):
+        print(f"flashbias doctor: --repo: {args.repo!r} is not a directory", file=sys.stderr)
+        return 2
+    report = examine(args.repo)
+    print(json.dumps(report, indent=2, default=str) if args.json else _text(report))
+    return 0
+
+
+def examine(repo: Optional[str] = None) -> Dict[str, Any]:
+    """Everything doctor knows, as a JSON-able dict."""
+    from .. import __version__, settings
+
+    report: Dict[str, Any] = {
+        "flashbias_patch": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "settings": settings.current().as_dict(),
+        "gpu": None,
+        "backends": {},
+    }
+    if importlib.util.find_spec("torch") is not None:
+        report["gpu"], report["backends"] = _backends()
+    if repo is not None:
+        report["repository"] = scan(repo)
+    return report
+
+
+def _version(name: str) -> Optional[str]:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _backends() -> Any:
+    """(device name, {backend: reasons against CMT's own call}) for the best device here."""
+    import torch
+
+    from ..attention import dispatch
+    from ..attention.inputs import AttentionInputs
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = torch.float16 if cuda else torch.float32
+    q, k = (torch.zeros(1, length, 8, 32, device=device, dtype=dtype) for length in (113, 203))
+    call = AttentionInputs(q, k, k, q[..., :1, :8], k[..., :1, :8], scale=32 ** -0.5)
+    name = f"{torch.cuda.get_device_name()} (sm_{''.join(map(str, torch.cuda.get_device_capability()))})" if cuda else None
+    return name, dispatch.explain(call)
+
+
+def scan(root: str) -> List[Dict[str, Any]]:
+    """Classes in a repository that bear a target's name: where, and why not if they would be left alone.
+
+    Reads source text only; nothing of the repository is imported.
+    """
+    from ..patching import catalog
+
+    known = catalog.targets()
+    found: List[Dict[str, Any]] = []
+    for path in _sources(root):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+        if not any(name in text for name in known):
+            continue
+        try:
+            tree = ast.parse(text)
+        except SyntaxError as error:
+            found.append({"class": None, "file": os.path.relpath(path, root), "reason": f"does not parse: {error}"})
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and node.name in known:
+                reason = _static_misfit(node, known[node.name])
+                found.append({
+                    "class": node.name, "file": os.path.relpath(path, root), "line": node.lineno,
+                    "seam": known[node.name].seam, "reason": reason,
+                })
+    return found
+
+
+def _sources(root: str) -> Iterator[str]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in ("build", "node_modules"))
+        yield from (os.path.join(folder, f) for f in sorted(files) if f.endswith(".py"))
+
+
+def _static_misfit(node: ast.ClassDef, target: Any) -> Optional[str]:
+    """catalog.misfit, as far as source text tells."""
+    forward = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "forward"), None)
+    if forward is None:
+        return None if node.bases else "it has no forward"
+    names = [a.arg for a in forward.args.args][1:]
+    wanted = (*target.leading, *target.having)
+    missing = [name for name in wanted if name not in names]
+    if tuple(names[: len(target.leading)]) != target.leading or missing:
+        return f"its forward takes ({', '.join(names)}), expected {', '.join(wanted)}"
+    return None
+
+
+def _text(report: Dict[str, Any]) -> str:
+    lines = [f"flashbias_patch {report['flashbias_patch']} on Python {report['python']}"]
+    lines += ["packages:"] + [f"  {name:<13} {version or '-'}" for name, version in report["packages"].items()]
+    lines += ["settings:"] + [f"  FLASHBIAS_{k.upper():<10} {v!r}" for k, v in report["settings"].items()]
+    lines += [f"GPU: {report['gpu'] or 'none'}", "backends, in the order they are asked (for CMT's cross attention):"]
+    for name, reasons in report["backends"].items():
+        lines.append(f"  {name:<10} {'takes it' if not reasons else '; '.join(reasons)}")
+    if not report["backends"]:
+        lines.append("  torch is not installed: nothing can be computed")
+    if "repository" in report:
+        lines.append("repository:")
+        for item in report["repository"]:
+            verdict = f"patched ({item['seam']})" if item["reason"] is None else f"left alone: {item['reason']}"
+            lines.append(f"  {item['file']}:{item.get('line', 1)} {item['class'] or ''} {verdict}")
+        if not report["repository"]:
+            lines.append("  no class that this package patches; see docs/compatibility.md")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The shim: where upstream classes are found, wrapped and put back. Knows nothing of Triton."""

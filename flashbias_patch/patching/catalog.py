@@ -1,0 +1,114 @@
+"""The one table of what is patched: class name, the shape its forward must have, and the seam it gets."""
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import logging
+import re
+from typing import Dict, List, NamedTuple, Optional, Tuple
+
+from .. import journal
+
+ENTRY_POINT_GROUP = "flashbias_patch.targets"
+
+
+class Target(NamedTuple):
+    """A class to patch: claimed by `name` only if its forward's parameters hold `leading`, in order, and `having`."""
+
+    name: str
+    seam: str  # a key of seams.SEAMS
+    leading: Tuple[str, ...]
+    having: Tuple[str, ...] = ()
+
+
+_QKV = ("query", "key", "value")
+_POSITIONS = ("identity", "query_pos", "key_pos", "attn_mask", "key_padding_mask")
+
+TARGETS: Tuple[Target, ...] = (
+    Target("PETRMultiheadAttention", "outer", _QKV, ("attn_mask", "key_padding_mask")),
+    Target("PETRMultiheadFlashAttention", "outer", _QKV, ("attn_mask", "key_padding_mask")),
+    Target("MultiheadAttention", "outer", _QKV, _POSITIONS),
+    Target("FlashMHA", "core", ("q", "k", "v"), ("key_padding_mask",)),
+    Target("PETRTransformerDecoderLayer", "layer", ("query",), ("attn_masks",)),
+    Target("PETRTemporalDecoderLayer", "layer", ("query",), ("attn_masks",)),
+)
+
+# Modules known to define targets; forks elsewhere are found through the registries and by what they import.
+_UTILS = "projects.mmdet3d_plugin.models.utils"
+MODULES: Tuple[str, ...] = (
+    "mmcv.cnn.bricks.transformer",
+    f"{_UTILS}.attention",
+    f"{_UTILS}.petr_transformer",
+    f"{_UTILS}.pme_transformer",
+    f"{_UTILS}.detr3d_transformer",
+    "projects.PETR.petr.petr_transformer",
+    "mmdet3d_plugin.models.utils.attention",
+    "mmdet3d_plugin.models.utils.petr_transformer",
+)
+
+# Registries whose registrations are watched: module -> class with `_register_module`.
+REGISTRIES: Dict[str, str] = {"mmcv.utils.registry": "Registry", "mmengine.registry.registry": "Registry"}
+
+# A forward that keeps the attention weights it gets back is left alone: the seams return none.
+_KEEPS_WEIGHTS = re.compile(r"attn_(output_)?weights?|attention_(weights?|maps?|scores?)")
+
+_third_party: Optional[List[Target]] = None
+
+
+def targets() -> Dict[str, Target]:
+    """Targets by class name, third-party entry points included."""
+    return {target.name: target for target in (*TARGETS, *_entry_points())}
+
+
+def _entry_points() -> List[Target]:
+    global _third_party
+    if _third_party is None:
+        _third_party = []
+        found = importlib.metadata.entry_points()
+        group = found.select(group=ENTRY_POINT_GROUP) if hasattr(found, "select") else found.get(ENTRY_POINT_GROUP, [])
+        for entry in group:
+            try:
+                value = entry.load()
+                _third_party.extend([value] if isinstance(value, Target) else [Target(*item) for item in value])
+            except Exception as error:  # someone else's package must not cost the user theirs
+                journal.once(("entry point", entry.name), logging.ERROR,
+                             "entry point %s of group %s is left out: %s", entry.name, ENTRY_POINT_GROUP, error)
+    return _third_party
+
+
+def target_of(cls: type) -> Optional[Target]:
+    """The target that `cls`, or a class it inherits from, is named as."""
+    known = targets()
+    return next((known[base.__name__] for base in cls.__mro__ if base.__name__ in known), None)
+
+
+def misfit(cls: type, target: Target) -> Optional[str]:
+    """Why `cls` is not what its name suggests; None if it is."""
+    forward = getattr(cls, "forward", None)
+    if not callable(forward):
+        return "it has no forward"
+    code_owner = inspect.unwrap(forward)
+    try:
+        parameters = list(inspect.signature(code_owner).parameters)[1:]
+    except (TypeError, ValueError) as error:
+        return f"its forward has no readable signature: {error}"
+    if tuple(parameters[: len(target.leading)]) != target.leading:
+        return f"its forward begins ({', '.join(parameters[:len(target.leading)])}), expected ({', '.join(target.leading)})"
+    missing = [name for name in target.having if name not in parameters]
+    if missing:
+        return f"its forward has no {', '.join(missing)}"
+    code = getattr(code_owner, "__code__", None)
+    local = [] if code is None else code.co_varnames[code.co_argcount + code.co_kwonlyargcount:]
+    kept = next((name for name in local if _KEEPS_WEIGHTS.fullmatch(name)), None)
+    if target.seam == "outer" and kept and not weight_keywords(parameters):
+        return f"its forward keeps attention weights ({kept})"
+    return None
+
+
+def weight_keywords(parameters: List[str]) -> Tuple[str, ...]:
+    """Parameters by which a caller asks for attention weights: such a call runs the original code."""
+    return tuple(name for name in parameters if name in WEIGHT_KEYWORDS)
+
+
+WEIGHT_KEYWORDS = ("need_weights", "return_attn_weights", "return_attn_weight", "return_attention", "return_attn",
+                   "return_weights", "return_feat", "output_attentions")

@@ -1,0 +1,86 @@
+"""Modules of the user's repository that import flash_attn: they are executed with a scoped `__import__`.
+
+flash-attn 0.2.2 cannot be built any more and the family imports it at module scope. Only import statements of those
+modules see the stand-ins: nothing is put in sys.modules, so `importlib.util.find_spec("flash_attn")` elsewhere
+answers as if we weren't there.
+"""
+from __future__ import annotations
+
+import builtins
+import importlib.machinery
+import sys
+import sysconfig
+from typing import Any, Callable, Optional, Sequence
+
+_INSTALLED_UNDER = tuple(
+    {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} - {None}
+)
+
+
+class Finder:
+    """A meta path finder that only answers for repository modules whose source mentions flash_attn."""
+
+    _instance: Optional["Finder"] = None
+
+    def __init__(self, on_module: Callable[[Any], None]) -> None:
+        self.on_module = on_module
+
+    @classmethod
+    def enable(cls, on_module: Callable[[Any], None]) -> None:
+        cls.disable()
+        cls._instance = cls(on_module)
+        sys.meta_path.insert(0, cls._instance)  # type: ignore[arg-type]
+
+    @classmethod
+    def disable(cls) -> None:
+        if cls._instance in sys.meta_path:
+            sys.meta_path.remove(cls._instance)  # type: ignore[arg-type]
+        cls._instance = None
+
+    def find_spec(
+        self, name: str, path: Optional[Sequence[str]] = None, target: Any = None
+    ) -> Optional[importlib.machinery.ModuleSpec]:
+        where = list(path or ())
+        if path is not None and (not where or _is_installed(where[0])):
+            return None
+        if path is None and "." not in name and name in sys.builtin_module_names:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        loader = getattr(spec, "loader", None)
+        if spec is None or type(loader) is not importlib.machinery.SourceFileLoader or _is_installed(loader.path):
+            return None
+        try:
+            mentions = b"flash_attn" in loader.get_data(loader.path)
+        except OSError:
+            return None
+        if not mentions:
+            return None
+        spec.loader = _Loader(loader.name, loader.path, self.on_module)
+        return spec
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Executes the module with its own `__import__`, then offers it to be patched."""
+
+    def __init__(self, name: str, path: str, on_module: Callable[[Any], None]) -> None:
+        super().__init__(name, path)
+        self._on_module = on_module
+
+    def exec_module(self, module: Any) -> None:
+        # An import statement looks `__import__` up in its frame's builtins, which come from the module's globals.
+        module.__dict__["__builtins__"] = {**vars(builtins), "__import__": scoped_import}
+        super().exec_module(module)
+        self._on_module(module)
+
+
+def scoped_import(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+    """`__import__`, except that names of flash_attn that are not there come from the stand-ins."""
+    if level == 0 and name.partition(".")[0] == "flash_attn":
+        from . import stand_ins
+
+        return stand_ins.import_flash_attn(name, globals, locals, fromlist)
+    return builtins.__import__(name, globals, locals, fromlist, level)
+
+
+def _is_installed(path: str) -> bool:
+    return path.startswith(_INSTALLED_UNDER) or "site-packages" in path or "dist-packages" in path

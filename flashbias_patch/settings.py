@@ -1,0 +1,133 @@
+"""Every FLASHBIAS_* environment variable: its meaning, its default, what it accepts.
+
+Parsed once per process. A bad value never breaks an import: it is reported by variable name with the
+allowed values, and the default is used. The command line refuses to start instead (`Settings.problems`).
+"""
+from __future__ import annotations
+
+import os
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+
+TRUE = ("1", "true", "on", "yes")
+FALSE = ("0", "false", "off", "no")
+
+
+class Bad(ValueError):
+    """A value that a variable does not accept; the message says what it would accept."""
+
+
+def _switch(text: str) -> bool:
+    if text.lower() in TRUE:
+        return True
+    if text.lower() in FALSE:
+        return False
+    raise Bad("one of " + ", ".join(TRUE + FALSE))
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in allowed:
+            raise Bad("one of " + ", ".join(allowed))
+        return text.lower()
+
+    return parse
+
+
+def _number(kind: type, low: float, high: float, words: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise Bad(words) from None
+        if not low <= value <= high:
+            raise Bad(words)
+        return value
+
+    return parse
+
+
+def _names(text: str) -> Tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+class Variable(NamedTuple):
+    field: str
+    default: Any
+    parse: Callable[[str], Any]
+    help: str
+
+    @property
+    def name(self) -> str:
+        return "FLASHBIAS_" + self.field.upper()
+
+
+VARIABLES: Tuple[Variable, ...] = (
+    Variable("patch", True, _switch, "install on import; off touches nothing"),
+    Variable("backend", "auto", _choice("auto", "triton", "flash", "upstream", "sdpa", "reference"),
+             "pin one backend instead of the fastest that fits"),
+    Variable("strict", False, _switch, "a fallback raises, with every backend's reasons"),
+    Variable("targets", (), _names, "comma-separated class names to patch; empty: all of the catalog"),
+    Variable("home", None, str, "a checkout of FlashBias (holds flash_bias_triton.py)"),
+    Variable("dtype", "auto", _choice("auto", "fp16", "bf16", "fp32"),
+             "precision inside attention; auto: as the patched class does"),
+    Variable("masks", "upstream", _choice("upstream", "honour"),
+             "flash classes drop boolean masks and key padding; honour applies them"),
+    Variable("rank", None, _number(int, 1, 256, "an integer from 1 to 256"),
+             "factorise dense biases to this rank"),
+    Variable("energy", None, _number(float, 1e-6, 1.0, "a number in (0, 1]"),
+             "factorise dense biases to the smallest rank keeping this share of squared singular values"),
+    Variable("max_error", 2e-2, _number(float, 0.0, 1.0, "a number from 0 to 1"),
+             "relative error above which a factorised bias is used densely instead"),
+    Variable("aqr", None, str, "adaptive query routing where configs can't be touched: 1, or key=value,..."),
+    Variable("compat", ("all",), _names, "comma-separated compatibility patches, `all` or `none`"),
+    Variable("log_level", None, _choice("debug", "info", "warning", "error"),
+             "log to stderr from this level on; unset: Python's own logging settings"),
+)
+
+
+class Settings:
+    """The parsed variables as attributes, and `problems`: one message for each bad value."""
+
+    problems: List[str]
+
+    def __init__(self, environ: Optional[Mapping[str, str]] = None) -> None:
+        environ = os.environ if environ is None else environ
+        self.problems = []
+        for variable in VARIABLES:
+            setattr(self, variable.field, self._value(variable, environ.get(variable.name, "").strip()))
+
+    def _value(self, variable: Variable, text: str) -> Any:
+        if not text:
+            return variable.default
+        try:
+            return variable.parse(text)
+        except Bad as allowed:
+            self.problems.append(
+                f"{variable.name}={text!r} is not understood: expected {allowed}. "
+                f"Using the default, {variable.default!r}."
+            )
+            return variable.default
+
+    def __getattr__(self, name: str) -> Any:  # only reached for unknown names; typed access for mypy
+        raise AttributeError(f"no setting {name!r}; known: {', '.join(v.field for v in VARIABLES)}")
+
+    def as_dict(self) -> Dict[str, Any]:
+        return {v.field: getattr(self, v.field) for v in VARIABLES}
+
+
+_current: Optional[Settings] = None
+
+
+def current() -> Settings:
+    """The settings of this process, parsed from the environment on first use."""
+    global _current
+    if _current is None:
+        _current = Settings()
+    return _current
+
+
+def reload(environ: Optional[Mapping[str, str]] = None) -> Settings:
+    """Parse the environment (or `environ`) again and make the result current."""
+    global _current
+    _current = Settings(environ)
+    return _current

@@ -1,0 +1,48 @@
+"""What is patched, which backend answered, what was passed over and why."""
+from __future__ import annotations
+
+import sys
+from typing import Any, Dict, List
+
+from . import journal, settings
+
+
+class Status(Dict[str, Any]):
+    """A plain dict of lists and numbers (JSON-able) that prints as a page."""
+
+    def __str__(self) -> str:
+        lines = [f"flashbias_patch {self['version']}: {'installed' if self['installed'] else 'not installed'}"]
+        lines += _section("patched", [f"{p['module']}.{p['class']}  ({p['seam']})" for p in self["patched"]])
+        lines += _section("left alone", [f"{r['module']}.{r['class']}: {r['reason']}" for r in self["refused"]])
+        lines += _section("calls", [f"{name:<10} {count}" for name, count in self["calls"].items()])
+        lines += _section(
+            "fallbacks", [f"{f['source']}, {f['call']}: {f['reason']}  (x{f['count']})" for f in self["fallbacks"]]
+        )
+        lines += _section("settings changed", [f"{k} = {v!r}" for k, v in self["settings"].items()])
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _section(title: str, lines: List[str]) -> List[str]:
+    return [f"  {title}:", *(f"    {line}" for line in lines or ["none"])]
+
+
+def status() -> Status:
+    """The state of this process as a dict: version, installed, patched, refused, calls, fallbacks, settings."""
+    from . import __version__
+
+    hooks = sys.modules.get(f"{__package__}.patching.hooks")
+    return Status(
+        version=__version__,
+        installed=hooks is not None and hooks.installed(),
+        patched=[] if hooks is None else hooks.patched(),
+        refused=[] if hooks is None else hooks.refused(),
+        calls=dict(journal.calls),
+        fallbacks=journal.fallbacks(),
+        settings={
+            v.field: getattr(settings.current(), v.field)
+            for v in settings.VARIABLES
+            if getattr(settings.current(), v.field) != v.default
+        },
+    )
