@@ -2,5 +2,22 @@
 from __future__ import annotations
 
 from .base import AttentionBias, BiasParts, DenseBias, LowRankBias, MaskBias, SumBias
+from .exact import AlibiBias, ModalityBias, SquaredDistanceBias
+from .factorize import Factorization, FactorState, factorize
+from .precision import split_factors
 
-__all__ = ["AttentionBias", "BiasParts", "DenseBias", "LowRankBias", "MaskBias", "SumBias"]
+__all__ = [
+    "AlibiBias",
+    "AttentionBias",
+    "BiasParts",
+    "DenseBias",
+    "FactorState",
+    "Factorization",
+    "LowRankBias",
+    "MaskBias",
+    "ModalityBias",
+    "SquaredDistanceBias",
+    "SumBias",
+    "factorize",
+    "split_factors",
+]

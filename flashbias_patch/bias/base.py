@@ -13,6 +13,8 @@ from typing import Callable, ContextManager, List, NamedTuple, Optional, Sequenc
 import torch
 from torch import Tensor
 
+from .checks import as_four, check_device, check_floating, collapse_expanded, head_last
+
 Factors = Tuple[Tensor, Tensor]
 Segments = Tuple[Tensor, Tuple[int, ...]]
 Shape = Tuple[int, int, int, int]
@@ -21,8 +23,9 @@ Shape = Tuple[int, int, int, int]
 class BiasParts(NamedTuple):
     """What an attention backend consumes; the bias is the sum of the parts that are not None.
 
-    q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R) come together; segments is (weights (B|1, M, H|1, S),
-    lengths); dense (B|1, H|1, M|1, N) is floating; mask (B|1, H|1, M|1, N) is bool, True = masked out.
+    q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R) come together; segments is (weights
+    (B|1, M, H|1, S), lengths); dense (B|1, H|1, M|1, N) is floating; mask (B|1, H|1, M|1, N) is bool,
+    True = masked out.
     """
 
     q_factor: Optional[Tensor] = None
@@ -51,13 +54,13 @@ class AttentionBias:
         raise NotImplementedError
 
     def factors(self) -> Factors:
-        """(q_factor (B|1, M, H|1, R), k_factor (B|1, N, H|1, R)) with bias = q_factor @ k_factor^T per batch and head.
+        """(q_factor (B|1, M, H|1, R), k_factor (B|1, N, H|1, R)): per batch and head, bias = q k^T.
 
         ValueError where `rank` is None.
         """
         raise ValueError(
-            "%s has no low-rank form (rank is None): use dense() or parts(), or flashbias_patch.bias.factorize"
-            % type(self).__name__
+            f"{type(self).__name__} has no low-rank form (rank is None): use dense() or parts(), "
+            "or flashbias_patch.bias.factorize"
         )
 
     def dense(self) -> Tensor:
@@ -82,7 +85,7 @@ class AttentionBias:
     def to(self, device: object = None, dtype: Optional[torch.dtype] = None) -> AttentionBias:
         """The same bias with its tensors on `device`, and the floating ones in `dtype`."""
         if dtype is not None and not dtype.is_floating_point:
-            raise TypeError("dtype: expected a floating dtype, got %s" % dtype)
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)  # type: ignore[call-overload]
@@ -115,12 +118,13 @@ class AttentionBias:
             return NotImplemented
         if isinstance(factor, Tensor):
             heads = self.shape[1]
+            wanted = "H" if heads == 1 else heads
             if not factor.is_floating_point():
-                raise TypeError("factor: expected a floating tensor, got %s" % factor.dtype)
+                raise TypeError(f"factor: expected a floating tensor, got {factor.dtype}")
             if factor.dim() > 1 or (factor.dim() == 1 and heads != 1 and factor.shape[0] not in (1, heads)):
                 raise ValueError(
-                    "factor: expected a scalar or one number a head, shape () or (%s,), to multiply a bias of shape "
-                    "(B, H, M, N) = %s; got %s" % ("H" if heads == 1 else heads, self.shape, tuple(factor.shape))
+                    f"factor: expected a scalar or one number a head, () or ({wanted},), "
+                    f"to multiply a bias of shape (B, H, M, N) = {self.shape}; got {tuple(factor.shape)}"
                 )
         return self._scaled(factor)
 
@@ -130,14 +134,14 @@ class AttentionBias:
         return self * -1.0
 
     def __repr__(self) -> str:
-        return "%s(shape=%s, rank=%s)" % (type(self).__name__, self.shape, self.rank)
+        return f"{type(self).__name__}(shape={self.shape}, rank={self.rank})"
 
 
 class LowRankBias(AttentionBias):
     """bias[b, h, m, n] = sum_r q_factor[b, m, h, r] * k_factor[b, n, h, r]   (FlashBias, arXiv 2505.12044).
 
-    q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R), floating, on one device. float32 factors keep their
-    digits when attention computes in half precision; half factors are used as they are.
+    q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R), floating, on one device. float32 factors keep
+    their digits when attention computes in half precision; half factors are used as they are.
     """
 
     _fields = ("q_factor", "k_factor")
@@ -147,18 +151,16 @@ class LowRankBias(AttentionBias):
             check_floating(name, factor)
             if factor.dim() != 4:
                 raise ValueError(
-                    "%s: expected shape (B|1, %s, H|1, R), got %s" % (name, rows, tuple(factor.shape))
+                    f"{name}: expected shape (B|1, {rows}, H|1, R), got {tuple(factor.shape)}"
                 )
+        got = f"got {tuple(q_factor.shape)} and {tuple(k_factor.shape)}"
         if q_factor.shape[3] != k_factor.shape[3] or q_factor.shape[3] == 0:
-            raise ValueError(
-                "q_factor and k_factor: expected the same number of columns R >= 1, got %s and %s"
-                % (tuple(q_factor.shape), tuple(k_factor.shape))
-            )
+            raise ValueError(f"q_factor and k_factor: expected the same number of columns R >= 1, {got}")
         for dim, word in ((0, "batch"), (2, "heads")):
-            if q_factor.shape[dim] != k_factor.shape[dim] and 1 not in (q_factor.shape[dim], k_factor.shape[dim]):
+            sizes = (q_factor.shape[dim], k_factor.shape[dim])
+            if sizes[0] != sizes[1] and 1 not in sizes:
                 raise ValueError(
-                    "q_factor and k_factor: sizes of dimension %d (%s) must be equal or 1, got %s and %s"
-                    % (dim, word, tuple(q_factor.shape), tuple(k_factor.shape))
+                    f"q_factor and k_factor: sizes of dimension {dim} ({word}) must be equal or 1, {got}"
                 )
         check_device("q_factor", q_factor, "k_factor", k_factor)
         self.q_factor = q_factor
@@ -187,8 +189,8 @@ class DenseBias(AttentionBias):
     """A bias given entry by entry: (M, N), (B, M, N), (B*H, M, N) with `num_heads`, or (B|1, H|1, M|1, N).
 
     A 3-D tensor is (B*H, M, N), heads fastest, if `num_heads` is given (the layout of nn.MultiheadAttention's
-    attn_mask), else (B, M, N). Entries may be -inf: masked out. A batch or head dimension that is only expanded
-    (stride 0) is kept as broadcast, so `shape` may show a 1 there.
+    attn_mask), else (B, M, N). Entries may be -inf: masked out. A batch or head dimension that is only
+    expanded (stride 0) is kept as broadcast, so `shape` may show a 1 there.
     """
 
     _fields = ("tensor",)
@@ -231,7 +233,7 @@ class MaskBias(AttentionBias):
     def __init__(self, mask: Tensor, num_heads: Optional[int] = None) -> None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError("mask: expected a bool tensor, True = masked out, got %s" % got)
+            raise TypeError(f"mask: expected a bool tensor, True = masked out, got {got}")
         self.mask = collapse_expanded(as_four(mask, num_heads, "mask"))
 
     @property
@@ -318,7 +320,7 @@ class SumBias(AttentionBias):
 
 
 def add_terms(terms: Sequence[AttentionBias]) -> AttentionBias:
-    """One bias from several: low ranks concatenate, dense ones and masks merge, unlike kinds stay side by side."""
+    """One bias from several: ranks concatenate, dense ones and masks merge, unlike kinds stay apart."""
     broadcast_shapes(terms)
     low = [term for term in terms if term.rank is not None and term.segments() is None]
     segmented = [term for term in terms if term.segments() is not None]
@@ -361,7 +363,7 @@ def concatenate(pairs: Sequence[Factors]) -> Factors:
 
 
 def multiply_out(q_factor: Tensor, k_factor: Tensor) -> Tensor:
-    """(B|1, M, H|1, R), (B|1, N, H|1, R) -> (B|1, H|1, M, N), in the factors' precision even under autocast."""
+    """(B|1, M, H|1, R), (B|1, N, H|1, R) -> (B|1, H|1, M, N), in their precision even under autocast."""
     dtype = torch.promote_types(q_factor.dtype, k_factor.dtype)
     with full_precision(q_factor.device):
         return q_factor.to(dtype).permute(0, 2, 1, 3) @ k_factor.to(dtype).permute(0, 2, 3, 1)
@@ -382,71 +384,9 @@ def broadcast_shapes(biases: Sequence[AttentionBias]) -> Shape:
         for mine, theirs, word in zip(shape, bias.shape, ("batch", "heads", "queries", "keys")):
             if mine != theirs and (word == "keys" or 1 not in (mine, theirs)):
                 raise ValueError(
-                    "biases of shape (B, H, M, N) = %s and %s cannot be added: %s %d and %d"
-                    % (shape, bias.shape, word, mine, theirs)
+                    f"biases of shape (B, H, M, N) = {shape} and {bias.shape} cannot be added: "
+                    f"{word} {mine} and {theirs}"
                 )
             sizes.append(theirs if mine == 1 else mine)
         shape = tuple(sizes)  # type: ignore[assignment]
     return shape
-
-
-def head_last(factor: Union[float, Tensor], trailing: int) -> Union[float, Tensor]:
-    """(H,) -> (H, 1, ...) with as many ones as dimensions follow the heads; scalars as they are.
-
-    `trailing` is 1 for factors (..., H, R) and 2 for scores (..., H, M, N).
-    """
-    if isinstance(factor, Tensor) and factor.dim() == 1:
-        return factor.reshape((-1,) + (1,) * trailing)
-    return factor
-
-
-def as_four(tensor: Tensor, num_heads: Optional[int], name: str = "tensor") -> Tensor:
-    """(M, N), (B, M, N), (B*H, M, N) or (B, H, M, N) -> (B|1, H|1, M, N), a view."""
-    if num_heads is not None and (isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1):
-        raise ValueError("num_heads: expected a positive int or None, got %r" % (num_heads,))
-    if tensor.dim() == 2:
-        return tensor[None, None]
-    if tensor.dim() == 3:
-        if num_heads is None:
-            return tensor[:, None]
-        if tensor.shape[0] == 1:
-            return tensor[None]
-        if tensor.shape[0] % num_heads:
-            raise ValueError(
-                "%s: a 3-D tensor with num_heads=%d is (B*H, M, N), but its first size does not divide by %d: got %s"
-                % (name, num_heads, num_heads, tuple(tensor.shape))
-            )
-        return tensor.unflatten(0, (tensor.shape[0] // num_heads, num_heads))
-    if tensor.dim() == 4:
-        if num_heads is not None and tensor.shape[1] not in (1, num_heads):
-            raise ValueError(
-                "%s: expected %d or 1 heads in dimension 1 of (B, H, M, N), got %s"
-                % (name, num_heads, tuple(tensor.shape))
-            )
-        return tensor
-    raise ValueError(
-        "%s: expected (M, N), (B, M, N), (B*H, M, N) with num_heads, or (B, H, M, N), got %s"
-        % (name, tuple(tensor.shape))
-    )
-
-
-def collapse_expanded(tensor: Tensor) -> Tensor:
-    """Batch and head dimensions that are only expanded (stride 0) become size 1: one copy, no cost."""
-    for dim in (0, 1):
-        if tensor.shape[dim] > 1 and tensor.stride(dim) == 0:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
-
-
-def check_floating(name: str, value: object, hint: str = "") -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError("%s: expected a floating tensor, got %s%s" % (name, type(value).__name__, hint))
-    if not value.is_floating_point():
-        raise TypeError("%s: expected a floating tensor, got %s%s" % (name, value.dtype, hint))
-
-
-def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(
-            "%s and %s: expected one device, got %s and %s" % (name, other_name, tensor.device, other.device)
-        )

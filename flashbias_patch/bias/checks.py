@@ -1,0 +1,86 @@
+"""Shapes and dtypes of biases, checked at the door."""
+from __future__ import annotations
+
+from typing import Optional, Sequence, Tuple, Union
+
+from torch import Tensor
+
+
+def head_last(factor: Union[float, Tensor], trailing: int) -> Union[float, Tensor]:
+    """(H,) -> (H, 1, ...) with as many ones as dimensions follow the heads; scalars as they are.
+
+    `trailing` is 1 for factors (..., H, R) and 2 for scores (..., H, M, N).
+    """
+    if isinstance(factor, Tensor) and factor.dim() == 1:
+        return factor.reshape((-1,) + (1,) * trailing)
+    return factor
+
+
+def as_four(tensor: Tensor, num_heads: Optional[int], name: str = "tensor") -> Tensor:
+    """(M, N), (B, M, N), (B*H, M, N) or (B, H, M, N) -> (B|1, H|1, M, N), a view."""
+    wrong = isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1
+    if num_heads is not None and wrong:
+        raise ValueError(f"num_heads: expected a positive int or None, got {num_heads!r}")
+    if tensor.dim() == 2:
+        return tensor[None, None]
+    if tensor.dim() == 3:
+        if num_heads is None:
+            return tensor[:, None]
+        if tensor.shape[0] == 1:
+            return tensor[None]
+        if tensor.shape[0] % num_heads:
+            raise ValueError(
+                f"{name}: a 3-D tensor with num_heads={num_heads} is (B*H, M, N), but its first size "
+                f"does not divide by {num_heads}: got {tuple(tensor.shape)}"
+            )
+        return tensor.unflatten(0, (tensor.shape[0] // num_heads, num_heads))
+    if tensor.dim() == 4:
+        if num_heads is not None and tensor.shape[1] not in (1, num_heads):
+            raise ValueError(
+                f"{name}: expected {num_heads} or 1 heads in dimension 1 of (B, H, M, N), "
+                f"got {tuple(tensor.shape)}"
+            )
+        return tensor
+    raise ValueError(
+        f"{name}: expected (M, N), (B, M, N), (B*H, M, N) with num_heads, or (B, H, M, N), "
+        f"got {tuple(tensor.shape)}"
+    )
+
+
+def collapse_expanded(tensor: Tensor) -> Tensor:
+    """Batch and head dimensions that are only expanded (stride 0) become size 1: one copy, no cost."""
+    for dim in (0, 1):
+        if tensor.shape[dim] > 1 and tensor.stride(dim) == 0:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def check_floating(name: str, value: object, hint: str = "") -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a floating tensor, got {type(value).__name__}{hint}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating tensor, got {value.dtype}{hint}")
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} and {other_name}: expected one device, got {tensor.device} and {other.device}"
+        )
+
+
+def check_lengths(name: str, lengths: Sequence[int], expected_sum: Optional[int] = None) -> Tuple[int, ...]:
+    """Lengths as a tuple of ints >= 0, at least one."""
+    lengths = tuple(lengths)
+    if not lengths:
+        raise ValueError(f"{name}: expected at least one length, got none")
+    for length in lengths:
+        if isinstance(length, bool) or not isinstance(length, int):
+            raise TypeError(f"{name}: expected ints, got {length!r} ({type(length).__name__})")
+        if length < 0:
+            raise ValueError(f"{name}: expected lengths >= 0, got {lengths}")
+    if expected_sum is not None and sum(lengths) != expected_sum:
+        raise ValueError(
+            f"{name}: expected lengths that sum to the {expected_sum} keys, got {lengths} = {sum(lengths)}"
+        )
+    return lengths

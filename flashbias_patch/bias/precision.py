@@ -1,0 +1,59 @@
+"""Float32 factors in half precision without losing their digits: rank is cheap, digits are not."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Factors
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def split_factors(q_factor: Tensor, k_factor: Tensor, dtype: torch.dtype) -> Factors:
+    """Factors in `dtype` whose float32-accumulated product is that of the factors given.
+
+    q_factor (B|1, M, H|1, R), k_factor (B|1, N, H|1, R), floating. For float16 and bfloat16 a factor f not
+    yet in `dtype` becomes f_high + f_low, both in `dtype`, and the product is
+
+        q k  ~  q_high k_high + q_high k_low + q_low k_high
+
+    so 3R columns (2R where one factor is in `dtype` already, R where both are). What is left out, and the
+    rounding of the low parts, is at most 3 * 2**-22 (float16) or 3 * 2**-18 (bfloat16) of |q k| a column.
+    For float16, columns are first balanced by powers of two, so that neither factor overflows or goes
+    subnormal where their product would not. For float32 and float64 the factors are cast and R stays.
+
+    Differentiable: gradients arrive through the high parts, whose partners carry all digits; the low parts
+    are constants, as the derivative of a rounding error is zero almost everywhere.
+    """
+    if dtype not in _HALF or (q_factor.dtype == dtype and k_factor.dtype == dtype):
+        return q_factor.to(dtype), k_factor.to(dtype)
+    split_q, split_k = q_factor.dtype != dtype, k_factor.dtype != dtype
+    if dtype == torch.float16:
+        q_factor, k_factor = _balanced(q_factor, k_factor)
+    q_high, k_high = q_factor.to(dtype), k_factor.to(dtype)
+    q_columns, k_columns = [q_high], [k_high]
+    if split_k:
+        q_columns.append(q_high)
+        k_columns.append(_low_part(k_factor, k_high))
+    if split_q:
+        q_columns.append(_low_part(q_factor, q_high))
+        k_columns.append(k_high)
+    return torch.cat(q_columns, dim=-1), torch.cat(k_columns, dim=-1)
+
+
+def _low_part(factor: Tensor, high: Tensor) -> Tensor:
+    with torch.no_grad():
+        return (factor - high.to(factor.dtype)).to(high.dtype)
+
+
+def _balanced(q_factor: Tensor, k_factor: Tensor) -> Factors:
+    """Columns scaled by 2**-e and 2**e to a like magnitude: their product does not change."""
+    with torch.no_grad():
+        q_size, k_size = (
+            torch.log2(factor.abs().amax(dim=(0, 1, 2)).float()) for factor in (q_factor, k_factor)
+        )
+        exponent = torch.round((q_size - k_size) / 2)
+        exponent = torch.where(torch.isfinite(exponent), exponent, torch.zeros_like(exponent))
+        one = torch.ones_like(exponent)
+        shrink, grow = torch.ldexp(one, -exponent), torch.ldexp(one, exponent)
+    return q_factor * shrink, k_factor * grow
