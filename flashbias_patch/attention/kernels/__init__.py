@@ -1,0 +1,1 @@
+"""Triton kernels for attention with a low-rank, piecewise constant or dense bias. Needs triton; import on demand."""

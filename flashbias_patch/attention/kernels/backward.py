@@ -1,0 +1,360 @@
+"""Backward, in two forms that share their arithmetic.
+
+Fused: `keys_kernel` owns a block of keys, keeps dk, dv and dk_factor in registers and adds dq and dq_factor into a
+float32 buffer that stays in the L2 cache. One pass of exponentials; the order of the additions varies.
+Two passes: `keys_kernel` without dq, then `queries_kernel`, which owns a block of queries. Deterministic.
+
+With p = exp2(s - lse): dv = p^T do, dp = do v^T, ds = p (dp - delta), delta = rowsum(do * out),
+dq = ds k * scale, dk = ds^T q * scale, dq_factor = ds k_factor, dk_factor = ds^T q_factor.
+Imports nothing but Triton.
+"""
+import triton
+import triton.language as tl
+
+from .common import LOG2E, exp2, keep_pairs, load_row_values, load_tile, pair_offsets, wide
+
+
+@triton.jit
+def delta_kernel(
+    OUT, DO, DELTA, out_b, out_m, out_h, do_b, do_m, do_h, H, M,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """DELTA (B * H, M) = sum over the head dim of DO * OUT."""
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    bh = pid // blocks_m
+    b = bh // H
+    h = bh % H
+    first_row = (pid % blocks_m) * BLOCK_M
+    out = load_tile(OUT + wide(b) * out_b + wide(h) * out_h, out_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
+    do = load_tile(DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    tl.store(DELTA + wide(bh) * M + rows, tl.sum(out.to(tl.float32) * do.to(tl.float32), 1), mask=rows < M)
+
+
+@triton.jit
+def _add_tile(BASE, stride, start, end, tile, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    rows = tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_COLS)
+    pointers = BASE + wide(start) * stride + rows[:, None] * stride + cols[None, :]
+    tl.atomic_add(pointers, tile, mask=(start + rows < end)[:, None] & (cols < COLS)[None, :], sem="relaxed")
+
+
+@triton.jit
+def _store_tile(BASE, stride, start, end, tile, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    rows = tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_COLS)
+    pointers = BASE + wide(start) * stride + rows[:, None] * stride + cols[None, :]
+    inside = (start + rows < end)[:, None] & (cols < COLS)[None, :]
+    tl.store(pointers, tile.to(BASE.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def keys_kernel(
+    Q, K, V, QF, KF, W, DENSE, MASK, PAD, BLOCKS, SEED, DO, LSE, DELTA, DQ, DK, DV, DQF, DKF, DW, DDENSE,
+    q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h, w_b, w_m, w_h,
+    dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, do_b, do_m, do_h,
+    dk_s, dqf_b, dqf_m, dqf_h, dkf_s, dkf_b, dkf_n, dkf_h, dw_b, dw_m, dw_h, dd_s, dd_b, dd_h, dd_m,
+    H, M, N, splits, split_rows, num_blocks, score_scale, dq_scale, dk_scale, dropout_p, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
+    NEED_Q: tl.constexpr, NEED_KV: tl.constexpr, NEED_QF: tl.constexpr, NEED_KF: tl.constexpr, NEED_W: tl.constexpr,
+    DENSE_GRAD: tl.constexpr, SHARED_KF: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
+):  # fmt: skip
+    """A block of keys against queries split * split_rows .. + split_rows. Tiles are (keys, queries).
+
+    DQ (B, M, H, D), DQF, DW float32, added to; DK, DV (splits, B, N, H, D), DKF written (SHARED_KF: added to).
+    DENSE_GRAD: 0 none, 1 written, 2 added to, 3 summed over the queries and written.
+    BLOCKS (num_blocks, 3): first key, end, segment of each block, so that none straddles two segments.
+    """
+    pid = tl.program_id(0)
+    block = pid % num_blocks
+    split = (pid // num_blocks) % splits
+    bh = pid // (num_blocks * splits)
+    b = bh // H
+    h = bh % H
+    start = block * BLOCK_N
+    end = N
+    segment = 0
+    if SEGMENTS > 0:
+        start = tl.load(BLOCKS + 3 * block)
+        end = tl.load(BLOCKS + 3 * block + 1)
+        segment = tl.load(BLOCKS + 3 * block + 2)
+        W += wide(b) * w_b + wide(h) * w_h + segment
+        DW += wide(b) * dw_b + wide(h) * dw_h + segment
+    lanes = tl.arange(0, BLOCK_N)
+    inside = start + lanes < end
+    # Beyond the end the last key is repeated: its scores are finite, so p needs no mask in the loop. What these
+    # rows of dk and dv collect is not stored, and dq is taken from k with these rows zero.
+    keys = tl.minimum(start + lanes, end - 1)
+    cols = tl.arange(0, BLOCK_D)
+    in_head = (cols < D)[None, :]
+    k_pointers = K + wide(b) * k_b + wide(h) * k_h + wide(start) * k_n + (keys - start)[:, None] * k_n + cols[None, :]
+    v_pointers = V + wide(b) * v_b + wide(h) * v_h + wide(start) * v_n + (keys - start)[:, None] * v_n + cols[None, :]
+    if D == BLOCK_D:
+        k = tl.load(k_pointers)
+        v = tl.load(v_pointers)
+    else:
+        k = tl.load(k_pointers, mask=in_head, other=0.0)
+        v = tl.load(v_pointers, mask=in_head, other=0.0)
+    k_inside = tl.where(inside[:, None], k, 0.0).to(k.dtype)
+    if BLOCK_R > 0:
+        KF += wide(b) * kf_b + wide(h) * kf_h + wide(start) * kf_n
+        kf = tl.load(KF + (keys - start)[:, None] * kf_n + tl.arange(0, BLOCK_R)[None, :])
+        kf_inside = tl.where(inside[:, None], kf, 0.0).to(kf.dtype)
+        QF += wide(b) * qf_b + wide(h) * qf_h
+        DQF += wide(b) * dqf_b + wide(h) * dqf_h
+        dkf = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
+    row_lo = split * split_rows
+    row_hi = tl.minimum(row_lo + split_rows, M)
+    if PAD_KIND > 0:
+        PAD += wide(b) * pad_b
+        if PAD_KIND == 1:
+            visible = tl.load(PAD + keys) == 0
+        else:
+            pad = tl.load(PAD + keys).to(tl.float32) * LOG2E
+            visible = pad > float("-inf")
+        row_hi = tl.where(tl.max((visible & inside).to(tl.int32), 0) > 0, row_hi, row_lo)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(SEED)
+    Q += wide(b) * q_b + wide(h) * q_h
+    DO += wide(b) * do_b + wide(h) * do_h
+    LSE += wide(bh) * M
+    DELTA += wide(bh) * M
+    DQ += (wide(b) * M * H + h) * D
+    if HAS_DENSE:
+        DENSE += wide(b) * dense_b + wide(h) * dense_h
+    if HAS_MASK:
+        MASK += wide(b) * mask_b + wide(h) * mask_h
+    DDENSE += wide(split) * dd_s + wide(b) * dd_b + wide(h) * dd_h
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    column_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
+    blocks_m = tl.cdiv(row_hi - row_lo, BLOCK_M)
+    for index in range(0, blocks_m):
+        # Each block of keys starts elsewhere: in step they would all add to the same rows of dq at once.
+        first_row = row_lo + (index + block) % blocks_m * BLOCK_M
+        q = load_tile(Q, q_m, first_row, row_hi, BLOCK_M, D, BLOCK_D, True)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if BLOCK_R > 0:
+            qf = load_tile(QF, qf_m, first_row, row_hi, BLOCK_M, BLOCK_R, BLOCK_R, True)
+            s = tl.dot(kf, tl.trans(qf), s, input_precision=PRECISION)
+        rows = first_row + tl.arange(0, BLOCK_M)
+        lse = load_row_values(LSE, 1, first_row, row_hi, BLOCK_M, float("inf"))
+        if SEGMENTS > 0:
+            lse -= load_row_values(W, w_m, first_row, row_hi, BLOCK_M, 0.0) * LOG2E
+        x = s * score_scale - lse[None, :]
+        if HAS_DENSE:
+            offsets = pair_offsets(rows[None, :], keys[:, None], dense_m, first_row)
+            x += tl.load(DENSE + offsets, mask=(rows < row_hi)[None, :], other=0.0).to(tl.float32) * LOG2E
+        if PAD_KIND == 2:
+            x += pad[:, None]
+        p = exp2(x, EXP)
+        if HAS_MASK:
+            offsets = pair_offsets(rows[None, :], keys[:, None], mask_m, first_row)
+            p = tl.where(tl.load(MASK + offsets, mask=(rows < row_hi)[None, :], other=1) == 0, p, 0.0)
+        if PAD_KIND == 1:
+            p = tl.where(visible[:, None], p, 0.0)
+        do = load_tile(DO, do_m, first_row, row_hi, BLOCK_M, D, BLOCK_D, True)
+        dropped = p
+        if DROPOUT:
+            keep = keep_pairs(seed, bh, rows[None, :], keys[:, None], dropout_p)
+            dropped = tl.where(keep, p * keep_scale, 0.0)
+        dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        if DROPOUT:
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        delta = load_row_values(DELTA, 1, first_row, row_hi, BLOCK_M, 0.0)
+        ds = p * (dp - delta[None, :])
+        half = ds.to(q.dtype)
+        if NEED_KV:
+            dk = tl.dot(half, q, dk, input_precision=PRECISION)
+        if BLOCK_R > 0 and NEED_KF:
+            dkf = tl.dot(half, qf, dkf, input_precision=PRECISION)
+        if NEED_Q:
+            dq = tl.dot(tl.trans(half), k_inside, input_precision=PRECISION)
+            _add_tile(DQ, H * D, first_row, row_hi, dq * dq_scale, BLOCK_M, D, BLOCK_D)
+        if BLOCK_R > 0 and NEED_QF:
+            dqf = tl.dot(tl.trans(half), kf_inside, input_precision=PRECISION)
+            _add_tile(DQF, dqf_m, first_row, row_hi, dqf, BLOCK_M, R, BLOCK_R)
+        if NEED_W:
+            row_sum = tl.sum(tl.where(inside[:, None], ds, 0.0), 0)
+            tl.atomic_add(DW + rows * dw_m, row_sum, mask=rows < row_hi, sem="relaxed")
+        if DENSE_GRAD == 3:
+            column_sum += tl.sum(ds, 1)
+        elif DENSE_GRAD > 0:
+            offsets = pair_offsets(rows[None, :], keys[:, None], dd_m, first_row)
+            both = (rows < row_hi)[None, :] & inside[:, None]
+            if DENSE_GRAD == 1:
+                tl.store(DDENSE + offsets, ds.to(DDENSE.dtype.element_ty), mask=both)
+            else:
+                tl.atomic_add(DDENSE + offsets, ds, mask=both, sem="relaxed")
+
+    if NEED_KV:
+        base = wide(split) * dk_s + (wide(b) * N * H + h) * D
+        _store_tile(DK + base, H * D, start, end, dk * dk_scale, BLOCK_N, D, BLOCK_D)
+        _store_tile(DV + base, H * D, start, end, dv, BLOCK_N, D, BLOCK_D)
+    if BLOCK_R > 0 and NEED_KF:
+        DKF += wide(split) * dkf_s + wide(b) * dkf_b + wide(h) * dkf_h
+        if SHARED_KF:
+            _add_tile(DKF, dkf_n, start, end, dkf, BLOCK_N, R, BLOCK_R)
+        else:
+            _store_tile(DKF, dkf_n, start, end, dkf, BLOCK_N, R, BLOCK_R)
+    if DENSE_GRAD == 3:
+        tl.store(DDENSE + keys, column_sum, mask=inside)
+
+
+@triton.jit
+def _queries_step(
+    dq, dqf, row_sum, q, qf, do, lse, delta,
+    K, V, KF, DENSE, MASK, PAD, seed, bh, k_n, v_n, kf_n, dense_m, mask_m,
+    first_row, start, end, M, score_scale, dropout_p, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr,
+    DROPOUT: tl.constexpr, NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr,
+    PRECISION: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    k = load_tile(K, k_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if BLOCK_R > 0:
+        kf = load_tile(KF, kf_n, start, end, BLOCK_N, BLOCK_R, BLOCK_R, EDGE)
+        s = tl.dot(qf, tl.trans(kf), s, input_precision=PRECISION)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    keys = start + tl.arange(0, BLOCK_N)
+    both = (rows < M)[:, None] & (keys < end)[None, :]
+    x = s * score_scale - lse[:, None]
+    if HAS_DENSE:
+        offsets = pair_offsets(rows[:, None], keys[None, :], dense_m, first_row)
+        x += tl.load(DENSE + offsets, mask=both, other=0.0).to(tl.float32) * LOG2E
+    if PAD_KIND == 2:
+        x += (tl.load(PAD + keys, mask=keys < end, other=0.0).to(tl.float32) * LOG2E)[None, :]
+    p = exp2(x, EXP)
+    if HAS_MASK:
+        offsets = pair_offsets(rows[:, None], keys[None, :], mask_m, first_row)
+        p = tl.where(tl.load(MASK + offsets, mask=both, other=1) == 0, p, 0.0)
+    if PAD_KIND == 1:
+        p = tl.where((tl.load(PAD + keys, mask=keys < end, other=1) == 0)[None, :], p, 0.0)
+    elif EDGE:
+        p = tl.where((keys < end)[None, :], p, 0.0)
+    v = load_tile(V, v_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    if DROPOUT:
+        dp = tl.where(keep_pairs(seed, bh, rows[:, None], keys[None, :], dropout_p), dp * keep_scale, 0.0)
+    ds = p * (dp - delta[:, None])
+    half = ds.to(k.dtype)
+    if NEED_Q:
+        dq = tl.dot(half, k, dq, input_precision=PRECISION)
+    if BLOCK_R > 0 and NEED_QF:
+        dqf = tl.dot(half, kf, dqf, input_precision=PRECISION)
+    if NEED_W:
+        row_sum += tl.sum(ds, 1)
+    return dq, dqf, row_sum
+
+
+@triton.jit
+def queries_kernel(
+    Q, K, V, QF, KF, W, ENDS, DENSE, MASK, PAD, BLOCKS, ORDER, COUNTS, SEED, DO, LSE, DELTA, DQ, DQF, DW,
+    q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h, w_b, w_m, w_h,
+    dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, do_b, do_m, do_h, dq_s, dqf_s, dw_s,
+    H, M, N, splits, split_keys, num_blocks, score_scale, dq_scale, dropout_p, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
+    NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
+):  # fmt: skip
+    """DQ (splits, B, M, H, D) and DQF (splits, B, M, H, R) written, DW (splits, B, M, H, SEGMENTS) added to."""
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    split = (pid // blocks_m) % splits
+    bh = pid // (blocks_m * splits)
+    b = bh // H
+    h = bh % H
+    first_row = (pid % blocks_m) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+
+    K += wide(b) * k_b + wide(h) * k_h
+    V += wide(b) * v_b + wide(h) * v_h
+    q = load_tile(Q + wide(b) * q_b + wide(h) * q_h, q_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
+    do = load_tile(DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
+    lse = load_row_values(LSE + wide(bh) * M, 1, first_row, M, BLOCK_M, float("inf"))
+    delta = load_row_values(DELTA + wide(bh) * M, 1, first_row, M, BLOCK_M, 0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    qf = q
+    dqf = dq
+    if BLOCK_R > 0:
+        KF += wide(b) * kf_b + wide(h) * kf_h
+        QF += wide(b) * qf_b + wide(h) * qf_h
+        qf = load_tile(QF, qf_m, first_row, M, BLOCK_M, BLOCK_R, BLOCK_R, True)
+        dqf = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    if SEGMENTS > 0:
+        W += wide(b) * w_b + wide(h) * w_h
+    DW += wide(split) * dw_s + ((wide(b) * M + first_row) * H + h) * SEGMENTS
+    dw_offsets = tl.arange(0, BLOCK_M) * H * SEGMENTS
+    if HAS_DENSE:
+        DENSE += wide(b) * dense_b + wide(h) * dense_h
+    if HAS_MASK:
+        MASK += wide(b) * mask_b + wide(h) * mask_h
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(SEED)
+    shift = lse
+
+    if PAD_KIND > 0:
+        PAD += wide(b) * pad_b
+        count = tl.load(COUNTS + b)
+        share = tl.cdiv(count, splits)
+        for index in range(split * share, tl.minimum((split + 1) * share, count)):
+            block = tl.load(ORDER + b * num_blocks + index)
+            start = tl.load(BLOCKS + 3 * block)
+            end = tl.load(BLOCKS + 3 * block + 1)
+            segment = tl.load(BLOCKS + 3 * block + 2)
+            if SEGMENTS > 0:
+                shift = lse - load_row_values(W + segment, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
+            row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+            dq, dqf, row_sum = _queries_step(
+                dq, dqf, row_sum, q, qf, do, shift, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, M, score_scale, dropout_p, keep_scale,
+                BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
+                NEED_Q, NEED_QF, NEED_W, PRECISION, EXP, True,
+            )  # fmt: skip
+            if NEED_W:
+                # Its own rows and nobody else's: an atomic only because the rows are written again and again.
+                tl.atomic_add(DW + dw_offsets + segment, row_sum, mask=rows < M, sem="relaxed")
+    else:
+        split_lo = split * split_keys
+        split_hi = tl.minimum(split_lo + split_keys, N)
+        for segment in range(0, SEGMENTS if SEGMENTS > 0 else 1):
+            lo = split_lo
+            hi = split_hi
+            if SEGMENTS > 0:
+                lo = tl.maximum(lo, tl.load(ENDS + segment))
+                hi = tl.maximum(lo, tl.minimum(hi, tl.load(ENDS + segment + 1)))
+                shift = lse - load_row_values(W + segment, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
+            row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+            tail = lo + (hi - lo) // BLOCK_N * BLOCK_N
+            for start in range(lo, tail, BLOCK_N):
+                dq, dqf, row_sum = _queries_step(
+                    dq, dqf, row_sum, q, qf, do, shift, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, M, score_scale, dropout_p, keep_scale,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
+                    NEED_Q, NEED_QF, NEED_W, PRECISION, EXP, False,
+                )  # fmt: skip
+            if tail < hi:
+                dq, dqf, row_sum = _queries_step(
+                    dq, dqf, row_sum, q, qf, do, shift, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, M, score_scale, dropout_p, keep_scale,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
+                    NEED_Q, NEED_QF, NEED_W, PRECISION, EXP, True,
+                )  # fmt: skip
+            if NEED_W:
+                tl.atomic_add(DW + dw_offsets + segment, row_sum, mask=rows < M, sem="relaxed")
+
+    if NEED_Q:
+        base = wide(split) * dq_s + (wide(b) * M * H + h) * D
+        _store_tile(DQ + base, H * D, first_row, M, dq * dq_scale, BLOCK_M, D, BLOCK_D)
+    if BLOCK_R > 0 and NEED_QF:
+        base = wide(split) * dqf_s + (wide(b) * M * H + h) * R
+        _store_tile(DQF + base, H * R, first_row, M, dqf, BLOCK_M, R, BLOCK_R)

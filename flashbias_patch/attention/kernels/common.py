@@ -1,0 +1,99 @@
+"""What the forward and backward kernels share: tile loads, exponentials, dropout, additive terms.
+
+Imports nothing but Triton, so that the kernels can be compiled where there is no PyTorch.
+
+Scores live in log2 units: softmax(s) = exp2(s * log2(e) - lse2), one multiply-add and one exponential an element.
+"""
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# exp2 of four elements, three on the special-function unit and one as a polynomial on the multiply-add units: at
+# head dim 32 exponentials are the scarcest thing (16 a clock on each multiprocessor). Degree 3, relative error 1e-4,
+# under half precision's own rounding. The integer part of x is added to the exponent bits.
+EXP2_MIXED = tl.constexpr(
+    """{
+    .reg .f32 a, b, c, t, j, f, p, x;
+    .reg .b32 i, r;
+    ex2.approx.ftz.f32 a, $4;
+    ex2.approx.ftz.f32 b, $5;
+    ex2.approx.ftz.f32 c, $6;
+    max.ftz.f32 x, $7, 0fC2FC0000;
+    add.rn.ftz.f32 t, x, 0f4B400000;
+    sub.rn.ftz.f32 j, t, 0f4B400000;
+    sub.rn.ftz.f32 f, x, j;
+    fma.rn.ftz.f32 p, f, 0f3D61FB9C, 0f3E786F0C;
+    fma.rn.ftz.f32 p, p, f, 0f3F31798E;
+    fma.rn.ftz.f32 p, p, f, 0f3F7FFB49;
+    mov.b32 i, t;
+    shl.b32 i, i, 23;
+    mov.b32 r, p;
+    add.s32 r, r, i;
+    mov.f32 $0, a;
+    mov.f32 $1, b;
+    mov.f32 $2, c;
+    mov.b32 $3, r;
+    }"""
+)
+
+
+@triton.jit
+def exp2(x, EXP: tl.constexpr):
+    """EXP 0: tl.exp2. 1: the bare instruction, denormals flushed. 2: a quarter by polynomial (half precision only)."""
+    if EXP == 2:
+        return tl.inline_asm_elementwise(
+            EXP2_MIXED, "=f,=f,=f,=f,f,f,f,f", [x], dtype=tl.float32, is_pure=True, pack=4
+        )
+    elif EXP == 1:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def wide(index):
+    """A scalar index as int64, whether Triton sees a tensor, a constant or (interpreted) an int."""
+    return (tl.program_id(0) * 0 + index).to(tl.int64)
+
+
+@triton.jit
+def load_tile(
+    base, stride, start, end, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr, EDGE: tl.constexpr
+):
+    """Rows start .. start + ROWS of a row-strided matrix; zeros from row `end` (if EDGE) and from column COLS."""
+    rows = tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_COLS)
+    pointers = base + wide(start) * stride + rows[:, None] * stride + cols[None, :]
+    if EDGE:
+        inside = (start + rows < end)[:, None]
+        if COLS != BLOCK_COLS:
+            inside = inside & (cols < COLS)[None, :]
+        return tl.load(pointers, mask=inside, other=0.0)
+    elif COLS != BLOCK_COLS:
+        return tl.load(pointers, mask=(cols < COLS)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def load_row_values(base, stride, start, end, ROWS: tl.constexpr, OTHER: tl.constexpr):
+    """A value a row, float32, OTHER from row `end`."""
+    rows = tl.arange(0, ROWS)
+    return tl.load(base + wide(start) * stride + rows * stride, mask=start + rows < end, other=OTHER).to(tl.float32)
+
+
+@triton.jit
+def pair_offsets(row_index, key_index, row_stride, first_row):
+    """Offsets of a tile of a (queries, keys) matrix, `row_index` and `key_index` shaped to broadcast."""
+    return wide(first_row) * row_stride + (row_index - first_row) * row_stride + key_index
+
+
+@triton.jit
+def keep_pairs(seed, batch_head, row_index, key_index, dropout_p):
+    """Which attention weights dropout keeps: one Philox word for each (batch and head, query, key)."""
+    nil = (row_index + key_index) * 0
+    word, _1, _2, _3 = tl.philox(seed, nil + key_index, nil + row_index, nil + batch_head, nil)
+    return tl.uint_to_uniform_float(word) >= dropout_p

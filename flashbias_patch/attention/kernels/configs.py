@@ -1,0 +1,138 @@
+"""Which tile shape each kernel uses: a shipped table, what was tuned on request, and what to try when one won't fit."""
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+log = logging.getLogger("flashbias_patch")
+
+KERNELS = ("forward", "keys", "queries")
+
+
+class Config(NamedTuple):
+    """A tile of block_m queries by block_n keys; exp: see common.exp2; splits: 0 lets the launcher choose."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    exp: int = 0
+    splits: int = 0
+
+
+class Key(NamedTuple):
+    """What a choice depends on. `arch` is 10 * major + minor; block_d and block_r are powers of two (0: no factors)."""
+
+    kernel: str
+    arch: int
+    half: bool
+    block_d: int
+    block_r: int
+    plain: bool  # no mask, dense bias, padding or dropout: nothing but factors or segments
+
+
+# (kernel, arch, half) -> rows of (largest block_d, largest block_r, Config), first that fits. Arch 90 measured on an
+# H200 (docs/kernel-notes.md); the others follow its shapes within their shared memory and are not measured.
+TABLE: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
+    ("forward", 90, True): [
+        (32, 64, Config(64, 128, 4, 3)),
+        (64, 64, Config(128, 64, 4, 3)),
+        (128, 64, Config(128, 64, 8, 2)),
+    ],
+    ("keys", 90, True): [
+        (32, 32, Config(64, 128, 4, 2)),
+        (64, 64, Config(64, 64, 4, 2)),
+        (128, 64, Config(64, 64, 8, 2)),
+    ],
+    ("queries", 90, True): [(64, 64, Config(64, 64, 4, 3)), (128, 64, Config(64, 64, 8, 2))],
+    ("forward", 90, False): [(64, 64, Config(64, 32, 4, 2)), (128, 64, Config(64, 32, 4, 2))],
+    ("keys", 90, False): [(64, 64, Config(32, 64, 4, 2)), (128, 64, Config(32, 32, 4, 1))],
+    ("queries", 90, False): [(64, 64, Config(64, 32, 4, 2)), (128, 64, Config(32, 32, 4, 1))],
+    ("forward", 80, True): [(64, 64, Config(64, 64, 4, 3)), (128, 64, Config(64, 64, 4, 2))],
+    ("keys", 80, True): [(64, 64, Config(64, 64, 4, 2)), (128, 64, Config(32, 64, 4, 2))],
+    ("queries", 80, True): [(64, 64, Config(64, 64, 4, 2)), (128, 64, Config(64, 32, 4, 2))],
+    ("forward", 80, False): [(64, 64, Config(64, 32, 4, 2)), (128, 64, Config(32, 32, 4, 2))],
+    ("keys", 80, False): [(64, 64, Config(32, 32, 4, 2)), (128, 64, Config(16, 32, 4, 1))],
+    ("queries", 80, False): [(64, 64, Config(32, 32, 4, 2)), (128, 64, Config(32, 16, 4, 1))],
+}
+# What remains when nothing else fits into a GPU's shared memory or registers.
+SMALLER = [Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
+# The interpreter has no inline assembly and no use for large tiles.
+INTERPRETED = Config(32, 64, 4, 1)
+
+_tuned: Dict[Key, Config] = {}
+_working: Dict[Key, Config] = {}
+_loaded = False
+
+
+def candidates(key: Key) -> List[Config]:
+    """The configurations to try for `key`, best first."""
+    if key.arch == 0:
+        return [INTERPRETED]
+    _load()
+    if key in _working:
+        return [_working[key]]
+    arch = 90 if key.arch >= 90 else 80
+    found = [_tuned[key]] if key in _tuned else []
+    for block_d, block_r, config in TABLE[key.kernel, arch, key.half]:
+        if key.block_d <= block_d and key.block_r <= block_r:
+            found.append(config if key.plain or config.exp < 2 else config._replace(exp=1))
+            break
+    return found + SMALLER
+
+
+def first_working(key: Key, launch: Callable[[Config], Any]) -> Any:
+    """launch(config) with the first candidate that the GPU has room for; later calls go straight to it."""
+    from triton.runtime.errors import OutOfResources
+
+    refusal: Optional[BaseException] = None
+    for config in candidates(key):
+        try:
+            result = launch(config)
+        except OutOfResources as error:
+            refusal = error
+            continue
+        _working[key] = config
+        return result
+    raise RuntimeError("no tile shape fits this GPU for {}: {}".format(key, refusal))
+
+
+def _cache_path() -> str:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(home, "flashbias_patch", "tuned.json")
+
+
+def _load() -> None:
+    """Read what earlier runs tuned. A cache that cannot be read is as good as none."""
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    try:
+        with open(_cache_path(), encoding="utf-8") as file:
+            for row in json.load(file):
+                _tuned.setdefault(Key(*row[0]), Config(*[int(number) for number in row[1]]))
+    except FileNotFoundError:
+        pass
+    except Exception as error:
+        log.debug("tuning cache %s not used: %s", _cache_path(), error)
+
+
+def remember(found: Dict[Key, Config]) -> None:
+    """Use `found` from now on, and write it (with what was there) to the disk cache, atomically."""
+    _load()
+    _tuned.update(found)
+    for key in found:
+        _working.pop(key, None)
+    path = _cache_path()
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump([[list(key), list(config)] for key, config in _tuned.items()], file)
+        os.replace(temporary, path)
+    except OSError as error:
+        log.debug("tuning cache %s not written: %s", path, error)

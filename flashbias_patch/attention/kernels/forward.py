@@ -1,0 +1,234 @@
+"""Forward: out = softmax(q k^T * scale + bias) v and its logsumexp, a block of queries at a time.
+
+Imports nothing but Triton. The additive terms and their layouts are described in launch.py.
+"""
+import triton
+import triton.language as tl
+
+from .common import LOG2E, exp2, keep_pairs, load_row_values, load_tile, pair_offsets, wide
+
+
+@triton.jit
+def _step(
+    acc, peak, total, q, qf, row_add,
+    K, V, KF, DENSE, MASK, PAD, seed, bh,
+    k_n, v_n, kf_n, dense_m, mask_m,
+    first_row, start, end, M,
+    score_scale, dropout_p, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr,
+    PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """One block of keys into the running softmax."""
+    k = load_tile(K, k_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if BLOCK_R > 0:
+        kf = load_tile(KF, kf_n, start, end, BLOCK_N, BLOCK_R, BLOCK_R, EDGE)
+        s = tl.dot(qf, tl.trans(kf), s, input_precision=PRECISION)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    keys = start + tl.arange(0, BLOCK_N)
+    CAN_EMPTY: tl.constexpr = HAS_DENSE or HAS_MASK or PAD_KIND > 0
+    ADDS: tl.constexpr = HAS_DENSE or PAD_KIND == 2
+    if ADDS:
+        s = s * score_scale
+    if HAS_DENSE:
+        offsets = pair_offsets(rows[:, None], keys[None, :], dense_m, first_row)
+        inside = (rows < M)[:, None] & (keys < end)[None, :]
+        s += tl.load(DENSE + offsets, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    if PAD_KIND == 2:
+        s += (tl.load(PAD + keys, mask=keys < end, other=0.0).to(tl.float32) * LOG2E)[None, :]
+    if HAS_MASK:
+        offsets = pair_offsets(rows[:, None], keys[None, :], mask_m, first_row)
+        inside = (rows < M)[:, None] & (keys < end)[None, :]
+        s = tl.where(tl.load(MASK + offsets, mask=inside, other=1) == 0, s, float("-inf"))
+    if PAD_KIND == 1:
+        s = tl.where((tl.load(PAD + keys, mask=keys < end, other=1) == 0)[None, :], s, float("-inf"))
+    elif EDGE:
+        s = tl.where((keys < end)[None, :], s, float("-inf"))
+
+    row_max = tl.max(s, 1)
+    if not ADDS:
+        row_max = row_max * score_scale
+    if SEGMENTS > 0:
+        row_max += row_add
+    new_peak = tl.maximum(peak, row_max)
+    if CAN_EMPTY:
+        anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    else:
+        anchor = new_peak
+    alpha = tl.exp2(peak - anchor)
+    if SEGMENTS > 0:
+        shift = anchor - row_add
+    else:
+        shift = anchor
+    if ADDS:
+        p = exp2(s - shift[:, None], EXP)
+    else:
+        p = exp2(s * score_scale - shift[:, None], EXP)
+    total = total * alpha + tl.sum(p, 1)
+    if DROPOUT:
+        p = tl.where(keep_pairs(seed, bh, rows[:, None], keys[None, :], dropout_p), p * keep_scale, 0.0)
+    acc = acc * alpha[:, None]
+    v = load_tile(V, v_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, new_peak, total
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, QF, KF, W, ENDS, DENSE, MASK, PAD, BLOCKS, ORDER, COUNTS, SEED, OUT, LSE,
+    q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h, w_b, w_m, w_h,
+    dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, out_s, out_b, out_m, out_h,
+    B, H, M, N, splits, split_keys, num_blocks, score_scale, dropout_p, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
+):  # fmt: skip
+    """OUT (splits, B, M, H, D) and LSE (splits, B * H, M), in log2 units.
+
+    A row without any key gives out 0 and lse +inf, so that backward's exp2(s - lse) is 0; partial results
+    (PARTIAL, to be combined) keep -inf there.
+    """
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    block_m = pid % blocks_m
+    split = (pid // blocks_m) % splits
+    bh = pid // (blocks_m * splits)
+    b = bh // H
+    h = bh % H
+    first_row = block_m * BLOCK_M
+
+    K += wide(b) * k_b + wide(h) * k_h
+    V += wide(b) * v_b + wide(h) * v_h
+    q = load_tile(Q + wide(b) * q_b + wide(h) * q_h, q_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
+    qf = q
+    if BLOCK_R > 0:
+        KF += wide(b) * kf_b + wide(h) * kf_h
+        QF += wide(b) * qf_b + wide(h) * qf_h
+        qf = load_tile(QF, qf_m, first_row, M, BLOCK_M, BLOCK_R, BLOCK_R, True)
+    if SEGMENTS > 0:
+        W += wide(b) * w_b + wide(h) * w_h
+    if HAS_DENSE:
+        DENSE += wide(b) * dense_b + wide(h) * dense_h
+    if HAS_MASK:
+        MASK += wide(b) * mask_b + wide(h) * mask_h
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(SEED)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    row_add = total
+
+    if PAD_KIND > 0:
+        # Only blocks with an unmasked key are visited; ORDER lists them, COUNTS says how many, for each batch entry.
+        PAD += wide(b) * pad_b
+        count = tl.load(COUNTS + b)
+        share = tl.cdiv(count, splits)
+        for index in range(split * share, tl.minimum((split + 1) * share, count)):
+            block = tl.load(ORDER + b * num_blocks + index)
+            start = tl.load(BLOCKS + 3 * block)
+            end = tl.load(BLOCKS + 3 * block + 1)
+            if SEGMENTS > 0:
+                segment = tl.load(BLOCKS + 3 * block + 2)
+                row_add = load_row_values(W + segment, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
+            acc, peak, total = _step(
+                acc, peak, total, q, qf, row_add, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, M, score_scale, dropout_p, keep_scale,
+                BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
+                PAD_KIND, DROPOUT, PRECISION, EXP, True,
+            )  # fmt: skip
+    else:
+        split_lo = split * split_keys
+        split_hi = tl.minimum(split_lo + split_keys, N)
+        for segment in range(0, SEGMENTS if SEGMENTS > 0 else 1):
+            lo = split_lo
+            hi = split_hi
+            if SEGMENTS > 0:
+                lo = tl.maximum(lo, tl.load(ENDS + segment))
+                hi = tl.maximum(lo, tl.minimum(hi, tl.load(ENDS + segment + 1)))
+                row_add = load_row_values(W + segment, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
+            tail = lo + (hi - lo) // BLOCK_N * BLOCK_N
+            for start in range(lo, tail, BLOCK_N):
+                acc, peak, total = _step(
+                    acc, peak, total, q, qf, row_add, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, M, score_scale, dropout_p, keep_scale,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
+                    PAD_KIND, DROPOUT, PRECISION, EXP, False,
+                )  # fmt: skip
+            if tail < hi:
+                acc, peak, total = _step(
+                    acc, peak, total, q, qf, row_add, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, M, score_scale, dropout_p, keep_scale,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
+                    PAD_KIND, DROPOUT, PRECISION, EXP, True,
+                )  # fmt: skip
+
+    rows = first_row + tl.arange(0, BLOCK_M)
+    inside = rows < M
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    if PARTIAL:
+        lse = tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
+    else:
+        lse = tl.where(empty, float("inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
+    tl.store(LSE + (wide(split) * B * H + bh) * M + rows, lse, mask=inside)
+    cols = tl.arange(0, BLOCK_D)
+    OUT += wide(split) * out_s + wide(b) * out_b + wide(h) * out_h + wide(first_row) * out_m
+    offsets = tl.arange(0, BLOCK_M)[:, None] * out_m + cols[None, :]
+    tl.store(OUT + offsets, acc.to(OUT.dtype.element_ty), mask=inside[:, None] & (cols < D)[None, :])
+
+
+@triton.jit
+def combine_kernel(
+    PARTS, PART_LSE, OUT, LSE, B, H, M, splits,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """PARTS (splits, B, M, H, D) float32 weighted by exp2(PART_LSE (splits, B * H, M)) into OUT (B, M, H, D)."""
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    bh = pid // blocks_m
+    first_row = (pid % blocks_m) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_D)
+    inside = rows < M
+    inside_tile = inside[:, None] & (cols < D)[None, :]
+    offsets = ((wide(bh // H) * M + rows) * H + bh % H)[:, None] * D + cols[None, :]
+
+    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for split in range(0, splits):
+        lse = tl.load(PART_LSE + (wide(split) * B * H + bh) * M + rows, mask=inside, other=float("-inf"))
+        new_peak = tl.maximum(peak, lse)
+        anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        alpha = tl.exp2(peak - anchor)
+        weight = tl.exp2(lse - anchor)
+        part = tl.load(PARTS + wide(split) * B * M * H * D + offsets, mask=inside_tile, other=0.0)
+        acc = acc * alpha[:, None] + part * weight[:, None]
+        total = total * alpha + weight
+        peak = new_peak
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    tl.store(OUT + offsets, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=inside_tile)
+    tl.store(LSE + wide(bh) * M + rows, tl.where(empty, float("inf"), peak + tl.log2(total)), mask=inside)
+
+
+@triton.jit
+def pad_kernel(
+    SOURCE, TARGET, s_b, s_l, s_h, H, L, total, R: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr
+):
+    """SOURCE (B, L, H, R) strided into TARGET (B, L, H, BLOCK_R) contiguous, zeros in the columns added.
+
+    Loads of a full power of two of columns need no mask, which the main loop repays (docs/kernel-notes.md).
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_R)
+    inside = (rows < total)[:, None]
+    h = rows % H
+    place = rows // H
+    source = (place // L).to(tl.int64) * s_b + (place % L).to(tl.int64) * s_l + h.to(tl.int64) * s_h
+    tile = tl.load(SOURCE + source[:, None] + cols[None, :], mask=inside & (cols < R)[None, :], other=0.0)
+    tl.store(TARGET + rows.to(tl.int64)[:, None] * BLOCK_R + cols[None, :], tile, mask=inside)

@@ -1,0 +1,119 @@
+"""Gradients by plain PyTorch, a chunk of queries at a time: what backward falls back to when its kernels fail."""
+from __future__ import annotations
+
+import math
+from typing import Any, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 26  # scores held at once
+
+
+class Call(NamedTuple):
+    """What a fused attention call was given, and what its forward drew (seed, empty without dropout)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_factor: Optional[Tensor]
+    k_factor: Optional[Tensor]
+    segment_weights: Optional[Tensor]
+    segment_lengths: Tuple[int, ...]
+    dense: Optional[Tensor]
+    mask: Optional[Tensor]
+    key_padding: Optional[Tensor]
+    dropout_p: float
+    scale: float
+    seed: Tensor
+    needs: Tuple[bool, ...]  # of q, k, v, q_factor, k_factor, segment_weights, dense
+
+
+def keep_mask(seed: Tensor, batch_heads: Tensor, rows: Tensor, keys: Tensor, dropout_p: float) -> Tensor:
+    """What dropout keeps: Philox 4x32-10 of (key, row, batch * H + head, 0), as the kernels draw it. Broadcasts."""
+    low = 0xFFFFFFFF
+    seed = seed.to(torch.int64)
+    key0, key1 = seed & low, (seed >> 32) & low
+    nil = (batch_heads + rows + keys) * 0
+    c0, c1, c2, c3 = nil + keys, nil + rows, nil + batch_heads, nil
+
+    def product(a: int, b: Tensor) -> Tuple[Tensor, Tensor]:  # high and low words of a 32 x 32 bit product
+        by_low, by_high = a * (b & 0xFFFF), a * (b >> 16)
+        middle = (by_low >> 16) + by_high
+        return (middle >> 16) & low, ((middle & 0xFFFF) << 16) | (by_low & 0xFFFF)
+
+    for _ in range(10):
+        high0, low0 = product(0xD2511F53, c0)
+        high2, low2 = product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high2 ^ c1 ^ key0, low2, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
+    signed = torch.where(c0 >= 1 << 31, (1 << 32) - 1 - c0, c0)
+    return signed.to(torch.float32) * 4.6566127342e-10 >= dropout_p
+
+
+def plain_backward(call: Call, grad_out: Tensor, error: Optional[BaseException] = None) -> Tuple[Any, ...]:
+    """Gradients of q, k, v, q_factor, k_factor, segment_weights and dense, None where call.needs says so."""
+    B, M, H, D = call.q.shape
+    N = call.k.shape[1]
+    real = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    tensors = [call.q, call.k, call.v, call.q_factor, call.k_factor, call.segment_weights, call.dense]
+    wanted = [t if t is not None and need else None for t, need in zip(tensors, call.needs)]
+    total: List[Any] = [None if t is None else torch.zeros(t.shape, dtype=real, device=t.device) for t in wanted]
+    chunk = max(1, CHUNK_ELEMENTS // max(1, B * H * N))
+    for lo in range(0, M if N else 0, chunk):
+        hi = min(lo + chunk, M)
+        pieces: List[Any] = []
+        for place, tensor in enumerate(tensors):
+            if tensor is not None and place in (0, 3, 5):
+                tensor = tensor[:, lo:hi]
+            elif place == 6 and tensor is not None and tensor.shape[2] > 1:
+                tensor = tensor[:, :, lo:hi]
+            if tensor is not None:
+                tensor = tensor.detach().to(real).requires_grad_(wanted[place] is not None)
+            pieces.append(tensor)
+        with torch.enable_grad():
+            out = _attend(call, pieces, lo, hi)
+        leaves = [piece for piece in pieces if piece is not None and piece.requires_grad]
+        found = iter(torch.autograd.grad(out, leaves, grad_out[:, lo:hi].to(real), allow_unused=True))
+        for place, piece in enumerate(pieces):
+            if piece is None or not piece.requires_grad:
+                continue
+            grad = next(found)
+            if grad is None:
+                continue
+            if place in (0, 3, 5):
+                total[place][:, lo:hi] += grad
+            elif place == 6 and total[6].shape[2] > 1:
+                total[6][:, :, lo:hi] += grad
+            else:
+                total[place] += grad
+    return tuple(None if t is None else t.to(w.dtype) for t, w in zip(total, wanted))
+
+
+def _attend(call: Call, pieces: List[Any], lo: int, hi: int) -> Tensor:
+    q, k, v, q_factor, k_factor, weights, dense = pieces
+    scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * call.scale
+    if q_factor is not None:
+        scores = scores + torch.matmul(q_factor.transpose(1, 2), k_factor.permute(0, 2, 3, 1))
+    if weights is not None:
+        lengths = torch.tensor(call.segment_lengths, device=q.device)
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths)
+        scores = scores + weights.transpose(1, 2)[..., owner]
+    if dense is not None:
+        scores = scores + dense
+    if call.mask is not None:
+        mask = call.mask if call.mask.shape[2] == 1 else call.mask[:, :, lo:hi]
+        scores = scores.masked_fill(mask, -math.inf)
+    if call.key_padding is not None:
+        padding = call.key_padding[:, None, None]
+        scores = scores.masked_fill(padding, -math.inf) if padding.dtype == torch.bool else scores + padding
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    p = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    if call.dropout_p > 0:
+        device = q.device
+        B, H, _, N = p.shape
+        heads = torch.arange(B * H, device=device).view(B, H, 1, 1)
+        rows, keys = torch.arange(lo, hi, device=device)[:, None], torch.arange(N, device=device)
+        keep = keep_mask(call.seed, heads, rows, keys, call.dropout_p)
+        p = p * keep / (1.0 - call.dropout_p)
+    return torch.einsum("bhmn,bnhd->bmhd", p, v)
