@@ -1,0 +1,4 @@
+from .image_net import ImageNet
+from .pillar_net import PillarNet
+
+__all__ = ["ImageNet", "PillarNet"]

@@ -1,0 +1,3 @@
+from .cmt_head import CmtHead
+
+__all__ = ["CmtHead"]
