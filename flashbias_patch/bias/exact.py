@@ -63,7 +63,7 @@ class SquaredDistanceBias(AttentionBias):
     Expanded, -s|x - y|^2 = -s|x|^2 + 2s x.y - s|y|^2 has rank 4 in the plane (the spatial distance of
     FlashBias, arXiv 2505.12044). Coordinates are centred on the keys first: the distance does not change,
     and the terms that cancel get small, which is what leaves digits in half precision. Split into half by
-    `split_factors`, scores keep an error of some 2**-20 (float16) or 2**-16 (bfloat16) of s|x|^2 + s|y|^2.
+    `split_factors`, scores keep an error of at most 2**-20 (float16) or 2**-14 (bfloat16) of s|x|^2 + s|y|^2.
 
     query_xy (B|1, M, 2), key_xy (B|1, N, 2), floating, in one unit (metres); half is raised to float32.
     scale: a float, a 0-d tensor or one number a head (H,), in 1/unit^2; learned if it requires grad.

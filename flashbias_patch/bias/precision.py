@@ -18,7 +18,7 @@ def split_factors(q_factor: Tensor, k_factor: Tensor, dtype: torch.dtype) -> Fac
         q k  ~  q_high k_high + q_high k_low + q_low k_high
 
     so 3R columns (2R where one factor is in `dtype` already, R where both are). What is left out, and the
-    rounding of the low parts, is at most 3 * 2**-22 (float16) or 3 * 2**-18 (bfloat16) of |q k| a column.
+    rounding of the low parts, is at most 3 * 2**-22 (float16) or 3 * 2**-16 (bfloat16) of |q k| a column.
     For float16, columns are first balanced by powers of two, so that neither factor overflows or goes
     subnormal where their product would not. For float32 and float64 the factors are cast and R stays.
 
