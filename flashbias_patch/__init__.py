@@ -3,34 +3,41 @@ unless FLASHBIAS_PATCH is 0, false, off or no. Imports neither torch nor mmcv no
 """
 from __future__ import annotations
 
-import importlib
-import sys
-from typing import Any, List
-
 from . import journal, settings
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, List
+
+    from . import aqr, bias, monitor
+    from .attention import flash_bias_attention
+    from .patching.ambient import attention_bias
+    from .patching.hooks import install, uninstall
+    from .status import status
 
 __version__ = "0.1.0"
 
 # Public name -> where it lives. Loaded on first use (PEP 562), so that importing this package stays cheap.
-_PUBLIC = {
+_FUNCTIONS = {
     "install": ".patching.hooks",
     "uninstall": ".patching.hooks",
     "status": ".status",
     "attention_bias": ".patching.ambient",
     "flash_bias_attention": ".attention",
-    "bias": ".bias",
-    "aqr": ".aqr",
-    "monitor": ".monitor",
 }
+_MODULES = ("aqr", "bias", "monitor")
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", "aqr", "attention_bias", "bias", "flash_bias_attention", "install", "monitor", "status",
+           "uninstall"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _FUNCTIONS and name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(_PUBLIC[name], __name__)
-    value = module if _PUBLIC[name] == f".{name}" and name != "status" else getattr(module, name)
+    import importlib
+
+    module = importlib.import_module(_FUNCTIONS.get(name, f".{name}"), __name__)
+    value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value
 
@@ -43,16 +50,11 @@ def _install_on_import() -> None:
     read = settings.current()
     journal.configure(read.log_level)
     for problem in read.problems:
-        journal.once(problem, 40, problem)
-    if not read.patch:
-        return
-    try:
-        from .patching import hooks
+        journal.once(problem, "error", problem)
+    if read.patch:
+        from .patching import trigger
 
-        hooks.install()
-    except Exception:  # the one boundary where nothing may reach the user's import
-        journal.logger.exception("not installed: this process runs unpatched")
-        sys.modules.pop(f"{__name__}.patching.hooks", None)
+        trigger.arm()
 
 
 _install_on_import()

@@ -1,34 +1,48 @@
 """What happened in this process: calls by backend, fallbacks with reasons, and each log line only once."""
 from __future__ import annotations
 
-import logging
 import os
-import threading
+from _thread import allocate_lock
 from collections import Counter
-from typing import Any, Dict, Hashable, List, Optional, Set, Tuple
 
-logger = logging.getLogger("flashbias_patch")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import logging
+    from typing import Any, Dict, Hashable, List, Optional, Set, Tuple
 
 calls: Counter = Counter()
 _fallbacks: Dict[Tuple[str, str, str], int] = {}
 _said: Set[Hashable] = set()
-_lock = threading.Lock()
+_lock = allocate_lock()
+
+
+def logger() -> logging.Logger:
+    """The package's logger. `logging` is imported when there is something to say."""
+    import logging
+
+    return logging.getLogger("flashbias_patch")
 
 
 def configure(level: Optional[str]) -> None:
     """FLASHBIAS_LOG_LEVEL: log to stderr from this level on, and nowhere else (never twice)."""
     if level is None:
         return
-    logger.setLevel(level.upper())
-    if not logger.handlers:
+    import logging
+
+    log = logger()
+    log.setLevel(level.upper())
+    if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
+        log.addHandler(handler)
+        log.propagate = False
 
 
-def once(key: Hashable, level: int, message: str, *args: Any) -> None:
-    """Log `message` the first time `key` is seen. Other ranks than 0 say who they are."""
+def once(key: Hashable, level: str, message: str, *args: Any) -> None:
+    """Log `message` at `level` ("info", "warning", "error") the first time `key` is seen.
+
+    Other ranks than 0 say who they are.
+    """
     if key in _said:
         return
     with _lock:
@@ -36,10 +50,10 @@ def once(key: Hashable, level: int, message: str, *args: Any) -> None:
             return
         _said.add(key)
     rank = os.environ.get("RANK", "0")
-    logger.log(level, message if rank == "0" else f"[rank {rank}] {message}", *args)
+    getattr(logger(), level)(message if rank == "0" else f"[rank {rank}] {message}", *args)
 
 
-def fallback(source: str, call: str, reason: str, level: int = logging.WARNING) -> None:
+def fallback(source: str, call: str, reason: str, level: str = "warning") -> None:
     """Count that `source` (a backend or a seam) could not answer a class of `call`, and why; log it once."""
     key = (source, call, reason)
     with _lock:

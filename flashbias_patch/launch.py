@@ -48,7 +48,7 @@ def start_process(sitecustomize: str) -> None:
 
             probe.start()
     except Exception:
-        journal.logger.exception("this process starts without all of flashbias_patch")
+        journal.logger().exception("this process starts without all of flashbias_patch")
 
 
 def chain(sitecustomize: str) -> None:

@@ -6,7 +6,11 @@ allowed values, and the default is used. The command line refuses to start inste
 from __future__ import annotations
 
 import os
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from collections import namedtuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 TRUE = ("1", "true", "on", "yes")
 FALSE = ("0", "false", "off", "no")
@@ -50,11 +54,8 @@ def _names(text: str) -> Tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-class Variable(NamedTuple):
-    field: str
-    default: Any
-    parse: Callable[[str], Any]
-    help: str
+class Variable(namedtuple("Variable", "field default parse help")):
+    """An environment variable: FLASHBIAS_<FIELD>, its default, its parser, and what it is for."""
 
     @property
     def name(self) -> str:

@@ -33,9 +33,10 @@ def status() -> Status:
     from . import __version__
 
     hooks = sys.modules.get(f"{__package__}.patching.hooks")
+    trigger = sys.modules.get(f"{__package__}.patching.trigger")
     return Status(
         version=__version__,
-        installed=hooks is not None and hooks.installed(),
+        installed=(hooks is not None and hooks.installed()) or (trigger is not None and trigger.armed()),
         patched=[] if hooks is None else hooks.patched(),
         refused=[] if hooks is None else hooks.refused(),
         calls=dict(journal.calls),

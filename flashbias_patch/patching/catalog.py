@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-import logging
 import re
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
@@ -71,7 +70,7 @@ def _entry_points() -> List[Target]:
                 value = entry.load()
                 _third_party.extend([value] if isinstance(value, Target) else [Target(*item) for item in value])
             except Exception as error:  # someone else's package must not cost the user theirs
-                journal.once(("entry point", entry.name), logging.ERROR,
+                journal.once(("entry point", entry.name), "error",
                              "entry point %s of group %s is left out: %s", entry.name, ENTRY_POINT_GROUP, error)
     return _third_party
 

@@ -7,7 +7,6 @@ before install() is found in sys.modules.
 from __future__ import annotations
 
 import inspect
-import logging
 import sys
 import threading
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -15,7 +14,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 import wrapt
 
 from .. import journal, settings
-from . import catalog, repository
+from . import catalog, repository, trigger
 
 
 class Claim(NamedTuple):
@@ -65,10 +64,11 @@ def uninstall() -> None:
     global _installed
     with _lock:
         _installed = False
+        trigger.disarm()
         repository.Finder.disable()
         for claim in reversed(_claims):
             if vars(claim.owner).get(claim.attribute) is not claim.wrapper:
-                journal.logger.warning("%s.%s was replaced by someone else since: left as it is",
+                journal.logger().warning("%s.%s was replaced by someone else since: left as it is",
                                        claim.owner.__qualname__, claim.attribute)
             elif claim.original is None:
                 delattr(claim.owner, claim.attribute)
@@ -119,7 +119,7 @@ def claim(cls: type) -> bool:
         return _claim(cls)
     except Exception as error:
         _refused[cls.__module__, cls.__qualname__] = f"{type(error).__name__}: {error}"
-        journal.once(("claim", cls), logging.ERROR, "%s.%s is left unpatched: %s: %s",
+        journal.once(("claim", cls), "error", "%s.%s is left unpatched: %s: %s",
                      cls.__module__, cls.__qualname__, type(error).__name__, error)
         return False
 
@@ -142,7 +142,7 @@ def _claim(cls: type) -> bool:
 
         _wrap(cls, "forward", seams.SEAMS[target.seam](cls), target.seam)
         _refused.pop((cls.__module__, cls.__qualname__), None)
-    journal.once(("patched", cls), logging.INFO, "patched %s.%s", cls.__module__, cls.__qualname__)
+    journal.once(("patched", cls), "info", "patched %s.%s", cls.__module__, cls.__qualname__)
     return True
 
 

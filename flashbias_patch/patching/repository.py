@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import builtins
 import importlib.machinery
+import os
 import sys
-import sysconfig
 from typing import Any, Callable, Optional, Sequence
 
-_INSTALLED_UNDER = tuple(
-    {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} - {None}
-)
+_STANDARD_LIBRARY = os.path.dirname(os.__file__)
 
 
 class Finder:
@@ -83,4 +81,4 @@ def scoped_import(name: str, globals: Any = None, locals: Any = None, fromlist: 
 
 
 def _is_installed(path: str) -> bool:
-    return path.startswith(_INSTALLED_UNDER) or "site-packages" in path or "dist-packages" in path
+    return path.startswith(_STANDARD_LIBRARY) or "site-packages" in path or "dist-packages" in path

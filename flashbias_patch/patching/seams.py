@@ -8,7 +8,6 @@ captured and a route is opened, in which the core below it is answered here.
 from __future__ import annotations
 
 import contextvars
-import logging
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
@@ -125,7 +124,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _count_original(name: str, why: str) -> None:
     journal.calls["original"] += 1
-    journal.fallback(name, "call", f"the original code ran: {why}", level=logging.INFO)
+    journal.fallback(name, "call", f"the original code ran: {why}", level="info")
 
 
 # -- torch's multi-head attention, inside a route --------------------------------------------------------------------
@@ -285,7 +284,7 @@ class CoreSeam:
         if mask is not None and mask.is_floating_point():
             biases, mask = (*biases, mask), None
         if settings.current().masks == "upstream" and (mask is not None or padding is not None):
-            journal.once("flash masks", logging.INFO,
+            journal.once("flash masks", "info",
                          "flash attention classes drop boolean attn_mask and key_padding_mask, as upstream; "
                          "FLASHBIAS_MASKS=honour applies them")
             mask = padding = None

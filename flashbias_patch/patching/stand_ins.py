@@ -6,7 +6,6 @@ only for a name that the installed one does not have (flash-attn-4 installs a `f
 from __future__ import annotations
 
 import builtins
-import logging
 import types
 from typing import Any, Optional, Tuple
 
@@ -109,7 +108,7 @@ def import_flash_attn(name: str, globals: Any, locals: Any, fromlist: Any) -> An
     else:
         missing = ", ".join(item for item in fromlist if not hasattr(real, item))
         reason = f"the installed flash_attn has no {missing}"
-    journal.once(("flash_attn", reason), logging.INFO, "flash_attn stand-ins are used: %s", reason)
+    journal.once(("flash_attn", reason), "info", "flash_attn stand-ins are used: %s", reason)
     return _module(name if fromlist else "flash_attn", real if fromlist else None)
 
 

@@ -1,0 +1,51 @@
+"""Waiting for torch: with a sitecustomize every Python process pays for our import, and most never see a tensor.
+
+Whatever defines a class to patch imports torch first; wrapt and the hooks are loaded then, not before.
+"""
+from __future__ import annotations
+
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class _Trigger:
+    """A meta path finder that finds nothing; it installs the hooks when torch is first looked for."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == "torch":
+            disarm()
+            _install()
+
+
+_trigger = _Trigger()
+
+
+def arm() -> None:
+    """Install now if torch is imported already, else as soon as it is."""
+    if "torch" in sys.modules:
+        _install()
+    elif _trigger not in sys.meta_path:
+        sys.meta_path.insert(0, _trigger)  # type: ignore[arg-type]
+
+
+def disarm() -> None:
+    if _trigger in sys.meta_path:
+        sys.meta_path.remove(_trigger)  # type: ignore[arg-type]
+
+
+def armed() -> bool:
+    return _trigger in sys.meta_path
+
+
+def _install() -> None:
+    try:
+        from . import hooks
+
+        hooks.install()
+    except Exception:  # the one boundary where nothing may reach the user's import
+        from .. import journal
+
+        journal.logger().exception("not installed: this process runs unpatched")
