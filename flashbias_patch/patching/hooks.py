@@ -90,7 +90,8 @@ def _on_module(module: Any) -> None:
         return
     names = catalog.targets()
     for value in list(getattr(module, "__dict__", {}).values()):
-        if inspect.isclass(value) and value.__name__ in names:
+        # not isinstance: some modules hold objects whose __class__ answers with a deprecation warning
+        if issubclass(type(value), type) and value.__name__ in names and not value.__module__.startswith("torch."):
             claim(value)
 
 

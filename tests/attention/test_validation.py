@@ -1,0 +1,41 @@
+"""A user's mistake is refused at the door, by the argument's name; it is never a fallback."""
+import pytest
+import torch
+
+from flashbias_patch import journal
+from flashbias_patch.attention import dispatch, flash_bias_attention
+from flashbias_patch.bias import LowRankBias
+
+q, k = torch.zeros(2, 5, 3, 8), torch.zeros(2, 7, 3, 8)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        (dict(q=None), TypeError, "q must be a Tensor"),
+        (dict(q=torch.zeros(5, 8)), ValueError, "q must have shape"),
+        (dict(k=torch.zeros(2, 7, 4, 8)), ValueError, "k must have shape"),
+        (dict(v=torch.zeros(2, 6, 3, 8)), ValueError, "v must have shape"),
+        (dict(v=k.double()), TypeError, "share a dtype"),
+        (dict(q=q.long(), k=k.long(), v=k.long()), TypeError, "floating point"),
+        (dict(dropout_p=1.0), ValueError, "dropout_p"),
+        (dict(bias=3), TypeError, "bias must be"),
+        (dict(bias=LowRankBias(torch.zeros(1, 6, 1, 2), torch.zeros(1, 7, 1, 2))), ValueError, "M=5, N=7"),
+        (dict(bias=torch.zeros(4, 4)), ValueError, "bias of shape"),
+        (dict(attn_mask=torch.zeros(5, 6)), ValueError, "attn_mask of shape"),
+        (dict(attn_mask=torch.zeros(5, 7, dtype=torch.long)), TypeError, "attn_mask must be"),
+        (dict(key_padding_mask=torch.zeros(2, 6)), ValueError, "key_padding_mask"),
+        (dict(key_padding_mask=torch.zeros(2, 7, dtype=torch.int32)), TypeError, "key_padding_mask"),
+        (dict(backend="fastest"), ValueError, "backend must be one of"),
+    ],
+)
+def test_mistakes(arguments, error, words):
+    call = {"q": q, "k": k, "v": k, **arguments}
+    with pytest.raises(error, match=words):
+        flash_bias_attention(**call)
+    assert not journal.fallbacks()
+
+
+def test_no_backend_lists_every_reason():
+    with pytest.raises(dispatch.NoBackendError, match="sdpa: empty"):
+        flash_bias_attention(q[:, :0], k, k, backend="sdpa")

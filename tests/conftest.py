@@ -1,0 +1,41 @@
+"""Shared fixtures. Every test starts from installed patches off, default settings and an empty journal."""
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["FLASHBIAS_PATCH"] = "0"  # tests install by themselves
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def clean_state(monkeypatch):
+    """Default settings, nothing counted, nothing patched, before and after."""
+    from flashbias_patch import journal, settings
+
+    for variable in settings.VARIABLES:
+        if variable.field != "patch":
+            monkeypatch.delenv(variable.name, raising=False)
+    settings.reload()
+    journal.reset()
+    yield
+    import sys
+
+    hooks = sys.modules.get("flashbias_patch.patching.hooks")
+    if hooks is not None:
+        hooks.uninstall()
+    dispatch = sys.modules.get("flashbias_patch.attention.dispatch")
+    if dispatch is not None:
+        dispatch.reset()
+    settings.reload()
+    journal.reset()
+
+
+@pytest.fixture
+def installed():
+    """The patches, installed for one test."""
+    import flashbias_patch
+
+    flashbias_patch.install()
+    return flashbias_patch
