@@ -51,7 +51,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--fp16", action="store_true", help="autocast and loss scaling, on CUDA")
-    add("--lr", type=float, default=4e-4)
+    add("--lr", type=float, default=6e-4)
     add("--preset", choices=sorted(PRESETS), default="mini", help="cmt: shapes of the real thing, for GPUs")
     add("--attn", choices=("PETRMultiheadAttention", "PETRMultiheadFlashAttention"),
         default="PETRMultiheadAttention", help="the class of the cross attention")
@@ -133,10 +133,19 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
+def parameter_groups(model: torch.nn.Module, settings: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """The learning rate of each parameter, by `lr_mult` for names that end so."""
+    rates: Dict[float, List[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        rate = settings["lr"] * settings["lr_mult"].get(name.rpartition(".")[2], 1.0)
+        rates.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in rates.items()]
+
+
 def train(args: argparse.Namespace, config: Dict[str, Any], model: torch.nn.Module, batch: Dict[str, Any],
           device: torch.device, rank: int) -> None:
     settings = config["optimizer"]
-    optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=settings["weight_decay"])
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings["weight_decay"])
     steps = settings["warmup"]
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))
     scaler = GradScaler(enabled=args.fp16)

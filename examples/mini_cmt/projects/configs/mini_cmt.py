@@ -34,7 +34,9 @@ def make_config(attn: str, with_cp: bool, dropout: float, image_size: Tuple[int,
                     decoder=dict(type="PETRTransformerDecoder", return_intermediate=True, num_layers=layers,
                                  transformerlayers=layer)))),
         data=dict(image_size=image_size, pc_range=PC_RANGE),
-        optimizer=dict(lr=lr, weight_decay=0.01, warmup=20, max_norm=35.0))
+        # A reference point of its own must travel metres; the weights need not.
+        optimizer=dict(lr=lr, weight_decay=0.01, lr_mult=dict(reference_points=20.0), warmup=20,
+                       max_norm=35.0))
 
 
 def override(config: Dict[str, Any], options: Sequence[str]) -> None:

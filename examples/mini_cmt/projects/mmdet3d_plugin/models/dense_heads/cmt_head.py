@@ -44,7 +44,7 @@ class CmtHead(nn.Module):
         for branch in self.cls_branches:
             nn.init.constant_(branch[-1].bias, -math.log(99.0))  # a chance of 1% at first
         for branch in self.reg_branches:
-            nn.init.normal_(branch[-1].weight, std=1e-3)  # at the reference point at first
+            nn.init.normal_(branch[-1].weight, std=0.01)  # near the reference point at first
             nn.init.zeros_(branch[-1].bias)
         self.register_buffer("code_weights", torch.tensor(CODE_WEIGHTS), persistent=False)
 
