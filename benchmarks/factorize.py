@@ -112,7 +112,9 @@ def main() -> int:
         rows, columns = (int(side) for side in shape.split("x"))
         results += measure(rows, columns, arguments.device, arguments.repeats)
     report = {
-        "command": "python benchmarks/factorize.py " + " ".join(sys.argv[1:]),
+        "command": "python benchmarks/factorize.py --device {} --shapes {} --repeats {}".format(
+            arguments.device, " ".join(arguments.shapes), arguments.repeats
+        ),
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -17,7 +17,7 @@ _OVERSAMPLE = 8  # columns beyond the rank wanted (Halko, Martinsson & Tropp 201
 _FIRST_RANK = 16  # where the search for a rank that keeps the energy begins
 _WIDEST = 256  # beyond this rank attention with factors costs more than with the dense bias
 _SMALL = 64  # a side so short that the exact SVD is as quick
-_BLOCK = 1 << 22  # entries of the residual formed at a time
+_BLOCK = 1 << 24  # entries of the residual formed at a time
 
 
 class FactorState(NamedTuple):
@@ -101,15 +101,16 @@ def factorize(
     given = _dense_term(whole)
     if given is None:
         return Factorization(whole, 0.0, whole.rank or 0, 1.0, False, "no dense term", warm_start)
+    if not given.numel():
+        return Factorization(whole, 0.0, 0, 1.0, True, "the bias is empty", None)
     if energy is None and rank is None:
         energy = DEFAULT_ENERGY
     if max_error is None:
         max_error = max(DEFAULT_MAX_ERROR, math.sqrt(1 - energy) * (1 + 1e-3) if energy is not None else 0.0)
 
     once = _without_repeats(given)
-    masked: Optional[Tensor] = torch.isneginf(once)
-    if masked is not None and not masked.any():
-        masked = None
+    has_mask = bool(once.detach().amin() == -math.inf)
+    masked = torch.isneginf(once) if has_mask else None
     with torch.no_grad(), full_precision(once.device):
         matrix = once.detach().to(torch.promote_types(once.dtype, torch.float32))
         if masked is not None:
@@ -190,7 +191,9 @@ def _search(problem: _Problem, warm: Optional[FactorState]) -> Tuple[_Svd, str]:
     widest = min(_WIDEST, max(1, rows * columns // (rows + columns)))  # factors no larger than the bias
     cap = widest if problem.rank is None else min(problem.rank, short)
     if problem.method == "svd" or (problem.method == "auto" and short <= _SMALL):
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        # The CUDA default (Jacobi) leaves the factors orthonormal to some 1e-4 only, QR iteration to 1e-6.
+        driver = "gesvd" if matrix.is_cuda else None
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
         return _cut(_Svd(left, values, right.mT), problem, cap)
 
     limit = min(short, cap + _OVERSAMPLE)
@@ -222,8 +225,9 @@ def _iterate(matrix: Tensor, basis: Tensor, width: int, passes: int, generator: 
         right = matrix.mT @ left
     # The SVD of the tall thin `right` through its Gram matrix, in float64, where squaring costs no digits.
     gram = right.double().mT @ right.double()
-    squares, turn = torch.linalg.eigh(gram)
-    squares, turn = squares.flip(-1).clamp(min=0), turn.flip(-1).to(matrix.dtype)
+    squares, turn = torch.linalg.eigh(gram.cpu())  # some 16 x 16: not worth a GPU solver's start
+    squares = squares.flip(-1).clamp(min=0).to(matrix.device)
+    turn = turn.flip(-1).to(matrix)
     values = squares.sqrt().to(matrix.dtype)
     noise = 32 * torch.finfo(matrix.dtype).eps * values[..., :1]
     values = torch.where(values > noise, values, torch.zeros_like(values))

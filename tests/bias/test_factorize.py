@@ -206,6 +206,12 @@ def test_nan_and_overflow_go_through_dense():
         assert result.used_dense and "NaN or +inf" in result.reason and result.state is None
 
 
+def test_no_queries():
+    """An expert of a routed decoder may get none."""
+    result = factorize(torch.zeros(2, 0, 30))
+    assert result.used_dense and result.bias.shape == (2, 1, 0, 30) and "empty" in result.reason
+
+
 def moved(dense, step):
     """A little further: each step turns and shifts the rows and columns."""
     return dense + 0.02 * planted([dense.norm().item() / 2] * 3, *dense.shape[-2:], seed=step)
