@@ -1,0 +1,5 @@
+from .registry import Registry
+
+__all__ = ["MODELS", "Registry"]
+
+MODELS = Registry("model")
