@@ -1,0 +1,352 @@
+"""Inside every Python process of a measured command: one JSON line for each optimiser step.
+
+Started by sitecustomize when FLASHBIAS_PROBE names a directory. Imports no torch; it waits for the command to.
+Lines, in order of appearance (all times in seconds, memory in bytes):
+
+    {"event": "process", argv, pid, rank, env, ...}      at start
+    {"event": "environment", torch, gpu, ...}            at the first step
+    {"event": "step", step, wall_s, cuda_s, loss, loss_parts, grad_norm, params, param_grads, memory, calls}
+    {"event": "fallbacks", "fallbacks": [...]}           whenever there are new ones
+    {"event": "stop", steps}                             asked for N steps, had N steps
+    {"event": "end", error}                              the interpreter shut down in order
+
+A file without its last line belongs to a process that was killed. On CUDA a step's values are copied to pinned
+memory and picked up by a later step once their event has passed, so that no step waits for the device.
+"""
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import time
+import weakref
+from collections import deque
+from typing import Any, Deque, Dict, List, Mapping, Optional, Tuple
+
+DIRECTORY = "FLASHBIAS_PROBE"
+STEPS = "FLASHBIAS_PROBE_STEPS"
+PARAMS = "FLASHBIAS_PROBE_PARAMS"
+SEED = "FLASHBIAS_PROBE_SEED"
+DEFAULT_PARAMS = "bias_scale"
+SWITCH_AFTER = 4  # steps of other optimisers alone, after which the one counted is taken for finished
+MAX_FAILURES = 3
+
+KEPT_ENV = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONHASHSEED",
+            "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+
+_recorder: Optional["Recorder"] = None
+
+
+def start(environ: Optional[Mapping[str, str]] = None) -> Optional["Recorder"]:
+    """Begin recording in this process; None when FLASHBIAS_PROBE is unset. Never raises, never imports torch."""
+    global _recorder
+    environ = os.environ if environ is None else environ
+    directory = environ.get(DIRECTORY)
+    if not directory or _recorder is not None:
+        return _recorder
+    try:
+        _recorder = Recorder(directory, environ)
+        _recorder.begin()
+    except Exception as error:
+        print(f"flashbias: this process cannot be recorded: {error!r}", file=sys.stderr)
+    return _recorder
+
+
+class Pending:
+    """A step's line whose numbers are still on their way from the device."""
+
+    def __init__(self, line: Dict[str, Any], places: List[Tuple[str, Optional[str]]], values: Any,
+                 ready: Any, before: Any) -> None:
+        self.line, self.places, self.values = line, places, values
+        self.ready, self.before = ready, before
+
+    def arrived(self) -> bool:
+        return self.ready is None or self.ready.query()
+
+    def complete(self) -> Dict[str, Any]:
+        if self.ready is not None:
+            self.ready.synchronize()
+            if self.before is not None:
+                self.line["cuda_s"] = self.before.elapsed_time(self.ready) / 1e3
+        for (section, key), value in zip(self.places, [] if self.values is None else self.values.tolist()):
+            if key is None:
+                self.line[section] = value
+            else:
+                self.line.setdefault(section, {})[key] = value
+        return self.line
+
+
+class Recorder:
+    """Listens to this process and writes `rank<rank>-pid<pid>.jsonl`."""
+
+    def __init__(self, directory: str, environ: Mapping[str, str]) -> None:
+        self.directory = directory
+        self.environ = environ
+        self.limit = int(environ.get(STEPS) or 0)
+        self.suffixes = [s for s in environ.get(PARAMS, DEFAULT_PARAMS).split(",") if s]
+        self.seed = environ.get(SEED)
+        self.torch: Any = None
+        self.inbox: Any = None
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self.file: Any = None
+        self.pending: Deque[Pending] = deque()
+        self.step = 0
+        self.failures = 0
+        self.primary: Any = None
+        self.others = 0
+        self.parameters: Dict[str, Any] = {}
+        self.last_end: Optional[float] = None
+        self.last_event: Any = None
+        self.fallbacks = 0
+
+    # -- life of the process -------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        import wrapt
+
+        self._open()
+        atexit.register(self.end)
+        os.register_at_fork(after_in_child=self._fresh)  # a forked worker records only if it trains
+        if self.seed is not None:
+            import random
+
+            random.seed(self._own_seed())
+            wrapt.register_post_import_hook(lambda m: m.random.seed(self._own_seed() % 2**32), "numpy")
+        wrapt.register_post_import_hook(self._torch_arrived, "torch")
+
+    def _own_seed(self) -> int:
+        return int(self.seed or 0) + int(self.environ.get("RANK") or 0)
+
+    def _torch_arrived(self, torch: Any) -> None:
+        try:
+            from . import capture
+
+            self.torch, self.inbox = torch, capture.Inbox(torch)
+            capture.listen(torch, self.inbox)
+            capture.on_optimizer_step(self.on_step)
+            if self.seed is not None:
+                torch.manual_seed(self._own_seed())
+            self.write({"event": "torch", "version": torch.__version__})
+        except Exception as error:  # a probe must not break an import
+            self._note(error)
+
+    def _open(self) -> None:
+        os.makedirs(self.directory, exist_ok=True)
+        rank = self.environ.get("RANK", "0")
+        path = os.path.join(self.directory, f"rank{rank}-pid{os.getpid()}.jsonl")
+        self.file = open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        kept = {k: v for k, v in self.environ.items() if k in KEPT_ENV or k.startswith("FLASHBIAS_")}
+        self.write({
+            "event": "process", "pid": os.getpid(), "rank": int(rank) if rank.isdigit() else 0,
+            "argv": getattr(sys, "orig_argv", None) or getattr(sys, "argv", []), "executable": sys.executable,
+            "cwd": os.getcwd(), "python": sys.version.split()[0], "time": time.time(), "env": kept,
+        })
+
+    def write(self, line: Dict[str, Any]) -> None:
+        if self.file is None:
+            self._open()
+            util = sys.modules.get("multiprocessing.util")
+            if util is not None:  # forked workers leave by os._exit: atexit never runs there
+                util.Finalize(None, self.end, exitpriority=10)
+        self.file.write(json.dumps(line, default=str) + "\n")
+
+    def end(self) -> None:
+        """Write what is pending and the last line; safe to call twice."""
+        if self.file is None:
+            return
+        try:
+            self._write_arrived(everything=True)
+            error = getattr(sys, "last_value", None)
+            self.write({"event": "end", "steps": self.step,
+                        "error": None if error is None else f"{type(error).__name__}: {error}"[:500]})
+        except Exception as error:
+            self._note(error)
+        finally:
+            self.file.close()
+            self.file = None
+            self.limit = 0
+
+    def _note(self, error: BaseException) -> None:
+        self.failures += 1
+        try:
+            self.write({"event": "note", "text": f"probe: {type(error).__name__}: {error}"[:500]})
+        except Exception:
+            pass
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def on_step(self, optimizer: Any) -> None:
+        begin = time.perf_counter()
+        if self.failures >= MAX_FAILURES or not self._counts(optimizer):
+            return
+        try:
+            self._record(optimizer, begin)
+        except Exception as error:
+            self._note(error)
+        self.step += 1
+        if self.limit and self.step >= self.limit:
+            self._write_arrived(everything=True)
+            self.write({"event": "stop", "steps": self.step})
+            raise SystemExit(0)
+        self.last_end = time.perf_counter()
+
+    def _counts(self, optimizer: Any) -> bool:
+        """One optimiser's steps are the command's steps; others count once that one has gone quiet."""
+        current = self.primary() if self.primary is not None else None
+        if current is optimizer:
+            self.others = 0
+            return True
+        self.others += 1
+        if current is None or self.others > SWITCH_AFTER:
+            self.primary, self.others = weakref.ref(optimizer), 0
+            return True
+        return False
+
+    def _record(self, optimizer: Any, begin: float) -> None:
+        from . import capture
+
+        if self.step == 0:
+            self.write(self._environment())
+            try:
+                self.parameters = capture.find_parameters(self.torch, self.suffixes) if self.suffixes else {}
+            except Exception as error:  # somebody's half-made module
+                self._note(error)
+        inbox = self.inbox
+        line: Dict[str, Any] = {"event": "step", "step": self.step, "time": time.time(), "backwards": len(inbox.losses)}
+        if self.last_end is not None:
+            line["wall_s"] = begin - self.last_end
+        scalars: List[Tuple[Tuple[str, Optional[str]], Any]] = []
+
+        def put(section: str, key: Optional[str], value: Any) -> None:
+            if value is None or isinstance(value, (int, float)):
+                if key is None:
+                    line[section] = value
+                else:
+                    line.setdefault(section, {})[key] = value
+            else:
+                scalars.append(((section, key), value))
+
+        if inbox.losses:
+            put("loss", None, inbox.losses[0] if len(inbox.losses) == 1 else self._stack(inbox.losses).sum())
+        for name, value in inbox.parts.items():
+            put("loss_parts", name, value)
+        norm = inbox.clip_norm
+        put("grad_norm", None, capture.norm_of(self.torch, capture.gradients_of(optimizer)) if norm is None else norm)
+        for name, parameter in self.parameters.items():
+            self._put_parameter(put, name, parameter)
+        if inbox.half:
+            line["half"] = True
+        line["memory"] = self._memory()
+        calls = self._calls()
+        if calls is not None:
+            line["calls"] = calls
+        inbox.clear()
+        line["probe_s"] = time.perf_counter() - begin
+        self.pending.append(self._send([p for p, _ in scalars], [v for _, v in scalars], line))
+        self._write_arrived()
+
+    def _put_parameter(self, put: Any, name: str, parameter: Any) -> None:
+        value = parameter.detach()
+        if value.numel() == 1:
+            put("params", name, value)
+        elif value.numel() <= 8:
+            for i, entry in enumerate(value.reshape(-1)):
+                put("params", f"{name}[{i}]", entry)
+        else:
+            put("params", f"|{name}|", value.float().norm())
+        gradient = parameter.grad
+        put("param_grads", name, None if gradient is None else gradient.detach().float().norm())
+
+    def _stack(self, values: List[Any]) -> Any:
+        """0-d tensors of any device and type as one vector, where the most of the work is."""
+        home = next((v.device for v in values if v.device.type != "cpu"), values[0].device)
+        kind = self.torch.float32 if home.type == "mps" else self.torch.float64
+        return self.torch.stack([v.detach().reshape(()).to(home, kind) for v in values])
+
+    def _send(self, places: List[Tuple[str, Optional[str]]], values: List[Any], line: Dict[str, Any]) -> Pending:
+        torch = self.torch
+        vector = self._stack(values) if values else None
+        if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+            return Pending(line, places, vector, None, None)
+        if vector is not None and vector.device.type == "cuda":
+            host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+            vector = host.copy_(vector, non_blocking=True)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        before, self.last_event = self.last_event, event
+        return Pending(line, places, vector, event, before)
+
+    def _write_arrived(self, everything: bool = False) -> None:
+        while self.pending and (everything or self.pending[0].arrived()):
+            self.write(self.pending.popleft().complete())
+
+    # -- the machine ---------------------------------------------------------------------------------------
+
+    def _environment(self) -> Dict[str, Any]:
+        torch = self.torch
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        numpy = sys.modules.get("numpy")
+        found = {
+            "event": "environment", "torch": torch.__version__, "cuda": torch.version.cuda,
+            "numpy": getattr(numpy, "__version__", None), "threads": torch.get_num_threads(),
+            "rank": torch.distributed.get_rank() if distributed else int(self.environ.get("RANK") or 0),
+            "world_size": torch.distributed.get_world_size() if distributed else 1,
+            "modules": {name: getattr(sys.modules[name], "__version__", "?")
+                        for name in ("mmcv", "mmengine", "mmdet", "mmdet3d", "triton", "flash_attn", "flashbias_patch")
+                        if name in sys.modules},
+        }
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            found["gpu"] = torch.cuda.get_device_name()
+            found["cudnn"] = torch.backends.cudnn.version()
+        return found
+
+    def _memory(self) -> Dict[str, int]:
+        found = _resident()
+        torch = self.torch
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            # Peaks are read and never reset: the command's own peak figures must stay as they are.
+            stats = torch.cuda.memory.memory_stats_as_nested_dict()
+            if stats:
+                found["cuda"] = stats["allocated_bytes"]["all"]["current"]
+                found["cuda_peak"] = stats["allocated_bytes"]["all"]["peak"]
+                found["cuda_reserved_peak"] = stats["reserved_bytes"]["all"]["peak"]
+        return found
+
+    def _calls(self) -> Optional[Dict[str, int]]:
+        if self.environ.get("FLASHBIAS_PATCH") == "0":
+            return None
+        status = getattr(sys.modules.get("flashbias_patch"), "status", None)
+        if not callable(status):
+            return None
+        found = dict(status())
+        fallbacks = list(found.get("fallbacks") or [])
+        if len(fallbacks) != self.fallbacks:
+            self.fallbacks = len(fallbacks)
+            self.write({"event": "fallbacks", "fallbacks": fallbacks})
+        return dict(found.get("calls") or {})
+
+
+def _resident() -> Dict[str, int]:
+    """Resident memory now and at most, in bytes.
+
+    Not getrusage's maximum where /proc can be read: that one survives exec, and so starts at the launcher's size.
+    """
+    try:
+        found = {}
+        with open("/proc/self/status", "rb") as file:
+            for row in file:
+                if row.startswith(b"VmHWM"):
+                    found["rss_peak"] = int(row.split()[1]) * 1024
+                elif row.startswith(b"VmRSS"):
+                    found["rss"] = int(row.split()[1]) * 1024
+        return found
+    except OSError:
+        try:
+            import resource
+        except ImportError:
+            return {}
+        unit = 1 if sys.platform == "darwin" else 1024
+        return {"rss_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

@@ -1,0 +1,286 @@
+"""What the runs say, and how surely: ratios with 95% confidence intervals, parity, a verdict. numpy only.
+
+Speed. A run is summed up by the midmean (mean of the middle half) of its step times after warm-up. Its own
+uncertainty comes from a circular block bootstrap over steps: step times are correlated, and have outliers. Runs
+differ by more than that - clocks, neighbours, memory layout - so runs are the unit: their spread is estimated from
+repeats of the same side, on top of a typical one, as two or three repeats say little about a spread. The interval
+is taken over draws of both.
+
+Parity. Two curves part where they differ by more than the command's own noise: three times the largest difference
+seen so far between two runs of the same side, and never less than rounding, which training amplifies step by step.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from .records import Experiment, Run
+
+DRAWS = 4000
+MIN_STEPS = 4  # fewer step times than this give no interval
+
+# Spread of the log of a run's result between runs of the same thing, before any repeat was seen; how many repeats
+# that guess weighs, and how many degrees of freedom it adds. (Fewer than its weight: with one or two repeats, and a
+# machine much noisier than typical, false alarms stayed above 5% otherwise.)
+PRIOR_WEIGHT = 2
+PRIOR_FREEDOM = 0.5
+TYPICAL_SPREAD = {"time": 0.005, "cuda": 0.001, "rss": 0.01}
+SMALLEST_EFFECT = 0.005  # ratios closer to 1 than this are no difference in practice
+WIDE = 0.10  # an interval wider than this, around 1, decides nothing
+
+NOISE_BAND = 3.0
+LOOK_AHEAD = 2
+PERSISTENCE = 3  # steps in a row out of the band: one spike is no parting
+# Relative rounding tolerance at the first step, its growth a step, and where it ends.
+ROUNDING = {"loss": (1e-4, 1.3, 0.02), "gradient norm": (1e-3, 1.3, 0.10)}
+HALF_ROUNDING = 20.0  # times as much under automatic mixed precision
+
+
+class Ratio(NamedTuple):
+    """B over A: the estimate and its 95% interval (None: not enough data for one)."""
+
+    value: float
+    low: Optional[float]
+    high: Optional[float]
+    a: float  # seconds a step or bytes
+    b: float
+    repeats: int  # repeats of a side that the spread between runs was estimated from; 0: assumed
+
+    @property
+    def decided(self) -> int:
+        """+1: B needs more, -1: B needs less, 0: neither shown."""
+        if self.low is not None and self.low > 1 and self.value > 1 + SMALLEST_EFFECT:
+            return 1
+        if self.high is not None and self.high < 1 and self.value < 1 / (1 + SMALLEST_EFFECT):
+            return -1
+        return 0
+
+
+@dataclass
+class Parity:
+    """Two families of curves compared. `word`: identical, within rounding, within noise, differs, not compared."""
+
+    quantity: str
+    word: str
+    first_step: Optional[int] = None  # where they part
+    largest: float = 0.0  # largest relative difference between A and B
+    largest_at: Optional[int] = None
+    noise: Optional[float] = None  # largest relative difference between runs of one side; None: one run a side
+    steps: int = 0
+    difference: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    band: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
+@dataclass
+class Verdict:
+    """What a comparison came to; the words are what a report shows and --fail-if asks for."""
+
+    speed: Optional[Ratio]
+    memory: Optional[Ratio]
+    memory_kind: str
+    clock: str
+    parities: List[Parity]
+    problems: List[str]
+    notes: List[str]
+
+    @property
+    def speed_word(self) -> str:
+        return _word(self.speed, "slower", "faster")
+
+    @property
+    def memory_word(self) -> str:
+        return _word(self.memory, "more memory", "less memory")
+
+    @property
+    def parity_word(self) -> str:
+        order = ("differs", "within noise", "within rounding", "identical")
+        words = [p.word for p in self.parities]
+        return next((word for word in order if word in words), "not compared")
+
+    @property
+    def first_step(self) -> Optional[int]:
+        return min((p.first_step for p in self.parities if p.first_step is not None), default=None)
+
+    def fails(self, conditions: Sequence[str]) -> List[str]:
+        """Which of `slower`, `differs`, `more-memory` came true."""
+        true = {"slower": self.speed_word == "slower", "differs": self.parity_word == "differs",
+                "more-memory": self.memory_word == "more memory"}
+        return [condition for condition in conditions if true[condition]]
+
+    @property
+    def comparable(self) -> bool:
+        return self.speed is not None or any(p.word != "not compared" for p in self.parities)
+
+
+def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -> Verdict:
+    """The verdict on what `flashbias ab` recorded. Runs that failed early still count for what they recorded."""
+    a, b = experiment.side("A"), experiment.side("B")
+    problems = [f"{run.name} ({'unpatched' if run.label == 'A' else 'patched'}): {run.status}: {run.message}"
+                for run in experiment.runs if run.status != "ok"]
+    notes = [f"{run.name}: a process was killed; what it had recorded is used" for run in a + b if run.killed]
+    for label, runs in (("A (unpatched)", a), ("B (patched)", b)):
+        if not runs:
+            problems.append(f"{label} recorded no step, so there is nothing to compare")
+    if not a or not b:
+        return Verdict(None, None, "", "", [], problems, notes)
+
+    warm = int(experiment.options.get("warmup", 0)) if warmup is None else warmup
+    fewest = min(run.steps for run in a + b)
+    if fewest - warm < MIN_STEPS:
+        fitting = max(1, min(warm, fewest - MIN_STEPS))
+        notes.append(f"{fewest} steps are too few for a warm-up of {warm}: {fitting} left out instead")
+        warm = fitting
+    speed = compare_times([r.step_seconds()[warm:] for r in a], [r.step_seconds()[warm:] for r in b], seed)
+    kinds = {run.memory_kind() for run in a + b}
+    kind = "cuda" if kinds == {"cuda"} else "rss"
+    memory = compare_peaks([r.peak_memory() for r in a], [r.peak_memory() for r in b], kind, seed)
+    half = any(run.half for run in a + b)
+    parities = [parity("loss", [r.series("loss") for r in a], [r.series("loss") for r in b], half),
+                parity("gradient norm", [r.series("grad_norm") for r in a], [r.series("grad_norm") for r in b], half)]
+    if speed and not speed.repeats:
+        notes.append(f"no run was repeated: a spread of {TYPICAL_SPREAD['time']:.1%} between runs is assumed")
+    if not any(sum(r.calls().values()) for r in b):
+        notes.append("the patched runs made no attention call through flashbias_patch: is anything patched? "
+                     "`flashbias doctor --repo DIR` tells")
+    clocks = {run.clock for run in a + b}
+    return Verdict(speed, memory, kind, clocks.pop() if len(clocks) == 1 else "wall clock", parities, problems, notes)
+
+
+def compare_times(a: Sequence[np.ndarray], b: Sequence[np.ndarray], seed: int = 0) -> Optional[Ratio]:
+    """Ratio B/A of step times, from one array of seconds a run; None if a side has no step time."""
+    sides = [[s[np.isfinite(s) & (s > 0)] for s in side] for side in (a, b)]
+    sides = [[s for s in side if s.size] for side in sides]
+    if not sides[0] or not sides[1]:
+        return None
+    rng = np.random.default_rng(seed)
+    logs = [np.array([np.log(midmean(s)) for s in side]) for side in sides]
+    if min(s.size for side in sides for s in side) < MIN_STEPS:
+        return _ratio(logs, None, 0)
+    within = [np.stack([_block_bootstrap(s, rng) for s in side]) for side in sides]
+    return _ratio(logs, _draws(logs, within, TYPICAL_SPREAD["time"], rng), sum(len(x) - 1 for x in logs))
+
+
+def compare_peaks(a: Sequence[float], b: Sequence[float], kind: str = "cuda", seed: int = 0) -> Optional[Ratio]:
+    """Ratio B/A of peak memory, from one number of bytes a run; `kind` (cuda, rss) says how much it varies."""
+    logs = [np.log([x for x in side if np.isfinite(x) and x > 0]) for side in (a, b)]
+    if not logs[0].size or not logs[1].size:
+        return None
+    within = [np.zeros((x.size, DRAWS)) for x in logs]
+    draws = _draws(logs, within, TYPICAL_SPREAD[kind], np.random.default_rng(seed))
+    return _ratio(logs, draws, sum(len(x) - 1 for x in logs))
+
+
+def midmean(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean of the middle half along `axis`: as deaf to outliers as needed here, and steadier than a median."""
+    n = values.shape[axis]
+    cut = n // 4
+    ordered = np.sort(values, axis=axis)
+    return np.take(ordered, np.arange(cut, n - cut), axis=axis).mean(axis=axis)
+
+
+def _block_bootstrap(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(DRAWS,) deviations of the log midmean under resampling of blocks of consecutive steps."""
+    n = values.size
+    length = max(1, int(round(np.sqrt(n))))
+    blocks = -(-n // length)
+    starts = rng.integers(0, n, size=(DRAWS, blocks, 1))
+    index = ((starts + np.arange(length)) % n).reshape(DRAWS, -1)[:, :n]
+    return np.log(midmean(values[index])) - np.log(midmean(values))
+
+
+def _draws(logs: List[np.ndarray], within: List[np.ndarray], typical: float, rng: np.random.Generator) -> np.ndarray:
+    """(DRAWS,) of log B - log A: bootstrap noise of each run's steps, plus the spread between runs."""
+    freedom = sum(x.size - 1 for x in logs)
+    squares = sum(float(((x - x.mean()) ** 2).sum()) for x in logs)
+    explained = float(np.mean(np.concatenate([w.var(axis=1) for w in within]))) * freedom
+    # Variance a typical spread stands for, and what the repeats show above what their steps explain; the more of
+    # it was seen in few repeats, the fewer the degrees of freedom (Satterthwaite's approximation).
+    assumed = typical**2 * PRIOR_WEIGHT / (PRIOR_WEIGHT + freedom)
+    seen = max(0.0, squares - explained) / freedom if freedom else 0.0
+    worth = (assumed + seen) ** 2 / (assumed**2 / (PRIOR_FREEDOM + freedom) + (seen**2 / freedom if freedom else 0.0))
+    width = np.sqrt((assumed + seen) * sum(1 / x.size for x in logs))
+    between = width * rng.standard_t(worth, DRAWS)
+    return logs[1].mean() - logs[0].mean() + within[1].mean(axis=0) - within[0].mean(axis=0) + between
+
+
+def _ratio(logs: List[np.ndarray], draws: Optional[np.ndarray], repeats: int) -> Ratio:
+    low, high = (None, None) if draws is None else (float(x) for x in np.exp(np.percentile(draws, [2.5, 97.5])))
+    a, b = (float(np.exp(x.mean())) for x in logs)
+    return Ratio(b / a, low, high, a, b, repeats)
+
+
+def parity(quantity: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray], half: bool = False) -> Parity:
+    """Do the curves of B follow those of A, as far as those of A follow each other? One (steps,) array a run."""
+    steps = min((len(x) for x in (*a, *b)), default=0)
+    curves_a, curves_b = np.array([x[:steps] for x in a]), np.array([x[:steps] for x in b])
+    if not steps or not np.isfinite(curves_a).any() or not np.isfinite(curves_b).any():
+        return Parity(quantity, "not compared", steps=steps)
+    scale = _scale(curves_a)
+    pairs = [_relative(side[i], side[j], scale) for side in (curves_a, curves_b)
+             for i in range(len(side)) for j in range(i)]
+    noise = np.max(pairs, axis=0) if pairs else np.zeros(steps)
+    difference = _relative(_mean(curves_a), _mean(curves_b), scale)
+    base, growth, most = ROUNDING[quantity]
+    base *= HALF_ROUNDING if half else 1.0
+    rounding = np.minimum(base * growth ** np.arange(steps), max(most, base))
+    finite_noise = np.where(np.isfinite(noise), noise, 1e9)
+    ahead = np.array([finite_noise[: k + 1 + LOOK_AHEAD].max() for k in range(steps)])
+    band = np.maximum(rounding, NOISE_BAND * ahead)
+    first = _first_run(difference > band, min(PERSISTENCE, steps))
+    known = difference[np.isfinite(difference)]
+    at = int(np.argmax(np.where(np.isfinite(difference), difference, np.inf)))
+    if first is not None:
+        word = "differs"
+    elif not difference.any():
+        word = "identical"
+    else:
+        word = "within noise" if noise.any() else "within rounding"
+    return Parity(quantity, word, first, float(known.max()) if known.size else float("inf"), at,
+                  float(noise.max()) if pairs else None, steps, difference, band)
+
+
+def _scale(curves: np.ndarray) -> np.ndarray:
+    """(steps,) magnitude to which differences are relative; a loss near zero does not blow them up."""
+    magnitude = np.abs(_mean(curves))
+    usual = np.median(magnitude[np.isfinite(magnitude)]) if np.isfinite(magnitude).any() else 0.0
+    return np.maximum(np.where(np.isfinite(magnitude), magnitude, usual), max(1e-2 * usual, 1e-30))
+
+
+def _mean(curves: np.ndarray) -> np.ndarray:
+    return curves.mean(axis=0)
+
+
+def _relative(x: np.ndarray, y: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Relative difference a step; zero where both are equally not finite, infinite where one of them is."""
+    both = ~np.isfinite(x) & ~np.isfinite(y)
+    one = np.isfinite(x) ^ np.isfinite(y)
+    with np.errstate(invalid="ignore"):
+        plain = np.abs(x - y) / scale
+    return np.where(both, 0.0, np.where(one, np.inf, plain))
+
+
+def _first_run(flags: np.ndarray, length: int) -> Optional[int]:
+    """Start of the first `length` true values in a row."""
+    count = 0
+    for i, flag in enumerate(flags):
+        count = count + 1 if flag else 0
+        if count == length:
+            return i - length + 1
+    return None
+
+
+def _word(ratio: Optional[Ratio], more: str, less: str) -> str:
+    if ratio is None:
+        return "not compared"
+    if ratio.decided:
+        return more if ratio.decided > 0 else less
+    if ratio.low is None or ratio.high is None or ratio.high - ratio.low > WIDE:
+        return "undecided"
+    return "no difference"
+
+
+def step_times(runs: Sequence[Run], warmup: int) -> Tuple[np.ndarray, ...]:
+    """The step times that were judged, one array a run (for a report's histogram)."""
+    return tuple(t[np.isfinite(t)] for t in (run.step_seconds()[warmup:] for run in runs))

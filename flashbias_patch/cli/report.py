@@ -1,0 +1,62 @@
+"""`flashbias report DIR`: the report of a finished, or half finished, `flashbias ab`."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+NAME = "report"
+HELP = "write the report of an A/B comparison: HTML, Markdown, TensorBoard"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="the --out directory of flashbias ab")
+    parser.add_argument("--html", metavar="FILE", help="default DIR/report.html, when no other format is asked for")
+    parser.add_argument("--markdown", metavar="FILE", help="for pasting in an issue; - is standard output")
+    parser.add_argument("--tensorboard", metavar="LOGDIR", help="one TensorBoard run for each run of the comparison")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit status: 0; 2 when DIR is no comparison or an extra is missing."""
+    try:
+        from ..ab import records, report, tensorboard
+    except ImportError as error:
+        print(f'flashbias report: {error}; pip install "flashbias-patch[report]" brings what is missing', file=sys.stderr)
+        return 2
+    try:
+        experiment, verdict = report.load_and_judge(args.directory)
+        page = args.html or (None if args.markdown or args.tensorboard else os.path.join(args.directory, "report.html"))
+        if page:
+            _write(page, report.html(experiment, verdict, _detections(args.directory)))
+        if args.markdown:
+            _write(args.markdown, report.markdown(experiment, verdict))
+        if args.tensorboard:
+            tensorboard.write(experiment, args.tensorboard)
+            print(f"TensorBoard: tensorboard --logdir {args.tensorboard}")
+    except (records.NotARecord, report.MissingExtra) as error:
+        print(f"flashbias report: {error}", file=sys.stderr)
+        return 2
+    if args.markdown != "-":
+        print(report.text(experiment, verdict))
+    return 0
+
+
+def _detections(directory: str) -> "dict | None":
+    try:
+        with open(os.path.join(directory, "summary.json"), encoding="utf-8") as file:
+            return json.load(file).get("detections")
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: str, text: str) -> None:
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    folder = os.path.dirname(path)
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    print(f"written: {path}")
