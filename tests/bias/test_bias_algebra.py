@@ -110,6 +110,12 @@ def test_ranks_concatenate_and_kinds_stay_apart():
     assert twice.q_factor is None and twice.segments[1] == (4, 3)
 
 
+def test_sum_built_by_hand_merges_in_parts():
+    terms = [make(kind, seed) for kind in ("mask", "dense", "low") for seed in (0, 3)]
+    expected = sum(full(term.dense()) for term in terms)
+    assert torch.allclose(sum_of_parts(SumBias(terms)), expected)
+
+
 def test_broadcast_stays_broadcast():
     low = LowRankBias(torch.randn(1, M, 1, 2), torch.randn(1, N, 1, 2))
     assert low.shape == (1, 1, M, N) and (low + low).shape == (1, 1, M, N) and (low * 2).shape == (1, 1, M, N)
