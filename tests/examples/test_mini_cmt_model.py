@@ -8,6 +8,8 @@ import torch
 
 from .conftest import SMALL
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant")
+
 
 @pytest.fixture(scope="module")
 def built(mini_cmt):
@@ -66,7 +68,6 @@ def test_keys_are_bev_then_view_by_view(mini_cmt, built):
     assert torch.equal(memory[12 + 4 * 10 + 1 * 5 + 2, 1], x_img[1 * 6 + 4, :, 1, 2])
 
 
-@pytest.mark.filterwarnings("ignore:.*use_reentrant")
 @pytest.mark.parametrize("dropout", ["0", "0.1"])
 def test_recomputation_changes_no_gradient(mini_cmt, built, dropout):
     gradients = []

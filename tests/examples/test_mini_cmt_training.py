@@ -12,6 +12,8 @@ import torch
 
 from .conftest import MINI_CMT, SMALL, frame_dir
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant")
+
 LINE = re.compile(r"step (\d+)/(\d+)  loss: (\S+)  .*grad_norm: (\S+)  time: [\d.]+  memory: \d+")
 
 
