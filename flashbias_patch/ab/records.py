@@ -50,6 +50,7 @@ class Run:
     env: Dict[str, str] = field(default_factory=dict)
     processes: List[Process] = field(default_factory=list)
     log_tail: str = ""
+    load: float = 0.0  # the machine's load average when the run started
 
     @property
     def name(self) -> str:
@@ -189,6 +190,7 @@ def _load_run(directory: str, entry: Dict[str, Any]) -> Run:
         label=entry["label"], index=entry["index"], status=entry.get("status", "ok"), message=entry.get("message", ""),
         exit_code=entry.get("exit_code"), seconds=entry.get("seconds", 0.0), directory=entry["directory"],
         command=entry.get("command", []), env=entry.get("env", {}),
+        load=entry.get("load", 0.0),
         processes=[load_process(os.path.join(probes, n)) for n in names if n.endswith(".jsonl")],
         log_tail=_tail(os.path.join(place, "log.txt")))
 

@@ -47,11 +47,11 @@ def sentence(verdict: Verdict) -> str:
     if verdict.speed is not None:
         says.append({"faster": f"is {times(1 / verdict.speed.value)} as fast",
                      "slower": f"takes {times(verdict.speed.value)} the time",
-                     "no difference": "is as fast as unpatched"}.get(verdict.speed_word, "may be faster or slower"))
+                     "no difference": "is as fast as unpatched"}.get(verdict.speed_word, "is neither shown faster nor slower"))
     if verdict.memory is not None:
         says.append({"less memory": f"needs {times(verdict.memory.value)} the memory",
                      "more memory": f"needs {times(verdict.memory.value)} the memory",
-                     "no difference": "needs the same memory"}.get(verdict.memory_word, "may need more memory or less"))
+                     "no difference": "needs the same memory"}.get(verdict.memory_word, "has no clear effect on memory"))
     says.append(PARITY_SAYS[verdict.parity_word])
     text = "Patched " + ", ".join(says[:-1]) + (" and " if len(says) > 1 else "") + says[-1]
     return text + (f" from step {verdict.first_step} on." if verdict.first_step is not None else ".")
@@ -180,8 +180,7 @@ def _parameter_charts(runs: Sequence[Run]) -> List[Optional[Dict[str, Any]]]:
     found = []
     for name in names:
         sides = [(run, run.named("params")[name]) for run in runs if name in run.named("params")]
-        still = [run.name for run, values in sides if values.size > 1 and np.ptp(values[np.isfinite(values)] or [0]) == 0] \
-            if False else [run.name for run, values in sides if _constant(values)]
+        still = [run.name for run, values in sides if _constant(values)]
         found.append(_lines(name, "value", sides, note=f"Never moved in {', '.join(still)}." if still else ""))
     return found
 
@@ -403,3 +402,17 @@ def summary(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
 def load_and_judge(directory: str) -> Tuple[Experiment, Verdict]:
     experiment = records.load(directory)
     return experiment, statistics.judge(experiment)
+
+
+def bench_html(found: Dict[str, Any]) -> str:
+    """`flashbias bench`'s page: for each shape, the backends by time; bars of forward + backward."""
+    shapes: Dict[str, List[Dict[str, Any]]] = {}
+    for row in found["rows"]:
+        shapes.setdefault(row["shape"], []).append(dict(row))
+    for rows in shapes.values():
+        slowest = max((r.get("total_ms") or r.get("forward_ms") or 0 for r in rows), default=0) or 1
+        for row in rows:
+            row["share"] = round(100 * (row.get("total_ms") or row.get("forward_ms") or 0) / slowest, 1)
+        rows.sort(key=lambda r: (r.get("forward_ms") is None, r.get("total_ms") or r.get("forward_ms") or 0))
+    return render("bench.html.j2", title="flashbias bench", shapes=shapes,
+                  environment=[(k, v) for k, v in (found.get("environment") or {}).items() if v])

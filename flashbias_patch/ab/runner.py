@@ -96,7 +96,8 @@ def run_one(command: Sequence[str], directory: str, label: str, index: int, opti
         probe.PARAMS: ",".join(options.params), probe.SEED: str(options.seed), **overrides,
     })
     run: Dict[str, Any] = {"label": label, "index": index, "directory": os.path.basename(directory),
-                           "command": words, "env": dict(overrides), "started": time.time()}
+                           "command": words, "env": dict(overrides), "started": time.time(),
+                           "load": os.getloadavg()[0]}
     progress("start", run)
     begin = time.monotonic()
     with open(os.path.join(directory, "log.txt"), "wb") as log:

@@ -141,6 +141,9 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
                 parity("gradient norm", [r.series("grad_norm") for r in a], [r.series("grad_norm") for r in b], half)]
     if speed and not speed.repeats:
         notes.append(f"no run was repeated: a spread of {TYPICAL_SPREAD['time']:.1%} between runs is assumed")
+    load, cpus = max(run.load for run in a + b), int(experiment.host.get("cpus") or 1)
+    if speed and load > cpus:
+        notes.append(f"the machine was busy with other work (load {load:.1f} on {cpus} CPUs): times are worth less")
     if not any(sum(r.calls().values()) for r in b):
         notes.append("the patched runs made no attention call through flashbias_patch: is anything patched? "
                      "`flashbias doctor --repo DIR` tells")
