@@ -15,13 +15,17 @@ class Target(NamedTuple):
     """A class to patch: claimed by `name` only if its forward's parameters hold `leading`, in order, and `having`."""
 
     name: str
-    seam: str  # a key of seams.SEAMS
+    seam: str  # of its forward: a key of seams.SEAMS
     leading: Tuple[str, ...]
     having: Tuple[str, ...] = ()
+    others: Tuple[Tuple[str, str], ...] = ()  # further methods, wrapped where the class has them: (name, seam)
 
 
 _QKV = ("query", "key", "value")
 _POSITIONS = ("identity", "query_pos", "key_pos", "attn_mask", "key_padding_mask")
+
+_BUILT = (("__init__", "transformer constructor"),)
+_CALLED_BY_HEAD = (("query_embed", "head queries"), ("loss", "head loss"))
 
 TARGETS: Tuple[Target, ...] = (
     Target("PETRMultiheadAttention", "outer", _QKV, ("attn_mask", "key_padding_mask")),
@@ -30,6 +34,13 @@ TARGETS: Tuple[Target, ...] = (
     Target("FlashMHA", "core", ("q", "k", "v"), ("key_padding_mask",)),
     Target("PETRTransformerDecoderLayer", "layer", ("query",), ("attn_masks",)),
     Target("PETRTemporalDecoderLayer", "layer", ("query",), ("attn_masks",)),
+    Target("CmtTransformer", "transformer", ("x", "x_img", "query_embed"), (), _BUILT),
+    Target("CmtLidarTransformer", "transformer", ("x", "mask", "query_embed"), (), _BUILT),
+    Target("CmtImageTransformer", "transformer", ("x_img", "query_embed"), ("bs",), _BUILT),
+    Target("PETRTransformer", "transformer", ("x", "mask", "query_embed"), (), _BUILT),
+    Target("PETRDNTransformer", "transformer", ("x", "mask", "query_embed"), (), _BUILT),
+    Target("PETRTemporalTransformer", "transformer", ("memory", "tgt", "query_pos"), (), _BUILT),
+    Target("CmtHead", "head", (), ("img_metas",), _CALLED_BY_HEAD),
 )
 
 # Modules known to define targets; forks elsewhere are found through the registries and by what they import.
@@ -38,8 +49,10 @@ MODULES: Tuple[str, ...] = (
     "mmcv.cnn.bricks.transformer",
     f"{_UTILS}.attention",
     f"{_UTILS}.petr_transformer",
+    f"{_UTILS}.cmt_transformer",
     f"{_UTILS}.pme_transformer",
     f"{_UTILS}.detr3d_transformer",
+    "projects.mmdet3d_plugin.models.dense_heads.cmt_head",
     "projects.PETR.petr.petr_transformer",
     "mmdet3d_plugin.models.utils.attention",
     "mmdet3d_plugin.models.utils.petr_transformer",

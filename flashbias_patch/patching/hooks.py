@@ -115,7 +115,7 @@ def _on_registry(module: Any) -> None:
 
 
 def claim(cls: type) -> bool:
-    """Wrap `cls.forward` with the seam of its target, if it has the target's shape. Never raises."""
+    """Wrap the methods of `cls` with the seams of its target, if it has the target's shape. Never raises."""
     try:
         return _claim(cls)
     except Exception as error:
@@ -133,15 +133,16 @@ def _claim(cls: type) -> bool:
     if narrowed and target.name not in narrowed:
         return False
     with _lock:
-        if isinstance(inspect.getattr_static(cls, "forward", None), wrapt.FunctionWrapper):
-            return True  # its own forward, or the one it inherits, is wrapped already
         why = catalog.misfit(cls, target)
         if why is not None:
             _refused[cls.__module__, cls.__qualname__] = why
             return False
         from . import seams  # imports torch, which whoever defines such a class has imported by now
 
-        _wrap(cls, "forward", seams.SEAMS[target.seam](cls), target.seam)
+        for method, seam in (("forward", target.seam), *target.others):
+            found = inspect.getattr_static(cls, method, None)
+            if found is not None and not isinstance(found, wrapt.FunctionWrapper):
+                _wrap(cls, method, seams.SEAMS[seam](cls), seam)  # not where it, or the one inherited, is wrapped
         _refused.pop((cls.__module__, cls.__qualname__), None)
     journal.once(("patched", cls), "info", "patched %s.%s", cls.__module__, cls.__qualname__)
     return True

@@ -4,6 +4,7 @@
 captured and a route is opened, in which the core below it is answered here.
 `core`: FlashMHA, which holds the projections itself.
 `layer`: a decoder layer. It takes `attention_bias=` and keeps a bias alive through its checkpoint.
+Those of transformers and heads are in transformers.py.
 """
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from .. import journal, settings
 from ..attention import dispatch, flash_bias_attention
 from ..bias import AttentionBias
-from . import ambient, arguments
+from . import ambient, arguments, transformers
 from .arguments import Captured
 
 _route: "contextvars.ContextVar[Optional[Route]]" = contextvars.ContextVar("flashbias_route", default=None)
@@ -336,4 +337,6 @@ def _holds_bias(masks: Any) -> bool:
     return any(isinstance(m, AttentionBias) or (isinstance(m, Tensor) and m.requires_grad) for m in entries)
 
 
-SEAMS: Dict[str, Callable[[type], Any]] = {"outer": OuterSeam, "core": CoreSeam, "layer": LayerSeam}
+SEAMS: Dict[str, Callable[[type], Any]] = {
+    "outer": OuterSeam, "core": CoreSeam, "layer": LayerSeam, **transformers.SEAMS
+}

@@ -1,0 +1,136 @@
+"""Where queries and keys are: reference points projected onto the BEV grid and into the cameras."""
+from __future__ import annotations
+
+import contextvars
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+NEAREST = 0.1  # metres: points closer to a camera's plane than this, or behind it, are out of view
+
+_geometry: "contextvars.ContextVar[Optional[Geometry]]" = contextvars.ContextVar(
+    "flashbias_geometry", default=None
+)
+
+
+class Geometry(NamedTuple):
+    """reference (B|1, M, 3) in 0..1 of pc_range (x0, y0, z0, x1, y1, z1, metres); lidar2img (B, V, 4, 4) to
+    pixels, or None without cameras; img_shape (height, width) in pixels."""
+
+    reference: Tensor
+    pc_range: Tuple[float, ...]
+    lidar2img: Optional[Tensor]
+    img_shape: Optional[Tuple[int, int]]
+
+
+class Places(NamedTuple):
+    """Queries and keys in the frames of their segments, as SquaredDistanceBias takes them.
+
+    A frame is the BEV grid (metres) or one camera (units of the image's width, from its upper left corner).
+    query_xy (B, M, F, 2), key_xy (1, N, 2), valid (B, M, F) bool, lengths: keys in each of the F frames.
+    """
+
+    query_xy: Tensor
+    key_xy: Tensor
+    valid: Tensor
+    lengths: Tuple[int, ...]
+    bev: bool  # whether the first frame is the BEV grid
+
+    def kinds(self, device: Any) -> Tensor:
+        """(F,) long: 0 for the BEV frame, 1 for a camera."""
+        return torch.tensor([0 if self.bev and i == 0 else 1 for i in range(len(self.lengths))], device=device)
+
+    def visible(self, num_segments: int) -> Tensor:
+        """(B, M, S) bool: in view of the segment; cameras that share a segment count together."""
+        if num_segments == len(self.lengths):
+            return self.valid
+        cameras = self.valid[..., int(self.bev):].any(-1, keepdim=True)
+        return torch.cat([self.valid[..., :1], cameras], -1) if self.bev else cameras
+
+
+def provide_geometry(
+    reference: Tensor,
+    pc_range: Sequence[float],
+    lidar2img: Optional[Any] = None,
+    img_shape: Optional[Sequence[int]] = None,
+) -> None:
+    """Tell the next transformer with a router where its queries are; a CMT head does so by itself.
+
+    reference (B, M, 3) or (M, 3) in 0..1 of pc_range, no gradient is taken from it; lidar2img (B, V, 4, 4), tensor
+    or array-like, lidar metres to pixels of the network's input; img_shape (height, width) of that input.
+    """
+    if not isinstance(reference, Tensor) or reference.dim() not in (2, 3) or reference.shape[-1] != 3:
+        got = tuple(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
+        raise ValueError(f"reference: expected a Tensor (B, M, 3) or (M, 3), got {got}")
+    if len(pc_range) != 6:
+        raise ValueError(f"pc_range: expected x0, y0, z0, x1, y1, z1, got {pc_range!r}")
+    if (lidar2img is None) != (img_shape is None):
+        raise ValueError("lidar2img and img_shape come together: give both, or neither where there is no camera")
+    points = reference.detach().float()
+    matrices = None if lidar2img is None else torch.as_tensor(lidar2img, dtype=torch.float32, device=points.device)
+    if matrices is not None and (matrices.dim() != 4 or matrices.shape[-2:] != (4, 4)):
+        raise ValueError(f"lidar2img: expected (B, V, 4, 4), got {tuple(matrices.shape)}")
+    size = None if img_shape is None else (int(img_shape[0]), int(img_shape[1]))
+    points = points if points.dim() == 3 else points[None]
+    _geometry.set(Geometry(points, tuple(float(x) for x in pc_range), matrices, size))
+
+
+def take_geometry() -> Optional[Geometry]:
+    """What was provided, once."""
+    geometry = _geometry.get()
+    if geometry is not None:
+        _geometry.set(None)
+    return geometry
+
+
+def places(
+    geometry: Geometry, bev: Optional[Tuple[int, int]], views: Optional[Tuple[int, int, int]]
+) -> Places:
+    """bev: (rows along y, columns along x) of the grid; views: (V, rows, columns); keys in that order, row by row.
+
+    ValueError where the geometry lacks cameras, or has another number of them.
+    """
+    low, high = (geometry.reference.new_tensor(geometry.pc_range[i:i + 3]) for i in (0, 3))
+    points = geometry.reference * (high - low) + low
+    query, keys, valid, lengths = [], [], [], []
+    if bev is not None:
+        query.append(points[..., None, :2])
+        keys.append(low[:2] + _cells(*bev, points) * (high - low)[:2])
+        valid.append(torch.ones_like(points[..., :1], dtype=torch.bool))
+        lengths.append(bev[0] * bev[1])
+    if views is not None:
+        if geometry.lidar2img is None or geometry.img_shape is None or geometry.lidar2img.shape[1] != views[0]:
+            got = "none" if geometry.lidar2img is None else geometry.lidar2img.shape[1]
+            raise ValueError(f"lidar2img: expected the matrices of {views[0]} cameras, got {got}")
+        height, width = geometry.img_shape
+        xy, seen = _project(points, geometry.lidar2img, height, width)
+        query.append(xy)
+        valid.append(seen)
+        cells = _cells(views[1], views[2], points) * points.new_tensor((1.0, height / width))
+        keys.append(cells.repeat(views[0], 1))
+        lengths += [views[1] * views[2]] * views[0]
+    batch = max(part.shape[0] for part in query)
+    return Places(
+        torch.cat([part.expand(batch, -1, -1, -1) for part in query], 2), torch.cat(keys)[None],
+        torch.cat([part.expand(batch, -1, -1) for part in valid], 2), tuple(lengths), bev is not None,
+    )
+
+
+def _cells(rows: int, columns: int, like: Tensor) -> Tensor:
+    """(rows * columns, 2): x, y of the cells' middles in 0..1, row by row."""
+    y = (torch.arange(rows, device=like.device) + 0.5) / rows
+    x = (torch.arange(columns, device=like.device) + 0.5) / columns
+    grid = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([grid[1], grid[0]], -1).flatten(0, 1)
+
+
+def _project(points: Tensor, lidar2img: Tensor, height: int, width: int) -> Tuple[Tensor, Tensor]:
+    """(B|1, M, 3), (B, V, 4, 4) -> (B, M, V, 2) in units of the image's width, (B, M, V) in view."""
+    batch = lidar2img.shape[0]
+    seen = torch.einsum("bvij,bmj->bmvi", lidar2img[..., :3, :3], points.expand(batch, -1, -1))
+    seen = seen + lidar2img[:, None, :, :3, 3]
+    depth = seen[..., 2]
+    pixels = seen[..., :2] / depth.clamp(min=NEAREST)[..., None]
+    inside = (pixels >= 0) & (pixels < pixels.new_tensor((width, height)))
+    return pixels / width, (depth > NEAREST) & inside.all(-1)

@@ -1,0 +1,250 @@
+"""The router: how much each object query should listen to each modality, as a bias on its attention scores."""
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import journal
+from ..bias import AttentionBias, LowRankBias, ModalityBias, SquaredDistanceBias
+from ..bias.base import full_precision
+from .geometry import Places
+
+PER = ("scalar", "head", "layer")
+
+
+class Locality(NamedTuple):
+    """Initial scales of the locality term: `bev` in 1/m^2, `camera` in 1/(image width)^2; 1 / (2 sigma^2)."""
+
+    bev: float = 0.005  # sigma 10 m
+    camera: float = 8.0  # sigma a quarter of the image's width
+
+
+class Routing(NamedTuple):
+    """What the router thought: logits and weights (B|1, M, S), and the places it was given."""
+
+    logits: Tensor
+    weights: Tensor
+    places: Optional[Places]
+
+
+_recorder: "contextvars.ContextVar[Optional[List[Routing]]]" = contextvars.ContextVar(
+    "flashbias_routing", default=None
+)
+
+
+@contextlib.contextmanager
+def record_routing() -> Iterator[List[Routing]]:
+    """Collects, detached, what every router thinks in this block: `with record_routing() as seen: model(...)`."""
+    seen: List[Routing] = []
+    token = _recorder.set(seen)
+    try:
+        yield seen
+    finally:
+        _recorder.reset(token)
+
+
+class AdaptiveQueryRouter(nn.Module):
+    """Scores each query over S key segments (lidar BEV, cameras) and turns the scores into an attention bias.
+
+        w = softmax(logits)                                    (B, M, S)
+        bias[b, h, m, n] = bias_scale * (log(w[b, m, s(n)] + eps) - locality[b, m, n])
+
+    The scoring follows the idea of MoME's Adaptive Query Router (CVPR 2025, arXiv 2503.19776), which sends each
+    query to one of {camera, lidar, fused} experts; here the choice is soft: softmax(scores + log w) gives a
+    segment w times the attention it would have had. With the learned, non-negative scales of `locality`, the
+    squared distance between key and query in the BEV plane and in each camera is subtracted; a query outside a
+    camera's view gets no such term there. bias_scale = 0 is the model without a router.
+
+    logits: a hidden layer on the query, then a linear layer over the segments; plus, where `features` are given,
+    the product of that hidden layer with a projection of each segment's mean feature (a zeroed sensor shows);
+    plus a learned gain where `places` show the query inside a segment's view.
+
+    Args:
+        embed_dims: C, width of the queries.
+        num_segments: S.
+        num_heads, num_layers: needed by per="head" and per="layer".
+        per: bias_scale is one number ("scalar"), one a head (H,), or one a layer (L,).
+        hidden_dims: width of the hidden layer; default embed_dims // 2.
+        init_bias_scale: its initial value.
+        locality: None, True, or initial scales as a Locality or a dict(bev=..., camera=...).
+        eps: added to w before the logarithm; bounds the bias from below by bias_scale * log(eps).
+
+    Computes in float32, whatever autocast or the parameters' dtype. Its parameters are drawn without touching the
+    global random state, and none is called `weight`: initialisers that walk over modules leave them alone.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_segments: int,
+        *,
+        num_heads: Optional[int] = None,
+        num_layers: Optional[int] = None,
+        per: str = "scalar",
+        hidden_dims: Optional[int] = None,
+        init_bias_scale: float = 1.0,
+        locality: Union[None, bool, Locality, Dict[str, float]] = None,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        sizes = {"embed_dims": embed_dims, "num_segments": num_segments,
+                 "hidden_dims": max(embed_dims // 2, 1) if hidden_dims is None else hidden_dims}
+        if per == "head":
+            sizes["num_heads"] = num_heads
+        if per == "layer":
+            sizes["num_layers"] = num_layers
+        _check_sizes(sizes, per)
+        if isinstance(eps, bool) or not isinstance(eps, float) or not 0.0 < eps < 1.0:
+            raise ValueError(f"eps: expected a float in (0, 1), got {eps!r}")
+        self.embed_dims, self.num_segments, self.per, self.eps = embed_dims, num_segments, per, eps
+        scale_shape = {"scalar": (), "head": (num_heads,), "layer": (num_layers,)}[per]
+        self.bias_scale = nn.Parameter(torch.full(scale_shape, float(init_bias_scale)))
+        generator = torch.Generator().manual_seed(torch.initial_seed() & 0x7FFF_FFFF)
+
+        def drawn(rows: int, columns: int, std: float) -> nn.Parameter:
+            return nn.Parameter(torch.empty(rows, columns).normal_(std=std, generator=generator))
+
+        hidden = sizes["hidden_dims"]
+        self.query_proj = drawn(hidden, embed_dims, embed_dims ** -0.5)
+        self.query_proj_bias = nn.Parameter(torch.zeros(hidden))
+        self.feature_proj = drawn(hidden, embed_dims, 0.02)
+        self.segment_proj = drawn(num_segments, hidden, 0.02)
+        self.segment_bias = nn.Parameter(torch.zeros(num_segments))
+        self.visible_gain = nn.Parameter(torch.zeros(num_segments))
+        scales = _locality(locality)
+        if scales is None:
+            self.register_parameter("locality_raw", None)
+        else:  # softplus of it is the scale
+            self.locality_raw = nn.Parameter(torch.tensor([math.log(math.expm1(value)) for value in scales]))
+
+    @property
+    def locality_scales(self) -> Optional[Tensor]:
+        """(2,) non-negative: BEV in 1/m^2, camera in 1/(image width)^2; None without a locality term."""
+        return None if self.locality_raw is None else F.softplus(self.locality_raw.float())
+
+    def route(
+        self, query: Tensor, features: Optional[Tensor] = None, places: Optional[Places] = None
+    ) -> Routing:
+        """query (B|1, M, C), features (B, S, C): each segment's mean feature -> logits and weights (B, M, S)."""
+        if query.dim() != 3 or query.shape[-1] != self.embed_dims:
+            raise ValueError(f"query: expected (B, M, C) with C = {self.embed_dims}, got {tuple(query.shape)}")
+        if features is not None and features.shape[1:] != (self.num_segments, self.embed_dims):
+            raise ValueError(
+                f"features: expected (B, S, C) with S, C = {self.num_segments}, {self.embed_dims}, "
+                f"got {tuple(features.shape)}"
+            )
+        with full_precision(query.device):
+            hidden = F.gelu(_linear(_normed(query), self.query_proj, self.query_proj_bias))
+            logits = _linear(hidden, self.segment_proj, self.segment_bias)
+            if features is not None:
+                content = _linear(_normed(features), self.feature_proj)
+                logits = logits + hidden @ content.transpose(1, 2) * hidden.shape[-1] ** -0.5
+            if places is not None:
+                logits = logits + places.visible(self.num_segments).float() * self.visible_gain.float()
+            routing = Routing(logits, logits.softmax(-1), places)
+        seen = _recorder.get()
+        if seen is not None:
+            seen.append(Routing(logits.detach(), routing.weights.detach(), places))
+        return routing
+
+    def bias(self, routing: Routing, segments: Sequence[int], layer: Optional[int] = None) -> AttentionBias:
+        """The bias over keys whose S segments have these lengths; `layer` picks its scale with per="layer".
+
+        (B|1, H|1, M, N): rank S, exact, and 4 more ranks a frame (BEV, each camera) with locality.
+        """
+        if (layer is None) == (self.per == "layer"):
+            raise ValueError(f"layer: expected an index with per='layer' and None otherwise, got {layer!r} "
+                             f"with per={self.per!r}")
+        if len(segments) != self.num_segments:
+            raise ValueError(f"segments: expected {self.num_segments} lengths, got {tuple(segments)}")
+        scale = (self.bias_scale if layer is None else self.bias_scale[layer]).float()
+        if self.per != "head":
+            scale = scale.reshape(1)
+        log_weights = (routing.weights + self.eps).log()
+        modality = ModalityBias(log_weights.unsqueeze(2) * scale[:, None], segments)
+        if self.locality_raw is None:
+            return modality
+        if routing.places is None:
+            raise ValueError(
+                "locality: the router needs the queries' reference points; call "
+                "flashbias_patch.aqr.provide_geometry(...) before the transformer, or set locality=False"
+            )
+        return modality + self._locality(routing.places, scale)
+
+    def forward(
+        self,
+        query: Tensor,
+        segments: Sequence[int],
+        *,
+        features: Optional[Tensor] = None,
+        places: Optional[Places] = None,
+        layer: Optional[int] = None,
+    ) -> AttentionBias:
+        """`bias(route(query, features, places), segments, layer)`."""
+        return self.bias(self.route(query, features, places), segments, layer)
+
+    def _locality(self, places: Places, scale: Tensor) -> AttentionBias:
+        """-bias_scale * s * |x - y|^2: exact factors of the unit distance, the scales on the queries' side."""
+        unit = SquaredDistanceBias(places.query_xy, places.key_xy, 1.0, places.lengths, places.valid)
+        q_factor, k_factor = unit.factors()
+        scales = self.locality_scales
+        assert scales is not None
+        a_frame = scales[places.kinds(scales.device)].repeat_interleave(unit.rank // len(places.lengths))
+        return LowRankBias(q_factor * (scale[:, None] * a_frame), k_factor)
+
+    def zero(self) -> Tensor:
+        """0 with a gradient path to every parameter: none is ever unused, whatever a batch lacks (DDP)."""
+        return torch.stack([(parameter.float() * 0.0).sum() for parameter in self.parameters()]).sum()
+
+    def _load_from_state_dict(
+        self, state_dict: Dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: List[str], unexpected_keys: List[str], error_msgs: List[str],
+    ) -> None:
+        own = [prefix + name for name, _ in self.named_parameters()]
+        if not any(name in state_dict for name in own):  # a checkpoint from before the router
+            journal.once(("aqr checkpoint", prefix), "warning",
+                         "the checkpoint has no router: %s keep their initial values", ", ".join(own))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        locality = "" if self.locality_raw is None else ", locality"
+        return f"{self.embed_dims}, segments={self.num_segments}, per={self.per!r}{locality}"
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    return F.linear(x, weight.float(), None if bias is None else bias.float())
+
+
+def _normed(x: Tensor) -> Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:])
+
+
+def _check_sizes(sizes: Dict[str, Any], per: str) -> None:
+    if per not in PER:
+        raise ValueError(f"per: expected one of {', '.join(PER)}, got {per!r}")
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {size!r}")
+
+
+def _locality(value: Union[None, bool, Tuple[float, float], Dict[str, float]]) -> Optional[Locality]:
+    if value is None or value is False:
+        return None
+    if value is True:
+        return Locality()
+    try:
+        scales = Locality(**value) if isinstance(value, dict) else Locality(*value)  # type: ignore[misc]
+        if all(float(scale) > 0.0 for scale in scales):
+            return Locality(*map(float, scales))
+    except TypeError:
+        pass
+    raise ValueError(f"locality: expected True, False or dict(bev=..., camera=...) of positive numbers, got {value!r}")

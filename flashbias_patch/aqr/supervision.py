@@ -1,0 +1,67 @@
+"""Dropping a sensor in training, and telling the router which one it was (as MoME does, arXiv 2503.19776)."""
+from __future__ import annotations
+
+import random
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+LIDAR, CAMERA = "lidar", "camera"
+
+
+class ModalityDrop:
+    """Chooses, sample by sample, whether a sensor is dropped: lidar or cameras, each with probability / 2.
+
+    Draws from a generator of its own: other random numbers of a run do not change.
+    """
+
+    def __init__(self, probability: float, seed: int = 0) -> None:
+        if not 0.0 <= probability <= 1.0:
+            raise ValueError(f"probability: expected a number from 0 to 1, got {probability!r}")
+        self.probability = probability
+        self._random = random.Random(seed)
+
+    def draw(self, batch: int) -> List[Optional[str]]:
+        """For each of `batch` samples "lidar", "camera" or None."""
+        chosen: List[Optional[str]] = []
+        for _ in range(batch):
+            dropped, sensor = self._random.random() < self.probability, self._random.choice((LIDAR, CAMERA))
+            chosen.append(sensor if dropped else None)
+        return chosen
+
+
+def drop_modalities(x: Tensor, x_img: Tensor, dropped: Sequence[Optional[str]]) -> Tuple[Tensor, Tensor]:
+    """Zero x (B, ...) where "lidar" is dropped and x_img (B*V, ...) where "camera" is; positions stay."""
+    if len(dropped) != x.shape[0] or x_img.shape[0] % x.shape[0]:
+        raise ValueError(f"dropped: expected one entry a sample, B = {x.shape[0]}, got {len(dropped)}, with x_img's "
+                         f"first dimension {x_img.shape[0]} a multiple of B")
+    if not any(dropped):
+        return x, x_img
+
+    def kept(like: Tensor, sensor: str) -> Tensor:
+        keep = torch.tensor([name != sensor for name in dropped], dtype=like.dtype, device=like.device)
+        keep = keep.repeat_interleave(like.shape[0] // len(dropped))
+        return like * keep.view(-1, *[1] * (like.dim() - 1))
+
+    return kept(x, LIDAR), kept(x_img, CAMERA)
+
+
+def supervision_loss(logits: Tensor, dropped: Sequence[Optional[str]]) -> Tensor:
+    """Cross entropy of the router's choice against the sensors that are left; 0 where none was dropped.
+
+    logits (B, M, S), segment 0 the lidar, the others cameras. A sample's target is the lidar where "camera" was
+    dropped, and all cameras alike where "lidar" was. MoME has a third class, fused, for intact samples; here those
+    are left to the detection losses, since soft weights need no class for "both".
+    """
+    batch, _, segments = logits.shape
+    if len(dropped) != batch or segments < 2:
+        raise ValueError(f"logits: expected (B, M, S) with S >= 2 and B = {len(dropped)}, got {tuple(logits.shape)}")
+    target = logits.new_zeros(batch, segments)
+    for sample, sensor in enumerate(dropped):
+        if sensor == CAMERA:
+            target[sample, 0] = 1.0
+        elif sensor == LIDAR:
+            target[sample, 1:] = 1.0 / (segments - 1)
+    count = max(sum(sensor is not None for sensor in dropped), 1)
+    return -(logits.float().log_softmax(-1).mean(1) * target).sum() / count

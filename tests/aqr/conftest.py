@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+import pytest
+
+from . import family
+
+
+@pytest.fixture
+def claimed(installed):
+    """The stand-ins, wrapped."""
+    from flashbias_patch.patching import hooks
+
+    for cls in family.CLASSES:
+        assert hooks.claim(cls), cls
+    return family
