@@ -1,8 +1,8 @@
-"""Backward, in two forms that share their arithmetic.
+"""Backward in two passes, neither of which adds into what another program writes (but for a shared dk_factor).
 
-Fused: `keys_kernel` owns a block of keys, keeps dk, dv and dk_factor in registers and adds dq and dq_factor into a
-float32 buffer that stays in the L2 cache. One pass of exponentials; the order of the additions varies.
-Two passes: `keys_kernel` without dq, then `queries_kernel`, which owns a block of queries. Deterministic.
+`keys_kernel` owns a block of keys and keeps dk, dv and dk_factor in registers; `queries_kernel` owns a block of queries
+and keeps dq, dq_factor and the segments' row sums. Scores are computed twice; one pass that adds dq into a float32
+buffer, by atomics or by the bulk copy engine, was measured slower (docs/kernel-notes.md).
 
 With p = exp2(s - lse): dv = p^T do, dp = do v^T, ds = p (dp - delta), delta = rowsum(do * out),
 dq = ds k * scale, dk = ds^T q * scale, dq_factor = ds k_factor, dk_factor = ds^T q_factor.
@@ -15,12 +15,16 @@ from .common import LOG2E, exp2, keep_pairs, load_row_values, load_tile, pair_of
 
 
 @triton.jit
-def delta_kernel(
-    OUT, DO, DELTA, out_b, out_m, out_h, do_b, do_m, do_h, H, M,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+def rows_kernel(
+    OUT, DO, LSE, W, ROWS, out_b, out_m, out_h, do_b, do_m, do_h, w_b, w_m, w_h, heads, H, M, padded,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """DELTA (B * H, M) = sum over the head dim of DO * OUT."""
-    blocks_m = tl.cdiv(M, BLOCK_M)
+    """ROWS (SEGMENTS or 1, B * H, padded, 2) = lse - weight of the segment, and delta = sum of DO * OUT.
+
+    Both of a row in one place, since a vector of fewer values than threads is loaded by every thread anew.
+    Rows from M on get +inf and 0, which makes their p zero.
+    """
+    blocks_m = padded // BLOCK_M
     pid = tl.program_id(0)
     bh = pid // blocks_m
     b = bh // H
@@ -28,16 +32,17 @@ def delta_kernel(
     first_row = (pid % blocks_m) * BLOCK_M
     out = load_tile(OUT + wide(b) * out_b + wide(h) * out_h, out_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
     do = load_tile(DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
-    rows = first_row + tl.arange(0, BLOCK_M)
-    tl.store(DELTA + wide(bh) * M + rows, tl.sum(out.to(tl.float32) * do.to(tl.float32), 1), mask=rows < M)
-
-
-@triton.jit
-def _add_tile(BASE, stride, start, end, tile, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    rows = tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK_COLS)
-    pointers = BASE + wide(start) * stride + rows[:, None] * stride + cols[None, :]
-    tl.atomic_add(pointers, tile, mask=(start + rows < end)[:, None] & (cols < COLS)[None, :], sem="relaxed")
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    lse = load_row_values(LSE + wide(bh) * M, 1, first_row, M, BLOCK_M, float("inf"))
+    rows = 2 * (first_row + tl.arange(0, BLOCK_M))
+    for segment in range(0, SEGMENTS if SEGMENTS > 0 else 1):
+        shifted = lse
+        if SEGMENTS > 0:
+            weights = W + wide(b) * w_b + wide(h) * w_h + segment
+            shifted = lse - load_row_values(weights, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
+        base = ROWS + (wide(segment) * heads + bh) * padded * 2
+        tl.store(base + rows, shifted)
+        tl.store(base + rows + 1, delta)
 
 
 @triton.jit
@@ -51,20 +56,19 @@ def _store_tile(BASE, stride, start, end, tile, ROWS: tl.constexpr, COLS: tl.con
 
 @triton.jit
 def keys_kernel(
-    Q, K, V, QF, KF, W, DENSE, MASK, PAD, BLOCKS, SEED, DO, LSE, DELTA, DQ, DK, DV, DQF, DKF, DW, DDENSE,
-    q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h, w_b, w_m, w_h,
+    Q, K, V, QF, KF, DENSE, MASK, PAD, BLOCKS, SEED, DO, ROWS, DK, DV, DKF, DDENSE,
+    q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h,
     dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, do_b, do_m, do_h,
-    dk_s, dqf_b, dqf_m, dqf_h, dkf_s, dkf_b, dkf_n, dkf_h, dw_b, dw_m, dw_h, dd_s, dd_b, dd_h, dd_m,
-    H, M, N, splits, split_rows, num_blocks, score_scale, dq_scale, dk_scale, dropout_p, keep_scale,
+    dk_s, dkf_s, dkf_b, dkf_n, dkf_h, dd_s, dd_b, dd_h, dd_m,
+    heads, H, M, N, splits, split_rows, num_blocks, padded, score_scale, dk_scale, dropout_p, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
-    NEED_Q: tl.constexpr, NEED_KV: tl.constexpr, NEED_QF: tl.constexpr, NEED_KF: tl.constexpr, NEED_W: tl.constexpr,
-    DENSE_GRAD: tl.constexpr, SHARED_KF: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_KV: tl.constexpr, NEED_KF: tl.constexpr, DENSE_GRAD: tl.constexpr, SHARED_KF: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     """A block of keys against queries split * split_rows .. + split_rows. Tiles are (keys, queries).
 
-    DQ (B, M, H, D), DQF, DW float32, added to; DK, DV (splits, B, N, H, D), DKF written (SHARED_KF: added to).
+    DK, DV (splits, B, N, H, D), DKF written (SHARED_KF: added to).
     DENSE_GRAD: 0 none, 1 written, 2 added to, 3 summed over the queries and written.
     BLOCKS (num_blocks, 3): first key, end, segment of each block, so that none straddles two segments.
     """
@@ -81,12 +85,10 @@ def keys_kernel(
         start = tl.load(BLOCKS + 3 * block)
         end = tl.load(BLOCKS + 3 * block + 1)
         segment = tl.load(BLOCKS + 3 * block + 2)
-        W += wide(b) * w_b + wide(h) * w_h + segment
-        DW += wide(b) * dw_b + wide(h) * dw_h + segment
     lanes = tl.arange(0, BLOCK_N)
     inside = start + lanes < end
-    # Beyond the end the last key is repeated: its scores are finite, so p needs no mask in the loop. What these
-    # rows of dk and dv collect is not stored, and dq is taken from k with these rows zero.
+    # Beyond the end the last key is repeated: its scores are finite, so p needs no mask in the loop, and what these
+    # rows of dk and dv collect is not stored.
     keys = tl.minimum(start + lanes, end - 1)
     cols = tl.arange(0, BLOCK_D)
     in_head = (cols < D)[None, :]
@@ -98,13 +100,10 @@ def keys_kernel(
     else:
         k = tl.load(k_pointers, mask=in_head, other=0.0)
         v = tl.load(v_pointers, mask=in_head, other=0.0)
-    k_inside = tl.where(inside[:, None], k, 0.0).to(k.dtype)
     if BLOCK_R > 0:
         KF += wide(b) * kf_b + wide(h) * kf_h + wide(start) * kf_n
         kf = tl.load(KF + (keys - start)[:, None] * kf_n + tl.arange(0, BLOCK_R)[None, :])
-        kf_inside = tl.where(inside[:, None], kf, 0.0).to(kf.dtype)
         QF += wide(b) * qf_b + wide(h) * qf_h
-        DQF += wide(b) * dqf_b + wide(h) * dqf_h
         dkf = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
     row_lo = split * split_rows
     row_hi = tl.minimum(row_lo + split_rows, M)
@@ -121,9 +120,7 @@ def keys_kernel(
         seed = tl.load(SEED)
     Q += wide(b) * q_b + wide(h) * q_h
     DO += wide(b) * do_b + wide(h) * do_h
-    LSE += wide(bh) * M
-    DELTA += wide(bh) * M
-    DQ += (wide(b) * M * H + h) * D
+    ROWS += (wide(segment) * heads + bh) * padded * 2
     if HAS_DENSE:
         DENSE += wide(b) * dense_b + wide(h) * dense_h
     if HAS_MASK:
@@ -133,19 +130,18 @@ def keys_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     column_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
-    blocks_m = tl.cdiv(row_hi - row_lo, BLOCK_M)
-    for index in range(0, blocks_m):
-        # Each block of keys starts elsewhere: in step they would all add to the same rows of dq at once.
-        first_row = row_lo + (index + block) % blocks_m * BLOCK_M
+    for first_row in range(row_lo, row_hi, BLOCK_M):
         q = load_tile(Q, q_m, first_row, row_hi, BLOCK_M, D, BLOCK_D, True)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if BLOCK_R > 0:
             qf = load_tile(QF, qf_m, first_row, row_hi, BLOCK_M, BLOCK_R, BLOCK_R, True)
             s = tl.dot(kf, tl.trans(qf), s, input_precision=PRECISION)
+        # Issued before the exponentials, which the tensor cores then overlap.
+        do = load_tile(DO, do_m, first_row, row_hi, BLOCK_M, D, BLOCK_D, True)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         rows = first_row + tl.arange(0, BLOCK_M)
-        lse = load_row_values(LSE, 1, first_row, row_hi, BLOCK_M, float("inf"))
-        if SEGMENTS > 0:
-            lse -= load_row_values(W, w_m, first_row, row_hi, BLOCK_M, 0.0) * LOG2E
+        lse_delta = tl.load(ROWS + 2 * first_row + tl.arange(0, 2 * BLOCK_M))
+        lse, delta = tl.split(tl.reshape(lse_delta, [BLOCK_M, 2]))
         x = s * score_scale - lse[None, :]
         if HAS_DENSE:
             offsets = pair_offsets(rows[None, :], keys[:, None], dense_m, first_row)
@@ -158,31 +154,19 @@ def keys_kernel(
             p = tl.where(tl.load(MASK + offsets, mask=(rows < row_hi)[None, :], other=1) == 0, p, 0.0)
         if PAD_KIND == 1:
             p = tl.where(visible[:, None], p, 0.0)
-        do = load_tile(DO, do_m, first_row, row_hi, BLOCK_M, D, BLOCK_D, True)
         dropped = p
         if DROPOUT:
             keep = keep_pairs(seed, bh, rows[None, :], keys[:, None], dropout_p)
             dropped = tl.where(keep, p * keep_scale, 0.0)
         dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if DROPOUT:
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        delta = load_row_values(DELTA, 1, first_row, row_hi, BLOCK_M, 0.0)
         ds = p * (dp - delta[None, :])
         half = ds.to(q.dtype)
         if NEED_KV:
             dk = tl.dot(half, q, dk, input_precision=PRECISION)
         if BLOCK_R > 0 and NEED_KF:
             dkf = tl.dot(half, qf, dkf, input_precision=PRECISION)
-        if NEED_Q:
-            dq = tl.dot(tl.trans(half), k_inside, input_precision=PRECISION)
-            _add_tile(DQ, H * D, first_row, row_hi, dq * dq_scale, BLOCK_M, D, BLOCK_D)
-        if BLOCK_R > 0 and NEED_QF:
-            dqf = tl.dot(tl.trans(half), kf_inside, input_precision=PRECISION)
-            _add_tile(DQF, dqf_m, first_row, row_hi, dqf, BLOCK_M, R, BLOCK_R)
-        if NEED_W:
-            row_sum = tl.sum(tl.where(inside[:, None], ds, 0.0), 0)
-            tl.atomic_add(DW + rows * dw_m, row_sum, mask=rows < row_hi, sem="relaxed")
         if DENSE_GRAD == 3:
             column_sum += tl.sum(ds, 1)
         elif DENSE_GRAD > 0:
@@ -200,7 +184,9 @@ def keys_kernel(
     if BLOCK_R > 0 and NEED_KF:
         DKF += wide(split) * dkf_s + wide(b) * dkf_b + wide(h) * dkf_h
         if SHARED_KF:
-            _add_tile(DKF, dkf_n, start, end, dkf, BLOCK_N, R, BLOCK_R)
+            ranks = tl.arange(0, BLOCK_R)
+            pointers = DKF + wide(start) * dkf_n + lanes[:, None] * dkf_n + ranks[None, :]
+            tl.atomic_add(pointers, dkf, mask=inside[:, None] & (ranks < R)[None, :], sem="relaxed")
         else:
             _store_tile(DKF, dkf_n, start, end, dkf, BLOCK_N, R, BLOCK_R)
     if DENSE_GRAD == 3:
@@ -222,6 +208,8 @@ def _queries_step(
     if BLOCK_R > 0:
         kf = load_tile(KF, kf_n, start, end, BLOCK_N, BLOCK_R, BLOCK_R, EDGE)
         s = tl.dot(qf, tl.trans(kf), s, input_precision=PRECISION)
+    v = load_tile(V, v_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     rows = first_row + tl.arange(0, BLOCK_M)
     keys = start + tl.arange(0, BLOCK_N)
     both = (rows < M)[:, None] & (keys < end)[None, :]
@@ -239,8 +227,6 @@ def _queries_step(
         p = tl.where((tl.load(PAD + keys, mask=keys < end, other=1) == 0)[None, :], p, 0.0)
     elif EDGE:
         p = tl.where((keys < end)[None, :], p, 0.0)
-    v = load_tile(V, v_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if DROPOUT:
         dp = tl.where(keep_pairs(seed, bh, rows[:, None], keys[None, :], dropout_p), dp * keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
@@ -256,10 +242,10 @@ def _queries_step(
 
 @triton.jit
 def queries_kernel(
-    Q, K, V, QF, KF, W, ENDS, DENSE, MASK, PAD, BLOCKS, ORDER, COUNTS, SEED, DO, LSE, DELTA, DQ, DQF, DW,
+    Q, K, V, QF, KF, W, ENDS, DENSE, MASK, PAD, BLOCKS, ORDER, COUNTS, SEED, DO, LSE, ROWS, DQ, DQF, DW,
     q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h, w_b, w_m, w_h,
     dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, do_b, do_m, do_h, dq_s, dqf_s, dw_s,
-    H, M, N, splits, split_keys, num_blocks, score_scale, dq_scale, dropout_p, keep_scale,
+    H, M, N, splits, split_keys, num_blocks, padded, score_scale, dq_scale, dropout_p, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
     NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr, PRECISION: tl.constexpr,
@@ -280,7 +266,7 @@ def queries_kernel(
     q = load_tile(Q + wide(b) * q_b + wide(h) * q_h, q_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
     do = load_tile(DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
     lse = load_row_values(LSE + wide(bh) * M, 1, first_row, M, BLOCK_M, float("inf"))
-    delta = load_row_values(DELTA + wide(bh) * M, 1, first_row, M, BLOCK_M, 0.0)
+    delta = load_row_values(ROWS + wide(bh) * padded * 2 + 1, 2, first_row, M, BLOCK_M, 0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     qf = q
     dqf = dq

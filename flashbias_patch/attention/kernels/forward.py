@@ -10,14 +10,14 @@ from .common import LOG2E, exp2, keep_pairs, load_row_values, load_tile, pair_of
 
 @triton.jit
 def _step(
-    acc, peak, total, q, qf, row_add,
+    acc, peak, total, q, qf,
     K, V, KF, DENSE, MASK, PAD, seed, bh,
     k_n, v_n, kf_n, dense_m, mask_m,
     first_row, start, end, M,
     score_scale, dropout_p, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr,
-    PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_R: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running softmax."""
     k = load_tile(K, k_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
@@ -49,22 +49,16 @@ def _step(
     row_max = tl.max(s, 1)
     if not ADDS:
         row_max = row_max * score_scale
-    if SEGMENTS > 0:
-        row_max += row_add
     new_peak = tl.maximum(peak, row_max)
     if CAN_EMPTY:
         anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     else:
         anchor = new_peak
     alpha = tl.exp2(peak - anchor)
-    if SEGMENTS > 0:
-        shift = anchor - row_add
-    else:
-        shift = anchor
     if ADDS:
-        p = exp2(s - shift[:, None], EXP)
+        p = exp2(s - anchor[:, None], EXP)
     else:
-        p = exp2(s * score_scale - shift[:, None], EXP)
+        p = exp2(s * score_scale - anchor[:, None], EXP)
     total = total * alpha + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(keep_pairs(seed, bh, rows[:, None], keys[None, :], dropout_p), p * keep_scale, 0.0)
@@ -120,7 +114,6 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    row_add = total
 
     if PAD_KIND > 0:
         # Only blocks with an unmasked key are visited; ORDER lists them, COUNTS says how many, for each batch entry.
@@ -134,12 +127,15 @@ def forward_kernel(
             if SEGMENTS > 0:
                 segment = tl.load(BLOCKS + 3 * block + 2)
                 row_add = load_row_values(W + segment, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
+                peak -= row_add
             acc, peak, total = _step(
-                acc, peak, total, q, qf, row_add, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
                 k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, M, score_scale, dropout_p, keep_scale,
-                BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
+                BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
                 PAD_KIND, DROPOUT, PRECISION, EXP, True,
             )  # fmt: skip
+            if SEGMENTS > 0:
+                peak += row_add
     else:
         split_lo = split * split_keys
         split_hi = tl.minimum(split_lo + split_keys, N)
@@ -149,22 +145,26 @@ def forward_kernel(
             if SEGMENTS > 0:
                 lo = tl.maximum(lo, tl.load(ENDS + segment))
                 hi = tl.maximum(lo, tl.minimum(hi, tl.load(ENDS + segment + 1)))
+                # Within a segment its constant only shifts the maximum: the loop is the one without a bias.
                 row_add = load_row_values(W + segment, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
+                peak -= row_add
             tail = lo + (hi - lo) // BLOCK_N * BLOCK_N
             for start in range(lo, tail, BLOCK_N):
                 acc, peak, total = _step(
-                    acc, peak, total, q, qf, row_add, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, M, score_scale, dropout_p, keep_scale,
-                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
                     PAD_KIND, DROPOUT, PRECISION, EXP, False,
                 )  # fmt: skip
             if tail < hi:
                 acc, peak, total = _step(
-                    acc, peak, total, q, qf, row_add, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, M, score_scale, dropout_p, keep_scale,
-                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
                     PAD_KIND, DROPOUT, PRECISION, EXP, True,
                 )  # fmt: skip
+            if SEGMENTS > 0:
+                peak += row_add
 
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < M

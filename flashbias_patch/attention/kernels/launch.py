@@ -175,6 +175,8 @@ def _features(problem: Problem, config: Config) -> dict:
         EXP=config.exp,
         num_warps=config.warps,
         num_stages=config.stages,
+        enable_fp_fusion=True,
+        **(dict(maxnreg=config.registers) if config.registers else {}),
     )
 
 
@@ -272,16 +274,6 @@ def reduce_to(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tenso
     return (tensor.sum(axes, keepdim=True) if axes else tensor).to(dtype)
 
 
-# One pass of exponentials against two. Tests and the benchmark set it; None takes what is faster on this GPU.
-FUSED: Optional[bool] = None
-
-
-def _fused() -> bool:
-    if torch.are_deterministic_algorithms_enabled():
-        return False
-    return True if FUSED is None else FUSED
-
-
 def backward(
     problem: Problem, needs: Needs, grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, dtypes: Sequence[Any]
 ) -> Tuple[Optional[Tensor], ...]:
@@ -300,33 +292,42 @@ def backward(
     if not any(needs):
         return (None,) * 7
     grad_out = unit_last(grad_out)
-    delta = _empty((B * H, M), dtype=torch.float32, device=q.device)
-    rows = 64
     with on_device(q):
-        bwd.delta_kernel[(triton.cdiv(M, rows) * B * H,)](
-            out, grad_out, delta, *strides(out), *strides(grad_out), H, M, D=D, BLOCK_D=block_columns(D), BLOCK_M=rows
-        )
-        call = _Backward(problem, needs, grad_out, lse, delta, seed, shapes, dtypes)
-        return call.run()
+        rows = row_values(problem, grad_out, out, lse)
+        return _Backward(problem, needs, grad_out, lse, rows, seed, shapes, dtypes).run()
+
+
+def row_values(problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """What backward needs of each row (segments or 1, B * H, padded M, 2): see rows_kernel."""
+    B, M, _, H, D = problem.sizes
+    weights = problem.weights
+    segments = 0 if weights is None else len(problem.lengths)
+    padded, block = triton.cdiv(M, 256) * 256, 64
+    rows = _empty((max(1, segments), B * H, padded, 2), dtype=torch.float32, device=out.device)
+    bwd.rows_kernel[(padded // block * B * H,)](
+        out, grad_out, lse, out if weights is None else weights, rows,
+        *strides(out), *strides(grad_out), *((0, 0, 0) if weights is None else strides(weights)), B * H, H, M, padded,
+        D=D, BLOCK_D=block_columns(D), SEGMENTS=segments, BLOCK_M=block,
+    )  # fmt: skip
+    return rows
 
 
 class _Backward:
     """One backward pass: the tensors that both kernels read, and the gradients as they come."""
 
-    def __init__(self, problem: Problem, needs: Needs, grad_out: Tensor, lse: Tensor, delta: Tensor, seed: Tensor,
+    def __init__(self, problem: Problem, needs: Needs, grad_out: Tensor, lse: Tensor, rows: Tensor, seed: Tensor,
                  shapes: Sequence[Any], dtypes: Sequence[Any]) -> None:  # fmt: skip
         self.problem, self.needs, self.shapes, self.dtypes = problem, needs, shapes, dtypes
-        self.grad_out, self.lse, self.delta, self.seed = grad_out, lse, delta, seed
+        self.grad_out, self.lse, self.rows, self.seed = grad_out, lse, rows, seed
         self.grads: List[Optional[Tensor]] = [None] * 7
 
     def run(self) -> Tuple[Optional[Tensor], ...]:
         needs = self.needs
         by_query = needs.q or needs.q_factor or needs.weights
         by_key = needs.k or needs.v or needs.k_factor or needs.dense
-        fused = by_key and _fused()
         if by_key:
-            first_working(make_key("keys", self.problem), functools.partial(self._by_keys, fused))
-        if by_query and not fused:
+            first_working(make_key("keys", self.problem), self._by_keys)
+        if by_query:
             first_working(make_key("queries", self.problem), self._by_queries)
         return tuple(grad if need else None for grad, need in zip(self.grads, needs))
 
@@ -338,7 +339,7 @@ class _Backward:
         problem = self.problem
         return [problem.q if t is None else t for t in (problem.dense, problem.mask, problem.padding)]
 
-    def _by_keys(self, fused: bool, config: Config) -> None:
+    def _by_keys(self, config: Config) -> None:
         problem, needs, shapes, dtypes = self.problem, self.needs, self.shapes, self.dtypes
         B, M, N, H, D = problem.sizes
         q, rank = problem.q, problem.rank
@@ -349,20 +350,11 @@ class _Backward:
         splits = triton.cdiv(M, split_rows)
         partial = splits > 1
 
-        # What is added to by many programs starts at zero; each kind is a view of one buffer, cleared at once.
-        added = [
-            shapes[0] if fused and needs.q else (0,),
-            shapes[3] if fused and needs.q_factor else (0,),
-            shapes[5] if fused and needs.weights else (0,),
-        ]
-        flat = self._make((sum(math.prod(shape) for shape in added),), True)
-        dq, dqf, dw = [part.view(shape) for part, shape in zip(flat.split([math.prod(s) for s in added]), added)]
-
         kv_dtype = torch.float32 if partial else q.dtype
         need_kv = needs.k or needs.v
-        dk = self._make((splits, B, N, H, D), False, kv_dtype) if need_kv else flat
-        dv = torch.empty_like(dk) if need_kv else flat
-        dkf, shared, dkf_split = flat, False, 0
+        dk = self._make((splits, B, N, H, D), False, kv_dtype) if need_kv else q
+        dv = torch.empty_like(dk) if need_kv else q
+        dkf, shared, dkf_split = q, False, 0
         if needs.k_factor:
             shared = not exact and shapes[4][:1] + shapes[4][2:3] != (B, H)
             if shared:
@@ -372,7 +364,7 @@ class _Backward:
                 dkf_split = dkf.stride(0)
         dkf_strides = strides(dkf[0]) if needs.k_factor else (0, 0, 0)
 
-        mode, dd, dd_strides = 0, flat, (0, 0, 0, 0)
+        mode, dd, dd_strides = 0, q, (0, 0, 0, 0)
         if needs.dense:
             assert problem.dense is not None
             Bd, Hd, Md, _ = problem.dense.shape
@@ -388,15 +380,13 @@ class _Backward:
             dd_strides = (dd.stride(0) if mode == 3 else 0,) + pair_strides(dd[0])
 
         bwd.keys_kernel[(num_blocks * splits * B * H,)](
-            q, problem.k, problem.v, *_operands(problem), *self._others(), blocks, self.seed,
-            self.grad_out, self.lse, self.delta, dq, dk, dv, dqf, dkf, dw, dd,
-            *_strides(problem), *strides(self.grad_out),
-            dk.stride(0) if need_kv else 0, *(strides(dqf) if dqf.numel() else (0, 0, 0)), dkf_split, *dkf_strides,
-            *(strides(dw) if dw.numel() else (0, 0, 0)), *dd_strides,
-            H, M, N, splits, split_rows, num_blocks, _score_scale(problem), problem.scale,
+            q, problem.k, problem.v, *_operands(problem)[:2], *self._others(), blocks, self.seed,
+            self.grad_out, self.rows, dk, dv, dkf, dd,
+            *_strides(problem)[:15], *_strides(problem)[18:], *strides(self.grad_out),
+            dk.stride(0) if need_kv else 0, dkf_split, *dkf_strides, *dd_strides,
+            B * H, H, M, N, splits, split_rows, num_blocks, self.rows.shape[2], _score_scale(problem),
             1.0 if problem.scaled else problem.scale, problem.dropout_p, 1.0 / (1.0 - problem.dropout_p),
-            R=rank, NEED_Q=fused and needs.q, NEED_KV=need_kv, NEED_QF=fused and needs.q_factor,
-            NEED_KF=needs.k_factor, NEED_W=fused and needs.weights, DENSE_GRAD=mode, SHARED_KF=shared,
+            R=rank, NEED_KV=need_kv, NEED_KF=needs.k_factor, DENSE_GRAD=mode, SHARED_KF=shared,
             **_features(problem, config),
         )  # fmt: skip
 
@@ -408,9 +398,6 @@ class _Backward:
             grads[4] = reduce_to(dkf.sum(0) if dkf.shape[0] > 1 else dkf[0], shapes[4], dtypes[4])
         if needs.dense:
             grads[6] = reduce_to(dd.sum(0) if dd.shape[0] > 1 else dd[0], shapes[6], dtypes[6])
-        for place, grad in ((0, dq), (3, dqf), (5, dw)):
-            if grad.numel():
-                grads[place] = grad.to(dtypes[place], copy=True)  # of a shared buffer
 
     def _by_queries(self, config: Config) -> None:
         problem, needs, shapes, dtypes = self.problem, self.needs, self.shapes, self.dtypes
@@ -428,10 +415,10 @@ class _Backward:
         dw = self._make((splits, B, M, H, len(problem.lengths)), True) if needs.weights else q
         bwd.queries_kernel[(programs * splits,)](
             q, problem.k, problem.v, *_operands(problem), ends, *self._others(), blocks, order, counts, self.seed,
-            self.grad_out, self.lse, self.delta, dq, dqf, dw,
+            self.grad_out, self.lse, self.rows, dq, dqf, dw,
             *_strides(problem), *strides(self.grad_out),
             *[t.stride(0) if need else 0 for t, need in ((dq, needs.q), (dqf, needs.q_factor), (dw, needs.weights))],
-            H, M, N, splits, split_keys, num_blocks, _score_scale(problem), problem.scale,
+            H, M, N, splits, split_keys, num_blocks, self.rows.shape[2], _score_scale(problem), problem.scale,
             problem.dropout_p, 1.0 / (1.0 - problem.dropout_p),
             R=rank, NEED_Q=needs.q, NEED_QF=needs.q_factor, NEED_W=needs.weights, **_features(problem, config),
         )  # fmt: skip
