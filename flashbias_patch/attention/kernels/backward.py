@@ -46,6 +46,17 @@ def rows_kernel(
 
 
 @triton.jit
+def _repeat_tile(base, stride, start, end, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    rows = tl.minimum(tl.arange(0, ROWS), end - 1 - start)
+    cols = tl.arange(0, BLOCK_COLS)
+    pointers = base + wide(start) * stride + rows[:, None] * stride + cols[None, :]
+    if COLS != BLOCK_COLS:
+        return tl.load(pointers, mask=(cols < COLS)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
 def _store_tile(BASE, stride, start, end, tile, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_COLS)
@@ -131,13 +142,13 @@ def keys_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     column_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
     for first_row in range(row_lo, row_hi, BLOCK_M):
-        q = load_tile(Q, q_m, first_row, row_hi, BLOCK_M, D, BLOCK_D, True)
+        q = _repeat_tile(Q, q_m, first_row, row_hi, BLOCK_M, D, BLOCK_D)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if BLOCK_R > 0:
-            qf = load_tile(QF, qf_m, first_row, row_hi, BLOCK_M, BLOCK_R, BLOCK_R, True)
+            qf = _repeat_tile(QF, qf_m, first_row, row_hi, BLOCK_M, BLOCK_R, BLOCK_R)
             s = tl.dot(kf, tl.trans(qf), s, input_precision=PRECISION)
         # Issued before the exponentials, which the tensor cores then overlap.
-        do = load_tile(DO, do_m, first_row, row_hi, BLOCK_M, D, BLOCK_D, True)
+        do = _repeat_tile(DO, do_m, first_row, row_hi, BLOCK_M, D, BLOCK_D)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         rows = first_row + tl.arange(0, BLOCK_M)
         lse_delta = tl.load(ROWS + 2 * first_row + tl.arange(0, 2 * BLOCK_M))

@@ -3,9 +3,9 @@
     q' = [q * q_mult | f | low | 1 1 | 0]        f = q_factor * factor_mult
     k' = [k          | k_factor | k_factor | p   | 0]
 
-so that (q' . k') * softmax_scale = q . k * scale + q_factor . k_factor + key_padding. `low` is what f loses by
-being rounded, `p` the key padding in two columns (rounded, and what that lost). Without Triton, the same in
-plain PyTorch.
+so that (q' . k') * softmax_scale = q . k * scale + q_factor . k_factor + key_padding. `low` is what f loses
+by being rounded, `p` the key padding in two columns (rounded, and what that lost). Without Triton, the same
+in plain PyTorch.
 """
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ if triton is not None:
                       HEADS2, COLUMNS2, SUM_B2, SUM_H2, BLOCK2, ROWS)  # fmt: skip
 
 
-ROWS = 32  # of one program; 32 rows of 48 to 128 halves are 3 to 8 KiB, a few loads in flight for each thread
+ROWS = 32  # of one program: 32 rows of 48 to 128 halves, 3 to 8 KiB
 
 
 def _strides(tensor: Optional[Tensor]) -> Tuple[int, ...]:

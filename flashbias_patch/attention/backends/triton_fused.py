@@ -1,0 +1,58 @@
+"""This package's own Triton kernels: every feature, forward and backward, on any GPU that Triton serves."""
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, List
+
+import torch
+from torch import Tensor
+
+from ..inputs import AttentionInputs
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LEAST_TRITON = (3, 0)
+
+
+def _missing() -> List[str]:
+    """What keeps the kernels from being imported at all."""
+    if importlib.util.find_spec("triton") is None:
+        return ["triton is not installed"]
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < LEAST_TRITON:
+        return ["triton {} is older than {}.{}".format(triton.__version__, *LEAST_TRITON)]
+    return []
+
+
+class TritonFused:
+    name = "triton"
+
+    def why_not(self, inputs: AttentionInputs) -> List[str]:
+        reasons = _missing()
+        q, v = inputs.q, inputs.v
+        if q.device.type != "cuda":
+            reasons.append("tensors are on {}, not on a CUDA device".format(q.device.type))
+        elif torch.version.hip:
+            reasons.append("not tried on ROCm")
+        elif torch.cuda.get_device_capability(q.device) < (8, 0):
+            reasons.append("compute capability {}.{} is below 8.0".format(*torch.cuda.get_device_capability(q.device)))
+        if q.dtype not in DTYPES:
+            reasons.append("dtype {} is not float16, bfloat16 or float32".format(str(q.dtype)[6:]))
+        if v.shape[-1] != q.shape[-1]:
+            reasons.append("head dim of v is {}, of q {}: they must agree".format(v.shape[-1], q.shape[-1]))
+        if not 8 <= q.shape[-1] <= 128:
+            reasons.append("head dim {} is not in 8 .. 128".format(q.shape[-1]))
+        if inputs.q_factor is not None and inputs.q_factor.shape[-1] > 64:
+            reasons.append("rank {} is above 64".format(inputs.q_factor.shape[-1]))
+        if inputs.key_padding is not None and inputs.key_padding.requires_grad:
+            reasons.append("key_padding requires a gradient")
+        return reasons
+
+    def __call__(self, inputs: AttentionInputs) -> Tensor:
+        from ..kernels.operator import fused_attention
+
+        return fused_attention(*inputs)
+
+
+backend: Any = TritonFused()
