@@ -6,6 +6,7 @@ before install() is found in sys.modules.
 """
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import threading
@@ -50,6 +51,7 @@ def install() -> None:
                 wrapt.register_post_import_hook(_on_module, module)
             for module in catalog.REGISTRIES:
                 wrapt.register_post_import_hook(_on_registry, module)
+            wrapt.register_post_import_hook(_shield_from_dynamo, "torch._dynamo")
             _hooked = True
         else:
             _each_loaded(catalog.REGISTRIES, _on_registry)
@@ -99,7 +101,7 @@ def _on_registry(module: Any) -> None:
     """Watch a Registry class: whatever it registers is considered."""
     registry = getattr(module, catalog.REGISTRIES[module.__name__], None)
     original = getattr(registry, "_register_module", None)
-    if not _installed or original is None or isinstance(original, wrapt.FunctionWrapper):
+    if not _installed or original is None or _is_patched(original):
         return
 
     def register(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -141,7 +143,7 @@ def _claim(cls: type) -> bool:
 
         for method, seam in (("forward", target.seam), *target.others):
             found = inspect.getattr_static(cls, method, None)
-            if found is not None and not isinstance(found, wrapt.FunctionWrapper):
+            if found is not None and not _is_patched(found):
                 _wrap(cls, method, seams.SEAMS[seam](cls), seam)  # not where it, or the one inherited, is wrapped
         _refused.pop((cls.__module__, cls.__qualname__), None)
     journal.once(("patched", cls), "info", "patched %s.%s", cls.__module__, cls.__qualname__)
@@ -150,9 +152,37 @@ def _claim(cls: type) -> bool:
 
 def _wrap(owner: Any, attribute: str, wrapper: Callable[..., Any], seam: str) -> None:
     original = vars(owner).get(attribute)
-    wrapped = wrapt.FunctionWrapper(inspect.getattr_static(owner, attribute), wrapper)
+    wrapped = _patched_function(inspect.getattr_static(owner, attribute), wrapper)
     setattr(owner, attribute, wrapped)
     _claims.append(Claim(owner, attribute, original, wrapped, seam))
+
+
+def _patched_function(original: Any, seam: Callable[..., Any]) -> Any:
+    """A function that hands a call of the method `original` to `seam`.
+
+    Not a wrapt.FunctionWrapper: torch.compile takes that for the function it wraps and runs the original code.
+    """
+
+    @functools.wraps(original)
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _call(seam, original.__get__(self, type(self)), self, args, kwargs)
+
+    patched.__flashbias_seam__ = seam  # type: ignore[attr-defined]
+    return patched
+
+
+def _is_patched(function: Any) -> bool:
+    return hasattr(function, "__flashbias_seam__")
+
+
+def _call(seam: Callable[..., Any], original: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    return seam(original, instance, args, kwargs)
+
+
+def _shield_from_dynamo(dynamo: Any) -> None:
+    """torch.compile breaks its graph at a patched call and leaves what is inside to run as it is."""
+    global _call
+    _call = dynamo.disable(_call)
 
 
 def patched() -> List[Dict[str, str]]:

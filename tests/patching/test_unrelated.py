@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import flashbias_patch
+from flashbias_patch.patching import hooks
 
 
 class Unrelated(nn.Module):
@@ -31,8 +32,8 @@ def call(patched):
 
 
 def test_torch_itself_is_untouched(installed):
-    assert type(vars(nn.MultiheadAttention)["forward"]).__name__ == "function"
-    assert type(torch.nn.functional.multi_head_attention_forward).__name__ == "function"
+    assert not hooks._is_patched(vars(nn.MultiheadAttention)["forward"])
+    assert torch.nn.functional.multi_head_attention_forward.__module__ == "torch.nn.functional"
     assert torch.utils.checkpoint.checkpoint.__module__ == "torch.utils.checkpoint"
     assert not any(r["module"].startswith("torch.") for r in flashbias_patch.status()["refused"])
 
@@ -70,6 +71,8 @@ def test_a_patched_layer_compiles_to_the_right_result(patched):
     expected = module(query, key, key)
     (expected_grad,) = torch.autograd.grad(expected.sum(), query)
     compiled = torch.compile(module, backend="aot_eager")
+    flashbias_patch.journal.reset()
     out = compiled(query, key, key)
+    assert sum(flashbias_patch.status()["calls"].values()) == 1, "the compiled module ran unpatched"
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(out.sum(), query)[0], expected_grad, rtol=1e-4, atol=1e-5)
