@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..bias import AttentionBias, DenseBias, MaskBias
 from ..bias.precision import split_factors
+from .call_class import describe, key_of
 
 
 class AttentionInputs(NamedTuple):
@@ -43,20 +44,8 @@ class AttentionInputs(NamedTuple):
         return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in self)
 
     def call_class(self) -> str:
-        """What backends succeed or fail by: device, dtype, head dims, rank bucket and features, as one string."""
-        features = [name for name in _FEATURES if getattr(self, name) is not None]
-        rank_bucket = 1 << max(self.rank - 1, 0).bit_length() if self.rank else 0
-        words = [self.q.device.type, str(self.q.dtype)[6:], f"D{self.q.shape[-1]}", f"R{rank_bucket}"]
-        if self.v.shape[-1] != self.q.shape[-1]:
-            words.append(f"Dv{self.v.shape[-1]}")
-        if self.dropout_p:
-            words.append("dropout")
-        if self.needs_grad:
-            words.append("grad")
-        return " ".join(words + features)
-
-
-_FEATURES = ("segment_weights", "dense", "mask", "key_padding")
+        """What backends succeed or fail by, in words (call_class.py): device, dtype, head dims, rank, features."""
+        return describe(key_of(self))
 
 
 def build(

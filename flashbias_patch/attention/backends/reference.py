@@ -21,22 +21,26 @@ class Reference:
         return []
 
     def __call__(self, inputs: AttentionInputs) -> Tensor:
+        return self.attend(inputs, CHUNK_BYTES.get(inputs.q.device.type, 256 << 20))
+
+    def attend(self, inputs: AttentionInputs, chunk_bytes: int) -> Tensor:
+        """The same in chunks of queries whose float32 scores take `chunk_bytes` (at least one query)."""
         seed = None
         if inputs.dropout_p:
             # Drawn on the CPU whatever the device: reading a CUDA generator would synchronise.
             seed = int(torch.empty((), dtype=torch.int64).random_(1 << 31))
         tensors = [getattr(inputs, field) for field in TENSORS]
-        return _Chunked.apply(inputs._replace(**dict.fromkeys(TENSORS)), seed, *tensors)
+        rows = chunk_rows(inputs, chunk_bytes)
+        return _Chunked.apply(inputs._replace(**dict.fromkeys(TENSORS)), (seed, rows), *tensors)
 
 
 backend = Reference()
 
 
-def chunk_rows(inputs: AttentionInputs) -> int:
-    """Queries per chunk, so that one chunk's float32 scores stay within CHUNK_BYTES."""
+def chunk_rows(inputs: AttentionInputs, chunk_bytes: int) -> int:
+    """Queries per chunk, so that one chunk's float32 scores stay within `chunk_bytes`."""
     B, _, H, _ = inputs.q.shape
-    row = max(1, B * H * inputs.k.shape[1] * 4)
-    return max(1, CHUNK_BYTES.get(inputs.q.device.type, 256 << 20) // row)
+    return max(1, chunk_bytes // max(1, B * H * inputs.k.shape[1] * 4))
 
 
 def cut(inputs: AttentionInputs, start: int, stop: int) -> AttentionInputs:
@@ -87,12 +91,15 @@ class _Chunked(torch.autograd.Function):
     """Forward chunk by chunk; backward recomputes each chunk's scores, with the same dropout."""
 
     @staticmethod
-    def forward(ctx: Any, static: AttentionInputs, seed: Optional[int], *tensors: Optional[Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, static: AttentionInputs, drawn: Tuple[Optional[int], int], *tensors: Optional[Tensor]
+    ) -> Tensor:
         inputs = static._replace(**dict(zip(TENSORS, tensors)))
-        ctx.static, ctx.seed = static, seed
+        seed, rows = ctx.drawn = drawn  # dropout is drawn chunk by chunk: backward must cut as forward did
+        ctx.static = static
         ctx.save_for_backward(*tensors)
         out = inputs.q.new_empty(*inputs.q.shape[:3], inputs.v.shape[-1])
-        for start, stop in _chunks(inputs):
+        for start, stop in _chunks(inputs, rows):
             out[:, start:stop] = attend_dense(cut(inputs, start, stop), _generator(inputs, seed, start))
         return out
 
@@ -100,20 +107,20 @@ class _Chunked(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Tuple[Optional[Tensor], ...]:
         inputs = ctx.static._replace(**dict(zip(TENSORS, ctx.saved_tensors)))
-        grads = gradients(inputs, grad_out, ctx.needs_input_grad[2:], ctx.seed)
+        grads = gradients(inputs, grad_out, ctx.needs_input_grad[2:], *ctx.drawn)
         return (None, None, *grads)
 
 
 def gradients(
-    inputs: AttentionInputs, grad_out: Tensor, needed: Tuple[bool, ...], seed: Optional[int] = None
+    inputs: AttentionInputs, grad_out: Tensor, needed: Tuple[bool, ...], seed: Optional[int], rows: int
 ) -> List[Optional[Tensor]]:
-    """Gradients of the tensors named in TENSORS (None where not `needed`), chunk by chunk."""
+    """Gradients of the tensors named in TENSORS (None where not `needed`), in chunks of `rows` queries."""
     totals: List[Optional[Tensor]] = [
         torch.zeros_like(t, dtype=torch.promote_types(torch.float32, t.dtype)) if need else None
         for t, need in zip((getattr(inputs, field) for field in TENSORS), needed)
     ]
     wanted = [i for i, need in enumerate(needed) if need]
-    for start, stop in _chunks(inputs):
+    for start, stop in _chunks(inputs, rows):
         part = cut(inputs, start, stop)
         leaves = {TENSORS[i]: getattr(part, TENSORS[i]).detach().requires_grad_() for i in wanted}
         with torch.enable_grad():
@@ -130,9 +137,9 @@ def gradients(
     return [None if t is None else t.to(getattr(inputs, field).dtype) for t, field in zip(totals, TENSORS)]
 
 
-def _chunks(inputs: AttentionInputs) -> List[Tuple[int, int]]:
-    M, step = inputs.q.shape[1], chunk_rows(inputs)
-    return [(start, min(start + step, M)) for start in range(0, M, step)]
+def _chunks(inputs: AttentionInputs, rows: int) -> List[Tuple[int, int]]:
+    M = inputs.q.shape[1]
+    return [(start, min(start + rows, M)) for start in range(0, M, rows)]
 
 
 def _generator(inputs: AttentionInputs, seed: Optional[int], start: int) -> Optional[torch.Generator]:

@@ -1,0 +1,131 @@
+"""FlashBias' published Triton kernel (github.com/thuml/FlashBias, arXiv 2505.12044), where it is found.
+
+It is one file, flash_bias_triton.py, not a package: it is loaded by path. Its authors pin triton 3.0.0; on
+current Triton it is wrong at lengths that are not multiples of its tiles, which the self-check finds out
+(selfcheck.py).
+"""
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import sys
+from typing import Any, Callable, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ... import settings
+from ..inputs import AttentionInputs
+from .sdpa import segments_to_factors
+
+FILE = "flash_bias_triton.py"
+PARAMETERS = ("q", "k", "v", "q_bias", "k_bias", "mask", "causal", "softmax_scale")
+MAX_HEAD_DIM = 128
+
+
+class Upstream:
+    name = "upstream"
+
+    def __init__(self) -> None:
+        self._searched_for: Optional[settings.Settings] = None  # the settings that the search was made under
+        self._function: Optional[Callable[..., Tensor]] = None
+        self._missing = ""
+
+    def why_not(self, inputs: AttentionInputs) -> List[str]:
+        q = inputs.q
+        if not q.is_cuda:
+            return [f"CUDA only, got {q.device.type}"]
+        reasons = []
+        if q.dtype not in (torch.float16, torch.bfloat16):
+            reasons.append(f"float16 and bfloat16 only, got {q.dtype}")
+        if q.shape[-1] > MAX_HEAD_DIM or inputs.v.shape[-1] != q.shape[-1]:
+            got = f"{q.shape[-1]} and {inputs.v.shape[-1]}"
+            reasons.append(f"head dims must be equal and at most {MAX_HEAD_DIM}, got {got}")
+        if inputs.q_factor is None and inputs.segment_weights is None:
+            reasons.append("no low-rank bias to add")
+        given = [name for name in ("dense", "mask", "key_padding") if getattr(inputs, name) is not None]
+        if given:
+            reasons.append(f"takes a low-rank bias only, not {', '.join(given)}")
+        if inputs.dropout_p:
+            reasons.append("no dropout")
+        if inputs.scale <= 0:
+            reasons.append(f"scale must be positive, got {inputs.scale}")
+        if 0 in q.shape or 0 in inputs.k.shape:
+            reasons.append(f"empty: q {tuple(q.shape)}, k {tuple(inputs.k.shape)}")
+        if self._searched_for is not settings.current():
+            self._load()
+        if self._missing:
+            reasons.append(self._missing)
+        return reasons
+
+    def __call__(self, inputs: AttentionInputs) -> Tensor:
+        assert self._function is not None
+        inputs = segments_to_factors(inputs)
+        q, k, v, q_factor, k_factor = inputs[:5]
+        assert q_factor is not None and k_factor is not None
+        # Expanded here, so that autograd sums the gradients of shared factors and the kernel need not.
+        q_factor, k_factor = q_factor.expand(*q.shape[:3], -1), k_factor.expand(*k.shape[:3], -1)
+        return self._function(q, k, v, q_factor, k_factor, None, False, inputs.scale)
+
+    def _load(self) -> None:
+        self._searched_for, self._function, self._missing = settings.current(), None, ""
+        path, looked = find()
+        if path is None:
+            where = ", ".join(looked)
+            self._missing = f"no {FILE}; looked in: {where}. Set FLASHBIAS_HOME to a checkout of FlashBias"
+            return
+        try:
+            self._function = load(path)
+        except Exception as error:
+            self._missing = f"{path} does not load: {type(error).__name__}: {error}"
+
+
+backend = Upstream()
+
+
+def find() -> Tuple[Optional[str], List[str]]:
+    """(path or None, the places looked in): FLASHBIAS_HOME, external/FlashBias/ of the cwd, sys.path."""
+    home = settings.current().home
+    places = [("FLASHBIAS_HOME", home)] if home else []
+    places.append(("the working directory's", os.path.join(os.getcwd(), "external", "FlashBias")))
+    places += [("sys.path", entry or os.getcwd()) for entry in sys.path]
+    for _, folder in places:
+        path = os.path.join(os.path.expanduser(folder), FILE)
+        if os.path.isfile(path):
+            return path, []
+    looked = [f"{label} ({folder})" for label, folder in places if label != "sys.path"]
+    return None, [*([] if home else ["FLASHBIAS_HOME (not set)"]), *looked, "sys.path"]
+
+
+def load(path: str) -> Callable[..., Tensor]:
+    """flash_bias_func of that file; ImportError if it does not have the published call shape."""
+    name = FILE[:-3]
+    module = sys.modules.get(name)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no Python module")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    function = getattr(module, "flash_bias_func", None)
+    if function is None:
+        raise ImportError(f"{path} has no flash_bias_func")
+    parameters = _parameters(function)
+    if parameters != PARAMETERS:
+        expected = ", ".join(PARAMETERS)
+        raise ImportError(f"flash_bias_func takes ({', '.join(parameters)}), expected ({expected})")
+    return function
+
+
+def _parameters(function: Any) -> Tuple[str, ...]:
+    """Names of its parameters; of an autograd Function's `apply`, those of its forward without ctx."""
+    owner = getattr(function, "__self__", None)
+    if inspect.isclass(owner) and issubclass(owner, torch.autograd.Function):
+        return tuple(inspect.signature(owner.forward).parameters)[1:]
+    return tuple(inspect.signature(function).parameters)

@@ -1,0 +1,230 @@
+"""A backend earns trust: before its first answer to a class of call, it answers a small problem of it.
+
+Lengths are odd (less than a tile, and beyond one; on the CPU only the first), or multiples of 128 where the
+class says so; operands are strided as projections leave them; a row is fully masked where masks are in play.
+The output and every gradient are compared with float64: they may err by at most FACTOR times what plain
+PyTorch errs by in the same precision, plus FLOOR.
+
+With dropout, numbers are compared without it, and then the dropout itself is checked: what is kept, its mean,
+and that backward drops what forward dropped.
+"""
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .. import journal
+from .backends import reference
+from .call_class import ALIGNMENT, Key, describe
+from .inputs import AttentionInputs
+
+FACTOR = 4.0
+FLOOR = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-5, torch.float64: 1e-11}
+BATCH, HEADS = 2, 3
+SHORT, LONG, ALIGNED = (37, 61), (131, 259), (ALIGNMENT, 2 * ALIGNMENT)
+DROPOUT_P = 0.3
+LEAVES = ("q", "k", "v", "q_factor", "k_factor", "segment_weights", "dense")
+
+
+def possible(inputs: AttentionInputs) -> bool:
+    """Whether a check can run now: not while a call is traced, captured into a CUDA graph or transformed."""
+    if type(inputs.q) not in (Tensor, torch.nn.Parameter) or torch.jit.is_tracing():
+        return False
+    if inputs.q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
+
+
+def check(backend: Any, key: Key, rank: int) -> Optional[str]:
+    """Why `backend` must not answer calls of this class; None if it is right on the small problems.
+
+    The caller's random state, grad mode, autocast, function modes and saved-tensor hooks are left alone.
+    Exceptions of the backend come through.
+    """
+    began = time.perf_counter()
+    with _undisturbed(key[0]):
+        problem = _check(backend, key, rank)
+    seconds = time.perf_counter() - began
+    if seconds > 5:
+        message = "%s took %.0f s to compile and be checked for %s"
+        journal.once(("slow check", backend.name, key), "info", message, backend.name, seconds, describe(key))
+    return problem and f"self-check failed: {problem}"
+
+
+@contextlib.contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        enter(_disable_current_modes())
+        enter(torch._C.DisableTorchFunction())
+        enter(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        torch.default_generator.manual_seed(0)  # not torch.manual_seed, which seeds every device there is
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index].manual_seed(0)
+        enter(torch.inference_mode(False))
+        enter(torch.enable_grad())
+        for kind in {"cpu", "cuda", device.type} & {"cpu", "cuda"}:
+            enter(torch.autocast(kind, enabled=False, dtype=torch.bfloat16))
+        enter(torch.autograd.set_detect_anomaly(False))
+        # Inside a checkpoint, its hooks would take the check's tensors for the layer's own.
+        enter(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved))
+        yield
+
+
+def _check(backend: Any, key: Key, rank: int) -> Optional[str]:
+    device, aligned, dropout, grad = key[0], key[4], key[5], key[6]
+    refused: List[str] = []
+    accepted: List[AttentionInputs] = []
+    for lengths in (ALIGNED,) if aligned else (SHORT,) if device.type == "cpu" else (SHORT, LONG):
+        inputs = problem_of(key, rank, *lengths)
+        refused = backend.why_not(inputs)
+        if refused:
+            continue
+        accepted.append(inputs)
+        found = _compare(backend, inputs, grad, key)
+        if found:
+            where = "" if aligned else f" (multiples of {ALIGNMENT} are checked on their own)"
+            return f"{found} at {lengths[0]} x {lengths[1]}{where}"
+    if not accepted:
+        return f"it refuses the check's own problem: {'; '.join(refused)}"
+    return _check_dropout(backend, accepted[-1], grad) if dropout else None
+
+
+def problem_of(key: Key, rank: int, M: int, N: int) -> AttentionInputs:
+    """A call of class `key`, without dropout, with every operand that can have a gradient asking for it."""
+    device, dtype, D, Dv, _, _, _, positive, _, factors, segments, dense, mask, padding = key
+    B, H = BATCH, HEADS
+    draw = _Draw(device, M * 1000 + N)
+    # Strided as packed projections of (L, B, E) tensors are.
+    q = draw((M, B, H, D), dtype).transpose(0, 1)
+    k, v = draw((N, B, H, D + Dv), dtype).transpose(0, 1).split([D, Dv], -1)
+    made: Dict[str, Any] = {"q": q, "k": k, "v": v, "scale": D**-0.5 if positive else -(D**-0.5)}
+    if factors is not None:
+        _, _, Bq, Hq, Bk, Hk = factors
+        made["q_factor"] = draw((1 if Bq else B, M, 1 if Hq else H, rank), dtype, rank ** -0.25)
+        made["k_factor"] = draw((1 if Bk else B, N, 1 if Hk else H, rank), dtype, rank ** -0.25)
+    if segments is not None:
+        S, weights_dtype, Bw, Hw = segments
+        made["segment_weights"] = draw((1 if Bw else B, M, 1 if Hw else H, S), weights_dtype)
+        made["segment_lengths"] = tuple(N // S + (place < N % S) for place in range(S))
+    if dense is not None:
+        dense_dtype, _, Bd, Hd, Md = dense
+        shape = (1 if Bd else B, 1 if Hd else H, 1 if Md else M, N)
+        hidden = draw.below(0.1, shape)
+        if not Md:
+            hidden[:, :, 5] = True
+        made["dense"] = draw(shape, dense_dtype).masked_fill_(hidden, -math.inf)
+    if mask is not None:
+        made["mask"] = draw.below(0.2, tuple(1 if one else full for one, full in zip(mask, (B, H, M))) + (N,))
+        if not mask[2]:
+            made["mask"][:, :, 3] = True
+    if padding is not None:
+        hidden = torch.arange(N, device=device) >= torch.tensor([[N], [N - N // 4]], device=device)
+        made["key_padding"] = hidden
+        if padding is not torch.bool:
+            made["key_padding"] = draw((B, N), padding).masked_fill_(hidden, -math.inf)
+    return AttentionInputs(**made)
+
+
+class _Draw:
+    """Normal and boolean tensors from a generator of its own, on the CPU whatever the device."""
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self.device, self.generator = device, torch.Generator().manual_seed(seed)
+
+    def __call__(self, shape: Tuple[int, ...], dtype: torch.dtype, size: float = 1.0) -> Tensor:
+        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float32) * size
+        return drawn.to(self.device, dtype)
+
+    def below(self, share: float, shape: Tuple[int, ...]) -> Tensor:
+        return (torch.rand(shape, generator=self.generator) < share).to(self.device)
+
+
+def _compare(backend: Any, inputs: AttentionInputs, grad: bool, key: Key) -> Optional[str]:
+    dense_grad = key[11] is not None and key[11][1]
+    wanted = []
+    if grad:
+        wanted = [n for n in LEAVES if getattr(inputs, n) is not None and (n != "dense" or dense_grad)]
+    draw = _Draw(inputs.q.device, 7)
+    grad_out = draw((*inputs.q.shape[:3], inputs.v.shape[-1]), inputs.q.dtype)
+    exact = _run(reference.attend_dense, _cast(inputs, torch.float64), wanted, grad_out.double())
+    plain = _run(_plain, inputs, wanted, grad_out)
+    given = _run(backend, inputs, wanted, grad_out)
+    names = ["output", *("gradient of " + name for name in wanted)]
+    errors = torch.stack([_error(x, e) for x, e in zip((*given, *plain), (*exact, *exact))]).tolist()
+    for name, error, tolerable in zip(names, errors, errors[len(names):]):
+        if not error <= FACTOR * tolerable + FLOOR.get(inputs.q.dtype, 1e-3):  # also when it is not a number
+            what = "is not finite" if math.isnan(error) else f"is off by {error:.2g}"
+            return f"{name} {what} where plain PyTorch is off by {tolerable:.2g}"
+    return None
+
+
+def _run(attend: Any, inputs: AttentionInputs, wanted: List[str], grad_out: Tensor) -> List[Tensor]:
+    """[output, gradients of `wanted` ...]; strides of the operands are kept."""
+    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in wanted}
+    out = attend(inputs._replace(**leaves))
+    if not wanted:
+        return [out]
+    found = torch.autograd.grad(out, list(leaves.values()), grad_out, allow_unused=True)
+    return [out.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves.values()))]
+
+
+def _cast(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:
+    return inputs._replace(**{
+        name: getattr(inputs, name).to(dtype) for name in LEAVES if getattr(inputs, name) is not None
+    })
+
+
+def _plain(inputs: AttentionInputs) -> Tensor:
+    """What torch's own operators give in the inputs' precision: every intermediate is rounded to it."""
+    dtype = inputs.q.dtype
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(dtype).to(torch.promote_types(torch.float32, dtype))
+
+    bare = inputs._replace(q_factor=None, k_factor=None, segment_weights=None, dense=None)
+    s = rounded(reference.scores(bare._replace(mask=None, key_padding=None)))
+    s = rounded(s + rounded(reference.scores(inputs._replace(q=inputs.q.detach() * 0))))
+    dead = s.detach().amax(-1, keepdim=True) == -math.inf
+    p = rounded(torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0))
+    return (p @ inputs.v.to(p.dtype).transpose(1, 2)).transpose(1, 2).to(dtype)
+
+
+def _error(found: Tensor, exact: Tensor) -> Tensor:
+    """The larger of the relative errors in L2 and at the worst element, where one wrong row shows; 0-d."""
+    exact = exact.detach().double()
+    gap = found.detach().double() - exact
+    if not gap.numel():
+        return gap.new_zeros(())
+    tiny = 1e-30
+    return torch.maximum(gap.norm() / (exact.norm() + tiny), gap.abs().amax() / (exact.abs().amax() + tiny))
+
+
+def _check_dropout(backend: Any, inputs: AttentionInputs, grad: bool) -> Optional[str]:
+    """Kept weights scaled by 1/(1-p): the mean is the output without dropout, the square grows by 1/(1-p).
+
+    Backward with the output itself as gradient: v . dv is then the output squared if it drops the same.
+    """
+    plain = backend(inputs).detach().double()
+    v = inputs.v.detach().requires_grad_(grad)
+    out = backend(inputs._replace(v=v, dropout_p=DROPOUT_P))
+    given, square = out.detach().double(), (plain * plain).sum()
+    ratios = [(given * plain).sum() / square, (given * given).sum() / square * (1 - DROPOUT_P)]
+    if grad:
+        (dv,) = torch.autograd.grad(out, v, out.detach())
+        ratios.append((dv.double() * v.detach().double()).sum() / (given * given).sum())
+    mean, spread, same = (*torch.stack(ratios).tolist(), 1.0)[:3]
+    if not abs(mean - 1) <= 0.1:
+        return f"dropout changes the mean by a factor of {mean:.3g}"
+    if not abs(spread - 1) <= 0.2:
+        return f"dropout keeps the wrong share: mean square off by a factor of {spread:.3g}"
+    if not abs(same - 1) <= 0.03:
+        return f"backward does not drop what forward dropped (v . dv off by a factor of {same:.3g})"
+    return None
