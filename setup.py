@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.8",
-    packages=find_packages(include=["flashbias_patch", "flashbias_patch.*"]),
+    packages=find_packages(include=["flashbias_patch", "flashbias_patch.*"]) + ["flashbias_patch.bootstrap"],
     include_package_data=True,
     package_data={"flashbias_patch": ["py.typed"], "flashbias_patch.ab": ["templates/*"]},
     install_requires=["wrapt>=1.14"],

@@ -1,0 +1,57 @@
+# `make demo` and `make test` set up what they need in .venv. See README.md.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+FRAME ?= $(wildcard ../shared/data/nuscenes_frame)
+DEMO ?= runs/demo
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help demo test test-slow test-openmmlab test-py38 test-triton lint package gallery clean
+
+help:
+	@echo "make demo            unpatched against patched: trains examples/mini_cmt both ways, writes $(DEMO)/report.html"
+	@echo "make test            the default tests"
+	@echo "make test-slow       the heavier tiers: Triton's interpreter, browser, long trainings"
+	@echo "make test-openmmlab  integration with real mmcv, mmdet3d and mmengine (builds .venv-openmmlab)"
+	@echo "make test-py38       the core under Python 3.8 and torch 2.1"
+	@echo "make test-triton     the kernels compiled by several versions of Triton, without a GPU"
+	@echo "make lint            ruff and mypy"
+	@echo "make package         wheel and sdist, installed in a fresh environment and smoke-tested"
+
+$(VENV)/ready: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet -e ".[demo,test,lint]" triton
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/flashbias ab --steps 16 --warmup 4 --out $(DEMO) -- \
+		$(BIN)/python examples/mini_cmt/tools/train.py --steps 16 --dropout 0 --no-cp $(if $(FRAME),--frame $(FRAME))
+	@echo "report: $(DEMO)/report.html"
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -q -m "not slow and not browser and not openmmlab"
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -q -m "(slow or browser) and not openmmlab"
+
+test-openmmlab:
+	tools/openmmlab_env.sh v1 v2
+	.venv-openmmlab/v1/bin/python -m pytest -q tests/openmmlab
+	.venv-openmmlab/v2/bin/python -m pytest -q tests/openmmlab
+
+test-py38:
+	tools/openmmlab_env.sh py38
+	.venv-openmmlab/py38/bin/python -m pytest -q tests/test_settings.py tests/test_import.py tests/attention tests/bias tests/patching
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+package: $(VENV)/ready
+	tools/check_package.sh $(BIN)/python
+
+clean:
+	rm -rf $(VENV) .venv-openmmlab build dist *.egg-info runs
