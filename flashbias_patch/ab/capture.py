@@ -129,7 +129,7 @@ def _clip(original: Callable, inbox: Inbox) -> Callable:
 def _scale(original: Callable) -> Callable:
     def scale(self: Any, outputs: Any) -> Any:
         scaled = original(self, outputs)
-        if hasattr(outputs, "detach") and hasattr(scaled, "detach"):
+        if scaled is not outputs and hasattr(outputs, "detach") and hasattr(scaled, "detach"):  # the same if disabled
             scaled._flashbias_unscaled = outputs.detach()
         return scaled
 
@@ -215,6 +215,17 @@ def norm_of(torch: Any, gradients: List[Any]) -> Optional[Any]:
         return None
     home = norms[-1].device
     return torch.stack([n.to(home) for n in norms]).square().sum().sqrt()
+
+
+def nudge(torch: Any, optimizer: Any, relative: float) -> None:
+    """Change every parameter by +-`relative` of itself, signs from a generator of its own: rounding, made to order."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.is_floating_point() and not hasattr(parameter, "to_local"):
+                    signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+                    parameter.mul_(1 + relative * signs.to(parameter.device, parameter.dtype))
 
 
 def find_parameters(torch: Any, suffixes: List[str], limit: int = 8) -> Dict[str, Any]:

@@ -29,8 +29,10 @@ def load(path: str) -> Dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             document = json.load(file)
-    except (OSError, ValueError) as error:
-        raise BadPredictions(f"{path}: cannot be read as JSON: {error}") from error
+        if isinstance(document, dict) and "frames" in document:
+            document = _from_frames(document)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadPredictions(f"{path}: cannot be read as predictions: {type(error).__name__}: {error}") from error
     if not isinstance(document, dict) or not isinstance(document.get("samples"), list) or not document.get("classes"):
         raise BadPredictions(f"{path}: expected an object with `classes` and `samples`")
     for number, sample in enumerate(document["samples"]):
@@ -48,6 +50,17 @@ def load(path: str) -> Dict[str, Any]:
             if any(not 0 <= label < len(document["classes"]) for label in sample.get(name, ())):
                 raise BadPredictions(f"{where}: `{name}` must index `classes` (0 to {len(document['classes']) - 1})")
     return document
+
+
+def _from_frames(document: Dict[str, Any]) -> Dict[str, Any]:
+    """mini_cmt's `--eval` file: frames of `predictions` and `ground_truth`, boxes as (x, y, z, l, w, h, ...)."""
+    def swapped(boxes: List[List[float]]) -> List[List[float]]:
+        return [[*box[:3], box[4], box[3], *box[5:]] for box in boxes]
+
+    return {"classes": document["classes"], "samples": [
+        {"token": frame["token"], "boxes": swapped(frame["predictions"]["boxes"]), "scores": frame["predictions"]["scores"],
+         "labels": frame["predictions"]["labels"], "gt_boxes": swapped(frame["ground_truth"]["boxes"]),
+         "gt_labels": frame["ground_truth"]["labels"]} for frame in document["frames"]]}
 
 
 def _boxes(sample: Dict[str, Any], name: str, where: str) -> np.ndarray:

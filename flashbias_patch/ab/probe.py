@@ -28,9 +28,13 @@ DIRECTORY = "FLASHBIAS_PROBE"
 STEPS = "FLASHBIAS_PROBE_STEPS"
 PARAMS = "FLASHBIAS_PROBE_PARAMS"
 SEED = "FLASHBIAS_PROBE_SEED"
+NUDGE = "FLASHBIAS_PROBE_NUDGE"
 DEFAULT_PARAMS = "bias_scale"
 SWITCH_AFTER = 4  # steps of other optimisers alone, after which the one counted is taken for finished
 MAX_FAILURES = 3
+
+# What a nudged run changes its parameters by, relatively, once: a few units in the last place.
+NUDGES = {"float32": 2.0**-20, "half": 2.0**-10}
 
 KEPT_ENV = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONHASHSEED",
             "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
@@ -86,6 +90,7 @@ class Recorder:
         self.limit = int(environ.get(STEPS) or 0)
         self.suffixes = [s for s in environ.get(PARAMS, DEFAULT_PARAMS).split(",") if s]
         self.seed = environ.get(SEED)
+        self.nudge = environ.get(NUDGE) == "1"
         self.torch: Any = None
         self.inbox: Any = None
         self._fresh()
@@ -244,6 +249,8 @@ class Recorder:
         if calls is not None:
             line["calls"] = calls
         inbox.clear()
+        if self.nudge and self.step == 0:
+            capture.nudge(self.torch, optimizer, NUDGES["half" if inbox.half else "float32"])
         line["probe_s"] = time.perf_counter() - begin
         self.pending.append(self._send([p for p, _ in scalars], [v for _, v in scalars], line))
         self._write_arrived()

@@ -50,6 +50,7 @@ class Run:
     env: Dict[str, str] = field(default_factory=dict)
     processes: List[Process] = field(default_factory=list)
     log_tail: str = ""
+    nudged: bool = False  # parameters changed by a few units in the last place after the first step
     load: float = 0.0  # the machine's load average when the run started
 
     @property
@@ -190,7 +191,7 @@ def _load_run(directory: str, entry: Dict[str, Any]) -> Run:
         label=entry["label"], index=entry["index"], status=entry.get("status", "ok"), message=entry.get("message", ""),
         exit_code=entry.get("exit_code"), seconds=entry.get("seconds", 0.0), directory=entry["directory"],
         command=entry.get("command", []), env=entry.get("env", {}),
-        load=entry.get("load", 0.0),
+        load=entry.get("load", 0.0), nudged=entry.get("nudged", False),
         processes=[load_process(os.path.join(probes, n)) for n in names if n.endswith(".jsonl")],
         log_tail=_tail(os.path.join(place, "log.txt")))
 

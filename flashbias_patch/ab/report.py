@@ -14,7 +14,7 @@ from .records import Experiment, Run
 from .statistics import Parity, Ratio, Verdict
 
 MAX_POINTS = 1500  # of one curve on a page
-BINS = 30
+MAX_BINS = 30
 GOOD = ("faster", "less memory", "identical", "within rounding", "within noise")
 BAD = ("slower", "more memory", "differs")
 PARITY_SAYS = {
@@ -47,11 +47,11 @@ def sentence(verdict: Verdict) -> str:
     if verdict.speed is not None:
         says.append({"faster": f"is {times(1 / verdict.speed.value)} as fast",
                      "slower": f"takes {times(verdict.speed.value)} the time",
-                     "no difference": "is as fast as unpatched"}.get(verdict.speed_word, "is neither shown faster nor slower"))
+                     "no difference": "is as fast as unpatched"}.get(verdict.speed_word, "shows no clear change in speed"))
     if verdict.memory is not None:
         says.append({"less memory": f"needs {times(verdict.memory.value)} the memory",
                      "more memory": f"needs {times(verdict.memory.value)} the memory",
-                     "no difference": "needs the same memory"}.get(verdict.memory_word, "has no clear effect on memory"))
+                     "no difference": "needs the same memory"}.get(verdict.memory_word, "no clear change in memory"))
     says.append(PARITY_SAYS[verdict.parity_word])
     text = "Patched " + ", ".join(says[:-1]) + (" and " if len(says) > 1 else "") + says[-1]
     return text + (f" from step {verdict.first_step} on." if verdict.first_step is not None else ".")
@@ -94,6 +94,7 @@ def parity_line(parity: Parity) -> str:
         return f"{parity.quantity}: not recorded on both sides"
     parted = f", they part at step {parity.first_step}" if parity.first_step is not None else ""
     noise = "no A/A pair" if parity.noise is None else f"A/A {relative(parity.noise)}"
+    noise += "" if parity.drift is None else f", nudged A {relative(parity.drift)}"
     return (f"{parity.quantity}: {parity.word}{parted}; largest difference {relative(parity.largest)} at step "
             f"{parity.largest_at} of {parity.steps} ({noise})")
 
@@ -192,7 +193,7 @@ def _constant(values: np.ndarray) -> bool:
 
 def _lines(title: str, label: str, sides: Sequence[Tuple[Run, np.ndarray]], unit: str = "", warmup: int = 0, note: str = "",
            robust: bool = False) -> Optional[Dict[str, Any]]:
-    series = [{"name": run.name, "side": run.label, "values": _points(values)} for run, values in sides
+    series = [{"name": run.name + (" nudged" if run.nudged else ""), "side": run.label, "values": _points(values)} for run, values in sides
               if values.size and np.isfinite(values).any()]
     if not series:
         return None
@@ -219,7 +220,7 @@ def _histogram(title: str, label: str, a: Sequence[np.ndarray], b: Sequence[np.n
     if together.size < 4 or not all(any(x.size for x in side) for side in (a, b)):
         return None
     low, high = np.percentile(together, [0, 98])
-    edges = np.linspace(low, max(high, low * 1.02), BINS + 1)
+    edges = np.linspace(low, max(high, low * 1.02), int(np.clip(2 * np.sqrt(together.size), 8, MAX_BINS)) + 1)
     counts = {side: np.histogram(np.clip(np.concatenate(v), edges[0], edges[-1]), edges)[0] for side, v in (("A", a), ("B", b))}
     return {"title": title, "kind": "bars", "x": label, "y": "share of steps", "unit": "ms",
             "edges": [float(f"{e:.6g}") for e in edges],
@@ -269,7 +270,7 @@ def environment_rows(experiment: Experiment) -> List[Tuple[str, str]]:
             ("numpy", found.get("numpy")), *sorted(modules.items()), ("processes (world size)", found.get("world_size")),
             ("threads", found.get("threads")), ("CPUs", experiment.host.get("cpus")), ("platform", experiment.host.get("platform")),
             ("directory", experiment.cwd), ("schedule", " ".join(experiment.schedule)),
-            *((name, options.get(name)) for name in ("steps", "warmup", "seed", "timeout")),
+            *((name, options.get(name)) for name in ("steps", "warmup", "seed")),
             ("date", datetime.datetime.fromtimestamp(experiment.started).strftime("%Y-%m-%d %H:%M") if experiment.started else None)]
     return [(name, str(value)) for name, value in rows if value not in (None, "")]
 
@@ -288,7 +289,8 @@ def commands(experiment: Experiment) -> List[Tuple[str, str]]:
 
 def runs_table(experiment: Experiment) -> List[Dict[str, Any]]:
     return [{"name": run.name, "side": run.label, "status": run.status, "steps": run.steps, "seconds": seconds(run.seconds),
-             "exit": "-" if run.exit_code is None else run.exit_code, "ranks": len(run.ranks), "message": run.message,
+             "exit": "-" if run.exit_code is None else run.exit_code, "ranks": len(run.ranks),
+             "message": run.message + ("; parameters nudged in the last place, to see how far rounding drifts" if run.nudged else ""),
              "killed": run.killed, "ok": run.status == "ok"} for run in experiment.runs]
 
 
@@ -391,7 +393,7 @@ def summary(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
         "sentence": sentence(verdict), "speed": ratio(verdict.speed), "speed_word": verdict.speed_word,
         "memory": ratio(verdict.memory), "memory_word": verdict.memory_word, "memory_kind": verdict.memory_kind,
         "clock": verdict.clock, "parity_word": verdict.parity_word, "first_step": verdict.first_step,
-        "parity": [{"quantity": p.quantity, "word": p.word, "first_step": p.first_step, "steps": p.steps, "noise": p.noise,
+        "parity": [{"quantity": p.quantity, "word": p.word, "first_step": p.first_step, "steps": p.steps, "noise": p.noise, "drift": p.drift,
                     "largest": p.largest if math.isfinite(p.largest) else None, "largest_at": p.largest_at} for p in verdict.parities],
         "problems": verdict.problems, "notes": verdict.notes, "backends": backends_table(experiment),
         "fallbacks": fallbacks_table(experiment), "runs": runs_table(experiment), "command": experiment.command,

@@ -7,7 +7,8 @@ repeats of the same side, on top of a typical one, as two or three repeats say l
 is taken over draws of both.
 
 Parity. Two curves part where they differ by more than the command's own noise: three times the largest difference
-seen so far between two runs of the same side, and never less than rounding, which training amplifies step by step.
+seen so far between two runs of the same side (six times, where there is one pair only), and never less than rounding. Where two runs of a side agree bit for
+bit, a run that was nudged in the last place shows how training amplifies rounding; without it, a growth is assumed.
 """
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ TYPICAL_SPREAD = {"time": 0.005, "cuda": 0.001, "rss": 0.01}
 SMALLEST_EFFECT = 0.005  # ratios closer to 1 than this are no difference in practice
 WIDE = 0.10  # an interval wider than this, around 1, decides nothing
 
-NOISE_BAND = 3.0
+NOISE_BAND = 3.0  # times the largest difference within a side
+LONE_PAIR = 2.0  # times as much again where only one pair of runs shows it
 LOOK_AHEAD = 2
 PERSISTENCE = 3  # steps in a row out of the band: one spike is no parting
 # Relative rounding tolerance at the first step, its growth a step, and where it ends.
@@ -71,6 +73,7 @@ class Parity:
     steps: int = 0
     difference: np.ndarray = field(default_factory=lambda: np.zeros(0))
     band: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    drift: Optional[float] = None  # as noise, of a run that was nudged in the last place
 
 
 @dataclass
@@ -137,8 +140,9 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
     kind = "cuda" if kinds == {"cuda"} else "rss"
     memory = compare_peaks([r.peak_memory() for r in a], [r.peak_memory() for r in b], kind, seed)
     half = any(run.half for run in a + b)
-    parities = [parity("loss", [r.series("loss") for r in a], [r.series("loss") for r in b], half),
-                parity("gradient norm", [r.series("grad_norm") for r in a], [r.series("grad_norm") for r in b], half)]
+    plain, nudged = [r for r in a if not r.nudged] or a, [r for r in a if r.nudged]
+    parities = [parity(quantity, *([r.series(key) for r in side] for side in (plain, b, nudged)), half=half)
+                for quantity, key in (("loss", "loss"), ("gradient norm", "grad_norm"))]
     if speed and not speed.repeats:
         notes.append(f"no run was repeated: a spread of {TYPICAL_SPREAD['time']:.1%} between runs is assumed")
     load, cpus = max(run.load for run in a + b), int(experiment.host.get("cpus") or 1)
@@ -202,7 +206,9 @@ def _draws(logs: List[np.ndarray], within: List[np.ndarray], typical: float, rng
     # it was seen in few repeats, the fewer the degrees of freedom (Satterthwaite's approximation).
     assumed = typical**2 * PRIOR_WEIGHT / (PRIOR_WEIGHT + freedom)
     seen = max(0.0, squares - explained) / freedom if freedom else 0.0
-    worth = (assumed + seen) ** 2 / (assumed**2 / (PRIOR_FREEDOM + freedom) + (seen**2 / freedom if freedom else 0.0))
+    worth: float = PRIOR_WEIGHT
+    if freedom:
+        worth = (assumed + seen) ** 2 / (assumed**2 / (PRIOR_FREEDOM + freedom) + seen**2 / freedom)
     width = np.sqrt((assumed + seen) * sum(1 / x.size for x in logs))
     between = width * rng.standard_t(worth, DRAWS)
     return logs[1].mean() - logs[0].mean() + within[1].mean(axis=0) - within[0].mean(axis=0) + between
@@ -214,23 +220,29 @@ def _ratio(logs: List[np.ndarray], draws: Optional[np.ndarray], repeats: int) ->
     return Ratio(b / a, low, high, a, b, repeats)
 
 
-def parity(quantity: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray], half: bool = False) -> Parity:
-    """Do the curves of B follow those of A, as far as those of A follow each other? One (steps,) array a run."""
-    steps = min((len(x) for x in (*a, *b)), default=0)
-    curves_a, curves_b = np.array([x[:steps] for x in a]), np.array([x[:steps] for x in b])
+def parity(quantity: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray], nudged: Sequence[np.ndarray] = (),
+           half: bool = False) -> Parity:
+    """Do the curves of B follow those of A, as far as those of A follow each other? One (steps,) array a run.
+
+    `nudged`: curves of A after a change of its parameters by a few units in the last place.
+    """
+    steps = min((len(x) for x in (*a, *b, *nudged)), default=0)
+    curves_a, curves_b, curves_n = (np.array([x[:steps] for x in side]) for side in (a, b, nudged))
     if not steps or not np.isfinite(curves_a).any() or not np.isfinite(curves_b).any():
         return Parity(quantity, "not compared", steps=steps)
     scale = _scale(curves_a)
     pairs = [_relative(side[i], side[j], scale) for side in (curves_a, curves_b)
              for i in range(len(side)) for j in range(i)]
     noise = np.max(pairs, axis=0) if pairs else np.zeros(steps)
+    drift = np.max([_relative(x, curves_a[0], scale) for x in curves_n], axis=0) if nudged else np.zeros(steps)
     difference = _relative(_mean(curves_a), _mean(curves_b), scale)
     base, growth, most = ROUNDING[quantity]
     base *= HALF_ROUNDING if half else 1.0
-    rounding = np.minimum(base * growth ** np.arange(steps), max(most, base))
-    finite_noise = np.where(np.isfinite(noise), noise, 1e9)
+    known_drift = bool(noise.any() or drift.any())  # then there is no need to guess how rounding grows
+    rounding = np.full(steps, base) if known_drift else np.minimum(base * growth ** np.arange(steps), max(most, base))
+    finite_noise = np.nan_to_num(np.maximum(noise, drift), posinf=1e9)
     ahead = np.array([finite_noise[: k + 1 + LOOK_AHEAD].max() for k in range(steps)])
-    band = np.maximum(rounding, NOISE_BAND * ahead)
+    band = np.maximum(rounding, NOISE_BAND * (LONE_PAIR if len(pairs) + len(curves_n) == 1 else 1.0) * ahead)
     first = _first_run(difference > band, min(PERSISTENCE, steps))
     known = difference[np.isfinite(difference)]
     at = int(np.argmax(np.where(np.isfinite(difference), difference, np.inf)))
@@ -241,7 +253,8 @@ def parity(quantity: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray], half
     else:
         word = "within noise" if noise.any() else "within rounding"
     return Parity(quantity, word, first, float(known.max()) if known.size else float("inf"), at,
-                  float(noise.max()) if pairs else None, steps, difference, band)
+                  float(noise.max()) if pairs else None, steps, difference, band,
+                  float(drift.max()) if nudged else None)
 
 
 def _scale(curves: np.ndarray) -> np.ndarray:

@@ -164,7 +164,8 @@ class PlainScreen:
 
     def update(self, event: str, run: Dict[str, Any]) -> None:
         if event == "done":
-            print(f"  run {run['index'] + 1}/{len(self.schedule)} {run['label']}: {run['status']} in {run['seconds']:.1f} s: "
+            what = run["label"] + (" nudged" if run.get("nudged") else "")
+            print(f"  run {run['index'] + 1}/{len(self.schedule)} {what}: {run['status']} in {run['seconds']:.1f} s: "
                   f"{run['message']}", flush=True)
 
 
@@ -180,15 +181,19 @@ class RichScreen:
 
     def __enter__(self) -> "RichScreen":
         self.progress.__enter__()
-        self.tasks = [self.progress.add_task(f"{i + 1} {'[blue]A unpatched' if label == 'A' else '[dark_orange]B patched  '}",
-                                             total=self.steps, start=False, message="")
-                      for i, label in enumerate(self.schedule)]
+        self.tasks = [self._task(i, label) for i, label in enumerate(self.schedule)]
         return self
+
+    def _task(self, index: int, label: str, name: str = "A unpatched") -> Any:
+        return self.progress.add_task(f"{index + 1} {'[blue]' + name if label == 'A' else '[dark_orange]B patched'}",
+                                      total=self.steps, start=False, message="")
 
     def __exit__(self, *exc: Any) -> None:
         self.progress.__exit__(*exc)
 
     def update(self, event: str, run: Dict[str, Any]) -> None:
+        if run["index"] == len(self.tasks):
+            self.tasks.append(self._task(run["index"], run["label"], "A nudged"))
         task = self.tasks[run["index"]]
         if event == "start":
             self.progress.start_task(task)

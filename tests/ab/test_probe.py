@@ -1,0 +1,214 @@
+"""The probe in real processes: what it records, what it leaves alone, what survives a kill."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from flashbias_patch import launch
+from flashbias_patch.ab import probe
+from flashbias_patch.ab.records import Run, load_process
+
+pytest.importorskip("torch")
+
+NET = """
+import sys, time, torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.bias_scale = torch.nn.Parameter(torch.tensor(0.5))
+        self.frozen = torch.nn.Parameter(torch.tensor(1.0))
+    def forward(self, x):
+        return self.linear(x) * self.bias_scale
+net = Net()
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+def step(x):
+    y = net(x)
+    parts = {"loss_cls": y.pow(2).mean(), "loss_box": (y - 1).abs().mean(), "accuracy": y.mean()}
+    loss = parts["loss_cls"] + parts["loss_box"]
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+"""
+
+
+def python(tmp_path, body, wait=True, **env):
+    """Run NET + body with the probe on; returns (process, output, [Process])."""
+    script = tmp_path / "train.py"
+    script.write_text(NET + textwrap.dedent(body))
+    probes = tmp_path / "probe"
+    environment = launch.prepare_environment(os.environ, patch=False, extra={"FLASHBIAS_PROBE": str(probes), **env})
+    process = subprocess.Popen([sys.executable, "-W", "ignore", str(script)], env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, cwd=tmp_path)
+    if not wait:
+        return process, probes
+    output = process.communicate(timeout=120)[0].decode()
+    return process, output, [load_process(str(p)) for p in sorted(probes.glob("*.jsonl"))]
+
+
+def test_records_what_the_loop_did(tmp_path):
+    process, output, (found,) = python(tmp_path, """
+        for i in range(6):
+            print(step(torch.ones(2, 4)))
+            if i == 2: torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    """, FLASHBIAS_PROBE_PARAMS="bias_scale,frozen")
+    assert process.returncode == 0
+    run = Run("A", 0, processes=[found])
+    assert run.series("loss").tolist() == pytest.approx([float(x) for x in output.split()], rel=1e-12)
+    assert found.ended and not found.stopped and found.error is None and not found.notes
+    first = found.steps[0]
+    assert set(first["loss_parts"]) == {"loss_cls", "loss_box"}
+    assert sum(first["loss_parts"].values()) == pytest.approx(first["loss"], rel=1e-6)
+    assert first["param_grads"]["bias_scale"] > 0 and first["param_grads"]["frozen"] is None
+    assert run.named("params")["bias_scale"][-1] != pytest.approx(0.5)
+    assert (run.named("params")["frozen"] == 1).all()
+    assert "wall_s" not in first and all(line["wall_s"] > 0 for line in found.steps[1:])
+    assert run.memory_kind() == "rss" and run.peak_memory() > 50 * 2**20
+    # The norm given by clipping (after step 2) is the one before it, not the limit of 1e-3.
+    assert all(line["grad_norm"] > 1e-2 for line in found.steps)
+
+
+def test_stops_after_n_steps_and_not_before(tmp_path):
+    process, output, (found,) = python(tmp_path, """
+        for i in range(1000):
+            step(torch.ones(2, 4))
+        print("not reached")
+    """, FLASHBIAS_PROBE_STEPS="4")
+    assert (process.returncode, len(found.steps), found.stopped, found.ended) == (0, 4, True, True)
+    assert "not reached" not in output
+
+
+def test_seed_is_given_and_the_users_own_wins(tmp_path):
+    body = "import random, numpy\nprint(random.random(), numpy.random.rand(), torch.rand(1).item())\n"
+    outputs = {python(tmp_path, body, FLASHBIAS_PROBE_SEED=seed)[1] for seed in ("3", "3", "4")}
+    assert len(outputs) == 2
+    own = {python(tmp_path, "torch.manual_seed(7); print(torch.rand(1).item())", FLASHBIAS_PROBE_SEED=seed)[1] for seed in "34"}
+    assert len(own) == 1
+
+
+def test_killed_process_keeps_its_steps(tmp_path):
+    process, probes = python(tmp_path, """
+        for i in range(100000):
+            step(torch.ones(2, 4)); time.sleep(0.01)
+    """, wait=False)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not any(p.read_bytes().count(b'"event": "step"') > 5 for p in probes.glob("*.jsonl")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    path, = probes.glob("*.jsonl")
+    found = load_process(str(path))
+    assert len(found.steps) >= 5 and not found.ended
+    assert Run("A", 0, processes=[found]).killed
+    with open(path, "rb+") as file:  # killed in the middle of a line
+        file.truncate(path.stat().st_size - 20)
+    cut = load_process(str(path))
+    assert cut.truncated and len(cut.steps) == len(found.steps) - 1
+
+
+def test_scaled_losses_accumulation_and_a_second_optimizer(tmp_path):
+    process, output, (found,) = python(tmp_path, """
+        from torch.utils.checkpoint import checkpoint
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if hasattr(torch.amp, "GradScaler") else None
+        other = torch.optim.Adam([net.frozen])
+        for i in range(4):
+            total = 0
+            optimizer.zero_grad()
+            for micro in range(2):
+                loss = checkpoint(net, torch.ones(2, 4, requires_grad=True), use_reentrant=True).pow(2).mean()
+                total += float(loss.detach())
+                (scaler.scale(loss) if scaler else loss).backward()
+            scaler.step(optimizer) if scaler else optimizer.step()
+            scaler and scaler.update()
+            other.step()
+            print(total)
+    """)
+    assert process.returncode == 0, output
+    assert len(found.steps) == 4  # the second optimiser's steps are not counted
+    assert [line["loss"] for line in found.steps] == pytest.approx([float(x) for x in output.split()], rel=1e-6)
+    assert all(line["backwards"] == 2 for line in found.steps)
+
+
+def test_uncaught_exception_is_in_the_last_line(tmp_path):
+    process, output, (found,) = python(tmp_path, "step(torch.ones(2, 4))\nraise RuntimeError('out of cheese')")
+    assert process.returncode == 1 and "out of cheese" in output
+    assert found.ended and found.error == "RuntimeError: out of cheese" and len(found.steps) == 1
+
+
+def test_forked_trainer_records_and_forked_loader_does_not(tmp_path):
+    process, output, found = python(tmp_path, """
+        import multiprocessing
+        def train():
+            for i in range(3): step(torch.ones(2, 4))
+        torch.set_num_threads(1)
+        fork = multiprocessing.get_context("fork")
+        for work in (train, time.sleep):
+            child = fork.Process(target=work, args=() if work is train else (0,)); child.start(); child.join()
+        print("done", child.exitcode)
+    """)
+    assert "done 0" in output
+    assert sorted(len(p.steps) for p in found) == [0, 3]
+    assert all(p.ended for p in found)
+
+
+def test_starting_imports_no_torch_and_costs_no_step(tmp_path):
+    environment = launch.prepare_environment(os.environ, patch=False, extra={"FLASHBIAS_PROBE": str(tmp_path / "probe")})
+    code = "import sys; print(sorted(m for m in ('torch', 'numpy', 'rich', 'jinja2') if m in sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip() == "[]"
+    line, = [json.loads(x) for x in next((tmp_path / "probe").glob("*")).read_text().splitlines()[:1]]
+    assert line["event"] == "process" and line["argv"][1:3] == ["-c", code]
+
+
+def test_unwritable_directory_never_stops_the_command(tmp_path):
+    (tmp_path / "file").write_text("")
+    process, output, _ = python(tmp_path, "print(step(torch.ones(2, 4)) > 0)", FLASHBIAS_PROBE=str(tmp_path / "file" / "x"))
+    assert process.returncode == 0 and "True" in output and "cannot be recorded" in output
+
+
+def test_class_wrapping_where_torch_has_no_global_hook(monkeypatch):
+    """torch before 2.0: steps are heard by wrapping each optimiser class."""
+    import importlib
+
+    import torch
+
+    from flashbias_patch.ab import capture
+
+    module = importlib.import_module("torch.optim.optimizer")
+    monkeypatch.delattr(module, "register_optimizer_step_post_hook")
+    monkeypatch.setattr(module.Optimizer, "__init__", module.Optimizer.__init__)
+    monkeypatch.setattr(torch.optim.SGD, "step", torch.optim.SGD.step)
+    heard = []
+    capture.on_optimizer_step(heard.append)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    torch.optim.SGD([parameter], lr=0.1).step()
+    assert len(heard) == 2 and heard[0] is optimizer
+
+
+def test_gradient_norm_over_kinds_of_gradients():
+    import torch
+
+    from flashbias_patch.ab import capture
+
+    dense, half = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    sparse = torch.nn.Parameter(torch.zeros(5, 2))
+    dense.grad, half.grad = torch.full((3,), 2.0), torch.full((4,), 1.0, dtype=torch.float16)
+    sparse.grad = torch.sparse_coo_tensor([[0, 0]], torch.ones(2, 2), (5, 2))
+    optimizer = torch.optim.SGD([dense, half, sparse, torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    norm = capture.norm_of(torch, capture.gradients_of(optimizer))
+    assert float(norm) == pytest.approx((3 * 4 + 4 * 1 + 2 * 4) ** 0.5)
+    assert capture.norm_of(torch, []) is None
+
+
+def test_start_without_the_variable_does_nothing():
+    assert probe.start({}) is None

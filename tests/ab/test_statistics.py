@@ -1,0 +1,157 @@
+"""Ground truth: known slowdowns, memory differences and divergences, found or not found as they should be."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flashbias_patch.ab import statistics
+from flashbias_patch.ab.statistics import compare_peaks, compare_times, judge, midmean, parity
+
+from . import synthetic
+
+TRIALS = 50
+ALLOWED = 0.05
+
+
+@pytest.fixture(autouse=True)
+def fewer_draws(monkeypatch):
+    monkeypatch.setattr(statistics, "DRAWS", 800)
+
+
+def speed_words(slowdown, repeats, **more):
+    return [judge(synthetic.trial(seed, slowdown, repeats=repeats, **more)).speed_word for seed in range(TRIALS)]
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_equal_speed_raises_no_alarm(repeats):
+    words = speed_words(0.0, repeats)
+    assert sum(word in ("slower", "faster") for word in words) <= ALLOWED * TRIALS
+
+
+@pytest.mark.parametrize("slowdown,repeats,share", [(0.02, 3, 0.75), (0.02, 6, 0.95), (0.10, 1, 0.75), (0.10, 2, 0.95), (0.10, 3, 1.0)])
+def test_slowdown_is_found(slowdown, repeats, share):
+    words = speed_words(slowdown, repeats)
+    assert words.count("slower") >= share * TRIALS
+    assert "faster" not in words
+
+
+def test_speedup_is_found():
+    assert speed_words(-0.10, 3).count("faster") >= 0.95 * TRIALS
+
+
+def test_interval_covers_the_truth():
+    covered = 0
+    for seed in range(TRIALS):
+        ratio = judge(synthetic.trial(seed, 0.05)).speed
+        covered += ratio.low <= 1.05 <= ratio.high
+    assert covered >= 0.9 * TRIALS  # 95% nominal; 90% leaves room for 50 trials
+
+
+def test_memory_difference():
+    found = [judge(synthetic.trial(seed, memory=1.02)).memory_word for seed in range(TRIALS)]
+    equal = [judge(synthetic.trial(seed)).memory_word for seed in range(TRIALS)]
+    assert found == ["more memory"] * TRIALS
+    assert equal == ["no difference"] * TRIALS
+    assert judge(synthetic.trial(0, memory=0.4)).memory_word == "less memory"
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.002, 0.01])
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_same_training_raises_no_alarm(noise, repeats):
+    words = [judge(synthetic.trial(seed, noise=noise, repeats=repeats)).parity_word for seed in range(TRIALS)]
+    assert words.count("differs") <= ALLOWED * TRIALS
+    assert set(words) <= {"identical", "within noise", "differs"}
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.002])
+@pytest.mark.parametrize("step", [0, 1, 20, 45])
+def test_divergence_is_found_where_it_begins(noise, step):
+    verdicts = [judge(synthetic.trial(seed, noise=noise, part_at=step, jump=0.10)) for seed in range(TRIALS)]
+    assert [v.parity_word for v in verdicts].count("differs") >= 0.95 * TRIALS
+    exact = [v.first_step == step for v in verdicts]
+    assert sum(exact) >= (1.0 if noise == 0 else 0.85) * TRIALS
+
+
+def curves(steps=30):
+    return 5 * np.exp(-np.arange(steps) / 40)
+
+
+def test_identical_means_bit_for_bit():
+    assert parity("loss", [curves(), curves()], [curves()]).word == "identical"
+    assert parity("loss", [curves(), curves()], [curves() * (1 + 1e-12)]).word == "within rounding"
+
+
+def test_deterministic_command_is_held_to_rounding():
+    off = curves() * (1 + 5e-3)
+    assert parity("loss", [curves(), curves()], [off]).first_step == 0
+    assert parity("loss", [curves(), curves()], [off], half=True).word == "differs"
+    assert parity("loss", [curves(), curves()], [curves() * (1 + 1e-3)], half=True).word == "within rounding"
+
+
+def test_nudged_run_shows_how_far_rounding_may_drift():
+    wild = curves() * (1 + 0.05 * (1 - np.exp(-np.arange(30) / 5.0)) * np.sin(np.arange(30)))
+    other = curves() * (1 + 0.05 * (1 - np.exp(-np.arange(30) / 5.0)) * np.cos(np.arange(30)))
+    assert parity("loss", [curves(), curves()], [other]).word == "differs"
+    judged = parity("loss", [curves(), curves()], [other], [wild])
+    assert judged.word == "within rounding" and judged.drift > 0.01 and judged.noise == 0
+
+
+def test_one_spike_is_no_parting_but_three_steps_are():
+    spike = curves()
+    spike[10] *= 1.5
+    assert parity("loss", [curves(), curves()], [spike]).word == "within rounding"
+    spike[10:13] = curves()[10:13] * 1.5
+    assert parity("loss", [curves(), curves()], [spike]).first_step == 10
+
+
+def test_nan_on_one_side_parts_and_on_both_does_not():
+    broken = curves()
+    broken[12:] = np.nan
+    judged = parity("loss", [curves(), curves()], [broken])
+    assert (judged.word, judged.first_step, judged.largest_at) == ("differs", 12, 12)
+    assert parity("loss", [broken, broken], [broken]).word == "identical"
+
+
+def test_nothing_recorded_is_not_compared():
+    nothing = np.full(10, np.nan)
+    assert parity("loss", [nothing], [curves(10)]).word == "not compared"
+    assert parity("loss", [curves(0)], [curves(0)]).word == "not compared"
+    assert compare_times([nothing], [curves(10)]) is None
+    assert compare_peaks([float("nan")], [1.0]) is None
+
+
+def test_few_steps_give_a_ratio_without_an_interval():
+    ratio = compare_times([np.array([1.0, 1.0])], [np.array([2.0, 2.0])])
+    assert (ratio.value, ratio.low, ratio.decided) == (2.0, None, 0)
+
+
+def test_warmup_is_cut_where_runs_are_short():
+    verdict = judge(synthetic.trial(0, steps=8), warmup=20)
+    assert verdict.speed.low is not None
+    assert any("too few for a warm-up" in note for note in verdict.notes)
+
+
+def test_without_a_repeat_the_spread_between_runs_is_assumed():
+    runs = synthetic.trial(0, 0.01, repeats=1).runs[:2]
+    verdict = judge(synthetic.experiment(runs))
+    assert verdict.speed_word != "slower"
+    assert any("no run was repeated" in note for note in verdict.notes)
+    assert judge(synthetic.experiment(synthetic.trial(0, 0.20, repeats=1).runs[:2])).speed_word == "slower"
+
+
+def test_busy_machine_is_said():
+    found = synthetic.trial(0)
+    found.runs[0].load = 100.0
+    assert any("busy" in note for note in judge(found).notes)
+
+
+def test_fail_if():
+    verdict = judge(synthetic.trial(0, 0.2, memory=1.5, part_at=10, jump=0.5))
+    assert verdict.fails(["slower", "differs", "more-memory"]) == ["slower", "differs", "more-memory"]
+    same = judge(synthetic.trial(0))
+    assert same.fails(["slower", "differs", "more-memory"]) == []
+
+
+def test_midmean_is_the_mean_of_the_middle_half():
+    assert midmean(np.array([100.0, 1.0, 2.0, 3.0])) == 2.5
+    assert midmean(np.array([7.0])) == 7.0
