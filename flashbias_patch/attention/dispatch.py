@@ -40,7 +40,7 @@ _verdicts: Dict[Key, Dict[str, str]] = {}
 _pending: List[Tuple[Key, str, str]] = []
 _script: contextvars.ContextVar[Optional[Script]] = contextvars.ContextVar("flashbias_script", default=None)
 _current_graph_task = torch._C._current_graph_task_id
-_is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)  # since torch 2.3
+is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)  # since torch 2.3
 _told: Set[Key] = set()
 
 
@@ -110,7 +110,7 @@ def attend(inputs: AttentionInputs, pinned: Optional[str] = None) -> Tensor:
     Raises NoBackendError when none does, or, under FLASHBIAS_STRICT, as soon as one fails;
     torch.cuda.OutOfMemoryError when memory does not even suffice for the last resort.
     """
-    if _is_compiling():
+    if is_compiling():
         return _traced(inputs, pinned)
     if _pending and _current_graph_task() == -1:
         _open_pending()

@@ -36,7 +36,7 @@ def steering(error: BaseException) -> bool:
 
 
 def survivable(error: BaseException) -> bool:
-    """Whether another backend may answer instead. KeyboardInterrupt and SystemExit, no Exceptions, are not."""
+    """Whether another backend may answer instead. KeyboardInterrupt and SystemExit never are."""
     return isinstance(error, Exception) and not sticky(error) and not steering(error)
 
 

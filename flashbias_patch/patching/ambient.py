@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Op
 import torch.utils.checkpoint
 from torch import Tensor
 
+from ..attention.dispatch import Script
 from ..bias import AttentionBias
 
 KINDS = ("cross", "self", "all")
@@ -28,7 +29,10 @@ class Scope(NamedTuple):
 
 
 _scopes: "contextvars.ContextVar[Tuple[Scope, ...]]" = contextvars.ContextVar("flashbias_scopes", default=())
-_carry: "contextvars.ContextVar[bool]" = contextvars.ContextVar("flashbias_carry", default=False)
+# What a checkpoint made in this context carries to its recomputation: nothing, which backend answered each call, or
+# that and the ambient bias.
+NOTHING, BACKENDS, BIAS = range(3)
+_carry: "contextvars.ContextVar[int]" = contextvars.ContextVar("flashbias_carry", default=NOTHING)
 
 
 @contextlib.contextmanager
@@ -81,10 +85,11 @@ _bound_names: List[Tuple[Dict[str, Any], str]] = []
 
 
 @contextlib.contextmanager
-def carried_checkpoint() -> Iterator[None]:
-    """While open, checkpoints made in this context carry the ambient bias; other threads' stay as they are."""
+def carried_checkpoint(what: int = BIAS) -> Iterator[None]:
+    """While open, checkpoints made in this context carry the ambient bias, or only which backend answered each
+    call (then their own reentrance is kept); other threads' stay as they are."""
     global _swap_depth, _plain_checkpoint
-    token = _carry.set(True)
+    token = _carry.set(max(what, _carry.get()))
     with _swap_lock:
         _swap_depth += 1
         if _swap_depth == 1:
@@ -118,18 +123,22 @@ def watch_names(namespace: Dict[str, Any]) -> None:
 def _carrying(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(checkpoint)
     def checkpoint_carrying_bias(function: Any, *args: Any, use_reentrant: Any = None, **kwargs: Any) -> Any:
-        if not _carry.get():
-            given = {} if use_reentrant is None else {"use_reentrant": use_reentrant}
+        given = {} if use_reentrant is None else {"use_reentrant": use_reentrant}
+        what = _carry.get()
+        if what == NOTHING:
             return checkpoint(function, *args, **given, **kwargs)
-        scopes = _scopes.get()
+        scopes, script = _scopes.get(), Script()
 
         def run(*inputs: Any, **named: Any) -> Any:
             token = _scopes.set(scopes)
             try:
-                return function(*inputs, **named)
+                with script:
+                    return function(*inputs, **named)
             finally:
                 _scopes.reset(token)
 
+        if what == BACKENDS:
+            return checkpoint(run, *args, **given, **kwargs)
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
     return checkpoint_carrying_bias

@@ -328,6 +328,9 @@ class LayerSeam:
         if _holds_bias(self.parameters.get("attn_masks", args, kwargs)):
             with ambient.carried_checkpoint():
                 return wrapped(*args, **kwargs)
+        if module.training and torch.is_grad_enabled() and not dispatch.is_compiling():
+            with ambient.carried_checkpoint(ambient.BACKENDS):
+                return wrapped(*args, **kwargs)
         return wrapped(*args, **kwargs)
 
 
