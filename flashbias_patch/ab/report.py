@@ -241,7 +241,7 @@ def parts_table(experiment: Experiment) -> List[Dict[str, str]]:
         if name in parts[1]:
             x, y = (float(side[name][last]) for side in parts)
             rows.append({"name": name, "a": f"{x:.6g}", "b": f"{y:.6g}",
-                         "difference": relative(abs(x - y) / abs(x)) if x else f"{abs(x - y):.1e}"})
+                         "difference": relative(abs(x - y) / abs(x)) if x else relative(abs(y))})
     return rows
 
 

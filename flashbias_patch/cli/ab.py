@@ -165,7 +165,7 @@ class PlainScreen:
     def update(self, event: str, run: Dict[str, Any]) -> None:
         if event == "done":
             what = run["label"] + (" nudged" if run.get("nudged") else "")
-            print(f"  run {run['index'] + 1}/{len(self.schedule)} {what}: {run['status']} in {run['seconds']:.1f} s: "
+            print(f"  run {run['index'] + 1} {what}: {run['status']} in {run['seconds']:.1f} s: "
                   f"{run['message']}", flush=True)
 
 

@@ -195,8 +195,12 @@
       });
     }
 
-    new ResizeObserver(render).observe(plot);
-    render();
+    var drawn = 0;
+    new ResizeObserver(function () {
+      requestAnimationFrame(function () {
+        if (plot.clientWidth !== drawn) { drawn = plot.clientWidth; render(); }
+      });
+    }).observe(plot);
   }
 
   document.querySelectorAll("[data-chart]").forEach(function (figure) { Chart(figure, charts[+figure.dataset.chart]); });
