@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 import wrapt
 
 from .. import journal, settings
+from ..monitor import hooks as monitor_hooks
 from . import catalog, repository, trigger
 
 
@@ -51,6 +52,8 @@ def install() -> None:
                 wrapt.register_post_import_hook(_on_module, module)
             for module in catalog.REGISTRIES:
                 wrapt.register_post_import_hook(_on_registry, module)
+            for module in monitor_hooks.MODULES:
+                wrapt.register_post_import_hook(monitor_hooks.register, module)
             wrapt.register_post_import_hook(_shield_from_dynamo, "torch._dynamo")
             _hooked = True
         else:

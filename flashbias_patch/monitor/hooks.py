@@ -1,0 +1,86 @@
+"""BiasScaleMonitorHook for mmcv 1.x and mmengine, registered as soon as either is imported.
+
+    custom_hooks = [dict(type='BiasScaleMonitorHook', interval=50, patience=50)]
+"""
+from __future__ import annotations
+
+import os
+from typing import Any, Dict, Optional, Sequence
+
+from .. import journal
+
+NAME = "BiasScaleMonitorHook"
+MODULES = ("mmcv.runner.hooks", "mmengine.hooks")
+
+
+def register(module: Any) -> None:
+    """Post-import hook of mmcv.runner.hooks and mmengine.hooks. Never raises."""
+    try:
+        registry = getattr(module, "HOOKS", None)
+        if registry is None:
+            from mmengine.registry import HOOKS as registry  # mmengine.hooks does not show its registry
+        if registry.get(NAME) is None:
+            registry.register_module(name=NAME, module=make(module.Hook, mmengine=module.__name__ == "mmengine.hooks"))
+    except Exception as error:  # an import of theirs is not to fail by ours
+        journal.once(("monitor hook", module.__name__), "error", "%s is not registered with %s: %s: %s",
+                     NAME, module.__name__, type(error).__name__, error)
+
+
+def make(base: type, mmengine: bool) -> type:
+    """The hook class for one of the two runners."""
+
+    class BiasScaleMonitorHook(base):  # type: ignore[misc, valid-type]
+        """See monitor.ParameterMonitor. Scalars go to the runner's own log and TensorBoard too.
+
+        names: patterns of parameters; jsonl: a file, relative to the runner's work_dir, or None. At the default
+        priority it comes after the optimizer's hook and before the loggers.
+        """
+
+        def __init__(
+            self,
+            names: Sequence[str] = ("*bias_scale",),
+            interval: int = 50,
+            patience: int = 50,
+            jsonl: Optional[str] = "bias_scale.jsonl",
+            tensorboard: Optional[str] = None,
+        ) -> None:
+            super().__init__()
+            self.settings: Dict[str, Any] = {"names": names, "interval": interval, "patience": patience,
+                                             "jsonl": jsonl, "tensorboard": tensorboard}
+            self.monitor: Any = None
+
+        def before_run(self, runner: Any) -> None:
+            if not mmengine:
+                self._start(runner, runner.optimizer)
+
+        def before_train(self, runner: Any) -> None:
+            if mmengine:  # built between before_run and here
+                self._start(runner, getattr(runner.optim_wrapper, "optimizer", None))
+
+        def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+            self.monitor.update(runner.iter + 1)
+            if not self.monitor.writes:
+                return
+            for name, record in self.monitor.last.items():
+                for key in ("value", "grad_norm"):
+                    if record[key] is None:
+                        continue
+                    if mmengine:
+                        runner.message_hub.update_scalar(f"train/{name}/{key}", record[key])
+                    else:
+                        runner.log_buffer.update({f"{name}/{key}": record[key]})
+
+        def after_run(self, runner: Any) -> None:
+            if self.monitor is not None:
+                self.monitor.close()
+
+        def _start(self, runner: Any, optimizer: Any) -> None:
+            from .parameters import ParameterMonitor
+
+            settings = dict(self.settings)
+            folder = getattr(runner, "work_dir", None)
+            if settings["jsonl"] is not None and folder:
+                settings["jsonl"] = os.path.join(folder, settings["jsonl"])
+            self.monitor = ParameterMonitor(runner.model, optimizer=optimizer, **settings)
+
+    return BiasScaleMonitorHook

@@ -1,0 +1,133 @@
+"""The runner hooks, on stand-ins of both runners; the real mmcv 1.x where it is installed."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+import types
+
+import pytest
+import torch
+
+from flashbias_patch.monitor import hooks
+
+from .test_parameters import Model
+
+
+class Registry(dict):
+    def register_module(self, name, module):
+        assert name not in self
+        self[name] = module
+
+
+class Hook:
+    """Both runners' bases: no constructor arguments, every stage does nothing."""
+
+    def before_run(self, runner):
+        pass
+
+
+def module(name, **attributes):
+    made = types.ModuleType(name)
+    made.Hook = Hook
+    vars(made).update(attributes)
+    return made
+
+
+class LogBuffer:
+    def __init__(self):
+        self.seen = []
+
+    def update(self, values):
+        self.seen.append(values)
+
+
+def step(runner):
+    optimizer = runner.optimizer
+    runner.model(torch.ones(1, 2)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_mmcv_hook(tmp_path):
+    registry = Registry()
+    hooks.register(module("mmcv.runner.hooks", HOOKS=registry))
+    hooks.register(module("mmcv.runner.hooks", HOOKS=registry))  # once
+    hook = registry[hooks.NAME](interval=2, patience=3)
+    assert not hasattr(hook, "priority")  # mmcv 1.x refuses hooks that have one
+    model = Model()
+    runner = types.SimpleNamespace(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), iter=0,
+                                   work_dir=str(tmp_path), log_buffer=LogBuffer())
+    hook.before_run(runner)
+    for runner.iter in range(4):
+        step(runner)
+        hook.after_train_iter(runner)
+    hook.after_run(runner)
+    found = [json.loads(line) for line in (tmp_path / "bias_scale.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in found] == [1, 1, 2, 2, 3, 3, 4, 4] and found[0]["grad_norm"] > 0
+    assert {"aqr.bias_scale/value"} <= set().union(*runner.log_buffer.seen)
+
+
+def test_mmengine_hook(tmp_path, monkeypatch):
+    registry = Registry()
+    monkeypatch.setitem(sys.modules, "mmengine", module("mmengine"))
+    monkeypatch.setitem(sys.modules, "mmengine.registry", module("mmengine.registry", HOOKS=registry))
+    hooks.register(module("mmengine.hooks"))
+    hook = registry[hooks.NAME](interval=1, jsonl=None)
+    model, scalars = Model(), {}
+    hub = types.SimpleNamespace(update_scalar=scalars.__setitem__)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    runner = types.SimpleNamespace(model=model, optimizer=optimizer, iter=0, work_dir=str(tmp_path), message_hub=hub,
+                                   optim_wrapper=types.SimpleNamespace(optimizer=optimizer))
+    hook.before_run(runner)
+    hook.before_train(runner)
+    step(runner)
+    hook.after_train_iter(runner, 0, data_batch=None, outputs=None)
+    hook.after_run(runner)
+    assert scalars["train/aqr.bias_scale/grad_norm"] > 0 and not list(tmp_path.iterdir())
+
+
+def test_a_registry_that_raises_does_not_break_the_import(caplog):
+    class Broken(Registry):
+        def get(self, name):
+            raise RuntimeError("no")
+
+    hooks.register(module("mmcv.runner.hooks", HOOKS=Broken()))
+    assert "is not registered" in caplog.text
+
+
+def test_importing_the_registration_imports_no_torch():
+    code = "import sys, flashbias_patch.monitor.hooks; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.openmmlab
+def test_real_mmcv_runner(tmp_path):
+    pytest.importorskip("mmcv.runner")
+    code = textwrap.dedent("""
+        import logging, sys, flashbias_patch, torch
+        from torch import nn
+        from mmcv.runner import IterBasedRunner, build_optimizer
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.bias_scale = nn.Parameter(torch.tensor(2.0))
+            def train_step(self, data, optimizer, **kwargs):
+                loss = (self.bias_scale * data).sum()
+                return {"loss": loss, "log_vars": {"loss": loss.item()}, "num_samples": 1}
+
+        model = Model()
+        runner = IterBasedRunner(model, optimizer=torch.optim.SGD(model.parameters(), 0.1), work_dir=sys.argv[1],
+                                 logger=logging.getLogger("run"), max_iters=4)
+        runner.register_training_hooks(
+            dict(policy="fixed"), dict(grad_clip=None), None, dict(interval=2, hooks=[dict(type="TextLoggerHook")]),
+            custom_hooks_config=[dict(type="BiasScaleMonitorHook", interval=2)])
+        runner.run([torch.utils.data.DataLoader(torch.ones(4, 3))], [("train", 1)])
+    """)
+    environment = {"PATH": "/usr/bin:/bin", "FLASHBIAS_PATCH": "1", "PYTHONPATH": ":".join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
+    found = [json.loads(line) for line in (tmp_path / "bias_scale.jsonl").read_text().splitlines()]
+    assert [r["grad_norm"] for r in found] == [3.0] * 4
+    assert found[0]["value"] == pytest.approx(1.7) and found[0]["change"] == pytest.approx(0.3)
