@@ -2,6 +2,7 @@
 
 Nothing here reads a value from the device: tensors are kept as they are and read later by the probe.
 """
+
 from __future__ import annotations
 
 import functools
@@ -66,8 +67,11 @@ class Inbox:
                 found: Dict[str, Any] = {}
                 for name, value in list(frame.f_locals.items()):
                     if type(value) is dict or type(value).__name__ == "OrderedDict":
-                        found.update((k, v) for k, v in list(value.items())[: 4 * MAX_PARTS]
-                                     if isinstance(k, str) and self._scalar(v))
+                        found.update(
+                            (k, v)
+                            for k, v in list(value.items())[: 4 * MAX_PARTS]
+                            if isinstance(k, str) and self._scalar(v)
+                        )
                     elif self._scalar(value):
                         found.setdefault(name, value)
                 self.hear_parts({k: v for k, v in found.items() if v is not loss})
@@ -78,7 +82,7 @@ class Inbox:
 
 
 def listen(torch: Any, inbox: Inbox) -> None:
-    """Wrap torch's backward, gradient clipping and loss scaling; and OpenMMLab's loss parsing when it comes."""
+    """Wrap torch's backward, gradient clipping and loss scaling, and OpenMMLab's loss parsing."""
     _wrap(torch.autograd, "backward", lambda original: _backward(original, inbox))
     for module in (torch.nn.utils, torch.nn.utils.clip_grad):
         _wrap(module, "clip_grad_norm_", lambda original: _clip(original, inbox))
@@ -89,7 +93,8 @@ def listen(torch: Any, inbox: Inbox) -> None:
     def later(place: Any, make: Callable[[Callable], Callable]) -> None:
         module_name, class_name, function = place
         wrapt.register_post_import_hook(
-            lambda module: _wrap(getattr(module, class_name, None), function, make), module_name)
+            lambda module: _wrap(getattr(module, class_name, None), function, make), module_name
+        )
 
     for place in PARSE_LOSSES:
         later(place, lambda original: _parse_losses(original, inbox))
@@ -129,7 +134,9 @@ def _clip(original: Callable, inbox: Inbox) -> Callable:
 def _scale(original: Callable) -> Callable:
     def scale(self: Any, outputs: Any) -> Any:
         scaled = original(self, outputs)
-        if scaled is not outputs and hasattr(outputs, "detach") and hasattr(scaled, "detach"):  # the same if disabled
+        if (
+            scaled is not outputs and hasattr(outputs, "detach") and hasattr(scaled, "detach")
+        ):  # the same if disabled
             scaled._flashbias_unscaled = outputs.detach()
         return scaled
 
@@ -162,7 +169,7 @@ def _scaler_classes(torch: Any) -> List[Any]:
 
 
 def on_optimizer_step(hook: Callable[[Any], None]) -> None:
-    """Call `hook(optimizer)` after every optimiser's step: torch's global hook, or by class before torch 2.0."""
+    """Call `hook(optimizer)` after every optimiser's step: by torch's global hook, or by class."""
     module = importlib.import_module("torch.optim.optimizer")  # torch.optim hides it as an attribute
     register = getattr(module, "register_optimizer_step_post_hook", None)
     if register is not None:
@@ -218,7 +225,9 @@ def norm_of(torch: Any, gradients: List[Any]) -> Optional[Any]:
 
 
 def nudge(torch: Any, optimizer: Any, relative: float) -> None:
-    """Change every parameter by +-`relative` of itself, signs from a generator of its own: rounding, made to order."""
+    """Change every parameter by +-`relative` of itself, signs from a generator of its own: rounding, made to
+    order.
+    """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for group in optimizer.param_groups:

@@ -1,10 +1,11 @@
-"""Are the detections the same? Two predictions files, matched box by box; mAP and NDS where ground truth is given.
+"""Are the detections the same? Two predictions files, matched box by box, and mAP and NDS given ground truth.
 
-    {"classes": [...], "samples": [{"token": ..., "boxes": [[x, y, z, w, l, h, yaw, vx, vy], ...], "scores": [...],
-     "labels": [...], "gt_boxes": [[...], ...], "gt_labels": [...]}, ...]}
+    {"classes": [...], "samples": [{"token": ..., "boxes": [[x, y, z, w, l, h, yaw, vx, vy], ...],
+     "scores": [...], "labels": [...], "gt_boxes": [[...], ...], "gt_labels": [...]}, ...]}
 
-Metres, radians, metres a second; gt_* are optional. mAP and NDS are nuscenes-devkit's own functions, not ours.
+Metres, radians, metres a second; gt_* are optional. mAP and NDS are nuscenes-devkit's functions, not ours.
 """
+
 from __future__ import annotations
 
 import json
@@ -32,8 +33,14 @@ def load(path: str) -> Dict[str, Any]:
         if isinstance(document, dict) and "frames" in document:
             document = _from_frames(document)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadPredictions(f"{path}: cannot be read as predictions: {type(error).__name__}: {error}") from error
-    if not isinstance(document, dict) or not isinstance(document.get("samples"), list) or not document.get("classes"):
+        raise BadPredictions(
+            f"{path}: cannot be read as predictions: {type(error).__name__}: {error}"
+        ) from error
+    if (
+        not isinstance(document, dict)
+        or not isinstance(document.get("samples"), list)
+        or not document.get("classes")
+    ):
         raise BadPredictions(f"{path}: expected an object with `classes` and `samples`")
     for number, sample in enumerate(document["samples"]):
         where = f"{path}: sample {number}"
@@ -42,25 +49,44 @@ def load(path: str) -> Dict[str, Any]:
         count = len(_boxes(sample, "boxes", where))
         for name in ("scores", "labels"):
             if len(sample.get(name, ())) != count:
-                raise BadPredictions(f"{where}: `{name}` has {len(sample.get(name, ()))} entries for {count} boxes")
-        if "gt_boxes" in sample and len(sample.get("gt_labels", ())) != len(_boxes(sample, "gt_boxes", where)):
-            raise BadPredictions(f"{where}: `gt_labels` has {len(sample.get('gt_labels', ()))} entries for "
-                                 f"{len(sample['gt_boxes'])} boxes")
+                raise BadPredictions(
+                    f"{where}: `{name}` has {len(sample.get(name, ()))} entries for {count} boxes"
+                )
+        if "gt_boxes" in sample and len(sample.get("gt_labels", ())) != len(
+            _boxes(sample, "gt_boxes", where)
+        ):
+            raise BadPredictions(
+                f"{where}: `gt_labels` has {len(sample.get('gt_labels', ()))} entries for "
+                f"{len(sample['gt_boxes'])} boxes"
+            )
         for name in ("labels", "gt_labels"):
             if any(not 0 <= label < len(document["classes"]) for label in sample.get(name, ())):
-                raise BadPredictions(f"{where}: `{name}` must index `classes` (0 to {len(document['classes']) - 1})")
+                raise BadPredictions(
+                    f"{where}: `{name}` must index `classes` (0 to {len(document['classes']) - 1})"
+                )
     return document
 
 
 def _from_frames(document: Dict[str, Any]) -> Dict[str, Any]:
-    """mini_cmt's `--eval` file: frames of `predictions` and `ground_truth`, boxes as (x, y, z, l, w, h, ...)."""
+    """mini_cmt's `--eval` file: `predictions` and `ground_truth` by frame, boxes as (x, y, z, l, w, h, ...)."""
+
     def swapped(boxes: List[List[float]]) -> List[List[float]]:
         return [[*box[:3], box[4], box[3], *box[5:]] for box in boxes]
 
-    return {"classes": document["classes"], "samples": [
-        {"token": frame["token"], "boxes": swapped(frame["predictions"]["boxes"]), "scores": frame["predictions"]["scores"],
-         "labels": frame["predictions"]["labels"], "gt_boxes": swapped(frame["ground_truth"]["boxes"]),
-         "gt_labels": frame["ground_truth"]["labels"]} for frame in document["frames"]]}
+    return {
+        "classes": document["classes"],
+        "samples": [
+            {
+                "token": frame["token"],
+                "boxes": swapped(frame["predictions"]["boxes"]),
+                "scores": frame["predictions"]["scores"],
+                "labels": frame["predictions"]["labels"],
+                "gt_boxes": swapped(frame["ground_truth"]["boxes"]),
+                "gt_labels": frame["ground_truth"]["labels"],
+            }
+            for frame in document["frames"]
+        ],
+    }
 
 
 def _boxes(sample: Dict[str, Any], name: str, where: str) -> np.ndarray:
@@ -71,7 +97,9 @@ def _boxes(sample: Dict[str, Any], name: str, where: str) -> np.ndarray:
 
 
 def match(a: np.ndarray, b: np.ndarray, within: float = MATCH_WITHIN) -> List[Tuple[int, int]]:
-    """Pairs (i, j) of boxes whose centres are nearest, each used once, nearest pairs first. (n, 9), (m, 9) metres."""
+    """Pairs (i, j) of boxes whose centres are nearest, each used once, nearest pairs first. (n, 9), (m, 9)
+    metres.
+    """
     if not len(a) or not len(b):
         return []
     distance = np.linalg.norm(a[:, None, :2] - b[None, :, :2], axis=-1)
@@ -107,18 +135,32 @@ def compare(a: Dict[str, Any], b: Dict[str, Any]) -> Dict[str, Any]:
             velocity.append(np.linalg.norm(p[7:] - q[7:]))
             score.append(abs(x["scores"][i] - y["scores"][j]))
             changed += x["labels"][i] != y["labels"][j]
-    differences = {name: {"largest": float(np.max(v)) if v else 0.0, "mean": float(np.mean(v)) if v else 0.0}
-                   for name, v in (("centre (m)", centre), ("size (m)", size), ("yaw (rad)", yaw),
-                                   ("velocity (m/s)", velocity), ("score", score))}
-    return {"samples": len(shared), "matched": len(centre), "only_a": only_a, "only_b": only_b, "labels_changed": int(changed),
-            "differences": differences}
+    differences = {
+        name: {"largest": float(np.max(v)) if v else 0.0, "mean": float(np.mean(v)) if v else 0.0}
+        for name, v in (
+            ("centre (m)", centre),
+            ("size (m)", size),
+            ("yaw (rad)", yaw),
+            ("velocity (m/s)", velocity),
+            ("score", score),
+        )
+    }
+    return {
+        "samples": len(shared),
+        "matched": len(centre),
+        "only_a": only_a,
+        "only_b": only_b,
+        "labels_changed": int(changed),
+        "differences": differences,
+    }
 
 
 def accuracy(document: Dict[str, Any]) -> Dict[str, Any]:
     """mAP, NDS and the five errors, by nuscenes-devkit's accumulate, calc_ap and calc_tp.
 
-    Returns {"mAP", "NDS", "errors"} or {"why_not": ...}. Classes without ground truth count as the devkit counts
-    them: with an average precision of 0 - so compare A with B, not with a leaderboard. No attributes: AAE is 1.
+    Returns {"mAP", "NDS", "errors"} or {"why_not": ...}. Classes without ground truth count as the devkit
+    counts them: with an average precision of 0 - so compare A with B, not with a leaderboard. No attributes:
+    AAE is 1.
     """
     if not any(sample.get("gt_boxes") for sample in document["samples"]):
         return {"why_not": "the predictions hold no ground truth (gt_boxes, gt_labels)"}
@@ -130,15 +172,21 @@ def accuracy(document: Dict[str, Any]) -> Dict[str, Any]:
         from nuscenes.eval.detection.constants import TP_METRICS
         from nuscenes.eval.detection.data_classes import DetectionMetrics
     except ImportError as error:
-        return {"why_not": f'nuscenes-devkit does not import ({error}): pip install "flashbias-patch[nuscenes]"'}
+        return {
+            "why_not": f'nuscenes-devkit does not import ({error}): pip install "flashbias-patch[nuscenes]"'
+        }
     config = config_factory("detection_cvpr_2019")
     unknown = sorted(set(document["classes"]) - set(config.class_names))
     if unknown:
         return {"why_not": f"not classes of nuScenes detection: {', '.join(unknown)}"}
     truth, predicted = EvalBoxes(), EvalBoxes()
     for sample in document["samples"]:
-        truth.add_boxes(sample["token"], _devkit_boxes(sample, document["classes"], config.class_range, truth=True))
-        predicted.add_boxes(sample["token"], _devkit_boxes(sample, document["classes"], config.class_range, truth=False))
+        truth.add_boxes(
+            sample["token"], _devkit_boxes(sample, document["classes"], config.class_range, truth=True)
+        )
+        predicted.add_boxes(
+            sample["token"], _devkit_boxes(sample, document["classes"], config.class_range, truth=False)
+        )
     metrics = DetectionMetrics(config)
     for name in config.class_names:
         for threshold in config.dist_ths:
@@ -146,17 +194,28 @@ def accuracy(document: Dict[str, Any]) -> Dict[str, Any]:
             metrics.add_label_ap(name, threshold, calc_ap(data, config.min_recall, config.min_precision))
             if threshold == config.dist_th_tp:
                 for metric in TP_METRICS:
-                    undefined = (name == "traffic_cone" and metric in ("attr_err", "vel_err", "orient_err")
-                                 or name == "barrier" and metric in ("attr_err", "vel_err"))
+                    undefined = (
+                        name == "traffic_cone"
+                        and metric in ("attr_err", "vel_err", "orient_err")
+                        or name == "barrier"
+                        and metric in ("attr_err", "vel_err")
+                    )
                     value = float("nan") if undefined else calc_tp(data, config.min_recall, metric)
                     metrics.add_label_tp(name, metric, value)
-    return {"mAP": float(metrics.mean_ap), "NDS": float(metrics.nd_score),
-            "errors": {name: float(value) for name, value in metrics.tp_errors.items()},
-            "AP": {name: float(value) for name, value in metrics.mean_dist_aps.items()}}
+    return {
+        "mAP": float(metrics.mean_ap),
+        "NDS": float(metrics.nd_score),
+        "errors": {name: float(value) for name, value in metrics.tp_errors.items()},
+        "AP": {name: float(value) for name, value in metrics.mean_dist_aps.items()},
+    }
 
 
-def _devkit_boxes(sample: Dict[str, Any], classes: List[str], ranges: Dict[str, float], truth: bool) -> List[Any]:
-    """The sample's boxes as DetectionBox, those beyond their class's evaluation range left out, as the devkit does."""
+def _devkit_boxes(
+    sample: Dict[str, Any], classes: List[str], ranges: Dict[str, float], truth: bool
+) -> List[Any]:
+    """The sample's boxes as DetectionBox, those beyond their class's evaluation range left out, as the devkit
+    does.
+    """
     from nuscenes.eval.detection.data_classes import DetectionBox
 
     boxes = _boxes(sample, "gt_boxes" if truth else "boxes", "ground truth" if truth else "predictions")
@@ -167,16 +226,27 @@ def _devkit_boxes(sample: Dict[str, Any], classes: List[str], ranges: Dict[str, 
         name = classes[label]
         if np.hypot(box[0], box[1]) > ranges[name]:
             continue
-        found.append(DetectionBox(
-            sample_token=sample["token"], translation=tuple(box[:3]), size=tuple(box[3:6]),
-            rotation=(math.cos(box[6] / 2), 0.0, 0.0, math.sin(box[6] / 2)), velocity=tuple(box[7:9]),
-            ego_translation=tuple(box[:3]), num_pts=1 if truth else -1, detection_name=name, detection_score=float(score),
-            attribute_name=""))
+        found.append(
+            DetectionBox(
+                sample_token=sample["token"],
+                translation=tuple(box[:3]),
+                size=tuple(box[3:6]),
+                rotation=(math.cos(box[6] / 2), 0.0, 0.0, math.sin(box[6] / 2)),
+                velocity=tuple(box[7:9]),
+                ego_translation=tuple(box[:3]),
+                num_pts=1 if truth else -1,
+                detection_name=name,
+                detection_score=float(score),
+                attribute_name="",
+            )
+        )
     return found
 
 
 def compare_runs(experiment: Experiment) -> Dict[str, Any]:
-    """Compare the predictions of the first A with the first B, and A with A; {"error": ...} if they cannot be."""
+    """Compare the predictions of the first A with the first B, and A with A; {"error": ...} if they cannot
+    be.
+    """
     found: Dict[str, List[Dict[str, Any]]] = {"A": [], "B": []}
     problems = []
     for run in experiment.runs:
@@ -190,9 +260,12 @@ def compare_runs(experiment: Experiment) -> Dict[str, Any]:
             problems.append(f"{run.name}: {error}")
     if not found["A"] or not found["B"]:
         return {"error": "no predictions of both sides to compare", "problems": problems}
-    return {"a_b": compare(found["A"][0], found["B"][0]),
-            "a_a": compare(*found["A"][:2]) if len(found["A"]) > 1 else None,
-            "accuracy": {"A": accuracy(found["A"][0]), "B": accuracy(found["B"][0])}, "problems": problems}
+    return {
+        "a_b": compare(found["A"][0], found["B"][0]),
+        "a_a": compare(*found["A"][:2]) if len(found["A"]) > 1 else None,
+        "accuracy": {"A": accuracy(found["A"][0]), "B": accuracy(found["B"][0])},
+        "problems": problems,
+    }
 
 
 def text(found: Dict[str, Any]) -> str:
@@ -202,9 +275,12 @@ def text(found: Dict[str, Any]) -> str:
     lines = []
     for title, side in (("A against B", found["a_b"]), ("A against A", found["a_a"])):
         if side:
-            lines.append(f"detections, {title}: {side['matched']} matched, {side['only_a']} and {side['only_b']} unmatched, "
-                         f"{side['labels_changed']} labels changed over {side['samples']} samples; largest differences: "
-                         + ", ".join(f"{name} {value['largest']:.2g}" for name, value in side["differences"].items()))
+            lines.append(
+                f"detections, {title}: {side['matched']} matched, "
+                f"{side['only_a']} and {side['only_b']} unmatched, "
+                f"{side['labels_changed']} labels changed over {side['samples']} samples; at most: "
+                + ", ".join(f"{name} {value['largest']:.2g}" for name, value in side["differences"].items())
+            )
     for side, value in found["accuracy"].items():
         lines.append(f"  {side}: {_accuracy_line(value)}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Inside every Python process of a measured command: one JSON line for each optimiser step.
 
-Started by sitecustomize when FLASHBIAS_PROBE names a directory. Imports no torch; it waits for the command to.
-Lines, in order of appearance (all times in seconds, memory in bytes):
+Started by sitecustomize when FLASHBIAS_PROBE names a directory. Imports no torch; it waits for the command
+to. Lines, in order of appearance (all times in seconds, memory in bytes):
 
     {"event": "process", argv, pid, rank, env, ...}      at start
     {"event": "environment", torch, gpu, ...}            at the first step
@@ -10,12 +10,14 @@ Lines, in order of appearance (all times in seconds, memory in bytes):
     {"event": "stop", steps}                             asked for N steps, had N steps
     {"event": "end", error}                              the interpreter shut down in order
 
-A file without its last line belongs to a process that was killed. On CUDA a step's values are copied to pinned
-memory and picked up by a later step once their event has passed, so that no step waits for the device.
+A file without its last line belongs to a process that was killed. On CUDA a step's values are copied to
+pinned memory and picked up by a later step once their event has passed, so that no step waits for the device.
 """
+
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import sys
@@ -36,14 +38,23 @@ MAX_FAILURES = 3
 # What a nudged run changes its parameters by, relatively, once: a few units in the last place.
 NUDGES = {"float32": 2.0**-20, "half": 2.0**-10}
 
-KEPT_ENV = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONHASHSEED",
-            "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+KEPT_ENV = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "PYTHONHASHSEED",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
 
-_recorder: Optional["Recorder"] = None
+_recorder: Optional[Recorder] = None
 
 
-def start(environ: Optional[Mapping[str, str]] = None) -> Optional["Recorder"]:
-    """Begin recording in this process; None when FLASHBIAS_PROBE is unset. Never raises, never imports torch."""
+def start(environ: Optional[Mapping[str, str]] = None) -> Optional[Recorder]:
+    """Begin recording in this process; None if FLASHBIAS_PROBE is unset. Never raises, imports no torch."""
     global _recorder
     environ = os.environ if environ is None else environ
     directory = environ.get(DIRECTORY)
@@ -60,8 +71,14 @@ def start(environ: Optional[Mapping[str, str]] = None) -> Optional["Recorder"]:
 class Pending:
     """A step's line whose numbers are still on their way from the device."""
 
-    def __init__(self, line: Dict[str, Any], places: List[Tuple[str, Optional[str]]], values: Any,
-                 ready: Any, before: Any) -> None:
+    def __init__(
+        self,
+        line: Dict[str, Any],
+        places: List[Tuple[str, Optional[str]]],
+        values: Any,
+        ready: Any,
+        before: Any,
+    ) -> None:
         self.line, self.places, self.values = line, places, values
         self.ready, self.before = ready, before
 
@@ -144,11 +161,19 @@ class Recorder:
         path = os.path.join(self.directory, f"rank{rank}-pid{os.getpid()}.jsonl")
         self.file = open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         kept = {k: v for k, v in self.environ.items() if k in KEPT_ENV or k.startswith("FLASHBIAS_")}
-        self.write({
-            "event": "process", "pid": os.getpid(), "rank": int(rank) if rank.isdigit() else 0,
-            "argv": getattr(sys, "orig_argv", None) or getattr(sys, "argv", []), "executable": sys.executable,
-            "cwd": os.getcwd(), "python": sys.version.split()[0], "time": time.time(), "env": kept,
-        })
+        self.write(
+            {
+                "event": "process",
+                "pid": os.getpid(),
+                "rank": int(rank) if rank.isdigit() else 0,
+                "argv": getattr(sys, "orig_argv", None) or getattr(sys, "argv", []),
+                "executable": sys.executable,
+                "cwd": os.getcwd(),
+                "python": sys.version.split()[0],
+                "time": time.time(),
+                "env": kept,
+            }
+        )
 
     def write(self, line: Dict[str, Any]) -> None:
         if self.file is None:
@@ -165,8 +190,13 @@ class Recorder:
         try:
             self._write_arrived(everything=True)
             error = getattr(sys, "last_value", None)
-            self.write({"event": "end", "steps": self.step,
-                        "error": None if error is None else f"{type(error).__name__}: {error}"[:500]})
+            self.write(
+                {
+                    "event": "end",
+                    "steps": self.step,
+                    "error": None if error is None else f"{type(error).__name__}: {error}"[:500],
+                }
+            )
         except Exception as error:
             self._note(error)
         finally:
@@ -176,10 +206,8 @@ class Recorder:
 
     def _note(self, error: BaseException) -> None:
         self.failures += 1
-        try:
+        with contextlib.suppress(Exception):
             self.write({"event": "note", "text": f"probe: {type(error).__name__}: {error}"[:500]})
-        except Exception:
-            pass
 
     # -- a step --------------------------------------------------------------------------------------------
 
@@ -220,7 +248,12 @@ class Recorder:
             except Exception as error:  # somebody's half-made module
                 self._note(error)
         inbox = self.inbox
-        line: Dict[str, Any] = {"event": "step", "step": self.step, "time": time.time(), "backwards": len(inbox.losses)}
+        line: Dict[str, Any] = {
+            "event": "step",
+            "step": self.step,
+            "time": time.time(),
+            "backwards": len(inbox.losses),
+        }
         if self.last_end is not None:
             line["wall_s"] = begin - self.last_end
         scalars: List[Tuple[Tuple[str, Optional[str]], Any]] = []
@@ -239,7 +272,11 @@ class Recorder:
         for name, value in inbox.parts.items():
             put("loss_parts", name, value)
         norm = inbox.clip_norm
-        put("grad_norm", None, capture.norm_of(self.torch, capture.gradients_of(optimizer)) if norm is None else norm)
+        put(
+            "grad_norm",
+            None,
+            capture.norm_of(self.torch, capture.gradients_of(optimizer)) if norm is None else norm,
+        )
         for name, parameter in self.parameters.items():
             self._put_parameter(put, name, parameter)
         if inbox.half:
@@ -273,7 +310,9 @@ class Recorder:
         kind = self.torch.float32 if home.type == "mps" else self.torch.float64
         return self.torch.stack([v.detach().reshape(()).to(home, kind) for v in values])
 
-    def _send(self, places: List[Tuple[str, Optional[str]]], values: List[Any], line: Dict[str, Any]) -> Pending:
+    def _send(
+        self, places: List[Tuple[str, Optional[str]]], values: List[Any], line: Dict[str, Any]
+    ) -> Pending:
         torch = self.torch
         vector = self._stack(values) if values else None
         if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
@@ -297,13 +336,26 @@ class Recorder:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         numpy = sys.modules.get("numpy")
         found = {
-            "event": "environment", "torch": torch.__version__, "cuda": torch.version.cuda,
-            "numpy": getattr(numpy, "__version__", None), "threads": torch.get_num_threads(),
+            "event": "environment",
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "numpy": getattr(numpy, "__version__", None),
+            "threads": torch.get_num_threads(),
             "rank": torch.distributed.get_rank() if distributed else int(self.environ.get("RANK") or 0),
             "world_size": torch.distributed.get_world_size() if distributed else 1,
-            "modules": {name: getattr(sys.modules[name], "__version__", "?")
-                        for name in ("mmcv", "mmengine", "mmdet", "mmdet3d", "triton", "flash_attn", "flashbias_patch")
-                        if name in sys.modules},
+            "modules": {
+                name: getattr(sys.modules[name], "__version__", "?")
+                for name in (
+                    "mmcv",
+                    "mmengine",
+                    "mmdet",
+                    "mmdet3d",
+                    "triton",
+                    "flash_attn",
+                    "flashbias_patch",
+                )
+                if name in sys.modules
+            },
         }
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             found["gpu"] = torch.cuda.get_device_name()
@@ -339,7 +391,8 @@ class Recorder:
 def _resident() -> Dict[str, int]:
     """Resident memory now and at most, in bytes.
 
-    Not getrusage's maximum where /proc can be read: that one survives exec, and so starts at the launcher's size.
+    Not getrusage's maximum where /proc can be read: that one survives exec, and so starts at the launcher's
+    size.
     """
     try:
         found = {}

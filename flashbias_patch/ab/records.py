@@ -1,4 +1,5 @@
 """Reads what runs left on disk: tolerant of files that end in the middle of a line."""
+
 from __future__ import annotations
 
 import json
@@ -59,10 +60,12 @@ class Run:
 
     @property
     def ranks(self) -> List[Process]:
-        """The training processes: one a rank, rank 0 first; where a rank had several, the one of most steps."""
+        """The training processes: one a rank, rank 0 first; of several of a rank, the one of most steps."""
         best: Dict[int, Process] = {}
         for process in self.processes:
-            if process.steps and len(process.steps) > len(best[process.rank].steps if process.rank in best else []):
+            if process.steps and len(process.steps) > len(
+                best[process.rank].steps if process.rank in best else []
+            ):
                 best[process.rank] = process
         return [best[rank] for rank in sorted(best)]
 
@@ -160,14 +163,21 @@ def load(directory: str) -> Experiment:
         with open(path, encoding="utf-8") as file:
             document = json.load(file)
     except OSError as error:
-        raise NotARecord(f"{directory!r} holds no ab.json: give the --out directory of a flashbias ab run") from error
+        raise NotARecord(
+            f"{directory!r} holds no ab.json: give the --out directory of a flashbias ab run"
+        ) from error
     except ValueError as error:
         raise NotARecord(f"{path} is not valid JSON: {error}") from error
     return Experiment(
-        directory=directory, command=document["command"], options=document.get("options", {}),
+        directory=directory,
+        command=document["command"],
+        options=document.get("options", {}),
         runs=[_load_run(directory, entry) for entry in _all_runs(directory, document)],
-        host=document.get("host", {}), cwd=document.get("cwd", ""), schedule=document.get("schedule", ""),
-        started=document.get("started", 0.0))
+        host=document.get("host", {}),
+        cwd=document.get("cwd", ""),
+        schedule=document.get("schedule", ""),
+        started=document.get("started", 0.0),
+    )
 
 
 def _all_runs(directory: str, document: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -178,8 +188,16 @@ def _all_runs(directory: str, document: Dict[str, Any]) -> List[Dict[str, Any]]:
     for name in sorted(os.listdir(root)) if os.path.isdir(root) else ():
         number, _, label = name.partition("-")
         if name not in known and number.isdigit() and label in ("A", "B"):
-            listed.append({"label": label, "index": int(number) - 1, "directory": name, "status": "interrupted",
-                           "message": "flashbias ab was killed during this run", "exit_code": None})
+            listed.append(
+                {
+                    "label": label,
+                    "index": int(number) - 1,
+                    "directory": name,
+                    "status": "interrupted",
+                    "message": "flashbias ab was killed during this run",
+                    "exit_code": None,
+                }
+            )
     return listed
 
 
@@ -188,16 +206,24 @@ def _load_run(directory: str, entry: Dict[str, Any]) -> Run:
     probes = os.path.join(place, "probe")
     names = sorted(os.listdir(probes)) if os.path.isdir(probes) else []
     return Run(
-        label=entry["label"], index=entry["index"], status=entry.get("status", "ok"), message=entry.get("message", ""),
-        exit_code=entry.get("exit_code"), seconds=entry.get("seconds", 0.0), directory=entry["directory"],
-        command=entry.get("command", []), env=entry.get("env", {}),
-        load=entry.get("load", 0.0), nudged=entry.get("nudged", False),
+        label=entry["label"],
+        index=entry["index"],
+        status=entry.get("status", "ok"),
+        message=entry.get("message", ""),
+        exit_code=entry.get("exit_code"),
+        seconds=entry.get("seconds", 0.0),
+        directory=entry["directory"],
+        command=entry.get("command", []),
+        env=entry.get("env", {}),
+        load=entry.get("load", 0.0),
+        nudged=entry.get("nudged", False),
         processes=[load_process(os.path.join(probes, n)) for n in names if n.endswith(".jsonl")],
-        log_tail=_tail(os.path.join(place, "log.txt")))
+        log_tail=_tail(os.path.join(place, "log.txt")),
+    )
 
 
 def load_process(path: str) -> Process:
-    """Read one probe file; a line that is cut off or garbled is skipped and marks the process as truncated."""
+    """Read one probe file; a line cut off or garbled is skipped, and marks the process as truncated."""
     process = Process(path)
     with open(path, "rb") as file:
         for raw in file:
@@ -254,4 +280,6 @@ def _tail(path: str) -> str:
             text = file.read().decode("utf-8", "backslashreplace")
     except OSError:
         return ""
-    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text.replace("\r", "\n"))
+    return "".join(
+        c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text.replace("\r", "\n")
+    )

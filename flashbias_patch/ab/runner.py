@@ -4,6 +4,7 @@ OUT/ab.json              the command, the options, one entry a run; rewritten af
 OUT/runs/01-A/log.txt    the run's output, as bytes
 OUT/runs/01-A/probe/     what its processes recorded (probe.py)
 """
+
 from __future__ import annotations
 
 import json
@@ -55,29 +56,42 @@ def schedule(repeats: int, noise_run: bool = True) -> str:
     return order + ("A" if noise_run and repeats == 1 else "")
 
 
-def run_all(command: Sequence[str], out: str, options: Options, progress: Optional[Progress] = None) -> List[Dict[str, Any]]:
+def run_all(
+    command: Sequence[str], out: str, options: Options, progress: Optional[Progress] = None
+) -> List[Dict[str, Any]]:
     """Run the whole schedule; returns the entries of ab.json's "runs". Ctrl-C ends the run and the schedule.
 
-    A side that failed is not repeated: what is left of the schedule then has nothing to add. Where two As agree bit
-    for bit, A against A says nothing about rounding, so one more A is run whose parameters are nudged by a few units
-    in the last place after its first step: how far that one drifts is how far rounding alone carries this command.
+    A side that failed is not repeated: what is left of the schedule then has nothing to add. Where two As
+    agree bit for bit, A against A says nothing about rounding, so one more A is run whose parameters are
+    nudged by a few units in the last place after its first step: how far that one drifts is how far rounding
+    alone carries this command.
     """
     progress = progress or (lambda event, run: None)
     out = os.path.abspath(out)
     os.makedirs(out, exist_ok=True)
     order = schedule(options.repeats, options.noise_run)
     document: Dict[str, Any] = {
-        "format": 1, "command": list(command), "cwd": os.getcwd(), "schedule": order,
+        "format": 1,
+        "command": list(command),
+        "cwd": os.getcwd(),
+        "schedule": order,
         "options": {**options._asdict(), "env_a": dict(options.env_a), "env_b": dict(options.env_b)},
-        "host": {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
-        "started": time.time(), "runs": [],
+        "host": {
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+        },
+        "started": time.time(),
+        "runs": [],
     }
     _save(out, document)
     failed = set()
     for index, label in enumerate(order):
         if label in failed:
             continue
-        run = run_one(command, os.path.join(out, "runs", f"{index + 1:02d}-{label}"), label, index, options, progress)
+        run = run_one(
+            command, os.path.join(out, "runs", f"{index + 1:02d}-{label}"), label, index, options, progress
+        )
         document["runs"].append(run)
         _save(out, document)
         progress("done", run)
@@ -99,39 +113,78 @@ def _bitwise(out: str) -> bool:
     """Do the As agree exactly, and differ from some B?"""
     experiment = records.load(out)
     (first, *others), patched = [[run.series("loss") for run in experiment.side(label)] for label in "AB"]
-    return (bool(others) and bool(np.isfinite(first).any()) and all(np.array_equal(first, x, equal_nan=True) for x in others)
-            and not all(np.array_equal(first, x, equal_nan=True) for x in patched))
+    return (
+        bool(others)
+        and bool(np.isfinite(first).any())
+        and all(np.array_equal(first, x, equal_nan=True) for x in others)
+        and not all(np.array_equal(first, x, equal_nan=True) for x in patched)
+    )
 
 
-def run_one(command: Sequence[str], directory: str, label: str, index: int, options: Options,
-            progress: Progress, nudged: bool = False) -> Dict[str, Any]:
+def run_one(
+    command: Sequence[str],
+    directory: str,
+    label: str,
+    index: int,
+    options: Options,
+    progress: Progress,
+    nudged: bool = False,
+) -> Dict[str, Any]:
     """One fresh process tree; never raises for what the command does. Returns its entry for ab.json."""
     probes = os.path.join(directory, "probe")
     os.makedirs(probes, exist_ok=True)
     words = [word.replace("{predictions}", os.path.join(directory, "predictions.json")) for word in command]
     overrides = options.env_a if label == "A" else options.env_b
-    env = launch.prepare_environment(os.environ, patch=label == "B", extra={
-        "PYTHONHASHSEED": str(options.seed), probe.DIRECTORY: probes, probe.STEPS: str(options.steps),
-        probe.PARAMS: ",".join(options.params), probe.SEED: str(options.seed), **({probe.NUDGE: "1"} if nudged else {}), **overrides,
-    })
-    run: Dict[str, Any] = {"label": label, "index": index, "directory": os.path.basename(directory),
-                           "command": words, "env": dict(overrides), "started": time.time(),
-                           "load": os.getloadavg()[0], "nudged": nudged}
+    env = launch.prepare_environment(
+        os.environ,
+        patch=label == "B",
+        extra={
+            "PYTHONHASHSEED": str(options.seed),
+            probe.DIRECTORY: probes,
+            probe.STEPS: str(options.steps),
+            probe.PARAMS: ",".join(options.params),
+            probe.SEED: str(options.seed),
+            **({probe.NUDGE: "1"} if nudged else {}),
+            **overrides,
+        },
+    )
+    run: Dict[str, Any] = {
+        "label": label,
+        "index": index,
+        "directory": os.path.basename(directory),
+        "command": words,
+        "env": dict(overrides),
+        "started": time.time(),
+        "load": os.getloadavg()[0],
+        "nudged": nudged,
+    }
     progress("start", run)
     begin = time.monotonic()
     with open(os.path.join(directory, "log.txt"), "wb") as log:
         try:
-            child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env,
-                                     start_new_session=True)
+            child = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+            )
         except OSError as error:
             run.update(status="not started", message=f"cannot be started: {error}", exit_code=None)
         else:
-            run.update(_watch(child, probes, log.name, options, lambda steps: progress("steps", {**run, "steps": steps})))
+            run.update(
+                _watch(
+                    child, probes, log.name, options, lambda steps: progress("steps", {**run, "steps": steps})
+                )
+            )
     run["seconds"] = time.monotonic() - begin
     return run
 
 
-def _watch(child: Any, probes: str, log: str, options: Options, on_steps: Callable[[int], None]) -> Dict[str, Any]:
+def _watch(
+    child: Any, probes: str, log: str, options: Options, on_steps: Callable[[int], None]
+) -> Dict[str, Any]:
     """Wait for the end of a run, or bring it about; then end what it left running."""
     signs = Signs(probes, log)
     asked_to_stop = None
@@ -159,13 +212,16 @@ def _watch(child: Any, probes: str, log: str, options: Options, on_steps: Callab
     return {**_outcome(ending, child.returncode, signs, options), "exit_code": child.returncode}
 
 
-def _outcome(ending: Optional[str], code: Optional[int], signs: "Signs", options: Options) -> Dict[str, Any]:
+def _outcome(ending: Optional[str], code: Optional[int], signs: Signs, options: Options) -> Dict[str, Any]:
     """Status and message: ok, crashed, hung, interrupted, no steps."""
     steps = f"{signs.steps} step{'' if signs.steps == 1 else 's'} recorded"
     if ending == "interrupted":
         return {"status": "interrupted", "message": f"interrupted from the keyboard; {steps}"}
     if ending == "hung":
-        return {"status": "hung", "message": f"no step and no output for {options.timeout:g} s, so it was ended; {steps}"}
+        return {
+            "status": "hung",
+            "message": f"no step and no output for {options.timeout:g} s, so it was ended; {steps}",
+        }
     if code and not (signs.stopped and ending == "stopped"):
         how = f"ended by {_signal_name(-code)}" if code < 0 else f"exit status {code}"
         return {"status": "crashed", "message": f"{how}; {steps}; its last lines are in log.txt"}
@@ -174,16 +230,21 @@ def _outcome(ending: Optional[str], code: Optional[int], signs: "Signs", options
     if signs.steps == 0:
         return {"status": "no steps", "message": _no_steps(signs)}
     if ending == "stopped":
-        return {"status": "ok", "message": f"ended {GRACE_TO_END:g} s after its {options.steps} steps; {steps}"}
+        return {
+            "status": "ok",
+            "message": f"ended {GRACE_TO_END:g} s after its {options.steps} steps; {steps}",
+        }
     if signs.steps < options.steps:
         return {"status": "ok", "message": f"ended by itself; {steps} of {options.steps}"}
     return {"status": "ok", "message": steps}
 
 
-def _no_steps(signs: "Signs") -> str:
+def _no_steps(signs: Signs) -> str:
     if signs.processes == 0:
-        return ("no Python process of the command loaded the probe: does it run Python with -S, -I or -E, set PYTHONPATH "
-                "anew, or run inside a container?")
+        return (
+            "no Python process of the command loaded the probe: does it run Python with -S, -I or -E, "
+            "set PYTHONPATH anew, or run inside a container?"
+        )
     seen = f"{signs.processes} Python process{'' if signs.processes == 1 else 'es'} seen"
     if not signs.torch:
         return f"{seen}, none of which imported torch: is this the training command?"
@@ -198,7 +259,9 @@ def _signal_name(number: int) -> str:
 
 
 class Signs:
-    """Signs of life of a run, read off its files: growth, steps (of the busiest process), whether it was stopped."""
+    """Signs of life of a run, read off its files: growth, steps (of the busiest process), whether it was
+    stopped.
+    """
 
     def __init__(self, probes: str, log: str) -> None:
         self.probes, self.log = probes, log
@@ -232,7 +295,7 @@ class Signs:
 
 
 def end_processes(child: Any, probes: str) -> None:
-    """End the command's processes: its group, and whoever left the group but carries the run's environment."""
+    """End the command's processes: its group, and who left the group but has the run's environment."""
     for number, grace in ((signal.SIGTERM, GRACE_TO_DIE), (signal.SIGKILL, GRACE_TO_DIE)):
         deadline = time.monotonic() + grace
         alive = _signal_all(child, probes, number)
@@ -271,8 +334,10 @@ def _group_alive(group: int) -> bool:
         return False
 
 
-def _marked(probes: str) -> "set[int]":
-    """Processes whose environment names this run's probe directory (torchrun gives its workers sessions of their own)."""
+def _marked(probes: str) -> set[int]:
+    """Processes whose environment names this run's probe directory (torchrun gives its workers sessions of
+    their own).
+    """
     mark = f"{probe.DIRECTORY}={probes}".encode()
     found = set()
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():

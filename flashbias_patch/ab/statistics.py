@@ -1,15 +1,17 @@
 """What the runs say, and how surely: ratios with 95% confidence intervals, parity, a verdict. numpy only.
 
 Speed. A run is summed up by the midmean (mean of the middle half) of its step times after warm-up. Its own
-uncertainty comes from a circular block bootstrap over steps: step times are correlated, and have outliers. Runs
-differ by more than that - clocks, neighbours, memory layout - so runs are the unit: their spread is estimated from
-repeats of the same side, on top of a typical one, as two or three repeats say little about a spread. The interval
-is taken over draws of both.
+uncertainty comes from a circular block bootstrap over steps: step times are correlated, and have outliers.
+Runs differ by more than that - clocks, neighbours, memory layout - so runs are the unit: their spread is
+estimated from repeats of the same side, on top of a typical one, as two or three repeats say little about a
+spread. The interval is taken over draws of both.
 
-Parity. Two curves part where they differ by more than the command's own noise: three times the largest difference
-seen so far between two runs of the same side (six times, where there is one pair only), and never less than rounding. Where two runs of a side agree bit for
-bit, a run that was nudged in the last place shows how training amplifies rounding; without it, a growth is assumed.
+Parity. Two curves part where they differ by more than the command's own noise: three times the largest
+difference seen so far between two runs of the same side (six times, where there is one pair only), and never
+less than rounding. Where two runs of a side agree bit for bit, a run that was nudged in the last place shows
+how training amplifies rounding; without it, a growth is assumed.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -22,9 +24,9 @@ from .records import Experiment, Run
 DRAWS = 4000
 MIN_STEPS = 4  # fewer step times than this give no interval
 
-# Spread of the log of a run's result between runs of the same thing, before any repeat was seen; how many repeats
-# that guess weighs, and how many degrees of freedom it adds. (Fewer than its weight: with one or two repeats, and a
-# machine much noisier than typical, false alarms stayed above 5% otherwise.)
+# Spread of the log of a run's result between runs of the same thing, before any repeat was seen; how many
+# repeats that guess weighs, and how many degrees of freedom it adds. (Fewer than its weight: with one or two
+# repeats, and a machine much noisier than typical, false alarms stayed above 5% otherwise.)
 PRIOR_WEIGHT = 2
 PRIOR_FREEDOM = 0.5
 TYPICAL_SPREAD = {"time": 0.005, "cuda": 0.001, "rss": 0.01}
@@ -62,14 +64,18 @@ class Ratio(NamedTuple):
 
 @dataclass
 class Parity:
-    """Two families of curves compared. `word`: identical, within rounding, within noise, differs, not compared."""
+    """Two families of curves compared. `word`: identical, within rounding, within noise, differs, not
+    compared.
+    """
 
     quantity: str
     word: str
     first_step: Optional[int] = None  # where they part
     largest: float = 0.0  # largest relative difference between A and B
     largest_at: Optional[int] = None
-    noise: Optional[float] = None  # largest relative difference between runs of one side; None: one run a side
+    noise: Optional[float] = (
+        None  # largest relative difference between runs of one side; None: one run a side
+    )
     steps: int = 0
     difference: np.ndarray = field(default_factory=lambda: np.zeros(0))
     band: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -108,8 +114,11 @@ class Verdict:
 
     def fails(self, conditions: Sequence[str]) -> List[str]:
         """Which of `slower`, `differs`, `more-memory` came true."""
-        true = {"slower": self.speed_word == "slower", "differs": self.parity_word == "differs",
-                "more-memory": self.memory_word == "more memory"}
+        true = {
+            "slower": self.speed_word == "slower",
+            "differs": self.parity_word == "differs",
+            "more-memory": self.memory_word == "more memory",
+        }
         return [condition for condition in conditions if true[condition]]
 
     @property
@@ -118,10 +127,13 @@ class Verdict:
 
 
 def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -> Verdict:
-    """The verdict on what `flashbias ab` recorded. Runs that failed early still count for what they recorded."""
+    """The verdict on what `flashbias ab` recorded. Runs that failed count for what they recorded."""
     a, b = experiment.side("A"), experiment.side("B")
-    problems = [f"{run.name} ({'unpatched' if run.label == 'A' else 'patched'}): {run.status}: {run.message}"
-                for run in experiment.runs if run.status != "ok"]
+    problems = [
+        f"{run.name} ({'unpatched' if run.label == 'A' else 'patched'}): {run.status}: {run.message}"
+        for run in experiment.runs
+        if run.status != "ok"
+    ]
     notes = [f"{run.name}: a process was killed; what it had recorded is used" for run in a + b if run.killed]
     for label, runs in (("A (unpatched)", a), ("B (patched)", b)):
         if not runs:
@@ -141,18 +153,32 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
     memory = compare_peaks([r.peak_memory() for r in a], [r.peak_memory() for r in b], kind, seed)
     half = any(run.half for run in a + b)
     plain, nudged = [r for r in a if not r.nudged] or a, [r for r in a if r.nudged]
-    parities = [parity(quantity, *([r.series(key) for r in side] for side in (plain, b, nudged)), half=half)
-                for quantity, key in (("loss", "loss"), ("gradient norm", "grad_norm"))]
+    parities = [
+        parity(
+            quantity,
+            [r.series(key) for r in plain],
+            [r.series(key) for r in b],
+            [r.series(key) for r in nudged],
+            half,
+        )
+        for quantity, key in (("loss", "loss"), ("gradient norm", "grad_norm"))
+    ]
     if speed and not speed.repeats:
         notes.append(f"no run was repeated: a spread of {TYPICAL_SPREAD['time']:.1%} between runs is assumed")
     load, cpus = max(run.load for run in a + b), int(experiment.host.get("cpus") or 1)
     if speed and load > cpus:
-        notes.append(f"the machine was busy with other work (load {load:.1f} on {cpus} CPUs): times are worth less")
+        notes.append(
+            f"the machine was busy with other work (load {load:.1f} on {cpus} CPUs): times are worth less"
+        )
     if not any(sum(r.calls().values()) for r in b):
-        notes.append("the patched runs made no attention call through flashbias_patch: is anything patched? "
-                     "`flashbias doctor --repo DIR` tells")
+        notes.append(
+            "the patched runs made no attention call through flashbias_patch: is anything patched? "
+            "`flashbias doctor --repo DIR` tells"
+        )
     clocks = {run.clock for run in a + b}
-    return Verdict(speed, memory, kind, clocks.pop() if len(clocks) == 1 else "wall clock", parities, problems, notes)
+    return Verdict(
+        speed, memory, kind, clocks.pop() if len(clocks) == 1 else "wall clock", parities, problems, notes
+    )
 
 
 def compare_times(a: Sequence[np.ndarray], b: Sequence[np.ndarray], seed: int = 0) -> Optional[Ratio]:
@@ -169,8 +195,10 @@ def compare_times(a: Sequence[np.ndarray], b: Sequence[np.ndarray], seed: int = 
     return _ratio(logs, _draws(logs, within, TYPICAL_SPREAD["time"], rng), sum(len(x) - 1 for x in logs))
 
 
-def compare_peaks(a: Sequence[float], b: Sequence[float], kind: str = "cuda", seed: int = 0) -> Optional[Ratio]:
-    """Ratio B/A of peak memory, from one number of bytes a run; `kind` (cuda, rss) says how much it varies."""
+def compare_peaks(
+    a: Sequence[float], b: Sequence[float], kind: str = "cuda", seed: int = 0
+) -> Optional[Ratio]:
+    """Ratio B/A of peak memory, one number of bytes a run; `kind` (cuda, rss) says how much it varies."""
     logs = [np.log([x for x in side if np.isfinite(x) and x > 0]) for side in (a, b)]
     if not logs[0].size or not logs[1].size:
         return None
@@ -180,7 +208,7 @@ def compare_peaks(a: Sequence[float], b: Sequence[float], kind: str = "cuda", se
 
 
 def midmean(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Mean of the middle half along `axis`: as deaf to outliers as needed here, and steadier than a median."""
+    """Mean of the middle half along `axis`: as deaf to outliers as needed, and steadier than a median."""
     n = values.shape[axis]
     cut = n // 4
     ordered = np.sort(values, axis=axis)
@@ -197,13 +225,15 @@ def _block_bootstrap(values: np.ndarray, rng: np.random.Generator) -> np.ndarray
     return np.log(midmean(values[index])) - np.log(midmean(values))
 
 
-def _draws(logs: List[np.ndarray], within: List[np.ndarray], typical: float, rng: np.random.Generator) -> np.ndarray:
+def _draws(
+    logs: List[np.ndarray], within: List[np.ndarray], typical: float, rng: np.random.Generator
+) -> np.ndarray:
     """(DRAWS,) of log B - log A: bootstrap noise of each run's steps, plus the spread between runs."""
     freedom = sum(x.size - 1 for x in logs)
     squares = sum(float(((x - x.mean()) ** 2).sum()) for x in logs)
     explained = float(np.mean(np.concatenate([w.var(axis=1) for w in within]))) * freedom
-    # Variance a typical spread stands for, and what the repeats show above what their steps explain; the more of
-    # it was seen in few repeats, the fewer the degrees of freedom (Satterthwaite's approximation).
+    # Variance a typical spread stands for, and what the repeats show above what their steps explain; the more
+    # of it was seen in few repeats, the fewer the degrees of freedom (Satterthwaite's approximation).
     assumed = typical**2 * PRIOR_WEIGHT / (PRIOR_WEIGHT + freedom)
     seen = max(0.0, squares - explained) / freedom if freedom else 0.0
     worth: float = PRIOR_WEIGHT
@@ -215,13 +245,20 @@ def _draws(logs: List[np.ndarray], within: List[np.ndarray], typical: float, rng
 
 
 def _ratio(logs: List[np.ndarray], draws: Optional[np.ndarray], repeats: int) -> Ratio:
-    low, high = (None, None) if draws is None else (float(x) for x in np.exp(np.percentile(draws, [2.5, 97.5])))
+    low, high = (
+        (None, None) if draws is None else (float(x) for x in np.exp(np.percentile(draws, [2.5, 97.5])))
+    )
     a, b = (float(np.exp(x.mean())) for x in logs)
     return Ratio(b / a, low, high, a, b, repeats)
 
 
-def parity(quantity: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray], nudged: Sequence[np.ndarray] = (),
-           half: bool = False) -> Parity:
+def parity(
+    quantity: str,
+    a: Sequence[np.ndarray],
+    b: Sequence[np.ndarray],
+    nudged: Sequence[np.ndarray] = (),
+    half: bool = False,
+) -> Parity:
     """Do the curves of B follow those of A, as far as those of A follow each other? One (steps,) array a run.
 
     `nudged`: curves of A after a change of its parameters by a few units in the last place.
@@ -231,15 +268,25 @@ def parity(quantity: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray], nudg
     if not steps or not np.isfinite(curves_a).any() or not np.isfinite(curves_b).any():
         return Parity(quantity, "not compared", steps=steps)
     scale = _scale(curves_a)
-    pairs = [_relative(side[i], side[j], scale) for side in (curves_a, curves_b)
-             for i in range(len(side)) for j in range(i)]
+    pairs = [
+        _relative(side[i], side[j], scale)
+        for side in (curves_a, curves_b)
+        for i in range(len(side))
+        for j in range(i)
+    ]
     noise = np.max(pairs, axis=0) if pairs else np.zeros(steps)
-    drift = np.max([_relative(x, curves_a[0], scale) for x in curves_n], axis=0) if nudged else np.zeros(steps)
+    drift = (
+        np.max([_relative(x, curves_a[0], scale) for x in curves_n], axis=0) if nudged else np.zeros(steps)
+    )
     difference = _relative(_mean(curves_a), _mean(curves_b), scale)
     base, growth, most = ROUNDING[quantity]
     base *= HALF_ROUNDING if half else 1.0
     known_drift = bool(noise.any() or drift.any())  # then there is no need to guess how rounding grows
-    rounding = np.full(steps, base) if known_drift else np.minimum(base * growth ** np.arange(steps), max(most, base))
+    rounding = (
+        np.full(steps, base)
+        if known_drift
+        else np.minimum(base * growth ** np.arange(steps), max(most, base))
+    )
     finite_noise = np.nan_to_num(np.maximum(noise, drift), posinf=1e9)
     ahead = np.array([finite_noise[: k + 1 + LOOK_AHEAD].max() for k in range(steps)])
     band = np.maximum(rounding, NOISE_BAND * (LONE_PAIR if len(pairs) + len(curves_n) == 1 else 1.0) * ahead)
@@ -252,9 +299,18 @@ def parity(quantity: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray], nudg
         word = "identical"
     else:
         word = "within noise" if noise.any() else "within rounding"
-    return Parity(quantity, word, first, float(known.max()) if known.size else float("inf"), at,
-                  float(noise.max()) if pairs else None, steps, difference, band,
-                  float(drift.max()) if nudged else None)
+    return Parity(
+        quantity,
+        word,
+        first,
+        float(known.max()) if known.size else float("inf"),
+        at,
+        float(noise.max()) if pairs else None,
+        steps,
+        difference,
+        band,
+        float(drift.max()) if nudged else None,
+    )
 
 
 def _scale(curves: np.ndarray) -> np.ndarray:

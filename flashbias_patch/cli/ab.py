@@ -1,4 +1,5 @@
 """`flashbias ab [options] [--] CMD...`: run a command unpatched and patched, compare, report."""
+
 from __future__ import annotations
 
 import argparse
@@ -38,27 +39,76 @@ def _at_least(kind: Any, least: Any) -> Any:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=_at_least(int, 1), default=2, metavar="R",
-                        help="runs of each side, in the order A B B A A B ... (default 2; 1 adds one A for A/A)")
-    parser.add_argument("--steps", type=_at_least(int, 1), default=30, metavar="N",
-                        help="optimiser steps after which a run is stopped (default 30)")
-    parser.add_argument("--warmup", type=_at_least(int, 0), default=5, metavar="W",
-                        help="first steps left out of the timing (default 5)")
-    parser.add_argument("--seed", type=_at_least(int, 0), default=0, metavar="S",
-                        help="given to every run before its own code starts; its own seeding wins (default 0)")
-    parser.add_argument("--out", metavar="DIR", help="where everything is written (default runs/ab-DATE-TIME)")
-    parser.add_argument("--env-a", type=_pair, action="append", default=[], metavar="K=V", help="environment of A only")
-    parser.add_argument("--env-b", type=_pair, action="append", default=[], metavar="K=V", help="environment of B only")
-    parser.add_argument("--param", action="append", default=[], metavar="NAME",
-                        help="record parameters whose name ends in NAME (default bias_scale)")
-    parser.add_argument("--timeout", type=_at_least(float, 1), default=600.0, metavar="S",
-                        help="seconds without a step or any output after which a run is taken for hung (default 600)")
-    parser.add_argument("--no-aa", action="store_true", help="with --repeats 1: no second A to judge the noise by")
-    parser.add_argument("--fail-if", action="append", default=[], choices=FAIL_IF,
-                        help="exit with 1 if so; may be given several times")
-    parser.add_argument("--eval", metavar="CHECKPOINT", help="CMD runs inference from CHECKPOINT: compare the detections it "
-                        "writes to {predictions}; {checkpoint} in CMD stands for CHECKPOINT")
-    parser.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD", help="the command, after an optional --")
+    parser.add_argument(
+        "--repeats",
+        type=_at_least(int, 1),
+        default=2,
+        metavar="R",
+        help="runs of each side, in the order A B B A A B ... (default 2; 1 adds one A for A/A)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=_at_least(int, 1),
+        default=30,
+        metavar="N",
+        help="optimiser steps after which a run is stopped (default 30)",
+    )
+    parser.add_argument(
+        "--warmup",
+        type=_at_least(int, 0),
+        default=5,
+        metavar="W",
+        help="first steps left out of the timing (default 5)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=_at_least(int, 0),
+        default=0,
+        metavar="S",
+        help="given to every run before its own code starts; its own seeding wins (default 0)",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="where everything is written (default runs/ab-DATE-TIME)"
+    )
+    parser.add_argument(
+        "--env-a", type=_pair, action="append", default=[], metavar="K=V", help="environment of A only"
+    )
+    parser.add_argument(
+        "--env-b", type=_pair, action="append", default=[], metavar="K=V", help="environment of B only"
+    )
+    parser.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="record parameters whose name ends in NAME (default bias_scale)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_at_least(float, 1),
+        default=600.0,
+        metavar="S",
+        help="seconds without a step or any output after which a run is taken for hung (default 600)",
+    )
+    parser.add_argument(
+        "--no-aa", action="store_true", help="with --repeats 1: no second A to judge the noise by"
+    )
+    parser.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        choices=FAIL_IF,
+        help="exit with 1 if so; may be given several times",
+    )
+    parser.add_argument(
+        "--eval",
+        metavar="CHECKPOINT",
+        help="CMD runs inference from CHECKPOINT: compare the detections it "
+        "writes to {predictions}; {checkpoint} in CMD stands for CHECKPOINT",
+    )
+    parser.add_argument(
+        "cmd", nargs=argparse.REMAINDER, metavar="CMD", help="the command, after an optional --"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -71,17 +121,30 @@ def main(args: argparse.Namespace) -> int:
     try:
         from ..ab import records, report, runner, statistics
     except ImportError as error:
-        print(f'flashbias ab: {error}; pip install "flashbias-patch[report]" brings what is missing', file=sys.stderr)
+        print(
+            f'flashbias ab: {error}; pip install "flashbias-patch[report]" brings what is missing',
+            file=sys.stderr,
+        )
         return 2
     out = args.out or os.path.join("runs", time.strftime("ab-%Y%m%d-%H%M%S"))
     if os.path.exists(os.path.join(out, "ab.json")):
-        print(f"flashbias ab: --out: {out} already holds a comparison; give another directory", file=sys.stderr)
+        print(
+            f"flashbias ab: --out: {out} already holds a comparison; give another directory", file=sys.stderr
+        )
         return 2
     command = [word.replace("{checkpoint}", args.eval or "") for word in command]
     options = runner.Options(
-        repeats=args.repeats, steps=args.steps, warmup=args.warmup, seed=args.seed, noise_run=not args.no_aa,
-        timeout=args.timeout, params=tuple(args.param) or runner.Options().params, env_a=dict(args.env_a),
-        env_b=dict(args.env_b), inference=args.eval is not None)
+        repeats=args.repeats,
+        steps=args.steps,
+        warmup=args.warmup,
+        seed=args.seed,
+        noise_run=not args.no_aa,
+        timeout=args.timeout,
+        params=tuple(args.param) or runner.Options().params,
+        env_a=dict(args.env_a),
+        env_b=dict(args.env_b),
+        inference=args.eval is not None,
+    )
 
     before = signal.signal(signal.SIGTERM, _as_interrupt)
     screen = _screen(runner.schedule(args.repeats, not args.no_aa), args.steps)
@@ -146,7 +209,8 @@ def _write(out: str, experiment: Any, verdict: Any, found: Optional[Dict[str, An
     print(f"report: {path}")
 
 
-# -- the terminal ----------------------------------------------------------------------------------------------
+# -- the terminal
+# ----------------------------------------------------------------------------------------------
 
 
 class PlainScreen:
@@ -155,7 +219,7 @@ class PlainScreen:
     def __init__(self, schedule: str) -> None:
         self.schedule = schedule
 
-    def __enter__(self) -> "PlainScreen":
+    def __enter__(self) -> PlainScreen:
         print(f"{len(self.schedule)} runs: {' '.join(self.schedule)} (A unpatched, B patched)", flush=True)
         return self
 
@@ -165,8 +229,11 @@ class PlainScreen:
     def update(self, event: str, run: Dict[str, Any]) -> None:
         if event == "done":
             what = run["label"] + (" nudged" if run.get("nudged") else "")
-            print(f"  run {run['index'] + 1} {what}: {run['status']} in {run['seconds']:.1f} s: "
-                  f"{run['message']}", flush=True)
+            print(
+                f"  run {run['index'] + 1} {what}: {run['status']} in {run['seconds']:.1f} s: "
+                f"{run['message']}",
+                flush=True,
+            )
 
 
 class RichScreen:
@@ -176,17 +243,27 @@ class RichScreen:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.schedule, self.steps = schedule, steps
-        self.progress = Progress(TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-                                 TextColumn("steps"), TimeElapsedColumn(), TextColumn("{task.fields[message]}"))
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[message]}"),
+        )
 
-    def __enter__(self) -> "RichScreen":
+    def __enter__(self) -> RichScreen:
         self.progress.__enter__()
         self.tasks = [self._task(i, label) for i, label in enumerate(self.schedule)]
         return self
 
     def _task(self, index: int, label: str, name: str = "A unpatched") -> Any:
-        return self.progress.add_task(f"{index + 1} {'[blue]' + name if label == 'A' else '[dark_orange]B patched'}",
-                                      total=self.steps, start=False, message="")
+        return self.progress.add_task(
+            f"{index + 1} {'[blue]' + name if label == 'A' else '[dark_orange]B patched'}",
+            total=self.steps,
+            start=False,
+            message="",
+        )
 
     def __exit__(self, *exc: Any) -> None:
         self.progress.__exit__(*exc)
@@ -215,7 +292,7 @@ def _screen(schedule: str, steps: int) -> Any:
 
 
 def _show(experiment: Any, verdict: Any, found: Optional[Dict[str, Any]]) -> None:
-    from ..ab import detections, report
+    from ..ab import detections, page, report
 
     try:
         if not sys.stdout.isatty():
@@ -225,7 +302,7 @@ def _show(experiment: Any, verdict: Any, found: Optional[Dict[str, Any]]) -> Non
         print(report.text(experiment, verdict))
     else:
         Console().print(*_rich(experiment, verdict), sep="\n")
-    for entry in report.failures(experiment):
+    for entry in page.failures(experiment):
         if entry["log"]:
             tail = "\n".join(f"    {line}" for line in entry["log"].splitlines()[-8:])
             print(f"the end of {entry['name']}'s output:\n{tail}")
@@ -238,20 +315,30 @@ def _rich(experiment: Any, verdict: Any) -> List[Any]:
     from rich.markup import escape
     from rich.table import Table
 
-    from ..ab import report
+    from ..ab import page, words
 
     colors = {"good": "green", "bad": "red", "neutral": "yellow"}
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "[blue]A unpatched", "[dark_orange]B patched", "B to A", "95% interval", "verdict"):
         table.add_column(column, justify="left" if column == "" else "right")
-    for name, ratio, word, show in (("time a step", verdict.speed, verdict.speed_word, report.seconds),
-                                    ("peak memory", verdict.memory, verdict.memory_word, report.size)):
+    for name, ratio, word, show in (
+        ("time a step", verdict.speed, verdict.speed_word, words.seconds),
+        ("peak memory", verdict.memory, verdict.memory_word, words.size),
+    ):
         if ratio is not None:
             ends = "-" if ratio.low is None else f"{ratio.low:.3f} to {ratio.high:.3f}"
-            table.add_row(name, show(ratio.a), show(ratio.b), report.times(ratio.value), ends,
-                          f"[{colors[report.tone(word)]}]{word}")
-    shown: List[Any] = [f"[bold]{escape(report.sentence(verdict))}"] + ([table] if table.row_count else [])
-    shown += [f"[{colors[report.tone(p.word)]}]{escape(report.parity_line(p))}" for p in verdict.parities]
-    shown += [f"{row['name']}: {row['count']} attention calls" for row in report.backends_table(experiment)]
-    shown += [f"[red]problem: {escape(p)}" for p in verdict.problems] + [f"[dim]note: {escape(n)}" for n in verdict.notes]
+            table.add_row(
+                name,
+                show(ratio.a),
+                show(ratio.b),
+                words.times(ratio.value),
+                ends,
+                f"[{colors[words.tone(word)]}]{word}",
+            )
+    shown: List[Any] = [f"[bold]{escape(words.sentence(verdict))}"] + ([table] if table.row_count else [])
+    shown += [f"[{colors[words.tone(p.word)]}]{escape(words.parity_line(p))}" for p in verdict.parities]
+    shown += [f"{row['name']}: {row['count']} attention calls" for row in page.backends_table(experiment)]
+    shown += [f"[red]problem: {escape(p)}" for p in verdict.problems] + [
+        f"[dim]note: {escape(n)}" for n in verdict.notes
+    ]
     return shown

@@ -1,4 +1,5 @@
 """`flashbias bench`: the attention backends timed on this machine's device, at the shapes of known models."""
+
 from __future__ import annotations
 
 import argparse
@@ -15,8 +16,13 @@ BENCHMARK = "flashbias_patch.attention.benchmark"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", default=[], metavar="NAME",
-                        help="named shapes, e.g. cmt-800x320 cmt-1600x640 streampetr-r50; `list` lists them (default: all)")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="named shapes, e.g. cmt-800x320 cmt-1600x640 streampetr-r50; `list` lists them (default: all)",
+    )
     parser.add_argument("--backends", nargs="+", default=[], metavar="NAME", help="default: all")
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16")
     parser.add_argument("--out", metavar="DIR", help="write bench.json and bench.html there")
@@ -33,19 +39,26 @@ def main(args: argparse.Namespace) -> int:
         for name, shape in benchmark.SHAPES.items():
             print(f"{name:<20} {', '.join(f'{k} {v}' for k, v in dict(shape).items())}")
         return 0
-    problem = _unknown("--shapes", args.shapes, benchmark.SHAPES) or _unknown("--backends", args.backends, benchmark.BACKENDS)
+    problem = _unknown("--shapes", args.shapes, benchmark.SHAPES) or _unknown(
+        "--backends", args.backends, benchmark.BACKENDS
+    )
     if problem:
         print(f"flashbias bench: {problem}", file=sys.stderr)
         return 2
     with _progress() as progress:
-        found = benchmark.run(args.shapes or list(benchmark.SHAPES), args.backends or list(benchmark.BACKENDS), args.dtype, progress)
+        found = benchmark.run(
+            args.shapes or list(benchmark.SHAPES),
+            args.backends or list(benchmark.BACKENDS),
+            args.dtype,
+            progress,
+        )
     print(table(found["rows"]))
     if args.out:
         _write(args.out, found)
     return 0 if any(row.get("forward_ms") is not None for row in found["rows"]) else 3
 
 
-def _unknown(option: str, given: List[str], known: Any) -> "str | None":
+def _unknown(option: str, given: List[str], known: Any) -> str | None:
     bad = [name for name in given if name not in known]
     return f"{option}: {', '.join(bad)}: not one of {', '.join(known)}" if bad else None
 
@@ -55,13 +68,34 @@ def table(rows: List[Dict[str, Any]]) -> str:
     cells = [("shape", "backend", "forward", "forward+backward", "extra memory", "error")]
     for row in rows:
         if row.get("forward_ms") is None:
-            cells.append((row["shape"], row["backend"], "cannot: " + row.get("why_not", "unknown"), "", "", ""))
+            cells.append(
+                (row["shape"], row["backend"], "cannot: " + row.get("why_not", "unknown"), "", "", "")
+            )
         else:
-            cells.append((row["shape"], row["backend"], *(_number(row.get(k), unit) for k, unit in (
-                ("forward_ms", " ms"), ("total_ms", " ms"), ("extra_mib", " MiB"), ("error", "")))))
-    widths = [max(len(cell[i]) for cell in cells if i < 2 or not cell[2].startswith("cannot")) for i in range(6)]
-    return "\n".join("  ".join(word.ljust(w) if i < 2 else word.rjust(w) for i, (word, w) in enumerate(zip(cell, widths))).rstrip()
-                     for cell in cells)
+            cells.append(
+                (
+                    row["shape"],
+                    row["backend"],
+                    *(
+                        _number(row.get(k), unit)
+                        for k, unit in (
+                            ("forward_ms", " ms"),
+                            ("total_ms", " ms"),
+                            ("extra_mib", " MiB"),
+                            ("error", ""),
+                        )
+                    ),
+                )
+            )
+    widths = [
+        max(len(cell[i]) for cell in cells if i < 2 or not cell[2].startswith("cannot")) for i in range(6)
+    ]
+    return "\n".join(
+        "  ".join(
+            word.ljust(w) if i < 2 else word.rjust(w) for i, (word, w) in enumerate(zip(cell, widths))
+        ).rstrip()
+        for cell in cells
+    )
 
 
 def _number(value: Any, unit: str) -> str:

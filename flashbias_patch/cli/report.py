@@ -1,4 +1,5 @@
 """`flashbias report DIR`: the report of a finished, or half finished, `flashbias ab`."""
+
 from __future__ import annotations
 
 import argparse
@@ -12,9 +13,13 @@ HELP = "write the report of an A/B comparison: HTML, Markdown, TensorBoard"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="the --out directory of flashbias ab")
-    parser.add_argument("--html", metavar="FILE", help="default DIR/report.html, when no other format is asked for")
+    parser.add_argument(
+        "--html", metavar="FILE", help="default DIR/report.html, when no other format is asked for"
+    )
     parser.add_argument("--markdown", metavar="FILE", help="for pasting in an issue; - is standard output")
-    parser.add_argument("--tensorboard", metavar="LOGDIR", help="one TensorBoard run for each run of the comparison")
+    parser.add_argument(
+        "--tensorboard", metavar="LOGDIR", help="one TensorBoard run for each run of the comparison"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -22,11 +27,16 @@ def main(args: argparse.Namespace) -> int:
     try:
         from ..ab import records, report, tensorboard
     except ImportError as error:
-        print(f'flashbias report: {error}; pip install "flashbias-patch[report]" brings what is missing', file=sys.stderr)
+        print(
+            f'flashbias report: {error}; pip install "flashbias-patch[report]" brings what is missing',
+            file=sys.stderr,
+        )
         return 2
     try:
         experiment, verdict = report.load_and_judge(args.directory)
-        page = args.html or (None if args.markdown or args.tensorboard else os.path.join(args.directory, "report.html"))
+        page = args.html or (
+            None if args.markdown or args.tensorboard else os.path.join(args.directory, "report.html")
+        )
         if page:
             _write(page, report.html(experiment, verdict, _detections(args.directory)))
         if args.markdown:
@@ -42,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _detections(directory: str) -> "dict | None":
+def _detections(directory: str) -> dict | None:
     try:
         with open(os.path.join(directory, "summary.json"), encoding="utf-8") as file:
             return json.load(file).get("detections")

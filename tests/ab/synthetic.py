@@ -1,4 +1,5 @@
 """Made-up runs of which the truth is known."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -13,7 +14,9 @@ def step_times(rng, steps, mean, spread=0.004, noise=0.03, persistence=0.3):
     """(steps,) seconds: a run's own speed, correlated noise, a slow start and a few stragglers."""
     level = np.zeros(steps)
     for i in range(steps):
-        level[i] = persistence * (level[i - 1] if i else 0) + rng.normal() * noise * np.sqrt(1 - persistence**2)
+        level[i] = persistence * (level[i - 1] if i else 0) + rng.normal() * noise * np.sqrt(
+            1 - persistence**2
+        )
     values = mean * np.exp(rng.normal() * spread + level)
     stragglers = rng.random(steps) < 0.03
     values[stragglers] *= rng.uniform(1.5, 4, stragglers.sum())
@@ -23,15 +26,30 @@ def step_times(rng, steps, mean, spread=0.004, noise=0.03, persistence=0.3):
 
 def losses(rng, steps, noise=0.0):
     """(steps,) a falling loss; `noise` grows from zero, as the effect of nondeterministic kernels does."""
-    drift = np.cumsum(rng.normal(size=steps)) / np.sqrt(np.arange(1, steps + 1)) * (1 - np.exp(-np.arange(steps) / 10))
+    drift = (
+        np.cumsum(rng.normal(size=steps))
+        / np.sqrt(np.arange(1, steps + 1))
+        * (1 - np.exp(-np.arange(steps) / 10))
+    )
     return 5 * np.exp(-np.arange(steps) / 40) * (1 + noise * drift)
 
 
 def make_run(label, index, times, loss=None, peak=PEAK, grad_norm=None, **more):
     steps = []
     for i, seconds in enumerate(times):
-        line = {"event": "step", "step": i, "wall_s": float(seconds), "time": 1e9 + i,
-                "memory": {"cuda": peak * 0.9, "cuda_peak": peak, "cuda_reserved_peak": peak, "rss": 1e9, "rss_peak": 1e9}}
+        line = {
+            "event": "step",
+            "step": i,
+            "wall_s": float(seconds),
+            "time": 1e9 + i,
+            "memory": {
+                "cuda": peak * 0.9,
+                "cuda_peak": peak,
+                "cuda_reserved_peak": peak,
+                "rss": 1e9,
+                "rss_peak": 1e9,
+            },
+        }
         if loss is not None:
             line["loss"] = float(loss[i])
         if grad_norm is not None:
@@ -40,14 +58,33 @@ def make_run(label, index, times, loss=None, peak=PEAK, grad_norm=None, **more):
             line["calls"] = {"triton": 6 * (i + 1), "sdpa": i + 1}
         line.update({key: value(i) if callable(value) else value for key, value in more.items()})
         steps.append(line)
-    process = Process("", header={"rank": 0, "python": "3.11"}, environment={"rank": 0, "torch": "2.8", "gpu": "Some GPU"},
-                      steps=steps, ended=True)
-    return Run(label, index, processes=[process], message=f"{len(steps)} steps recorded", directory=f"{index + 1:02d}-{label}")
+    process = Process(
+        "",
+        header={"rank": 0, "python": "3.11"},
+        environment={"rank": 0, "torch": "2.8", "gpu": "Some GPU"},
+        steps=steps,
+        ended=True,
+    )
+    return Run(
+        label,
+        index,
+        processes=[process],
+        message=f"{len(steps)} steps recorded",
+        directory=f"{index + 1:02d}-{label}",
+    )
 
 
 def experiment(runs, **options):
-    return Experiment("nowhere", ["python", "train.py"], {"warmup": 5, "steps": 60, "seed": 0, **options}, list(runs),
-                      {"cpus": 64}, "/home", "ABBA", 1.7e9)
+    return Experiment(
+        "nowhere",
+        ["python", "train.py"],
+        {"warmup": 5, "steps": 60, "seed": 0, **options},
+        list(runs),
+        {"cpus": 64},
+        "/home",
+        "ABBA",
+        1.7e9,
+    )
 
 
 def trial(seed, slowdown=0.0, memory=1.0, noise=0.002, part_at=None, jump=0.05, repeats=3, steps=60):
@@ -60,6 +97,14 @@ def trial(seed, slowdown=0.0, memory=1.0, noise=0.002, part_at=None, jump=0.05, 
         loss, norm = losses(rng, steps, noise), 3 * losses(rng, steps, noise)
         if b and part_at is not None:
             loss[part_at:] *= 1 + jump
-        runs.append(make_run(label, index, step_times(rng, steps, STEP_SECONDS * (1 + slowdown if b else 1)), loss,
-                             PEAK * (memory if b else 1), norm))
+        runs.append(
+            make_run(
+                label,
+                index,
+                step_times(rng, steps, STEP_SECONDS * (1 + slowdown if b else 1)),
+                loss,
+                PEAK * (memory if b else 1),
+                norm,
+            )
+        )
     return experiment(runs)

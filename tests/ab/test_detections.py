@@ -1,4 +1,5 @@
 """Detections: matching, differences, and nuscenes-devkit's own mAP and NDS."""
+
 from __future__ import annotations
 
 import copy
@@ -18,11 +19,26 @@ def document(seed=0, samples=3, boxes=12):
     rng = np.random.default_rng(seed)
     found = []
     for number in range(samples):
-        truth = np.column_stack([rng.uniform(-30, 30, (boxes, 2)), rng.normal(size=boxes), rng.uniform(1, 4, (boxes, 3)),
-                                 rng.uniform(-3, 3, boxes), rng.normal(size=(boxes, 2))])
+        truth = np.column_stack(
+            [
+                rng.uniform(-30, 30, (boxes, 2)),
+                rng.normal(size=boxes),
+                rng.uniform(1, 4, (boxes, 3)),
+                rng.uniform(-3, 3, boxes),
+                rng.normal(size=(boxes, 2)),
+            ]
+        )
         labels = rng.integers(0, 3, boxes).tolist()
-        found.append({"token": f"sample{number}", "boxes": truth.tolist(), "scores": rng.uniform(0.1, 1, boxes).tolist(),
-                      "labels": labels, "gt_boxes": truth.tolist(), "gt_labels": labels})
+        found.append(
+            {
+                "token": f"sample{number}",
+                "boxes": truth.tolist(),
+                "scores": rng.uniform(0.1, 1, boxes).tolist(),
+                "labels": labels,
+                "gt_boxes": truth.tolist(),
+                "gt_labels": labels,
+            }
+        )
     return {"classes": CLASSES, "samples": found}
 
 
@@ -65,12 +81,16 @@ def test_known_differences_are_measured():
     assert differences["size (m)"] == 0
 
 
-@pytest.mark.parametrize("change,says", [
-    (lambda d: d["samples"][0].pop("token"), "`token` is missing"),
-    (lambda d: d["samples"][0]["scores"].pop(), "`scores` has 11 entries for 12 boxes"),
-    (lambda d: d["samples"][1]["labels"].__setitem__(0, 3), "must index `classes`"),
-    (lambda d: d["samples"][0].__setitem__("boxes", [[1, 2]]), r"must be a list of \[x, y, z"),
-    (lambda d: d.pop("classes"), "expected an object")])
+@pytest.mark.parametrize(
+    "change,says",
+    [
+        (lambda d: d["samples"][0].pop("token"), "`token` is missing"),
+        (lambda d: d["samples"][0]["scores"].pop(), "`scores` has 11 entries for 12 boxes"),
+        (lambda d: d["samples"][1]["labels"].__setitem__(0, 3), "must index `classes`"),
+        (lambda d: d["samples"][0].__setitem__("boxes", [[1, 2]]), r"must be a list of \[x, y, z"),
+        (lambda d: d.pop("classes"), "expected an object"),
+    ],
+)
 def test_bad_predictions_are_named(tmp_path, change, says):
     broken = document()
     change(broken)
@@ -86,7 +106,11 @@ def test_bad_predictions_are_named(tmp_path, change, says):
 def test_frames_as_mini_cmt_writes_them(tmp_path):
     boxes = [[1, 2, 3, 4.0, 2.0, 1.5, 0.1, 0, 0]]  # length 4, width 2
     group = {"boxes": boxes, "labels": [0], "scores": [0.5]}
-    (tmp_path / "p.json").write_text(json.dumps({"classes": CLASSES, "frames": [{"token": "t", "predictions": group, "ground_truth": group}]}))
+    (tmp_path / "p.json").write_text(
+        json.dumps(
+            {"classes": CLASSES, "frames": [{"token": "t", "predictions": group, "ground_truth": group}]}
+        )
+    )
     assert load(str(tmp_path / "p.json"))["samples"][0]["boxes"] == [[1, 2, 3, 2.0, 4.0, 1.5, 0.1, 0, 0]]
 
 

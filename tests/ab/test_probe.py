@@ -1,4 +1,5 @@
 """The probe in real processes: what it records, what it leaves alone, what survives a kill."""
+
 from __future__ import annotations
 
 import json
@@ -45,9 +46,16 @@ def python(tmp_path, body, wait=True, **env):
     script = tmp_path / "train.py"
     script.write_text(NET + textwrap.dedent(body))
     probes = tmp_path / "probe"
-    environment = launch.prepare_environment(os.environ, patch=False, extra={"FLASHBIAS_PROBE": str(probes), **env})
-    process = subprocess.Popen([sys.executable, "-W", "ignore", str(script)], env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, cwd=tmp_path)
+    environment = launch.prepare_environment(
+        os.environ, patch=False, extra={"FLASHBIAS_PROBE": str(probes), **env}
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=tmp_path,
+    )
     if not wait:
         return process, probes
     output = process.communicate(timeout=120)[0].decode()
@@ -55,11 +63,15 @@ def python(tmp_path, body, wait=True, **env):
 
 
 def test_records_what_the_loop_did(tmp_path):
-    process, output, (found,) = python(tmp_path, """
+    process, output, (found,) = python(
+        tmp_path,
+        """
         for i in range(6):
             print(step(torch.ones(2, 4)))
             if i == 2: torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
-    """, FLASHBIAS_PROBE_PARAMS="bias_scale,frozen")
+    """,
+        FLASHBIAS_PROBE_PARAMS="bias_scale,frozen",
+    )
     assert process.returncode == 0
     run = Run("A", 0, processes=[found])
     assert run.series("loss").tolist() == pytest.approx([float(x) for x in output.split()], rel=1e-12)
@@ -77,11 +89,15 @@ def test_records_what_the_loop_did(tmp_path):
 
 
 def test_stops_after_n_steps_and_not_before(tmp_path):
-    process, output, (found,) = python(tmp_path, """
+    process, output, (found,) = python(
+        tmp_path,
+        """
         for i in range(1000):
             step(torch.ones(2, 4))
         print("not reached")
-    """, FLASHBIAS_PROBE_STEPS="4")
+    """,
+        FLASHBIAS_PROBE_STEPS="4",
+    )
     assert (process.returncode, len(found.steps), found.stopped, found.ended) == (0, 4, True, True)
     assert "not reached" not in output
 
@@ -90,21 +106,30 @@ def test_seed_is_given_and_the_users_own_wins(tmp_path):
     body = "import random, numpy\nprint(random.random(), numpy.random.rand(), torch.rand(1).item())\n"
     outputs = {python(tmp_path, body, FLASHBIAS_PROBE_SEED=seed)[1] for seed in ("3", "3", "4")}
     assert len(outputs) == 2
-    own = {python(tmp_path, "torch.manual_seed(7); print(torch.rand(1).item())", FLASHBIAS_PROBE_SEED=seed)[1] for seed in "34"}
+    own = {
+        python(tmp_path, "torch.manual_seed(7); print(torch.rand(1).item())", FLASHBIAS_PROBE_SEED=seed)[1]
+        for seed in "34"
+    }
     assert len(own) == 1
 
 
 def test_killed_process_keeps_its_steps(tmp_path):
-    process, probes = python(tmp_path, """
+    process, probes = python(
+        tmp_path,
+        """
         for i in range(100000):
             step(torch.ones(2, 4)); time.sleep(0.01)
-    """, wait=False)
+    """,
+        wait=False,
+    )
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not any(p.read_bytes().count(b'"event": "step"') > 5 for p in probes.glob("*.jsonl")):
+    while time.monotonic() < deadline and not any(
+        p.read_bytes().count(b'"event": "step"') > 5 for p in probes.glob("*.jsonl")
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    path, = probes.glob("*.jsonl")
+    (path,) = probes.glob("*.jsonl")
     found = load_process(str(path))
     assert len(found.steps) >= 5 and not found.ended
     assert Run("A", 0, processes=[found]).killed
@@ -115,7 +140,9 @@ def test_killed_process_keeps_its_steps(tmp_path):
 
 
 def test_scaled_losses_accumulation_and_a_second_optimizer(tmp_path):
-    process, output, (found,) = python(tmp_path, """
+    process, output, (found,) = python(
+        tmp_path,
+        """
         from torch.utils.checkpoint import checkpoint
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if hasattr(torch.amp, "GradScaler") else None
         other = torch.optim.Adam([net.frozen])
@@ -130,21 +157,28 @@ def test_scaled_losses_accumulation_and_a_second_optimizer(tmp_path):
             scaler and scaler.update()
             other.step()
             print(total)
-    """)
+    """,
+    )
     assert process.returncode == 0, output
     assert len(found.steps) == 4  # the second optimiser's steps are not counted
-    assert [line["loss"] for line in found.steps] == pytest.approx([float(x) for x in output.split()], rel=1e-6)
+    assert [line["loss"] for line in found.steps] == pytest.approx(
+        [float(x) for x in output.split()], rel=1e-6
+    )
     assert all(line["backwards"] == 2 for line in found.steps)
 
 
 def test_uncaught_exception_is_in_the_last_line(tmp_path):
-    process, output, (found,) = python(tmp_path, "step(torch.ones(2, 4))\nraise RuntimeError('out of cheese')")
+    process, output, (found,) = python(
+        tmp_path, "step(torch.ones(2, 4))\nraise RuntimeError('out of cheese')"
+    )
     assert process.returncode == 1 and "out of cheese" in output
     assert found.ended and found.error == "RuntimeError: out of cheese" and len(found.steps) == 1
 
 
 def test_forked_trainer_records_and_forked_loader_does_not(tmp_path):
-    process, output, found = python(tmp_path, """
+    process, output, found = python(
+        tmp_path,
+        """
         import multiprocessing
         def train():
             for i in range(3): step(torch.ones(2, 4))
@@ -153,23 +187,28 @@ def test_forked_trainer_records_and_forked_loader_does_not(tmp_path):
         for work in (train, time.sleep):
             child = fork.Process(target=work, args=() if work is train else (0,)); child.start(); child.join()
         print("done", child.exitcode)
-    """)
+    """,
+    )
     assert "done 0" in output
     assert sorted(len(p.steps) for p in found) == [0, 3]
     assert all(p.ended for p in found)
 
 
 def test_starting_imports_no_torch_and_costs_no_step(tmp_path):
-    environment = launch.prepare_environment(os.environ, patch=False, extra={"FLASHBIAS_PROBE": str(tmp_path / "probe")})
+    environment = launch.prepare_environment(
+        os.environ, patch=False, extra={"FLASHBIAS_PROBE": str(tmp_path / "probe")}
+    )
     code = "import sys; print(sorted(m for m in ('torch', 'numpy', 'rich', 'jinja2') if m in sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip() == "[]"
-    line, = [json.loads(x) for x in next((tmp_path / "probe").glob("*")).read_text().splitlines()[:1]]
+    (line,) = [json.loads(x) for x in next((tmp_path / "probe").glob("*")).read_text().splitlines()[:1]]
     assert line["event"] == "process" and line["argv"][1:3] == ["-c", code]
 
 
 def test_unwritable_directory_never_stops_the_command(tmp_path):
     (tmp_path / "file").write_text("")
-    process, output, _ = python(tmp_path, "print(step(torch.ones(2, 4)) > 0)", FLASHBIAS_PROBE=str(tmp_path / "file" / "x"))
+    process, output, _ = python(
+        tmp_path, "print(step(torch.ones(2, 4)) > 0)", FLASHBIAS_PROBE=str(tmp_path / "file" / "x")
+    )
     assert process.returncode == 0 and "True" in output and "cannot be recorded" in output
 
 

@@ -1,4 +1,5 @@
 """The report: its words, its formats, and the page in a real headless Chromium."""
+
 from __future__ import annotations
 
 import html.parser
@@ -12,7 +13,7 @@ import sys
 
 import pytest
 
-from flashbias_patch.ab import report
+from flashbias_patch.ab import page, report, words
 from flashbias_patch.ab.statistics import judge
 
 from . import synthetic
@@ -21,22 +22,28 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def rich_experiment():
-    """Everything a page can show: parts, parameters, gradients, backends, fallbacks, a failure, awkward names."""
+    """Everything a page can show: parts, parameters, gradients, backends, fallbacks, a failure, awkward
+    names.
+    """
     found = synthetic.trial(3, slowdown=-0.25, memory=0.41, part_at=40, jump=0.2)
     for run in found.runs:
         for i, line in enumerate(run.processes[0].steps):
             line["loss_parts"] = {"loss_cls": 1.0, "d0.loss_bbox": 2.0 / (i + 1), "<b>loss</b>": 0.0}
-            line["params"] = {"transformer.decoder.bias_scale": 0.1 + (0.001 * i if run.label == "B" else 0.0)}
+            line["params"] = {
+                "transformer.decoder.bias_scale": 0.1 + (0.001 * i if run.label == "B" else 0.0)
+            }
             line["param_grads"] = {"transformer.decoder.bias_scale": 0.2 if run.label == "B" else None}
         run.seconds = 12.3
-    found.runs[1].processes[0].fallbacks = [{"source": "triton", "call": "fp16 d32 <r8>", "reason": "a long reason " * 8, "count": 3}]
+    found.runs[1].processes[0].fallbacks = [
+        {"source": "triton", "call": "fp16 d32 <r8>", "reason": "a long reason " * 8, "count": 3}
+    ]
     found.runs[4].status, found.runs[4].message = "crashed", "exit status 1; 60 steps recorded"
     found.runs[4].log_tail = "Traceback </pre><script>alert(1)</script>\n" + "x" * 400
     found.command = ["python", "tools/train.py", "projects/configs/" + "very_long_name_" * 8 + ".py"]
     return found
 
 
-def page(experiment=None, extra=None):
+def html_of(experiment=None, extra=None):
     pytest.importorskip("jinja2")
     experiment = experiment or rich_experiment()
     return report.html(experiment, judge(experiment), extra)
@@ -45,9 +52,12 @@ def page(experiment=None, extra=None):
 def test_sentence_and_cards_say_the_verdict():
     experiment = rich_experiment()
     verdict = judge(experiment)
-    text = report.sentence(verdict)
-    assert re.fullmatch(r"Patched is 1\.3\d× as fast, needs 0\.41× the memory and does not train the same from step 40 on\.", text)
-    speed, memory, training = report.headlines(verdict)
+    text = words.sentence(verdict)
+    assert re.fullmatch(
+        r"Patched is 1\.3\d× as fast, needs 0\.41× the memory and does not train the same from step 40 on\.",
+        text,
+    )
+    speed, memory, training = page.headlines(verdict)
     assert (speed["word"], memory["word"], training["big"]) == ("faster", "less memory", "Differs")
     assert speed["whisker"]["low"] < speed["whisker"]["value"] < speed["whisker"]["high"]
     assert speed["whisker"]["one"] < speed["whisker"]["low"]  # 1x lies outside the interval: it is faster
@@ -61,7 +71,7 @@ def test_markdown_holds_the_figures():
 
 
 def test_page_is_self_contained_and_escapes():
-    text = page()
+    text = html_of()
     assert "<script>alert" not in text and "<b>loss</b>" not in text
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", text)
     assert not re.search(r"url\((?!#)", text.replace('"url(#" + clip', "url(#"))
@@ -72,13 +82,13 @@ def test_page_is_self_contained_and_escapes():
 
 def test_page_of_nothing_and_of_one_side():
     empty = synthetic.experiment([])
-    assert "Nothing to compare" in page(empty)
+    assert "Nothing to compare" in html_of(empty)
     one = synthetic.experiment(synthetic.trial(0).runs[:1])
-    assert "recorded no step" in page(one)
+    assert "recorded no step" in html_of(one)
 
 
 def test_never_moving_parameter_is_said():
-    text = page()
+    text = html_of()
     assert "Never moved in A1, A4, A5" in text and "never</span>" in text
 
 
@@ -86,15 +96,15 @@ def test_non_finite_values_leave_gaps():
     experiment = synthetic.trial(0)
     for line in experiment.runs[1].processes[0].steps[20:]:
         line["loss"] = math.nan
-    data = json.loads(re.search(r'id="charts">(.*?)</script>', page(experiment), re.DOTALL).group(1))
+    data = json.loads(re.search(r'id="charts">(.*?)</script>', html_of(experiment), re.DOTALL).group(1))
     series = {s["name"]: s["values"] for s in data[0]["series"]}
     assert series["B2"][20] is None and series["A1"][20] is not None
 
 
 def test_long_runs_are_thinned():
     experiment = synthetic.trial(0, repeats=1, steps=5000)
-    data = report.charts(experiment, judge(experiment))
-    assert all(len(s["values"]) <= report.MAX_POINTS for chart in data for s in chart["series"])
+    data = page.charts(experiment, judge(experiment))
+    assert all(len(s["values"]) <= page.MAX_POINTS for chart in data for s in chart["series"])
     assert data[0]["stride"] == 4
 
 
@@ -115,7 +125,9 @@ def test_tensorboard_export_reads_back(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(run.name for run in experiment.runs)
     read = EventAccumulator(str(tmp_path / "B2")).Reload()
     values = [(e.step, e.value) for e in read.Scalars("loss/total")]
-    assert values == [(i, pytest.approx(v, rel=1e-6)) for i, v in enumerate(experiment.runs[1].series("loss"))]
+    assert values == [
+        (i, pytest.approx(v, rel=1e-6)) for i, v in enumerate(experiment.runs[1].series("loss"))
+    ]
     assert "parameter/transformer.decoder.bias_scale" in read.Tags()["scalars"]
     assert "attention calls/triton" in read.Tags()["scalars"]
 
@@ -129,18 +141,40 @@ def test_missing_tensorboard_is_one_clear_message(monkeypatch, tmp_path):
         tensorboard.write(rich_experiment(), str(tmp_path))
 
 
-def test_bench_page():
+def test_bench_html_of():
     pytest.importorskip("jinja2")
-    text = report.bench_html({"environment": {"GPU": "Some GPU"}, "rows": [
-        {"shape": "cmt-800x320", "backend": "sdpa", "forward_ms": 0.5, "total_ms": 1.5, "extra_mib": 34.0, "error": 2e-4},
-        {"shape": "cmt-800x320", "backend": "triton", "forward_ms": 0.3, "total_ms": 1.0},
-        {"shape": "cmt-800x320", "backend": "flash", "forward_ms": None, "why_not": "flash-attn is not installed"}]})
-    assert text.index("triton") < text.index("sdpa") < text.index("flash: cannot: flash-attn is not installed")
+    text = report.bench_html(
+        {
+            "environment": {"GPU": "Some GPU"},
+            "rows": [
+                {
+                    "shape": "cmt-800x320",
+                    "backend": "sdpa",
+                    "forward_ms": 0.5,
+                    "total_ms": 1.5,
+                    "extra_mib": 34.0,
+                    "error": 2e-4,
+                },
+                {"shape": "cmt-800x320", "backend": "triton", "forward_ms": 0.3, "total_ms": 1.0},
+                {
+                    "shape": "cmt-800x320",
+                    "backend": "flash",
+                    "forward_ms": None,
+                    "why_not": "flash-attn is not installed",
+                },
+            ],
+        }
+    )
+    assert (
+        text.index("triton") < text.index("sdpa") < text.index("flash: cannot: flash-attn is not installed")
+    )
 
 
-# -- in a browser ----------------------------------------------------------------------------------------------
+# -- in a browser
+# ----------------------------------------------------------------------------------------------
 
-# Put in front of the page's own script: errors and, once all is drawn, measures, end up in the document's title.
+# Put in front of the page's own script: errors and, once all is drawn, measures, end up in the document's
+# title.
 WATCH = """<script>
 window.problems = [];
 addEventListener("error", function (e) { problems.push(String(e.message || e.target.src)); }, true);
@@ -149,12 +183,14 @@ addEventListener("load", function () { setTimeout(function () {
   var wide = [].filter.call(document.querySelectorAll("main *"), function (n) {
     return n.getBoundingClientRect().right > innerWidth + 1 && !n.closest(".scroll, svg"); });
   var first = document.querySelector(".plot svg"), box = first && first.getBoundingClientRect();
-  if (first) first.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 2, clientY: box.top + 50}));
+  if (first) first.dispatchEvent(new PointerEvent("pointermove", {
+    clientX: box.left + box.width / 2, clientY: box.top + 50}));
   var tip = document.querySelector(".tip"), button = document.querySelector(".legend button");
   var lines = document.querySelectorAll(".plot path").length;
   if (button) button.click();
   document.documentElement.setAttribute("data-found", JSON.stringify({
-    problems: problems, scroll: document.documentElement.scrollWidth, inner: innerWidth, wide: wide.map(function (n) { return n.tagName + "." + n.className; }),
+    problems: problems, scroll: document.documentElement.scrollWidth, inner: innerWidth,
+    wide: wide.map(function (n) { return n.tagName + "." + n.className; }),
     drawn: document.querySelectorAll(".plot svg").length, charts: document.querySelectorAll(".chart").length,
     tip: tip && tip.textContent, lines: lines, hidden: lines - document.querySelectorAll(".plot path").length,
     ground: getComputedStyle(document.body).backgroundColor,
@@ -164,26 +200,40 @@ addEventListener("load", function () { setTimeout(function () {
 
 
 def browse(tmp_path, text, width, dark=False):
-    """What Chromium found on the page at that width. The page sits in a frame, as a window has a least width."""
+    """What Chromium found on the page at that width. In a frame, as a window has a least width."""
     (tmp_path / "page.html").write_text(text.replace("<style>", WATCH + "<style>", 1))
     (tmp_path / "frame.html").write_text(
-        f'<iframe id="f" src="page.html" style="width:{width}px;height:4000px;border:0"></iframe><script>setTimeout(function () {{'
-        'document.title = f.contentDocument.documentElement.dataset.found || "";'
-        'document.body.dataset.found = document.title;}, 2500);</script>')
-    words = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--window-size=1400,4000",
-             "--virtual-time-budget=6000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+        f'<iframe id="f" src="page.html" style="width:{width}px;height:4000px;border:0"></iframe>'
+        "<script>setTimeout(function () { document.body.dataset.found = "
+        'f.contentDocument.documentElement.dataset.found || ""; }, 2500);</script>'
+    )
+    words = [
+        CHROMIUM,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        "--window-size=1400,4000",
+        "--virtual-time-budget=6000",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
     words += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    document = subprocess.run([*words, f"file://{tmp_path / 'frame.html'}"], capture_output=True, text=True, timeout=120).stdout
+    document = subprocess.run(
+        [*words, f"file://{tmp_path / 'frame.html'}"], capture_output=True, text=True, timeout=120
+    ).stdout
     found = re.search(r'<body data-found="([^"]*)"', document)
     assert found and found.group(1), "the page's script did not come to its end"
-    return json.loads(found.group(1).replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    return json.loads(
+        found.group(1).replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    )
 
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 @pytest.mark.parametrize("width,dark", [(1280, False), (390, False), (390, True)])
 def test_page_in_chromium(tmp_path, width, dark):
-    found = browse(tmp_path, page(), width, dark)
+    found = browse(tmp_path, html_of(), width, dark)
     assert found["problems"] == [] and found["requests"] == []
     assert found["inner"] == width and found["scroll"] <= width and found["wide"] == []
     assert found["drawn"] == found["charts"] >= 6
@@ -196,5 +246,5 @@ def test_page_in_chromium(tmp_path, width, dark):
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 def test_page_of_a_failure_in_chromium(tmp_path):
     experiment = synthetic.experiment(rich_experiment().runs[4:5])
-    found = browse(tmp_path, page(experiment), 390)
+    found = browse(tmp_path, html_of(experiment), 390)
     assert found["problems"] == [] and found["scroll"] <= 390

@@ -1,4 +1,5 @@
 """Chaos: whatever a command does, a clear message and a report."""
+
 from __future__ import annotations
 
 import json
@@ -12,6 +13,7 @@ import time
 import pytest
 
 from flashbias_patch.ab import records, report, runner
+from flashbias_patch.ab import words as wording
 from flashbias_patch.ab.runner import Options, schedule
 from flashbias_patch.ab.statistics import judge
 
@@ -40,14 +42,18 @@ def command(tmp_path, body):
 
 
 def compare(tmp_path, words, **options):
-    """A and B once each; returns (experiment, verdict), having checked that every format of report is made."""
+    """A and B once each; returns (experiment, verdict), having checked every format of report."""
     out = str(tmp_path / "out")
-    runner.run_all(words, out, Options(**{"repeats": 1, "steps": 12, "warmup": 2, "noise_run": False, "timeout": 20, **options}))
+    runner.run_all(
+        words,
+        out,
+        Options(**{"repeats": 1, "steps": 12, "warmup": 2, "noise_run": False, "timeout": 20, **options}),
+    )
     experiment = records.load(out)
     verdict = judge(experiment)
     assert experiment.runs and all(run.message for run in experiment.runs)
     for text in (report.text(experiment, verdict), report.markdown(experiment, verdict)):
-        assert report.sentence(verdict) in text
+        assert wording.sentence(verdict) in text
         for problem in verdict.problems:
             assert problem in text
     json.dumps(report.summary(experiment, verdict), allow_nan=False)
@@ -61,15 +67,18 @@ def processes_with(mark):
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                if mark.encode() in open(f"/proc/{name}/cmdline", "rb").read() and "zombie" not in open(f"/proc/{name}/status").read():
-                    found.append(int(name))
+                with open(f"/proc/{name}/cmdline", "rb") as file:
+                    if mark.encode() in file.read():  # a zombie has an empty one
+                        found.append(int(name))
             except OSError:
                 pass
     return found
 
 
-@pytest.mark.parametrize("repeats,noise,expected", [
-    (1, True, "ABA"), (1, False, "AB"), (2, True, "ABBA"), (3, True, "ABBAAB"), (4, False, "ABBAABBA")])
+@pytest.mark.parametrize(
+    "repeats,noise,expected",
+    [(1, True, "ABA"), (1, False, "AB"), (2, True, "ABBA"), (3, True, "ABBAAB"), (4, False, "ABBAABBA")],
+)
 def test_schedule(repeats, noise, expected):
     assert schedule(repeats, noise) == expected
 
@@ -96,14 +105,18 @@ def test_ends_by_itself_before_its_steps(tmp_path):
 def test_crash_of_the_patched_side_only(tmp_path):
     body = "train(6)\nif os.environ['FLASHBIAS_PATCH'] == '1': print('BOOM'); os._exit(3)"
     experiment, verdict = compare(tmp_path, command(tmp_path, body), repeats=2)
-    assert [run.status for run in experiment.runs] == ["ok", "crashed", "ok"]  # the crashed side is not repeated
+    assert [run.status for run in experiment.runs] == [
+        "ok",
+        "crashed",
+        "ok",
+    ]  # the crashed side is not repeated
     assert "exit status 3" in verdict.problems[0] and "B2 (patched)" in verdict.problems[0]
     assert "BOOM" in experiment.runs[1].log_tail and verdict.comparable
 
 
 def test_crash_before_any_step(tmp_path):
     experiment, verdict = compare(tmp_path, command(tmp_path, "import no_such_module"))
-    assert not verdict.comparable and report.sentence(verdict).startswith("Nothing to compare")
+    assert not verdict.comparable and wording.sentence(verdict).startswith("Nothing to compare")
     assert "No module named 'no_such_module'" in experiment.runs[0].log_tail
 
 
@@ -118,9 +131,8 @@ def test_hang_is_ended_with_its_children(tmp_path):
     body = f"""
         import subprocess, signal
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)  # {mark}"], start_new_session=True)
-        train(4)
-        time.sleep(300)
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)  # {mark}"],
+        start_new_session=True) train(4) time.sleep(300)
     """
     words = command(tmp_path, body)
     begin = time.monotonic()
@@ -146,7 +158,12 @@ def test_forked_workers_left_behind_are_ended(tmp_path):
 
 
 def test_binary_output(tmp_path):
-    body = "sys.stdout.buffer.write(bytes(range(256)) * 50 + b'\\x1b[31m</pre><script>alert(1)</script>')\nsys.stdout.flush()\ntrain(3)\nos._exit(1)"
+    body = """
+        sys.stdout.buffer.write(bytes(range(256)) * 50 + b'\\x1b[31m</pre><script>alert(1)</script>')
+        sys.stdout.flush()
+        train(3)
+        os._exit(1)
+    """
     experiment, verdict = compare(tmp_path, command(tmp_path, body))
     assert "\\x00" in experiment.runs[0].log_tail and "\x1b" not in experiment.runs[0].log_tail
     assert "<script>alert" not in report.html(experiment, verdict)
@@ -156,7 +173,9 @@ def test_changes_directory_and_is_a_shell_script(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     words = command(tmp_path, "os.chdir('elsewhere')\ntrain(100)")
     script = tmp_path / "dist_train.sh"
-    script.write_text(f"cd {tmp_path}\nexport PYTHONPATH=\"$(dirname $0)\":$PYTHONPATH\n{' '.join(words)}\necho finished\n")
+    script.write_text(
+        f'cd {tmp_path}\nexport PYTHONPATH="$(dirname $0)":$PYTHONPATH\n{" ".join(words)}\necho finished\n'
+    )
     experiment, _ = compare(tmp_path, ["bash", str(script)])
     assert [(run.status, run.steps) for run in experiment.runs] == [("ok", 12)] * 2
 
@@ -169,11 +188,14 @@ def test_command_that_goes_on_after_its_steps_is_ended(tmp_path, monkeypatch):
     assert all(run.status == "ok" and "after its 12 steps" in run.message for run in experiment.runs)
 
 
-@pytest.mark.parametrize("words,message", [
-    (["true"], "no Python process of the command loaded the probe"),
-    ([sys.executable, "-I", "-c", "pass"], "no Python process of the command loaded the probe"),
-    ([sys.executable, "-c", "pass"], "none of which imported torch"),
-])
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["true"], "no Python process of the command loaded the probe"),
+        ([sys.executable, "-I", "-c", "pass"], "no Python process of the command loaded the probe"),
+        ([sys.executable, "-c", "pass"], "none of which imported torch"),
+    ],
+)
 def test_no_steps(tmp_path, words, message):
     experiment, verdict = compare(tmp_path, words)
     assert [run.status for run in experiment.runs] == ["no steps", "no steps"]
@@ -187,7 +209,10 @@ def test_command_that_cannot_be_started(tmp_path):
 
 
 def test_environment_of_a_side(tmp_path):
-    body = "print('HAVE', os.environ.get('ONLY'), os.environ['FLASHBIAS_PATCH'], os.environ['PYTHONHASHSEED'])\ntrain(12)"
+    body = """
+        print('HAVE', *(os.environ.get(name) for name in ('ONLY', 'FLASHBIAS_PATCH', 'PYTHONHASHSEED')))
+        train(12)
+    """
     experiment, _ = compare(tmp_path, command(tmp_path, body), env_b={"ONLY": "b"}, seed=5)
     assert [run.log_tail.strip() for run in experiment.runs] == ["HAVE None 0 5", "HAVE b 1 5"]
 
@@ -199,7 +224,10 @@ def test_directory_of_a_killed_ab_is_still_reported(tmp_path):
     document["runs"].pop()  # as if killed during B
     path.write_text(json.dumps(document))
     found = records.load(str(tmp_path / "out"))
-    assert [(run.name, run.status, run.steps) for run in found.runs] == [("A1", "ok", 12), ("B2", "interrupted", 12)]
+    assert [(run.name, run.status, run.steps) for run in found.runs] == [
+        ("A1", "ok", 12),
+        ("B2", "interrupted", 12),
+    ]
 
 
 def test_not_a_comparison(tmp_path):
@@ -208,8 +236,15 @@ def test_not_a_comparison(tmp_path):
 
 
 def cli(tmp_path, *words, **popen):
-    return subprocess.Popen([sys.executable, "-m", "flashbias_patch.cli.main", *words], cwd=tmp_path, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=launch_env(), **popen)
+    return subprocess.Popen(
+        [sys.executable, "-m", "flashbias_patch.cli.main", *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=launch_env(),
+        **popen,
+    )
 
 
 def launch_env():
@@ -223,7 +258,9 @@ def test_interrupt_ends_the_child_and_still_reports(tmp_path, number):
     process = cli(tmp_path, "ab", "--steps", "90000", "--out", "out", "--", *words)
     deadline = time.monotonic() + 60
     probes = tmp_path / "out" / "runs" / "01-A" / "probe"
-    while time.monotonic() < deadline and not any(p.read_bytes().count(b'"event": "step"') > 4 for p in probes.glob("*.jsonl")):
+    while time.monotonic() < deadline and not any(
+        p.read_bytes().count(b'"event": "step"') > 4 for p in probes.glob("*.jsonl")
+    ):
         time.sleep(0.05)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
@@ -234,9 +271,14 @@ def test_interrupt_ends_the_child_and_still_reports(tmp_path, number):
 
 
 def test_fail_if_and_exit_statuses(tmp_path):
-    words = command(tmp_path, "train(12, loss=lambda i: 1.0 + (0.5 if os.environ['FLASHBIAS_PATCH'] == '1' else 0))")
+    words = command(
+        tmp_path, "train(12, loss=lambda i: 1.0 + (0.5 if os.environ['FLASHBIAS_PATCH'] == '1' else 0))"
+    )
     base = ["ab", "--repeats", "1", "--no-aa", "--steps", "12"]
-    for extra, status, says in ((["--fail-if", "differs"], 1, "failing, as asked to: differs"), ([], 0, "does not train the same"),):
+    for extra, status, says in (
+        (["--fail-if", "differs"], 1, "failing, as asked to: differs"),
+        ([], 0, "does not train the same"),
+    ):
         process = cli(tmp_path, *base, "--out", f"out{status}", *extra, "--", *words)
         output, errors = process.communicate(timeout=60)
         assert (process.returncode, says in output + errors) == (status, True), output + errors
@@ -245,10 +287,17 @@ def test_fail_if_and_exit_statuses(tmp_path):
     assert process.communicate(timeout=60) and process.returncode == 3
 
 
-@pytest.mark.parametrize("words,says", [
-    (["ab"], "CMD is missing"), (["ab", "--", "no-such-program"], "not a program on PATH"),
-    (["ab", "--repeats", "0", "true"], "at least 1"), (["ab", "--env-a", "X", "true"], "NAME=VALUE"),
-    (["ab", "--eval", "last.pth", "--", "true"], "no {predictions}"), (["report", "."], "holds no ab.json")])
+@pytest.mark.parametrize(
+    "words,says",
+    [
+        (["ab"], "CMD is missing"),
+        (["ab", "--", "no-such-program"], "not a program on PATH"),
+        (["ab", "--repeats", "0", "true"], "at least 1"),
+        (["ab", "--env-a", "X", "true"], "NAME=VALUE"),
+        (["ab", "--eval", "last.pth", "--", "true"], "no {predictions}"),
+        (["report", "."], "holds no ab.json"),
+    ],
+)
 def test_usage(tmp_path, words, says):
     process = cli(tmp_path, *words)
     output, errors = process.communicate(timeout=60)
@@ -262,7 +311,8 @@ def test_torchrun_with_two_processes(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("torch without distributed")
     script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import torch, torch.distributed as dist
         dist.init_process_group("gloo")
         torch.manual_seed(0)
@@ -271,8 +321,17 @@ def test_torchrun_with_two_processes(tmp_path):
         for i in range(1000):
             loss = net(torch.ones(2, 4) * (dist.get_rank() + 1)).pow(2).mean()
             optimizer.zero_grad(); loss.backward(); optimizer.step()
-    """))
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    """)
+    )
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+    ]
     experiment, verdict = compare(tmp_path, words, timeout=120)
     for run in experiment.runs:
         assert (run.status, [len(p.steps) for p in run.ranks]) == ("ok", [12, 12]), run.log_tail

@@ -1,4 +1,5 @@
 """Ground truth: known slowdowns, memory differences and divergences, found or not found as they should be."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -19,7 +20,9 @@ def fewer_draws(monkeypatch):
 
 
 def speed_words(slowdown, repeats, **more):
-    return [judge(synthetic.trial(seed, slowdown, repeats=repeats, **more)).speed_word for seed in range(TRIALS)]
+    return [
+        judge(synthetic.trial(seed, slowdown, repeats=repeats, **more)).speed_word for seed in range(TRIALS)
+    ]
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3])
@@ -28,7 +31,10 @@ def test_equal_speed_raises_no_alarm(repeats):
     assert sum(word in ("slower", "faster") for word in words) <= ALLOWED * TRIALS
 
 
-@pytest.mark.parametrize("slowdown,repeats,share", [(0.02, 3, 0.75), (0.02, 6, 0.95), (0.10, 1, 0.75), (0.10, 2, 0.95), (0.10, 3, 1.0)])
+@pytest.mark.parametrize(
+    "slowdown,repeats,share",
+    [(0.02, 3, 0.75), (0.02, 6, 0.95), (0.10, 1, 0.75), (0.10, 2, 0.95), (0.10, 3, 1.0)],
+)
 def test_slowdown_is_found(slowdown, repeats, share):
     words = speed_words(slowdown, repeats)
     assert words.count("slower") >= share * TRIALS

@@ -195,7 +195,8 @@
       });
     }
 
-    var drawn = 0;
+    var drawn = plot.clientWidth;
+    render();
     new ResizeObserver(function () {
       requestAnimationFrame(function () {
         if (plot.clientWidth !== drawn) { drawn = plot.clientWidth; render(); }

@@ -1,0 +1,398 @@
+"""What a report shows: cards, charts and tables, as plain data for a template to lay out."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import shlex
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from . import statistics
+from .records import Experiment, Run
+from .statistics import Verdict
+from .words import interval, parity_line, relative, seconds, size, times, tone
+
+MAX_POINTS = 1500  # of one curve on a page
+MAX_BINS = 30
+
+
+def headlines(verdict: Verdict) -> List[Dict[str, Any]]:
+    """The cards at the top: speed, memory, parity."""
+    cards: List[Dict[str, Any]] = []
+    for title, ratio, word, show, unit, inverse in (
+        ("Speed", verdict.speed, verdict.speed_word, seconds, "a step", True),
+        ("Peak memory", verdict.memory, verdict.memory_word, size, "", False),
+    ):
+        if ratio is None:
+            cards.append(
+                {"title": title, "big": "\u2014", "word": "not compared", "tone": "neutral", "lines": []}
+            )
+            continue
+        value = 1 / ratio.value if inverse else ratio.value
+        low, high = (None, None) if ratio.low is None or ratio.high is None else (ratio.low, ratio.high)
+        if inverse and low is not None and high is not None:
+            low, high = 1 / high, 1 / low
+        measured = (
+            verdict.clock
+            if inverse
+            else {"cuda": "GPU, allocated", "rss": "process, resident"}[verdict.memory_kind]
+        )
+        cards.append(
+            {
+                "title": title,
+                "big": times(value),
+                "word": word,
+                "tone": tone(word),
+                "whisker": _whisker(value, low, high),
+                "interval": interval(ratio, inverse),
+                "a": f"{show(ratio.a)} {unit}".strip(),
+                "b": f"{show(ratio.b)} {unit}".strip(),
+                "lines": [measured],
+            }
+        )
+    word = verdict.parity_word
+    cards.append(
+        {
+            "title": "Training",
+            "big": {
+                "identical": "Identical",
+                "within rounding": "Same",
+                "within noise": "Same",
+                "differs": "Differs",
+            }.get(word, "\u2014"),
+            "word": word if word != "differs" else f"parts at step {verdict.first_step}",
+            "tone": tone(word),
+            "lines": [parity_line(p) for p in verdict.parities],
+        }
+    )
+    return cards
+
+
+def _whisker(value: float, low: Optional[float], high: Optional[float]) -> Optional[Dict[str, float]]:
+    """Positions in percent of an interval on an axis that has 1 in it."""
+    if low is None or high is None:
+        return None
+    left, right = min(low, 1.0), max(high, 1.0)
+    margin = 0.12 * max(right - left, 0.02)
+    left, right = left - margin, right + margin
+    place = {
+        name: round(100 * (x - left) / (right - left), 2)
+        for name, x in (("low", low), ("high", high), ("value", value), ("one", 1.0))
+    }
+    return {**place, "width": round(place["high"] - place["low"], 2)}
+
+
+def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
+    """The page's charts, as the data its script draws."""
+    runs = experiment.side("A") + experiment.side("B")
+    a, b = experiment.side("A"), experiment.side("B")
+    warmup = int(experiment.options.get("warmup", 0))
+    found: List[Optional[Dict[str, Any]]] = []
+    judged = {p.quantity: p for p in verdict.parities}
+    for title, key in (("Loss", "loss"), ("Gradient norm", "grad_norm")):
+        parity = judged.get(title.lower())
+        chart = _lines(
+            title,
+            title.lower(),
+            [(run, run.series(key)) for run in runs],
+            note="" if key == "loss" else "Before clipping, where the command clips.",
+        )
+        if chart and parity is not None and parity.band.size and a:
+            centre = np.array([run.series(key)[: parity.steps] for run in a]).mean(axis=0)
+            width = np.minimum(parity.band, 1e3) * np.abs(centre)
+            chart["band"] = {
+                "name": "noise band",
+                "low": _points(centre - width),
+                "high": _points(centre + width),
+            }
+            chart["mark"] = parity.first_step
+        found.append(chart)
+    loss = judged.get("loss")
+    if loss is not None and loss.difference.any():
+        found.append(
+            {
+                "title": "How far the losses are apart",
+                "kind": "lines",
+                "x": "optimiser step",
+                "y": "relative difference",
+                "unit": "",
+                "log": True,
+                "mark": loss.first_step,
+                "note": "Above the band they differ by more than noise or rounding explains.",
+                "series": [{"name": "A against B", "side": "B", "values": _points(loss.difference)}],
+                "band": {
+                    "name": "noise band",
+                    "low": [None] * len(_points(loss.band)),
+                    "high": _points(loss.band),
+                },
+            }
+        )
+    times_of = [(run, run.step_seconds() * 1e3) for run in runs]
+    found.append(_lines("Step time", "milliseconds", times_of, unit="ms", warmup=warmup, robust=True))
+    found.append(
+        _histogram(
+            "Step times, warm-up left out",
+            "milliseconds a step",
+            [t * 1e3 for t in statistics.step_times(a, warmup)],
+            [t * 1e3 for t in statistics.step_times(b, warmup)],
+        )
+    )
+    kind = verdict.memory_kind or "rss"
+    held = {"cuda": "cuda_peak", "rss": "rss"}[kind]
+    found.append(
+        _lines(
+            "Memory",
+            "MiB",
+            [
+                (
+                    run,
+                    np.nanmax(np.atleast_2d(run.per_step("memory", held)), axis=0) / 2**20
+                    if run.steps
+                    else np.zeros(0),
+                )
+                for run in runs
+            ],
+            unit="MiB",
+            warmup=warmup,
+            note={"cuda": "Peak GPU memory allocated so far.", "rss": "Resident memory of the process."}[
+                kind
+            ],
+        )
+    )
+    found += _parameter_charts(runs)
+    return [chart for chart in found if chart is not None]
+
+
+def _parameter_charts(runs: Sequence[Run]) -> List[Optional[Dict[str, Any]]]:
+    names: Dict[str, None] = {}
+    for run in runs:
+        names.update(dict.fromkeys(run.named("params")))
+    found = []
+    for name in names:
+        sides = [(run, run.named("params")[name]) for run in runs if name in run.named("params")]
+        still = [run.name for run, values in sides if _constant(values)]
+        found.append(
+            _lines(name, "value", sides, note=f"Never moved in {', '.join(still)}." if still else "")
+        )
+    return found
+
+
+def _constant(values: np.ndarray) -> bool:
+    known = values[np.isfinite(values)]
+    return known.size > 1 and bool((known == known[0]).all())
+
+
+def _lines(
+    title: str,
+    label: str,
+    sides: Sequence[Tuple[Run, np.ndarray]],
+    unit: str = "",
+    warmup: int = 0,
+    note: str = "",
+    robust: bool = False,
+) -> Optional[Dict[str, Any]]:
+    series = [
+        {"name": run.name + (" nudged" if run.nudged else ""), "side": run.label, "values": _points(values)}
+        for run, values in sides
+        if values.size and np.isfinite(values).any()
+    ]
+    if not series:
+        return None
+    chart = {
+        "title": title,
+        "kind": "lines",
+        "x": "optimiser step",
+        "y": label,
+        "unit": unit,
+        "series": series,
+        "warmup": warmup,
+        "note": note,
+        "stride": _stride(max(values.size for _, values in sides)),
+    }
+    if robust:  # one slow first step must not flatten all others
+        rest = np.concatenate([values[max(1, warmup) :] for _, values in sides])
+        rest = rest[np.isfinite(rest)]
+        if rest.size > 3:
+            chart["top"] = float(np.percentile(rest, 98) * 1.25)
+    return chart
+
+
+def _stride(count: int) -> int:
+    return max(1, -(-count // MAX_POINTS))
+
+
+def _points(values: np.ndarray) -> List[Optional[float]]:
+    return [float(f"{v:.6g}") if math.isfinite(v) else None for v in values[:: _stride(len(values))]]
+
+
+def _histogram(
+    title: str, label: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray]
+) -> Optional[Dict[str, Any]]:
+    together = np.concatenate([*a, *b]) if a or b else np.zeros(0)
+    if together.size < 4 or not all(any(x.size for x in side) for side in (a, b)):
+        return None
+    low, high = np.percentile(together, [0, 98])
+    edges = np.linspace(low, max(high, low * 1.02), int(np.clip(2 * np.sqrt(together.size), 8, MAX_BINS)) + 1)
+    counts = {
+        side: np.histogram(np.clip(np.concatenate(v), edges[0], edges[-1]), edges)[0]
+        for side, v in (("A", a), ("B", b))
+    }
+    return {
+        "title": title,
+        "kind": "bars",
+        "x": label,
+        "y": "share of steps",
+        "unit": "ms",
+        "edges": [float(f"{e:.6g}") for e in edges],
+        "series": [
+            {
+                "name": {"A": "A unpatched", "B": "B patched"}[side],
+                "side": side,
+                "values": [round(float(x), 4) for x in c / max(1, c.sum())],
+            }
+            for side, c in counts.items()
+        ],
+        "note": "The slowest 2% of steps are counted in the last bar.",
+    }
+
+
+def parts_table(experiment: Experiment) -> List[Dict[str, str]]:
+    """The loss's parts at the last common step, side by side."""
+    a, b = experiment.side("A"), experiment.side("B")
+    if not a or not b:
+        return []
+    parts = [side[0].named("loss_parts") for side in (a, b)]
+    last = min(a[0].steps, b[0].steps) - 1
+    rows = []
+    for name in parts[0]:
+        if name in parts[1]:
+            x, y = (float(side[name][last]) for side in parts)
+            rows.append(
+                {
+                    "name": name,
+                    "a": f"{x:.6g}",
+                    "b": f"{y:.6g}",
+                    "difference": relative(abs(x - y) / abs(x)) if x else relative(abs(y)),
+                }
+            )
+    return rows
+
+
+def gradients_table(experiment: Experiment) -> List[Dict[str, str]]:
+    """Whether a gradient ever reached each watched parameter."""
+    rows = []
+    for label in "AB":
+        for run in experiment.side(label)[:1]:
+            for name in dict.fromkeys(
+                n for p in run.ranks for line in p.steps for n in line.get("param_grads") or {}
+            ):
+                values = run.series("param_grads", name)
+                arrived = int(np.isfinite(values).sum())
+                rows.append(
+                    {
+                        "name": name,
+                        "side": label,
+                        "arrived": "never" if not arrived else f"{arrived} of {run.steps} steps",
+                        "norm": "-" if not arrived else f"{np.nanmedian(values):.3g}",
+                    }
+                )
+    return rows
+
+
+def environment_rows(experiment: Experiment) -> List[Tuple[str, str]]:
+    run = next((r for r in experiment.runs if r.environment), None)
+    found = dict(run.environment) if run else {}
+    header = run.ranks[0].header if run else {}
+    modules = found.pop("modules", {}) or {}
+    options = experiment.options
+    rows = [
+        ("GPU", found.get("gpu")),
+        ("PyTorch", found.get("torch")),
+        ("CUDA", found.get("cuda")),
+        ("cuDNN", found.get("cudnn")),
+        ("Python", header.get("python") or experiment.host.get("python")),
+        ("numpy", found.get("numpy")),
+        *sorted(modules.items()),
+        ("processes (world size)", found.get("world_size")),
+        ("threads", found.get("threads")),
+        ("CPUs", experiment.host.get("cpus")),
+        ("platform", experiment.host.get("platform")),
+        ("directory", experiment.cwd),
+        ("schedule", " ".join(experiment.schedule)),
+        *((name, options.get(name)) for name in ("steps", "warmup", "seed")),
+        (
+            "date",
+            datetime.datetime.fromtimestamp(experiment.started).strftime("%Y-%m-%d %H:%M")
+            if experiment.started
+            else None,
+        ),
+    ]
+    return [(name, str(value)) for name, value in rows if value not in (None, "")]
+
+
+def commands(experiment: Experiment) -> List[Tuple[str, str]]:
+    """How to run each side by hand."""
+    quoted = " ".join(shlex.quote(word) for word in experiment.command)
+    options = experiment.options
+
+    def side(env: Dict[str, str]) -> str:
+        return "".join(
+            f"{k}={shlex.quote(str(v))} "
+            for k, v in {"PYTHONHASHSEED": options.get("seed", 0), **env}.items()
+        )
+
+    return [
+        ("A, unpatched", f"{side(options.get('env_a') or {})}flashbias run --off -- {quoted}"),
+        ("B, patched", f"{side(options.get('env_b') or {})}flashbias run -- {quoted}"),
+    ]
+
+
+def runs_table(experiment: Experiment) -> List[Dict[str, Any]]:
+    return [
+        {
+            "name": run.name,
+            "side": run.label,
+            "status": run.status,
+            "steps": run.steps,
+            "seconds": seconds(run.seconds),
+            "exit": "-" if run.exit_code is None else run.exit_code,
+            "ranks": len(run.ranks),
+            "message": run.message
+            + ("; parameters nudged in the last place, to see how far rounding drifts" if run.nudged else ""),
+            "killed": run.killed,
+            "ok": run.status == "ok",
+        }
+        for run in experiment.runs
+    ]
+
+
+def backends_table(experiment: Experiment) -> List[Dict[str, Any]]:
+    totals: Dict[str, int] = {}
+    for run in experiment.side("B"):
+        for name, count in run.calls().items():
+            totals[name] = totals.get(name, 0) + count
+    whole = sum(totals.values()) or 1
+    return [
+        {"name": name, "count": f"{count:,}", "share": round(100 * count / whole, 1)}
+        for name, count in sorted(totals.items(), key=lambda item: -item[1])
+    ]
+
+
+def fallbacks_table(experiment: Experiment) -> List[Dict[str, Any]]:
+    found: Dict[Tuple[str, str, str], int] = {}
+    for run in experiment.side("B"):
+        for entry in run.fallbacks():
+            key = (str(entry.get("source", "")), str(entry.get("call", "")), str(entry.get("reason", entry)))
+            found[key] = found.get(key, 0) + int(entry.get("count", 1))
+    return [{"source": s, "call": c, "reason": r, "count": n} for (s, c, r), n in found.items()]
+
+
+def failures(experiment: Experiment) -> List[Dict[str, str]]:
+    """Failed runs with the end of their output."""
+    return [
+        {"name": run.name, "what": f"{run.status}: {run.message}", "log": run.log_tail}
+        for run in experiment.runs
+        if run.status != "ok"
+    ]
