@@ -68,7 +68,7 @@ def load(path: str) -> Dict[str, Any]:
 
 
 def _from_frames(document: Dict[str, Any]) -> Dict[str, Any]:
-    """mini_cmt's `--eval` file: `predictions` and `ground_truth` by frame, boxes as (x, y, z, l, w, h, ...)."""
+    """mini_cmt's `--eval` file: by frame, boxes as (x, y, z, l, w, h, ...)."""
 
     def swapped(boxes: List[List[float]]) -> List[List[float]]:
         return [[*box[:3], box[4], box[3], *box[5:]] for box in boxes]
@@ -266,6 +266,21 @@ def compare_runs(experiment: Experiment) -> Dict[str, Any]:
         "accuracy": {"A": accuracy(found["A"][0]), "B": accuracy(found["B"][0])},
         "problems": problems,
     }
+
+
+def sentence(found: Dict[str, Any]) -> str:
+    """The comparison in one sentence."""
+    if "error" in found:
+        return f"Nothing to compare: {found['error']}."
+    pair = found["a_b"]
+    largest = {name: value["largest"] for name, value in pair["differences"].items()}
+    matched = f"{pair['matched']} boxes in common, {pair['only_a'] + pair['only_b']} not"
+    if not any(largest.values()) and not pair["labels_changed"] and not pair["only_a"] + pair["only_b"]:
+        return f"Patched detects exactly the same: {matched}."
+    return (
+        f"Patched against unpatched: {matched}; centres within {largest['centre (m)']:.2g} m, "
+        f"scores within {largest['score']:.2g}, {pair['labels_changed']} labels changed."
+    )
 
 
 def text(found: Dict[str, Any]) -> str:

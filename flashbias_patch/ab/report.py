@@ -7,7 +7,7 @@ import os
 import shlex
 from typing import Any, Dict, List, Optional, Tuple
 
-from . import page, records, statistics
+from . import detections, page, records, statistics
 from .records import Experiment
 from .statistics import Ratio, Verdict
 from .words import interval, parity_line, seconds, sentence, size, times
@@ -114,8 +114,8 @@ def html(experiment: Experiment, verdict: Verdict, extra: Optional[Dict[str, Any
     return render(
         "report.html.j2",
         title="flashbias A/B",
-        sentence=sentence(verdict),
-        cards=page.headlines(verdict),
+        sentence=detections.sentence(extra) if extra and verdict.inference else sentence(verdict),
+        cards=[] if verdict.inference else page.headlines(verdict),
         charts=page.charts(experiment, verdict),
         problems=verdict.problems,
         notes=verdict.notes,

@@ -93,6 +93,7 @@ class Verdict:
     parities: List[Parity]
     problems: List[str]
     notes: List[str]
+    inference: bool = False  # no training steps: detections are compared instead
 
     @property
     def speed_word(self) -> str:
@@ -135,11 +136,12 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
         if run.status != "ok"
     ]
     notes = [f"{run.name}: a process was killed; what it had recorded is used" for run in a + b if run.killed]
+    inference = bool(experiment.options.get("inference"))
     for label, runs in (("A (unpatched)", a), ("B (patched)", b)):
-        if not runs:
+        if not runs and not inference:
             problems.append(f"{label} recorded no step, so there is nothing to compare")
     if not a or not b:
-        return Verdict(None, None, "", "", [], problems, notes)
+        return Verdict(None, None, "", "", [], problems, notes, inference)
 
     warm = int(experiment.options.get("warmup", 0)) if warmup is None else warmup
     fewest = min(run.steps for run in a + b)

@@ -25,6 +25,8 @@ def tone(word: str) -> str:
 
 def sentence(verdict: Verdict) -> str:
     """The verdict in one sentence."""
+    if verdict.inference:
+        return "Inference, unpatched and patched: the detections are what is compared."
     if not verdict.comparable:
         return (
             "Nothing to compare: "

@@ -251,3 +251,60 @@ def test_gradient_norm_over_kinds_of_gradients():
 
 def test_start_without_the_variable_does_nothing():
     assert probe.start({}) is None
+
+
+def test_openmmlab_loss_parts_are_heard(tmp_path):
+    """mmcv 1.x's LogBuffer, mmdet's _parse_losses, mmengine's parse_losses: modules of those names and shapes."""
+    for name, body in {
+        "mmcv/runner/log_buffer": "class LogBuffer:\n    def update(self, vars, count=1): self.seen = vars\n",
+        "mmdet/models/detectors/base": "class BaseDetector:\n    def _parse_losses(self, losses):\n"
+        "        return sum(losses.values()), {k: float(v) for k, v in losses.items()}\n",
+        "mmengine/model/base_model/base_model": "class BaseModel:\n    def parse_losses(self, losses):\n"
+        "        return sum(losses.values()), losses\n",
+    }.items():
+        path = tmp_path / (name + ".py")
+        path.parent.mkdir(parents=True)
+        path.write_text(body)
+        for folder in (path.parent, *path.parent.parents):
+            if folder == tmp_path:
+                break
+            (folder / "__init__.py").touch()
+    process, output, (found,) = python(
+        tmp_path,
+        """
+        from mmcv.runner.log_buffer import LogBuffer
+        from mmdet.models.detectors.base import BaseDetector
+        from mmengine.model.base_model.base_model import BaseModel
+        def learn(tell):
+            optimizer.zero_grad()
+            total, keep = tell()
+            del keep
+            total.backward()
+            optimizer.step()
+        def value(): return net(torch.ones(2, 4)).pow(2).mean()
+        def buffer():
+            loss = value(); LogBuffer().update({"loss_heatmap": 2.5, "lr": 1.0}, 1)
+            return loss, None
+        learn(lambda: BaseDetector()._parse_losses({"d0.loss_cls": value()}))
+        learn(lambda: BaseModel().parse_losses({"loss_bbox": value()}))
+        learn(buffer)
+    """,
+    )
+    assert process.returncode == 0, output
+    parts = [line["loss_parts"] for line in found.steps]
+    assert [list(p) for p in parts] == [["d0.loss_cls"], ["loss_bbox"], ["loss_heatmap"]]
+    assert parts[0]["d0.loss_cls"] == pytest.approx(found.steps[0]["loss"], rel=1e-6)
+    assert parts[2]["loss_heatmap"] == 2.5
+
+
+def test_nudge_changes_parameters_by_rounding_only():
+    import torch
+
+    from flashbias_patch.ab import capture
+
+    parameter = torch.nn.Parameter(torch.linspace(1, 2, 100))
+    before, state = parameter.detach().clone(), torch.get_rng_state()
+    capture.nudge(torch, torch.optim.SGD([parameter], lr=0.1), probe.NUDGES["float32"])
+    change = ((parameter - before) / before).detach().abs()
+    assert 0 < change.max() < 2e-6
+    assert torch.equal(torch.get_rng_state(), state)

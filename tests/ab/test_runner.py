@@ -337,3 +337,50 @@ def test_torchrun_with_two_processes(tmp_path):
         assert (run.status, [len(p.steps) for p in run.ranks]) == ("ok", [12, 12]), run.log_tail
         assert run.environment["world_size"] == 2 and not run.killed
     assert verdict.parity_word == "identical"
+
+
+def test_eval_compares_predictions(tmp_path):
+    script = tmp_path / "infer.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "assert sys.argv[1] == 'last.pth'\n"
+        "shift = 0.25 if os.environ['FLASHBIAS_PATCH'] == '1' else 0\n"
+        "box = [1 + shift, 2, 0, 2, 4, 1.5, 0.1, 0, 0]\n"
+        "json.dump({'classes': ['car'], 'samples': [{'token': 't', 'boxes': [box], 'scores': [0.5], "
+        "'labels': [0]}]}, open(sys.argv[2], 'w'))\n"
+    )
+    words = [sys.executable, str(script), "{checkpoint}", "{predictions}"]
+    process = cli(tmp_path, "ab", "--repeats", "1", "--out", "out", "--eval", "last.pth", "--", *words)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, output + errors
+    assert "A against B: 1 matched" in output and "centre (m) 0.25" in output
+    assert "Nothing to compare" not in output
+    kept = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert kept["detections"]["a_b"]["differences"]["centre (m)"]["largest"] == pytest.approx(0.25)
+    assert "A against A" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")
+def test_rich_terminal(tmp_path):
+    pytest.importorskip("rich")
+    main, side = os.openpty()
+    words = command(tmp_path, "train(12)")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flashbias_patch.cli.main", "ab", "--repeats", "1", "--steps", "12"]
+        + ["--out", "out", "--", *words],
+        cwd=tmp_path,
+        stdout=side,
+        stderr=subprocess.PIPE,
+        env={**launch_env(), "TERM": "xterm-256color", "COLUMNS": "120"},
+    )
+    os.close(side)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(main, 4096)
+        except OSError:  # the other end is closed
+            break
+        shown += piece
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    text = shown.decode()
+    assert "A unpatched" in text and "12/12" in text and "time a step" in text and "identical" in text
