@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 calls: Counter = Counter()
 _fallbacks: Dict[Tuple[str, str, str], int] = {}
+_factorized: Dict[str, Dict[str, Any]] = {}
 _said: Set[Hashable] = set()
 _lock = allocate_lock()
 
@@ -69,9 +70,25 @@ def fallbacks() -> List[Dict[str, Any]]:
         ]
 
 
+def factorized(where: str, rank: int, relative_error: float, reason: str) -> None:
+    """Note the latest factorisation of a dense bias; `reason` says why the dense bias was used after all."""
+    with _lock:
+        count = _factorized.get(where, {}).get("count", 0) + 1
+        _factorized[where] = {"where": where, "rank": rank, "relative_error": relative_error,
+                              "used_dense": reason or None, "count": count}
+    if reason:
+        once(("factorized", where), "warning", "%s: the dense bias is used as it is: %s", where, reason)
+
+
+def factorizations() -> List[Dict[str, Any]]:
+    with _lock:
+        return [dict(entry) for entry in _factorized.values()]
+
+
 def reset() -> None:
     """Forget counts and said lines (tests, and between measured phases)."""
     with _lock:
         calls.clear()
         _fallbacks.clear()
+        _factorized.clear()
         _said.clear()

@@ -18,6 +18,11 @@ class Status(Dict[str, Any]):
         lines += _section(
             "fallbacks", [f"{f['source']}, {f['call']}: {f['reason']}  (x{f['count']})" for f in self["fallbacks"]]
         )
+        lines += _section("factorised biases", [
+            f"{f['where']}: rank {f['rank']}, relative error {f['relative_error']:.2g}"
+            + (f", used densely: {f['used_dense']}" if f["used_dense"] else "") + f"  (x{f['count']})"
+            for f in self["factorizations"]
+        ]) if self["factorizations"] else []
         lines += _section("settings changed", [f"{k} = {v!r}" for k, v in self["settings"].items()])
         return "\n".join(lines)
 
@@ -29,7 +34,8 @@ def _section(title: str, lines: List[str]) -> List[str]:
 
 
 def status() -> Status:
-    """The state of this process as a dict: version, installed, patched, refused, calls, fallbacks, settings."""
+    """The state of this process as a dict: version, installed, patched, refused, calls, fallbacks,
+    factorizations, settings."""
     from . import __version__
 
     hooks = sys.modules.get(f"{__package__}.patching.hooks")
@@ -41,6 +47,7 @@ def status() -> Status:
         refused=[] if hooks is None else hooks.refused(),
         calls=dict(journal.calls),
         fallbacks=journal.fallbacks(),
+        factorizations=journal.factorizations(),
         settings={
             v.field: getattr(settings.current(), v.field)
             for v in settings.VARIABLES

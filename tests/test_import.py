@@ -16,12 +16,12 @@ def python(code, cwd=None, **env):
     full = {k: v for k, v in os.environ.items() if not k.startswith("FLASHBIAS_")}
     full["PYTHONPATH"] = os.pathsep.join([*env.pop("path", []), str(ROOT)])
     done = subprocess.run([sys.executable, "-c", code], env={**full, **env}, cwd=cwd, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                          capture_output=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip(), done.stderr
 
 
-HEAVY = "torch mmcv triton numpy rich wrapt".split()
+HEAVY = ["torch", "mmcv", "triton", "numpy", "rich", "wrapt"]
 
 
 def test_import_is_light():

@@ -70,7 +70,10 @@ def _backends() -> Any:
     dtype = torch.float16 if cuda else torch.float32
     q, k = (torch.zeros(1, length, 8, 32, device=device, dtype=dtype) for length in (113, 203))
     call = AttentionInputs(q, k, k, q[..., :1, :8], k[..., :1, :8], scale=32 ** -0.5)
-    name = f"{torch.cuda.get_device_name()} (sm_{''.join(map(str, torch.cuda.get_device_capability()))})" if cuda else None
+    name = None
+    if cuda:
+        major, minor = torch.cuda.get_device_capability()
+        name = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
     return name, dispatch.explain(call)
 
 

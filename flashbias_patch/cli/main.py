@@ -30,7 +30,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parser.parse_args(argv)
     problems = settings.current().problems
     if problems:
-        print("\n".join(f"flashbias: {problem.split(' Using the default')[0]}" for problem in problems), file=sys.stderr)
+        for problem in problems:
+            print("flashbias:", problem.partition(" Using the default")[0], file=sys.stderr)
         return 2
     return modules[args.command].main(args)
 

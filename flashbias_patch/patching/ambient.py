@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Op
 import torch.utils.checkpoint
 from torch import Tensor
 
-from ..attention.dispatch import Script
+from ..attention.dispatch import Script, StartOver
 from ..bias import AttentionBias
 
 KINDS = ("cross", "self", "all")
@@ -28,11 +28,11 @@ class Scope(NamedTuple):
     order: Dict[int, int]  # id of an attention module -> its index in order of first use
 
 
-_scopes: "contextvars.ContextVar[Tuple[Scope, ...]]" = contextvars.ContextVar("flashbias_scopes", default=())
+_scopes: contextvars.ContextVar[Tuple[Scope, ...]] = contextvars.ContextVar("flashbias_scopes", default=())
 # What a checkpoint made in this context carries to its recomputation: nothing, which backend answered each call, or
 # that and the ambient bias.
 NOTHING, BACKENDS, BIAS = range(3)
-_carry: "contextvars.ContextVar[int]" = contextvars.ContextVar("flashbias_carry", default=NOTHING)
+_carry: contextvars.ContextVar[int] = contextvars.ContextVar("flashbias_carry", default=NOTHING)
 
 
 @contextlib.contextmanager
@@ -137,8 +137,13 @@ def _carrying(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
             finally:
                 _scopes.reset(token)
 
-        if what == BACKENDS:
-            return checkpoint(run, *args, **given, **kwargs)
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        if what == BIAS:
+            given = {"use_reentrant": False}
+        while True:
+            try:
+                return checkpoint(run, *args, **given, **kwargs)
+            except StartOver:  # left before trying again: what torch had entered must be let go of
+                pass
+            script.rewind()
 
     return checkpoint_carrying_bias

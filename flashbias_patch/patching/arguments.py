@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import settings
-from ..bias import AttentionBias
-from . import ambient
+from ..attention.inputs import as_bias
+from ..bias import AttentionBias, DenseBias
+from . import ambient, factoring
 from .catalog import WEIGHT_KEYWORDS
 
 BIAS_KEYWORDS = ("attention_bias", "attn_bias")
@@ -22,6 +23,7 @@ Bias = Union[AttentionBias, Tensor]
 class Captured(NamedTuple):
     """What an outer forward was given beside its prelude's business."""
 
+    module: Any
     biases: Tuple[Bias, ...]
     attn_mask: Optional[Tensor]
     key_padding_mask: Optional[Tensor]
@@ -85,9 +87,9 @@ def capture(
     query, key = parameters.get("query", args, kwargs), parameters.get("key", args, kwargs)
     biases = biases + ambient.biases_for(module, kind_of(module, query, key))
     attn_mask = parameters.get("attn_mask", args, kwargs)
-    if isinstance(attn_mask, AttentionBias):
-        biases, attn_mask = [*biases, attn_mask], None
-    return Captured(tuple(biases), attn_mask, parameters.get("key_padding_mask", args, kwargs))
+    if isinstance(attn_mask, AttentionBias) or (isinstance(attn_mask, Tensor) and attn_mask.requires_grad):
+        biases, attn_mask = [*biases, attn_mask], None  # a mask that is learned is a bias
+    return Captured(module, tuple(biases), attn_mask, parameters.get("key_padding_mask", args, kwargs))
 
 
 def project(
@@ -116,12 +118,12 @@ def compute_dtype(upstream: torch.dtype) -> torch.dtype:
     return DTYPES.get(settings.current().dtype, upstream)
 
 
-def total_bias(biases: Tuple[Bias, ...], B: int, H: int, M: int, N: int) -> Optional[AttentionBias]:
+def total_bias(captured: Captured, B: int, H: int, M: int, N: int) -> Optional[AttentionBias]:
     """The sum of the captured biases, each checked against the call's shape."""
-    from ..attention.inputs import as_bias
-
     total: Optional[AttentionBias] = None
-    for bias in biases:
+    for bias in captured.biases:
         term = as_bias(bias, B, H, M, N)
+        if isinstance(term, DenseBias) and factoring.enabled():
+            term = factoring.low_rank(captured.module, bias, term)
         total = term if total is None else total + term
     return total

@@ -104,8 +104,9 @@ def misfit(cls: type, target: Target) -> Optional[str]:
         parameters = list(inspect.signature(code_owner).parameters)[1:]
     except (TypeError, ValueError) as error:
         return f"its forward has no readable signature: {error}"
-    if tuple(parameters[: len(target.leading)]) != target.leading:
-        return f"its forward begins ({', '.join(parameters[:len(target.leading)])}), expected ({', '.join(target.leading)})"
+    leading = tuple(parameters[: len(target.leading)])
+    if leading != target.leading:
+        return f"its forward begins ({', '.join(leading)}), expected ({', '.join(target.leading)})"
     missing = [name for name in target.having if name not in parameters]
     if missing:
         return f"its forward has no {', '.join(missing)}"

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import wrapt
 
-from .. import journal, settings
+from .. import compat, journal, settings
 from ..monitor import hooks as monitor_hooks
 from . import catalog, repository, trigger
 
@@ -52,12 +52,15 @@ def install() -> None:
                 wrapt.register_post_import_hook(_on_module, module)
             for module in catalog.REGISTRIES:
                 wrapt.register_post_import_hook(_on_registry, module)
+            for module in compat.MODULES:
+                wrapt.register_post_import_hook(_on_library, module)
             for module in monitor_hooks.MODULES:
                 wrapt.register_post_import_hook(monitor_hooks.register, module)
             wrapt.register_post_import_hook(_shield_from_dynamo, "torch._dynamo")
             _hooked = True
         else:
             _each_loaded(catalog.REGISTRIES, _on_registry)
+            _each_loaded(compat.MODULES, _on_library)
         repository.Finder.enable(_on_module)
     if "torch" in sys.modules:
         for module in list(sys.modules.values()):
@@ -71,6 +74,7 @@ def uninstall() -> None:
         _installed = False
         trigger.disarm()
         repository.Finder.disable()
+        compat.uninstall()
         for claim in reversed(_claims):
             if vars(claim.owner).get(claim.attribute) is not claim.wrapper:
                 journal.logger().warning("%s.%s was replaced by someone else since: left as it is",
@@ -98,6 +102,12 @@ def _on_module(module: Any) -> None:
         # not isinstance: some modules hold objects whose __class__ answers with a deprecation warning
         if issubclass(type(value), type) and value.__name__ in names and not value.__module__.startswith("torch."):
             claim(value)
+
+
+def _on_library(module: Any) -> None:
+    """A library that a compatibility patch waits for."""
+    if _installed:
+        compat.on_module(module)
 
 
 def _on_registry(module: Any) -> None:

@@ -1,8 +1,8 @@
-"""Modules of the user's repository that import flash_attn: they are executed with a scoped `__import__`.
+"""Modules of the user's repository that import flash_attn or need a compatibility patch.
 
-flash-attn 0.2.2 cannot be built any more and the family imports it at module scope. Only import statements of those
-modules see the stand-ins: nothing is put in sys.modules, so `importlib.util.find_spec("flash_attn")` elsewhere
-answers as if we weren't there.
+They are executed with a scoped `__import__`: flash-attn 0.2.2 cannot be built any more and the family imports it at
+module scope. Only import statements of those modules see the stand-ins: nothing is put in sys.modules, so
+`importlib.util.find_spec("flash_attn")` elsewhere answers as if we weren't there.
 """
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import builtins
 import importlib.machinery
 import os
 import sys
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence, Tuple
+
+from .. import compat
 
 _STANDARD_LIBRARY = os.path.dirname(os.__file__)
 
 
 class Finder:
-    """A meta path finder that only answers for repository modules whose source mentions flash_attn."""
+    """A meta path finder that only answers for repository modules whose source shows a need."""
 
-    _instance: Optional["Finder"] = None
+    _instance: Optional[Finder] = None
 
     def __init__(self, on_module: Callable[[Any], None]) -> None:
         self.on_module = on_module
@@ -48,36 +50,50 @@ class Finder:
         if spec is None or type(loader) is not importlib.machinery.SourceFileLoader or _is_installed(loader.path):
             return None
         try:
-            mentions = b"flash_attn" in loader.get_data(loader.path)
+            source = loader.get_data(loader.path)
         except OSError:
             return None
-        if not mentions:
+        patches = compat.needed_by(source)
+        if not patches and b"flash_attn" not in source:
             return None
-        spec.loader = _Loader(loader.name, loader.path, self.on_module)
+        spec.loader = _Loader(loader.name, loader.path, self.on_module, patches)
         return spec
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
     """Executes the module with its own `__import__`, then offers it to be patched."""
 
-    def __init__(self, name: str, path: str, on_module: Callable[[Any], None]) -> None:
+    def __init__(
+        self, name: str, path: str, on_module: Callable[[Any], None], patches: Tuple[compat.Patch, ...] = ()
+    ) -> None:
         super().__init__(name, path)
         self._on_module = on_module
+        self._patches = patches
 
     def exec_module(self, module: Any) -> None:
         # An import statement looks `__import__` up in its frame's builtins, which come from the module's globals.
-        module.__dict__["__builtins__"] = {**vars(builtins), "__import__": scoped_import}
+        module.__dict__["__builtins__"] = {**vars(builtins), "__import__": self._scoped_import}
         super().exec_module(module)
+        for patch in self._patches:
+            if patch.after:
+                compat.after(patch, module)
         self._on_module(module)
 
+    def _scoped_import(
+        self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
+    ) -> Any:
+        """`__import__`, except that names which are not there come from stand-ins."""
 
-def scoped_import(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
-    """`__import__`, except that names of flash_attn that are not there come from the stand-ins."""
-    if level == 0 and name.partition(".")[0] == "flash_attn":
-        from . import stand_ins
+        def usual() -> Any:
+            return builtins.__import__(name, globals, locals, fromlist, level)
 
-        return stand_ins.import_flash_attn(name, globals, locals, fromlist)
-    return builtins.__import__(name, globals, locals, fromlist, level)
+        top = name.partition(".")[0]
+        if level == 0 and top == "flash_attn":
+            from . import stand_ins
+
+            return stand_ins.import_flash_attn(name, globals, locals, fromlist)
+        patch = next((patch for patch in self._patches if top in patch.imports), None) if level == 0 else None
+        return usual() if patch is None else compat.import_through(patch, self.name, name, fromlist, usual)
 
 
 def _is_installed(path: str) -> bool:

@@ -22,7 +22,7 @@ from ..bias import AttentionBias
 from . import ambient, arguments, transformers
 from .arguments import Captured
 
-_route: "contextvars.ContextVar[Optional[Route]]" = contextvars.ContextVar("flashbias_route", default=None)
+_route: contextvars.ContextVar[Optional[Route]] = contextvars.ContextVar("flashbias_route", default=None)
 
 
 class Route:
@@ -206,7 +206,7 @@ def _attend(
 ) -> Tensor:
     """Heads-last attention with everything captured, computed in `dtype`, returned in q's."""
     B, M, H, _ = q.shape
-    bias = arguments.total_bias(captured.biases, B, H, M, k.shape[1])
+    bias = arguments.total_bias(captured, B, H, M, k.shape[1])
     attn_mask = captured.attn_mask if captured.attn_mask is not None else own_masks[0]
     padding = captured.key_padding_mask if captured.key_padding_mask is not None else own_masks[1]
     out = flash_bias_attention(
@@ -239,7 +239,7 @@ def _dense_mask(captured: Captured, query: Tensor, key: Tensor, module: Any) -> 
 def _mask_of(captured: Captured, B: int, H: int, M: int, N: int, like: Tensor) -> Tensor:
     from ..attention.inputs import mask_4d
 
-    bias = arguments.total_bias(captured.biases, B, H, M, N)
+    bias = arguments.total_bias(captured, B, H, M, N)
     assert bias is not None
     total = bias.dense().to(like.device, like.dtype)
     if captured.attn_mask is not None:
@@ -289,7 +289,7 @@ class CoreSeam:
                          "flash attention classes drop boolean attn_mask and key_padding_mask, as upstream; "
                          "FLASHBIAS_MASKS=honour applies them")
             mask = padding = None
-        return Captured(biases, mask, padding)
+        return captured._replace(biases=biases, attn_mask=mask, key_padding_mask=padding)
 
     def _attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, captured: Captured) -> Tensor:
         _check_lengths(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))

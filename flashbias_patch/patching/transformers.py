@@ -27,12 +27,12 @@ KEY = "aqr"
 PETR_CAMERAS = 6  # nuScenes; how many there are is only seen in forward, and a router is built before
 
 # What a module is being constructed, or run, by one of these wrappers: an inner call of the same one passes through.
-_constructing: "contextvars.ContextVar[Any]" = contextvars.ContextVar("flashbias_constructing", default=None)
-_running: "contextvars.ContextVar[Any]" = contextvars.ContextVar("flashbias_running", default=None)
+_constructing: contextvars.ContextVar[Any] = contextvars.ContextVar("flashbias_constructing", default=None)
+_running: contextvars.ContextVar[Any] = contextvars.ContextVar("flashbias_running", default=None)
 
 # router -> its options; and (logits, dropped) of the last forward, until the head's loss has taken it. Beside the
 # modules, so that they pickle and deep-copy as ever.
-_pending: "weakref.WeakKeyDictionary[AdaptiveQueryRouter, Tuple[Tensor, List[Optional[str]]]]" = (
+_pending: weakref.WeakKeyDictionary[AdaptiveQueryRouter, Tuple[Tensor, List[Optional[str]]]] = (
     weakref.WeakKeyDictionary()
 )
 

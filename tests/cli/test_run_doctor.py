@@ -17,7 +17,7 @@ def flashbias(*words, cwd=None, **env):
     full = {k: v for k, v in os.environ.items() if not k.startswith("FLASHBIAS_")}
     full["PYTHONPATH"] = str(ROOT)
     return subprocess.run([sys.executable, "-m", "flashbias_patch.cli.main", *words], env={**full, **env}, cwd=cwd,
-                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                          text=True, capture_output=True)
 
 
 REPORT = "import flashbias_patch; import torch; print('installed', flashbias_patch.status()['installed'])"

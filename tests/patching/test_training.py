@@ -12,7 +12,7 @@ from torch import nn
 import flashbias_patch
 
 from .conftest import MINI_CMT, MODULE
-from .test_bias_ways import BiasModule, B, assert_same, decoder_of, gradients, inputs, reference, run_biased
+from .test_bias_ways import B, BiasModule, assert_same, decoder_of, gradients, inputs, reference, run_biased
 
 
 class Model(nn.Module):
@@ -94,7 +94,7 @@ def test_compiled_with_a_bias(patched):
     compiled = torch.compile(model, backend="aot_eager")
     found = gradients_of(model, compiled(tensors))
     assert sum(flashbias_patch.status()["calls"].values()) == 4, "the compiled decoder ran unpatched"
-    assert_same({k: v for k, v in found.items()}, expected, rtol=1e-4)
+    assert_same(found, expected, rtol=1e-4)
 
 
 DDP_CASES = [  # (find_unused_parameters, static_graph, with_cp, way)
@@ -128,7 +128,8 @@ def ddp_worker(rank, port, folder):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 out = ddp(tensors, part, way)
-            whole = torch.randn((out.shape[0], out.shape[1], B, out.shape[3]), generator=torch.Generator().manual_seed(5))
+            layers, queries, _, channels = out.shape
+            whole = torch.randn((layers, queries, B, channels), generator=torch.Generator().manual_seed(5))
             (out * whole[:, :, part]).sum().backward()
             grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         if rank == 0:

@@ -1,0 +1,46 @@
+"""FLASHBIAS_RANK / FLASHBIAS_ENERGY: dense biases that reach a patched layer go on as low-rank ones.
+
+A learned bias moves slowly, so each module's factorisation starts from its previous one. A recomputation under
+checkpointing must find the very same factors: it is recognised by its tensor, and starts where that one started.
+"""
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple, Optional
+
+from torch import Tensor
+
+from .. import journal, settings
+from ..bias import AttentionBias, DenseBias, factorize
+from ..bias.factorize import FactorState
+
+
+class _Last(NamedTuple):
+    tensor: Any  # weak reference to the dense bias
+    version: int
+    started_from: Optional[FactorState]
+    state: Optional[FactorState]
+
+
+_last: weakref.WeakKeyDictionary[Any, _Last] = weakref.WeakKeyDictionary()
+
+
+def enabled() -> bool:
+    """Whether the settings ask for it; by default a dense bias is computed exactly."""
+    read = settings.current()
+    return read.rank is not None or read.energy is not None
+
+
+def low_rank(module: Any, given: Any, dense: DenseBias) -> AttentionBias:
+    """`dense`, which came as the object `given`, in low-rank form, or itself above FLASHBIAS_MAX_ERROR."""
+    read = settings.current()
+    last = _last.get(module)
+    tensor = given if isinstance(given, Tensor) else dense.tensor
+    again = last is not None and last.tensor() is tensor and last.version == tensor._version
+    start = None if last is None else last.started_from if again else last.state
+    # An explicitly lower energy implies its own error; factorize knows.
+    limit = None if read.energy is not None and (1 - read.energy) ** 0.5 > read.max_error else read.max_error
+    found = factorize(dense, read.rank, read.energy, warm_start=start, max_error=limit)
+    _last[module] = _Last(weakref.ref(tensor), tensor._version, start, found.state)
+    journal.factorized(type(module).__qualname__, found.rank, found.relative_error, found.reason)
+    return found.bias

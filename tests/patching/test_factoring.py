@@ -1,0 +1,70 @@
+"""FLASHBIAS_RANK and FLASHBIAS_ENERGY: dense biases computed as low-rank ones, measured and reported."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flashbias_patch
+from flashbias_patch.attention import dispatch
+
+from .test_bias_ways import WAYS, BiasModule, assert_same, decoder_of, gradients, inputs, reference, run_biased
+
+
+def setting(monkeypatch, **variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"FLASHBIAS_{name.upper()}", str(value))
+    flashbias_patch.settings.reload()
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """(rank, whether dense) of every call that reaches the dispatcher."""
+    calls, attend = [], dispatch.attend
+
+    def watch(call, *rest):
+        calls.append((call.rank, call.dense is not None))
+        return attend(call, *rest)
+
+    monkeypatch.setattr(dispatch, "attend", watch)
+    return calls
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("with_cp", [False, True])
+def test_low_rank_inside_and_the_gradient_of_the_dense_one(repository, monkeypatch, seen, way, with_cp):
+    """The map has rank 3: the projection's gradient is the exact one, through recomputation too."""
+    truth = reference(repository, True)
+    setting(monkeypatch, energy=0.999999)
+    flashbias_patch.install()
+    decoder = decoder_of(repository(), "PETRMultiheadAttention", with_cp)
+    maker, tensors = BiasModule(), inputs(True)
+    for _ in range(2):  # the second step starts warm
+        maker.zero_grad()
+        decoder.zero_grad()
+        for t in tensors.values():
+            t.grad = None
+        out = run_biased(decoder, maker, tensors, way, structured=False)
+        assert_same(gradients(decoder, maker, tensors, out), truth)
+    assert {entry for entry in seen if entry[0]} == {(3, False)}
+    (entry,) = flashbias_patch.status()["factorizations"]
+    assert entry["rank"] == 3 and entry["relative_error"] < 1e-3 and entry["used_dense"] is None
+    assert "rank 3, relative error" in str(flashbias_patch.status())
+
+
+def test_above_the_error_the_dense_bias_is_used_and_said(patched, monkeypatch, seen, caplog):
+    setting(monkeypatch, rank=1)
+    decoder, maker, tensors = decoder_of(patched, "PETRMultiheadAttention", False), BiasModule(), inputs(False)
+    out = run_biased(decoder, maker, tensors, "ambient", structured=False)
+    assert (0, True) in seen and not any(rank for rank, _ in seen)
+    assert "max_error" in flashbias_patch.status()["factorizations"][0]["used_dense"]
+    assert sum("dense bias is used" in r.message for r in caplog.records) == 1
+    setting(monkeypatch, rank=1, max_error=1.0)
+    seen.clear()
+    assert not torch.allclose(run_biased(decoder, maker, tensors, "ambient", structured=False), out)
+    assert (1, False) in seen
+
+
+def test_by_default_a_dense_bias_is_exact(patched, seen):
+    decoder, maker, tensors = decoder_of(patched, "PETRMultiheadAttention", False), BiasModule(), inputs(False)
+    run_biased(decoder, maker, tensors, "ambient", structured=False)
+    assert (0, True) in seen and not flashbias_patch.status()["factorizations"]
