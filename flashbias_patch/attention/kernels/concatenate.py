@@ -137,7 +137,7 @@ def _join_in_torch(
         high = added.to(q.dtype)
         q_columns.append(q.new_ones(1, 1, 1, PADDING_COLUMNS))
         k_columns += [high, (added - high.float()).to(q.dtype)]
-    return _wide(q_columns, plan.width), _wide(k_columns, plan.width)
+    return _side_by_side(q_columns, plan.width), _side_by_side(k_columns, plan.width)
 
 
 def _padding_values(key_padding: Tensor, plan: Plan) -> Tensor:
@@ -146,7 +146,7 @@ def _padding_values(key_padding: Tensor, plan: Plan) -> Tensor:
     return (key_padding.float() / plan.softmax_scale).clamp(MASKED, -MASKED)
 
 
-def _wide(columns: List[Tensor], width: int) -> Tensor:
+def _side_by_side(columns: List[Tensor], width: int) -> Tensor:
     lead = columns[0].shape[:3]
     joined = torch.cat([c.expand(*lead, -1) for c in columns], -1)
     return F.pad(joined, (0, width - joined.shape[-1]))
@@ -155,127 +155,141 @@ def _wide(columns: List[Tensor], width: int) -> Tensor:
 if triton is not None:
 
     @triton.jit
+    def _index(first, ROWS: tl.constexpr, WIDE: tl.constexpr):
+        row = first + tl.arange(0, ROWS)[:, None]
+        return row.to(tl.int64) if WIDE else row
+
+    @triton.jit
     def _write_rows(
-        x, factor, padding, out, block, rows, length, heads,
-        x_b, x_l, x_h, x_d, f_b, f_l, f_h, f_d, p_b, p_l, x_mult, f_mult, p_mult,
-        QUERIES: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr, PADDING: tl.constexpr,
-        MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+        x, factor, padding, out, first, rows, x_l, x_h, x_d, f_l, f_h, f_d, p_l, x_mult, f_mult, p_mult,
+        QUERIES: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr,
+        PADDING: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCK_R: tl.constexpr, REST: tl.constexpr, BLOCK_REST: tl.constexpr, ROWS: tl.constexpr,
+        WIDE: tl.constexpr,
     ):  # fmt: skip
-        """Rows of q' or k', in the order (batch, position, head)."""
-        row = block * ROWS + tl.arange(0, ROWS)
-        col = tl.arange(0, BLOCK)[None, :]
-        inside = row < rows
-        head = (row % heads).to(tl.int64)[:, None]
-        position = (row // heads % length).to(tl.int64)[:, None]
-        batch = (row // heads // length).to(tl.int64)[:, None]
-        within = inside[:, None]
+        """Rows (position, head) of one batch row of q' or k'. Pointers are at that batch row."""
+        row = _index(first, ROWS, WIDE)
+        head = row % HEADS
+        position = row // HEADS
+        within = row < rows
         dtype = out.dtype.element_ty
-        source = x + batch * x_b + position * x_l + head * x_h + col * x_d
-        value = tl.load(source, mask=within & (col < D), other=0.0).to(tl.float32)
+        out += row * WIDTH
+        col = tl.arange(0, BLOCK_D)[None, :]
+        inside = within & (col < D)
+        value = tl.load(x + position * x_l + head * x_h + col * x_d, mask=inside, other=0.0)
         if QUERIES:
-            value = value * x_mult
+            value = (value.to(tl.float32) * x_mult).to(dtype)
+        tl.store(out + col, value, mask=inside)
         if R > 0:
-            rank = col - D
-            second = rank >= R
+            col = tl.arange(0, BLOCK_R)[None, :]
+            inside = within & (col < R)
+            value = tl.load(factor + position * f_l + head * f_h + col * f_d, mask=inside, other=0.0)
+            low = value
+            if QUERIES:
+                exact = value.to(tl.float32) * f_mult
+                value = exact.to(dtype)
+                low = (exact - value.to(tl.float32)).to(dtype)
+            tl.store(out + D + col, value, mask=inside)
             if LOW:
-                rank = tl.where(second, rank - R, rank)
-            taken = (col >= D) & (rank < R)
-            source = factor + batch * f_b + position * f_l + head * f_h + rank * f_d
-            term = tl.load(source, mask=within & taken, other=0.0).to(tl.float32)
-            if QUERIES:
-                term = term * f_mult
-                if LOW:
-                    term = tl.where(second, term - term.to(dtype).to(tl.float32), term)
-            value = tl.where(taken, term, value)
-        if PADDING > 0:
-            first = D + R * (1 + LOW)
-            if QUERIES:
-                value = tl.where((col == first) | (col == first + 1), 1.0, value)
-            else:
-                added = tl.load(padding + batch * p_b + position * p_l, mask=within, other=0).to(tl.float32)
-                if PADDING == 1:  # boolean
-                    added = added * MASKED
+                tl.store(out + (D + R) + col, low, mask=inside)
+        if REST > 0:
+            col = tl.arange(0, BLOCK_REST)[None, :]
+            rest = tl.zeros((ROWS, BLOCK_REST), dtype=tl.float32)
+            if PADDING > 0:
+                if QUERIES:
+                    rest = tl.where(col < 2, 1.0, rest)
                 else:
-                    added = added * p_mult
-                    added = tl.where(added < MASKED, MASKED, added)
-                    added = tl.where(added > -MASKED, -MASKED, added)
-                high = added.to(dtype).to(tl.float32)
-                value = tl.where(col == first, high, tl.where(col == first + 1, added - high, value))
-        target = out + row.to(tl.int64)[:, None] * WIDTH + col
-        tl.store(target, value.to(dtype), mask=within & (col < WIDTH))
+                    added = tl.load(padding + position * p_l, mask=within, other=0).to(tl.float32)
+                    if PADDING == 1:  # boolean
+                        added = added * MASKED
+                    else:
+                        added = added * p_mult
+                        added = tl.where(added < MASKED, MASKED, added)
+                        added = tl.where(added > -MASKED, -MASKED, added)
+                    high = added.to(dtype).to(tl.float32)
+                    rest = tl.where(col == 0, high, tl.where(col == 1, added - high, rest))
+            tl.store(out + (WIDTH - REST) + col, rest.to(dtype), mask=within & (col < REST))
 
     @triton.jit
     def _join_kernel(
-        q, q_factor, q_out, q_blocks, q_rows, M, q_b, q_l, q_h, q_d, qf_b, qf_l, qf_h, qf_d,
-        k, k_factor, k_out, padding, k_rows, N, k_b, k_l, k_h, k_d, kf_b, kf_l, kf_h, kf_d, p_b, p_l,
-        q_mult, factor_mult, p_mult, heads,
-        D: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr, PADDING: tl.constexpr, MASKED: tl.constexpr,
-        WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+        q, q_factor, q_out, q_blocks, q_rows, q_b, q_l, q_h, q_d, qf_b, qf_l, qf_h, qf_d,
+        k, k_factor, k_out, padding, k_rows, k_b, k_l, k_h, k_d, kf_b, kf_l, kf_h, kf_d, p_b, p_l,
+        q_mult, factor_mult, p_mult,
+        HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr, PADDING: tl.constexpr,
+        MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+        REST: tl.constexpr, BLOCK_REST: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
         block = tl.program_id(0)
+        batch = tl.program_id(1).to(tl.int64)
         if block < q_blocks:
             _write_rows(
-                q, q_factor, padding, q_out, block, q_rows, M, heads,
-                q_b, q_l, q_h, q_d, qf_b, qf_l, qf_h, qf_d, p_b, p_l, q_mult, factor_mult, p_mult,
-                True, D, R, LOW, PADDING, MASKED, WIDTH, BLOCK, ROWS,
+                q + batch * q_b, q_factor + batch * qf_b, padding, q_out + batch * q_rows * WIDTH,
+                block * ROWS, q_rows, q_l, q_h, q_d, qf_l, qf_h, qf_d, p_l, q_mult, factor_mult, p_mult,
+                True, HEADS, D, R, LOW, PADDING, MASKED, WIDTH, BLOCK_D, BLOCK_R, REST, BLOCK_REST,
+                ROWS, WIDE,
             )  # fmt: skip
         else:
+            block -= q_blocks
             _write_rows(
-                k, k_factor, padding, k_out, block - q_blocks, k_rows, N, heads,
-                k_b, k_l, k_h, k_d, kf_b, kf_l, kf_h, kf_d, p_b, p_l, q_mult, factor_mult, p_mult,
-                False, D, R, LOW, PADDING, MASKED, WIDTH, BLOCK, ROWS,
+                k + batch * k_b, k_factor + batch * kf_b, padding + batch * p_b,
+                k_out + batch * k_rows * WIDTH, block * ROWS, k_rows, k_l, k_h, k_d, kf_l, kf_h, kf_d, p_l, q_mult, factor_mult, p_mult,
+                False, HEADS, D, R, LOW, PADDING, MASKED, WIDTH, BLOCK_D, BLOCK_R, REST, BLOCK_REST,
+                ROWS, WIDE,
             )  # fmt: skip
 
     @triton.jit
     def _sum_rows(
-        grad, out, block, rows, length, g_b, g_l, g_h, g_d, first, mult,
-        HEADS: tl.constexpr, COLUMNS: tl.constexpr, SUM_B: tl.constexpr, SUM_H: tl.constexpr,
-        BLOCK: tl.constexpr, ROWS: tl.constexpr,
+        grad, out, first, rows, g_b, g_l, g_h, g_d, mult,
+        HEADS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SUM_B: tl.constexpr,
+        SUM_H: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
-        """Rows of out (b, length, HEADS, COLUMNS), contiguous: mult * sum of grad over SUM_B and SUM_H."""
-        row = block * ROWS + tl.arange(0, ROWS)
+        """Rows (position, HEADS) of one batch row of out: mult * sum of grad over SUM_B and SUM_H."""
+        row = _index(first, ROWS, WIDE)
         col = tl.arange(0, BLOCK)[None, :]
-        within = (row < rows)[:, None] & (col < COLUMNS)
-        head = (row % HEADS).to(tl.int64)[:, None]
-        position = (row // HEADS % length).to(tl.int64)[:, None]
-        batch = (row // HEADS // length).to(tl.int64)[:, None]
-        source = grad + batch * g_b + position * g_l + head * g_h + (col + first) * g_d
+        within = (row < rows) & (col < COLUMNS)
+        source = grad + (row // HEADS) * g_l + (row % HEADS) * g_h + col * g_d
         total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
         for _ in range(SUM_B):
-            here = source
-            for _ in range(SUM_H):
-                total += tl.load(here, mask=within, other=0.0).to(tl.float32)
-                here += g_h
+            for head in tl.static_range(SUM_H):  # unrolled, so that the loads are in flight together
+                total += tl.load(source + head * g_h, mask=within, other=0.0).to(tl.float32)
             source += g_b
-        target = out + row.to(tl.int64)[:, None] * COLUMNS + col
-        tl.store(target, (total * mult).to(out.dtype.element_ty), mask=within)
+        tl.store(out + row * COLUMNS + col, (total * mult).to(out.dtype.element_ty), mask=within)
 
     @triton.jit
     def _sum_kernel(
-        grad0, out0, blocks0, rows0, length0, b0, l0, h0, d0, first0, mult0,
-        grad1, out1, blocks1, rows1, length1, b1, l1, h1, d1, first1, mult1,
-        grad2, out2, rows2, length2, b2, l2, h2, d2, first2, mult2,
-        HEADS0: tl.constexpr, COLUMNS0: tl.constexpr, BLOCK0: tl.constexpr, SUM_B0: tl.constexpr,
-        SUM_H0: tl.constexpr,
-        HEADS1: tl.constexpr, COLUMNS1: tl.constexpr, BLOCK1: tl.constexpr, SUM_B1: tl.constexpr,
-        SUM_H1: tl.constexpr,
-        HEADS2: tl.constexpr, COLUMNS2: tl.constexpr, BLOCK2: tl.constexpr, SUM_B2: tl.constexpr,
-        SUM_H2: tl.constexpr,
-        ROWS: tl.constexpr,
+        grad0, out0, blocks0, rows0, b0, l0, h0, d0, mult0,
+        grad1, out1, blocks1, rows1, b1, l1, h1, d1, mult1,
+        grad2, out2, blocks2, rows2, b2, l2, h2, d2, mult2,
+        B0: tl.constexpr, HEADS0: tl.constexpr, COLUMNS0: tl.constexpr, BLOCK0: tl.constexpr,
+        SUM_B0: tl.constexpr, SUM_H0: tl.constexpr,
+        B1: tl.constexpr, HEADS1: tl.constexpr, COLUMNS1: tl.constexpr, BLOCK1: tl.constexpr,
+        SUM_B1: tl.constexpr, SUM_H1: tl.constexpr,
+        B2: tl.constexpr, HEADS2: tl.constexpr, COLUMNS2: tl.constexpr, BLOCK2: tl.constexpr,
+        SUM_B2: tl.constexpr, SUM_H2: tl.constexpr,
+        ROWS: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
         block = tl.program_id(0)
+        batch = tl.program_id(1).to(tl.int64)
         if block < blocks0:
-            _sum_rows(grad0, out0, block, rows0, length0, b0, l0, h0, d0, first0, mult0,
-                      HEADS0, COLUMNS0, SUM_B0, SUM_H0, BLOCK0, ROWS)  # fmt: skip
+            if batch < B0:
+                grad0 += batch * b0
+                out0 += batch * rows0 * COLUMNS0
+                _sum_rows(grad0, out0, block * ROWS, rows0, b0, l0, h0, d0, mult0,
+                          HEADS0, COLUMNS0, BLOCK0, SUM_B0, SUM_H0, ROWS, WIDE)  # fmt: skip
         elif block < blocks0 + blocks1:
-            _sum_rows(grad1, out1, block - blocks0, rows1, length1, b1, l1, h1, d1, first1, mult1,
-                      HEADS1, COLUMNS1, SUM_B1, SUM_H1, BLOCK1, ROWS)  # fmt: skip
-        else:
-            _sum_rows(grad2, out2, block - blocks0 - blocks1, rows2, length2, b2, l2, h2, d2, first2, mult2,
-                      HEADS2, COLUMNS2, SUM_B2, SUM_H2, BLOCK2, ROWS)  # fmt: skip
+            if batch < B1:
+                grad1 += batch * b1
+                out1 += batch * rows1 * COLUMNS1
+                _sum_rows(grad1, out1, (block - blocks0) * ROWS, rows1, b1, l1, h1, d1, mult1,
+                          HEADS1, COLUMNS1, BLOCK1, SUM_B1, SUM_H1, ROWS, WIDE)  # fmt: skip
+        elif batch < B2:
+            grad2 += batch * b2
+            out2 += batch * rows2 * COLUMNS2
+            _sum_rows(grad2, out2, (block - blocks0 - blocks1) * ROWS, rows2, b2, l2, h2, d2, mult2,
+                      HEADS2, COLUMNS2, BLOCK2, SUM_B2, SUM_H2, ROWS, WIDE)  # fmt: skip
 
 
-ROWS = 32  # of one program: 32 rows of 48 to 128 halves, 3 to 8 KiB
+JOIN_ROWS, SUM_ROWS = 64, 32  # (position, head) rows of one program
 
 
 def _strides(tensor: Optional[Tensor]) -> Tuple[int, ...]:
@@ -284,6 +298,15 @@ def _strides(tensor: Optional[Tensor]) -> Tuple[int, ...]:
         return 0, 0, 0, 1
     *lead, last = tensor.stride()
     return (*(0 if size == 1 else stride for size, stride in zip(tensor.shape, lead)), last)
+
+
+def _reach(tensor: Tensor) -> int:
+    """Elements from the first to the last of a batch row: beyond 2**31 offsets need 64 bits."""
+    return sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape[1:], tensor.stride()[1:]))
+
+
+def _is_wide(*tensors: Optional[Tensor]) -> bool:
+    return any(t is not None and _reach(t) >= 2**31 for t in tensors)
 
 
 def _join(
@@ -295,21 +318,23 @@ def _join(
     plan: Plan,
 ) -> Tuple[Tensor, Tensor]:
     B, M, H, D = q.shape
-    N = k.shape[1]
+    N, R = k.shape[1], 0 if q_factor is None else q_factor.shape[-1]
     q_out, k_out = q.new_empty(B, M, H, plan.width), k.new_empty(B, N, H, plan.width)
-    q_blocks, k_blocks = -(-q_out.numel() // (plan.width * ROWS)), -(-k_out.numel() // (plan.width * ROWS))
     kind = 0 if key_padding is None else 1 if key_padding.dtype is torch.bool else 2
     padding = key_padding.view(torch.uint8) if kind == 1 and key_padding is not None else key_padding
-    p_b, p_l = (0, 0) if padding is None else (padding.stride(0), padding.stride(1))
+    p_b, p_l = (0, 0) if padding is None else padding.stride()
+    rest = plan.width - D - R * (1 + plan.low)
+    q_blocks = triton.cdiv(M * H, JOIN_ROWS)
     with _on_device(q):
-        _join_kernel[(q_blocks + k_blocks,)](
-            q, q if q_factor is None else q_factor, q_out, q_blocks, B * M * H, M,
-            *_strides(q), *_strides(q_factor),
-            k, k if k_factor is None else k_factor, k_out, k if padding is None else padding, B * N * H, N,
+        _join_kernel[(q_blocks + triton.cdiv(N * H, JOIN_ROWS), B)](
+            q, q if q_factor is None else q_factor, q_out, q_blocks, M * H, *_strides(q), *_strides(q_factor),
+            k, k if k_factor is None else k_factor, k_out, k if padding is None else padding, N * H,
             *_strides(k), *_strides(k_factor), p_b, p_l,
-            plan.q_mult, plan.factor_mult, 1.0 / plan.softmax_scale, H,
-            D=D, R=0 if q_factor is None else q_factor.shape[-1], LOW=int(plan.low), PADDING=kind,
-            MASKED=MASKED, WIDTH=plan.width, BLOCK=triton.next_power_of_2(plan.width), ROWS=ROWS,
+            plan.q_mult, plan.factor_mult, 1.0 / plan.softmax_scale,
+            HEADS=H, D=D, R=R, LOW=int(plan.low), PADDING=kind, MASKED=MASKED, WIDTH=plan.width,
+            BLOCK_D=triton.next_power_of_2(D), BLOCK_R=triton.next_power_of_2(max(R, 1)),
+            REST=rest, BLOCK_REST=triton.next_power_of_2(max(rest, 1)), ROWS=JOIN_ROWS,
+            WIDE=_is_wide(q, k, q_factor, k_factor, q_out, k_out),
         )  # fmt: skip
     return q_out, k_out
 
@@ -319,20 +344,19 @@ def _sum(parts: List[Part]) -> List[Tensor]:
     outs = [part.grad.new_empty(part.shape) for part in parts]
     arguments: List[Any] = []
     constants = {}
-    total = 0
+    blocks, batch = 0, 0
     for i in range(3):
         part, out = (parts[i], outs[i]) if i < len(parts) else (parts[0], outs[0])
         (b, length, heads, columns), (B, _, H, _) = part.shape, part.grad.shape
-        rows = b * length * heads
-        blocks = -(-rows // ROWS) if i < len(parts) else 0
-        total += blocks
-        arguments += [part.grad, out, *([blocks] if i < 2 else []), rows, length]
-        arguments += [*part.grad.stride(), part.first, part.mult]
-        block = triton.next_power_of_2(columns)
-        sizes = {"HEADS": heads, "COLUMNS": columns, "SUM_B": B // b, "SUM_H": H // heads, "BLOCK": block}
+        own = triton.cdiv(length * heads, SUM_ROWS) if i < len(parts) else 0
+        blocks, batch = blocks + own, max(batch, b)
+        arguments += [part.columns(), out, own, length * heads, *part.grad.stride(), part.mult]
+        sizes = {"B": b, "HEADS": heads, "COLUMNS": columns, "BLOCK": triton.next_power_of_2(columns)}
+        sizes.update(SUM_B=B // b, SUM_H=H // heads)
         constants.update({f"{name}{i}": size for name, size in sizes.items()})
     with _on_device(parts[0].grad):
-        _sum_kernel[(total,)](*arguments, **constants, ROWS=ROWS)
+        wide = _is_wide(*(part.grad for part in parts))
+        _sum_kernel[(blocks, batch)](*arguments, **constants, ROWS=SUM_ROWS, WIDE=wide)
     return outs
 
 

@@ -1,0 +1,235 @@
+"""An installed flash-attn, of any generation that takes the call, under a low-rank bias.
+
+The bias and key padding become columns of q and k (kernels/concatenate.py). Flash-attn is never required; it
+is looked for once, and only when a call could use it.
+
+    generation  import                                    runs on            dropout  head dims of q and v
+    4           flash_attn.cute.flash_attn_func           Hopper, Blackwell  no       may differ
+    3           flash_attn_interface.flash_attn_func      Hopper             no       made equal by padding v
+    2           flash_attn.flash_attn_func                Ampere and later   yes      made equal by padding v
+"""
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..inputs import AttentionInputs
+from ..kernels.concatenate import PADDING_COLUMNS, Plan, join
+from .sdpa import HALF, segments_to_factors
+
+ALIGN = 16  # of the joined head dim: the tensor cores' step, so narrower columns cost the same
+V_ALIGN = 8  # 16 bytes, which every generation asks of a head dim
+INSTALL = "pip install flashbias-patch[fa4]"
+
+
+class Generation(NamedTuple):
+    number: int
+    module: str
+    dropout: bool
+    unequal: bool  # q's head dim may differ from v's
+    head_dims: Dict[int, int]  # compute capability (major) -> largest head dim
+
+
+GENERATIONS = (
+    Generation(4, "flash_attn.cute", False, True, {9: 256, 10: 128, 11: 128}),
+    Generation(3, "flash_attn_interface", False, False, {9: 256}),
+    Generation(2, "flash_attn", True, False, {8: 256, 9: 256, 10: 256, 12: 256}),
+)
+
+
+class FlashAttention:
+    name = "flash"
+
+    def why_not(self, inputs: AttentionInputs) -> List[str]:
+        reasons = _reasons_of_the_call(inputs)
+        if reasons:
+            return reasons
+        for generation in GENERATIONS:
+            why = _reasons_of(generation, inputs)
+            if not why:
+                return []
+            reasons.append(f"FlashAttention-{generation.number}: {'; '.join(why)}")
+        return reasons
+
+    def __call__(self, inputs: AttentionInputs) -> Tensor:
+        generation = next(g for g in GENERATIONS if not _reasons_of(g, inputs))
+        q, k, scale, alive = _columns(inputs)
+        head_dim = inputs.v.shape[-1]
+        v = _padded(inputs.v, _v_width(inputs, q.shape[-1]) if generation.unequal else q.shape[-1])
+        arguments: Dict[str, Any] = {"softmax_scale": scale}
+        if torch.are_deterministic_algorithms_enabled():
+            arguments["deterministic"] = True
+        if inputs.dropout_p:
+            arguments["dropout_p"] = inputs.dropout_p
+        out = _function(generation.module)(q, k, v, **arguments)  # type: ignore[operator]
+        if isinstance(out, tuple):  # generations 3 and 4 return the logsumexp too
+            out = out[0]
+        if alive is not None:
+            out = torch.where(alive[:, None, None, None], out, 0.0)
+        return out[..., :head_dim] if out.shape[-1] != head_dim else out
+
+
+backend = FlashAttention()
+
+
+def _reasons_of_the_call(inputs: AttentionInputs) -> List[str]:
+    """What no generation takes."""
+    reasons = []
+    q = inputs.q
+    if _capability(q.device) is None:
+        reasons.append(f"needs an NVIDIA GPU, the tensors are on {q.device}")
+    if q.dtype not in HALF:
+        reasons.append(f"float16 and bfloat16 only, not {str(q.dtype)[6:]}")
+    if 0 in q.shape or 0 in inputs.k.shape or 0 in inputs.v.shape:
+        shapes = tuple(tuple(t.shape) for t in (q, inputs.k, inputs.v))
+        reasons.append("empty: q {}, k {}, v {}".format(*shapes))
+    if inputs.dense is not None:
+        reasons.append("a dense bias has no low-rank factors")
+    if inputs.mask is not None:
+        reasons.append("an attention mask has no low-rank factors")
+    padding = inputs.key_padding
+    if padding is not None and padding.requires_grad and torch.is_grad_enabled():
+        reasons.append("key_padding wants a gradient")
+    return reasons
+
+
+def _reasons_of(generation: Generation, inputs: AttentionInputs) -> List[str]:
+    """Why this generation does not take the call. Imports nothing if it could not take it anyway."""
+    reasons = []
+    if inputs.dropout_p and not generation.dropout:
+        reasons.append("no dropout")
+    major = _capability(inputs.q.device)
+    largest = generation.head_dims.get(major or 0)
+    if largest is None:
+        known = ", ".join(f"{capability}.x" for capability in generation.head_dims)
+        reasons.append(f"only for compute capability {known}, this GPU has {major}.x")
+    else:
+        width, v_width = _widest(inputs), inputs.v.shape[-1]
+        if width > largest:
+            reasons.append(f"head dim {width} (the bias' columns included), at most {largest}")
+        if v_width > (largest if generation.unequal else inputs.q.shape[-1]):
+            limit = f"at most {largest}" if generation.unequal else "at most that of q"
+            reasons.append(f"head dim {v_width} of v, {limit}")
+    if not reasons:
+        function = _function(generation.module)
+        if isinstance(function, str):
+            reasons.append(function)
+    return reasons
+
+
+def _capability(device: torch.device) -> Optional[int]:
+    """Compute capability (major) of a CUDA device, None of any other. Tests replace it."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    return _major(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.lru_cache(maxsize=None)
+def _major(index: int) -> int:
+    return torch.cuda.get_device_capability(index)[0]
+
+
+@functools.lru_cache(maxsize=None)
+def _function(module: str) -> Union[Callable[..., Any], str]:
+    """flash_attn_func of that module, or why there is none."""
+    missing = f"{module}.flash_attn_func is not installed ({INSTALL})"
+    try:
+        function = getattr(importlib.import_module(module), "flash_attn_func", None)
+    except ModuleNotFoundError as error:
+        top = module.split(".")[0]
+        if error.name is None or error.name == module or error.name == top:
+            return missing
+        return f"{module} needs the missing module {error.name} ({INSTALL})"
+    except Exception as error:  # built for another torch or CUDA: OSError, ImportError, RuntimeError, ...
+        return f"{module} does not import: {type(error).__name__}: {error}"
+    # A stand-in that this package offers to modules importing flash_attn would end here again.
+    ours = __name__.split(".")[0] + "."
+    if function is None or (getattr(function, "__module__", None) or "").startswith(ours):
+        return missing
+    return function
+
+
+def _columns(inputs: AttentionInputs) -> Tuple[Tensor, Tensor, float, Optional[Tensor]]:
+    """(q', k', softmax scale, which batch rows (B,) have a key left, or None if all have)."""
+    q, k, padding, scale = inputs.q, inputs.k, inputs.key_padding, inputs.scale
+    if _as_it_is(inputs):
+        return q, k, scale, None
+    alive = None
+    if padding is not None:
+        alive = (~padding if padding.dtype is torch.bool else padding != float("-inf")).any(-1)
+    exact = inputs.segment_weights is not None and inputs.q_factor is None and scale > 0
+    if exact:  # divided in float32, before they are split: no digit is lost
+        power, remainder = _power_and_remainder(scale)
+        inputs = segments_to_factors(inputs._replace(segment_weights=inputs.segment_weights / remainder))
+        plan = Plan(power, 1.0, False, remainder, _rounded(_count(inputs)))
+    else:
+        inputs = segments_to_factors(inputs)
+        plan = _plan(inputs)
+    q, k = join(q, k, inputs.q_factor, inputs.k_factor, padding, plan)
+    return q, k, plan.softmax_scale, alive
+
+
+def _plan(inputs: AttentionInputs) -> Plan:
+    """Where the scale goes. Scores are (q' . k') * softmax_scale; write scale = r * 2**e with 1 <= r < 2.
+
+    Multiplying q by the scale rounds q, and so every score, once more in half precision. Multiplying q by
+    2**e is exact and r is applied by flash-attn in float32, if the factors are divided by r. Dividing rounds
+    them: what that loses goes into columns of its own, which are free where they fit into the padding. Where
+    they do not fit, the scale goes into q: dividing alone would lose the digits that split factors keep.
+    """
+    columns = _count(inputs)
+    width = _rounded(columns)
+    if inputs.scale > 0:
+        power, remainder = _power_and_remainder(inputs.scale)
+        low = inputs.rank if remainder != 1.0 else 0
+        if columns + low <= width:
+            return Plan(power, 1.0 / remainder, low > 0, remainder, width)
+    return Plan(inputs.scale, 1.0, False, 1.0, width)
+
+
+def _as_it_is(inputs: AttentionInputs) -> bool:
+    """Whether there is nothing to add to q and k."""
+    nothing = inputs.q_factor is None and inputs.segment_weights is None and inputs.key_padding is None
+    return nothing and inputs.scale > 0 and inputs.q.shape[-1] % V_ALIGN == 0
+
+
+def _count(inputs: AttentionInputs) -> int:
+    return inputs.q.shape[-1] + inputs.rank + (0 if inputs.key_padding is None else PADDING_COLUMNS)
+
+
+def _widest(inputs: AttentionInputs) -> int:
+    """The joined head dim, at most: segment weights become up to three columns each."""
+    if _as_it_is(inputs):
+        return inputs.q.shape[-1]
+    segments = 0 if inputs.segment_weights is None else 3 * inputs.segment_weights.shape[-1]
+    return _rounded(_count(inputs) + segments)
+
+
+def _rounded(columns: int) -> int:
+    return columns + -columns % ALIGN
+
+
+def _v_width(inputs: AttentionInputs, width: int) -> int:
+    """v's head dim for generation 4. Its backward pass on Hopper (4.0.0b36) lays dO out in shared memory by the
+    largest of 64, 32 and 16 that divides q's head dim, and does not compile if that does not divide v's."""
+    step = V_ALIGN
+    if inputs.needs_grad and _capability(inputs.q.device) == 9:
+        step = math.gcd(_rounded(width), 64)
+    head_dim = inputs.v.shape[-1]
+    return head_dim + -head_dim % step
+
+
+@functools.lru_cache(maxsize=64)
+def _power_and_remainder(scale: float) -> Tuple[float, float]:
+    mantissa, exponent = math.frexp(scale)  # mantissa in [0.5, 1)
+    return math.ldexp(1.0, exponent - 1), 2.0 * mantissa
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] != width else x
