@@ -14,6 +14,7 @@ from typing import Any, Callable, Optional, Sequence, Tuple
 
 from .. import compat
 
+_OWN = __name__.partition(".")[0]  # used from a checkout, this package's source shows every need
 _STANDARD_LIBRARY = os.path.dirname(os.__file__)
 
 
@@ -40,6 +41,8 @@ class Finder:
     def find_spec(
         self, name: str, path: Optional[Sequence[str]] = None, target: Any = None
     ) -> Optional[importlib.machinery.ModuleSpec]:
+        if name.partition(".")[0] == _OWN:
+            return None
         where = list(path or ())
         if path is not None and (not where or _is_installed(where[0])):
             return None

@@ -1,0 +1,27 @@
+"""mmengine checkpoints under torch >= 2.6, whose torch.load reads weights only unless told otherwise.
+
+Not by turning that protection off: the few types that mmengine's own message hub stores are declared safe.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, Optional
+
+
+def allow(module: Any) -> Optional[Callable[[], None]]:
+    """Declare HistoryBuffer, and the NumPy array it holds, safe to unpickle; `module` defines it."""
+    import numpy
+    import torch
+
+    if not hasattr(torch.serialization, "add_safe_globals") or not hasattr(module, "HistoryBuffer"):
+        return None
+    core = numpy.core if numpy.__version__.startswith("1.") else numpy._core
+    kinds = [module.HistoryBuffer, numpy.ndarray, numpy.dtype, core.multiarray._reconstruct, core.multiarray.scalar]
+    kinds += [type(numpy.dtype(name)) for name in ("float64", "float32", "int64")]
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([kind for kind in kinds if kind not in before])
+
+    def undo() -> None:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+    return undo
