@@ -31,6 +31,7 @@ PRIOR_WEIGHT = 2
 PRIOR_FREEDOM = 0.5
 TYPICAL_SPREAD = {"time": 0.005, "cuda": 0.001, "rss": 0.01}
 SMALLEST_EFFECT = 0.005  # ratios closer to 1 than this are no difference in practice
+BUSY = 1.5  # load average per CPU, at the start of a run, from which times decide nothing
 WIDE = 0.10  # an interval wider than this, around 1, decides nothing
 
 NOISE_BAND = 3.0  # times the largest difference within a side
@@ -93,11 +94,13 @@ class Verdict:
     parities: List[Parity]
     problems: List[str]
     notes: List[str]
+    busy: bool = False  # other work slowed the runs, unevenly: no verdict on speed
     inference: bool = False  # no training steps: detections are compared instead
 
     @property
     def speed_word(self) -> str:
-        return _word(self.speed, "slower", "faster")
+        word = _word(self.speed, "slower", "faster")
+        return "undecided" if self.busy and word in ("slower", "faster") else word
 
     @property
     def memory_word(self) -> str:
@@ -141,7 +144,7 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
         if not runs and not inference:
             problems.append(f"{label} recorded no step, so there is nothing to compare")
     if not a or not b:
-        return Verdict(None, None, "", "", [], problems, notes, inference)
+        return Verdict(None, None, "", "", [], problems, notes, inference=inference)
 
     warm = int(experiment.options.get("warmup", 0)) if warmup is None else warmup
     fewest = min(run.steps for run in a + b)
@@ -168,9 +171,10 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
     if speed and not speed.repeats:
         notes.append(f"no run was repeated: a spread of {TYPICAL_SPREAD['time']:.1%} between runs is assumed")
     load, cpus = max(run.load for run in a + b), int(experiment.host.get("cpus") or 1)
-    if speed and load > cpus:
+    busy = load > BUSY * cpus
+    if busy:
         notes.append(
-            f"the machine was busy with other work (load {load:.1f} on {cpus} CPUs): times are worth less"
+            f"other work kept the machine busy (load {load:.1f} on {cpus} CPUs): no verdict on speed"
         )
     if not any(sum(r.calls().values()) for r in b):
         notes.append(
@@ -178,9 +182,8 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
             "`flashbias doctor --repo DIR` tells"
         )
     clocks = {run.clock for run in a + b}
-    return Verdict(
-        speed, memory, kind, clocks.pop() if len(clocks) == 1 else "wall clock", parities, problems, notes
-    )
+    clock = clocks.pop() if len(clocks) == 1 else "wall clock"
+    return Verdict(speed, memory, kind, clock, parities, problems, notes, busy=busy)
 
 
 def compare_times(a: Sequence[np.ndarray], b: Sequence[np.ndarray], seed: int = 0) -> Optional[Ratio]:

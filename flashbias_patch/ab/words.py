@@ -7,6 +7,7 @@ from typing import Optional
 
 from .statistics import Parity, Ratio, Verdict
 
+SPACE = "\u00a0"  # between a figure and its unit: never the end of a line
 GOOD = ("faster", "less memory", "identical", "within rounding", "within noise")
 BAD = ("slower", "more memory", "differs")
 PARITY_SAYS = {
@@ -48,7 +49,7 @@ def sentence(verdict: Verdict) -> str:
                 "less memory": f"needs {times(verdict.memory.value)} the memory",
                 "more memory": f"needs {times(verdict.memory.value)} the memory",
                 "no difference": "needs the same memory",
-            }.get(verdict.memory_word, "no clear change in memory")
+            }.get(verdict.memory_word, "shows no clear change in memory")
         )
     says.append(PARITY_SAYS[verdict.parity_word])
     text = "Patched " + ", ".join(says[:-1]) + (" and " if len(says) > 1 else "") + says[-1]
@@ -64,14 +65,14 @@ def seconds(value: float) -> str:
         return "-"
     for limit, scale, unit in ((1e-3, 1e6, "\u00b5s"), (1.0, 1e3, "ms")):
         if value < limit:
-            return f"{value * scale:.3g} {unit}"
-    return f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
+            return f"{value * scale:.3g}{SPACE}{unit}"
+    return f"{value:.3g}{SPACE}s" if value < 100 else f"{value:.0f}{SPACE}s"
 
 
 def size(value: float) -> str:
     if not math.isfinite(value):
         return "-"
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+    return f"{value / 2**30:.2f}{SPACE}GiB" if value >= 2**30 else f"{value / 2**20:.0f}{SPACE}MiB"
 
 
 def interval(ratio: Ratio, inverse: bool = False) -> str:

@@ -66,7 +66,7 @@ def test_sentence_and_cards_say_the_verdict():
 def test_markdown_holds_the_figures():
     experiment = rich_experiment()
     text = report.markdown(experiment, judge(experiment))
-    assert "| peak memory | 8.00 GiB | 3.28 GiB | 0.41× |" in text
+    assert "| peak memory | 8.00\u00a0GiB | 3.28\u00a0GiB | 0.41× |" in text
     assert "- triton, fp16 d32 <r8>" in text and "flashbias run --off -- python" in text
 
 

@@ -145,10 +145,13 @@ def test_without_a_repeat_the_spread_between_runs_is_assumed():
     assert judge(synthetic.experiment(synthetic.trial(0, 0.20, repeats=1).runs[:2])).speed_word == "slower"
 
 
-def test_busy_machine_is_said():
-    found = synthetic.trial(0)
-    found.runs[0].load = 100.0
-    assert any("busy" in note for note in judge(found).notes)
+def test_no_verdict_on_speed_on_a_busy_machine():
+    found = synthetic.trial(0, slowdown=0.5)
+    assert judge(found).speed_word == "slower"
+    found.runs[0].load = 100.0  # of 64 CPUs
+    verdict = judge(found)
+    assert verdict.speed_word == "undecided" and verdict.fails(["slower"]) == []
+    assert any("load 100.0 on 64 CPUs" in note for note in verdict.notes)
 
 
 def test_fail_if():
