@@ -5,6 +5,7 @@
 Medians of CUDA events, the peers interleaved. --check runs the correctness grid on the GPU instead: error against
 float64 at most twice plain PyTorch's in the same precision plus 1e-5. Needs a CUDA device.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -18,11 +19,11 @@ import time
 os.environ.setdefault("FLASHBIAS_PATCH", "0")
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import torch
+import torch.nn.functional as F
 
-from flashbias_patch.attention.kernels.operator import fused_attention  # noqa: E402
-from flashbias_patch.attention.kernels.recompute import Call, _attend  # noqa: E402
+from flashbias_patch.attention.kernels.operator import fused_attention
+from flashbias_patch.attention.kernels.recompute import Call, _attend
 
 # name -> batch, queries, keys, heads, head dim, rank, dtype
 SHAPES = {
@@ -105,7 +106,13 @@ def peers(t, flashbias_path, math):
 
         found["flash-attn 4"] = lambda: first(flash_attn_func(q, k, v))
         found["flash-attn 4 concatenated"] = lambda: concatenated(
-            lambda a, b, c, scale: first(flash_attn_func(a, b, c, softmax_scale=scale)), q, k, v, qf, kf, False
+            lambda a, b, c, scale: first(flash_attn_func(a, b, c, softmax_scale=scale)),
+            q,
+            k,
+            v,
+            qf,
+            kf,
+            False,
         )
     except Exception as error:
         MISSING["flash-attn 4"] = str(error)[:200]
@@ -125,7 +132,9 @@ def peers(t, flashbias_path, math):
         compiled = torch.compile(flex_attention, dynamic=False)
 
         def score(s, b, h, m, n):
-            return s + (qf[0, m, 0].float() * kf[0, n, 0].float()).sum()
+            for column in range(qf.shape[-1]):
+                s = s + qf[0, m, 0, column] * kf[0, n, 0, column]
+            return s
 
         def flex():
             with torch.no_grad():
@@ -151,7 +160,13 @@ def make(shape, requires_grad=True):
         return data.requires_grad_(requires_grad)
 
     lengths = [N * 3 // 4, N - N * 3 // 4]
-    tensors = [random(B, M, H, D), random(B, N, H, D), random(B, N, H, D), random(1, M, 1, R), random(1, N, 1, R)]
+    tensors = [
+        random(B, M, H, D),
+        random(B, N, H, D),
+        random(B, N, H, D),
+        random(1, M, 1, R),
+        random(1, N, 1, R),
+    ]
     return tensors + [random(1, M, 1, 2), lengths], random(B, M, H, D).detach()
 
 
@@ -164,7 +179,7 @@ def measure(functions, leaves, grad, repeats):
 
     def both(function):
         out = function()
-        torch.autograd.grad(out, [leaf for leaf in leaves], grad, allow_unused=True)
+        torch.autograd.grad(out, leaves, grad, allow_unused=True)
 
     for name, function in functions.items():
         modes = [("forward", forward)]
@@ -184,8 +199,7 @@ def measure(functions, leaves, grad, repeats):
                 results[name]["MiB " + mode] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
             alive[name] = modes
         except Exception as error:
-            results[name]["failed"] = "{}: {}".format(type(error).__name__, str(error)[:160])
-        out = None
+            results[name]["failed"] = f"{type(error).__name__}: {str(error)[:160]}"
     times = {(name, mode): [] for name, modes in alive.items() for mode, _ in modes}
     for _ in range(repeats):
         for name, modes in alive.items():
@@ -210,7 +224,9 @@ def exact(t, dtype, factors=True, segments=False):
         q, k, v, qf if factors else None, kf if factors else None, w if segments else None, tuple(t[6]), None, None,
         None, 0.0, q.shape[-1] ** -0.5, torch.zeros(1), (True,) * 7,
     )  # fmt: skip
-    return leaves, _attend(call, [q, k, v, call.q_factor, call.k_factor, call.segment_weights, None], 0, q.shape[1])
+    return leaves, _attend(
+        call, [q, k, v, call.q_factor, call.k_factor, call.segment_weights, None], 0, q.shape[1]
+    )
 
 
 def benchmark(args):
@@ -225,7 +241,7 @@ def benchmark(args):
         functions = peers(t, args.flashbias_path, math=name in ("cmt", "square 4096"))
         results = measure(functions, t[:6], grad, args.repeats)
         flops = 4 * B * M * N * H * D
-        print("{} {}".format(name, shape))
+        print(f"{name} {shape}")
         for peer, row in results.items():
             if "forward" in row:
                 row["TFLOP/s forward"] = round(flops / row["forward"] / 1e9, 1)
@@ -248,7 +264,17 @@ def grid():
     lengths = [(1, 1), (1, 257), (113, 203), (128, 128), (257, 1), (1023, 1024), (100, 5640)]
     dims, ranks = [16, 32, 40, 64, 80, 128], [1, 2, 3, 8, 13, 16, 33, 64]
     dtypes = ["float16", "bfloat16", "float32"]
-    features = ["factors", "segments", "dense", "dense rows", "mask", "padding", "added padding", "everything", "dropout"]
+    features = [
+        "factors",
+        "segments",
+        "dense",
+        "dense rows",
+        "mask",
+        "padding",
+        "added padding",
+        "everything",
+        "dropout",
+    ]
     for place in range(54):
         yield (
             lengths[place % 7], 2, dims[place % 6], ranks[(place + place // 8) % 8], dtypes[(place // 2) % 3],
@@ -297,7 +323,9 @@ def one_check(lengths, H, D, R, dtype, feature, generator):
         else:
             torch.manual_seed(1)
             out = fused_attention(*leaves[:6], split, leaves[6], mask, padding, p)
-        return [x.double() for x in grads_of(out, [x for x in leaves if x is not None], grad.to(cast))]
+        return [
+            x.detach().double() for x in grads_of(out, [x for x in leaves if x is not None], grad.to(cast))
+        ]
 
     want, plain, got = run(torch.float64, True), run(low, True), run(low, False)
     worst = 0.0
@@ -317,13 +345,15 @@ def check_part(part, parts):
         raise error
 
     operator.on_backward_failure = fail
-    launch._empty = lambda *size, **options: torch.empty(*size, **options).fill_(float("nan"))  # every element written?
+    launch._empty = lambda *size, **options: torch.empty(*size, **options).fill_(
+        float("nan")
+    )  # every element written?
     bad, worst, count = [], 0.0, 0
     for case in list(grid())[part::parts]:
         try:
             ratio = one_check(*case, generator)
         except Exception as error:
-            bad.append((case, "{}: {}".format(type(error).__name__, str(error)[:200])))
+            bad.append((case, f"{type(error).__name__}: {str(error)[:200]}"))
             if "CUDA error" in str(error):
                 break
             continue
@@ -344,15 +374,19 @@ def check(args):
     repeats = [grads_of(fused_attention(*t[:5]), t[:5], grad) for _ in range(10)]
     equal = all(torch.equal(a, b) for other in repeats[1:] for a, b in zip(repeats[0], other))
     count, worst = sum(part[0] for part in parts), max(part[1] for part in parts)
-    print("checked {}, worst error {:.2f} of what is allowed, {:.0f} s".format(count, worst, time.time() - began))
-    print("ten deterministic repeats bit-equal: {}".format(equal))
+    print(
+        f"checked {count}, worst error {worst:.2f} of what is allowed, {time.time() - began:.0f} s"
+    )
+    print(f"ten deterministic repeats bit-equal: {equal}")
     for case in bad:
         print("WRONG", case)
     return 1 if bad or not equal else 0
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", nargs="*")

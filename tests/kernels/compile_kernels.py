@@ -2,6 +2,7 @@
 
 Prints one line a variant; the last is "compiled N". Works from Triton 3.0 on.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -13,8 +14,8 @@ import types
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource, compile  # noqa: E402
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KERNELS = os.path.join(HERE, os.pardir, os.pardir, "flashbias_patch", "attention", "kernels")
@@ -48,11 +49,15 @@ def build(kernel, constants, dtype, arch, warps=4, stages=2, **pointers):
                 attributes[(place,)] = [["tt.divisibility", 16]]
     if OLD:
         source = ASTSource(
-            fn=kernel, signature=signature, constants={kernel.arg_names.index(k): v for k, v in constants.items()}
+            fn=kernel,
+            signature=signature,
+            constants={kernel.arg_names.index(k): v for k, v in constants.items()},
         )
     else:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages))
+    return compile(
+        source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages)
+    )
 
 
 PLAIN = dict(
@@ -66,7 +71,9 @@ VARIANTS = {
     "segments": ("bf16", dict(BLOCK_R=0, SEGMENTS=7), {}),
     "everything": (
         "fp16",
-        dict(D=40, BLOCK_D=64, SEGMENTS=2, HAS_DENSE=True, HAS_MASK=True, PAD_KIND=1, DROPOUT=True, BLOCK_N=32),
+        dict(
+            D=40, BLOCK_D=64, SEGMENTS=2, HAS_DENSE=True, HAS_MASK=True, PAD_KIND=1, DROPOUT=True, BLOCK_N=32
+        ),
         dict(PAD="u8"),
     ),
     "added padding": ("bf16", dict(PAD_KIND=2, D=128, BLOCK_D=128, BLOCK_R=64, BLOCK_N=32), dict(PAD="fp32")),
@@ -81,7 +88,10 @@ def variants():
     for name, (dtype, changes, pointers) in VARIANTS.items():
         constants = dict(PLAIN, **changes)
         yield name, forward.forward_kernel, dict(constants, PARTIAL=name == "segments"), dtype, pointers
-        grads = dict(DENSE_GRAD=2 if name == "everything" else 3 if name == "float32" else 0, SHARED_KF=name != "float32")
+        grads = dict(
+            DENSE_GRAD=2 if name == "everything" else 3 if name == "float32" else 0,
+            SHARED_KF=name != "float32",
+        )
         yield name, backward.keys_kernel, dict(constants, **dict(KEYS, **grads)), dtype, pointers
         needs = dict(QUERIES, NEED_W=constants["SEGMENTS"] > 0)
         yield name, backward.queries_kernel, dict(constants, **needs), dtype, pointers

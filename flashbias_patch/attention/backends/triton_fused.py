@@ -1,4 +1,5 @@
 """This package's own Triton kernels: every feature, forward and backward, on any GPU that Triton serves."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -32,19 +33,21 @@ class TritonFused:
         reasons = _missing()
         q, v = inputs.q, inputs.v
         if q.device.type != "cuda":
-            reasons.append("tensors are on {}, not on a CUDA device".format(q.device.type))
+            reasons.append(f"tensors are on {q.device.type}, not on a CUDA device")
         elif torch.version.hip:
             reasons.append("not tried on ROCm")
         elif torch.cuda.get_device_capability(q.device) < (8, 0):
-            reasons.append("compute capability {}.{} is below 8.0".format(*torch.cuda.get_device_capability(q.device)))
+            reasons.append(
+                "compute capability {}.{} is below 8.0".format(*torch.cuda.get_device_capability(q.device))
+            )
         if q.dtype not in DTYPES:
-            reasons.append("dtype {} is not float16, bfloat16 or float32".format(str(q.dtype)[6:]))
+            reasons.append(f"dtype {str(q.dtype)[6:]} is not float16, bfloat16 or float32")
         if v.shape[-1] != q.shape[-1]:
-            reasons.append("head dim of v is {}, of q {}: they must agree".format(v.shape[-1], q.shape[-1]))
+            reasons.append(f"head dim of v is {v.shape[-1]}, of q {q.shape[-1]}: they must agree")
         if not 8 <= q.shape[-1] <= 128:
-            reasons.append("head dim {} is not in 8 .. 128".format(q.shape[-1]))
+            reasons.append(f"head dim {q.shape[-1]} is not in 8 .. 128")
         if inputs.q_factor is not None and inputs.q_factor.shape[-1] > 64:
-            reasons.append("rank {} is above 64".format(inputs.q_factor.shape[-1]))
+            reasons.append(f"rank {inputs.q_factor.shape[-1]} is above 64")
         if inputs.key_padding is not None and inputs.key_padding.requires_grad:
             reasons.append("key_padding requires a gradient")
         return reasons

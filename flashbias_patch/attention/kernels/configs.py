@@ -48,9 +48,9 @@ TABLE: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ],
     ("keys", 90, True): [
         (32, 0, Config(64, 128, 4, 3)),
-        (32, 16, Config(64, 64, 4, 3, registers=168)),
+        (32, 16, Config(64, 64, 4, 3)),
         (32, 64, Config(128, 64, 4, 3)),
-        (64, 64, Config(64, 64, 4, 3)),
+        (64, 64, Config(64, 64, 4, 3, registers=168)),
         (128, 64, Config(64, 64, 4, 2)),
     ],
     ("queries", 90, True): [
@@ -60,8 +60,17 @@ TABLE: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ],
     # Eight warps and tf32x3 end in an illegal access on Triton 3.6: four only.
     ("forward", 90, False): [(32, 64, Config(64, 64, 4, 2)), (128, 64, Config(64, 32, 4, 2))],
-    ("keys", 90, False): [(32, 64, Config(32, 64, 4, 2)), (64, 64, Config(32, 32, 4, 2)), (128, 64, Config(32, 32, 4, 1))],
-    ("queries", 90, False): [(32, 64, Config(64, 64, 4, 2)), (64, 64, Config(32, 32, 4, 2)), (128, 64, Config(32, 32, 4, 1))],
+    ("keys", 90, False): [
+        (32, 16, Config(32, 128, 4, 1)),
+        (32, 64, Config(32, 64, 4, 1)),
+        (64, 64, Config(32, 32, 4, 2)),
+        (128, 64, Config(32, 32, 4, 1)),
+    ],
+    ("queries", 90, False): [
+        (32, 64, Config(64, 64, 4, 2)),
+        (64, 64, Config(32, 32, 4, 2)),
+        (128, 64, Config(32, 32, 4, 1)),
+    ],
     ("forward", 80, True): [(64, 64, Config(64, 64, 4, 3)), (128, 64, Config(64, 64, 4, 2))],
     ("keys", 80, True): [(64, 64, Config(64, 64, 4, 2)), (128, 64, Config(32, 64, 4, 2))],
     ("queries", 80, True): [(64, 64, Config(64, 64, 4, 2)), (128, 64, Config(64, 32, 4, 2))],
@@ -108,7 +117,7 @@ def first_working(key: Key, launch: Callable[[Config], Any]) -> Any:
             continue
         _working[key] = config
         return result
-    raise RuntimeError("no tile shape fits this GPU for {}: {}".format(key, refusal))
+    raise RuntimeError(f"no tile shape fits this GPU for {key}: {refusal}")
 
 
 def _cache_path() -> str:

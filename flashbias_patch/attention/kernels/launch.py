@@ -289,12 +289,21 @@ def backward(
             torch.zeros(shape, dtype=dtype, device=q.device) if need else None  # type: ignore
             for need, shape, dtype in zip(needs, shapes, dtypes)
         )
+    if N == 1:
+        # The one key's weight is 1 (or 0) whatever its score, so that only v has a gradient: exactly, where the
+        # difference of two rounded numbers would not be.
+        needs, rest = Needs(False, False, needs.v, False, False, False, False), needs
+        zeros = [
+            torch.zeros(shape, dtype=dtype, device=q.device) if need else None  # type: ignore
+            for need, shape, dtype in zip(rest, shapes, dtypes)
+        ]
     if not any(needs):
-        return (None,) * 7
+        return (None,) * 7 if N > 1 else tuple(zeros)
     grad_out = unit_last(grad_out)
     with on_device(q):
         rows = row_values(problem, grad_out, out, lse)
-        return _Backward(problem, needs, grad_out, lse, rows, seed, shapes, dtypes).run()
+        grads = _Backward(problem, needs, grad_out, lse, rows, seed, shapes, dtypes).run()
+    return grads if N > 1 else tuple(zero if grad is None else grad for grad, zero in zip(grads, zeros))
 
 
 def row_values(problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:

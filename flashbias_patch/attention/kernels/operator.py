@@ -1,4 +1,5 @@
 """`fused_attention`: the kernels as one differentiable operator, registered with torch.library where torch has it."""
+
 from __future__ import annotations
 
 import logging
@@ -18,7 +19,9 @@ def _recompute(call: Call, grad_out: Tensor, error: BaseException) -> Tuple[Any,
     global _told
     if not _told:
         _told = True
-        log.warning("the fused backward pass failed (%s); gradients are recomputed by plain PyTorch, slower", error)
+        log.warning(
+            "the fused backward pass failed (%s); gradients are recomputed by plain PyTorch, slower", error
+        )
     return plain_backward(call, grad_out)
 
 
@@ -34,7 +37,9 @@ def _problem(
     """The call as the kernels want it; `prepared` is what forward had to copy for that (empty: nothing)."""
     rank = 0 if q_factor is None else q_factor.shape[-1]
     if prepared:
-        q, q_factor, k_factor = (new if new.numel() else old for new, old in zip(prepared, (q, q_factor, k_factor)))
+        q, q_factor, k_factor = (
+            new if new.numel() else old for new, old in zip(prepared, (q, q_factor, k_factor))
+        )
     else:
         if launch.scales_q(q_factor, scale):
             q = torch.mul(q, scale, out=torch.empty(q.shape, dtype=q.dtype, device=q.device))
@@ -82,7 +87,14 @@ def _forward_fake(
         else:
             copies.append(q.new_empty(0))
     seed = torch.empty(1 if dropout_p > 0 else 0, dtype=torch.int64, device=q.device)
-    return q.new_empty(B, M, H, D), q.new_empty(B * H, M, dtype=torch.float32), seed, copies[0], copies[1], copies[2]
+    return (
+        q.new_empty(B, M, H, D),
+        q.new_empty(B * H, M, dtype=torch.float32),
+        seed,
+        copies[0],
+        copies[1],
+        copies[2],
+    )
 
 
 def _backward(
@@ -107,7 +119,8 @@ def _backward_fake(grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, new
                    new_kf: Tensor, *rest: Any) -> List[Tensor]:  # fmt: skip
     tensors = tuple(rest[:6]) + (rest[7],)
     return [
-        t.new_empty(t.shape) if need and t is not None else grad_out.new_empty(0) for need, t in zip(rest[-1], tensors)
+        t.new_empty(t.shape) if need and t is not None else grad_out.new_empty(0)
+        for need, t in zip(rest[-1], tensors)
     ]
 
 
@@ -143,28 +156,33 @@ if hasattr(torch.library, "custom_op"):
     _op_backward = torch.library.custom_op(
         _names[1], _backward, mutates_args=(),
         schema="(Tensor grad_out, Tensor out, Tensor lse, Tensor seed, Tensor new_q, Tensor new_qf, Tensor new_kf, "
-               "{}, bool[] needs) -> Tensor[]".format(_INPUTS),
+               f"{_INPUTS}, bool[] needs) -> Tensor[]",
     )  # fmt: skip
     _op.register_fake(_forward_fake)
     _op_backward.register_fake(_backward_fake)
     _op.register_autograd(lambda ctx, grad, *unused: _gradients(_op_backward, ctx, grad), setup_context=_save)
-    _apply: Callable[..., Any] = _op
 else:
+    _op = None
 
-    class _FusedAttention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = _forward(*inputs)
-            _save(ctx, inputs, output)
-            ctx.mark_non_differentiable(*output[1:])
-            return output
 
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, grad_out: Optional[Tensor], *unused: Any) -> Any:
-            return _gradients(_backward, ctx, grad_out)
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+        return output
 
-    _apply = _FusedAttention.apply
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Optional[Tensor], *unused: Any) -> Any:
+        return _gradients(_backward, ctx, grad_out)
+
+
+def _apply(*inputs: Any) -> Any:
+    # Small problems wait for the processor: outside a compiled graph the registered operator's layers only cost.
+    compiling = _op is not None and torch.compiler.is_compiling()
+    return _op(*inputs) if compiling else _FusedAttention.apply(*inputs)
 
 
 def fused_attention(
@@ -191,5 +209,6 @@ def fused_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lengths = list(segment_lengths or ()) if segment_weights is not None else []
-    # Gradients must not be lost where a copy is made inside the operator, nor made for what needs none.
-    return _apply(q, k, v, q_factor, k_factor, segment_weights, lengths, dense, mask, key_padding, dropout_p, scale)[0]
+    return _apply(
+        q, k, v, q_factor, k_factor, segment_weights, lengths, dense, mask, key_padding, dropout_p, scale
+    )[0]

@@ -1,0 +1,316 @@
+"""The kernels, interpreted, against float64: error at most twice plain PyTorch's in the same precision, plus 1e-5."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton", minversion="3.0")
+
+from flashbias_patch.attention.kernels import configs, launch, operator  # noqa: E402
+from flashbias_patch.attention.kernels.operator import fused_attention  # noqa: E402
+from flashbias_patch.attention.kernels.recompute import Call, _attend, keep_mask, plain_backward  # noqa: E402
+
+NAMES = ("q", "k", "v", "q_factor", "k_factor", "weights", "dense")
+# The interpreter computes bfloat16 products wrongly; benchmarks/attention.py --check has them, on a GPU.
+HALF, FULL = torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def strict(monkeypatch):
+    """Backward may not quietly fall back, and memory comes poisoned."""
+
+    def fail(call, grad_out, error):
+        raise error
+
+    def poisoned(*size, **options):
+        return torch.full(*size, float("nan"), **options)
+
+    monkeypatch.setattr(operator, "on_backward_failure", fail)
+    monkeypatch.setattr(launch, "_empty", poisoned)
+
+
+def problem(
+    M, N, D=16, R=0, dtype=FULL, B=2, H=2, S=0, dense=None, mask=None, padding=None, shared=False, p=0.0
+):
+    """(the seven tensors, keyword arguments of what has no gradient, the output's gradient)"""
+    generator = torch.Generator().manual_seed(M * 1000 + N + D + R)
+
+    def random(*size):
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    Bf, Hf = (1, 1) if shared else (B, H)
+    tensors = [random(B, M, H, D), random(B, N, H, D), random(B, N, H, D), None, None, None, None]
+    if R:
+        tensors[3], tensors[4] = random(Bf, M, Hf, R), random(Bf, N, H, R)
+    lengths = [N // S] * (S - 1) + [N - N // S * (S - 1)] if S else None
+    if S:
+        tensors[5] = random(Bf, M, Hf, S)
+    if dense:
+        tensors[6] = random(*dense)
+    rest = dict(segment_lengths=lengths, dropout_p=p)
+    if mask:
+        rest["mask"] = torch.rand(*mask, generator=generator) < 0.3
+    if padding == "bool":
+        rest["key_padding"] = torch.rand(B, N, generator=generator) < 0.2
+        rest["key_padding"][:, : N // 2] = True
+    elif padding == "float":
+        rest["key_padding"] = random(B, N).masked_fill(
+            torch.rand(B, N, generator=generator) < 0.2, -float("inf")
+        )
+    return tensors, rest, random(B, M, H, D)
+
+
+def leaves_of(tensors, dtype):
+    return [None if t is None else t.detach().clone().to(dtype).requires_grad_() for t in tensors]
+
+
+def grads(out, leaves, grad):
+    present = [leaf for leaf in leaves if leaf is not None]
+    return [out.detach()] + list(torch.autograd.grad(out, present, grad.to(out.dtype)))
+
+
+def plainly(tensors, rest, grad, dtype, seed):
+    leaves = leaves_of(tensors, dtype)
+    lengths = tuple(rest.get("segment_lengths") or ())
+    q = leaves[0]
+    call = Call(
+        *leaves[:6], lengths, leaves[6], rest.get("mask"), rest.get("key_padding"), rest["dropout_p"],
+        q.shape[-1] ** -0.5, seed, (True,) * 7,
+    )  # fmt: skip
+    return grads(_attend(call, leaves, 0, q.shape[1]), leaves, grad)
+
+
+def fused(tensors, rest, grad, dtype):
+    leaves = leaves_of(tensors, dtype)
+    torch.manual_seed(3)
+    arguments = dict(zip(("q_factor", "k_factor", "segment_weights", "dense"), leaves[3:]), **rest)
+    return grads(fused_attention(*leaves[:3], **arguments), leaves, grad)
+
+
+def check(tensors, rest, grad):
+    dtype = tensors[0].dtype
+    torch.manual_seed(3)
+    seed = torch.randint(1 << 62, (1,), dtype=torch.int64)
+    want = plainly(tensors, rest, grad, torch.float64, seed)
+    plain = plainly(tensors, rest, grad, dtype, seed)
+    got = fused(tensors, rest, grad, dtype)
+    names = ["out"] + [name for name, tensor in zip(NAMES, tensors) if tensor is not None]
+    for name, exact, low, ours in zip(names, want, plain, got):
+        assert ours.shape == exact.shape and ours.dtype == dtype, name
+        error, allowed = (ours - exact).norm(), 2 * (low - exact).norm()
+        assert error <= allowed + 1e-5 * max(exact.norm(), exact.numel() ** 0.5), (
+            name,
+            float(error),
+            float(allowed),
+        )
+
+
+# Every length, rank, head dim and dtype appears; not every combination.
+COVERING = [
+    ((1, 1), 1, 16, FULL), ((1, 257), 3, 32, HALF), ((113, 203), 8, 32, HALF), ((128, 128), 13, 64, HALF),
+    ((257, 1), 2, 40, FULL), ((33, 70), 33, 80, FULL), ((20, 65), 64, 128, HALF), ((40, 50), 16, 8, HALF),
+    ((17, 130), 0, 40, HALF),
+]  # fmt: skip
+REST = [
+    (lengths, rank, dim, dtype)
+    for place, lengths in enumerate([(1, 1), (1, 257), (113, 203), (128, 128), (257, 1)])
+    for shift, rank in enumerate([1, 2, 3, 8, 13, 16, 33, 64])
+    for dim, dtype in [
+        ([16, 32, 40, 64, 80, 128][(place + shift) % 6], [HALF, FULL][(place + shift // 2) % 2])
+    ]
+]
+
+
+@pytest.mark.parametrize("lengths, rank, dim, dtype", COVERING)
+def test_factors(lengths, rank, dim, dtype):
+    check(*problem(*lengths, D=dim, R=rank, dtype=dtype, B=1, H=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths, rank, dim, dtype", REST)
+def test_factors_everywhere(lengths, rank, dim, dtype):
+    check(*problem(*lengths, D=dim, R=rank, dtype=dtype))
+
+
+FEATURES = {
+    "shared factors": dict(R=3, shared=True),
+    "segments": dict(S=3),
+    "shared segments with factors": dict(S=2, R=2, shared=True),
+    "dense": dict(dense=(2, 2, 20, 70)),
+    "dense shared over the batch": dict(dense=(1, 2, 20, 70)),
+    "dense shared over heads": dict(dense=(2, 1, 20, 70), dtype=HALF),
+    "dense a row": dict(dense=(2, 1, 1, 70)),
+    "mask": dict(mask=(2, 1, 20, 70), R=2),
+    "mask a row": dict(mask=(1, 2, 1, 70)),
+    "padding": dict(padding="bool", S=2),
+    "added padding": dict(padding="float", R=1),
+    "dropout": dict(p=0.3, R=2),
+    "everything": dict(
+        R=3, S=2, dense=(1, 2, 20, 70), mask=(2, 1, 20, 70), padding="bool", p=0.2, shared=True, dtype=HALF
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name):
+    check(*problem(20, 70, **FEATURES[name]))
+
+
+@pytest.mark.parametrize(
+    "name, deterministic",
+    [("shared factors", True), ("segments", False), ("dense shared over the batch", True), ("padding", False)],
+)
+def test_split(monkeypatch, name, deterministic):
+    """Cut over keys and over queries, results combined; in deterministic mode the same bits again."""
+    monkeypatch.setattr(configs, "INTERPRETED", configs.Config(16, 16, 4, 1, splits=3))
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        case = problem(20, 70, **FEATURES[name])
+        check(*case)
+        if deterministic:
+            again = [fused(*case, FULL) for _ in range(2)]
+            assert all(torch.equal(a, b) for a, b in zip(*again))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_rows_without_keys_give_zeros():
+    tensors, rest, grad = problem(20, 40, R=2, dense=(1, 1, 20, 40))
+    rest["mask"] = torch.zeros(1, 1, 20, 40, dtype=torch.bool)
+    rest["mask"][:, :, 3:9] = True
+    tensors[6][:, :, 11] = -float("inf")
+    results = dict(zip(("out",) + NAMES, [r for r in _with_gaps(fused(tensors, rest, grad, FULL), tensors)]))
+    for name, result in results.items():
+        assert result is None or torch.isfinite(result).all(), name
+    for row in (3, 8, 11):
+        assert (results["out"][:, row] == 0).all() and (results["q"][:, row] == 0).all()
+        assert (results["q_factor"][:, row] == 0).all()
+
+
+def _with_gaps(results, tensors):
+    results = iter(results)
+    return [next(results)] + [None if tensor is None else next(results) for tensor in tensors]
+
+
+@pytest.mark.parametrize("M, N, B", [(0, 5, 2), (5, 0, 2), (0, 0, 1), (3, 4, 0)])
+def test_nothing_to_attend(M, N, B):
+    tensors, rest, grad = problem(M, N, R=2, B=B)
+    for result in fused(tensors, rest, grad, FULL):
+        assert (result == 0).all()
+
+
+def test_strided_views_are_not_copied(monkeypatch):
+    """q, k and v as slices of one projection, heads first or last."""
+    packed = torch.randn(2, 30, 3, 2, 16)
+    heads_first = packed.permute(0, 1, 3, 2, 4).contiguous().permute(0, 1, 3, 2, 4)
+    want = fused_attention(*[part.contiguous() for part in packed.unbind(2)])
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: pytest.fail("copied"))
+    for layout in (packed, heads_first):
+        assert torch.equal(fused_attention(*layout.unbind(2)), want)
+
+
+def test_dropout_repeats_with_the_generator_and_backward_uses_the_same_mask():
+    """v = 1 makes a row's output its share of kept weights; dv recovers each kept weight."""
+    M, N, p = 9, 40, 0.4
+    q, k = torch.zeros(1, M, 1, 16), torch.zeros(1, N, 1, 16)
+    v = torch.eye(N)[None, :, None, :].requires_grad_()  # head dim 40: out is the matrix of weights
+    q, k = torch.zeros(1, M, 1, N), torch.zeros(1, N, 1, N)
+    torch.manual_seed(7)
+    out = fused_attention(q, k, v, dropout_p=p)
+    torch.manual_seed(7)
+    assert torch.equal(out, fused_attention(q, k, v, dropout_p=p))
+    assert not torch.equal(out, fused_attention(q, k, v, dropout_p=p))
+    kept = out[0, :, 0] > 0
+    assert torch.allclose(out[0, :, 0], kept / (N * (1 - p)))
+    assert abs(float(kept.float().mean()) - (1 - p)) < 0.1
+    torch.manual_seed(7)
+    seed = torch.randint(1 << 62, (1,), dtype=torch.int64)
+    assert torch.equal(kept, keep_mask(seed, torch.tensor(0), torch.arange(M)[:, None], torch.arange(N), p))
+    row = torch.zeros_like(out)
+    row[0, 4] = 1.0
+    (dv,) = torch.autograd.grad(out, v, row)
+    assert torch.allclose(dv[0, :, 0, 0], kept[4] / (N * (1 - p)))
+
+
+@pytest.mark.parametrize("wanted", ["q", "k_factor", "weights", "dense"])
+def test_only_wanted_gradients(wanted):
+    tensors, rest, grad = problem(20, 40, R=2, S=2, dense=(1, 1, 20, 40))
+    every = dict(zip(("out",) + NAMES, fused(tensors, rest, grad, FULL)))
+    leaf = tensors[NAMES.index(wanted)].requires_grad_()
+    out = fused_attention(*tensors[:6], rest["segment_lengths"], tensors[6])
+    assert torch.allclose(torch.autograd.grad(out, leaf, grad)[0], every[wanted], atol=1e-6)
+
+
+def test_backward_falls_back_inside_itself(monkeypatch, caplog):
+    """A kernel that fails in backward costs speed, not the run; what the user pressed is not swallowed."""
+    tensors, rest, grad = problem(33, 70, R=3, S=2, mask=(1, 1, 33, 70), p=0.2, shared=True)
+    want = fused(tensors, rest, grad, FULL)
+    monkeypatch.setattr(operator, "on_backward_failure", operator._recompute)
+    monkeypatch.setattr(operator, "_told", False)
+
+    def broken(*_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(launch, "backward", broken)
+    with caplog.at_level("WARNING", logger="flashbias_patch"):
+        got = [fused(tensors, rest, grad, FULL) for _ in range(2)][1]
+    assert sum("no room" in record.getMessage() for record in caplog.records) <= 1
+    for a, b in zip(got, want):
+        assert torch.allclose(a, b, atol=1e-5)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "backward", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fused(tensors, rest, grad, FULL)
+
+
+def test_recomputed_gradients_in_chunks(monkeypatch):
+    from flashbias_patch.attention.kernels import recompute
+
+    tensors, rest, grad = problem(33, 20, R=3, S=2, dense=(2, 1, 33, 20), mask=(1, 1, 33, 20))
+    leaves = leaves_of(tensors, FULL)
+    call = Call(
+        *leaves[:6], tuple(rest["segment_lengths"]), leaves[6], rest["mask"], None, 0.0, 0.25, torch.zeros(1),
+        (True,) * 7,
+    )  # fmt: skip
+    whole = plain_backward(call, grad)
+    monkeypatch.setattr(recompute, "CHUNK_ELEMENTS", 1)
+    for a, b in zip(whole, plain_backward(call, grad)):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_negative_scale():
+    tensors, _, _ = problem(20, 40)
+    q, k, v = tensors[:3]
+    assert torch.allclose(
+        fused_attention(q, k, v, scale=-0.3), fused_attention(-q, k, v, scale=0.3), atol=1e-6
+    )
+
+
+@pytest.mark.skipif(not hasattr(torch.library, "custom_op"), reason="torch < 2.4")
+def test_compiles_into_one_graph():
+    """Traced with fake tensors, forward and backward, shapes of every output as they really come."""
+    tensors, rest, grad = problem(20, 40, R=3, S=2, dense=(1, 1, 20, 40))
+
+    def model(*leaves):
+        out = fused_attention(*leaves[:6], rest["segment_lengths"], leaves[6])
+        return out * 2
+
+    leaves = leaves_of(tensors, FULL)
+    want = grads(model(*leaves), leaves, grad)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for a, b in zip(grads(compiled(*leaves), leaves, grad), want):
+        assert torch.allclose(a, b, atol=1e-6)
+    arguments = (
+        *[t.detach() for t in leaves[:6]],
+        rest["segment_lengths"],
+        leaves[6].detach(),
+        None,
+        None,
+        0.0,
+        0.25,
+    )
+    torch.library.opcheck(operator._op, arguments, test_utils=("test_schema", "test_faketensor"))
