@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextvars
 import importlib
-import sys
 from typing import Any, Dict, Iterable, List, Optional, Set, Tuple
 
 import torch
@@ -48,6 +47,13 @@ class NoBackendError(RuntimeError):
     """No backend takes a call; the message lists every backend with its reasons."""
 
 
+class StartOver(BaseException):
+    """A backend failed inside a checkpointed forward, where what it saved before failing cannot be taken back.
+
+    Whoever opened the Script runs the function again. No Exception, so that no layer's own handler sees it.
+    """
+
+
 class Unavailable:
     """Stands for a backend whose module does not import here."""
 
@@ -66,9 +72,6 @@ def backend(name: str) -> Any:
     if name not in _loaded:
         try:
             _loaded[name] = importlib.import_module(f"{__package__}.backends.{MODULES[name]}").backend
-            operator = sys.modules.get(f"{__package__}.kernels.operator")
-            if operator is not None:
-                operator.on_backward_failure = on_backward_failure  # type: ignore[attr-defined]
         except Exception as error:  # a broken installation raises anything, not ImportError alone
             if not faults.survivable(error):
                 raise
@@ -114,13 +117,13 @@ def attend(inputs: AttentionInputs, pinned: Optional[str] = None) -> Tensor:
         return _traced(inputs, pinned)
     if _pending and _current_graph_task() == -1:
         _open_pending()
-    key = key_of(inputs)
     read = settings.current()
     names: Iterable[str] = MODULES if read.backend == "auto" and pinned is None else candidates(pinned)
     script = _script.get()
     if script is None:
-        return _answer(inputs, key, names)[0]
-    return script.answer(inputs, key, names)
+        return _answer(inputs, key_of(inputs), names)[0]
+    # A checkpointed forward runs without grad, but who answers it must be able to answer the recomputation.
+    return script.answer(inputs, key_of(inputs, grad=True), names)
 
 
 def _answer(
@@ -146,7 +149,7 @@ def _answer(
             if verdict is None and not _earns_trust(candidate, name, inputs, key, verdicts):
                 continue
             if inputs.dropout_p:
-                state = _random_state(inputs)
+                state = _random_state(inputs.q.device)
             out = candidate(inputs)
         except Exception as error:
             out = _after(error, name, inputs, key, verdicts, state)
@@ -177,6 +180,10 @@ def _earns_trust(
     if name == LAST_RESORT:
         verdicts[name] = TRUSTED
         return True
+    if name == "triton" and type(candidate).__module__.startswith(f"{__package__}."):
+        from .kernels import operator
+
+        operator.on_backward_failure = on_backward_failure
     if not selfcheck.possible(inputs):
         return name != "upstream"  # ours and torch's are assumed to be right, one known to go wrong is not
     found = selfcheck.check(candidate, key, inputs.rank)
@@ -197,11 +204,14 @@ def _after(
     if faults.sticky(error):
         journal.once("sticky", "error", faults.CULPRIT)
         raise
-    _restore_random_state(state, inputs)
+    _restore_random_state(state)
     if faults.out_of_memory(error):
         return _least_memory(error, name, inputs, key)
     _open(key, name, faults.first_line(error))
     _refuse_if_strict(inputs, key, name, error)
+    script = _script.get()
+    if script is not None and script.recording:
+        raise StartOver
     return None
 
 
@@ -220,16 +230,24 @@ def _least_memory(error: Exception, name: str, inputs: AttentionInputs, key: Key
     if not settings.current().strict:
         reason = "out of memory: the cache was emptied and the call answered in small chunks by the reference"
         journal.fallback(name, describe(key), reason)
+        script = _script.get()
+        if script is not None and script.recording:
+            script.next_time_in_small_chunks()
+            raise StartOver
         try:
-            out = backend(LAST_RESORT).attend(inputs, LEAST_BYTES)
-            journal.calls[LAST_RESORT] += 1
-            return out
+            return _in_small_chunks(inputs)
         except Exception as again:
             if not faults.out_of_memory(again):
                 raise
             error = again
     kind = MemoryError if isinstance(error, MemoryError) else torch.cuda.OutOfMemoryError
     raise kind(faults.memory_advice(error, inputs)) from error
+
+
+def _in_small_chunks(inputs: AttentionInputs) -> Tensor:
+    out = backend(LAST_RESORT).attend(inputs, LEAST_BYTES)
+    journal.calls[LAST_RESORT] += 1
+    return out
 
 
 def on_backward_failure(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:
@@ -240,6 +258,8 @@ def on_backward_failure(call: Any, grad_out: Tensor, error: BaseException) -> Tu
     """
     from .kernels import recompute
 
+    if selfcheck.owns(call.q, call.k):
+        raise error
     if not faults.survivable(error):
         if faults.sticky(error):
             journal.once("sticky", "error", faults.CULPRIT)
@@ -290,14 +310,17 @@ def _open_pending() -> None:
 class Script:
     """Which backend answered each attention of a checkpointed function, so that recomputing asks the same.
 
-    `with script:` records the first time and replays every later time, whatever breakers have opened since.
+    `with script:` records the first time and replays every later time, whatever breakers have opened since. The
+    first time it may raise StartOver: `rewind()`, and do it again.
     """
 
     def __init__(self) -> None:
+        self.recording = True
         self._names: List[str] = []
-        self._recorded = False
+        self._short_of_memory: Set[int] = set()  # calls to be answered in small chunks
         self._next = 0
         self._token: Any = None
+        self._random_state = _random_state()
 
     def __enter__(self) -> Script:
         self._next = 0
@@ -306,11 +329,24 @@ class Script:
 
     def __exit__(self, *exc: Any) -> None:
         _script.reset(self._token)
-        self._recorded = True
+        self.recording = False
+
+    def rewind(self) -> None:
+        """As before the first time, random state included."""
+        self.recording = True
+        self._names.clear()
+        _restore_random_state(self._random_state)
+
+    def next_time_in_small_chunks(self) -> None:
+        """Have the call that is being answered answered by the last resort from now on."""
+        self._short_of_memory.add(self._next - 1)
 
     def answer(self, inputs: AttentionInputs, key: Key, names: Iterable[str]) -> Tensor:
         place, self._next = self._next, self._next + 1
-        if self._recorded and place < len(self._names):
+        if place in self._short_of_memory:
+            self._names.append(LAST_RESORT)
+            return _in_small_chunks(inputs)
+        if not self.recording and place < len(self._names):
             name = self._names[place]
             return _answer(inputs, key, [name, *(n for n in names if n != name)] if name else names, name)[0]
         self._names.append("")  # stays, where no backend answers and the original code runs
@@ -348,16 +384,23 @@ def _message(inputs: AttentionInputs, key: Key, names: Iterable[str], prefix: st
     return "\n  ".join(lines)
 
 
-def _random_state(inputs: AttentionInputs) -> Tuple[Tensor, Optional[Tensor]]:
-    cuda = torch.cuda.get_rng_state(inputs.q.device) if inputs.q.is_cuda else None
-    return torch.get_rng_state(), cuda
+RandomState = Tuple[Tensor, Optional[Tensor], Optional[torch.device]]
 
 
-def _restore_random_state(state: Optional[Tuple[Tensor, Optional[Tensor]]], inputs: AttentionInputs) -> None:
+def _random_state(device: Optional[torch.device] = None) -> RandomState:
+    """Of the CPU and of one CUDA device (default: the current one). Neither synchronises."""
+    cpu = torch.get_rng_state()
+    if not torch.cuda.is_initialized() or torch.cuda.is_current_stream_capturing():
+        return cpu, None, None
+    device = device if device is not None and device.type == "cuda" else torch.device("cuda")
+    return cpu, torch.cuda.get_rng_state(device), device
+
+
+def _restore_random_state(state: Optional[RandomState]) -> None:
     if state is not None:
         torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], inputs.q.device)
+        if state[1] is not None and state[2] is not None:
+            torch.cuda.set_rng_state(state[1], state[2])
 
 
 def reset() -> None:

@@ -1,0 +1,1 @@
+from ..patching.conftest import patched, repository  # noqa: F401

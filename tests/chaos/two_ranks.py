@@ -1,0 +1,87 @@
+"""Two ranks of one model under DDP; on rank 1 a backend fails. Prints the ranks' reduced gradients' distance.
+
+    python -m tests.chaos.two_ranks                 # gloo, CPU (what the tests run)
+    python -m tests.chaos.two_ranks --backend nccl  # two GPUs
+"""
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import os
+import socket
+import sys
+from pathlib import Path
+
+os.environ["FLASHBIAS_PATCH"] = "0"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rank_main(rank, port, backend, broken, results):
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    import flashbias_patch
+    from flashbias_patch import journal
+    from flashbias_patch.attention import dispatch
+
+    from .faulty import FAULTS, Faulty
+    from .training import train
+
+    os.environ["RANK"] = str(rank)
+    torch.set_num_threads(1)
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2,
+                            timeout=datetime.timedelta(seconds=120))
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        torch.set_default_device("cuda")
+    flashbias_patch.install()
+    sys.path.insert(0, str(ROOT / "examples" / "mini_cmt"))
+    module = importlib.import_module("projects.mmdet3d_plugin.models.utils.petr_transformer")
+    fault = next(f for f in FAULTS if f.name == "CompilationError") if broken and rank == 1 else None
+    faulty = Faulty("triton", fault, "forward", 1)
+    dispatch.MODULES = {"triton": "none", **{n: dispatch.MODULES[n] for n in ("sdpa", "reference")}}
+    dispatch._loaded["triton"] = faulty
+    losses, grads = train(module, on_step=faulty.on_step, wrap=DistributedDataParallel, with_cp=False, seed=rank)
+    results.put((rank, losses, {name: g.cpu().numpy() for name, g in grads.items()}, journal.fallbacks()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(backend="gloo", broken=True):
+    """{rank: (losses, gradients by name, fallbacks)} of a run."""
+    import torch.multiprocessing as mp
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    ranks = [context.Process(target=rank_main, args=(r, port, backend, broken, results)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        found = dict((rank, rest) for rank, *rest in (results.get(timeout=180) for _ in ranks))
+    finally:
+        for process in ranks:
+            process.join(30)
+            if process.is_alive():
+                process.kill()
+    return found
+
+
+def distance(a, b):
+    """Largest difference between two sets of gradients, relative to the largest entry of all."""
+    return float(max(abs(a[n] - b[n]).max() for n in a) / max(abs(x).max() for x in a.values()))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", default="gloo", choices=("gloo", "nccl"))
+    name = parser.parse_args().backend
+    unbroken, fallen = run(name, broken=False), run(name)
+    print("fallbacks on rank 1:", fallen[1][2])
+    print("ranks differ by", distance(fallen[0][1], fallen[1][1]))
+    print("from the unbroken run by", distance(fallen[0][1], unbroken[0][1]))
+    print("losses", fallen[0][0], unbroken[0][0])
