@@ -86,8 +86,9 @@ class OuterSeam:
             if isinstance(inner, nn.MultiheadAttention):
                 with InnerAttention(route):
                     out = wrapped(*masks_off[0], **masks_off[1])
-            else:
-                out = wrapped(*masks_off[0], **masks_off[1])
+            else:  # padding stays: a fork's flash class may hand it on, where the family's drops it
+                mask_off = parameters.without(("attn_mask",), args, kwargs)
+                out = wrapped(*mask_off[0], **mask_off[1])
         finally:
             _route.reset(token)
         if not route.taken:
@@ -265,6 +266,9 @@ class CoreSeam:
             captured = arguments.capture(module, self.parameters, args, plain_kwargs, keyword_biases)
         else:
             captured = self._as_upstream(route.take())
+        keep = self.parameters.get("key_padding_mask", args, plain_kwargs)
+        if keep is not None:  # flash-attn's convention, the opposite of torch's: True keeps a key
+            captured = captured._replace(key_padding_mask=~keep.bool())
         why = _flash_misfit(module)
         if why is None:
             q, k, v = (self.parameters.get(name, args, plain_kwargs) for name in ("q", "k", "v"))

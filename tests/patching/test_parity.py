@@ -153,7 +153,7 @@ def test_core_alone(patched):
     out, weights = core(q, kv, kv)
     assert weights is None and out.shape == q.shape
     torch.testing.assert_close(core(q=q, k=kv, v=kv)[0], out)
-    masked, _ = core(q, kv, kv, key_padding_mask=padding)
+    masked, _ = core(q, kv, kv, key_padding_mask=~padding)  # flash-attn's convention: True keeps a key
     heads = [torch.nn.functional.linear(x, w, b).unflatten(-1, (H, -1)) for x, w, b in
              zip((q, kv, kv), core.in_proj_weight.chunk(3), core.in_proj_bias.chunk(3))]
     expected = core.out_proj(dense_attention(*heads, None, padding[:, None, None].expand(2, H, 5, 7)).flatten(2))
