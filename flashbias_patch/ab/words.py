@@ -10,6 +10,7 @@ from .statistics import Parity, Ratio, Verdict
 SPACE = "\u00a0"  # between a figure and its unit: never the end of a line
 GOOD = ("faster", "less memory", "identical", "within rounding", "within noise")
 BAD = ("slower", "more memory", "differs")
+UNCLEAR = "shows no clear change in {}"
 PARITY_SAYS = {
     "identical": "trains identically, bit for bit",
     "within rounding": "trains the same within rounding",
@@ -41,7 +42,7 @@ def sentence(verdict: Verdict) -> str:
                 "faster": f"is {times(1 / verdict.speed.value)} as fast",
                 "slower": f"takes {times(verdict.speed.value)} the time",
                 "no difference": "is as fast as unpatched",
-            }.get(verdict.speed_word, "shows no clear change in speed")
+            }.get(verdict.speed_word, UNCLEAR.format("speed"))
         )
     if verdict.memory is not None:
         says.append(
@@ -49,8 +50,10 @@ def sentence(verdict: Verdict) -> str:
                 "less memory": f"needs {times(verdict.memory.value)} the memory",
                 "more memory": f"needs {times(verdict.memory.value)} the memory",
                 "no difference": "needs the same memory",
-            }.get(verdict.memory_word, "shows no clear change in memory")
+            }.get(verdict.memory_word, UNCLEAR.format("memory"))
         )
+    if says == [UNCLEAR.format("speed"), UNCLEAR.format("memory")]:
+        says = [UNCLEAR.format("speed or memory")]
     says.append(PARITY_SAYS[verdict.parity_word])
     text = "Patched " + ", ".join(says[:-1]) + (" and " if len(says) > 1 else "") + says[-1]
     return text + (f" from step {verdict.first_step} on." if verdict.first_step is not None else ".")
