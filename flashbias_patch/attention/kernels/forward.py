@@ -27,7 +27,7 @@ def _step(
         s = tl.dot(qf, tl.trans(kf), s, input_precision=PRECISION)
     rows = first_row + tl.arange(0, BLOCK_M)
     keys = start + tl.arange(0, BLOCK_N)
-    CAN_EMPTY: tl.constexpr = HAS_DENSE or HAS_MASK or PAD_KIND > 0
+    CAN_EMPTY: tl.constexpr = (HAS_DENSE or HAS_MASK) or PAD_KIND > 0
     ADDS: tl.constexpr = HAS_DENSE or PAD_KIND == 2
     if ADDS:
         s = s * score_scale
