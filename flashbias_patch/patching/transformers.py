@@ -165,9 +165,10 @@ class TransformerSeam:
         keys = self.layout.keys(get)
         query = get(self.layout.query)
         segments = _segments(keys, router.num_segments, self.layout, self.name)
+        # The router reads and does not steer: its gradient would move reference points to change their weights.
         routing = router.route(
-            query if query.dim() == 3 else query[None],
-            _mean_features(keys, router.num_segments, self.layout),
+            (query if query.dim() == 3 else query[None]).detach(),
+            _mean_features(keys, router.num_segments, self.layout).detach(),
             self._places(router, keys, segments),
         )
         if dropped is not None and router.supervision:

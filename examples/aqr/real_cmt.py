@@ -1,0 +1,257 @@
+"""The real CMT head and transformer (fusion, unmodified source) with a router, by config override only.
+
+    python examples/aqr/real_cmt.py CMT_CHECKOUT FRAME_DIR [--steps 20] [--device cuda] [--out results.json]
+
+CMT_CHECKOUT is a working tree of junjie18/CMT, FRAME_DIR a nuScenes frame in mmdet3d's info format. The backbones are
+left out: BEV features (512, 128, 128) are made from the lidar points and camera features (256, 20, 50) from the images by
+fixed random projections, so that neither spconv nor compiled OpenMMLab operators are needed. Each row of the table is a
+process of its own: AQR off and on, patched, and unpatched with the bias as a dense mask; checkpointing off and on.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "projects/configs/fusion/cmt_voxel0100_r50_800x320_cbgs.py"
+CASES = {
+    f"{'on' if aqr else 'off'}, {'patched' if patched else 'unpatched'}{', checkpointed' if cp else ''}":
+        {"aqr": aqr, "patched": patched, "with_cp": cp}
+    for cp in (False, True) for aqr in (False, True) for patched in (False, True)
+}
+CLASSES = ("car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
+           "traffic_cone")
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("cmt", metavar="CMT_CHECKOUT")
+    parser.add_argument("frame", metavar="FRAME_DIR")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--bs", type=int, default=2)
+    parser.add_argument("--attn", default="PETRMultiheadAttention", help="class of the cross attention")
+    parser.add_argument("--bev", type=int, default=128, help="N x N lidar tokens")
+    parser.add_argument("--camera", type=int, nargs=2, default=(20, 50), metavar=("H", "W"), help="tokens of a camera")
+    parser.add_argument("--queries", type=int, default=900)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--locality", action="store_true")
+    parser.add_argument("--out", metavar="FILE.json")
+    parser.add_argument("--case", choices=sorted(CASES), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.case:
+        Path(args.out).write_text(json.dumps(run_case(args, **CASES[args.case])))
+        return
+    given = list(sys.argv[1:] if argv is None else argv)
+    results: Dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        target = os.path.join(folder, "case.json")
+        for name, case in CASES.items():
+            environment = {**os.environ, "FLASHBIAS_PATCH": "1" if case["patched"] else "0",
+                           "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+            done = subprocess.run([sys.executable, "-W", "ignore", __file__, *given, "--case", name, "--out", target],
+                                  env=environment, stderr=subprocess.PIPE, text=True)
+            if done.returncode:  # a dense bias under reentrant checkpointing, for one
+                results[name] = {"error": (done.stderr.strip().splitlines() or ["?"])[-1]}
+            else:
+                results[name] = json.loads(Path(target).read_text())
+            print(f"{name:<32} {json.dumps({k: v for k, v in results[name].items() if k != 'losses'})}", flush=True)
+    if args.out:
+        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def run_case(args: argparse.Namespace, aqr: bool, patched: bool, with_cp: bool) -> Dict[str, Any]:
+    import flashbias_patch  # the one line a user adds
+    import numpy as np
+    import torch
+
+    make_importable(args.device)
+    sys.path.insert(0, args.cmt)
+    os.chdir(args.cmt)
+    from mmcv import Config
+
+    options = {"model.pts_bbox_head.transformer.aqr.enable": True} if aqr and patched else {}
+    if options and args.locality:
+        options["model.pts_bbox_head.transformer.aqr.locality"] = True
+    config = Config.fromfile(CONFIG)
+    config.merge_from_dict(options)  # what --cfg-options does
+    head_config = config.model.pts_bbox_head
+    layers = head_config.transformer.decoder.transformerlayers
+    layers.with_cp = with_cp
+    layers.attn_cfgs[1]["type"] = args.attn
+    for attention in layers.attn_cfgs:
+        attention["dropout"] = 0.0
+    head_config.transformer.decoder.num_layers = args.layers
+    head_config.num_query = args.queries
+    head_config.update(train_cfg=config.model.train_cfg.pts, test_cfg=config.model.test_cfg.pts)
+    head_config.train_cfg.grid_size = [args.bev * 8, args.bev * 8, 40]
+
+    import projects.mmdet3d_plugin.models.dense_heads.cmt_head as cmt_head
+    from mmdet3d.models import build_head
+
+    move_denoising(cmt_head.CmtHead, args.device)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    head = build_head(head_config)
+    head.init_weights()
+    if aqr and not patched:
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        import aqr as benchmark  # benchmarks/aqr.py
+
+        head.transformer.aqr = flashbias_patch.aqr.AdaptiveQueryRouter(head.transformer.embed_dims, 2)
+        benchmark.give_dense_bias(head.transformer)
+    head = head.to(args.device).train()
+    x, x_img, metas, boxes, labels = inputs(args, torch, np)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-4, weight_decay=0.01)
+    cuda = args.device.startswith("cuda")
+    losses, times, scales, peak = [], [], [], 0.0
+    for step in range(args.steps):
+        torch.manual_seed(100 + step)
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        out = head.loss(boxes, labels, head([x], [x_img], metas))
+        loss = sum(value for name, value in out.items() if "loss" in name)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradient = head.transformer.aqr.bias_scale.grad if aqr else None
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 35.0)
+        optimizer.step()
+        if cuda:
+            torch.cuda.synchronize()
+            peak = max(peak, torch.cuda.max_memory_allocated() / 2 ** 20)
+        times.append(time.perf_counter() - start)
+        losses.append(float(loss))
+        if aqr:
+            scales.append([head.transformer.aqr.bias_scale.item(), None if gradient is None else gradient.item()])
+    return {"losses": losses, "first_loss": losses[0], "last_loss": losses[-1],
+            "step_s": statistics.median(times[2:] or times), "peak_mib": peak, "bias_scale_and_gradient": scales[:2] + scales[-1:],
+            "calls": dict(flashbias_patch.status()["calls"]), "torch": torch.__version__, "attn": args.attn}
+
+
+def inputs(args: argparse.Namespace, torch: Any, np: Any) -> Any:
+    """BEV features, camera features, metas, boxes and labels of the one real frame, repeated."""
+    import cv2
+    from mmdet3d.core.bbox import LiDARInstance3DBoxes
+
+    path = next(Path(args.frame).glob("*.pkl"))
+    content = pickle.loads(path.read_bytes())
+    info, names = content["data_list"][0], {v: k for k, v in content["metainfo"]["categories"].items()}
+    generator = torch.Generator().manual_seed(0)
+
+    height, width = args.camera[0] * 16, args.camera[1] * 16
+    patches, matrices = [], []
+    for camera in info["images"].values():
+        image = cv2.imread(os.path.join(args.frame, camera["img_path"])).astype(np.float32) / 255.0
+        scale = width / image.shape[1]
+        image = cv2.resize(image, (width, round(image.shape[0] * scale)))
+        top = image.shape[0] - height
+        patch = torch.from_numpy(image[top:]).unflatten(0, (args.camera[0], 16)).unflatten(2, (args.camera[1], 16))
+        patches.append(patch.permute(0, 2, 1, 3, 4).flatten(2) - 0.5)
+        matrix = np.eye(4)
+        matrix[:3, :3] = np.array(camera["cam2img"])
+        matrix[:2] *= scale
+        matrix[1, 2] -= top
+        matrices.append((matrix @ np.array(camera["lidar2cam"])).astype(np.float32))
+    pixels = torch.stack(patches)
+    x_img = (pixels @ torch.randn(pixels.shape[-1], 256, generator=generator) / 8).permute(0, 3, 1, 2)
+
+    lidar = info["lidar_points"]
+    points = np.fromfile(os.path.join(args.frame, lidar["lidar_path"]), dtype=np.float32)
+    points = torch.from_numpy(points.reshape(-1, lidar.get("num_pts_feats", 5)))
+    cell = ((points[:, :2] + 54.0) / 108.0 * args.bev).long()
+    inside = ((cell >= 0) & (cell < args.bev)).all(1)
+    index = (cell[:, 1] * args.bev + cell[:, 0])[inside]
+    features = torch.cat([torch.ones(len(index), 1), points[inside, 2:4] / torch.tensor([2.0, 64.0])], 1)
+    grid = torch.zeros(args.bev ** 2, 3).index_add(0, index, features).clamp(-8, 8)
+    x = (grid @ torch.randn(3, 512, generator=generator)).T.reshape(1, 512, args.bev, args.bev)
+
+    kept = [i for i in info["instances"] if i["bbox_3d_isvalid"] and i["bbox_label_3d"] >= 0
+            and max(abs(v) for v in i["bbox_3d"][:2]) < 54]
+    boxes = np.nan_to_num(np.array([[*i["bbox_3d"], *i["velocity"]] for i in kept], np.float32))
+    labels = torch.tensor([CLASSES.index(names[i["bbox_label_3d"]]) for i in kept])
+    truth = LiDARInstance3DBoxes(boxes, box_dim=9, origin=(0.5, 0.5, 0.5))
+    meta = {"lidar2img": matrices, "pad_shape": [(height, width, 3)] * 6, "img_shape": [(height, width, 3)] * 6,
+            "gt_bboxes_3d": types.SimpleNamespace(_data=truth), "gt_labels_3d": types.SimpleNamespace(_data=labels)}
+    device = args.device
+    return (x.repeat(args.bs, 1, 1, 1).to(device), x_img.repeat(args.bs, 1, 1, 1).to(device),
+            [dict(meta) for _ in range(args.bs)], [truth.to(device)] * args.bs, [labels.to(device)] * args.bs)
+
+
+def make_importable(device: str) -> None:
+    """What current software lacks: compiled operators, spconv, tkinter, none of which is called here."""
+    import torch
+
+    if device == "cpu":
+        torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+    class Missing(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+            def missing(*args: Any, **kwargs: Any) -> Any:
+                raise RuntimeError(f"{self.__name__}.{name} is not installed")
+
+            return missing
+
+    def absent(name: str) -> bool:
+        try:
+            __import__(name)
+            return False
+        except Exception:
+            return True
+
+    import mmcv  # noqa: F401
+
+    compiled = not absent("mmcv._ext")
+    if not compiled:
+        sys.modules["mmcv._ext"] = Missing("mmcv._ext")
+    if absent("spconv"):
+        for name in ("spconv", "spconv.pytorch", "spconv.pytorch.utils"):
+            sys.modules[name] = Missing(name)
+    if absent("tkinter"):
+        sys.modules["turtle"] = Missing("turtle")
+    if os.environ.get("FLASHBIAS_PATCH") == "0" and absent("flash_attn"):
+        for name in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn.bert_padding"):
+            sys.modules[name] = Missing(name)
+    if not compiled:
+        import mmdet.models.losses.focal_loss as focal_loss
+
+        def focal(pred: Any, target: Any, weight: Any = None, gamma: float = 2.0, alpha: float = 0.25,
+                  reduction: str = "mean", avg_factor: Any = None) -> Any:
+            one_hot = torch.nn.functional.one_hot(target, pred.size(1) + 1)[:, :pred.size(1)]
+            return focal_loss.py_sigmoid_focal_loss(pred, one_hot, weight, gamma=gamma, alpha=alpha,
+                                                    reduction=reduction, avg_factor=avg_factor)
+
+        focal_loss.sigmoid_focal_loss = focal
+
+
+def move_denoising(head: type, device: str) -> None:
+    """CMT indexes a CPU tensor with CUDA indices, as torch 1.9 allowed."""
+    import torch
+
+    original = head.prepare_for_dn
+
+    def prepare_for_dn(self: Any, *args: Any, **kwargs: Any) -> Any:
+        points, mask, known = original(self, *args, **kwargs)
+        if known:
+            known = {name: value.to(device) if torch.is_tensor(value) else value for name, value in known.items()}
+        return points, mask, known
+
+    head.prepare_for_dn = prepare_for_dn
+
+
+if __name__ == "__main__":
+    main()
