@@ -14,6 +14,7 @@ import types
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
@@ -32,6 +33,7 @@ POINTERS = dict(
 )  # fmt: skip
 FLOATS = ("score_scale", "dropout_p", "keep_scale", "dq_scale", "dk_scale")
 OLD = "constants" in inspect.signature(ASTSource.__init__).parameters
+BY_PLACE = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2)
 
 
 def build(kernel, constants, dtype, arch, warps=4, stages=2, **pointers):
@@ -41,17 +43,17 @@ def build(kernel, constants, dtype, arch, warps=4, stages=2, **pointers):
             if not OLD:
                 signature[name] = "constexpr"
         elif name.isupper() and name not in ("B", "H", "M", "N", "L", "R"):
-            signature[name if not OLD else place] = "*" + pointers.get(name, POINTERS.get(name, dtype))
+            signature[place if BY_PLACE else name] = "*" + pointers.get(name, POINTERS.get(name, dtype))
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
-            signature[name if not OLD else place] = "fp32" if name in FLOATS else "i32"
+            signature[place if BY_PLACE else name] = "fp32" if name in FLOATS else "i32"
             if name[-2:] in ("_b", "_m", "_n", "_h", "_s"):
                 attributes[(place,)] = [["tt.divisibility", 16]]
     if OLD:
         source = ASTSource(
             fn=kernel,
             signature=signature,
-            constants={kernel.arg_names.index(k): v for k, v in constants.items()},
+            constants={kernel.arg_names.index(k) if BY_PLACE else k: v for k, v in constants.items()},
         )
     else:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
