@@ -131,8 +131,10 @@ def test_hang_is_ended_with_its_children(tmp_path):
     body = f"""
         import subprocess, signal
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)  # {mark}"],
-        start_new_session=True) train(4) time.sleep(300)
+        words = [sys.executable, "-c", "import time; time.sleep(300)  # {mark}"]
+        subprocess.Popen(words, start_new_session=True)
+        train(4)
+        time.sleep(300)
     """
     words = command(tmp_path, body)
     begin = time.monotonic()
