@@ -25,6 +25,8 @@ B, H, D = 2, 8, 32
 SCALE = D**-0.5
 TARGETS = {"forward": 0.90, "forward_backward": 0.92}  # of concatenating by hand, at the first case
 TURNS = 3
+# Joined head dims and v's, FlashAttention-4 alone: what widths cost, and which do not compile.
+WIDTHS = [(32, 32), (40, 32), (48, 32), (64, 32), (64, 64), (80, 32), (96, 32)]
 
 
 class Case(NamedTuple):
@@ -158,6 +160,31 @@ def measure(case: Case, flash: Callable[..., Any]) -> Dict[str, Any]:
     return found
 
 
+def core(flash: Callable[..., Any], width: int, v_width: int) -> Dict[str, Any]:
+    """FlashAttention-4 alone, on operands that are joined already, at the first case's lengths."""
+    queries, keys = CASES[0][:2]
+    shapes = ((queries, width), (keys, width), (keys, v_width), (queries, v_width))
+    *leaves, gradient = (torch.randn(B, length, H, d, device="cuda", dtype=torch.float16) for length, d in shapes)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    found: Dict[str, Any] = {"width": width, "v_width": v_width}
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return flash(*leaves, softmax_scale=SCALE)[0]
+
+    def both() -> Tuple[Tensor, ...]:
+        return torch.autograd.grad(flash(*leaves, softmax_scale=SCALE)[0], leaves, gradient)
+
+    for what, step in (("forward", forward), ("forward_backward", both)):
+        try:
+            found[what] = {"ms": do_bench(step, warmup=20, rep=100, return_mode="median")}
+        except Exception as error:  # the compiler's own, of several kinds
+            found[what] = {"fails": f"{type(error).__name__}: {str(error).strip()[:200]}"}
+    print(f"FlashAttention-4 alone, head dims {width} / {v_width}:", found["forward"], found["forward_backward"])
+    return found
+
+
 def report(found: Dict[str, Any]) -> None:
     hand = found["methods"]["by hand"]
     for name, numbers in found["methods"].items():
@@ -180,6 +207,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from flash_attn.cute import flash_attn_func
 
+    widths = [core(flash_attn_func, *pair) for pair in WIDTHS]
     results = []
     for case in CASES[: arguments.cases]:
         found = measure(case, flash_attn_func)
@@ -191,7 +219,7 @@ def main() -> None:
             "B": B, "H": H, "D": D, "dtype": "float16", "targets": TARGETS,
         }  # fmt: skip
         with open(arguments.out, "w") as file:
-            json.dump({"about": about, "cases": results}, file, indent=1)
+            json.dump({"about": about, "widths": widths, "cases": results}, file, indent=1)
             file.write("\n")
 
 

