@@ -11,6 +11,8 @@ import platform
 import sys
 from typing import Any, Dict, Iterator, List, Optional
 
+from . import config_check
+
 NAME = "doctor"
 HELP = "show versions, settings, backends with their reasons and, for a repository, which classes would be patched"
 
@@ -20,6 +22,7 @@ PACKAGES = ("torch", "triton", "wrapt", "mmcv-full", "mmcv", "mmengine", "mmdet"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repo", metavar="DIR", help="a repository: list its classes that would be patched")
+    parser.add_argument("--config", metavar="FILE", help="an mmcv config: is a bias on, and which layers receive it")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -28,6 +31,12 @@ def main(args: argparse.Namespace) -> int:
         print(f"flashbias doctor: --repo: {args.repo!r} is not a directory", file=sys.stderr)
         return 2
     report = examine(args.repo)
+    if args.config is not None:
+        try:
+            report["config"] = config_check.check(args.config)
+        except config_check.ConfigError as error:
+            print(f"flashbias doctor: {error}", file=sys.stderr)
+            return 2
     print(json.dumps(report, indent=2, default=str) if args.json else _text(report))
     return 0
 
@@ -141,4 +150,6 @@ def _text(report: Dict[str, Any]) -> str:
             lines.append(f"  {item['file']}:{item.get('line', 1)} {item['class'] or ''} {verdict}")
         if not report["repository"]:
             lines.append("  no class that this package patches; see docs/compatibility.md")
+    if "config" in report:
+        lines.append(config_check.text(report["config"]))
     return "\n".join(lines)
