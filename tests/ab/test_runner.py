@@ -126,7 +126,8 @@ def test_killed_by_a_signal(tmp_path):
     assert experiment.runs[0].killed and experiment.runs[0].steps == 8
 
 
-def test_hang_is_ended_with_its_children(tmp_path):
+def test_hang_is_ended_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE_TO_DIE", 1.0)
     mark = f"hang-{os.getpid()}-{time.monotonic_ns()}"
     body = f"""
         import subprocess, signal
