@@ -1,109 +1,74 @@
-"""What the shim costs: import time over a bare interpreter, and Python time a call, each beside the unpatched.
+"""What guarding costs a call once its class is settled: dispatch.attend against calling the backend.
 
-    python benchmarks/overhead.py [--out benchmarks/results/overhead_cpu.json]
+    python benchmarks/overhead.py
 
-A call is timed at a size where arithmetic vanishes (2 queries, 2 keys, 8 channels), patched and unpatched
-alternating in one process, so that the difference is the shim's own Python.
+The backend here does no work, so that the difference is guarding alone: the class of the call, its verdict,
+the random state where there is dropout. A backend's own `why_not` is asked at every call and is shown beside it.
 """
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import subprocess
-import sys
+import os
 import time
+import timeit
+from typing import Any, Callable, Dict
+
+os.environ.setdefault("FLASHBIAS_PATCH", "0")
+
+import torch  # noqa: E402
+
+from flashbias_patch.attention import dispatch  # noqa: E402
+from flashbias_patch.attention.call_class import key_of  # noqa: E402
+from flashbias_patch.attention.inputs import AttentionInputs  # noqa: E402
+
+CALLS, REPEATS = 5000, 15
 
 
-def import_times(repeats: int) -> dict:
-    """Milliseconds of `import flashbias_patch` and of a bare start, alternating, medians."""
-    code = "import time; t = time.perf_counter(); {} ; print((time.perf_counter() - t) * 1e3)"
+class Nothing:
+    """Takes every call and does no work."""
 
-    def run(statement: str) -> float:
-        return float(subprocess.run([sys.executable, "-c", code.format(statement)], check=True, text=True,
-                                    stdout=subprocess.PIPE).stdout)
+    name = "triton"
 
-    def start() -> float:
-        begin = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "pass"], check=True)
-        return (time.perf_counter() - begin) * 1e3
+    def why_not(self, inputs: AttentionInputs) -> list:
+        return []
 
-    bare = [start() for _ in range(repeats)]
-    return {
-        "bare_interpreter_ms": statistics.median(bare),
-        "import_ms": statistics.median(run("import flashbias_patch") for _ in range(repeats)),
-        "import_off_ms": statistics.median(
-            run("import os; os.environ['FLASHBIAS_PATCH'] = '0'; import flashbias_patch") for _ in range(repeats)
-        ),
-    }
+    def __call__(self, inputs: AttentionInputs) -> torch.Tensor:
+        return inputs.q
 
 
-def call_times(repeats: int, calls: int) -> dict:
-    """Microseconds a forward of a PETR-shaped module, patched and not, and the difference."""
-    import torch
-    from torch import nn
+def call(device: str, dtype: torch.dtype, features: str) -> AttentionInputs:
+    B, M, N, H, D, R = 2, 149, 223, 8, 32, 8
 
-    import flashbias_patch
-    from flashbias_patch.patching import hooks
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=device, dtype=dtype)
 
-    class PETRMultiheadAttention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attn = nn.MultiheadAttention(8, 2)
+    made: Dict[str, Any] = {"q": zeros(B, M, H, D).requires_grad_(), "k": zeros(B, N, H, D), "v": zeros(B, N, H, D)}
+    if "factors" in features:
+        made.update(q_factor=zeros(B, M, 1, R), k_factor=zeros(1, N, 1, R))
+    if "mask" in features:
+        made.update(mask=torch.zeros(1, 1, M, N, dtype=torch.bool, device=device))
+    return AttentionInputs(**made, scale=0.2, dropout_p=0.1 if "dropout" in features else 0.0)
 
-        def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None,
-                    attn_mask=None, key_padding_mask=None, **kwargs):
-            query, key = query + query_pos, key + key_pos
-            return identity + self.attn(query, key, value, attn_mask=attn_mask,
-                                        key_padding_mask=key_padding_mask)[0]
 
-    torch.set_num_threads(1)
-    module = PETRMultiheadAttention()
-    x = torch.randn(2, 1, 8)
-    padding = torch.zeros(1, 2)
-
-    def timed() -> float:
-        begin = time.perf_counter()
-        for _ in range(calls):
-            module(x, x, x, identity=x, query_pos=x, key_pos=x, key_padding_mask=padding)
-        return (time.perf_counter() - begin) / calls * 1e6
-
-    unpatched, patched = [], []
-    for _ in range(repeats):
-        flashbias_patch.uninstall()
-        timed()
-        unpatched.append(timed())
-        flashbias_patch.install()
-        hooks.claim(PETRMultiheadAttention)
-        timed()
-        patched.append(timed())
-    return {
-        "unpatched_us": statistics.median(unpatched),
-        "patched_us": statistics.median(patched),
-        "ratio": statistics.median(patched) / statistics.median(unpatched),
-        "difference_us": statistics.median(patched) - statistics.median(unpatched),
-    }
+def microseconds(function: Callable[[], Any]) -> float:
+    return min(timeit.repeat(function, timer=time.process_time, number=CALLS, repeat=REPEATS)) / CALLS * 1e6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--calls", type=int, default=500)
-    parser.add_argument("--out")
-    args = parser.parse_args()
-    import torch
-    import wrapt
-
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "python": platform.python_version(), "torch": torch.__version__, "wrapt": wrapt.__version__,
-        "import": import_times(args.repeats), "call": call_times(args.repeats, args.calls),
-    }
-    print(json.dumps(result, indent=2))
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump(result, file, indent=2)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    print(f"torch {torch.__version__}, {device}; microseconds of processor time a call, best of {REPEATS}")
+    for features in ("plain", "factors", "factors, mask", "factors, dropout"):
+        inputs = call(device, dtype, features)
+        dispatch.reset()
+        own = {name: microseconds(lambda b=dispatch.backend(name): b.why_not(inputs)) for name in ("triton", "flash")}
+        nothing = Nothing()
+        dispatch._loaded["triton"] = nothing
+        dispatch._verdicts[key_of(inputs)] = {"triton": dispatch.TRUSTED}
+        guarded = microseconds(lambda i=inputs: dispatch.attend(i))
+        direct = microseconds(lambda i=inputs, n=nothing: n(i))
+        asked = ", ".join(f"{name}.why_not {cost:.1f}" for name, cost in own.items())
+        print(f"{features:18s} guarding {guarded - direct:5.2f}   ({asked})")
+        dispatch.reset()
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def _earns_trust(
     if name == LAST_RESORT:
         verdicts[name] = TRUSTED
         return True
-    if name == "triton" and type(candidate).__module__.startswith(f"{__package__}."):
+    if name == "triton" and inputs.q.is_cuda:
         from .kernels import operator
 
         operator.on_backward_failure = on_backward_failure

@@ -1,0 +1,227 @@
+"""Generated calls of patched classes: each equals the unpatched class, or raises an error that says something.
+
+FLASHBIAS_FUZZ=20000 sets the number of calls (default 300).
+"""
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import flashbias_patch
+from flashbias_patch import journal
+from flashbias_patch.bias import LowRankBias
+from tests import stand_ins
+
+CALLS = int(os.environ.get("FLASHBIAS_FUZZ", "300"))
+DTYPES = {"float32": 2e-4, "float64": 1e-6, "bfloat16": 6e-2}
+MASKS = ("none", "none", "bool", "float", "heads bool", "heads float", "byte", "integer", "wrong shape", "number", "grad")
+PADDINGS = ("none", "none", "bool", "float", "byte", "wrong shape", "text")
+NONSENSE = ("no query", "text", "integers", "other dtype", "other width", "two dims", "other batch", "values longer",
+            "meta device", "numpy")
+STRIDES = ("plain", "transposed", "sliced", "expanded", "negative-free view")
+seen: Counter = Counter()
+
+
+@st.composite
+def calls(draw):
+    return dict(
+        cls=draw(st.sampled_from(("PETRMultiheadAttention", "MultiheadAttention"))), B=draw(st.integers(1, 3)),
+        M=draw(st.one_of(st.integers(1, 9), st.integers(0, 40))), N=draw(st.one_of(st.integers(1, 9), st.integers(0, 70))),
+        H=draw(st.sampled_from((1, 2, 4))), D=draw(st.sampled_from((1, 3, 4, 8))),
+        dtype=draw(st.sampled_from(("float32", "float32", *DTYPES))), batch_first=draw(st.booleans()),
+        training=draw(st.booleans()), grad=draw(st.booleans()), mask=draw(st.sampled_from(MASKS)),
+        padding=draw(st.sampled_from(PADDINGS)), key=draw(st.sampled_from(("given", "query", "none", "shared"))),
+        positions=draw(st.booleans()), strides=draw(st.sampled_from(STRIDES)), bias=draw(st.sampled_from((0, 0, 1, 3))),
+        nonsense=draw(st.sampled_from((None,) * 8 + NONSENSE)), masked=draw(st.sampled_from((0.0, 0.3, 1.0))),
+        size=draw(st.sampled_from((1.0, 1.0, 8.0))), seed=draw(st.integers(0, 2**20)),
+    )  # fmt: skip
+
+
+class Case:
+    """The tensors of one call."""
+
+    def __init__(self, c):
+        self.c, self.dtype = c, getattr(torch, c["dtype"])
+        self.g = torch.Generator().manual_seed(c["seed"])
+        self.leaves = []
+        E, N = c["H"] * c["D"], c["N"]
+        self.M, self.N = c["M"], c["M"] if c["key"] in ("query", "none") else N
+        query = self.sequence(self.M, E)
+        key = {"given": lambda: self.sequence(N, E), "shared": lambda: self.sequence(N, E), "query": lambda: query,
+               "none": lambda: None}[c["key"]]()
+        value = self.sequence(N, E) if c["key"] == "given" else key
+        self.call = dict(query=query, key=key, value=value, attn_mask=self.mask(), key_padding_mask=self.padding())
+        if c["positions"]:
+            self.call.update(query_pos=self.sequence(self.M, E), key_pos=self.sequence(self.N, E))
+        self.bias = None
+        if c["bias"]:
+            R = c["bias"]
+            self.bias = LowRankBias(torch.randn(1, self.M, c["H"], R, generator=self.g),
+                                    torch.randn(c["B"], self.N, 1, R, generator=self.g))
+        self.spoil()
+
+    def sequence(self, length, E):
+        B = self.c["B"]
+        shape = [B, length, E] if self.c["batch_first"] else [length, B, E]
+        kind = self.c["strides"]
+        if kind == "transposed":
+            leaf = torch.randn(shape[2], shape[1], shape[0], generator=self.g)
+        elif kind == "sliced":
+            leaf = torch.randn(shape[0], shape[1], 2 * E + 1, generator=self.g)
+        elif kind == "expanded":
+            leaf = torch.randn(shape[0], 1, E, generator=self.g)
+        else:
+            leaf = torch.randn(shape, generator=self.g)
+        leaf = (leaf * self.c["size"]).to(self.dtype).requires_grad_(self.c["grad"])
+        self.leaves.append(leaf)
+        if kind == "transposed":
+            return leaf.transpose(0, 2)
+        if kind == "sliced":
+            return leaf[..., 1::2]
+        return leaf.expand(shape) if kind == "expanded" else leaf.view(shape)
+
+    def mask(self):
+        kind, c = self.c["mask"], self.c
+        if kind == "none":
+            return None
+        if kind == "number":
+            return 3.0
+        shape = (self.M, self.N)
+        if kind.startswith("heads"):
+            shape = (c["B"] * c["H"], *shape)
+        if kind == "wrong shape":
+            shape = (self.M + 1, self.N + 2)
+        hidden = torch.rand(shape, generator=self.g) < c["masked"]
+        if kind in ("float", "heads float", "grad"):
+            mask = torch.randn(shape, generator=self.g).masked_fill(hidden, float("-inf")).to(self.dtype)
+            if kind == "grad":
+                self.leaves.append(mask.requires_grad_(c["grad"]))
+            return mask
+        return hidden.to({"byte": torch.uint8, "integer": torch.int64}.get(kind, torch.bool))
+
+    def padding(self):
+        kind, c = self.c["padding"], self.c
+        if kind in ("none", "text"):
+            return None if kind == "none" else "padding"
+        hidden = torch.rand(c["B"], self.N + (kind == "wrong shape"), generator=self.g) < c["masked"]
+        if kind == "float":
+            return torch.zeros(hidden.shape).masked_fill(hidden, float("-inf")).to(self.dtype)
+        return hidden.to(torch.uint8) if kind == "byte" else hidden
+
+    def spoil(self):
+        kind, call = self.c["nonsense"], self.call
+        spoilt = {
+            "no query": ("query", lambda t: None), "text": ("key", lambda t: "key"),
+            "integers": ("query", lambda t: t.long()), "two dims": ("query", lambda t: t[0] if len(t) else t.sum(0)),
+            "other dtype": ("value", lambda t: t.to(torch.float64 if self.dtype != torch.float64 else torch.float32)),
+            "other width": ("key", lambda t: t[..., :-1]), "meta device": ("key", lambda t: t.to("meta")),
+            "other batch": ("key", lambda t: torch.cat([t, t], 0 if self.c["batch_first"] else 1)),
+            "values longer": ("value", lambda t: torch.cat([t, t], 1 if self.c["batch_first"] else 0)),
+            "numpy": ("key", lambda t: t.detach().float().numpy()),
+        }  # fmt: skip
+        if kind is not None and isinstance(call[spoilt[kind][0]], torch.Tensor):
+            name, change = spoilt[kind]
+            call[name] = change(call[name])
+
+    def run(self, forward, module, **more):
+        """(output, gradients of leaves and parameters), or the exception."""
+        wanted = [t for t in (*self.leaves, *module.parameters()) if t.requires_grad]
+        try:
+            with torch.set_grad_enabled(self.c["grad"]):
+                out = forward(module, **{**self.call, **more})
+                if not self.c["grad"] or not out.requires_grad:
+                    return out, []
+                # What is not a number unpatched has no gradient to compare with.
+                g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+                return out.detach(), torch.autograd.grad((out * g).sum(), wanted, allow_unused=True)
+        except Exception as error:
+            return error, []
+
+
+def close(ours, theirs, tolerance):
+    if theirs is None or ours is None:
+        return ours is None and (theirs is None or not theirs.isfinite().all() or not theirs.any()) or (
+            theirs is None and not ours.any())
+    size = theirs.abs().max().item() if theirs.numel() else 0.0
+    return bool(((ours.double() - theirs.double()).abs() <= tolerance * max(1.0, size)).all())
+
+
+@pytest.fixture(scope="module")
+def classes():
+    """{name: (class, its forward before it was patched)}."""
+    with stand_ins.repository("petr") as load:
+        found = [load(f"{stand_ins.UTILS}.petr_transformer").PETRMultiheadAttention,
+                 load("mmcv.cnn.bricks.transformer").MultiheadAttention]
+        yield {cls.__name__: (cls, cls.forward) for cls in found}
+
+
+def test_generated_calls(classes, caplog):
+    flashbias_patch.install()
+    assert all(cls.forward is not before for cls, before in classes.values())
+    warnings.simplefilter("ignore")
+
+    @settings(max_examples=CALLS, deadline=None, database=None, derandomize=CALLS == 300,
+              suppress_health_check=list(HealthCheck))
+    @given(calls())
+    def one(c):
+        cls, before = classes[c["cls"]]
+        torch.manual_seed(0)
+        module = cls(c["H"] * c["D"], c["H"], attn_drop=0.0 if c["training"] else 0.3, batch_first=c["batch_first"])
+        module.to(getattr(torch, c["dtype"])).train(c["training"])
+        case = Case(c)
+        more, dense = {}, {}
+        if case.bias is not None:
+            assume(c["mask"] in ("none", "float", "bool", "heads float", "heads bool"))
+            more["attention_bias"] = case.bias
+            dense["attn_mask"] = _dense(case)
+        ours, our_grads = case.run(cls.forward, module, **more)
+        theirs, their_grads = case.run(before, module, **dense)
+        if isinstance(theirs, Exception):
+            if isinstance(ours, Exception):
+                seen["both refuse"] += 1
+                assert str(ours).strip(), f"a refusal without a word: {type(ours)}"
+            else:
+                seen["only unpatched refuses"] += 1
+                assert _more_lenient(c), f"answered what unpatched refuses: {theirs}"
+            return
+        if c["nonsense"] == "meta device" and isinstance(ours, ValueError):
+            assert "on one device" in str(ours)  # unpatched, torch's meta kernels happen not to look
+            return
+        assert not isinstance(ours, Exception), f"refused what unpatched answers: {type(ours).__name__}: {ours}"
+        assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+        if theirs.device.type == "meta":
+            return
+        seen["compared"] += 1
+        tolerance = DTYPES[c["dtype"]] * c["size"] ** 2
+        finite = theirs.isfinite()  # unpatched, a row with every key masked is not a number; ours is its identity
+        assert ours.isfinite().all()
+        assert close(ours[finite], theirs[finite], tolerance)
+        if finite.all():
+            for mine, exact in zip(our_grads, their_grads):
+                assert close(mine, exact, 10 * tolerance)
+
+    one()
+    print(dict(seen), dict(journal.calls), [f for f in journal.fallbacks() if "original" not in f["reason"]])
+    assert seen["compared"] > CALLS / 4 and seen["both refuse"] > CALLS / 20
+    assert journal.calls["sdpa"] > CALLS / 10 and journal.calls["reference"] > 0
+    assert not [f for f in journal.fallbacks() if "self-check" in f["reason"]]
+
+
+def _dense(case):
+    bias = case.bias.dense().expand(case.c["B"], case.c["H"], -1, -1)
+    mask = case.call["attn_mask"]
+    if mask is not None:
+        mask = mask.view(case.c["B"], case.c["H"], *mask.shape[1:]) if mask.dim() == 3 else mask
+        bias = bias.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+    return bias.flatten(0, 1).to(case.dtype)
+
+
+def _more_lenient(c):
+    """What is answered here though nn.MultiheadAttention refuses it: byte masks (as bool), mixed mask kinds."""
+    return "byte" in (c["mask"], c["padding"]) or c["M"] == 0 or c["N"] == 0
