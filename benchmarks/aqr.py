@@ -1,6 +1,7 @@
 """Adaptive query routing on mini_cmt: loss, time, memory and bias_scale, patched against a dense bias in plain PyTorch.
 
     python benchmarks/aqr.py --frame DIR [--out benchmarks/results/aqr_cpu.json] [--pictures docs/images]
+    python benchmarks/aqr.py --table benchmarks/results/aqr_cpu.json docs/aqr.md   # its figures into the page
 
 Each case is a process of its own that trains mini_cmt on one frame. In "unpatched" ones flashbias_patch is not
 installed and the bias, where there is one, is a dense mask (B*H, M, N) made by the formula in plain PyTorch.
@@ -45,10 +46,15 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", metavar="FILE.json", help="where the results go; default: printed only")
     parser.add_argument("--pictures", metavar="DIR", help="draw the router's weights and bias_scale there")
+    parser.add_argument("--table", nargs=2, metavar=("FILE.json", "PAGE.md"), help="write the tables into a page, stop")
     parser.add_argument("--case", choices=sorted(CASES), help=argparse.SUPPRESS)  # in the child
     args = parser.parse_args(argv)
     if args.case:
         run_case(args)
+        return
+    if args.table:
+        page = Path(args.table[1])
+        page.write_text(with_tables(page.read_text(), json.loads(Path(args.table[0]).read_text())))
         return
     results: Dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -81,6 +87,44 @@ def line_of(name: str, case: Dict[str, Any]) -> str:
     if case.get("gradient"):
         words.append("gradient error " + " ".join(f"{item['relative_error']:.1e}" for item in case["gradient"]))
     return "  ".join(words)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- figures: benchmarks/aqr.py --table -->", "<!-- end of figures -->"
+
+
+def with_tables(page: str, report: Dict[str, Any]) -> str:
+    """The page with everything between its two markers made anew from the results."""
+    before, _, rest = page.partition(BEGIN)
+    return before + BEGIN + "\n" + tables(report) + "\n" + END + rest.partition(END)[2]
+
+
+def tables(report: Dict[str, Any]) -> str:
+    sizes, machine = report["sizes"], report["machine"]
+    lines = [f"{report['steps']} steps of mini_cmt on the {report['frame']} frame ({sizes['queries']} queries and "
+             f"denoising, {sizes['layers']} layers, width {sizes['embed_dims']}); loss: mean of the last 20 steps; "
+             f"time: CPU time a step, median; memory: the process' peak. torch {machine['torch']}, one thread of "
+             f"{machine['processor']}.", "",
+             "| AQR | loss | ms a step | MiB | bias_scale, first and last | gradient's error against dense float64 |",
+             "|---|---|---|---|---|---|"]
+    for name, case in report["cases"].items():
+        if name.startswith("sensor"):
+            continue
+        scale = "{:.3f}, {:.3f}".format(case["bias_scale"][0], case["bias_scale"][-1]) if case["bias_scale"] else ""
+        errors = ", ".join(f"{g['relative_error']:.0e} (step {g['step']})" for g in case["gradient"])
+        lines.append(f"| {name} | {case['last_loss']:.3f} | {case['cpu_ms']:.0f} | {case['peak_mib']} | {scale} "
+                     f"| {errors} |")
+    lines += ["", "Trained with a sensor zeroed in half of the steps, then measured with each one zeroed in turn; w: "
+              "mean weight on the lidar.", "", "| AQR | loss, both | without lidar | without cameras | w, both "
+              "| w, without lidar | w, without cameras |", "|---|---|---|---|---|---|---|"]
+    for name, case in report["cases"].items():
+        if name.startswith("sensor"):
+            found = [case["dropped"][key] for key in ("none", "lidar", "camera")]
+            cells = [f"{item['loss']:.3f}" for item in found]
+            cells += ["" if item["lidar_weight"] is None else f"{item['lidar_weight']:.3f}" for item in found]
+            lines.append(f"| {name[len('sensor drop, '):]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 # -- one case, in a process of its own ---------------------------------------------------------------------------------
@@ -265,7 +309,8 @@ def look(mini: Any, model: Any, batch: Dict[str, Any], args: Any) -> Dict[str, A
     geometry = aqr.Geometry(head.reference_points.detach().sigmoid()[None], head.pc_range, meta["lidar2img"][None],
                             meta["img_shape"])
     found = aqr.places(geometry, (2, 2), (len(meta["lidar2img"]), 2, 2))
-    return {"xy": found.query_xy[0].tolist(), "valid": found.valid[0].tolist(), "boxes": batch["gt_bboxes_3d"][0].tolist(),
+    return {"xy": found.query_xy[0].tolist(), "valid": found.valid[0].tolist(),
+            "boxes": batch["gt_bboxes_3d"][0].tolist(),
             "lidar_weight": seen[0].weights[0, :, 0].tolist(), "image_size": list(meta["img_shape"])}
 
 
@@ -322,7 +367,8 @@ def draw(folder: Path, seen: Dict[str, Any], report: Dict[str, Any], frame: Opti
         grey = prepare_image(images[camera], (240, int(height * scale)))[0].mean(0)
         axes.imshow(grey, cmap="gray", extent=(0, width, height, 0), vmin=-4.0, vmax=3.0)
         points = xy[valid[:, view], view] * width
-        axes.scatter(points[:, 0], points[:, 1], c=weight[valid[:, view]], s=16, edgecolors="k", linewidths=0.4, **bounds)
+        shown = weight[valid[:, view]]
+        axes.scatter(points[:, 0], points[:, 1], c=shown, s=16, edgecolors="k", linewidths=0.4, **bounds)
         axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
         axes.set_title(camera[4:].lower().replace("_", " "), fontsize=7, pad=2)
     save(figure, folder / "aqr_cameras.png")

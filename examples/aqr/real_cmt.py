@@ -3,9 +3,9 @@
     python examples/aqr/real_cmt.py CMT_CHECKOUT FRAME_DIR [--steps 20] [--device cuda] [--out results.json]
 
 CMT_CHECKOUT is a working tree of junjie18/CMT, FRAME_DIR a nuScenes frame in mmdet3d's info format. The backbones are
-left out: BEV features (512, 128, 128) are made from the lidar points and camera features (256, 20, 50) from the images by
-fixed random projections, so that neither spconv nor compiled OpenMMLab operators are needed. Each row of the table is a
-process of its own: AQR off and on, patched, and unpatched with the bias as a dense mask; checkpointing off and on.
+left out: BEV features (512, 128, 128) are made from the lidar points and camera features (256, 20, 50) from the images
+by fixed random projections, so that neither spconv nor compiled OpenMMLab operators are needed. Each row of the table
+is a process of its own: AQR off and on, patched, and unpatched with the bias as a dense mask; checkpointing off and on.
 """
 from __future__ import annotations
 
@@ -71,9 +71,10 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 
 def run_case(args: argparse.Namespace, aqr: bool, patched: bool, with_cp: bool) -> Dict[str, Any]:
-    import flashbias_patch  # the one line a user adds
     import numpy as np
     import torch
+
+    import flashbias_patch  # the one line a user adds
 
     make_importable(args.device)
     sys.path.insert(0, args.cmt)
@@ -136,7 +137,8 @@ def run_case(args: argparse.Namespace, aqr: bool, patched: bool, with_cp: bool) 
         if aqr:
             scales.append([head.transformer.aqr.bias_scale.item(), None if gradient is None else gradient.item()])
     return {"losses": losses, "first_loss": losses[0], "last_loss": losses[-1],
-            "step_s": statistics.median(times[2:] or times), "peak_mib": peak, "bias_scale_and_gradient": scales[:2] + scales[-1:],
+            "step_s": statistics.median(times[2:] or times), "peak_mib": peak,
+            "bias_scale_and_gradient": scales[:2] + scales[-1:],
             "calls": dict(flashbias_patch.status()["calls"]), "torch": torch.__version__, "attn": args.attn}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 NEAREST = 0.1  # metres: points closer to a camera's plane than this, or behind it, are out of view
 
-_geometry: "contextvars.ContextVar[Optional[Geometry]]" = contextvars.ContextVar(
+_geometry: contextvars.ContextVar[Optional[Geometry]] = contextvars.ContextVar(
     "flashbias_geometry", default=None
 )
 

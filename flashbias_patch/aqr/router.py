@@ -14,6 +14,7 @@ from .. import journal
 from ..bias import AttentionBias, LowRankBias, ModalityBias, SquaredDistanceBias
 from ..bias.base import full_precision
 from .geometry import Places
+from .supervision import ModalityDrop
 
 PER = ("scalar", "head", "layer")
 
@@ -33,7 +34,7 @@ class Routing(NamedTuple):
     places: Optional[Places]
 
 
-_recorder: "contextvars.ContextVar[Optional[List[Routing]]]" = contextvars.ContextVar(
+_recorder: contextvars.ContextVar[Optional[List[Routing]]] = contextvars.ContextVar(
     "flashbias_routing", default=None
 )
 
@@ -79,6 +80,10 @@ class AdaptiveQueryRouter(nn.Module):
     global random state, and none is called `weight`: initialisers that walk over modules leave them alone.
     """
 
+    # Where a transformer's config asks for them; read by the wrapper that built the router.
+    drop: Optional[ModalityDrop] = None
+    supervision: float = 0.0
+
     def __init__(
         self,
         embed_dims: int,
@@ -93,8 +98,8 @@ class AdaptiveQueryRouter(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        sizes = {"embed_dims": embed_dims, "num_segments": num_segments,
-                 "hidden_dims": max(embed_dims // 2, 1) if hidden_dims is None else hidden_dims}
+        sizes: Dict[str, Any] = {"embed_dims": embed_dims, "num_segments": num_segments,
+                                 "hidden_dims": max(embed_dims // 2, 1) if hidden_dims is None else hidden_dims}
         if per == "head":
             sizes["num_heads"] = num_heads
         if per == "layer":
@@ -103,7 +108,7 @@ class AdaptiveQueryRouter(nn.Module):
         if isinstance(eps, bool) or not isinstance(eps, float) or not 0.0 < eps < 1.0:
             raise ValueError(f"eps: expected a float in (0, 1), got {eps!r}")
         self.embed_dims, self.num_segments, self.per, self.eps = embed_dims, num_segments, per, eps
-        scale_shape = {"scalar": (), "head": (num_heads,), "layer": (num_layers,)}[per]
+        scale_shape: Any = {"scalar": (), "head": (num_heads,), "layer": (num_layers,)}[per]
         self.bias_scale = nn.Parameter(torch.full(scale_shape, float(init_bias_scale)))
         generator = torch.Generator().manual_seed(torch.initial_seed() & 0x7FFF_FFFF)
 

@@ -40,9 +40,9 @@ def text(report: Dict[str, Any]) -> str:
         lines.append(f"  {item['path']} ({item['type']}, {item['num_layers']} layers, checkpointing "
                      f"{'on' if item['with_cp'] else 'off'}): {item['router']}")
         for attention in item["attentions"]:
-            words = {True: "applied", False: "dropped"}
-            lines.append(f"    {attention['kind']:<5} {attention['type']}: a bias is {words[attention['patched']]} patched, "
-                         f"{words[attention['unpatched']]} unpatched{attention['why'] and ': ' + attention['why']}")
+            patched, unpatched = ("applied" if attention[key] else "dropped" for key in ("patched", "unpatched"))
+            lines.append(f"    {attention['kind']:<5} {attention['type']}: a bias is {patched} patched, {unpatched} "
+                         f"unpatched{attention['why'] and ': ' + attention['why']}")
     return "\n".join(lines + [f"  note: {note}" for note in report["notes"]])
 
 
@@ -50,7 +50,7 @@ def text(report: Dict[str, Any]) -> str:
 
 
 def load(path: str) -> Tuple[Dict[str, Any], List[str]]:
-    """The config as nested dicts, `_base_` resolved and `_delete_` obeyed, and a note for each base that is missing."""
+    """The config as nested dicts, `_base_` resolved, `_delete_` obeyed, and a note for each base that is missing."""
     if not os.path.isfile(path):
         raise ConfigError(f"--config: {path!r} is not a file")
     missing: List[str] = []
@@ -77,7 +77,8 @@ def _load_python(path: str, above: Tuple[str, ...], missing: List[str]) -> Dict[
     bases = own.pop("_base_", [])
     merged: Dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
-        _merge(merged, _load_python(os.path.normpath(os.path.join(os.path.dirname(path), base)), (*above, path), missing))
+        below = os.path.normpath(os.path.join(os.path.dirname(path), base))
+        _merge(merged, _load_python(below, (*above, path), missing))
     _merge(merged, own)
     return merged
 
@@ -168,8 +169,9 @@ def _notes(switches: List[Dict[str, Any]], transformers: List[Dict[str, Any]], c
     if not transformers:
         notes.append("no dict with a type and a decoder: this reads transformers in mmcv's form")
     if on and any(item["with_cp"] for item in transformers):
-        notes.append("with_cp=True loses a bias inside attn_masks unpatched (reentrant checkpointing); patched it is kept")
-    if on and transformers and not any(a["kind"] == "cross" and a["patched"] for t in transformers for a in t["attentions"]):
+        notes.append("with_cp=True loses a bias in attn_masks unpatched (reentrant checkpointing); patched it is kept")
+    crossing = [a for item in transformers for a in item["attentions"] if a["kind"] == "cross"]
+    if on and transformers and not any(a["patched"] for a in crossing):
         notes.append("a bias is on, and no cross attention here would receive it")
     if any(s["path"].rpartition(".")[2] == "aqr" and s["on"] for s in switches) and not _monitored(config):
         notes.append("custom_hooks=[dict(type='BiasScaleMonitorHook')] would watch bias_scale")

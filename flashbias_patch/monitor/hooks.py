@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any, Dict, Optional, Sequence
 
@@ -16,9 +17,9 @@ MODULES = ("mmcv.runner.hooks", "mmengine.hooks")
 def register(module: Any) -> None:
     """Post-import hook of mmcv.runner.hooks and mmengine.hooks. Never raises."""
     try:
-        registry = getattr(module, "HOOKS", None)
-        if registry is None:
-            from mmengine.registry import HOOKS as registry  # mmengine.hooks does not show its registry
+        registry: Any = getattr(module, "HOOKS", None)
+        if registry is None:  # mmengine.hooks does not show its own
+            registry = importlib.import_module("mmengine.registry").HOOKS
         if registry.get(NAME) is None:
             registry.register_module(name=NAME, module=make(module.Hook, mmengine=module.__name__ == "mmengine.hooks"))
     except Exception as error:  # an import of theirs is not to fail by ours

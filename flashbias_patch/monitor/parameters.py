@@ -58,7 +58,7 @@ class ParameterMonitor:
         self._pending: List[Tuple[int, List[Tensor], bool]] = []
         self._previous = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._norms: Optional[Dict[str, Optional[Tensor]]] = None
-        self._stuck = {name: {reason: 0 for reason in CAUSES} for name in self.parameters}
+        self._stuck = {name: dict.fromkeys(CAUSES, 0) for name in self.parameters}
         self._jsonl = jsonl if self.writes else None
         self._board: Any = None
         if tensorboard is not None and self.writes:
@@ -88,8 +88,8 @@ class ParameterMonitor:
                 change = (parameter.detach() - self._previous[name].to(parameter.device)).float().norm()
                 self._previous[name] = parameter.detach().clone()
                 nan = value.new_full((), float("nan"))
-                row.append(torch.cat([torch.stack([value.mean(), nan if norm is None else norm.to(value.device), change]),
-                                      value.flatten()[:FEW]]))
+                norm = nan if norm is None else norm.to(value.device)
+                row.append(torch.cat([torch.stack([value.mean(), norm, change]), value.flatten()[:FEW]]))
         skipped = self._handle is not None and norms is None  # the scaler left this step out
         self._norms = None
         self._pending.append((self._step, row, skipped))

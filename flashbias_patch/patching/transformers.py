@@ -124,7 +124,8 @@ class ConstructorSeam:
             locality=options.locality, eps=options.eps,
         )
         seed = torch.initial_seed() + int(os.environ.get("RANK", "0"))
-        router.drop = aqr.ModalityDrop(options.drop, seed) if options.drop else None
+        if options.drop:
+            router.drop = aqr.ModalityDrop(options.drop, seed)
         router.supervision = float(options.supervision)
         journal.once((self.name, "router"), "info", "aqr: %s has a router over %d segments", self.name, segments)
         return router
@@ -158,7 +159,7 @@ class TransformerSeam:
             return self.parameters.get(name, args, kwargs) if given else self.defaults.get(name)
 
         dropped = None
-        if module.training and getattr(router, "drop", None) is not None and get("x_img") is not None:
+        if module.training and router.drop is not None and get("x_img") is not None:
             dropped = router.drop.draw(len(get("x")))
             x, x_img = aqr.drop_modalities(get("x"), get("x_img"), dropped)
             args, kwargs = self._with(args, kwargs, {"x": x, "x_img": x_img})
@@ -279,8 +280,9 @@ class QueryEmbedSeam:
             metas = args[1] if len(args) > 1 else kwargs["img_metas"]
             matrices = shape = None
             if all("lidar2img" in meta for meta in metas):
-                matrices = torch.stack([torch.stack([torch.as_tensor(m, dtype=torch.float32) for m in meta["lidar2img"]])
-                                        for meta in metas])
+                matrices = torch.stack([
+                    torch.stack([torch.as_tensor(m, dtype=torch.float32) for m in meta["lidar2img"]]) for meta in metas
+                ])
                 shape = metas[0]["pad_shape"][0][:2]
             aqr.provide_geometry(points, module.pc_range, matrices, shape)
         return wrapped(*args, **kwargs)

@@ -57,7 +57,8 @@ def test_delete_replaces_and_enable_false_is_off(written):
     report = config_check.check(written(
         "_base_ = ['base.py']\nenable_aqr = False\nattention_bias = True\n"
         "model = dict(head=dict(transformer=dict(_delete_=True, type='Mine', aqr=True, decoder=dict(\n"
-        "    type='D', transformerlayers=[dict(attn_cfgs=dict(type='MyAttention'), operation_order=('cross_attn',))]))))"))
+        "    type='D', transformerlayers=[\n"
+        "        dict(attn_cfgs=dict(type='MyAttention'), operation_order=('cross_attn',))]))))"))
     assert {s["path"]: s["on"] for s in report["switches"]} == {
         "enable_aqr": False, "attention_bias": True, "model.head.transformer.aqr": True}
     (transformer,) = report["transformers"]
