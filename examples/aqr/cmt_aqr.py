@@ -1,5 +1,5 @@
 # A CMT config with a router: put it in projects/configs/fusion/ of a CMT checkout and train it as any other, after
-# `import flashbias_patch` (sitecustomize, or `flashbias run tools/train.py ...`). No file of CMT is edited.
+# `import flashbias_patch` (sitecustomize, or `flashbias run python tools/train.py ...`). No file of CMT is edited.
 _base_ = ["./cmt_voxel0100_r50_800x320_cbgs.py"]
 
 model = dict(pts_bbox_head=dict(transformer=dict(aqr=dict(

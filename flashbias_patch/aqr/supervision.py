@@ -64,4 +64,4 @@ def supervision_loss(logits: Tensor, dropped: Sequence[Optional[str]]) -> Tensor
         elif sensor == LIDAR:
             target[sample, 1:] = 1.0 / (segments - 1)
     count = max(sum(sensor is not None for sensor in dropped), 1)
-    return -(logits.float().log_softmax(-1).mean(1) * target).sum() / count
+    return (-logits.float().log_softmax(-1).mean(1) * target).sum() / count
