@@ -7,6 +7,7 @@ the random state where there is dropout. A backend's own `why_not` is asked at e
 """
 from __future__ import annotations
 
+import functools
 import os
 import time
 import timeit
@@ -14,11 +15,11 @@ from typing import Any, Callable, Dict
 
 os.environ.setdefault("FLASHBIAS_PATCH", "0")
 
-import torch  # noqa: E402
+import torch
 
-from flashbias_patch.attention import dispatch  # noqa: E402
-from flashbias_patch.attention.call_class import key_of  # noqa: E402
-from flashbias_patch.attention.inputs import AttentionInputs  # noqa: E402
+from flashbias_patch.attention import dispatch
+from flashbias_patch.attention.call_class import key_of
+from flashbias_patch.attention.inputs import AttentionInputs
 
 CALLS, REPEATS = 5000, 15
 
@@ -60,7 +61,10 @@ def main() -> None:
     for features in ("plain", "factors", "factors, mask", "factors, dropout"):
         inputs = call(device, dtype, features)
         dispatch.reset()
-        own = {name: microseconds(lambda b=dispatch.backend(name): b.why_not(inputs)) for name in ("triton", "flash")}
+        own = {}
+        for name in ("triton", "flash"):
+            ask = functools.partial(dispatch.backend(name).why_not, inputs)
+            own[name] = microseconds(ask)
         nothing = Nothing()
         dispatch._loaded["triton"] = nothing
         dispatch._verdicts[key_of(inputs)] = {"triton": dispatch.TRUSTED}

@@ -84,8 +84,8 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
             torch.cuda.default_generators[device.index].manual_seed(0)
         enter(torch.inference_mode(False))
         enter(torch.enable_grad())
-        for kind in {"cpu", "cuda", device.type} & {"cpu", "cuda"}:
-            enter(torch.autocast(kind, enabled=False, dtype=torch.bfloat16))
+        if device.type in ("cpu", "cuda"):
+            enter(torch.autocast(device.type, enabled=False))
         enter(torch.autograd.set_detect_anomaly(False))
         # Inside a checkpoint, its hooks would take the check's tensors for the layer's own.
         enter(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved))

@@ -65,8 +65,9 @@ class _Answer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, owner, inputs, seed, *tensors):
         ctx.owner, ctx.inputs, ctx.seed, ctx.real = owner, inputs, seed, owner.is_real(inputs)
-        # Recomputation follows the forward, last layer first: 2, 3, 0, 1. Only what is recomputed has a backward.
-        ctx.place = {5: 2, 6: 3, 7: 0, 8: 1}.get(owner.place)
+        # Recomputation follows the forward, last layer first: 2, 3, 0, 1. Reentrant, it is what has a backward;
+        # otherwise the forward has.
+        ctx.place = {1: 0, 2: 1, 3: 2, 4: 3, 5: 2, 6: 3, 7: 0, 8: 1}.get(owner.place)
         ctx.save_for_backward(*tensors)
         with torch.no_grad():
             return owner.compute(inputs, seed)

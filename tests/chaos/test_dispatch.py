@@ -53,11 +53,12 @@ OOM = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.53 Gi
 def test_out_of_memory_is_retried_once_in_small_chunks_and_opens_no_breaker(monkeypatch):
     backend = Raising(OOM)
     only(monkeypatch, backend)
+    monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", 64 << 20)
     chunks = []
     attend = reference.backend.attend
     monkeypatch.setattr(reference.backend, "attend", lambda i, size: chunks.append(size) or attend(i, size))
     out = answer_of()
-    assert chunks == [dispatch.LEAST_BYTES] and dispatch.LEAST_BYTES < reference.CHUNK_BYTES["cuda"]
+    assert chunks == [dispatch.LEAST_BYTES] and reference.CHUNK_BYTES["cuda"] > dispatch.LEAST_BYTES
     torch.testing.assert_close(out, answer_of(backend="reference"))
     answer_of()
     assert backend.tried == 2  # asked again: never slower for ever after one OOM
@@ -284,7 +285,7 @@ def test_nothing_is_checked_or_trusted_while_a_call_is_traced(monkeypatch):
     only(monkeypatch, upstream)
     q, k, v = tensors(grad=False)
     traced = torch.jit.trace(lambda q: flash_bias_attention(q, k, v), q, check_trace=False)
-    assert not upstream.answered  # known to go wrong, it is passed over unchecked
+    assert not upstream.answered and not journal.fallbacks()  # known to go wrong, it is passed over unchecked
     assert all("sdpa" not in found for found in dispatch._verdicts.values())
     torch.testing.assert_close(traced(q), flash_bias_attention(q, k, v, backend="sdpa"))
 
@@ -302,7 +303,7 @@ def test_compiles_without_a_graph_break():
     assert torch.autograd.grad(out.sum(), a)[0].isfinite().all()
 
 
-def test_a_hook_that_fails_leaves_the_class_unpatched_and_training_as_it_was(installed, repository, monkeypatch, caplog):
+def test_a_hook_that_fails_leaves_the_class_unpatched(installed, repository, monkeypatch, caplog):
     from flashbias_patch.patching import seams
 
     def broken(cls):

@@ -17,7 +17,8 @@ from .matrix import only
 FEATURES = ("factors", "segments", "dense", "mask", "padding")
 
 
-def call(features=("factors",), D=16, dtype=torch.float32, dropout_p=0.0, grad=True, M=9, N=14, Dv=None, R=3, scale=0.2):
+def call(features=("factors",), D=16, dtype=torch.float32, dropout_p=0.0, grad=True, M=9, N=14, Dv=None, R=3,
+         scale=0.2):
     B, H = 1, 2
     made = dict(q=torch.zeros(B, M, H, D, dtype=dtype, requires_grad=grad), k=torch.zeros(B, N, H, D, dtype=dtype),
                 v=torch.zeros(B, N, H, Dv or D, dtype=dtype), dropout_p=dropout_p, scale=scale)

@@ -62,7 +62,7 @@ def run(backend="gloo", broken=True):
     for process in ranks:
         process.start()
     try:
-        found = dict((rank, rest) for rank, *rest in (results.get(timeout=180) for _ in ranks))
+        found = {rank: rest for rank, *rest in (results.get(timeout=180) for _ in ranks)}
     finally:
         for process in ranks:
             process.join(30)

@@ -20,8 +20,10 @@ from tests import stand_ins
 
 CALLS = int(os.environ.get("FLASHBIAS_FUZZ", "300"))
 DTYPES = {"float32": 2e-4, "float64": 1e-6, "bfloat16": 6e-2}
-MASKS = ("none", "none", "bool", "float", "heads bool", "heads float", "byte", "integer", "wrong shape", "number", "grad")
-PADDINGS = ("none", "none", "bool", "float", "byte", "wrong shape", "text")
+# What torch answers is drawn more often than what it refuses.
+MASKS = ("none", "bool", "float", "heads bool", "heads float", "grad") * 4
+MASKS += ("byte", "integer", "wrong shape", "number")
+PADDINGS = ("none", "none", "bool", "float") * 5 + ("byte", "wrong shape", "text")
 NONSENSE = ("no query", "text", "integers", "other dtype", "other width", "two dims", "other batch", "values longer",
             "meta device", "numpy")
 STRIDES = ("plain", "transposed", "sliced", "expanded", "negative-free view")
@@ -32,13 +34,14 @@ seen: Counter = Counter()
 def calls(draw):
     return dict(
         cls=draw(st.sampled_from(("PETRMultiheadAttention", "MultiheadAttention"))), B=draw(st.integers(1, 3)),
-        M=draw(st.one_of(st.integers(1, 9), st.integers(0, 40))), N=draw(st.one_of(st.integers(1, 9), st.integers(0, 70))),
+        M=draw(st.one_of(st.integers(1, 9), st.integers(0, 40))),
+        N=draw(st.one_of(st.integers(1, 9), st.integers(0, 70))),
         H=draw(st.sampled_from((1, 2, 4))), D=draw(st.sampled_from((1, 3, 4, 8))),
         dtype=draw(st.sampled_from(("float32", "float32", *DTYPES))), batch_first=draw(st.booleans()),
         training=draw(st.booleans()), grad=draw(st.booleans()), mask=draw(st.sampled_from(MASKS)),
         padding=draw(st.sampled_from(PADDINGS)), key=draw(st.sampled_from(("given", "query", "none", "shared"))),
         positions=draw(st.booleans()), strides=draw(st.sampled_from(STRIDES)), bias=draw(st.sampled_from((0, 0, 1, 3))),
-        nonsense=draw(st.sampled_from((None,) * 8 + NONSENSE)), masked=draw(st.sampled_from((0.0, 0.3, 1.0))),
+        nonsense=draw(st.sampled_from((None,) * 40 + NONSENSE)), masked=draw(st.sampled_from((0.0, 0.3, 1.0))),
         size=draw(st.sampled_from((1.0, 1.0, 8.0))), seed=draw(st.integers(0, 2**20)),
     )  # fmt: skip
 
@@ -208,7 +211,7 @@ def test_generated_calls(classes, caplog):
 
     one()
     print(dict(seen), dict(journal.calls), [f for f in journal.fallbacks() if "original" not in f["reason"]])
-    assert seen["compared"] > CALLS / 4 and seen["both refuse"] > CALLS / 20
+    assert seen["compared"] > CALLS / 3 and seen["both refuse"] > CALLS / 20
     assert journal.calls["sdpa"] > CALLS / 10 and journal.calls["reference"] > 0
     assert not [f for f in journal.fallbacks() if "self-check" in f["reason"]]
 
