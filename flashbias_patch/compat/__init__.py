@@ -20,7 +20,7 @@ class Patch(NamedTuple):
     upstream: str  # where it is known: an issue, a release note, or the repositories that do it
     source: str = ""  # a regular expression: repository modules whose text holds it are reached
     imports: Tuple[str, ...] = ()  # top-level modules whose import statements `provide` answers there
-    provide: str = ""  # "module:function" of this package: (name, fromlist, the usual __import__) -> module
+    provide: str = ""  # "module:function" of this package: (name, fromlist, the usual import) -> module, None: usual
     after: str = ""  # "module:function" of this package: called with the executed module; returns what undoes it
     module: str = ""  # a library's module: `after` is called with it instead
 
@@ -32,7 +32,8 @@ PATCHES: Tuple[Patch, ...] = (
     Patch("ipython", "leftover `from IPython import embed` at module scope: a debugger that is not installed",
           "group_sampler.py of exiawsh/StreamPETR, megvii-research/Far3D and 16 other checkouts",
           r"(?:from|import)\s+IPython\b", imports=("IPython",), provide="imports:leftover"),
-    Patch("numpy_aliases", "np.int, np.float, np.object and other aliases of Python's own types, removed in NumPy 1.24",
+    Patch("numpy_aliases",
+          "np.int, np.float, np.object and other aliases of Python's own types, removed in NumPy 1.24",
           "https://numpy.org/doc/stable/release/1.24.0-notes.html#expired-deprecations",
           r"\b(?:np|numpy)\.(?:int|float|complex|object|str|bool|long|unicode)\b(?!_)",
           imports=("numpy",), provide="imports:numpy_with_aliases"),
@@ -40,9 +41,10 @@ PATCHES: Tuple[Patch, ...] = (
           "https://github.com/pytorch/pytorch/pull/58041", r"\b_LinearWithBias\b",
           imports=("torch",), provide="imports:linear_with_bias"),
     Patch("dn_index", "the denoising loss indexes a CPU tensor with CUDA indices, which torch allowed before 1.13",
-          "https://github.com/pytorch/pytorch/issues/90194", r"\bdef (?:_dn_loss_single_task|prepare_for_loss)\b",
-          after="denoising:wrap"),
-    Patch("mmengine_checkpoint", "torch 2.6 loads weights only by default; mmengine's checkpoints hold its HistoryBuffer",
+          "https://github.com/pytorch/pytorch/issues/90194",
+          r"\bdef (?:_dn_loss_single_task|prepare_for_loss)\b", after="denoising:wrap"),
+    Patch("mmengine_checkpoint",
+          "torch 2.6 loads weights only by default; mmengine's checkpoints hold its HistoryBuffer",
           "https://github.com/open-mmlab/mmengine/issues/1655", after="checkpoints:allow",
           module="mmengine.logging.history_buffer"),
 )
@@ -60,7 +62,8 @@ def enabled() -> Tuple[Patch, ...]:
     known = {patch.name for patch in PATCHES}
     unknown = [name for name in wanted if name not in known and name not in ("all", "none")]
     if unknown:
-        journal.once(("compat", tuple(unknown)), "warning", "FLASHBIAS_COMPAT: no patch is called %s; there are all, none, %s",
+        journal.once(("compat", tuple(unknown)), "warning",
+                     "FLASHBIAS_COMPAT: no patch is called %s; there are all, none, %s",
                      ", ".join(unknown), ", ".join(sorted(known)))
     if "none" in wanted:
         return ()

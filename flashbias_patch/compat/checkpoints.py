@@ -1,6 +1,7 @@
 """mmengine checkpoints under torch >= 2.6, whose torch.load reads weights only unless told otherwise.
 
-Not by turning that protection off: the few types that mmengine's own message hub stores are declared safe.
+Not by turning that protection off: the few types that mmengine's own message hub stores are declared safe, and the
+`getattr` that its buffers name their statistics by is answered for those alone.
 """
 from __future__ import annotations
 
@@ -12,13 +13,22 @@ def allow(module: Any) -> Optional[Callable[[], None]]:
     import numpy
     import torch
 
-    if not hasattr(torch.serialization, "add_safe_globals") or not hasattr(module, "HistoryBuffer"):
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if release < (2, 6) or not hasattr(module, "HistoryBuffer"):
         return None
+    buffer = module.HistoryBuffer
+
+    def statistic(owner: Any, name: str) -> Any:
+        if owner is not buffer or name.startswith("_"):
+            raise TypeError(f"a checkpoint asks for {name!r} of {owner!r}: only statistics of HistoryBuffer are safe")
+        return getattr(owner, name)
+
     core = numpy.core if numpy.__version__.startswith("1.") else numpy._core
-    kinds = [module.HistoryBuffer, numpy.ndarray, numpy.dtype, core.multiarray._reconstruct, core.multiarray.scalar]
+    kinds = [buffer, numpy.ndarray, numpy.dtype, core.multiarray._reconstruct, core.multiarray.scalar]
     kinds += [type(numpy.dtype(name)) for name in ("float64", "float32", "int64")]
     before = torch.serialization.get_safe_globals()
     torch.serialization.add_safe_globals([kind for kind in kinds if kind not in before])
+    torch.serialization.add_safe_globals([(statistic, "builtins.getattr")])
 
     def undo() -> None:
         torch.serialization.clear_safe_globals()

@@ -14,17 +14,18 @@ class Leftover(types.ModuleType):
             raise AttributeError(name)
 
         def absent(*args: Any, **kwargs: Any) -> None:
-            raise ImportError(f"{self.__name__}.{name} is called, but {self.__name__} cannot be imported here: install it")
+            raise ImportError(f"{self.__name__}.{name} is called, but {self.__name__} does not import here: install it")
 
         return absent
 
 
 def leftover(name: str, fromlist: Any, usual: Callable[[], Any]) -> Optional[Any]:
-    """The real module where it imports; else names that nobody is expected to call."""
+    """Names that nobody is expected to call, where the real module does not import."""
     try:
-        return usual()
+        usual()
     except ImportError:
         return Leftover(name if fromlist else name.partition(".")[0])
+    return None
 
 
 class NumPy(types.ModuleType):

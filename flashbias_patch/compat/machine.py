@@ -35,7 +35,7 @@ def mmcv_assertion() -> Optional[Tuple[str, str]]:
     for package in ("mmdet3d", "mmdet", "mmseg"):
         limit = re.search(r"(?m)^(?:mmcv_maximum_version|MMCV_MAX)\s*=\s*['\"]([\d.]+)['\"]", _source(package))
         if limit and mmcv > tuple(int(part) for part in limit.group(1).split(".")):
-            return (f"{package} asserts mmcv <= {limit.group(1)}, and mmcv {_dotted(mmcv)} is installed: its import fails",
+            return (f"{package} asserts mmcv <= {limit.group(1)} when imported, and mmcv {_dotted(mmcv)} is installed",
                     f"raise the limit in {package}/__init__.py to {_dotted(mmcv)}; 1.7.0 to 1.7.2 changed no interface")
     return None
 
@@ -66,7 +66,8 @@ def spconv() -> Optional[Tuple[str, str]]:
     """CMT and MoME import spconv when their plugin is imported, in the camera-only configurations too."""
     if _version("mmdet3d") is None or importlib.util.find_spec("spconv") is not None:
         return None
-    return ("spconv is not installed: CMT and MoME import it with their plugin", "pip install spconv-cu120 (or spconv on a CPU)")
+    return ("spconv is not installed: CMT and MoME import it with their plugin",
+            "pip install spconv-cu120, or spconv on a machine without a GPU")
 
 
 CHECKS: Tuple[Callable[[], Optional[Tuple[str, str]]], ...] = (mmcv_assertion, mmcv_operators, numpy_and_numba, spconv)

@@ -15,6 +15,7 @@ dist.init_process_group("gloo", rank=rank, world_size=2)
 with stand_ins.repository("cmt", openmmlab=False) as load:
     load(stand_ins.UTILS + ".petr_transformer")
     from mmcv.cnn.bricks.registry import TRANSFORMER_LAYER
+
     from tests.openmmlab import test_mmcv1
     from tests.openmmlab.helpers import answered, batches
 

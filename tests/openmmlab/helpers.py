@@ -6,8 +6,9 @@ import socket
 import subprocess
 import sys
 
-import flashbias_patch
 import torch
+
+import flashbias_patch
 
 E, H = 32, 4
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("mmcv.runner", reason="needs mmcv 1.x: tools/openmmlab_env.sh v1")
 
-import torch  # noqa: E402
-from mmcv.cnn.bricks.registry import ATTENTION, TRANSFORMER_LAYER  # noqa: E402
-from mmcv.runner import (  # noqa: E402
+import torch
+from mmcv.cnn.bricks.registry import ATTENTION, TRANSFORMER_LAYER
+from mmcv.runner import (
     CheckpointHook,
     Fp16OptimizerHook,
     IterBasedRunner,
@@ -20,12 +20,12 @@ from mmcv.runner import (  # noqa: E402
     auto_fp16,
     wrap_fp16_model,
 )
-from mmcv.utils import build_from_cfg  # noqa: E402
+from mmcv.utils import build_from_cfg
 
-import flashbias_patch  # noqa: E402
-from tests import stand_ins  # noqa: E402
+import flashbias_patch
+from tests import stand_ins
 
-from .helpers import (  # noqa: E402
+from .helpers import (
     Detector,
     E,
     H,
@@ -77,7 +77,8 @@ def test_a_class_registered_after_install_is_patched(installed, monkeypatch):
         "forward": lambda self, query, key=None, value=None, attn_mask=None, key_padding_mask=None, **kwargs: query,
         "__module__": __name__})
     ATTENTION.register_module(module=cls, force=True)
-    assert {"class": "PETRMultiheadAttention", "module": __name__, "seam": "outer"} in flashbias_patch.status()["patched"]
+    expected = {"class": "PETRMultiheadAttention", "module": __name__, "seam": "outer"}
+    assert expected in flashbias_patch.status()["patched"]
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -193,7 +194,7 @@ def trainer(work_dir, patched, hook=None, iterations=4):
     torch.manual_seed(0)
     model = Trainable(build_from_cfg(layer_config(with_cp=True), TRANSFORMER_LAYER))
     (flashbias_patch.install if patched else flashbias_patch.uninstall)()
-    runner = IterBasedRunner(model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2), work_dir=str(work_dir),
+    runner = IterBasedRunner(model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9), work_dir=str(work_dir),
                              logger=logging.getLogger("openmmlab"), meta={}, max_iters=iterations)
     runner.register_hook(hook or OptimizerHook(grad_clip=dict(max_norm=35, norm_type=2)))
     runner.register_hook(CheckpointHook(interval=2, by_epoch=False))
