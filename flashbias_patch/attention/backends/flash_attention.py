@@ -217,13 +217,12 @@ def _rounded(columns: int) -> int:
 
 
 def _v_width(inputs: AttentionInputs, width: int) -> int:
-    """v's head dim for generation 4. Its backward pass on Hopper (4.0.0b36) lays dO out in shared memory by the
-    largest of 64, 32 and 16 that divides q's head dim, and does not compile if that does not divide v's."""
-    step = V_ALIGN
+    """v's head dim for generation 4: q's, where its backward pass will run on Hopper. With 48 / 32 columns 4.0.0b36 gave
+    a gradient of q that is wrong by 1.3 relative (benchmarks/results/flash_backend_h200.json), with 64 / 64 a right one.
+    """
     if inputs.needs_grad and _capability(inputs.q.device) == 9:
-        step = math.gcd(_rounded(width), 64)
-    head_dim = inputs.v.shape[-1]
-    return head_dim + -head_dim % step
+        return max(_rounded(width), inputs.v.shape[-1])
+    return inputs.v.shape[-1] + -inputs.v.shape[-1] % V_ALIGN
 
 
 @functools.lru_cache(maxsize=64)
