@@ -5,6 +5,7 @@ Not by turning that protection off: the few types that mmengine's own message hu
 """
 from __future__ import annotations
 
+import importlib
 from typing import Any, Callable, Optional
 
 
@@ -23,8 +24,8 @@ def allow(module: Any) -> Optional[Callable[[], None]]:
             raise TypeError(f"a checkpoint asks for {name!r} of {owner!r}: only statistics of HistoryBuffer are safe")
         return getattr(owner, name)
 
-    core = numpy.core if numpy.__version__.startswith("1.") else numpy._core
-    kinds = [buffer, numpy.ndarray, numpy.dtype, core.multiarray._reconstruct, core.multiarray.scalar]
+    core = importlib.import_module("numpy.core.multiarray" if numpy.__version__ < "2" else "numpy._core.multiarray")
+    kinds = [buffer, numpy.ndarray, numpy.dtype, core._reconstruct, core.scalar]
     kinds += [type(numpy.dtype(name)) for name in ("float64", "float32", "int64")]
     before = torch.serialization.get_safe_globals()
     torch.serialization.add_safe_globals([kind for kind in kinds if kind not in before])

@@ -194,8 +194,9 @@ def trainer(work_dir, patched, hook=None, iterations=4):
     torch.manual_seed(0)
     model = Trainable(build_from_cfg(layer_config(with_cp=True), TRANSFORMER_LAYER))
     (flashbias_patch.install if patched else flashbias_patch.uninstall)()
-    runner = IterBasedRunner(model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9), work_dir=str(work_dir),
-                             logger=logging.getLogger("openmmlab"), meta={}, max_iters=iterations)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    runner = IterBasedRunner(model, optimizer=optimizer, work_dir=str(work_dir), meta={}, max_iters=iterations,
+                             logger=logging.getLogger("openmmlab"))
     runner.register_hook(hook or OptimizerHook(grad_clip=dict(max_norm=35, norm_type=2)))
     runner.register_hook(CheckpointHook(interval=2, by_epoch=False))
     return runner
