@@ -189,6 +189,8 @@ def test_the_callers_context_does_not_matter(context):
     with context():
         assert selfcheck.check(sdpa, key, inputs.rank) is None
         assert selfcheck.check(Twisted(gradient_off("k")), key, inputs.rank)
+        slightly = Twisted(lambda i: i._replace(q=i.q * 1.002))  # less than autocast would round off
+        assert selfcheck.check(slightly, key, inputs.rank)
     assert Counting.calls == 0
 
 
