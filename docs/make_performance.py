@@ -1,0 +1,170 @@
+"""Writes docs/performance.md, and README.md's table, from benchmarks/results/*.json: no figure is typed by hand.
+
+    python docs/make_performance.py [--check]
+"""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterable, List
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKS = ("<!-- measured -->", "<!-- /measured -->")
+
+
+def load(name: str) -> Dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> List[str]:
+    head = list(head)
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head),
+            *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows), ""]
+
+
+def source(name: str) -> str:
+    """Where a section's figures come from: file, commit, and what produced it."""
+    path = RESULTS / f"{name}.json"
+    commit = subprocess.run(["git", "log", "-1", "--format=%h", "--", str(path)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE).stdout.strip()
+    result = load(name)
+    about = result.get("about", result)
+    command = result.get("command", f"python benchmarks/{name.rsplit('_', 1)[0]}.py")
+    device = about.get("device") or about.get("gpu") or "CPU"
+    return (f"From `benchmarks/results/{name}.json` (commit {commit}); {device}, torch {about['torch']}; "
+            f"`{command.replace('/root/out/', '')}`.")
+
+
+def real_cmt_rows() -> List[List[str]]:
+    runs = {run["name"]: run for run in load("real_cmt_h200")["runs"]}
+    words = {
+        "A fp32": "unpatched", "B fp32": "patched, float32-grade", "B fp32 dtype=fp16": "patched, `FLASHBIAS_DTYPE=fp16`",
+        "B flash": "patched, `PETRMultiheadFlashAttention`", "A fp32 cp": "unpatched, checkpointing",
+        "B fp32 dtype=fp16 cp": "patched, checkpointing, `FLASHBIAS_DTYPE=fp16`",
+    }
+    rows = []
+    for name, word in words.items():
+        run, base = runs[name], runs["A fp32 cp" if name.endswith(" cp") else "A fp32"]
+        rows.append([
+            word, f"{run['step_s']:.3f}", f"{run['step_s'] / base['step_s']:.2f}x", f"{run['peak_MiB']:.0f}",
+            f"{run['peak_MiB'] / base['peak_MiB']:.2f}x", f"{run['losses'][-1]:.1f}",
+        ])
+    return rows
+
+
+REAL_HEAD = ("CMT camera, 1600x640, batch 2", "s/step", "time", "peak MiB", "memory", "loss, step 8")
+
+
+def real_cmt() -> List[str]:
+    return ["## The real CMT", "", load("real_cmt_h200")["detector"] + ". Attention dropout 0.1, so that loss curves "
+            "part by the random draw. Ratios are to the unpatched run above each.", "",
+            *table(REAL_HEAD, real_cmt_rows()), source("real_cmt_h200"), ""]
+
+
+def attention() -> List[str]:
+    lines = ["## Attention alone", "",
+             "Milliseconds, forward / forward and backward. `concatenated`: the factors as columns of q and k. `dense`: the "
+             "bias materialised. A dash: not measured or not possible.", ""]
+    shapes = load("attention_h200")["shapes"]
+    methods = ["triton", "triton segments", "triton factors", "sdpa flash", "sdpa cudnn", "sdpa cudnn concatenated",
+               "sdpa efficient concatenated", "sdpa efficient dense", "FlashBias' kernel"]
+
+    def cell(result: Any) -> str:
+        if not result or "forward" not in result:
+            return "-"
+        both = result.get("forward+backward")
+        return f"{result['forward']:.3f} / {both:.3f}" if both else f"{result['forward']:.3f} / -"
+
+    head = ["shape (B, M, N, H, D, rank)", *methods]
+    rows = [[f"{name} {tuple(entry['shape'][:6])} {entry['shape'][6]}", *(cell(entry["results"].get(m)) for m in methods)]
+            for name, entry in shapes.items()]
+    return [*lines, *table(head, rows), source("attention_h200"), "",
+            "The rows of a millisecond and less vary with the host: `petr`, `streampetr` and `square` up to 4096 are bound "
+            "by launching, not by the GPU, in this run.", ""]
+
+
+def bias_memory() -> List[str]:
+    result = load("bias_memory_h200")
+    shape, rows = result["shape"], result["rows"]
+    dense_mib = shape["B"] * shape["H"] * shape["M"] * shape["N"] * 4 / 2**20
+    dense = rows["DenseBias"]["extra_mib"] + dense_mib
+    lines = ["## Memory of a bias that learns", "",
+             f"Forward and backward of one attention at {shape['M']}x{shape['N']}, fp16. Peak above q, k and v, their "
+             f"gradients included; the dense bias itself ({dense_mib:.0f} MiB) is counted with it.", ""]
+    body = [[name, f"{row['ms']:.2f}", f"{row['extra_mib'] + (dense_mib if name == 'DenseBias' else 0):.0f}",
+             f"1/{dense / row['extra_mib']:.0f}" if name not in ("DenseBias", "none") else ""]
+            for name, row in rows.items() if name != "none"]
+    return [*lines, *table(("bias", "ms, host included", "MiB", "of the dense"), body), source("bias_memory_h200"), ""]
+
+
+def factorize() -> List[str]:
+    rows = [[f"{r['rows']}x{r['columns']}", r["method"], f"{r['seconds'] * 1e3:.1f}", r["rank"],
+             f"{r['relative_error']:.2e}"] for r in load("factorize_h200")["results"]]
+    return ["## Factorising a dense bias", "",
+            *table(("shape", "method", "ms", "rank", "relative error"), rows), source("factorize_h200"), ""]
+
+
+def flash() -> List[str]:
+    def cell(method: Dict[str, Any]) -> str:
+        return f"{method['forward']['ms']:.3f} / {method['forward_backward']['ms']:.3f}"
+
+    def worst(method: Dict[str, Any]) -> str:
+        errors = method.get("errors")
+        return "" if not errors else "{} ({:.1e})".format(*max(errors.items(), key=lambda item: item[1]))
+
+    rows = [[c["name"], cell(c["methods"]["no bias"]), cell(c["methods"]["by hand"]), worst(c["methods"]["by hand"]),
+             cell(c["methods"]["backend"])] for c in load("flash_backend_h200")["cases"]]
+    return ["## FlashAttention-4 with concatenated factors", "",
+            "FlashAttention-4 4.0.0b36. Where its head dims differ (every row but `rank 24 split`) the gradient of q that it "
+            "returns is wrong, by hand and through the backend alike: those times are not of a usable backward pass. The "
+            "backend has padded v to q's head dim since.", "",
+            *table(("case", "no bias, ms", "concatenated by hand, ms", "worst relative error", "backend, ms"), rows),
+            source("flash_backend_h200"), ""]
+
+
+def bias_scale() -> List[str]:
+    lines = ["## bias_scale learns", "",
+             "`bias_scale` times a fixed map: relative error of its first gradient, and the largest difference of its path "
+             "over 20 optimiser steps, against the same decoder unpatched in float64 with the dense map as mask.", ""]
+    for name in ("bias_scale_mini_cmt", "bias_scale_cmt"):
+        if not (RESULTS / f"{name}.json").exists():
+            continue
+        result = load(name)
+        rows = [[r["way"], "on" if r["checkpoint"] else "off", r["bias"], f"{r['gradient_error']:.1e}",
+                 f"{r['path_error']:.1e}"] for r in result["rows"]]
+        lost = result["unpatched_checkpointed_gradient"]
+        lines += [f"{result['decoder']}, {result['M']}x{result['N']}. Unpatched and checkpointed, its gradient is `{lost}`.",
+                  "", *table(("way", "checkpointing", "bias", "gradient", "path"), rows), source(name), ""]
+    return lines
+
+
+def performance() -> str:
+    sections = [real_cmt, attention, bias_memory, factorize, bias_scale, flash]
+    lines = ["# Performance", "", "Generated by `docs/make_performance.py` from `benchmarks/results/`.", ""]
+    return "\n".join([*lines, *(line for section in sections for line in section())])
+
+
+def readme() -> str:
+    text = (ROOT / "README.md").read_text()
+    before, _, rest = text.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    measured = "\n".join(table(REAL_HEAD, real_cmt_rows())).rstrip()
+    return f"{before}{MARKS[0]}\n{measured}\n{MARKS[1]}{after}"
+
+
+def main() -> int:
+    wanted = {ROOT / "docs" / "performance.md": performance(), ROOT / "README.md": readme()}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv:
+        print("\n".join(f"{path.name} is not what its JSON files say: run docs/make_performance.py" for path in stale))
+        return 1 if stale else 0
+    for path, text in wanted.items():
+        path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
