@@ -1,6 +1,6 @@
 """Does bias_scale learn? Its gradient through patched decoders against a dense float64 reference.
 
-    python benchmarks/bias_scale.py [--frame DIR] [--out F.json]                mini_cmt's decoder, on a frame's features
+    python benchmarks/bias_scale.py [--frame DIR] [--out F.json]               mini_cmt's decoder on a frame's features
     python benchmarks/bias_scale.py --repo CHECKOUT_OF_CMT [--out F.json]       CMT's own decoder, through mmcv
 
 Three ways a bias reaches the layers, each with checkpointing off and on, as a LowRankBias and as a dense tensor: the
@@ -170,7 +170,7 @@ def main() -> None:
                 print(json.dumps(rows[-1]), flush=True)
     (M, B, E), N = call["query"].shape, call["key"].shape[0]
     result = {
-        "command": "python benchmarks/bias_scale.py " + ("--repo CMT" if args.repo else "--frame FRAME" * bool(args.frame)),
+        "command": "python benchmarks/bias_scale.py" + (" --repo CMT" if args.repo else " --frame FRAME"),
         "torch": torch.__version__, "decoder": "CMT" if args.repo else "mini_cmt", "B": B, "M": M, "N": N, "E": E,
         "reference_gradient": truth, "reference_path": [path[0], path[-1]],
         "unpatched_checkpointed_gradient": lost, "rows": rows,

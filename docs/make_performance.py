@@ -41,7 +41,8 @@ def source(name: str) -> str:
 def real_cmt_rows() -> List[List[str]]:
     runs = {run["name"]: run for run in load("real_cmt_h200")["runs"]}
     words = {
-        "A fp32": "unpatched", "B fp32": "patched, float32-grade", "B fp32 dtype=fp16": "patched, `FLASHBIAS_DTYPE=fp16`",
+        "A fp32": "unpatched", "B fp32": "patched, float32-grade",
+        "B fp32 dtype=fp16": "patched, `FLASHBIAS_DTYPE=fp16`",
         "B flash": "patched, `PETRMultiheadFlashAttention`", "A fp32 cp": "unpatched, checkpointing",
         "B fp32 dtype=fp16 cp": "patched, checkpointing, `FLASHBIAS_DTYPE=fp16`",
     }
@@ -66,8 +67,8 @@ def real_cmt() -> List[str]:
 
 def attention() -> List[str]:
     lines = ["## Attention alone", "",
-             "Milliseconds, forward / forward and backward. `concatenated`: the factors as columns of q and k. `dense`: the "
-             "bias materialised. A dash: not measured or not possible.", ""]
+             "Milliseconds, forward / forward and backward. `concatenated`: the factors as columns of q and k. `dense`: "
+             "the bias materialised. A dash: not measured or not possible.", ""]
     shapes = load("attention_h200")["shapes"]
     methods = ["triton", "triton segments", "triton factors", "sdpa flash", "sdpa cudnn", "sdpa cudnn concatenated",
                "sdpa efficient concatenated", "sdpa efficient dense", "FlashBias' kernel"]
@@ -79,11 +80,11 @@ def attention() -> List[str]:
         return f"{result['forward']:.3f} / {both:.3f}" if both else f"{result['forward']:.3f} / -"
 
     head = ["shape (B, M, N, H, D, rank)", *methods]
-    rows = [[f"{name} {tuple(entry['shape'][:6])} {entry['shape'][6]}", *(cell(entry["results"].get(m)) for m in methods)]
-            for name, entry in shapes.items()]
+    rows = [[f"{name} {tuple(entry['shape'][:6])} {entry['shape'][6]}",
+             *(cell(entry["results"].get(method)) for method in methods)] for name, entry in shapes.items()]
     return [*lines, *table(head, rows), source("attention_h200"), "",
-            "The rows of a millisecond and less vary with the host: `petr`, `streampetr` and `square` up to 4096 are bound "
-            "by launching, not by the GPU, in this run.", ""]
+            "The rows of a millisecond and less vary with the host: `petr`, `streampetr` and `square` up to 4096 are "
+            "bound by launching, not by the GPU, in this run.", ""]
 
 
 def bias_memory() -> List[str]:
@@ -118,17 +119,18 @@ def flash() -> List[str]:
     rows = [[c["name"], cell(c["methods"]["no bias"]), cell(c["methods"]["by hand"]), worst(c["methods"]["by hand"]),
              cell(c["methods"]["backend"])] for c in load("flash_backend_h200")["cases"]]
     return ["## FlashAttention-4 with concatenated factors", "",
-            "FlashAttention-4 4.0.0b36. Where its head dims differ (every row but `rank 24 split`) the gradient of q that it "
-            "returns is wrong, by hand and through the backend alike: those times are not of a usable backward pass. The "
-            "backend has padded v to q's head dim since.", "",
+            "FlashAttention-4 4.0.0b36. Where its head dims differ (every row but `rank 24 split`) the gradient of q that "
+            "it returns is wrong, by hand and through the backend alike: those times are not of a usable backward pass. "
+            "The backend has padded v to q's head dim since.", "",
             *table(("case", "no bias, ms", "concatenated by hand, ms", "worst relative error", "backend, ms"), rows),
             source("flash_backend_h200"), ""]
 
 
 def bias_scale() -> List[str]:
     lines = ["## bias_scale learns", "",
-             "`bias_scale` times a fixed map: relative error of its first gradient, and the largest difference of its path "
-             "over 20 optimiser steps, against the same decoder unpatched in float64 with the dense map as mask.", ""]
+             "`bias_scale` times a fixed map: relative error of its first gradient, and the largest difference of its "
+             "path over 20 optimiser steps, against the same decoder unpatched in float64 with the dense map as mask.",
+             ""]
     for name in ("bias_scale_mini_cmt", "bias_scale_cmt"):
         if not (RESULTS / f"{name}.json").exists():
             continue

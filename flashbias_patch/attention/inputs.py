@@ -52,7 +52,7 @@ def build(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: "Optional[AttentionBias | Tensor]" = None,
+    bias: Optional[AttentionBias | Tensor] = None,
     *,
     attn_mask: Optional[Tensor] = None,
     key_padding_mask: Optional[Tensor] = None,
@@ -70,7 +70,7 @@ def build(
         if segments is not None:
             weights, lengths = segments
             weights = weights.to(q.device, torch.promote_types(torch.float32, weights.dtype))
-        if q_factor is not None:
+        if q_factor is not None and k_factor is not None:
             q_factor, k_factor = _cast_factors(q_factor, k_factor, q)
         if dense is not None:
             dense = dense.to(q.device)
@@ -110,7 +110,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tuple[int, int, int, int, int
     return B, M, H, D, N
 
 
-def as_bias(bias: "AttentionBias | Tensor", B: int, H: int, M: int, N: int) -> AttentionBias:
+def as_bias(bias: AttentionBias | Tensor, B: int, H: int, M: int, N: int) -> AttentionBias:
     """`bias` as an AttentionBias that fits a call of that size; ValueError or TypeError if it is not one."""
     if isinstance(bias, Tensor):
         kind, four = mask_4d(bias, B, H, M, N, "bias")

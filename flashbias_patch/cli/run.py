@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD", help="the command, after an optional --")
 
 
-def command_of(args: argparse.Namespace) -> "list[str]":
+def command_of(args: argparse.Namespace) -> list[str]:
     """The command's words, without the separating --."""
     return args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import re
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from .. import journal
 
@@ -85,7 +85,10 @@ def _entry_points() -> List[Target]:
     if _third_party is None:
         _third_party = []
         found = importlib.metadata.entry_points()
-        group = found.select(group=ENTRY_POINT_GROUP) if hasattr(found, "select") else found.get(ENTRY_POINT_GROUP, [])
+        if hasattr(found, "select"):
+            group: Any = found.select(group=ENTRY_POINT_GROUP)
+        else:  # before Python 3.10
+            group = found.get(ENTRY_POINT_GROUP, [])
         for entry in group:
             try:
                 value = entry.load()

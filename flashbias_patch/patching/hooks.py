@@ -63,8 +63,8 @@ def install() -> None:
             _each_loaded(compat.MODULES, _on_library)
         repository.Finder.enable(_on_module)
     if "torch" in sys.modules:
-        for module in list(sys.modules.values()):
-            _on_module(module)
+        for loaded in list(sys.modules.values()):
+            _on_module(loaded)
 
 
 def uninstall() -> None:

@@ -180,7 +180,7 @@ def test_rows_without_keys_give_zeros():
     rest["mask"] = torch.zeros(1, 1, 20, 40, dtype=torch.bool)
     rest["mask"][:, :, 3:9] = True
     tensors[6][:, :, 11] = -float("inf")
-    results = dict(zip(("out",) + NAMES, [r for r in _with_gaps(fused(tensors, rest, grad, FULL), tensors)]))
+    results = dict(zip(("out",) + NAMES, list(_with_gaps(fused(tensors, rest, grad, FULL), tensors))))
     for name, result in results.items():
         assert result is None or torch.isfinite(result).all(), name
     for row in (3, 8, 11):

@@ -217,8 +217,10 @@ def _rounded(columns: int) -> int:
 
 
 def _v_width(inputs: AttentionInputs, width: int) -> int:
-    """v's head dim for generation 4: q's, where its backward pass will run on Hopper. With 48 / 32 columns 4.0.0b36 gave
-    a gradient of q that is wrong by 1.3 relative (benchmarks/results/flash_backend_h200.json), with 64 / 64 a right one.
+    """v's head dim for generation 4: q's, where its backward pass will run on Hopper.
+
+    With 48 / 32 columns 4.0.0b36 gave a gradient of q that is wrong by 1.3 relative, with 64 / 64 a right one
+    (benchmarks/results/flash_backend_h200.json).
     """
     if inputs.needs_grad and _capability(inputs.q.device) == 9:
         return max(_rounded(width), inputs.v.shape[-1])

@@ -31,7 +31,7 @@ class Reference:
             seed = int(torch.empty((), dtype=torch.int64).random_(1 << 31))
         tensors = [getattr(inputs, field) for field in TENSORS]
         rows = chunk_rows(inputs, chunk_bytes)
-        return _Chunked.apply(inputs._replace(**dict.fromkeys(TENSORS)), (seed, rows), *tensors)
+        return _Chunked.apply(inputs._replace(**dict.fromkeys(TENSORS)), (seed, rows), *tensors)  # type: ignore[arg-type]
 
 
 backend = Reference()
@@ -50,14 +50,15 @@ def cut(inputs: AttentionInputs, start: int, stop: int) -> AttentionInputs:
         tensor = getattr(inputs, field)
         if tensor is not None and not (tensor.shape[axis] == 1 and inputs.q.shape[1] != 1):
             rows[field] = tensor.narrow(axis, start, stop - start)
-    return inputs._replace(**rows)
+    return inputs._replace(**rows)  # type: ignore[arg-type]
 
 
 def scores(inputs: AttentionInputs) -> Tensor:
     """q k^T * scale + every part of the bias, (B, H, M, N) in at least float32; -inf where masked out."""
     dtype = torch.promote_types(torch.float32, inputs.q.dtype)
 
-    def heads_first(tensor: Tensor) -> Tensor:
+    def heads_first(tensor: Optional[Tensor]) -> Tensor:
+        assert tensor is not None
         return tensor.to(dtype).transpose(1, 2)
 
     s = heads_first(inputs.q) @ heads_first(inputs.k).transpose(-1, -2) * inputs.scale
@@ -94,7 +95,7 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx: Any, static: AttentionInputs, drawn: Tuple[Optional[int], int], *tensors: Optional[Tensor]
     ) -> Tensor:
-        inputs = static._replace(**dict(zip(TENSORS, tensors)))
+        inputs = static._replace(**dict(zip(TENSORS, tensors)))  # type: ignore[arg-type]
         seed, rows = ctx.drawn = drawn  # dropout is drawn chunk by chunk: backward must cut as forward did
         ctx.static = static
         ctx.save_for_backward(*tensors)

@@ -37,7 +37,7 @@ def _problem(
     """The call as the kernels want it; `prepared` is what forward had to copy for that (empty: nothing)."""
     rank = 0 if q_factor is None else q_factor.shape[-1]
     if prepared:
-        q, q_factor, k_factor = (
+        q, q_factor, k_factor = (  # type: ignore[assignment]
             new if new.numel() else old for new, old in zip(prepared, (q, q_factor, k_factor))
         )
     else:
@@ -49,7 +49,7 @@ def _problem(
     factors = [None if t is None else launch.unit_last(t) for t in (q_factor, k_factor, weights)]
     dense = None if dense is None else launch.unit_last(dense)
     mask, padding = launch.as_bytes(mask), launch.as_bytes(padding)
-    return launch.Problem(q, k, v, *factors, tuple(lengths), dense, mask, padding, dropout_p, scale, rank)
+    return launch.Problem(q, k, v, *factors, tuple(lengths), dense, mask, padding, dropout_p, scale, rank)  # type: ignore
 
 
 def _forward(
@@ -162,7 +162,7 @@ if hasattr(torch.library, "custom_op"):
     _op_backward.register_fake(_backward_fake)
     _op.register_autograd(lambda ctx, grad, *unused: _gradients(_op_backward, ctx, grad), setup_context=_save)
 else:
-    _op = None
+    _op = None  # type: ignore[assignment]
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -1,5 +1,5 @@
 """The configuration as a dict, small by default; `cmt` has the shapes of the real thing."""
-# ruff: noqa: C408  (configurations are written as keyword arguments)
+
 from __future__ import annotations
 
 import ast
