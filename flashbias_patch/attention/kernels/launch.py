@@ -118,7 +118,8 @@ def arch_of(tensor: Tensor) -> Tuple[int, int]:
 @functools.lru_cache(maxsize=256)
 def block_table(lengths: Tuple[int, ...], block: int, device: torch.device) -> Tuple[Tensor, Tensor, Tensor]:
     """Blocks of keys (count, 3) as first key, end, segment; the segments' ends (S + 1,); each key's block (N,)."""
-    rows, ends, owner, offset = [], [0], [], 0
+    rows: List[Tuple[int, int, int]] = []
+    ends, owner, offset = [0], [], 0
     for segment, length in enumerate(lengths):
         for start in range(offset, offset + length, block):
             end = min(start + block, offset + length)
@@ -283,7 +284,7 @@ def backward(
     shapes = [None if t is None else tuple(t.shape) for t in problem[:6] + (problem.dense,)]
     for place in (3, 4):
         if shapes[place] is not None:
-            shapes[place] = shapes[place][:3] + (problem.rank,)
+            shapes[place] = (*shapes[place][:3], problem.rank)  # type: ignore[index]
     if not q.numel() or not k.numel():
         return tuple(
             torch.zeros(shape, dtype=dtype, device=q.device) if need else None  # type: ignore

@@ -87,7 +87,7 @@ def plain_backward(call: Call, grad_out: Tensor, error: Optional[BaseException] 
                 total[6][:, :, lo:hi] += grad
             else:
                 total[place] += grad
-    return tuple(None if t is None else t.to(w.dtype) for t, w in zip(total, wanted))
+    return tuple(None if t is None or w is None else t.to(w.dtype) for t, w in zip(total, wanted))
 
 
 def _attend(call: Call, pieces: List[Any], lo: int, hi: int) -> Tensor:
