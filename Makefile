@@ -7,7 +7,7 @@ FRAME ?= $(wildcard ../shared/data/nuscenes_frame)
 DEMO ?= runs/demo
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-slow test-openmmlab test-py38 test-triton lint package gallery clean
+.PHONY: help demo test test-slow test-openmmlab test-py38 test-triton lint package clean
 
 help:
 	@echo "make demo            unpatched against patched: trains examples/mini_cmt both ways, writes $(DEMO)/report.html"
@@ -27,7 +27,7 @@ $(VENV)/ready: setup.py
 	touch $@
 
 demo: $(VENV)/ready
-	$(BIN)/flashbias ab --steps 16 --warmup 4 --out $(DEMO) -- \
+	$(BIN)/flashbias ab --repeats 1 --steps 16 --warmup 4 --out $(DEMO) -- \
 		$(BIN)/python examples/mini_cmt/tools/train.py --steps 16 --dropout 0 --no-cp $(if $(FRAME),--frame $(FRAME))
 	@echo "report: $(DEMO)/report.html"
 
@@ -37,14 +37,17 @@ test: $(VENV)/ready
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m "(slow or browser) and not openmmlab"
 
+test-triton:
+	tools/triton_matrix.sh
+
 test-openmmlab:
 	tools/openmmlab_env.sh v1 v2
-	.venv-openmmlab/v1/bin/python -m pytest -q tests/openmmlab
-	.venv-openmmlab/v2/bin/python -m pytest -q tests/openmmlab
+	.venv-openmmlab/v1/bin/python -m pytest -q -m openmmlab tests/openmmlab
+	.venv-openmmlab/v2/bin/python -m pytest -q -m openmmlab tests/openmmlab
 
 test-py38:
 	tools/openmmlab_env.sh py38
-	.venv-openmmlab/py38/bin/python -m pytest -q tests/test_settings.py tests/test_import.py tests/attention tests/bias tests/patching
+	.venv-openmmlab/py38/bin/python -m pytest -q tests/test_settings.py tests/attention tests/bias tests/family tests/patching
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
