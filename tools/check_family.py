@@ -144,7 +144,8 @@ def empty(name: str) -> Any:
     def register(*args: Any, **kwargs: Any) -> Any:  # `@missing` and `@missing(...)`
         return args[0] if args and callable(args[0]) and not kwargs else (lambda thing: thing)
 
-    return register if name[:1].islower() else EmptyMeta(name, (nn.Module,), {})
+    bases = () if name.isupper() else (nn.Module,)  # a registry, whose `register_module` is not nn.Module's
+    return register if name[:1].islower() else EmptyMeta(name, bases, {})
 
 
 class EmptyModule(types.ModuleType):
