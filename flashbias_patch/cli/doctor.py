@@ -43,13 +43,14 @@ def main(args: argparse.Namespace) -> int:
 
 def examine(repo: Optional[str] = None) -> Dict[str, Any]:
     """Everything doctor knows, as a JSON-able dict."""
-    from .. import __version__, settings
+    from .. import __version__, compat, settings
 
     report: Dict[str, Any] = {
         "flashbias_patch": __version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "settings": settings.current().as_dict(),
+        "unmendable": [{"what": what, "cure": cure} for what, cure in compat.unmendable()],
         "gpu": None,
         "backends": {},
     }
@@ -143,6 +144,7 @@ def _text(report: Dict[str, Any]) -> str:
         lines.append(f"  {name:<10} {'takes it' if not reasons else '; '.join(reasons)}")
     if not report["backends"]:
         lines.append("  torch is not installed: nothing can be computed")
+    lines += [f"in the way: {entry['what']}\n  cure: {entry['cure']}" for entry in report["unmendable"]]
     if "repository" in report:
         lines.append("repository:")
         for item in report["repository"]:

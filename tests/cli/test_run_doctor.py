@@ -80,3 +80,13 @@ def test_doctor_text_and_mistakes(tmp_path):
     assert "left alone: its forward takes (qkv, cu_seqlens)" in text and "does not parse" in text
     assert "reference  takes it" in text and "GPU: none" in text
     assert flashbias("doctor", "--repo", str(tmp_path / "nowhere")).returncode == 2
+
+
+def test_doctor_names_what_cannot_be_mended(monkeypatch):
+    from flashbias_patch import compat
+    from flashbias_patch.cli import doctor
+
+    monkeypatch.setattr(compat, "unmendable", lambda: [("mmcv is too new", "install an older one")])
+    report = doctor.examine()
+    assert report["unmendable"] == [{"what": "mmcv is too new", "cure": "install an older one"}]
+    assert "in the way: mmcv is too new\n  cure: install an older one" in doctor._text(report)
