@@ -22,26 +22,32 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.p
 import torch
 import torch.nn.functional as F
 
+from flashbias_patch.attention.benchmark import SHAPES as MODELS
 from flashbias_patch.attention.kernels.operator import fused_attention
 from flashbias_patch.attention.kernels.recompute import Call, _attend
 
+
+def model(name, dtype="float16", **changed):
+    return (*dict(MODELS[name], **changed).values(), dtype)
+
+
 # name -> batch, queries, keys, heads, head dim, rank, dtype
 SHAPES = {
-    "cmt": (2, 1490, 22384, 8, 32, 8, "float16"),
-    "cmt bf16": (2, 1490, 22384, 8, 32, 8, "bfloat16"),
-    "cmt fp32": (2, 1490, 22384, 8, 32, 8, "float32"),
-    "cmt rank 2": (2, 1490, 22384, 8, 32, 2, "float16"),
-    "cmt rank 24": (2, 1490, 22384, 8, 32, 24, "float16"),
-    "cmt large": (2, 1490, 56400, 8, 32, 8, "float16"),
-    "cmt camera": (2, 900, 24000, 8, 32, 8, "float16"),
-    "petr": (2, 900, 6000, 8, 32, 8, "float16"),
-    "streampetr": (2, 1072, 4224, 8, 32, 8, "float16"),
-    "mome": (2, 100, 56400, 8, 32, 8, "float16"),
-    "square 1024": (2, 1024, 1024, 4, 32, 8, "float16"),
-    "square 4096": (2, 4096, 4096, 4, 32, 8, "float16"),
-    "square 16384": (2, 16384, 16384, 4, 32, 8, "float16"),
-    "head dim 64": (2, 1490, 22384, 4, 64, 8, "float16"),
-    "head dim 128": (2, 1490, 22384, 2, 128, 8, "float16"),
+    "cmt": model("cmt-800x320"),
+    "cmt bf16": model("cmt-800x320", "bfloat16"),
+    "cmt fp32": model("cmt-800x320", "float32"),
+    "cmt rank 2": model("cmt-800x320", rank=2),
+    "cmt rank 24": model("cmt-800x320", rank=24),
+    "cmt large": model("cmt-1600x640"),
+    "cmt camera": model("cmt-camera"),
+    "petr": model("petr-900x6000"),
+    "streampetr": model("streampetr-r50"),
+    "mome": model("mome-100x56400"),
+    "square 1024": model("square-1024"),
+    "square 4096": model("square-4096"),
+    "square 16384": model("square-16384"),
+    "head dim 64": model("head-dim-64"),
+    "head dim 128": model("head-dim-128"),
 }
 QUICK = ("cmt", "cmt fp32", "petr", "mome", "square 1024", "square 4096", "head dim 64", "head dim 128")
 

@@ -1,0 +1,120 @@
+"""`flashbias bench` on the CPU: as a command, and what becomes of a backend that fails."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from flashbias_patch.attention import benchmark, dispatch  # noqa: E402
+from flashbias_patch.cli import bench  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def flashbias(*words):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("FLASHBIAS_", "TRITON_"))}
+    environment.update(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+    return subprocess.run(
+        [sys.executable, "-m", "flashbias_patch.cli.main", "bench", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_command_measures_what_runs_and_says_why_the_rest_does_not(tmp_path):
+    done = flashbias(
+        *("--shapes", "tiny", "cmt-800x320", "--backends", "sdpa", "reference", "triton"),
+        *("--dtype", "fp32", "--out", str(tmp_path)),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "bench.json").read_text())
+    rows = {(row["shape"], row["backend"]): row for row in found["rows"]}
+    assert len(rows) == 6 and found["environment"]["dtype"] == "fp32"
+    for name in ("sdpa", "reference"):
+        row = rows["tiny", name]
+        assert row["forward_ms"] > 0 and row["total_ms"] > 0 and row["extra_mib"] is None
+        assert 0 < row["error"] < 1e-5
+    assert rows["tiny", "triton"]["why_not"] and rows["tiny", "triton"]["forward_ms"] is None
+    assert "needs a GPU" in rows["cmt-800x320", "sdpa"]["why_not"]
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("tiny ") for line in lines) == 3
+    assert any("cannot: too large for a CPU" in line for line in lines)
+
+
+def test_names_and_exit_status(capsys):
+    def status(*words):
+        parser = argparse.ArgumentParser()
+        bench.add_arguments(parser)
+        return bench.main(parser.parse_args(words))
+
+    assert status("--shapes", "list") == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == list(benchmark.SHAPES)
+    assert status("--shapes", "huge") == 2
+    assert "--shapes: huge: not one of tiny" in capsys.readouterr().err
+    assert status("--shapes", "tiny", "--backends", "flash") == 3, "nothing ran"
+
+
+class Wrong:
+    """A backend that raises, or answers with zeros."""
+
+    name = "wrong"
+
+    def __init__(self, raises):
+        self.raises = raises
+
+    def why_not(self, inputs):
+        return []
+
+    def __call__(self, inputs):
+        if self.raises:
+            raise RuntimeError("no such kernel")
+        return inputs.q * 0
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("raises, words", [(True, "no such kernel"), (False, "self-check failed")])
+def test_a_backend_that_fails_is_not_timed(monkeypatch, raises, words):
+    monkeypatch.setitem(dispatch.MODULES, "wrong", "wrong")
+    monkeypatch.setitem(dispatch._loaded, "wrong", Wrong(raises))
+    found = benchmark.run(["tiny"], ["wrong"], "fp32", lambda *_: None)["rows"][0]
+    assert found["forward_ms"] is None and words in found["why_not"]
+
+
+def test_an_answer_by_another_backend_is_not_timed_as_this_one(monkeypatch):
+    """Out of memory opens no breaker: the reference answers, and only the journal knows."""
+    inputs = benchmark.make(benchmark.SHAPES["tiny"], torch.float32, torch.device("cpu"))
+    assert "error" in benchmark.measure(inputs, "sdpa")
+    sdpa = dispatch.backend("sdpa")
+
+    def exhausted(self, inputs):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(type(sdpa), "__call__", exhausted)
+    found = benchmark.measure(inputs, "sdpa")
+    assert "forward_ms" not in found and "out of memory" in found["why_not"]
+
+
+def test_error_is_that_of_the_output():
+    inputs = benchmark.make(benchmark.SHAPES["tiny"], torch.float32, torch.device("cpu"))
+    out = dispatch.attend(inputs, "reference").detach()
+    assert benchmark._error(inputs, out * 1.01) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_progress_reaches_the_end():
+    seen = []
+    benchmark.run(["tiny"], ["sdpa", "reference"], "fp32", lambda *now: seen.append(now))
+    assert seen == [(0, 2, "tiny sdpa"), (1, 2, "tiny reference"), (2, 2, "")]
