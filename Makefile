@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 FRAME ?= $(wildcard ../shared/data/nuscenes_frame)
+JOBS ?= 2
 DEMO ?= runs/demo
 export OMP_NUM_THREADS ?= 2
 
@@ -32,10 +33,10 @@ demo: $(VENV)/ready
 	@echo "report: $(DEMO)/report.html"
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m "not slow and not browser and not openmmlab"
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not browser and not openmmlab"
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m "(slow or browser) and not openmmlab"
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "(slow or browser) and not openmmlab"
 
 test-triton:
 	tools/triton_matrix.sh
