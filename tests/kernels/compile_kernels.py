@@ -1,6 +1,7 @@
 """Compile every class of kernel variant without a GPU: `python compile_kernels.py [arch ...]`, needs only Triton.
 
-Prints one line a variant; the last is "compiled N". Works from Triton 3.0 on.
+Tiles are those that configs.py ships for the architecture; where shared memory has no room the next is compiled, as
+a launch would do. Prints one line a variant; the last is "compiled N". Works from Triton 3.0 on.
 """
 
 from __future__ import annotations
@@ -9,23 +10,44 @@ import importlib
 import inspect
 import os
 import sys
+import time
 import types
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-import triton  # noqa: E402
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KERNELS = os.path.join(HERE, os.pardir, os.pardir, "flashbias_patch", "attention", "kernels")
-# The kernels' own files need no PyTorch; their package does, so it is stood in for.
-package = types.ModuleType("flashbias_kernels")
-package.__path__ = [KERNELS]
-sys.modules["flashbias_kernels"] = package
-forward = importlib.import_module("flashbias_kernels.forward")
-backward = importlib.import_module("flashbias_kernels.backward")
+
+
+def load():
+    """The kernels' modules, their package stood in for, and PyTorch too: concatenate.py's launchers name it."""
+    package = types.ModuleType("flashbias_kernels")
+    package.__path__ = [KERNELS]
+    sys.modules["flashbias_kernels"] = package
+    torch = mock.MagicMock()
+    torch.autograd.Function = object
+    names = ("torch", "torch.nn", "torch.nn.functional", "torch.autograd", "torch.autograd.function")
+    real = {name: sys.modules.get(name) for name in names}
+    sys.modules.update(dict.fromkeys(names, torch))
+    try:
+        files = ("forward", "backward", "concatenate", "configs")
+        return [importlib.import_module("flashbias_kernels." + name) for name in files]
+    finally:
+        for name, module in real.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
+forward, backward, concatenate, configs = load()
+configs._loaded = True  # no tiles that this machine has tuned
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448}  # bytes a program can have
 
 POINTERS = dict(
     LSE="fp32", PART_LSE="fp32", PARTS="fp32", ROWS="fp32", MASK="u8", BLOCKS="i32", ORDER="i32", COUNTS="i32",
@@ -36,17 +58,18 @@ OLD = "constants" in inspect.signature(ASTSource.__init__).parameters
 BY_PLACE = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2)
 
 
-def build(kernel, constants, dtype, arch, warps=4, stages=2, **pointers):
+def build(kernel, constants, dtype, arch, pointers, config):
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
+        key = place if BY_PLACE else name
         if name in constants:
             if not OLD:
                 signature[name] = "constexpr"
-        elif name.isupper() and name not in ("B", "H", "M", "N", "L", "R"):
-            signature[place if BY_PLACE else name] = "*" + pointers.get(name, POINTERS.get(name, dtype))
+        elif name in pointers or name.isupper() and name not in ("B", "H", "M", "N", "L", "R"):
+            signature[key] = "*" + pointers.get(name, POINTERS.get(name, dtype))
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
-            signature[place if BY_PLACE else name] = "fp32" if name in FLOATS else "i32"
+            signature[key] = "fp32" if name in FLOATS or "mult" in name else "i32"
             if name[-2:] in ("_b", "_m", "_n", "_h", "_s"):
                 attributes[(place,)] = [["tt.divisibility", 16]]
     if OLD:
@@ -57,60 +80,105 @@ def build(kernel, constants, dtype, arch, warps=4, stages=2, **pointers):
         )
     else:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return compile(
-        source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages)
-    )
+    options = dict(num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+    if config.registers:
+        options["maxnreg"] = config.registers
+    return compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 PLAIN = dict(
     D=32, BLOCK_D=32, BLOCK_R=16, SEGMENTS=0, HAS_DENSE=False, HAS_MASK=False, PAD_KIND=0, DROPOUT=False,
-    PRECISION="tf32x3", EXP=0, BLOCK_M=64, BLOCK_N=64,
+    PRECISION="tf32x3",
 )  # fmt: skip
 # name -> (dtype, what differs from PLAIN, pointer types that differ)
 VARIANTS = {
+    "no bias": ("fp16", dict(BLOCK_R=0), {}),
     "factors": ("fp16", {}, {}),
-    "polynomial": ("fp16", dict(EXP=2), {}),
-    "segments": ("bf16", dict(BLOCK_R=0, SEGMENTS=7), {}),
+    "segments, split": ("bf16", dict(BLOCK_R=0, SEGMENTS=7), {}),
+    "dense": ("fp16", dict(BLOCK_R=0, HAS_DENSE=True), {}),
     "everything": (
         "fp16",
-        dict(
-            D=40, BLOCK_D=64, SEGMENTS=2, HAS_DENSE=True, HAS_MASK=True, PAD_KIND=1, DROPOUT=True, BLOCK_N=32
-        ),
+        dict(D=40, BLOCK_D=64, SEGMENTS=2, HAS_DENSE=True, HAS_MASK=True, PAD_KIND=1, DROPOUT=True),
         dict(PAD="u8"),
     ),
-    "added padding": ("bf16", dict(PAD_KIND=2, D=128, BLOCK_D=128, BLOCK_R=64, BLOCK_N=32), dict(PAD="fp32")),
-    "float32": ("fp32", dict(BLOCK_N=32, HAS_DENSE=True, DROPOUT=True), {}),
+    "added padding": ("bf16", dict(PAD_KIND=2, D=128, BLOCK_D=128, BLOCK_R=64), dict(PAD="fp32")),
+    "float32": ("fp32", dict(HAS_DENSE=True, DROPOUT=True), {}),
 }
-KEYS = dict(R=8, NEED_KV=True, NEED_KF=True, DENSE_GRAD=0, SHARED_KF=True)
-QUERIES = dict(R=8, NEED_Q=True, NEED_QF=True, NEED_W=False)
+DENSE_GRAD = {"dense": 1, "everything": 2, "float32": 3}
+KEYS = dict(R=8, NEED_KV=True, NEED_KF=True)
+QUERIES = dict(R=8, NEED_Q=True, NEED_QF=True)
+# All variants on 80 and 90; 86 and 89 take 80's tiles and instructions, so that the widest few do.
+COVERING = {86: ("factors", "everything", "added padding", "float32", "low columns, padding")}
+COVERING[89] = COVERING[86]
+ONE = configs.Config(0, 0, 4, 2)  # of kernels without a choice
+JOIN = dict(
+    HEADS=8, D=32, R=8, LOW=0, PADDING=0, MASKED=concatenate.MASKED, WIDTH=40, BLOCK_D=32, BLOCK_R=8, REST=0,
+    BLOCK_REST=1, ROWS=concatenate.ROWS, WIDE=False,
+)  # fmt: skip
+JOIN_POINTERS = ("q", "q_factor", "q_out", "k", "k_factor", "k_out")
+SUM = dict(HEADS=1, COLUMNS=8, BLOCK=8, SUM_B=2, SUM_H=8, B=1)
 
 
-def variants():
-    """(name, kernel, constants, dtype, pointer types)"""
+def tiles(kind, arch, dtype, constants):
+    plain = not (constants["HAS_DENSE"] or constants["HAS_MASK"] or constants["PAD_KIND"] or constants["DROPOUT"])
+    key = configs.Key(kind, arch, dtype != "fp32", constants["BLOCK_D"], constants["BLOCK_R"], plain)
+    return configs.candidates(key)
+
+
+def variants(arch):
+    """(name, kernel, constants, dtype, pointer types, tiles to try)"""
     for name, (dtype, changes, pointers) in VARIANTS.items():
-        constants = dict(PLAIN, **changes)
-        yield name, forward.forward_kernel, dict(constants, PARTIAL=name == "segments"), dtype, pointers
-        grads = dict(
-            DENSE_GRAD=2 if name == "everything" else 3 if name == "float32" else 0,
-            SHARED_KF=name != "float32",
-        )
-        yield name, backward.keys_kernel, dict(constants, **dict(KEYS, **grads)), dtype, pointers
-        needs = dict(QUERIES, NEED_W=constants["SEGMENTS"] > 0)
-        yield name, backward.queries_kernel, dict(constants, **needs), dtype, pointers
+        base = dict(PLAIN, **changes)
+        grads = dict(KEYS, DENSE_GRAD=DENSE_GRAD.get(name, 0), SHARED_KF=name != "float32")
+        for kind, kernel, more in (
+            ("forward", forward.forward_kernel, dict(PARTIAL="split" in name)),
+            ("keys", backward.keys_kernel, grads),
+            ("queries", backward.queries_kernel, dict(QUERIES, NEED_W=base["SEGMENTS"] > 0)),
+        ):
+            yield name, kernel, dict(base, **more), dtype, pointers, tiles(kind, arch, dtype, base)
+    for exp in (1, 2):
+        chosen = [tiles("forward", arch, "fp16", PLAIN)[0]._replace(exp=exp)]
+        yield f"exp2 {exp}", forward.forward_kernel, dict(PLAIN, PARTIAL=False), "fp16", {}, chosen
     tile = dict(D=40, BLOCK_D=64, BLOCK_M=16)
-    yield "combine", forward.combine_kernel, tile, "fp16", {}
-    yield "rows", backward.rows_kernel, dict(tile, SEGMENTS=2), "fp16", {}
-    yield "pad", forward.pad_kernel, dict(R=13, BLOCK_R=16, ROWS=128), "fp16", {}
+    yield "combine", forward.combine_kernel, tile, "fp16", {}, [ONE]
+    yield "rows", backward.rows_kernel, dict(tile, SEGMENTS=2), "fp16", {}, [ONE]
+    yield "pad", forward.pad_kernel, dict(R=13, BLOCK_R=16, ROWS=128), "fp16", {}, [ONE]
+    halves = dict.fromkeys(JOIN_POINTERS, "fp16")
+    low = dict(JOIN, LOW=1, PADDING=1, WIDTH=56, REST=8, BLOCK_REST=8, WIDE=True)
+    yield "low columns, padding", concatenate._join_kernel, low, "fp16", dict(halves, padding="u8"), [ONE]
+    halves = dict.fromkeys(JOIN_POINTERS, "bf16")
+    added = dict(JOIN, R=0, BLOCK_R=1, PADDING=2, REST=8, BLOCK_REST=8)
+    yield "added padding", concatenate._join_kernel, added, "bf16", dict(halves, padding="fp32"), [ONE]
+    sums = {f"{name}{i}": size for i in range(3) for name, size in SUM.items()}
+    grads = {f"{name}{i}": "fp16" for i in range(3) for name in ("grad", "out")}
+    yield "sums", concatenate._sum_kernel, dict(sums, ROWS=concatenate.ROWS, WIDE=False), "fp16", grads, [ONE]
+
+
+def fitting(kernel, constants, dtype, arch, pointers, choices):
+    """(what was compiled, its tile), the first that shared memory has room for"""
+    for config in choices:
+        if config.block_m:
+            tile = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, EXP=config.exp)
+            constants = dict(constants, **tile)
+        built = build(kernel, constants, dtype, arch, pointers, config)
+        if built.metadata.shared <= SHARED_MEMORY.get(arch, 101376):
+            return built, config
+    raise RuntimeError("no tile fits into shared memory")
 
 
 def main(archs):
     count = 0
     for arch in archs:
-        for name, kernel, constants, dtype, pointers in variants():
-            built = build(kernel, constants, dtype, arch, **pointers)
+        for name, kernel, constants, dtype, pointers, choices in variants(arch):
+            if name not in COVERING.get(arch, [name]):
+                continue
+            began = time.time()
+            built, config = fitting(kernel, constants, dtype, arch, pointers, choices)
             assert built.asm["cubin"], name
             count += 1
-            print(arch, kernel.__name__, name, "shared", built.metadata.shared, flush=True)
+            tile = f"{config.block_m} x {config.block_n}, " if config.block_m else ""
+            took = f"{time.time() - began:.1f} s"
+            print(arch, kernel.__name__, name + ":", tile + "shared", built.metadata.shared, took, flush=True)
     print("compiled", count)
 
 
