@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Compiles the kernels (tests/kernels/compile_kernels.py) by several versions of Triton, without a GPU and without PyTorch.
+# Usage: tools/triton_matrix.sh [--dir DIR] [--jobs N] [VERSION ...]       (default: .venv-triton, 2 at once, the versions below)
+# `newest` is whatever pip installs today. One environment a version, kept in DIR and used again; logs in DIR/logs.
+# Interpreter: PYTHON, else the first Python of 3.11, 3.10, 3.12, for which every one of these versions has a wheel.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+DIR=.venv-triton
+JOBS=2
+ARCHS=(90 80 86 89)
+VERSIONS=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --dir) DIR=$2; shift 2 ;;
+        --jobs) JOBS=$2; shift 2 ;;
+        newest | [0-9]*.[0-9]*) VERSIONS+=("$1"); shift ;;
+        *) echo "$0: unknown argument '$1'; expected --dir DIR, --jobs N or versions of Triton" >&2; exit 2 ;;
+    esac
+done
+[ ${#VERSIONS[@]} -gt 0 ] || VERSIONS=(3.0.0 3.1.0 3.2.0 3.4.0 3.6.0 newest)
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+unset TRITON_INTERPRET
+
+find_python() {
+    local version found
+    for version in 3.11 3.10 3.12; do
+        for found in "python$version" "$HOME/.pyenv/versions/$version".*/bin/python; do
+            if "$found" -c "import sys; sys.exit(sys.version_info[:2] != (3, ${version#3.}))" 2>/dev/null; then
+                echo "$found"; return
+            fi
+        done
+    done
+    echo "$0: no Python 3.10, 3.11 or 3.12: install one or name it with PYTHON=" >&2
+    return 1
+}
+
+mkdir -p "$DIR"
+DIR=$(cd "$DIR" && pwd)
+export DIR
+rm -rf "$DIR/logs" "$DIR/cache"
+mkdir "$DIR/logs"
+trap 'rm -rf "$DIR/cache"' EXIT
+PYTHON=${PYTHON:-$(find_python)}
+
+for version in "${VERSIONS[@]}"; do
+    start=$SECONDS
+    [ -x "$DIR/$version/bin/python" ] || "$PYTHON" -m venv "$DIR/$version"
+    wanted=triton==$version
+    [ "$version" != newest ] || wanted=triton
+    "$DIR/$version/bin/pip" install --quiet --upgrade "$wanted" setuptools
+    echo "[$version] triton $("$DIR/$version/bin/python" -c 'import triton; print(triton.__version__)'), installed in $((SECONDS - start)) s"
+done
+
+one() { # VERSION ARCH; the status is left in a file, so that every other one still runs
+    local log=$DIR/logs/$1-$2 start=$SECONDS status=0
+    TRITON_CACHE_DIR=$DIR/cache/$1-$2 "$DIR/$1/bin/python" tests/kernels/compile_kernels.py "$2" > "$log.log" 2>&1 || status=$?
+    echo "$status $((SECONDS - start))" > "$log.status"
+    [ "$status" = 0 ] || tail -n 25 "$log.log" | sed "s/^/    /"
+    echo "[$1] arch $2: $(tail -n 1 "$log.log" | cut -c1-100), $((SECONDS - start)) s"
+}
+export -f one
+for version in "${VERSIONS[@]}"; do
+    for arch in "${ARCHS[@]}"; do
+        echo "$version" "$arch"
+    done
+done | xargs -P "$JOBS" -L 1 bash -c 'one "$@"' one
+
+printf '\n%-8s %-8s' asked triton
+printf ' %12s' "${ARCHS[@]}"
+echo
+failures=0
+for version in "${VERSIONS[@]}"; do
+    printf '%-8s %-8s' "$version" "$("$DIR/$version/bin/python" -c 'import triton; print(triton.__version__)')"
+    for arch in "${ARCHS[@]}"; do
+        read -r status took < "$DIR/logs/$version-$arch.status" || status=missing took=0
+        if [ "$status" = 0 ]; then
+            printf ' %12s' "$(tail -n 1 "$DIR/logs/$version-$arch.log" | cut -d' ' -f2) in $took s"
+        else
+            printf ' %12s' FAILED
+            failures=$((failures + 1))
+        fi
+    done
+    echo
+done
+echo "$((SECONDS / 60)) min $((SECONDS % 60)) s, $failures failures"
+[ "$failures" = 0 ]
