@@ -82,7 +82,7 @@ def test_low_rank_bias(backend, lengths, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_on_the_reference(dtype):
     try:
-        torch.einsum("bmd,bnd->bmn", *torch.ones(2, 1, 1, 1, dtype=dtype))
+        torch.einsum("bmhd,bnhd->bhmn", *torch.ones(2, 2, 3, 4, 5, dtype=dtype))
     except RuntimeError as error:
         pytest.skip(f"plain PyTorch, to compare with: {error}")
     tensors = make(37, 41, dtype=dtype)
