@@ -1,5 +1,5 @@
-"""Every class of kernel variant compiles without a GPU, here by the installed Triton for two architectures;
-tools/triton_matrix.sh has the other versions and architectures.
+"""Every class of kernel variant compiles without a GPU, here by the installed Triton for Hopper, whose tiles are the
+largest; tools/triton_matrix.sh has the other versions and architectures.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "compile_kerne
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
-def test_compiles(arch):
+def test_compiles():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, str(arch)],
+        [sys.executable, SCRIPT, "90"],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
