@@ -35,7 +35,7 @@ def source(name: str) -> str:
     command = result.get("command", f"python benchmarks/{name.rsplit('_', 1)[0]}.py")
     device = about.get("device") or about.get("gpu") or "CPU"
     return (f"From `benchmarks/results/{name}.json` (commit {commit}); {device}, torch {about['torch']}; "
-            f"`{command.replace('/root/out/', '')}`.")
+            f"`{command}`.")
 
 
 def real_cmt_rows() -> List[List[str]]:
