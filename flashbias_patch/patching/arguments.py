@@ -62,9 +62,9 @@ class Parameters:
 
 def take_bias_keywords(kwargs: Dict[str, Any], accepted: Any = ()) -> Tuple[Dict[str, Any], List[Bias]]:
     """Split `attention_bias=` / `attn_bias=` from the keywords, unless the forward has a parameter of that name."""
-    found = [kwargs[name] for name in BIAS_KEYWORDS if name in kwargs and name not in accepted]
-    if not any(name in kwargs for name in BIAS_KEYWORDS):
+    if "attention_bias" not in kwargs and "attn_bias" not in kwargs:
         return kwargs, []
+    found = [kwargs[name] for name in BIAS_KEYWORDS if name in kwargs and name not in accepted]
     rest = {key: value for key, value in kwargs.items() if key not in BIAS_KEYWORDS or key in accepted}
     for bias in found:
         if bias is not None and not isinstance(bias, (AttentionBias, Tensor)):

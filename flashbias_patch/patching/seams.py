@@ -74,7 +74,8 @@ class OuterSeam:
         captured = arguments.capture(module, parameters, args, kwargs, keyword_biases)
         inner = _inner(module)
         why = self.unreached or (
-            "attention weights are asked for" if any(parameters.get(n, args, kwargs) for n in parameters.asks_weights)
+            "attention weights are asked for"
+            if parameters.asks_weights and any(parameters.get(n, args, kwargs) for n in parameters.asks_weights)
             else "it holds no nn.MultiheadAttention or FlashMHA" if inner is None else None
         )
         if why is not None:
@@ -165,19 +166,22 @@ class _MhaCall:
         self.out_proj_weight, self.out_proj_bias = out_proj_weight, out_proj_bias
         self.dropout_p = dropout_p if training else 0.0
         self.key_padding_mask, self.attn_mask = key_padding_mask, attn_mask
-        self.unsupported = {
-            "kdim or vdim differ from embed_dim": use_separate_proj_weight,
-            "bias_k or bias_v": bias_k is not None or bias_v is not None,
-            "add_zero_attn": add_zero_attn,
-            "static_k or static_v": static_k is not None or static_v is not None,
-            "is_causal": is_causal,
-            "unbatched input": query.dim() != 3,
-            "dropout of 1": self.dropout_p >= 1.0,
-            "nested tensors": query.is_nested,
-        }
+        self.unsupported = (
+            ("kdim or vdim differ from embed_dim", use_separate_proj_weight),
+            ("bias_k or bias_v", bias_k is not None or bias_v is not None),
+            ("add_zero_attn", add_zero_attn),
+            ("static_k or static_v", static_k is not None or static_v is not None),
+            ("is_causal", is_causal),
+            ("unbatched input", query.dim() != 3),
+            ("dropout of 1", self.dropout_p >= 1.0),
+            ("nested tensors", query.is_nested),
+        )
 
     def why_not(self) -> Optional[str]:
-        return next((f"{reason} is not supported" for reason, present in self.unsupported.items() if present), None)
+        for reason, present in self.unsupported:
+            if present:
+                return f"{reason} is not supported"
+        return None
 
     def attend(self, captured: Captured) -> Tensor:
         M, B, E = self.query.shape
@@ -207,14 +211,14 @@ def _attend(
 ) -> Tensor:
     """Heads-last attention with everything captured, computed in `dtype`, returned in q's."""
     B, M, H, _ = q.shape
-    bias = arguments.total_bias(captured, B, H, M, k.shape[1])
+    bias = arguments.total_bias(captured, B, H, M, k.shape[1]) if captured.biases else None
     attn_mask = captured.attn_mask if captured.attn_mask is not None else own_masks[0]
     padding = captured.key_padding_mask if captured.key_padding_mask is not None else own_masks[1]
-    out = flash_bias_attention(
-        q.to(dtype), k.to(dtype), v.to(dtype), bias,
-        attn_mask=attn_mask, key_padding_mask=padding, dropout_p=dropout_p,
-    )
-    return out.to(q.dtype)
+    given = q.dtype
+    if dtype != given:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    out = flash_bias_attention(q, k, v, bias, attn_mask=attn_mask, key_padding_mask=padding, dropout_p=dropout_p)
+    return out if dtype == given else out.to(given)
 
 
 def _check_lengths(query: Tensor, key: Tensor, value: Tensor) -> None:
