@@ -58,4 +58,4 @@ package: $(VENV)/ready
 	tools/check_package.sh $(BIN)/python
 
 clean:
-	rm -rf $(VENV) .venv-openmmlab build dist *.egg-info runs
+	rm -rf $(VENV) .venv-openmmlab .venv-triton build dist *.egg-info runs

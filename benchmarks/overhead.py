@@ -1,78 +1,146 @@
-"""What guarding costs a call once its class is settled: dispatch.attend against calling the backend.
+"""What the shim costs: import time over a bare interpreter, Python time a call beside the unpatched, and guarding.
 
-    python benchmarks/overhead.py
+    python benchmarks/overhead.py [--out benchmarks/results/overhead_cpu.json]
 
-The backend here does no work, so that the difference is guarding alone: the class of the call, its verdict,
-the random state where there is dropout. A backend's own `why_not` is asked at every call and is shown beside it.
+The guarding of a call by the dispatcher is benchmarks/guarding.py. A call is timed at a size where arithmetic vanishes (2
+queries, 2 keys, 8 channels), patched and unpatched alternating in one process, the best of all. `shim_us` is the shim's own Python: both once more with the attention's tensor work answered by constants
+(F.multi_head_attention_forward; our projections and backend), and the difference taken.
 """
 from __future__ import annotations
 
-import functools
-import os
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
 import time
-import timeit
-from typing import Any, Callable, Dict
-
-os.environ.setdefault("FLASHBIAS_PATCH", "0")
-
-import torch
-
-from flashbias_patch.attention import dispatch
-from flashbias_patch.attention.call_class import key_of
-from flashbias_patch.attention.inputs import AttentionInputs
-
-CALLS, REPEATS = 5000, 15
+from types import SimpleNamespace
+from unittest import mock
 
 
-class Nothing:
-    """Takes every call and does no work."""
+def import_times(repeats: int) -> dict:
+    """Milliseconds of `import flashbias_patch` and of a bare start, alternating, medians."""
+    code = "import time; t = time.process_time(); {} ; print((time.process_time() - t) * 1e3)"
 
-    name = "triton"
+    def run(statement: str) -> float:
+        return float(subprocess.run([sys.executable, "-c", code.format(statement)], check=True, text=True,
+                                    stdout=subprocess.PIPE).stdout)
 
-    def why_not(self, inputs: AttentionInputs) -> list:
-        return []
+    def start() -> float:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "pass"], check=True)
+        return (time.perf_counter() - begin) * 1e3
 
-    def __call__(self, inputs: AttentionInputs) -> torch.Tensor:
-        return inputs.q
-
-
-def call(device: str, dtype: torch.dtype, features: str) -> AttentionInputs:
-    B, M, N, H, D, R = 2, 149, 223, 8, 32, 8
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, device=device, dtype=dtype)
-
-    made: Dict[str, Any] = {"q": zeros(B, M, H, D).requires_grad_(), "k": zeros(B, N, H, D), "v": zeros(B, N, H, D)}
-    if "factors" in features:
-        made.update(q_factor=zeros(B, M, 1, R), k_factor=zeros(1, N, 1, R))
-    if "mask" in features:
-        made.update(mask=torch.zeros(1, 1, M, N, dtype=torch.bool, device=device))
-    return AttentionInputs(**made, scale=0.2, dropout_p=0.1 if "dropout" in features else 0.0)
+    bare = [start() for _ in range(repeats)]
+    return {
+        "bare_interpreter_ms": statistics.median(bare),
+        "import_ms": statistics.median(run("import flashbias_patch") for _ in range(repeats)),
+        "import_off_ms": statistics.median(
+            run("import os; os.environ['FLASHBIAS_PATCH'] = '0'; import flashbias_patch") for _ in range(repeats)
+        ),
+    }
 
 
-def microseconds(function: Callable[[], Any]) -> float:
-    return min(timeit.repeat(function, timer=time.process_time, number=CALLS, repeat=REPEATS)) / CALLS * 1e6
+def call_times(repeats: int, calls: int) -> dict:
+    """Microseconds of processor time a forward of a PETR-shaped module: unpatched, patched, and the shim's share."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    import flashbias_patch
+    from flashbias_patch.attention import dispatch
+    from flashbias_patch.patching import arguments, hooks, seams
+
+    class PETRMultiheadAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(8, 2)
+
+        def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None,
+                    attn_mask=None, key_padding_mask=None, **kwargs):
+            query, key = query + query_pos, key + key_pos
+            return identity + self.attn(query, key, value, attn_mask=attn_mask,
+                                        key_padding_mask=key_padding_mask)[0]
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    heads, out = torch.randn(2, 1, 2, 4), torch.randn(1, 2, 2, 4)
+
+    class Constant:
+        name = "triton"
+
+        def why_not(self, inputs):
+            return []
+
+        def __call__(self, inputs):
+            return out
+
+    def without_tensor_work(patched: bool) -> float:
+        with mock.patch.object(seams, "F", SimpleNamespace(multi_head_attention_forward=F.multi_head_attention_forward,
+                                                            linear=lambda *a: x)), \
+                mock.patch.object(arguments, "project", lambda *a: (heads, heads, heads)), \
+                mock.patch.object(dispatch, "_loaded", {"triton": Constant()}), \
+                mock.patch.object(dispatch, "_verdicts", {}), \
+                mock.patch.object(dispatch, "_earns_trust", lambda *a: True):
+            if patched:
+                return timed()
+            with mock.patch.object(F, "multi_head_attention_forward", lambda *a, **k: (x, None)):
+                return timed()
+
+    module = PETRMultiheadAttention()
+    x = torch.randn(2, 1, 8)
+    padding = torch.zeros(1, 2)
+
+    def call() -> torch.Tensor:
+        return module(x, x, x, identity=x, query_pos=x, key_pos=x, key_padding_mask=padding)
+
+    def timed() -> float:
+        begin = time.process_time()  # not the wall clock: other work on the machine is none of the shim's
+        for _ in range(calls):
+            call()
+        return (time.process_time() - begin) / calls * 1e6
+
+    unpatched, patched, ours, theirs = [], [], [], []
+    for _ in range(repeats):
+        flashbias_patch.uninstall()
+        timed()
+        unpatched.append(timed())
+        flashbias_patch.install()
+        hooks.claim(PETRMultiheadAttention)
+        timed()
+        patched.append(timed())
+        ours.append(without_tensor_work(patched=True))
+        flashbias_patch.uninstall()
+        theirs.append(without_tensor_work(patched=False))
+    return {
+        "unpatched_us": min(unpatched),
+        "patched_us": min(patched),
+        "ratio": min(patched) / min(unpatched),
+        "shim_us": min(ours) - min(theirs),
+    }
 
 
 def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float16 if device == "cuda" else torch.float32
-    print(f"torch {torch.__version__}, {device}; microseconds of processor time a call, best of {REPEATS}")
-    for features in ("plain", "factors", "factors, mask", "factors, dropout"):
-        inputs = call(device, dtype, features)
-        dispatch.reset()
-        own = {}
-        for name in ("triton", "flash"):
-            ask = functools.partial(dispatch.backend(name).why_not, inputs)
-            own[name] = microseconds(ask)
-        nothing = Nothing()
-        dispatch._loaded["triton"] = nothing
-        dispatch._verdicts[key_of(inputs)] = {"triton": dispatch.TRUSTED}
-        guarded = microseconds(lambda i=inputs: dispatch.attend(i))
-        direct = microseconds(lambda i=inputs, n=nothing: n(i))
-        asked = ", ".join(f"{name}.why_not {cost:.1f}" for name, cost in own.items())
-        print(f"{features:18s} guarding {guarded - direct:5.2f}   ({asked})")
-        dispatch.reset()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--calls", type=int, default=500)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    import guarding
+    import torch
+    import wrapt
+
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "python": platform.python_version(), "torch": torch.__version__, "wrapt": wrapt.__version__,
+        "import": import_times(args.repeats), "call": call_times(args.repeats, args.calls),
+        "guarding_us": guarding.measure(),
+    }
+    print(json.dumps(result, indent=2))
+    if args.out:
+        with open(args.out, "w") as file:
+            json.dump(result, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ def attention_bias(
         _scopes.reset(token)
 
 
+def active() -> bool:
+    """Whether any `with attention_bias(...)` is open here."""
+    return bool(_scopes.get())
+
+
 def biases_for(module: Any, kind: str) -> List[Union[AttentionBias, Tensor]]:
     """The ambient biases that concern one attention module."""
     found = []

@@ -52,11 +52,12 @@ class Parameters:
         self, names: Tuple[str, ...], args: Tuple[Any, ...], kwargs: Dict[str, Any]
     ) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
         """The same call with those parameters None."""
-        positions = {self.position.get(name, -1) for name in names}
-        if any(index in positions for index in range(len(args))):
-            args = tuple(None if i in positions else value for i, value in enumerate(args))
-        if any(name in kwargs for name in names):
-            kwargs = {key: (None if key in names else value) for key, value in kwargs.items()}
+        for name in names:
+            index = self.position.get(name, len(args))
+            if kwargs.get(name) is not None:
+                kwargs = {**kwargs, name: None}
+            elif index < len(args) and args[index] is not None:
+                args = (*args[:index], None, *args[index + 1:])
         return args, kwargs
 
 
@@ -84,8 +85,9 @@ def capture(
     module: Any, parameters: Parameters, args: Tuple[Any, ...], kwargs: Dict[str, Any], biases: List[Bias]
 ) -> Captured:
     """Everything that is added to, or masks, the scores of this call."""
-    query, key = parameters.get("query", args, kwargs), parameters.get("key", args, kwargs)
-    biases = biases + ambient.biases_for(module, kind_of(module, query, key))
+    if ambient.active():
+        query, key = parameters.get("query", args, kwargs), parameters.get("key", args, kwargs)
+        biases = biases + ambient.biases_for(module, kind_of(module, query, key))
     attn_mask = parameters.get("attn_mask", args, kwargs)
     if isinstance(attn_mask, AttentionBias) or (isinstance(attn_mask, Tensor) and attn_mask.requires_grad):
         biases, attn_mask = [*biases, attn_mask], None  # a mask that is learned is a bias
