@@ -2,9 +2,10 @@
 
     python benchmarks/overhead.py [--out benchmarks/results/overhead_cpu.json]
 
-The guarding of a call by the dispatcher is benchmarks/guarding.py. A call is timed at a size where arithmetic vanishes (2
-queries, 2 keys, 8 channels), patched and unpatched alternating in one process, the best of all. `shim_us` is the shim's own Python: both once more with the attention's tensor work answered by constants
-(F.multi_head_attention_forward; our projections and backend), and the difference taken.
+The guarding of a call by the dispatcher is benchmarks/guarding.py. A call is timed at a size where arithmetic vanishes
+(2 queries, 2 keys, 8 channels), patched and unpatched alternating in one process, the best of all. `shim_us` is the
+shim's own Python: both once more with the attention's tensor work answered by constants (F.multi_head_attention_forward;
+our projections and backend), and the difference taken.
 """
 from __future__ import annotations
 
