@@ -28,8 +28,8 @@ $(VENV)/ready: setup.py
 	touch $@
 
 demo: $(VENV)/ready
-	$(BIN)/flashbias ab --repeats 1 --steps 12 --warmup 3 --out $(DEMO) -- \
-		$(BIN)/python examples/mini_cmt/tools/train.py --steps 12 --dropout 0 --no-cp $(if $(FRAME),--frame $(FRAME))
+	$(BIN)/flashbias ab --repeats 1 --steps 40 --warmup 8 --out $(DEMO) -- \
+		$(BIN)/python examples/mini_cmt/tools/train.py --steps 40 --dropout 0 --no-cp $(if $(FRAME),--frame $(FRAME))
 	@echo "report: $(DEMO)/report.html"
 
 test: $(VENV)/ready
