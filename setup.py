@@ -9,7 +9,7 @@ VERSION = re.search(
     r'^__version__ = "([^"]+)"', (ROOT / "flashbias_patch" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
 
-REPORT = ["rich>=12", "jinja2>=3", "plotly>=5", "numpy"]
+REPORT = ["rich>=12", "jinja2>=3", "numpy"]
 
 setup(
     name="flashbias-patch",
