@@ -19,7 +19,7 @@ class PETRMultiheadAttention(nn.Module):
                 key_padding_mask=None, **kwargs):
         key = query if key is None else key
         value = key if value is None else value
-        identity = query if identity is None else identity
+        identity = identity if identity is not None else query
         query = query if query_pos is None else query + query_pos
         key = key if key_pos is None else key + key_pos
         return identity + self.attn(query=query, key=key, value=value, attn_mask=attn_mask,

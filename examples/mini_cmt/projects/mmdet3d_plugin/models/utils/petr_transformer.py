@@ -55,7 +55,7 @@ class _AttentionModule(nn.Module):
         """What the core gets: defaults filled in, positions added, transposed if batch_first."""
         key = query if key is None else key
         value = key if value is None else value
-        if key_pos is None and query_pos is not None and query_pos.shape == key.shape:
+        if query_pos is not None and key_pos is None and key.shape == query_pos.shape:
             key_pos = query_pos
         query = query if query_pos is None else query + query_pos
         key = key if key_pos is None else key + key_pos
@@ -66,7 +66,7 @@ class _AttentionModule(nn.Module):
     def _output(self, out: Tensor, identity: Tensor) -> Tensor:
         if self.batch_first:
             out = out.transpose(0, 1)
-        return identity + self.dropout_layer(self.proj_drop(out))
+        return self.dropout_layer(self.proj_drop(out)) + identity
 
 
 def _drop_rates(attn_drop: float, dropout_layer: Optional[Dict[str, Any]],
@@ -87,7 +87,7 @@ class MultiheadAttention(_AttentionModule):
                  **kwargs: Any) -> None:
         attn_drop, drop_prob = _drop_rates(attn_drop, dropout_layer, kwargs)
         super().__init__(embed_dims, num_heads, proj_drop, drop_prob, batch_first)
-        self.attn = nn.MultiheadAttention(embed_dims, num_heads, attn_drop, **kwargs)
+        self.attn = nn.MultiheadAttention(embed_dims, num_heads, dropout=attn_drop, **kwargs)
 
     @renamed_arguments(residual="identity")
     def forward(self, query: Tensor, key: Optional[Tensor] = None, value: Optional[Tensor] = None,
@@ -98,7 +98,7 @@ class MultiheadAttention(_AttentionModule):
 
         batch_first: (B, M, E) and (B, N, E) outside, sequences first inside.
         """
-        identity = query if identity is None else identity
+        identity = identity if identity is not None else query
         query, key, value = self._inputs(query, key, value, query_pos, key_pos)
         out = self.attn(query=query, key=key, value=value, attn_mask=attn_mask,
                         key_padding_mask=key_padding_mask)[0]
@@ -114,7 +114,7 @@ class PETRMultiheadAttention(_AttentionModule):
                  **kwargs: Any) -> None:
         attn_drop, drop_prob = _drop_rates(attn_drop, dropout_layer, kwargs)
         super().__init__(embed_dims, num_heads, proj_drop, drop_prob, batch_first)
-        self.attn = nn.MultiheadAttention(embed_dims, num_heads, attn_drop, **kwargs)
+        self.attn = nn.MultiheadAttention(embed_dims, num_heads, dropout=attn_drop, **kwargs)
 
     @renamed_arguments(residual="identity")
     def forward(self, query: Tensor, key: Optional[Tensor] = None, value: Optional[Tensor] = None,
@@ -122,7 +122,7 @@ class PETRMultiheadAttention(_AttentionModule):
                 key_pos: Optional[Tensor] = None, attn_mask: Optional[Tensor] = None,
                 key_padding_mask: Optional[Tensor] = None, **kwargs: Any) -> Tensor:
         """query (M, B, E), key and value (N, B, E), attn_mask (M, N) or (B*H, M, N) -> (M, B, E)."""
-        identity = query if identity is None else identity
+        identity = identity if identity is not None else query
         query, key, value = self._inputs(query, key, value, query_pos, key_pos)
         out = self.attn(query=query, key=key, value=value, attn_mask=attn_mask,
                         key_padding_mask=key_padding_mask)[0]
@@ -152,7 +152,7 @@ class PETRMultiheadFlashAttention(_AttentionModule):
                 key_pos: Optional[Tensor] = None, attn_mask: Optional[Tensor] = None,
                 key_padding_mask: Optional[Tensor] = None, **kwargs: Any) -> Tensor:
         """query (M, B, E), key and value (N, B, E) -> (M, B, E), although batch_first: FlashMHA is."""
-        identity = query if identity is None else identity
+        identity = identity if identity is not None else query
         query, key, value = self._inputs(query, key, value, query_pos, key_pos)
         out = self.attn(q=query, k=key, v=value, key_padding_mask=None)[0]
         return self._output(out, identity)

@@ -16,24 +16,24 @@ class PETRMultiheadAttention(BaseModule):
         self.embed_dims, self.num_heads, self.batch_first = embed_dims, num_heads, batch_first
         self.attn = nn.MultiheadAttention(embed_dims, num_heads, kwargs.pop("dropout", attn_drop), **kwargs)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.dropout_layer = build_dropout(dropout_layer) if dropout_layer else nn.Identity()
+        self.dropout_layer = nn.Identity() if not dropout_layer else build_dropout(dropout_layer)
 
     @deprecated_api_warning({"residual": "identity"}, cls_name="MultiheadAttention")
     def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
                 key_padding_mask=None, **kwargs):
         key = query if key is None else key
         value = key if value is None else value
-        identity = query if identity is None else identity
-        if key_pos is None and query_pos is not None and query_pos.shape == key.shape:
+        identity = identity if identity is not None else query
+        if query_pos is not None and key_pos is None and key.shape == query_pos.shape:
             key_pos = query_pos
         query = query if query_pos is None else query + query_pos
         key = key if key_pos is None else key + key_pos
         if self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        out = self.attn(query=query, key=key, value=value, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0]
+        out = self.attn(key_padding_mask=key_padding_mask, attn_mask=attn_mask, value=value, key=key, query=query)[0]
         if self.batch_first:
             out = out.transpose(0, 1)
-        return identity + self.dropout_layer(self.proj_drop(out))
+        return self.dropout_layer(self.proj_drop(out)) + identity
 
 
 @TRANSFORMER_LAYER.register_module()

@@ -29,7 +29,7 @@ class PETRMultiheadAttention(Prelude):
     @deprecated_api_warning({"residual": "identity"})
     def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
                 key_padding_mask=None, return_attn_weights=False, **kwargs):
-        identity = query if identity is None else identity
+        identity = identity if identity is not None else query
         q, k, v = self.ready(query, key, value, query_pos, key_pos)
         out, attn_weights = self.attn(q, k, v, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
         out = identity + self.done(out)
@@ -45,7 +45,7 @@ class PETRMultiheadAttention(Prelude):  # noqa: F811  (two classes of one name: 
 
     def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
                 key_padding_mask=None, **kwargs):
-        identity = query if identity is None else identity
+        identity = identity if identity is not None else query
         q, k, v = self.ready(query, key, value, query_pos, key_pos)
         out, attn_weights = self.attn(q, k, v, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
         return identity + self.done(out), attn_weights
@@ -60,7 +60,7 @@ class PETRMultiheadAttention(Prelude):  # noqa: F811
 
     def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
                 key_padding_mask=None, return_feat=False, **kwargs):
-        identity = query if identity is None else identity
+        identity = identity if identity is not None else query
         q, k, v = self.ready(query, key, value, query_pos, key_pos)
         out = self.done(self.attn(q, k, v, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0])
         return out if return_feat else identity + out
@@ -75,7 +75,7 @@ class PETRMultiheadAttentionV2(Prelude):
 
     def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
                 key_padding_mask=None, cross_query_pe=None, on_the_image=None, **kwargs):
-        identity = query if identity is None else identity
+        identity = identity if identity is not None else query
         q, k, v = self.ready(query, key, value, query_pos, key_pos)
         q = q if cross_query_pe is None else q * cross_query_pe.sigmoid()
         return identity + self.done(self.attn(q, k, v, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0])
@@ -91,7 +91,7 @@ class GroupMultiheadAttention(Prelude):
 
     def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
                 key_padding_mask=None, **kwargs):
-        identity = query if identity is None else identity
+        identity = identity if identity is not None else query
         q, k, v = self.ready(query, key, value, query_pos, key_pos)
         batch, own = q.shape[1], k is v or k.shape == q.shape
         if self.training and own:
