@@ -2,8 +2,9 @@
 
     python benchmarks/guarding.py       (or as a part of benchmarks/overhead.py)
 
-The backend here does no work, so that the difference is guarding alone: the class of the call, its verdict,
-the random state where there is dropout. A backend's own `why_not` is asked at every call and is shown beside it.
+The backend here does no work, so that the difference is guarding alone: the class of the call, its verdict, the random
+state where there is dropout. A backend's own `why_not` is asked at every call and is shown beside it. Then what the
+guarded backward (attention/guard.py) adds to a call that is large enough for it, forward and both passes together.
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ os.environ.setdefault("FLASHBIAS_PATCH", "0")
 
 import torch
 
-from flashbias_patch.attention import dispatch
+from flashbias_patch.attention import dispatch, guard
 from flashbias_patch.attention.call_class import key_of
 from flashbias_patch.attention.inputs import AttentionInputs
 
@@ -34,6 +35,23 @@ class Nothing:
 
     def __call__(self, inputs: AttentionInputs) -> torch.Tensor:
         return inputs.q
+
+
+class Identity(torch.autograd.Function):
+    """The cheapest backward there is."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return q.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return grad, None, None
+
+
+class Differentiable(Nothing):
+    def __call__(self, inputs: AttentionInputs) -> torch.Tensor:
+        return Identity.apply(inputs.q, inputs.k, inputs.v)  # type: ignore[no-any-return]
 
 
 def call(device: str, dtype: torch.dtype, features: str) -> AttentionInputs:
@@ -60,6 +78,7 @@ def measure() -> Dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
     print(f"torch {torch.__version__}, {device}; microseconds of processor time a call, best of {REPEATS}")
+    guard.OWN_RESCUE = ()  # as for the other backends: is the call large enough?
     for features in ("plain", "factors", "factors, mask", "factors, dropout"):
         inputs = call(device, dtype, features)
         dispatch.reset()
@@ -79,5 +98,31 @@ def measure() -> Dict[str, float]:
     return found
 
 
+def measure_guarded_backward() -> Dict[str, float]:
+    """Microseconds that a guarded backward adds to a call of guard.LARGE scores or more."""
+    torch.set_num_threads(1)
+    q, k, v = (torch.zeros(1, length, 2, 4) for length in (2, 3, 3))  # small: only the processor's time counts
+    inputs = AttentionInputs(q.requires_grad_(), k, v, scale=0.5)
+    dispatch.reset()
+    dispatch._loaded["triton"] = Differentiable()
+    dispatch._verdicts[key_of(inputs)] = {"triton": dispatch.TRUSTED}
+    guard.OWN_RESCUE, large = (), guard.LARGE
+    gradient, found = torch.zeros_like(inputs.q), {}
+    passes: Dict[str, Callable[[], Any]] = {
+        "forward": lambda: dispatch.attend(inputs),
+        "forward and backward": lambda: torch.autograd.grad(dispatch.attend(inputs), inputs.q, gradient),
+    }
+    for name, run in passes.items():
+        times = []
+        for guard.LARGE in (0, 1 << 62):
+            times.append(microseconds(run))
+        found[name] = times[0] - times[1]
+        print(f"{name:22s} of a large call: the guarded backward adds {found[name]:.1f}")
+    guard.LARGE = large
+    dispatch.reset()
+    return found
+
+
 if __name__ == "__main__":
     measure()
+    measure_guarded_backward()

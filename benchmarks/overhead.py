@@ -136,7 +136,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "python": platform.python_version(), "torch": torch.__version__, "wrapt": wrapt.__version__,
         "import": import_times(args.repeats), "call": call_times(args.repeats, args.calls),
-        "guarding_us": guarding.measure(),
+        "guarding_us": guarding.measure(), "guarded_backward_us": guarding.measure_guarded_backward(),
     }
     print(json.dumps(result, indent=2))
     if args.out:

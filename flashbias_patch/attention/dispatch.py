@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import journal, settings
-from . import faults, selfcheck
+from . import faults, guard, random_state, selfcheck
 from .call_class import Key, describe, key_of
 from .inputs import AttentionInputs
 
@@ -29,7 +29,6 @@ MODULES = {
 }
 TRUSTED = ""
 LAST_RESORT = "reference"  # plain PyTorch: trusted by definition, takes every call, needs the least memory
-LEAST_BYTES = 32 << 20  # of scores at once, when memory has run out
 
 _loaded: Dict[str, Any] = {}
 # class -> backend -> TRUSTED, or the reason why it is out; a backend that is missing has not been tried.
@@ -149,8 +148,8 @@ def _answer(
             if verdict is None and not _earns_trust(candidate, name, inputs, key, verdicts):
                 continue
             if inputs.dropout_p:
-                state = _random_state(inputs.q.device)
-            out = candidate(inputs)
+                state = random_state.now(inputs.q.device)
+            out = _ask(candidate, name, inputs, key, state) if key[6] else candidate(inputs)
         except Exception as error:
             out = _after(error, name, inputs, key, verdicts, state)
             if out is None:
@@ -161,6 +160,22 @@ def _answer(
             _tell_pin(name, inputs, key)
         return out, name
     raise NoBackendError(_message(inputs, key, names))
+
+
+def _ask(candidate: Any, name: str, inputs: AttentionInputs, key: Key, state: Any) -> Tensor:
+    """A backend's answer to a call that may want gradients, its backward guarded where that is worth it (guard.py)."""
+    script = _script.get()
+    if script is not None and not script.hooked:
+        script = None
+    if not guard.wanted(name, inputs, script is not None):
+        return candidate(inputs)
+    return guard.Call(candidate, name, key, inputs, state, _rescue, script).answer(inputs)
+
+
+def _rescue(*args: Any) -> Any:
+    from . import rescue
+
+    return rescue.of_guarded(*args)
 
 
 def _tell_pin(name: str, inputs: AttentionInputs, key: Key) -> None:
@@ -181,9 +196,10 @@ def _earns_trust(
         verdicts[name] = TRUSTED
         return True
     if name == "triton" and inputs.q.is_cuda:
+        from . import rescue
         from .kernels import operator
 
-        operator.on_backward_failure = on_backward_failure
+        operator.on_backward_failure = rescue.on_backward_failure
     if not selfcheck.possible(inputs):
         return name != "upstream"  # ours and torch's are assumed to be right, one known to go wrong is not
     found = selfcheck.check(candidate, key, inputs.rank)
@@ -204,15 +220,33 @@ def _after(
     if faults.sticky(error):
         journal.once("sticky", "error", faults.CULPRIT)
         raise
-    _restore_random_state(state)
+    random_state.restore(state)
+    script = _script.get()
+    if state is not None and script is not None and script.replays(name):
+        return _same_again(error, name, inputs, key, state)
     if faults.out_of_memory(error):
         return _least_memory(error, name, inputs, key)
     _open(key, name, faults.first_line(error))
     _refuse_if_strict(inputs, key, name, error)
-    script = _script.get()
     if script is not None and script.recording:
         raise StartOver
     return None
+
+
+def _same_again(error: Exception, name: str, inputs: AttentionInputs, key: Key, state: Any) -> Tensor:
+    """A recomputation with dropout failed. Only the backend of the forward drops the same: it tries once more."""
+    from . import rescue
+
+    rescue.make_room(error, inputs)
+    reason = f"recomputation with dropout, tried once more: {faults.first_line(error)}"
+    journal.fallback(name, describe(key), reason)
+    _refuse_if_strict(inputs, key, name, error)
+    try:
+        return _ask(_loaded[name], name, inputs, key, state)
+    except Exception as again:
+        if faults.steering(again):
+            raise
+        rescue.raise_failed_twice(again, name, inputs)
 
 
 def _refuse_if_strict(
@@ -224,9 +258,9 @@ def _refuse_if_strict(
 
 def _least_memory(error: Exception, name: str, inputs: AttentionInputs, key: Key) -> Tensor:
     """One more try, with the backend that needs the least. No breaker opens: the next call is fast again."""
-    faults.forget_frames(error)
-    if inputs.q.is_cuda:
-        torch.cuda.empty_cache()
+    from . import rescue
+
+    rescue.make_room(error, inputs)
     if not settings.current().strict:
         reason = "out of memory: the cache was emptied and the call answered in small chunks by the reference"
         journal.fallback(name, describe(key), reason)
@@ -237,57 +271,16 @@ def _least_memory(error: Exception, name: str, inputs: AttentionInputs, key: Key
         try:
             return _in_small_chunks(inputs)
         except Exception as again:
-            if not faults.out_of_memory(again):
-                raise
             error = again
-    kind = MemoryError if isinstance(error, MemoryError) else torch.cuda.OutOfMemoryError
-    raise kind(faults.memory_advice(error, inputs)) from error
+    rescue.raise_with_advice(error, inputs)
 
 
 def _in_small_chunks(inputs: AttentionInputs) -> Tensor:
+    from .rescue import LEAST_BYTES
+
     out = backend(LAST_RESORT).attend(inputs, LEAST_BYTES)
     journal.calls[LAST_RESORT] += 1
     return out
-
-
-def on_backward_failure(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:
-    """The fused operator's backward raised `error`: the gradients by plain PyTorch, and the breaker opens.
-
-    `call` is kernels.recompute.Call, which knows what the forward's dropout drew. The breaker waits for the
-    next forward: layers still to be recomputed in this pass take the backend that their forward took.
-    """
-    from .kernels import recompute
-
-    if selfcheck.owns(call.q, call.k):
-        raise error
-    if not faults.survivable(error):
-        if faults.sticky(error):
-            journal.once("sticky", "error", faults.CULPRIT)
-        raise error
-    inputs = AttentionInputs(
-        *call[:6], tuple(call.segment_lengths) or None, call.dense, call.mask, call.key_padding,
-        call.dropout_p, call.scale,
-    )  # type: ignore[call-arg]  # fmt: skip
-    key, name = key_of(inputs, grad=True), "triton"
-    usual = recompute.CHUNK_ELEMENTS
-    if faults.out_of_memory(error):
-        faults.forget_frames(error)
-        if inputs.q.is_cuda:
-            torch.cuda.empty_cache()
-        recompute.CHUNK_ELEMENTS = min(usual, LEAST_BYTES // 4)
-        reason = "out of memory in backward: gradients were computed in small chunks by plain PyTorch"
-        journal.fallback(name, describe(key), reason)
-    else:
-        _open(key, name, f"backward: {faults.first_line(error)}")
-    _refuse_if_strict(inputs, key, name, error)
-    try:
-        return recompute.plain_backward(call, grad_out)
-    except Exception as again:
-        if not faults.out_of_memory(again):
-            raise
-        raise torch.cuda.OutOfMemoryError(faults.memory_advice(again, inputs)) from again
-    finally:
-        recompute.CHUNK_ELEMENTS = usual
 
 
 # -- breakers ----------------------------------------------------------------------------------------------
@@ -316,14 +309,20 @@ class Script:
 
     def __init__(self) -> None:
         self.recording = True
+        # Whether what is saved for backward goes through the checkpoint's hooks: then forward and recomputation must
+        # save alike. A reentrant checkpoint runs its forward without grad.
+        self.hooked = False
+        self.place = -1  # of the call that is being answered
+        self.graphs: Dict[int, Any] = {}  # of guarded calls, from the recomputation to their backward
         self._names: List[str] = []
         self._short_of_memory: Set[int] = set()  # calls to be answered in small chunks
-        self._next = 0
         self._token: Any = None
-        self._random_state = _random_state()
+        self._random_state = random_state.now()
 
     def __enter__(self) -> Script:
-        self._next = 0
+        self.place = -1
+        if self.recording:
+            self.hooked = torch.is_grad_enabled()
         self._token = _script.set(self)
         return self
 
@@ -335,14 +334,18 @@ class Script:
         """As before the first time, random state included."""
         self.recording = True
         self._names.clear()
-        _restore_random_state(self._random_state)
+        random_state.restore(self._random_state)
 
     def next_time_in_small_chunks(self) -> None:
         """Have the call that is being answered answered by the last resort from now on."""
-        self._short_of_memory.add(self._next - 1)
+        self._short_of_memory.add(self.place)
+
+    def replays(self, name: str) -> bool:
+        """Whether the call being answered was answered by that backend in the forward."""
+        return not self.recording and self.place < len(self._names) and self._names[self.place] == name
 
     def answer(self, inputs: AttentionInputs, key: Key, names: Iterable[str]) -> Tensor:
-        place, self._next = self._next, self._next + 1
+        place = self.place = self.place + 1
         if place in self._short_of_memory:
             self._names.append(LAST_RESORT)
             return _in_small_chunks(inputs)
@@ -382,25 +385,6 @@ def _message(inputs: AttentionInputs, key: Key, names: Iterable[str], prefix: st
     for name in names:
         lines.append(f"{name}: {'; '.join(reasons_against(inputs, name, key)) or 'not asked'}")
     return "\n  ".join(lines)
-
-
-RandomState = Tuple[Tensor, Optional[Tensor], Optional[torch.device]]
-
-
-def _random_state(device: Optional[torch.device] = None) -> RandomState:
-    """Of the CPU and of one CUDA device (default: the current one). Neither synchronises."""
-    cpu = torch.get_rng_state()
-    if not torch.cuda.is_initialized() or torch.cuda.is_current_stream_capturing():
-        return cpu, None, None
-    device = device if device is not None and device.type == "cuda" else torch.device("cuda")
-    return cpu, torch.cuda.get_rng_state(device), device
-
-
-def _restore_random_state(state: Optional[RandomState]) -> None:
-    if state is not None:
-        torch.set_rng_state(state[0])
-        if state[1] is not None and state[2] is not None:
-            torch.cuda.set_rng_state(state[1], state[2])
 
 
 def reset() -> None:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flashbias_patch
 from flashbias_patch import flash_bias_attention, journal, settings
-from flashbias_patch.attention import dispatch, faults, selfcheck
+from flashbias_patch.attention import dispatch, faults, rescue, selfcheck
 from flashbias_patch.attention.backends import reference
 from flashbias_patch.bias import DenseBias, LowRankBias
 
@@ -58,7 +58,7 @@ def test_out_of_memory_is_retried_once_in_small_chunks_and_opens_no_breaker(monk
     attend = reference.backend.attend
     monkeypatch.setattr(reference.backend, "attend", lambda i, size: chunks.append(size) or attend(i, size))
     out = answer_of()
-    assert chunks == [dispatch.LEAST_BYTES] and reference.CHUNK_BYTES["cuda"] > dispatch.LEAST_BYTES
+    assert chunks == [rescue.LEAST_BYTES] and reference.CHUNK_BYTES["cuda"] > rescue.LEAST_BYTES
     torch.testing.assert_close(out, answer_of(backend="reference"))
     answer_of()
     assert backend.tried == 2  # asked again: never slower for ever after one OOM

@@ -5,6 +5,8 @@ import logging
 
 import pytest
 
+from flashbias_patch.attention import guard
+
 from . import table
 from .faulty import BACKENDS, FAULTS, cases
 from .matrix import run_case
@@ -19,6 +21,8 @@ DEFAULT = [group[(5 * place) % len(group)] for place, group in enumerate(CHOSEN.
 
 
 def check(case, patched, monkeypatch, caplog):
+    if guard._hooks_in_force is None and case.passing == "backward" and case.backend not in guard.OWN_RESCUE:
+        pytest.skip("only torch 2.8 and later tell which saved-tensor hooks are in force: unguarded here")
     with caplog.at_level(logging.WARNING, "flashbias_patch"):
         outcome = run_case(case, patched, monkeypatch)
     assert outcome.losses == pytest.approx(outcome.unbroken, rel=2e-5), str(case)

@@ -1,0 +1,128 @@
+"""Gradients after a backend's backward pass has failed, and what that leaves behind.
+
+Without dropout plain PyTorch answers, whatever the backend. With it the answer must drop what the forward dropped: the
+fused operator's draw is known (kernels/recompute.py); of other backends only their random state is, so they run once
+more from it, and if that fails too there is no right answer left.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, List, NoReturn, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from .. import journal
+from . import dispatch, faults, selfcheck
+from .backends import reference
+from .call_class import Key, describe, key_of
+from .inputs import AttentionInputs
+
+if TYPE_CHECKING:
+    from .guard import Call
+
+LEAST_BYTES = 32 << 20  # of scores at once, when memory has run out
+IN_CHUNKS = "out of memory in backward: gradients were computed in small chunks by plain PyTorch"
+ONCE_MORE = "out of memory in backward: the cache was emptied and the call run once more"
+TWICE = (
+    "{} failed twice in backward or recomputation of a call with dropout ({}). No other backend drops what its forward "
+    "dropped, so this step has no right gradient. Continue from your last checkpoint, with another FLASHBIAS_BACKEND"
+)
+
+
+class DropoutLostError(RuntimeError):
+    """What a backend dropped can't be drawn again: it failed twice in backward or in recomputation."""
+
+
+def of_guarded(
+    call: Call, inputs: AttentionInputs, needs: Sequence[bool], grad_out: Tensor, error: Exception
+) -> Sequence[Optional[Tensor]]:
+    """The gradients of a guarded call (guard.py) whose backward raised `error`, in the order of its operands."""
+    dropout = inputs.dropout_p > 0
+    short = _blame(error, call.name, inputs, call.key, ONCE_MORE if dropout else IN_CHUNKS)
+    if dropout:
+        tensors: List[Any] = [inputs[place] for place in call.places]
+        try:
+            return call.once_more(tensors, needs, grad_out)
+        except Exception as again:
+            raise_failed_twice(again, call.name, inputs)
+    usual = reference.CHUNK_BYTES.get(inputs.q.device.type, LEAST_BYTES)
+    rows = reference.chunk_rows(inputs, min(usual, LEAST_BYTES) if short else usual)
+    needed = dict(zip(call.places, needs))
+    asked = tuple(needed.get(place, False) for place, _ in _operands())
+    try:
+        found = reference.gradients(inputs, grad_out.to(inputs.q.dtype), asked, None, rows)
+    except Exception as again:
+        raise_with_advice(again, inputs)
+    by_place = {place: gradient for (place, _), gradient in zip(_operands(), found)}
+    return [by_place[place] for place in call.places]
+
+
+def _operands() -> List[Tuple[int, str]]:
+    """(place in AttentionInputs, name) of the operands as the reference lists them."""
+    return [(AttentionInputs._fields.index(name), name) for name in reference.TENSORS]
+
+
+def on_backward_failure(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:
+    """The fused operator's backward raised `error`: the gradients by plain PyTorch, and the breaker opens.
+
+    `call` is kernels.recompute.Call, which knows what the forward's dropout drew.
+    """
+    from .kernels import recompute
+
+    if selfcheck.owns(call.q, call.k):
+        raise error
+    inputs = AttentionInputs(
+        *call[:6], tuple(call.segment_lengths) or None, call.dense, call.mask, call.key_padding,
+        call.dropout_p, call.scale,
+    )  # type: ignore[call-arg]  # fmt: skip
+    short = _blame(error, "triton", inputs, key_of(inputs, grad=True), IN_CHUNKS)
+    usual = recompute.CHUNK_ELEMENTS
+    if short:
+        recompute.CHUNK_ELEMENTS = min(usual, LEAST_BYTES // 4)
+    try:
+        return recompute.plain_backward(call, grad_out)
+    except Exception as again:
+        raise_with_advice(again, inputs)
+    finally:
+        recompute.CHUNK_ELEMENTS = usual
+
+
+def _blame(error: BaseException, name: str, inputs: AttentionInputs, key: Key, if_short: str) -> bool:
+    """Whether memory ran out. Raises what is not survived; for the rest the breaker opens.
+
+    It waits for the next forward: layers still to be recomputed in this pass take the backend that their forward took.
+    """
+    if not faults.survivable(error):
+        if faults.sticky(error):
+            journal.once("sticky", "error", faults.CULPRIT)
+        raise error
+    short = faults.out_of_memory(error)
+    if short:
+        make_room(error, inputs)
+        journal.fallback(name, describe(key), if_short)
+    else:
+        dispatch._open(key, name, f"backward: {faults.first_line(error)}")
+    dispatch._refuse_if_strict(inputs, key, name, error)
+    return short
+
+
+def make_room(error: BaseException, inputs: AttentionInputs) -> None:
+    """Let go of what the failed attempt held, and of what torch's allocator holds back."""
+    faults.forget_frames(error)
+    if inputs.q.is_cuda:
+        torch.cuda.empty_cache()
+
+
+def raise_failed_twice(error: Exception, name: str, inputs: AttentionInputs) -> NoReturn:
+    """Of a call with dropout."""
+    if faults.survivable(error) and not faults.out_of_memory(error):
+        raise DropoutLostError(TWICE.format(name, faults.first_line(error))) from error
+    raise_with_advice(error, inputs)
+
+
+def raise_with_advice(error: Exception, inputs: AttentionInputs) -> NoReturn:
+    """The error itself, or if memory ran out for good, one that says what would help."""
+    if not faults.out_of_memory(error):
+        raise error
+    kind = MemoryError if isinstance(error, MemoryError) else torch.cuda.OutOfMemoryError
+    raise kind(faults.memory_advice(error, inputs)) from error
