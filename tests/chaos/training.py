@@ -16,14 +16,14 @@ def decoder_of(module, with_cp=True, attn_drop=0.0, attention="PETRMultiheadAtte
     return module.PETRTransformerDecoder(transformerlayers=layer, num_layers=LAYERS).train()
 
 
-def train(module, steps=STEPS, on_step=None, wrap=None, seed=3, **kwargs):
+def train(module, steps=STEPS, on_step=None, wrap=None, seed=3, device="cpu", **kwargs):
     """The loss of each step, and the parameters' gradients of the last one."""
-    decoder = decoder_of(module, **kwargs)
+    decoder = decoder_of(module, **kwargs).to(device)
     model = decoder if wrap is None else wrap(decoder)
-    embed = nn.Parameter(torch.randn(M, B, E, generator=torch.Generator().manual_seed(1)))
+    embed = nn.Parameter(torch.randn(M, B, E, generator=torch.Generator().manual_seed(1)).to(device))
     optimizer = torch.optim.SGD([*decoder.parameters(), embed], lr=0.05)
     g = torch.Generator().manual_seed(seed)
-    memory, target = torch.randn(N, B, E, generator=g), torch.randn(M, B, E, generator=g)
+    memory, target = torch.randn(N, B, E, generator=g).to(device), torch.randn(M, B, E, generator=g).to(device)
     torch.manual_seed(11)
     losses = []
     for step in range(steps):

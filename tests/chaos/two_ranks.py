@@ -1,13 +1,14 @@
 """Two ranks of one model under DDP; on rank 1 a backend fails. Prints the ranks' reduced gradients' distance.
 
     python -m tests.chaos.two_ranks                 # gloo, CPU (what the tests run)
-    python -m tests.chaos.two_ranks --backend nccl  # two GPUs
+    python -m tests.chaos.two_ranks --backend nccl --out two_ranks.json  # two GPUs
 """
 from __future__ import annotations
 
 import argparse
 import datetime
 import importlib
+import json
 import os
 import socket
 import sys
@@ -35,7 +36,6 @@ def rank_main(rank, port, backend, broken, results):
                             timeout=datetime.timedelta(seconds=120))
     if backend == "nccl":
         torch.cuda.set_device(rank)
-        torch.set_default_device("cuda")
     flashbias_patch.install()
     sys.path.insert(0, str(ROOT / "examples" / "mini_cmt"))
     module = importlib.import_module("projects.mmdet3d_plugin.models.utils.petr_transformer")
@@ -43,7 +43,8 @@ def rank_main(rank, port, backend, broken, results):
     faulty = Faulty("triton", fault, "forward", 1)
     dispatch.MODULES = {"triton": "none", **{n: dispatch.MODULES[n] for n in ("sdpa", "reference")}}
     dispatch._loaded["triton"] = faulty
-    losses, grads = train(module, on_step=faulty.on_step, wrap=DistributedDataParallel, with_cp=False, seed=rank)
+    losses, grads = train(module, on_step=faulty.on_step, wrap=DistributedDataParallel, with_cp=False, seed=rank,
+                          device=f"cuda:{rank}" if backend == "nccl" else "cpu")
     results.put((rank, losses, {name: g.cpu().numpy() for name, g in grads.items()}, journal.fallbacks()))
     dist.barrier()
     dist.destroy_process_group()
@@ -76,12 +77,29 @@ def distance(a, b):
     return float(max(abs(a[n] - b[n]).max() for n in a) / max(abs(x).max() for x in a.values()))
 
 
-if __name__ == "__main__":
+def main():
+    import torch
+
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", default="gloo", choices=("gloo", "nccl"))
-    name = parser.parse_args().backend
-    unbroken, fallen = run(name, broken=False), run(name)
-    print("fallbacks on rank 1:", fallen[1][2])
-    print("ranks differ by", distance(fallen[0][1], fallen[1][1]))
-    print("from the unbroken run by", distance(fallen[0][1], unbroken[0][1]))
-    print("losses", fallen[0][0], unbroken[0][0])
+    parser.add_argument("--out", metavar="FILE.json")
+    args = parser.parse_args()
+    unbroken, fallen = run(args.backend, broken=False), run(args.backend)
+    report = {
+        "backend": args.backend, "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if args.backend == "nccl" else "cpu",
+        "fallbacks": {rank: fallen[rank][2] for rank in (0, 1)},
+        "ranks_differ_by": distance(fallen[0][1], fallen[1][1]),
+        "unbroken_differs_by": distance(fallen[0][1], unbroken[0][1]),
+        "losses": {"fallen": fallen[0][0], "unbroken": unbroken[0][0]},
+    }
+    report["passed"] = (bool(fallen[1][2]) and not fallen[0][2] and report["ranks_differ_by"] == 0
+                        and report["unbroken_differs_by"] < 1e-4)
+    print(json.dumps(report, indent=2))
+    if args.out:
+        Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
+    return not report["passed"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
