@@ -1,19 +1,21 @@
 """What the runs say, and how surely: ratios with 95% confidence intervals, parity, a verdict. numpy only.
 
-Speed. A run is summed up by the midmean (mean of the middle half) of its step times after warm-up. Its own
-uncertainty comes from a circular block bootstrap over steps: step times are correlated, and have outliers.
-Runs differ by more than that - clocks, neighbours, memory layout - so runs are the unit: their spread is
-estimated from repeats of the same side, on top of a typical one, as two or three repeats say little about a
-spread. The interval is taken over draws of both.
+Speed. A run is summed up by the midmean (mean of the middle half) of its step times after warm-up. Runs
+differ by more than their steps tell - clocks, neighbours, memory layout - so runs are the unit: the interval is
+Student's t over repeats of the same side, with as few degrees of freedom as there are. Repeats may agree by
+chance, so it is never narrower than what the steps' own scatter (a circular block bootstrap: step times are
+correlated, and have outliers) and a typical spread between runs give together.
 
 Parity. Two curves part where they differ by more than the command's own noise: three times the largest
-difference seen so far between two runs of the same side (six times, where there is one pair only), and never
-less than rounding. Where two runs of a side agree bit for bit, a run that was nudged in the last place shows
-how training amplifies rounding; without it, a growth is assumed.
+difference seen so far between two unpatched runs (six times, where there is one pair only), and never less
+than rounding. Patched runs do not widen the band: noise of their own is a difference. Where unpatched runs
+agree bit for bit, one that was nudged in the last place shows how training amplifies rounding; without it, a
+growth is assumed.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
@@ -24,17 +26,17 @@ from .records import Experiment, Run
 DRAWS = 4000
 MIN_STEPS = 4  # fewer step times than this give no interval
 
-# Spread of the log of a run's result between runs of the same thing, before any repeat was seen; how many
-# repeats that guess weighs, and how many degrees of freedom it adds. (Fewer than its weight: with one or two
-# repeats, and a machine much noisier than typical, false alarms stayed above 5% otherwise.)
-PRIOR_WEIGHT = 2
-PRIOR_FREEDOM = 0.5
+# Spread of the log of a run's result between runs of the same thing, that no interval may be narrower than;
+# how many degrees of freedom that guess is worth; and how many times it is assumed where no run was repeated.
 TYPICAL_SPREAD = {"time": 0.005, "cuda": 0.001, "rss": 0.01}
+GUESS_WORTH = 2
+UNREPEATED = 4.0
 SMALLEST_EFFECT = 0.005  # ratios closer to 1 than this are no difference in practice
 BUSY = 1.5  # load average per CPU, at the start of a run, from which times decide nothing
-WIDE = 0.10  # an interval wider than this, around 1, decides nothing
+SAME = 0.05  # an interval that reaches further than this from 1 does not say "no difference"
+ENOUGH = 20  # more repeats than this are not proposed
 
-NOISE_BAND = 3.0  # times the largest difference within a side
+NOISE_BAND = 3.0  # times the largest difference between runs of A
 LONE_PAIR = 2.0  # times as much again where only one pair of runs shows it
 LOOK_AHEAD = 2
 PERSISTENCE = 3  # steps in a row out of the band: one spike is no parting
@@ -52,6 +54,7 @@ class Ratio(NamedTuple):
     a: float  # seconds a step or bytes
     b: float
     repeats: int  # repeats of a side that the spread between runs was estimated from; 0: assumed
+    spread: Optional[float] = None  # of the log of a run's result between repeats; None: no repeat
 
     @property
     def decided(self) -> int:
@@ -61,6 +64,16 @@ class Ratio(NamedTuple):
         if self.high is not None and self.high < 1 and self.value < 1 / (1 + SMALLEST_EFFECT):
             return -1
         return 0
+
+    def repeats_needed(self) -> Optional[int]:
+        """Runs of each side that would decide a difference as large as this one; None: not foreseeable."""
+        effect = abs(math.log(self.value))
+        if not self.spread or effect <= SMALLEST_EFFECT:
+            return None
+        for n in range(2, ENOUGH + 1):
+            if student_t(2 * n - 2) * self.spread * math.sqrt(2 / n) < effect:
+                return n
+        return None
 
 
 @dataclass
@@ -75,7 +88,7 @@ class Parity:
     largest: float = 0.0  # largest relative difference between A and B
     largest_at: Optional[int] = None
     noise: Optional[float] = (
-        None  # largest relative difference between runs of one side; None: one run a side
+        None  # largest relative difference between runs of A; None: one run
     )
     steps: int = 0
     difference: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -155,7 +168,7 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
     speed = compare_times([r.step_seconds()[warm:] for r in a], [r.step_seconds()[warm:] for r in b], seed)
     kinds = {run.memory_kind() for run in a + b}
     kind = "cuda" if kinds == {"cuda"} else "rss"
-    memory = compare_peaks([r.peak_memory() for r in a], [r.peak_memory() for r in b], kind, seed)
+    memory = compare_peaks([r.peak_memory() for r in a], [r.peak_memory() for r in b], kind)
     half = any(run.half for run in a + b)
     plain, nudged = [r for r in a if not r.nudged] or a, [r for r in a if r.nudged]
     parities = [
@@ -169,7 +182,8 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
         for quantity, key in (("loss", "loss"), ("gradient norm", "grad_norm"))
     ]
     if speed and not speed.repeats:
-        notes.append(f"no run was repeated: a spread of {TYPICAL_SPREAD['time']:.1%} between runs is assumed")
+        assumed = UNREPEATED * TYPICAL_SPREAD["time"]
+        notes.append(f"no run was repeated: a spread of {assumed:.1%} between runs is assumed")
     load, cpus = max(run.load for run in a + b), int(experiment.host.get("cpus") or 1)
     busy = load > BUSY * cpus
     if busy:
@@ -181,6 +195,9 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
             "the patched runs made no attention call through flashbias_patch: is anything patched? "
             "`flashbias doctor --repo DIR` tells"
         )
+    needed = speed.repeats_needed() if speed and not busy and not speed.decided else None
+    if needed is not None and needed > min(len(a), len(b)):
+        notes.append(f"to decide a difference in speed of this size: --repeats {needed}, or more steps")
     clocks = {run.clock for run in a + b}
     clock = clocks.pop() if len(clocks) == 1 else "wall clock"
     return Verdict(speed, memory, kind, clock, parities, problems, notes, busy=busy)
@@ -195,21 +212,19 @@ def compare_times(a: Sequence[np.ndarray], b: Sequence[np.ndarray], seed: int = 
     rng = np.random.default_rng(seed)
     logs = [np.array([np.log(midmean(s)) for s in side]) for side in sides]
     if min(s.size for side in sides for s in side) < MIN_STEPS:
-        return _ratio(logs, None, 0)
-    within = [np.stack([_block_bootstrap(s, rng) for s in side]) for side in sides]
-    return _ratio(logs, _draws(logs, within, TYPICAL_SPREAD["time"], rng), sum(len(x) - 1 for x in logs))
+        return _ratio(logs, None)
+    within = [np.mean([_block_bootstrap(s, rng) for s in side], axis=0) for side in sides]
+    return _ratio(logs, np.percentile(within[1] - within[0], [2.5, 97.5]), TYPICAL_SPREAD["time"])
 
 
 def compare_peaks(
-    a: Sequence[float], b: Sequence[float], kind: str = "cuda", seed: int = 0
+    a: Sequence[float], b: Sequence[float], kind: str = "cuda"
 ) -> Optional[Ratio]:
     """Ratio B/A of peak memory, one number of bytes a run; `kind` (cuda, rss) says how much it varies."""
     logs = [np.log([x for x in side if np.isfinite(x) and x > 0]) for side in (a, b)]
     if not logs[0].size or not logs[1].size:
         return None
-    within = [np.zeros((x.size, DRAWS)) for x in logs]
-    draws = _draws(logs, within, TYPICAL_SPREAD[kind], np.random.default_rng(seed))
-    return _ratio(logs, draws, sum(len(x) - 1 for x in logs))
+    return _ratio(logs, np.zeros(2), TYPICAL_SPREAD[kind])
 
 
 def midmean(values: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -230,31 +245,28 @@ def _block_bootstrap(values: np.ndarray, rng: np.random.Generator) -> np.ndarray
     return np.log(midmean(values[index])) - np.log(midmean(values))
 
 
-def _draws(
-    logs: List[np.ndarray], within: List[np.ndarray], typical: float, rng: np.random.Generator
-) -> np.ndarray:
-    """(DRAWS,) of log B - log A: bootstrap noise of each run's steps, plus the spread between runs."""
-    freedom = sum(x.size - 1 for x in logs)
-    squares = sum(float(((x - x.mean()) ** 2).sum()) for x in logs)
-    explained = float(np.mean(np.concatenate([w.var(axis=1) for w in within]))) * freedom
-    # Variance a typical spread stands for, and what the repeats show above what their steps explain; the more
-    # of it was seen in few repeats, the fewer the degrees of freedom (Satterthwaite's approximation).
-    assumed = typical**2 * PRIOR_WEIGHT / (PRIOR_WEIGHT + freedom)
-    seen = max(0.0, squares - explained) / freedom if freedom else 0.0
-    worth: float = PRIOR_WEIGHT
-    if freedom:
-        worth = (assumed + seen) ** 2 / (assumed**2 / (PRIOR_FREEDOM + freedom) + seen**2 / freedom)
-    width = np.sqrt((assumed + seen) * sum(1 / x.size for x in logs))
-    between = width * rng.standard_t(worth, DRAWS)
-    return logs[1].mean() - logs[0].mean() + within[1].mean(axis=0) - within[0].mean(axis=0) + between
+def student_t(freedom: int) -> float:
+    """The 97.5% quantile of Student's t; series of Abramowitz and Stegun 26.7.5, within 0.4% from 4 on."""
+    few = {1: 12.7062, 2: 4.3027, 3: 3.1824}
+    return few.get(freedom) or 1.95996 + 2.37227 / freedom + 2.8225 / freedom**2 + 2.5558 / freedom**3
 
 
-def _ratio(logs: List[np.ndarray], draws: Optional[np.ndarray], repeats: int) -> Ratio:
-    low, high = (
-        (None, None) if draws is None else (float(x) for x in np.exp(np.percentile(draws, [2.5, 97.5])))
-    )
+def _ratio(logs: List[np.ndarray], within: Optional[np.ndarray], typical: float = 0.0) -> Ratio:
+    """The ratio and its interval, from the log of each run's result by side.
+
+    `within`: ends of the 95% interval of log B/A as far as the steps alone explain it; None: no interval.
+    `typical`: the spread between runs.
+    """
     a, b = (float(np.exp(x.mean())) for x in logs)
-    return Ratio(b / a, low, high, a, b, repeats)
+    freedom = sum(x.size - 1 for x in logs)
+    spread = math.sqrt(sum(float(((x - x.mean()) ** 2).sum()) for x in logs) / freedom) if freedom else None
+    if within is None:
+        return Ratio(b / a, None, None, a, b, freedom, spread)
+    root = math.sqrt(sum(1 / x.size for x in logs))
+    guess = student_t(freedom + GUESS_WORTH) * typical * (1.0 if freedom else UNREPEATED) * root
+    seen = student_t(freedom) * spread * root if spread is not None else 0.0
+    below, above = (max(math.hypot(float(end), guess), seen) for end in within)
+    return Ratio(b / a, b / a * math.exp(-below), b / a * math.exp(above), a, b, freedom, spread)
 
 
 def parity(
@@ -274,10 +286,7 @@ def parity(
         return Parity(quantity, "not compared", steps=steps)
     scale = _scale(curves_a)
     pairs = [
-        _relative(side[i], side[j], scale)
-        for side in (curves_a, curves_b)
-        for i in range(len(side))
-        for j in range(i)
+        _relative(curves_a[i], curves_a[j], scale) for i in range(len(curves_a)) for j in range(i)
     ]
     noise = np.max(pairs, axis=0) if pairs else np.zeros(steps)
     drift = (
@@ -353,7 +362,7 @@ def _word(ratio: Optional[Ratio], more: str, less: str) -> str:
         return "not compared"
     if ratio.decided:
         return more if ratio.decided > 0 else less
-    if ratio.low is None or ratio.high is None or ratio.high - ratio.low > WIDE:
+    if ratio.low is None or ratio.high is None or max(ratio.high, 1 / ratio.low) > 1 + SAME:
         return "undecided"
     return "no difference"
 

@@ -87,8 +87,13 @@ def experiment(runs, **options):
     )
 
 
-def trial(seed, slowdown=0.0, memory=1.0, noise=0.002, part_at=None, jump=0.05, repeats=3, steps=60):
-    """An A B B A ... experiment whose B takes (1 + slowdown) the time and parts at a step, if at one."""
+def trial(
+    seed, slowdown=0.0, memory=1.0, noise=0.002, part_at=None, jump=0.05, repeats=3, steps=60, spread=0.004
+):
+    """An A B B A ... experiment whose B takes (1 + slowdown) the time and parts at a step, if at one.
+
+    `spread`: how much runs of the same thing differ, relatively; `noise`: how far their losses drift apart.
+    """
     rng = np.random.default_rng(seed)
     runs = []
     order = "".join("AB" if i % 2 == 0 else "BA" for i in range(repeats)) + ("A" if repeats == 1 else "")
@@ -101,7 +106,7 @@ def trial(seed, slowdown=0.0, memory=1.0, noise=0.002, part_at=None, jump=0.05, 
             make_run(
                 label,
                 index,
-                step_times(rng, steps, STEP_SECONDS * (1 + slowdown if b else 1)),
+                step_times(rng, steps, STEP_SECONDS * (1 + slowdown if b else 1), spread),
                 loss,
                 PEAK * (memory if b else 1),
                 norm,

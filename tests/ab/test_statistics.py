@@ -25,20 +25,81 @@ def speed_words(slowdown, repeats, **more):
     ]
 
 
+@pytest.mark.parametrize("spread", [0.004, 0.01])
 @pytest.mark.parametrize("repeats", [1, 2, 3])
-def test_equal_speed_raises_no_alarm(repeats):
-    words = speed_words(0.0, repeats)
+def test_equal_speed_raises_no_alarm(repeats, spread):
+    words = speed_words(0.0, repeats, spread=spread)
     assert sum(word in ("slower", "faster") for word in words) <= ALLOWED * TRIALS
 
 
+def alarms(rng, spread, repeats, trials, shift=lambda run: 0.0):
+    """In how many of `trials` two equal sides are called different; `shift(run)` slows the run-th run."""
+    order = "ABA" if repeats == 1 else "".join("AB" if i % 2 == 0 else "BA" for i in range(repeats))
+    found = 0
+    for _ in range(trials):
+        sides = {"A": [], "B": []}
+        for run, label in enumerate(order):
+            times = synthetic.step_times(rng, 35, 0.1 * (1 + shift(run)), spread)
+            sides[label].append(times[5:])
+        found += compare_times(sides["A"], sides["B"]).decided != 0
+    return found
+
+
+def at_most(trials):
+    """Alarms in so many trials that a rate of 5% explains (two standard errors above)."""
+    return ALLOWED * trials + 2 * np.sqrt(trials * ALLOWED * (1 - ALLOWED))
+
+
+@pytest.mark.parametrize("spread", [0.001, 0.02, 0.05])
+@pytest.mark.parametrize("repeats", [1, 2, 3, 6])
+def test_equal_speed_raises_no_alarm_however_much_runs_differ(repeats, spread):
+    assert alarms(np.random.default_rng(7), spread, repeats, 200) <= at_most(200)
+
+
+def test_a_machine_that_warms_up_or_hiccups_raises_no_alarm():
+    rng = np.random.default_rng(11)
+    assert alarms(rng, 0.004, 2, 100, shift=lambda run: 0.01 * run) <= ALLOWED * 100
+    assert alarms(rng, 0.004, 2, 100, shift=lambda run: 0.15 * (rng.random() < 0.1)) <= ALLOWED * 100
+
+
 @pytest.mark.parametrize(
-    "slowdown,repeats,share",
-    [(0.02, 3, 0.75), (0.02, 6, 0.95), (0.10, 1, 0.75), (0.10, 2, 0.95), (0.10, 3, 1.0)],
+    "slowdown,repeats,spread,share",
+    [
+        (0.02, 3, 0.004, 0.75),
+        (0.02, 6, 0.004, 0.95),
+        (0.20, 1, 0.004, 0.75),
+        (0.10, 2, 0.004, 0.95),
+        (0.10, 3, 0.004, 1.0),
+        (0.10, 2, 0.01, 0.9),
+        (0.10, 3, 0.01, 1.0),
+        (0.10, 3, 0.02, 0.9),
+    ],
 )
-def test_slowdown_is_found(slowdown, repeats, share):
-    words = speed_words(slowdown, repeats)
+def test_slowdown_is_found(slowdown, repeats, spread, share):
+    words = speed_words(slowdown, repeats, spread=spread)
     assert words.count("slower") >= share * TRIALS
     assert "faster" not in words
+
+
+def test_undecided_names_the_repeats_that_would_decide():
+    ratio = compare_times(
+        [np.full(20, 1.00), np.full(20, 1.03)], [np.full(20, 1.04), np.full(20, 1.07)]
+    )
+    needed = ratio.repeats_needed()
+    assert ratio.decided == 0 and 3 <= needed <= 5
+    times = {"A": [1.00, 1.03] * needed, "B": [1.04, 1.07] * needed}
+    many = compare_times(*([np.full(20, x) for x in times[side][:needed]] for side in "AB"))
+    assert many.decided == 1 and many.repeats_needed() <= needed
+    verdict = judge(synthetic.trial(1, 0.03, repeats=2, spread=0.02))
+    assert verdict.speed_word == "undecided"
+    assert any("--repeats" in note for note in verdict.notes)
+    assert compare_times([np.ones(20)], [np.ones(20)]).repeats_needed() is None
+
+
+def test_quantiles_of_student_t():
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (1, 2, 3, 4, 5, 8, 20, 60):
+        assert statistics.student_t(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=4e-3)
 
 
 def test_speedup_is_found():
@@ -100,6 +161,38 @@ def test_nudged_run_shows_how_far_rounding_may_drift():
     assert parity("loss", [curves(), curves()], [other]).word == "differs"
     judged = parity("loss", [curves(), curves()], [other], [wild])
     assert judged.word == "within rounding" and judged.drift > 0.01 and judged.noise == 0
+
+
+def test_noise_of_the_patched_side_alone_is_a_difference():
+    wobble = 0.01 * np.sin(np.arange(30))
+    noisy = [curves() * (1 + wobble), curves() * (1 + 0.3 * wobble)]
+    assert parity("loss", [curves(), curves() * (1 + 1e-7)], noisy).word == "differs"
+    assert parity("loss", noisy, [curves(), curves() * (1 + 1e-7)]).word == "within noise"
+
+
+def chaotic(rng, steps, growth, most):
+    """A falling loss whose distance from the others grows from rounding to `most`, as training does on a GPU."""
+    envelope = 1e-7 * np.exp(growth * np.arange(steps))
+    envelope = envelope * most / (envelope + most)
+    wander = np.zeros(steps)
+    for i in range(steps):
+        wander[i] = 0.6 * (wander[i - 1] if i else 0) + 0.8 * rng.normal()
+    return 300 * np.exp(-np.arange(steps) / 15) * (1 + envelope * wander)
+
+
+@pytest.mark.parametrize("growth", [0.5, 2.0])
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_chaotic_training_raises_no_alarm(growth, repeats):
+    rng = np.random.default_rng(3)
+    differs = 0
+    for _ in range(TRIALS):
+        a, b, nudged = (
+            [chaotic(rng, 40, growth, 0.05) for _ in range(n)] for n in (max(2, repeats), repeats, 1)
+        )
+        differs += parity("loss", a, b).word == "differs"
+        exact = 300 * np.exp(-np.arange(40) / 15)
+        differs += parity("loss", [exact, exact], b, nudged).word == "differs"
+    assert differs <= ALLOWED * 2 * TRIALS
 
 
 def test_one_spike_is_no_parting_but_three_steps_are():
