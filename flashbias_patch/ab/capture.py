@@ -82,12 +82,13 @@ class Inbox:
 
 
 def listen(torch: Any, inbox: Inbox) -> None:
-    """Wrap torch's backward, gradient clipping and loss scaling, and OpenMMLab's loss parsing."""
+    """Wrap torch's backward, gradient clipping, loss scaling and autocast, and OpenMMLab's loss parsing."""
     _wrap(torch.autograd, "backward", lambda original: _backward(original, inbox))
     for module in (torch.nn.utils, torch.nn.utils.clip_grad):
         _wrap(module, "clip_grad_norm_", lambda original: _clip(original, inbox))
     for scaler in _scaler_classes(torch):
         _wrap(scaler, "scale", _scale)
+    _wrap(getattr(torch, "autocast", None), "__enter__", lambda original: _autocast(original, inbox))
     import wrapt
 
     def later(place: Any, make: Callable[[Callable], Callable]) -> None:
@@ -141,6 +142,14 @@ def _scale(original: Callable) -> Callable:
         return scaled
 
     return scale
+
+
+def _autocast(original: Callable, inbox: Inbox) -> Callable:
+    def __enter__(self: Any) -> Any:
+        inbox.half = inbox.half or bool(getattr(self, "_enabled", False))
+        return original(self)
+
+    return __enter__
 
 
 def _parse_losses(original: Callable, inbox: Inbox) -> Callable:
@@ -203,11 +212,14 @@ def gradients_of(optimizer: Any) -> List[Any]:
             gradient = parameter.grad
             if gradient is None:
                 continue
-            gradient = gradient.detach()
-            if hasattr(gradient, "to_local"):
-                gradient = gradient.to_local()
+            gradient = local(gradient.detach())
             found.append(gradient.coalesce().values() if gradient.is_sparse else gradient)
     return found
+
+
+def local(tensor: Any) -> Any:
+    """This rank's part of a distributed tensor; any other as it is. The whole would take a collective."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def norm_of(torch: Any, gradients: List[Any]) -> Optional[Any]:

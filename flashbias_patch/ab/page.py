@@ -304,7 +304,7 @@ def gradients_table(experiment: Experiment) -> List[Dict[str, str]]:
 def environment_rows(experiment: Experiment) -> List[Tuple[str, str]]:
     run = next((r for r in experiment.runs if r.environment), None)
     found = dict(run.environment) if run else {}
-    header = run.ranks[0].header if run else {}
+    header = next((p.header for p in (run.ranks or run.processes) if p.environment), {}) if run else {}
     modules = found.pop("modules", {}) or {}
     options = experiment.options
     rows = [
@@ -370,7 +370,7 @@ def runs_table(experiment: Experiment) -> List[Dict[str, Any]]:
 
 def backends_table(experiment: Experiment) -> List[Dict[str, Any]]:
     totals: Dict[str, int] = {}
-    for run in experiment.side("B"):
+    for run in experiment.patched():
         for name, count in run.calls().items():
             totals[name] = totals.get(name, 0) + count
     whole = sum(totals.values()) or 1
@@ -382,7 +382,7 @@ def backends_table(experiment: Experiment) -> List[Dict[str, Any]]:
 
 def fallbacks_table(experiment: Experiment) -> List[Dict[str, Any]]:
     found: Dict[Tuple[str, str, str], int] = {}
-    for run in experiment.side("B"):
+    for run in experiment.patched():
         for entry in run.fallbacks():
             key = (str(entry.get("source", "")), str(entry.get("call", "")), str(entry.get("reason", entry)))
             found[key] = found.get(key, 0) + int(entry.get("count", 1))

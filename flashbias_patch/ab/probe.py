@@ -8,10 +8,12 @@ to. Lines, in order of appearance (all times in seconds, memory in bytes):
     {"event": "step", step, wall_s, cuda_s, loss, loss_parts, grad_norm, params, param_grads, memory, calls}
     {"event": "fallbacks", "fallbacks": [...]}           whenever there are new ones
     {"event": "stop", steps}                             asked for N steps, had N steps
-    {"event": "end", error}                              the interpreter shut down in order
+    {"event": "end", error, calls}                       the interpreter shut down in order
 
 A file without its last line belongs to a process that was killed. On CUDA a step's values are copied to
 pinned memory and picked up by a later step once their event has passed, so that no step waits for the device.
+`wall_s` and `cuda_s` run from the end of one step's recording to the beginning of the next one's: neither holds
+what the recording itself takes.
 """
 
 from __future__ import annotations
@@ -68,36 +70,6 @@ def start(environ: Optional[Mapping[str, str]] = None) -> Optional[Recorder]:
     return _recorder
 
 
-class Pending:
-    """A step's line whose numbers are still on their way from the device."""
-
-    def __init__(
-        self,
-        line: Dict[str, Any],
-        places: List[Tuple[str, Optional[str]]],
-        values: Any,
-        ready: Any,
-        before: Any,
-    ) -> None:
-        self.line, self.places, self.values = line, places, values
-        self.ready, self.before = ready, before
-
-    def arrived(self) -> bool:
-        return self.ready is None or self.ready.query()
-
-    def complete(self) -> Dict[str, Any]:
-        if self.ready is not None:
-            self.ready.synchronize()
-            if self.before is not None:
-                self.line["cuda_s"] = self.before.elapsed_time(self.ready) / 1e3
-        for (section, key), value in zip(self.places, [] if self.values is None else self.values.tolist()):
-            if key is None:
-                self.line[section] = value
-            else:
-                self.line.setdefault(section, {})[key] = value
-        return self.line
-
-
 class Recorder:
     """Listens to this process and writes `rank<rank>-pid<pid>.jsonl`."""
 
@@ -110,18 +82,18 @@ class Recorder:
         self.nudge = environ.get(NUDGE) == "1"
         self.torch: Any = None
         self.inbox: Any = None
+        self.gpu: Any = None
         self._fresh()
 
     def _fresh(self) -> None:
         self.file: Any = None
-        self.pending: Deque[Pending] = deque()
+        self.pending: Deque[Any] = deque()
         self.step = 0
         self.failures = 0
         self.primary: Any = None
         self.others = 0
         self.parameters: Dict[str, Any] = {}
         self.last_end: Optional[float] = None
-        self.last_event: Any = None
         self.fallbacks = 0
 
     # -- life of the process -------------------------------------------------------------------------------
@@ -144,9 +116,9 @@ class Recorder:
 
     def _torch_arrived(self, torch: Any) -> None:
         try:
-            from . import capture
+            from . import capture, cuda
 
-            self.torch, self.inbox = torch, capture.Inbox(torch)
+            self.torch, self.inbox, self.gpu = torch, capture.Inbox(torch), cuda.Gpu(torch)
             capture.listen(torch, self.inbox)
             capture.on_optimizer_step(self.on_step)
             if self.seed is not None:
@@ -190,10 +162,13 @@ class Recorder:
         try:
             self._write_arrived(everything=True)
             error = getattr(sys, "last_value", None)
+            if self.torch is not None and not self.step:  # inference: all that there will be to tell
+                self.write(self._environment())
             self.write(
                 {
                     "event": "end",
                     "steps": self.step,
+                    "calls": self._calls(),
                     "error": None if error is None else f"{type(error).__name__}: {error}"[:500],
                 }
             )
@@ -213,11 +188,14 @@ class Recorder:
 
     def on_step(self, optimizer: Any) -> None:
         begin = time.perf_counter()
-        if self.failures >= MAX_FAILURES or not self._counts(optimizer):
+        if self.failures >= MAX_FAILURES:
             return
         try:
-            self._record(optimizer, begin)
+            if not self._counts(optimizer):
+                return
+            self._record(optimizer, begin, self.gpu.event())
         except Exception as error:
+            self.gpu.last = None
             self._note(error)
         self.step += 1
         if self.limit and self.step >= self.limit:
@@ -228,6 +206,8 @@ class Recorder:
 
     def _counts(self, optimizer: Any) -> bool:
         """One optimiser's steps are the command's steps; others count once that one has gone quiet."""
+        if self.gpu.capturing():
+            return False
         current = self.primary() if self.primary is not None else None
         if current is optimizer:
             self.others = 0
@@ -235,10 +215,11 @@ class Recorder:
         self.others += 1
         if current is None or self.others > SWITCH_AFTER:
             self.primary, self.others = weakref.ref(optimizer), 0
+            self.gpu.follow(optimizer)
             return True
         return False
 
-    def _record(self, optimizer: Any, begin: float) -> None:
+    def _record(self, optimizer: Any, begin: float, begun: Any) -> None:
         from . import capture
 
         if self.step == 0:
@@ -259,6 +240,8 @@ class Recorder:
         scalars: List[Tuple[Tuple[str, Optional[str]], Any]] = []
 
         def put(section: str, key: Optional[str], value: Any) -> None:
+            if value is not None and not isinstance(value, (int, float)) and value.device.type == "cpu":
+                value = float(value.detach())  # to send it to the GPU and back would make the step wait
             if value is None or isinstance(value, (int, float)):
                 if key is None:
                     line[section] = value
@@ -268,10 +251,10 @@ class Recorder:
                 scalars.append(((section, key), value))
 
         if inbox.losses:
-            put("loss", None, inbox.losses[0] if len(inbox.losses) == 1 else self._stack(inbox.losses).sum())
+            put("loss", None, inbox.losses[0] if len(inbox.losses) == 1 else self.gpu.stack(inbox.losses).sum())
         for name, value in inbox.parts.items():
             put("loss_parts", name, value)
-        norm = inbox.clip_norm
+        norm = None if hasattr(inbox.clip_norm, "to_local") else inbox.clip_norm
         put(
             "grad_norm",
             None,
@@ -281,7 +264,7 @@ class Recorder:
             self._put_parameter(put, name, parameter)
         if inbox.half:
             line["half"] = True
-        line["memory"] = self._memory()
+        line["memory"] = {**_resident(), **self.gpu.memory()}
         calls = self._calls()
         if calls is not None:
             line["calls"] = calls
@@ -289,11 +272,15 @@ class Recorder:
         if self.nudge and self.step == 0:
             capture.nudge(self.torch, optimizer, NUDGES["half" if inbox.half else "float32"])
         line["probe_s"] = time.perf_counter() - begin
-        self.pending.append(self._send([p for p, _ in scalars], [v for _, v in scalars], line))
+        self.pending.append(self.gpu.send(line, [p for p, _ in scalars], [v for _, v in scalars], begun))
         self._write_arrived()
 
     def _put_parameter(self, put: Any, name: str, parameter: Any) -> None:
-        value = parameter.detach()
+        from . import capture
+
+        value = capture.local(parameter.detach())
+        if not value.numel():
+            return  # another rank holds it
         if value.numel() == 1:
             put("params", name, value)
         elif value.numel() <= 8:
@@ -302,32 +289,16 @@ class Recorder:
         else:
             put("params", f"|{name}|", value.float().norm())
         gradient = parameter.grad
-        put("param_grads", name, None if gradient is None else gradient.detach().float().norm())
-
-    def _stack(self, values: List[Any]) -> Any:
-        """0-d tensors of any device and type as one vector, where the most of the work is."""
-        home = next((v.device for v in values if v.device.type != "cpu"), values[0].device)
-        kind = self.torch.float32 if home.type == "mps" else self.torch.float64
-        return self.torch.stack([v.detach().reshape(()).to(home, kind) for v in values])
-
-    def _send(
-        self, places: List[Tuple[str, Optional[str]]], values: List[Any], line: Dict[str, Any]
-    ) -> Pending:
-        torch = self.torch
-        vector = self._stack(values) if values else None
-        if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
-            return Pending(line, places, vector, None, None)
-        if vector is not None and vector.device.type == "cuda":
-            host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-            vector = host.copy_(vector, non_blocking=True)
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        before, self.last_event = self.last_event, event
-        return Pending(line, places, vector, event, before)
+        put("param_grads", name, None if gradient is None else capture.local(gradient.detach()).float().norm())
 
     def _write_arrived(self, everything: bool = False) -> None:
         while self.pending and (everything or self.pending[0].arrived()):
-            self.write(self.pending.popleft().complete())
+            pending = self.pending.popleft()
+            try:
+                self.write(pending.complete())
+            except Exception as error:  # the step was made, though its figures are lost
+                self.write(pending.line)
+                self._note(error)
 
     # -- the machine ---------------------------------------------------------------------------------------
 
@@ -357,22 +328,7 @@ class Recorder:
                 if name in sys.modules
             },
         }
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            found["gpu"] = torch.cuda.get_device_name()
-            found["cudnn"] = torch.backends.cudnn.version()
-        return found
-
-    def _memory(self) -> Dict[str, int]:
-        found = _resident()
-        torch = self.torch
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            # Peaks are read and never reset: the command's own peak figures must stay as they are.
-            stats = torch.cuda.memory.memory_stats_as_nested_dict()
-            if stats:
-                found["cuda"] = stats["allocated_bytes"]["all"]["current"]
-                found["cuda_peak"] = stats["allocated_bytes"]["all"]["peak"]
-                found["cuda_reserved_peak"] = stats["reserved_bytes"]["all"]["peak"]
-        return found
+        return {**found, **self.gpu.environment()}
 
     def _calls(self) -> Optional[Dict[str, int]]:
         if self.environ.get("FLASHBIAS_PATCH") == "0":

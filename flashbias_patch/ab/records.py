@@ -30,6 +30,7 @@ class Process:
     ended: bool = False
     truncated: bool = False
     error: Optional[str] = None
+    calls: Optional[Dict[str, int]] = None  # attention calls by backend, in all
 
     @property
     def rank(self) -> int:
@@ -119,15 +120,16 @@ class Run:
         return {name: self.series(section, name) for name in names}
 
     def calls(self) -> Dict[str, int]:
-        """Attention calls by backend, over all ranks."""
+        """Attention calls by backend, over all ranks; without any step (inference) over all processes."""
         total: Dict[str, int] = {}
-        for process in self.ranks:
-            for backend, count in (process.steps[-1].get("calls") or {}).items():
+        for process in self.ranks or self.processes:
+            made = process.steps[-1].get("calls") if process.steps else process.calls
+            for backend, count in (made or {}).items():
                 total[backend] = total.get(backend, 0) + int(count)
         return total
 
     def fallbacks(self) -> List[Dict[str, Any]]:
-        return [entry for process in self.ranks for entry in process.fallbacks]
+        return [entry for process in self.ranks or self.processes for entry in process.fallbacks]
 
     @property
     def half(self) -> bool:
@@ -135,7 +137,7 @@ class Run:
 
     @property
     def environment(self) -> Dict[str, Any]:
-        return self.ranks[0].environment if self.ranks else {}
+        return next((p.environment for p in self.ranks or self.processes if p.environment), {})
 
 
 @dataclass
@@ -154,6 +156,12 @@ class Experiment:
     def side(self, label: str) -> List[Run]:
         """The runs of A or B that recorded at least one step and were not hung or crashed early."""
         return [run for run in self.runs if run.label == label and run.steps > 0]
+
+    def patched(self) -> List[Run]:
+        """The runs of B that say what answered its attention calls: those with steps, or all of an inference."""
+        if self.options.get("inference"):
+            return [run for run in self.runs if run.label == "B"]
+        return self.side("B")
 
 
 def load(directory: str) -> Experiment:
@@ -250,7 +258,7 @@ def _take(process: Process, line: Dict[str, Any]) -> None:
     elif event == "stop":
         process.stopped = True
     elif event == "end":
-        process.ended, process.error = True, line.get("error")
+        process.ended, process.error, process.calls = True, line.get("error"), line.get("calls")
 
 
 def _dig(line: Any, keys: Any) -> float:

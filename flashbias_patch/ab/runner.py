@@ -155,7 +155,7 @@ def run_one(
         "command": words,
         "env": dict(overrides),
         "started": time.time(),
-        "load": os.getloadavg()[0],
+        "load": _load(),
         "nudged": nudged,
     }
     progress("start", run)
@@ -180,6 +180,14 @@ def run_one(
             )
     run["seconds"] = time.monotonic() - begin
     return run
+
+
+def _load() -> float:
+    """The machine's load average; 0 where it cannot be had, as in some containers."""
+    try:
+        return os.getloadavg()[0]
+    except OSError:
+        return 0.0
 
 
 def _watch(

@@ -156,6 +156,11 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
     for label, runs in (("A (unpatched)", a), ("B (patched)", b)):
         if not runs and not inference:
             problems.append(f"{label} recorded no step, so there is nothing to compare")
+    if experiment.patched() and not any(sum(r.calls().values()) for r in experiment.patched()):
+        notes.append(
+            "the patched runs made no attention call through flashbias_patch: is anything patched? "
+            "`flashbias doctor --repo DIR` tells"
+        )
     if not a or not b:
         return Verdict(None, None, "", "", [], problems, notes, inference=inference)
 
@@ -189,11 +194,6 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
     if busy:
         notes.append(
             f"other work kept the machine busy (load {load:.1f} on {cpus} CPUs): no verdict on speed"
-        )
-    if not any(sum(r.calls().values()) for r in b):
-        notes.append(
-            "the patched runs made no attention call through flashbias_patch: is anything patched? "
-            "`flashbias doctor --repo DIR` tells"
         )
     needed = speed.repeats_needed() if speed and not busy and not speed.decided else None
     if needed is not None and needed > min(len(a), len(b)):

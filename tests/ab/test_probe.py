@@ -167,6 +167,19 @@ def test_scaled_losses_accumulation_and_a_second_optimizer(tmp_path):
     assert all(line["backwards"] == 2 for line in found.steps)
 
 
+def test_autocast_counts_as_half_precision(tmp_path):
+    _, _, (found,) = python(
+        tmp_path,
+        """
+        step(torch.ones(2, 4))
+        with torch.autocast("cpu", torch.bfloat16, enabled=False): step(torch.ones(2, 4))
+        with torch.autocast("cpu", torch.bfloat16): y = net(torch.ones(2, 4))
+        step(torch.ones(2, 4))
+    """,
+    )
+    assert [line.get("half", False) for line in found.steps] == [False, False, True]
+
+
 def test_uncaught_exception_is_in_the_last_line(tmp_path):
     process, output, (found,) = python(
         tmp_path, "step(torch.ones(2, 4))\nraise RuntimeError('out of cheese')"

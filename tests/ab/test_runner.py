@@ -361,6 +361,7 @@ def test_eval_compares_predictions(tmp_path):
     kept = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert kept["detections"]["a_b"]["differences"]["centre (m)"]["largest"] == pytest.approx(0.25)
     assert "A against A" in (tmp_path / "out" / "report.html").read_text()
+    assert any("no attention call through flashbias_patch" in note for note in kept["notes"])
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")
