@@ -142,6 +142,9 @@ def variants(arch):
     tile = dict(D=40, BLOCK_D=64, BLOCK_M=16)
     yield "combine", forward.combine_kernel, tile, "fp16", {}, [ONE]
     yield "rows", backward.rows_kernel, dict(tile, SEGMENTS=2), "fp16", {}, [ONE]
+    for kind, pad in ((1, "u8"), (2, "fp16")):
+        seen = dict(PAD_KIND=kind, BLOCK_N=64, MANY=32)
+        yield "visible", forward.visible_kernel, seen, "fp16", dict(PAD=pad), [ONE]
     yield "pad", forward.pad_kernel, dict(R=13, BLOCK_R=16, ROWS=128), "fp16", {}, [ONE]
     halves = dict.fromkeys(JOIN_POINTERS, "fp16")
     low = dict(JOIN, LOW=1, PADDING=1, WIDTH=56, REST=8, BLOCK_REST=8, WIDE=True)

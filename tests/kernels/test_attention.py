@@ -166,6 +166,7 @@ FEATURES = {
     "padding": dict(padding="bool", S=2),
     "added padding": dict(padding="float", R=1),
     "dropout": dict(p=0.3, R=2),
+    "dropout over segments": dict(p=0.3, S=3, R=2),
     "everything": dict(
         R=3, S=2, dense=(1, 2, 20, 70), mask=(2, 1, 20, 70), padding="bool", p=0.2, shared=True, dtype=HALF
     ),
@@ -182,6 +183,8 @@ def test_features(name):
     [
         ("shared factors", True),
         ("segments", False),
+        ("dropout", False),
+        ("dropout over segments", False),
         pytest.param("dense shared over the batch", True, marks=pytest.mark.slow),
         pytest.param("padding", False, marks=pytest.mark.slow),
     ],

@@ -11,7 +11,18 @@ Imports nothing but Triton.
 import triton
 import triton.language as tl
 
-from .common import LOG2E, exp2, keep_pairs, load_row_values, load_tile, pair_offsets, wide
+from .common import (
+    LOG2E,
+    dropout_shift,
+    exp2,
+    keep_tile,
+    keep_tile_by_key,
+    load_keys,
+    load_row_values,
+    load_tile,
+    pair_offsets,
+    wide,
+)
 
 
 @triton.jit
@@ -81,7 +92,7 @@ def keys_kernel(
 
     DK, DV (splits, B, N, H, D), DKF written (SHARED_KF: added to).
     DENSE_GRAD: 0 none, 1 written, 2 added to, 3 summed over the queries and written.
-    BLOCKS (num_blocks, 3): first key, end, segment of each block, so that none straddles two segments.
+    BLOCKS (num_blocks, 4): see launch.block_table; none straddles two segments.
     """
     pid = tl.program_id(0)
     block = pid % num_blocks
@@ -92,10 +103,12 @@ def keys_kernel(
     start = block * BLOCK_N
     end = N
     segment = 0
+    shift = 0
     if SEGMENTS > 0:
-        start = tl.load(BLOCKS + 3 * block)
-        end = tl.load(BLOCKS + 3 * block + 1)
-        segment = tl.load(BLOCKS + 3 * block + 2)
+        shift = tl.load(BLOCKS + 4 * block + 3)
+        start = tl.load(BLOCKS + 4 * block)
+        end = tl.load(BLOCKS + 4 * block + 1)
+        segment = tl.load(BLOCKS + 4 * block + 2)
     lanes = tl.arange(0, BLOCK_N)
     inside = start + lanes < end
     # Beyond the end the last key is repeated: its scores are finite, so p needs no mask in the loop, and what these
@@ -167,8 +180,8 @@ def keys_kernel(
             p = tl.where(visible[:, None], p, 0.0)
         dropped = p
         if DROPOUT:
-            keep = keep_pairs(seed, bh, rows[None, :], keys[:, None], dropout_p)
-            dropped = tl.where(keep, p * keep_scale, 0.0)
+            keep = keep_tile_by_key(seed, bh, first_row, start + shift, dropout_p, BLOCK_M, BLOCK_N)
+            dropped = tl.where(keep, p, 0.0)
         dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
         if DROPOUT:
             dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -189,6 +202,8 @@ def keys_kernel(
                 tl.atomic_add(DDENSE + offsets, ds, mask=both, sem="relaxed")
 
     if NEED_KV:
+        if DROPOUT:
+            dv = dv * keep_scale
         base = wide(split) * dk_s + (wide(b) * N * H + h) * D
         _store_tile(DK + base, H * D, start, end, dk * dk_scale, BLOCK_N, D, BLOCK_D)
         _store_tile(DV + base, H * D, start, end, dv, BLOCK_N, D, BLOCK_D)
@@ -208,7 +223,7 @@ def keys_kernel(
 def _queries_step(
     dq, dqf, row_sum, q, qf, do, lse, delta,
     K, V, KF, DENSE, MASK, PAD, seed, bh, k_n, v_n, kf_n, dense_m, mask_m,
-    first_row, start, end, M, score_scale, dropout_p, keep_scale,
+    first_row, start, end, shift, M, score_scale, dropout_p, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr,
     DROPOUT: tl.constexpr, NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr,
@@ -229,17 +244,18 @@ def _queries_step(
         offsets = pair_offsets(rows[:, None], keys[None, :], dense_m, first_row)
         x += tl.load(DENSE + offsets, mask=both, other=0.0).to(tl.float32) * LOG2E
     if PAD_KIND == 2:
-        x += (tl.load(PAD + keys, mask=keys < end, other=0.0).to(tl.float32) * LOG2E)[None, :]
+        x += (load_keys(PAD, keys, end, float("-inf"), EDGE).to(tl.float32) * LOG2E)[None, :]
     p = exp2(x, EXP)
     if HAS_MASK:
         offsets = pair_offsets(rows[:, None], keys[None, :], mask_m, first_row)
         p = tl.where(tl.load(MASK + offsets, mask=both, other=1) == 0, p, 0.0)
     if PAD_KIND == 1:
-        p = tl.where((tl.load(PAD + keys, mask=keys < end, other=1) == 0)[None, :], p, 0.0)
-    elif EDGE:
+        p = tl.where((load_keys(PAD, keys, end, 1, EDGE) == 0)[None, :], p, 0.0)
+    elif EDGE and PAD_KIND == 0:
         p = tl.where((keys < end)[None, :], p, 0.0)
     if DROPOUT:
-        dp = tl.where(keep_pairs(seed, bh, rows[:, None], keys[None, :], dropout_p), dp * keep_scale, 0.0)
+        keep = keep_tile(seed, bh, first_row, start + shift, dropout_p, BLOCK_M, BLOCK_N)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
     half = ds.to(k.dtype)
     if NEED_Q:
@@ -295,25 +311,44 @@ def queries_kernel(
     if HAS_MASK:
         MASK += wide(b) * mask_b + wide(h) * mask_h
     seed = 0
+    drop_shift = 0
     if DROPOUT:
         seed = tl.load(SEED)
     shift = lse
 
     if PAD_KIND > 0:
         PAD += wide(b) * pad_b
+        ORDER += b * num_blocks
         count = tl.load(COUNTS + b)
         share = tl.cdiv(count, splits)
-        for index in range(split * share, tl.minimum((split + 1) * share, count)):
-            block = tl.load(ORDER + b * num_blocks + index)
-            start = tl.load(BLOCKS + 3 * block)
-            end = tl.load(BLOCKS + 3 * block + 1)
-            segment = tl.load(BLOCKS + 3 * block + 2)
+        lo = split * share
+        hi = tl.minimum(lo + share, count)
+        whole = lo
+        row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+        if SEGMENTS == 0:
+            # The last block alone may be cut short: the others need no masks.
+            last = tl.load(ORDER + tl.maximum(hi - 1, 0))
+            whole = tl.where((hi > lo) & ((last + 1) * BLOCK_N > N), hi - 1, hi)
+            for index in range(lo, whole):
+                start = tl.load(ORDER + index) * BLOCK_N
+                dq, dqf, row_sum = _queries_step(
+                    dq, dqf, row_sum, q, qf, do, lse, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, N, drop_shift, M, score_scale, dropout_p, keep_scale,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
+                    NEED_Q, NEED_QF, NEED_W, PRECISION, EXP, False,
+                )  # fmt: skip
+        for index in range(whole, hi):
+            block = tl.load(ORDER + index)
+            start = tl.load(BLOCKS + 4 * block)
+            end = tl.load(BLOCKS + 4 * block + 1)
+            segment = tl.load(BLOCKS + 4 * block + 2)
             if SEGMENTS > 0:
+                drop_shift = tl.load(BLOCKS + 4 * block + 3)
                 shift = lse - load_row_values(W + segment, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
             row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
             dq, dqf, row_sum = _queries_step(
                 dq, dqf, row_sum, q, qf, do, shift, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
-                k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, M, score_scale, dropout_p, keep_scale,
+                k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, drop_shift, M, score_scale, dropout_p, keep_scale,
                 BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
                 NEED_Q, NEED_QF, NEED_W, PRECISION, EXP, True,
             )  # fmt: skip
@@ -327,6 +362,7 @@ def queries_kernel(
             lo = split_lo
             hi = split_hi
             if SEGMENTS > 0:
+                drop_shift = dropout_shift(tl.load(ENDS + segment), segment)
                 lo = tl.maximum(lo, tl.load(ENDS + segment))
                 hi = tl.maximum(lo, tl.minimum(hi, tl.load(ENDS + segment + 1)))
                 shift = lse - load_row_values(W + segment, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
@@ -335,14 +371,14 @@ def queries_kernel(
             for start in range(lo, tail, BLOCK_N):
                 dq, dqf, row_sum = _queries_step(
                     dq, dqf, row_sum, q, qf, do, shift, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
-                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, M, score_scale, dropout_p, keep_scale,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, drop_shift, M, score_scale, dropout_p, keep_scale,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
                     NEED_Q, NEED_QF, NEED_W, PRECISION, EXP, False,
                 )  # fmt: skip
             if tail < hi:
                 dq, dqf, row_sum = _queries_step(
                     dq, dqf, row_sum, q, qf, do, shift, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
-                    k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, M, score_scale, dropout_p, keep_scale,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, drop_shift, M, score_scale, dropout_p, keep_scale,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
                     NEED_Q, NEED_QF, NEED_W, PRECISION, EXP, True,
                 )  # fmt: skip

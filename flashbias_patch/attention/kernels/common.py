@@ -86,14 +86,62 @@ def load_row_values(base, stride, start, end, ROWS: tl.constexpr, OTHER: tl.cons
 
 
 @triton.jit
+def load_keys(base, keys, end, OTHER: tl.constexpr, EDGE: tl.constexpr):
+    """A value a key, OTHER from key `end` (if EDGE)."""
+    if EDGE:
+        return tl.load(base + keys, mask=keys < end, other=OTHER)
+    else:
+        return tl.load(base + keys)
+
+
+@triton.jit
 def pair_offsets(row_index, key_index, row_stride, first_row):
     """Offsets of a tile of a (queries, keys) matrix, `row_index` and `key_index` shaped to broadcast."""
     return wide(first_row) * row_stride + (row_index - first_row) * row_stride + key_index
 
 
 @triton.jit
-def keep_pairs(seed, batch_head, row_index, key_index, dropout_p):
-    """Which attention weights dropout keeps: one Philox word for each (batch and head, query, key)."""
-    nil = (row_index + key_index) * 0
-    word, _1, _2, _3 = tl.philox(seed, nil + key_index, nil + row_index, nil + batch_head, nil)
-    return tl.uint_to_uniform_float(word) >= dropout_p
+def _philox_words(seed, batch_head, row, key):
+    """Philox 4x32-7 (Salmon et al., SC11) of each row and key: (.., 2, 2), the last two the key's bit 3 and the row's."""
+    nil = (row + key) * 0
+    a, b, c, d = tl.philox(seed, nil + key, nil + row, nil + batch_head, nil, 7)
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
+def _threshold(dropout_p):
+    return (tl.zeros([1, 1], dtype=tl.float32) + (dropout_p * 65536.0 + 0.5)).to(tl.uint32) << 16
+
+
+@triton.jit
+def keep_tile(seed, batch_head, first_row, first_key, dropout_p, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """Which attention weights dropout keeps in a tile (queries, keys); both firsts must be multiples of 16.
+
+    Eight weights share a call of Philox, sixteen bits each. Its counter is the row without bit 3, the key without bits 3
+    and 0, and the batch and head; those three bits choose the sixteen. They are the ones that a thread holds in a tile of
+    scores as the tensor cores leave it, so that nothing has to move between threads.
+    """
+    row = tl.reshape(tl.arange(0, ROWS // 2), [ROWS // 16, 8, 1, 1])
+    key = tl.reshape(tl.arange(0, KEYS // 4), [1, 1, KEYS // 16, 4])
+    words = _philox_words(seed, batch_head, first_row + row // 8 * 16 + row % 8, first_key + key // 4 * 16 + key % 4 * 2)
+    halves = tl.join(words << 16, words & 0xFFFF0000)  # rows' 16, 8, keys' 16, 4, key bit 3, row bit 3, key bit 0
+    return tl.reshape(tl.permute(halves, (0, 5, 1, 2, 4, 3, 6)), [ROWS, KEYS]) >= _threshold(dropout_p)
+
+
+@triton.jit
+def keep_tile_by_key(seed, batch_head, first_row, first_key, dropout_p, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """keep_tile as (keys, queries), where a thread holds bit 3 of either but not the key's bit 0."""
+    row = tl.reshape(tl.arange(0, ROWS // 2), [ROWS // 16, 8, 1, 1])
+    key = tl.reshape(tl.arange(0, KEYS // 2), [1, 1, KEYS // 16, 8])
+    words = _philox_words(
+        seed, batch_head, first_row + row // 8 * 16 + row % 8, first_key + key // 8 * 16 + key % 8 // 2 * 2
+    )
+    low = tl.reshape(key % 2 == 0, [1, 1, KEYS // 16, 8, 1, 1])
+    halves = tl.where(low, words << 16, words & 0xFFFF0000)  # rows' 16, 8, keys' 16, 8, key bit 3, row bit 3
+    return tl.reshape(tl.permute(halves, (2, 4, 3, 0, 5, 1)), [KEYS, ROWS]) >= _threshold(dropout_p)
+
+
+@triton.jit
+def dropout_shift(first_key, segment):
+    """What to add to a key of that segment, which begins at `first_key`, so that dropout counts it from a multiple of 16."""
+    return (first_key + 15) // 16 * 16 + 16 * segment - first_key

@@ -5,7 +5,7 @@ Imports nothing but Triton. The additive terms and their layouts are described i
 import triton
 import triton.language as tl
 
-from .common import LOG2E, exp2, keep_pairs, load_row_values, load_tile, pair_offsets, wide
+from .common import LOG2E, dropout_shift, exp2, keep_tile, load_keys, load_row_values, load_tile, pair_offsets, wide
 
 
 @triton.jit
@@ -13,8 +13,8 @@ def _step(
     acc, peak, total, q, qf,
     K, V, KF, DENSE, MASK, PAD, seed, bh,
     k_n, v_n, kf_n, dense_m, mask_m,
-    first_row, start, end, M,
-    score_scale, dropout_p, keep_scale,
+    first_row, start, end, shift, M,
+    score_scale, dropout_p,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
@@ -36,14 +36,14 @@ def _step(
         inside = (rows < M)[:, None] & (keys < end)[None, :]
         s += tl.load(DENSE + offsets, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if PAD_KIND == 2:
-        s += (tl.load(PAD + keys, mask=keys < end, other=0.0).to(tl.float32) * LOG2E)[None, :]
+        s += (load_keys(PAD, keys, end, float("-inf"), EDGE).to(tl.float32) * LOG2E)[None, :]
     if HAS_MASK:
         offsets = pair_offsets(rows[:, None], keys[None, :], mask_m, first_row)
         inside = (rows < M)[:, None] & (keys < end)[None, :]
         s = tl.where(tl.load(MASK + offsets, mask=inside, other=1) == 0, s, float("-inf"))
     if PAD_KIND == 1:
-        s = tl.where((tl.load(PAD + keys, mask=keys < end, other=1) == 0)[None, :], s, float("-inf"))
-    elif EDGE:
+        s = tl.where((load_keys(PAD, keys, end, 1, EDGE) == 0)[None, :], s, float("-inf"))
+    elif EDGE and PAD_KIND == 0:
         s = tl.where((keys < end)[None, :], s, float("-inf"))
 
     row_max = tl.max(s, 1)
@@ -61,7 +61,7 @@ def _step(
         p = exp2(s * score_scale - anchor[:, None], EXP)
     total = total * alpha + tl.sum(p, 1)
     if DROPOUT:
-        p = tl.where(keep_pairs(seed, bh, rows[:, None], keys[None, :], dropout_p), p * keep_scale, 0.0)
+        p = tl.where(keep_tile(seed, bh, first_row, start + shift, dropout_p, BLOCK_M, BLOCK_N), p, 0.0)
     acc = acc * alpha[:, None]
     v = load_tile(V, v_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -108,6 +108,7 @@ def forward_kernel(
     if HAS_MASK:
         MASK += wide(b) * mask_b + wide(h) * mask_h
     seed = 0
+    shift = 0
     if DROPOUT:
         seed = tl.load(SEED)
 
@@ -118,19 +119,36 @@ def forward_kernel(
     if PAD_KIND > 0:
         # Only blocks with an unmasked key are visited; ORDER lists them, COUNTS says how many, for each batch entry.
         PAD += wide(b) * pad_b
+        ORDER += b * num_blocks
         count = tl.load(COUNTS + b)
         share = tl.cdiv(count, splits)
-        for index in range(split * share, tl.minimum((split + 1) * share, count)):
-            block = tl.load(ORDER + b * num_blocks + index)
-            start = tl.load(BLOCKS + 3 * block)
-            end = tl.load(BLOCKS + 3 * block + 1)
+        lo = split * share
+        hi = tl.minimum(lo + share, count)
+        whole = lo
+        if SEGMENTS == 0:
+            # The last block alone may be cut short: the others need no masks.
+            last = tl.load(ORDER + tl.maximum(hi - 1, 0))
+            whole = tl.where((hi > lo) & ((last + 1) * BLOCK_N > N), hi - 1, hi)
+            for index in range(lo, whole):
+                start = tl.load(ORDER + index) * BLOCK_N
+                acc, peak, total = _step(
+                    acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, N, shift, M, score_scale, dropout_p,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
+                    PAD_KIND, DROPOUT, PRECISION, EXP, False,
+                )  # fmt: skip
+        for index in range(whole, hi):
+            block = tl.load(ORDER + index)
+            start = tl.load(BLOCKS + 4 * block)
+            end = tl.load(BLOCKS + 4 * block + 1)
             if SEGMENTS > 0:
-                segment = tl.load(BLOCKS + 3 * block + 2)
+                segment = tl.load(BLOCKS + 4 * block + 2)
+                shift = tl.load(BLOCKS + 4 * block + 3)
                 row_add = load_row_values(W + segment, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
                 peak -= row_add
             acc, peak, total = _step(
                 acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
-                k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, M, score_scale, dropout_p, keep_scale,
+                k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, shift, M, score_scale, dropout_p,
                 BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
                 PAD_KIND, DROPOUT, PRECISION, EXP, True,
             )  # fmt: skip
@@ -143,6 +161,7 @@ def forward_kernel(
             lo = split_lo
             hi = split_hi
             if SEGMENTS > 0:
+                shift = dropout_shift(tl.load(ENDS + segment), segment)
                 lo = tl.maximum(lo, tl.load(ENDS + segment))
                 hi = tl.maximum(lo, tl.minimum(hi, tl.load(ENDS + segment + 1)))
                 # Within a segment its constant only shifts the maximum: the loop is the one without a bias.
@@ -152,14 +171,14 @@ def forward_kernel(
             for start in range(lo, tail, BLOCK_N):
                 acc, peak, total = _step(
                     acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
-                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, M, score_scale, dropout_p, keep_scale,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, shift, M, score_scale, dropout_p,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
                     PAD_KIND, DROPOUT, PRECISION, EXP, False,
                 )  # fmt: skip
             if tail < hi:
                 acc, peak, total = _step(
                     acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
-                    k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, M, score_scale, dropout_p, keep_scale,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, shift, M, score_scale, dropout_p,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
                     PAD_KIND, DROPOUT, PRECISION, EXP, True,
                 )  # fmt: skip
@@ -169,7 +188,10 @@ def forward_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < M
     empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    kept = tl.where(empty, 1.0, total)
+    if DROPOUT:
+        kept = kept / keep_scale
+    acc = acc / kept[:, None]
     if PARTIAL:
         lse = tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
     else:
@@ -214,6 +236,32 @@ def combine_kernel(
     total = tl.where(empty, 1.0, total)
     tl.store(OUT + offsets, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=inside_tile)
     tl.store(LSE + wide(bh) * M + rows, tl.where(empty, float("inf"), peak + tl.log2(total)), mask=inside)
+
+
+@triton.jit
+def visible_kernel(
+    PAD, BLOCKS, ORDER, COUNTS, pad_b, num_blocks, PAD_KIND: tl.constexpr, BLOCK_N: tl.constexpr, MANY: tl.constexpr
+):  # fmt: skip
+    """For each batch entry the blocks with an unmasked key, ORDER (B, num_blocks), and how many, COUNTS (B,)."""
+    b = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK_N)[None, :]
+    count = 0
+    for first in range(0, num_blocks, MANY):
+        blocks = first + tl.arange(0, MANY)
+        start = tl.load(BLOCKS + 4 * blocks, mask=blocks < num_blocks, other=0)
+        end = tl.load(BLOCKS + 4 * blocks + 1, mask=blocks < num_blocks, other=0)
+        keys = start[:, None] + lanes
+        inside = keys < end[:, None]
+        if PAD_KIND == 1:
+            seen = (tl.load(PAD + wide(b) * pad_b + keys, mask=inside, other=1) == 0).to(tl.int32)
+        else:
+            pad = tl.load(PAD + wide(b) * pad_b + keys, mask=inside, other=float("-inf")).to(tl.float32)
+            seen = (pad > float("-inf")).to(tl.int32)
+        seen = tl.max(seen, 1)
+        place = count + tl.cumsum(seen, 0) - 1
+        tl.store(ORDER + b * num_blocks + place, blocks, mask=seen > 0)
+        count += tl.sum(seen, 0)
+    tl.store(COUNTS + b, count)
 
 
 @triton.jit

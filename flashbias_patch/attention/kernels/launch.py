@@ -116,29 +116,36 @@ def arch_of(tensor: Tensor) -> Tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=256)
-def block_table(lengths: Tuple[int, ...], block: int, device: torch.device) -> Tuple[Tensor, Tensor, Tensor]:
-    """Blocks of keys (count, 3) as first key, end, segment; the segments' ends (S + 1,); each key's block (N,)."""
-    rows: List[Tuple[int, int, int]] = []
-    ends, owner, offset = [0], [], 0
+def block_table(lengths: Tuple[int, ...], block: int, device: torch.device) -> Tuple[Tensor, Tensor]:
+    """Blocks of keys (count, 4): first key, end, segment, what dropout adds to a key (common.dropout_shift); and the
+    segments' ends (S + 1,)."""
+    rows: List[Tuple[int, int, int, int]] = []
+    ends, offset = [0], 0
     for segment, length in enumerate(lengths):
+        shift = -(-offset // 16) * 16 + 16 * segment - offset
         for start in range(offset, offset + length, block):
-            end = min(start + block, offset + length)
-            owner += [len(rows)] * (end - start)
-            rows.append((start, end, segment))
+            rows.append((start, min(start + block, offset + length), segment, shift))
         offset += length
         ends.append(offset)
     with torch.inference_mode(False):
         make = functools.partial(torch.tensor, dtype=torch.int32)
-        return make(rows).to(device), make(ends).to(device), make(owner).to(device)
+        return make(rows).to(device), make(ends).to(device)
 
 
-def visible_blocks(padding: Tensor, owner: Tensor, blocks: int) -> Tuple[Tensor, Tensor]:
+def visible_blocks(padding: Tensor, blocks: Tensor, block: int) -> Tuple[Tensor, Tensor]:
     """For each batch entry the blocks with an unmasked key, first (B, blocks) in order, and how many (B,)."""
-    visible = padding == 0 if padding.dtype == torch.uint8 else padding > -math.inf
-    counts = torch.zeros(padding.shape[0], blocks, dtype=torch.int32, device=padding.device)
-    active = counts.index_add_(1, owner, visible.to(torch.int32)) > 0
-    order = torch.argsort((~active).to(torch.uint8), dim=1, stable=True)
-    return order.to(torch.int32), active.sum(1, dtype=torch.int32)
+    B, num_blocks = padding.shape[0], blocks.shape[0]
+    order = torch.empty((B, num_blocks), dtype=torch.int32, device=padding.device)
+    counts = torch.empty((B,), dtype=torch.int32, device=padding.device)
+    fwd.visible_kernel[(B,)](
+        padding, blocks, order, counts, padding.stride(0) if B > 1 else 0, num_blocks,
+        PAD_KIND=pad_kind(padding), BLOCK_N=block, MANY=32,
+    )  # fmt: skip
+    return order, counts
+
+
+def pad_kind(padding: Optional[Tensor]) -> int:
+    return 0 if padding is None else 1 if padding.dtype == torch.uint8 else 2
 
 
 def split_count(programs: int, blocks: int, processors: int, config: Config, least: int = 4) -> int:
@@ -151,6 +158,11 @@ def split_count(programs: int, blocks: int, processors: int, config: Config, lea
     return max(1, min(room // max(programs, 1), blocks // least, 64))
 
 
+def _whole(problem: Problem) -> bool:
+    """Whether a loop over keys must not be cut: dropout counts in sixteens from each segment's first key."""
+    return problem.weights is not None and problem.dropout_p > 0
+
+
 def make_key(kernel: str, problem: Problem) -> Key:
     plain = problem.dense is None and problem.mask is None and problem.padding is None and not problem.dropout_p
     block_r = 0 if problem.q_factor is None else problem.q_factor.shape[-1]
@@ -160,7 +172,6 @@ def make_key(kernel: str, problem: Problem) -> Key:
 
 def _features(problem: Problem, config: Config) -> dict:
     D = problem.q.shape[-1]
-    pad = problem.padding
     return dict(
         D=D,
         BLOCK_D=block_columns(D),
@@ -168,7 +179,7 @@ def _features(problem: Problem, config: Config) -> dict:
         SEGMENTS=0 if problem.weights is None else len(problem.lengths),
         HAS_DENSE=problem.dense is not None,
         HAS_MASK=problem.mask is not None,
-        PAD_KIND=0 if pad is None else 1 if pad.dtype == torch.uint8 else 2,
+        PAD_KIND=pad_kind(problem.padding),
         DROPOUT=problem.dropout_p > 0,
         PRECISION=PRECISION,
         BLOCK_M=config.block_m,
@@ -179,6 +190,11 @@ def _features(problem: Problem, config: Config) -> dict:
         enable_fp_fusion=True,
         **(dict(maxnreg=config.registers) if config.registers else {}),
     )
+
+
+def keep_scale(dropout_p: float) -> float:
+    """1 / the share that is kept: dropout decides by sixteen random bits."""
+    return 65536 / (65536 - int(dropout_p * 65536 + 0.5))
 
 
 # float32 products: three tf32 products (float32-grade error) beat IEEE multiply-adds on every tensor-core GPU.
@@ -206,10 +222,10 @@ def _keys(problem: Problem, block_n: int) -> Tuple[Tensor, Tensor, Tensor, Tenso
     if problem.weights is None and problem.padding is None:
         q = problem.q
         return q, q, q, q, triton.cdiv(N, block_n)
-    blocks, ends, owner = block_table(problem.lengths or (N,), block_n, problem.q.device)
+    blocks, ends = block_table(problem.lengths or (N,), block_n, problem.q.device)
     order = counts = ends
     if problem.padding is not None:
-        order, counts = visible_blocks(problem.padding, owner, blocks.shape[0])
+        order, counts = visible_blocks(problem.padding, blocks, block_n)
     return blocks, ends, order, counts, blocks.shape[0]
 
 
@@ -229,7 +245,7 @@ def forward(problem: Problem, seed: Tensor) -> Tuple[Tensor, Tensor]:
     def run(config: Config) -> None:
         blocks, ends, order, counts, num_blocks = _keys(problem, config.block_n)
         programs = triton.cdiv(M, config.block_m) * B * H
-        splits = split_count(programs, num_blocks, arch_of(q)[1], config)
+        splits = 1 if _whole(problem) else split_count(programs, num_blocks, arch_of(q)[1], config)
         split_keys = triton.cdiv(triton.cdiv(N, config.block_n), splits) * config.block_n
         if problem.padding is None:
             splits = triton.cdiv(N, split_keys)
@@ -243,7 +259,7 @@ def forward(problem: Problem, seed: Tensor) -> Tuple[Tensor, Tensor]:
             q, k, v, *_operands(problem), ends, *others, blocks, order, counts, seed, parts, part_lse,
             *_strides(problem), part_stride, M * H * D, H * D, D,
             B, H, M, N, splits, split_keys, num_blocks,
-            _score_scale(problem), problem.dropout_p, 1.0 / (1.0 - problem.dropout_p),
+            _score_scale(problem), problem.dropout_p, keep_scale(problem.dropout_p),
             PARTIAL=splits > 1, **_features(problem, config),
         )  # fmt: skip
         if splits > 1:
@@ -395,7 +411,7 @@ class _Backward:
             *_strides(problem)[:15], *_strides(problem)[18:], *strides(self.grad_out),
             dk.stride(0) if need_kv else 0, dkf_split, *dkf_strides, *dd_strides,
             B * H, H, M, N, splits, split_rows, num_blocks, self.rows.shape[2], _score_scale(problem),
-            1.0 if problem.scaled else problem.scale, problem.dropout_p, 1.0 / (1.0 - problem.dropout_p),
+            1.0 if problem.scaled else problem.scale, problem.dropout_p, keep_scale(problem.dropout_p),
             R=rank, NEED_KV=need_kv, NEED_KF=needs.k_factor, DENSE_GRAD=mode, SHARED_KF=shared,
             **_features(problem, config),
         )  # fmt: skip
@@ -415,7 +431,7 @@ class _Backward:
         q, rank = problem.q, problem.rank
         blocks, ends, order, counts, num_blocks = _keys(problem, config.block_n)
         programs = triton.cdiv(M, config.block_m) * B * H
-        splits = split_count(programs, num_blocks, _sms(q), config)
+        splits = 1 if _whole(problem) else split_count(programs, num_blocks, _sms(q), config)
         split_keys = triton.cdiv(triton.cdiv(N, config.block_n), splits) * config.block_n
         if problem.padding is None:
             splits = triton.cdiv(N, split_keys)
@@ -429,7 +445,7 @@ class _Backward:
             *_strides(problem), *strides(self.grad_out),
             *[t.stride(0) if need else 0 for t, need in ((dq, needs.q), (dqf, needs.q_factor), (dw, needs.weights))],
             H, M, N, splits, split_keys, num_blocks, self.rows.shape[2], _score_scale(problem), problem.scale,
-            problem.dropout_p, 1.0 / (1.0 - problem.dropout_p),
+            problem.dropout_p, keep_scale(problem.dropout_p),
             R=rank, NEED_Q=needs.q, NEED_QF=needs.q_factor, NEED_W=needs.weights, **_features(problem, config),
         )  # fmt: skip
         grads = self.grads

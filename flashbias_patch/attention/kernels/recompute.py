@@ -30,25 +30,36 @@ class Call(NamedTuple):
 
 
 def keep_mask(seed: Tensor, batch_heads: Tensor, rows: Tensor, keys: Tensor, dropout_p: float) -> Tensor:
-    """What dropout keeps: Philox 4x32-10 of (key, row, batch * H + head, 0), as the kernels draw it. Broadcasts."""
+    """What dropout keeps, as common.keep_tile draws it. Broadcasts; `keys` are counted as dropout counts them."""
     low = 0xFFFFFFFF
     seed = seed.to(torch.int64)
     key0, key1 = seed & low, (seed >> 32) & low
     nil = (batch_heads + rows + keys) * 0
-    c0, c1, c2, c3 = nil + keys, nil + rows, nil + batch_heads, nil
+    c0, c1, c2, c3 = nil + (keys & ~9), nil + (rows & ~8), nil + batch_heads, nil
 
     def product(a: int, b: Tensor) -> Tuple[Tensor, Tensor]:  # high and low words of a 32 x 32 bit product
         by_low, by_high = a * (b & 0xFFFF), a * (b >> 16)
         middle = (by_low >> 16) + by_high
         return (middle >> 16) & low, ((middle & 0xFFFF) << 16) | (by_low & 0xFFFF)
 
-    for _ in range(10):
+    for _ in range(7):
         high0, low0 = product(0xD2511F53, c0)
         high2, low2 = product(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high2 ^ c1 ^ key0, low2, high0 ^ c3 ^ key1, low0
         key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
-    signed = torch.where(c0 >= 1 << 31, (1 << 32) - 1 - c0, c0)
-    return signed.to(torch.float32) * 4.6566127342e-10 >= dropout_p
+    row_bit, key_bit = nil + (rows & 8) > 0, nil + (keys & 8) > 0
+    word = torch.where(key_bit, torch.where(row_bit, c3, c2), torch.where(row_bit, c1, c0))
+    sixteen = torch.where(nil + (keys & 1) > 0, word >> 16, word & 0xFFFF)
+    return sixteen >= int(dropout_p * 65536 + 0.5)
+
+
+def counted_keys(lengths: Tuple[int, ...], N: int, device: torch.device) -> Tensor:
+    """(N,) keys as dropout counts them: each segment from a multiple of sixteen."""
+    keys, lo = torch.arange(N, device=device), 0
+    for segment, length in enumerate(lengths):
+        keys[lo : lo + length] += -(-lo // 16) * 16 + 16 * segment - lo
+        lo += length
+    return keys
 
 
 def plain_backward(call: Call, grad_out: Tensor, error: Optional[BaseException] = None) -> Tuple[Any, ...]:
@@ -113,7 +124,8 @@ def _attend(call: Call, pieces: List[Any], lo: int, hi: int) -> Tensor:
         device = q.device
         B, H, _, N = p.shape
         heads = torch.arange(B * H, device=device).view(B, H, 1, 1)
-        rows, keys = torch.arange(lo, hi, device=device)[:, None], torch.arange(N, device=device)
+        rows = torch.arange(lo, hi, device=device)[:, None]
+        keys = counted_keys(call.segment_lengths if weights is not None else (), N, device)
         keep = keep_mask(call.seed, heads, rows, keys, call.dropout_p)
-        p = p * keep / (1.0 - call.dropout_p)
+        p = p * keep * (65536 / (65536 - int(call.dropout_p * 65536 + 0.5)))
     return torch.einsum("bhmn,bnhd->bmhd", p, v)
