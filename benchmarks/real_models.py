@@ -1,0 +1,193 @@
+"""Real detectors on a real frame, unpatched and patched: time, memory, losses, largest batch, and where a step goes.
+
+    python benchmarks/real_models.py --cmt DIR --frame DIR --out benchmarks/results/real_cmt_h200.json
+    ... --petr DIR --streampetr DIR       these two as well (decoder, head and ResNet-50)
+    ... --only 'B .*bias|A .*bias'        runs whose name matches; --list prints the names
+    ... --parts train|batch|profile       some of the three parts
+    ... --quick                           4 steps a run
+    ... --device cpu --tiny               a proof that it runs: 320x128, one frame, two layers, two steps
+
+DIRs are checkouts of junjie18/CMT, megvii-research/PETR and exiawsh/StreamPETR as they are, and the folder of one nuScenes
+frame in mmdet3d's info format. Every repository is run in a process of its own (real_worker.py); one that dies is
+started again for the runs that were left. Names: A unpatched, B patched; `cp` with_cp, `amp` mmcv's fp16, `bias` a learned
+bias on every cross attention (unpatched: dense, as attn_mask), `drop0` no dropout, `again` an A/A repetition.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+HERE = Path(__file__).resolve().parent
+FLASH = "PETRMultiheadFlashAttention"
+CAPS = (24, 40, 80)
+DETECTOR = ("CMT camera (junjie18/CMT {cmt}), ResNet-50, batch 2, one nuScenes frame; step_s: median after two steps; "
+            "PETR and StreamPETR from megvii-research/PETR {petr} and exiawsh/StreamPETR {streampetr}")
+
+
+def run(name: str, **fields: Any) -> Dict[str, Any]:
+    return {"name": name, "patch": name.startswith("B"), **fields}
+
+
+def cmt_runs() -> List[Dict[str, Any]]:
+    """Unpatched runs first: see real_worker.py."""
+    fp16: Dict[str, Any] = {"dtype": "fp16"}
+    full = [
+        run("A fp32"), run("A fp32 cp", with_cp=True), run("A amp", fp16=True, steps=6),
+        run("A amp cp", fp16=True, with_cp=True, steps=6), run("A fp32 bias", bias=True, steps=6),
+        run("A fp32 bias cp", bias=True, with_cp=True, steps=6),
+        run("A fp32 drop0", dropout=0.0), run("A fp32 drop0 again", dropout=0.0),
+        run("A fp32 drop0 bias", dropout=0.0, bias=True, steps=6),
+        run("B fp32"), run("B fp32 dtype=fp16", **fp16), run("B flash", attn=FLASH),
+        run("B fp32 cp", with_cp=True, steps=6), run("B fp32 dtype=fp16 cp", with_cp=True, **fp16),
+        run("B flash cp", attn=FLASH, with_cp=True, steps=6),
+        run("B amp", fp16=True, steps=6), run("B amp dtype=fp16", fp16=True, steps=6, **fp16),
+        run("B flash amp", attn=FLASH, fp16=True, steps=6),
+        run("B amp dtype=fp16 cp", fp16=True, with_cp=True, steps=6, **fp16),
+        run("B fp32 bias", bias=True, steps=6), run("B fp32 dtype=fp16 bias", bias=True, steps=6, **fp16),
+        run("B fp32 dtype=fp16 bias cp", bias=True, with_cp=True, steps=6, **fp16),
+        run("B flash bias", bias=True, attn=FLASH, steps=6),
+        run("B fp32 drop0", dropout=0.0), run("B fp32 dtype=fp16 drop0", dropout=0.0, **fp16),
+        run("B flash drop0", dropout=0.0, attn=FLASH, steps=6),
+        run("B fp32 drop0 bias", dropout=0.0, bias=True, steps=6),
+    ]
+    small = [{**fields, "name": fields["name"] + " 800x320", "size": "800x320"} for fields in full
+             if fields["name"] in ("A fp32", "A fp32 cp", "A fp32 drop0", "B fp32", "B fp32 dtype=fp16", "B flash",
+                                   "B fp32 dtype=fp16 cp", "B fp32 drop0", "B fp32 dtype=fp16 drop0")]
+    return sorted(full + small, key=lambda fields: fields["patch"])
+
+
+def family_runs(size: str, flash: bool) -> List[Dict[str, Any]]:
+    rest: Dict[str, Any] = {"size": size, "dropout": 0.0}
+    runs = [run("A fp32 drop0", **rest), run("A fp32 drop0 again", **rest), run("A fp32 drop0 cp", with_cp=True, **rest),
+            run("B fp32 drop0", **rest), run("B fp32 dtype=fp16 drop0", dtype="fp16", **rest),
+            run("B fp32 dtype=fp16 drop0 cp", dtype="fp16", with_cp=True, **rest)]
+    return runs + ([run("B flash drop0", attn=FLASH, **rest)] if flash else [])
+
+
+RUNS = {"cmt": cmt_runs(), "petr": family_runs("1408x512", False), "streampetr": family_runs("704x256", True)}
+BATCH = [run("A fp32"), run("A fp32 800x320", size="800x320"),
+         run("B fp32 dtype=fp16", dtype="fp16"), run("B fp32 dtype=fp16 800x320", dtype="fp16", size="800x320")]
+PROFILE = [run("A fp32"), run("B fp32 dtype=fp16", dtype="fp16"), run("B flash", attn=FLASH)]
+TINY = {"bs": 1, "layers": 2, "steps": 2}
+
+
+def chosen(runs: Sequence[Dict[str, Any]], only: str, quick: bool, tiny: bool) -> List[Dict[str, Any]]:
+    found = [dict(fields) for fields in runs if re.search(only, fields["name"])]
+    for fields in found:
+        if quick:
+            fields["steps"] = 4
+        if tiny:
+            fields.update(TINY, size="320x128")
+    return found
+
+
+def work(plan: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """Lines of the worker, about the machine first. A worker that dies loses the run it was at."""
+    runs, lines = list(plan["runs"]), []
+    while runs:
+        with tempfile.TemporaryDirectory() as folder:
+            given, out = Path(folder, "plan.json"), Path(folder, "out.jsonl")
+            given.write_text(json.dumps({**plan, "runs": runs}))
+            out.touch()
+            environment = {**os.environ, "FLASHBIAS_PATCH": "0", "PYTHONPATH": os.pathsep.join(
+                [str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+            done = subprocess.run([sys.executable, str(HERE / "real_worker.py"), str(given), str(out)], env=environment)
+            fresh = [json.loads(line) for line in out.read_text().splitlines()]
+        lines += [line for line in fresh if "begin" not in line]
+        begun = [line["begin"] for line in fresh if "begin" in line]
+        ended = {line["name"] for line in fresh if "name" in line}
+        for name in begun:
+            if name not in ended:
+                lines.append({"name": name, "family": plan["family"], "error": f"the process died: {done.returncode}"})
+        if not begun:
+            raise SystemExit(f"{plan['family']}: the worker did not start (exit code {done.returncode})")
+        runs = [fields for fields in runs if fields["name"] not in begun]
+    return lines
+
+
+def commit_of(checkout: str, given: str) -> str:
+    if given:
+        return given
+    found = subprocess.run(["git", "-C", checkout, "log", "-1", "--format=%h"], text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.DEVNULL) if os.path.isdir(os.path.join(checkout, ".git")) else None
+    return found.stdout.strip() if found and found.returncode == 0 else "?"
+
+
+def show(line: Dict[str, Any]) -> None:
+    if "error" in line:
+        text = line["error"]
+    elif "losses" in line:
+        text = f"{line['step_s']:.3f} s  {line['peak_MiB']:.0f} MiB  loss {line['losses'][0]:.3f} .. {line['losses'][-1]:.3f}"
+        if "gradient_error" in line:
+            text += f"  gradient {line['gradient_error']:.1e}"
+    elif "batches" in line:
+        text = ", ".join(f"{row['cap_GiB']} GiB: {row['batch']}" for row in line["batches"])
+    else:
+        text = f"wall {line['wall_ms']} ms, GPU busy {line['gpu_busy_ms']} ms; {line['kind_ms']}"
+    print(f"{line['family']:<11}{line['name']:<28} {text}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for family in RUNS:
+        parser.add_argument(f"--{family}", metavar="DIR", help=f"a checkout for the runs of {family}")
+        parser.add_argument(f"--{family}-commit", default="", metavar="HASH", help="where the checkout has no .git")
+    parser.add_argument("--frame", metavar="DIR")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--parts", nargs="+", choices=("train", "batch", "profile"), default=["train", "batch", "profile"])
+    parser.add_argument("--only", default="", metavar="REGEX")
+    parser.add_argument("--caps", type=float, nargs="+", default=CAPS, metavar="GiB")
+    parser.add_argument("--limit", type=int, default=64, help="no larger batch is tried")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--out", metavar="F.json")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(f"{family}: {fields['name']}" for family, runs in RUNS.items()
+                        for fields in chosen(runs, args.only, False, False)))
+        return
+    checkouts = {family: getattr(args, family) for family in RUNS if getattr(args, family)}
+    if not checkouts or not args.frame:
+        parser.error("--frame and at least one of --cmt, --petr, --streampetr are needed")
+    found: Dict[str, List[Dict[str, Any]]] = {"runs": [], "batches": [], "profiles": [], "family": []}
+    about: Dict[str, Any] = {}
+
+    def part(task: str, runs: Sequence[Dict[str, Any]], family: str, where: str) -> None:
+        plan = {"family": family, "checkout": os.path.abspath(checkouts[family]), "frame": os.path.abspath(args.frame),
+                "device": args.device, "task": task, "runs": chosen(runs, args.only, args.quick, args.tiny),
+                "caps": list(args.caps), "limit": 2 if args.tiny else args.limit, "profile_steps": 1 if args.tiny else 3}
+        for line in work(plan):
+            if "about" in line:
+                about.update(line["about"])
+                continue
+            found[where].append(line)
+            show(line)
+        save()
+
+    def save() -> None:
+        if args.out:
+            commits = {family: commit_of(getattr(args, family) or "", getattr(args, f"{family}_commit")) for family in RUNS}
+            words = "python " + " ".join(["benchmarks/real_models.py", *(os.path.basename(a.rstrip("/")) if "/" in a else a
+                                                                        for a in sys.argv[1:])])
+            Path(args.out).write_text(json.dumps(
+                {**about, "command": words, "detector": DETECTOR.format(**commits), **found}, indent=1) + "\n")
+
+    for family in checkouts:
+        if "train" in args.parts:
+            part("train", RUNS[family], family, "runs" if family == "cmt" else "family")
+    if "cmt" in checkouts and "batch" in args.parts:
+        part("batch", BATCH, "cmt", "batches")
+    if "cmt" in checkouts and "profile" in args.parts:
+        part("profile", PROFILE, "cmt", "profiles")
+
+
+if __name__ == "__main__":
+    main()
