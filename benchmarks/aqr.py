@@ -192,19 +192,35 @@ def run_case(args: argparse.Namespace) -> None:
 
 
 def dense_bias(router: Any, x: Any, x_img: Any, query: Any) -> Any:
-    """The router's bias (B, M, N) by its formula in plain PyTorch, in the precision of its inputs."""
+    """The router's bias (B, M, N) by its formula in plain PyTorch, in the precision of its inputs.
+
+    x (B, C, h, w) or None, x_img (B, V, C, h, w); the cameras are one segment, or one each where the router has as many.
+    """
     import torch
     import torch.nn.functional as F
 
-    batch, views = x.shape[0], x_img.shape[0] // x.shape[0]
-    features = torch.stack([x.mean((-2, -1)), x_img.unflatten(0, (batch, -1)).mean((1, -2, -1))], 1)
+    batch, views, _, height, width = x_img.shape
+    cameras = router.num_segments - (x is not None)
+    features = x_img.mean((-2, -1)).unflatten(1, (cameras, -1)).mean(2)
+    lengths = [views // cameras * height * width] * cameras
+    if x is not None:
+        features = torch.cat([x.mean((-2, -1))[:, None], features], 1)
+        lengths = [x.shape[-2] * x.shape[-1], *lengths]
     hidden = F.gelu(F.linear(F.layer_norm(query, query.shape[-1:]), router.query_proj, router.query_proj_bias))
     content = F.linear(F.layer_norm(features, features.shape[-1:]), router.feature_proj)
     logits = F.linear(hidden, router.segment_proj, router.segment_bias)
     logits = logits + hidden @ content.transpose(1, 2) * hidden.shape[-1] ** -0.5
     scores = router.bias_scale * (logits.softmax(-1) + router.eps).log()
-    lengths = (x.shape[-2] * x.shape[-1], views * x_img.shape[-2] * x_img.shape[-1])
     return torch.cat([scores[..., s:s + 1].expand(-1, -1, length) for s, length in enumerate(lengths)], -1)
+
+
+def operands(args: Any, kwargs: Any) -> Any:
+    """(x or None, x_img (B, V, C, h, w), query) of a call of CmtTransformer, or of CmtImageTransformer, which has `bs`."""
+    if "bs" in kwargs:
+        x_img, query = args[:2]
+        return None, x_img.unflatten(0, (kwargs["bs"], -1)).detach(), query.detach()
+    x, x_img, query = (tensor.detach() for tensor in args[:3])
+    return x, x_img.unflatten(0, (len(x), -1)), query
 
 
 def give_dense_bias(transformer: Any) -> None:
@@ -213,7 +229,7 @@ def give_dense_bias(transformer: Any) -> None:
     masks = {}
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
-        masks["cross"] = dense_bias(module.aqr, *(x.detach() for x in args[:3])).repeat_interleave(heads, 0)
+        masks["cross"] = dense_bias(module.aqr, *operands(args, kwargs)).repeat_interleave(heads, 0)
 
     def before_decoder(module: Any, args: Any, kwargs: Any) -> Any:
         return args, {**kwargs, "attn_masks": [kwargs["attn_masks"][0], masks["cross"]]}

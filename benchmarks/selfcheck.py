@@ -128,6 +128,12 @@ def compile_ahead(args: argparse.Namespace) -> Dict[str, Any]:
     return found
 
 
+def command_of(args: argparse.Namespace) -> str:
+    """As it was called, without this machine's paths."""
+    words = [Path(word).name if word == args.out else word for word in sys.argv[1:]]
+    return " ".join(["python benchmarks/selfcheck.py", *words])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -154,18 +160,19 @@ def main() -> int:
             if not args.part:
                 print(f"{words:60s} {name:10s} {json.dumps(entry)}", flush=True)
     cuda = args.device == "cuda"
-    report: Dict[str, Any] = {"classes": classes}
+    report: Dict[str, Any] = {"command": command_of(args), "torch": torch.__version__, "triton": triton_version(),
+                              "device": torch.cuda.get_device_name() if cuda else "cpu", "classes": classes}
+    warm = [e["warm_ms"] for c in classes.values() for e in c.values() if "warm_ms" in e]
+    report["warm_ms_largest"] = max(warm) if warm else None
+    print("warm, largest:", report["warm_ms_largest"])
+    if args.out:  # before a kernel at full size can take the process with it
+        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
     if not args.part:
         dtype, sizes = ("float16", LENGTHS) if cuda else ("float32", {"odd": (49, 223), "whole tiles": (128, 256)})
         report["at size"] = {name: {words: {f"R{rank}": at_size(name, args.device, dtype, rank, *lengths)
                                             for rank in (2, 8)} for words, lengths in sizes.items()}
                              for name in args.backends}
         print(json.dumps(report["at size"], indent=1))
-        warm = [e["warm_ms"] for c in classes.values() for e in c.values() if "warm_ms" in e]
-        report["warm_ms_largest"] = max(warm) if warm else None
-        print("warm, largest:", report["warm_ms_largest"])
-    report.update(command=" ".join(["python", *sys.argv]), torch=torch.__version__, triton=triton_version(),
-                  device=torch.cuda.get_device_name() if cuda else "cpu")
     if args.out:
         Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
     return 0

@@ -199,6 +199,12 @@ def synchronisations(run: Run, steps: int) -> Dict[str, int]:
     return {e.key: e.count for e in profile.key_averages() if e.key.startswith(SYNCHRONISING)}
 
 
+def command_of(args: argparse.Namespace) -> str:
+    """As it was called, without this machine's paths."""
+    words = [Path(word).name if word == args.out else word for word in sys.argv[1:]]
+    return " ".join(["python benchmarks/soak.py", *words])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=3000)
@@ -221,7 +227,7 @@ def main() -> int:
         report = soak(Run(args.device, args.size), args.steps, args.rate, args.seed, args.seconds)
         failed = report["not_finite"] > 0 or (args.device == "cuda" and report["growth_mib_after_first_100"] > 0)
     cuda = args.device == "cuda"
-    report.update(command=" ".join(["python", *sys.argv]), torch=torch.__version__, size=args.size, failed=failed,
+    report.update(command=command_of(args), torch=torch.__version__, size=args.size, failed=failed,
                   device=torch.cuda.get_device_name() if cuda else "cpu")
     print(json.dumps(report, indent=2))
     if args.out:

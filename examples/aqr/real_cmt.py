@@ -1,15 +1,17 @@
-"""The real CMT head and transformer (fusion, unmodified source) with a router, by config override only.
+"""The real CMT head and transformer (fusion and camera, unmodified source) with a router, by config override only.
 
     python examples/aqr/real_cmt.py CMT_CHECKOUT FRAME_DIR [--steps 20] [--device cuda] [--out results.json]
+    python examples/aqr/real_cmt.py --table results.json docs/aqr.md       # its figures into the page
 
 CMT_CHECKOUT is a working tree of junjie18/CMT, FRAME_DIR a nuScenes frame in mmdet3d's info format. The backbones are
 left out: BEV features (512, 128, 128) are made from the lidar points and camera features (256, 20, 50) from the images
-by fixed random projections, so that neither spconv nor compiled OpenMMLab operators are needed. Each row of the table
-is a process of its own: AQR off and on, patched, and unpatched with the bias as a dense mask; checkpointing off and on.
+by fixed random projections, so that neither spconv nor compiled OpenMMLab operators are needed. A process for each head,
+patched and unpatched; in each: AQR off and on, checkpointing off and on. Unpatched, the bias is a dense mask.
 """
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import pickle
@@ -23,20 +25,19 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = "projects/configs/fusion/cmt_voxel0100_r50_800x320_cbgs.py"
-CASES = {
-    f"{'on' if aqr else 'off'}, {'patched' if patched else 'unpatched'}{', checkpointed' if cp else ''}":
-        {"aqr": aqr, "patched": patched, "with_cp": cp}
-    for cp in (False, True) for aqr in (False, True) for patched in (False, True)
-}
+CONFIGS = {"fusion": "projects/configs/fusion/cmt_voxel0100_r50_800x320_cbgs.py",
+           "camera": "projects/configs/camera/cmt_camera_vov_1600x640_cbgs.py"}  # fmt: skip
+CAMERAS = 6
 CLASSES = ("car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
            "traffic_cone")
+BEGIN, END = "<!-- real CMT: examples/aqr/real_cmt.py --table -->", "<!-- end of real CMT -->"
 
 
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("cmt", metavar="CMT_CHECKOUT")
-    parser.add_argument("frame", metavar="FRAME_DIR")
+    parser.add_argument("cmt", metavar="CMT_CHECKOUT", nargs="?")
+    parser.add_argument("frame", metavar="FRAME_DIR", nargs="?")
+    parser.add_argument("--heads", nargs="+", choices=sorted(CONFIGS), default=sorted(CONFIGS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--bs", type=int, default=2)
@@ -47,44 +48,95 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--locality", action="store_true")
     parser.add_argument("--out", metavar="FILE.json")
-    parser.add_argument("--case", choices=sorted(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--table", nargs=2, metavar=("FILE.json", "PAGE.md"), help="write the table into a page, stop")
+    parser.add_argument("--child", choices=("0", "1"), help=argparse.SUPPRESS)  # patched or not
     args = parser.parse_args(argv)
-    if args.case:
-        Path(args.out).write_text(json.dumps(run_case(args, **CASES[args.case])))
+    if args.table:
+        page = Path(args.table[1])
+        before, _, rest = page.read_text().partition(BEGIN)
+        table = tables(json.loads(Path(args.table[0]).read_text()))
+        page.write_text(before + BEGIN + "\n" + table + "\n" + END + rest.partition(END)[2])
+        return
+    if args.frame is None:
+        parser.error("CMT_CHECKOUT and FRAME_DIR are needed")
+    if args.child:
+        Path(args.out).write_text(json.dumps(run_cases(args, args.heads[0], args.child == "1")))
         return
     given = list(sys.argv[1:] if argv is None else argv)
     results: Dict[str, Any] = {}
+    report: Dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        target = os.path.join(folder, "case.json")
-        for name, case in CASES.items():
-            environment = {**os.environ, "FLASHBIAS_PATCH": "1" if case["patched"] else "0",
-                           "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-            done = subprocess.run([sys.executable, "-W", "ignore", __file__, *given, "--case", name, "--out", target],
-                                  env=environment, stderr=subprocess.PIPE, text=True)
-            if done.returncode:  # a dense bias under reentrant checkpointing, for one
-                results[name] = {"error": (done.stderr.strip().splitlines() or ["?"])[-1]}
-            else:
-                results[name] = json.loads(Path(target).read_text())
-            print(f"{name:<32} {json.dumps({k: v for k, v in results[name].items() if k != 'losses'})}", flush=True)
-    if args.out:
-        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+        for head in args.heads:
+            results[head] = {}
+            for patched in ("0", "1"):
+                target = os.path.join(folder, head + patched)
+                environment = {**os.environ, "FLASHBIAS_PATCH": patched,
+                               "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+                command = [sys.executable, "-W", "ignore", __file__, *given, "--heads", head, "--child", patched]
+                done = subprocess.run([*command, "--out", target], env=environment, stderr=subprocess.PIPE, text=True)
+                if done.returncode:
+                    print(done.stderr[-3000:], file=sys.stderr)
+                    results[head]["patched" if patched == "1" else "unpatched"] = {"error": done.stderr[-300:]}
+                    continue
+                found = json.loads(Path(target).read_text())
+                results[head].update(found.pop("cases"))
+                report.update(found)
+            compare(results[head])
+            if args.out:  # what is known already, should time run out
+                report.update(steps=args.steps, bs=args.bs, bev=args.bev, camera=args.camera, layers=args.layers,
+                              command=command_of(args, given), heads=results)
+                Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def run_case(args: argparse.Namespace, aqr: bool, patched: bool, with_cp: bool) -> Dict[str, Any]:
-    import numpy as np
+def command_of(args: argparse.Namespace, given: List[str]) -> str:
+    """As it was called, without this machine's paths."""
+    words = {args.cmt: "CMT", args.frame: "FRAME", args.out: os.path.basename(args.out)}
+    return " ".join(["python examples/aqr/real_cmt.py", *(words.get(word, word) for word in given)])
+
+
+def run_cases(args: argparse.Namespace, head: str, patched: bool) -> Dict[str, Any]:
+    """Every case of one head in this process, one after the other."""
     import torch
 
     import flashbias_patch  # the one line a user adds
 
+    assert flashbias_patch.status()["installed"] == patched
     make_importable(args.device)
-    sys.path.insert(0, args.cmt)
+    args.out = os.path.abspath(args.out)
+    args.frame = os.path.abspath(args.frame)
+    sys.path.insert(0, os.path.abspath(args.cmt))
     os.chdir(args.cmt)
+    cases: Dict[str, Any] = {}
+    for with_cp in (False, True):
+        for aqr in (False, True):
+            name = f"{'on' if aqr else 'off'}, {'patched' if patched else 'unpatched'}"
+            name += ", checkpointed" if with_cp else ""
+            start = time.perf_counter()
+            try:
+                cases[name] = run_case(args, head, aqr, patched, with_cp)
+            except RuntimeError as error:  # a dense bias under reentrant checkpointing, for one
+                cases[name] = {"error": (str(error).strip().splitlines() or ["?"])[0]}
+            seconds = time.perf_counter() - start
+            shown = {k: v for k, v in cases[name].items() if k not in ("losses", "bias_scale")}
+            print(f"{head:<7} {name:<30} {seconds:4.0f} s  {json.dumps(shown)}", flush=True)
+            gc.collect()
+            if args.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+    return {"cases": cases, "torch": torch.__version__, "device": device}
+
+
+def run_case(args: argparse.Namespace, head_name: str, aqr: bool, patched: bool, with_cp: bool) -> Dict[str, Any]:
+    import numpy as np
+    import torch
     from mmcv import Config
+
+    import flashbias_patch
 
     options = {"model.pts_bbox_head.transformer.aqr.enable": True} if aqr and patched else {}
     if options and args.locality:
         options["model.pts_bbox_head.transformer.aqr.locality"] = True
-    config = Config.fromfile(CONFIG)
+    config = Config.fromfile(CONFIGS[head_name])
     config.merge_from_dict(options)  # what --cfg-options does
     head_config = config.model.pts_bbox_head
     layers = head_config.transformer.decoder.transformerlayers
@@ -109,12 +161,15 @@ def run_case(args: argparse.Namespace, aqr: bool, patched: bool, with_cp: bool) 
         sys.path.insert(0, str(ROOT / "benchmarks"))
         import aqr as benchmark  # benchmarks/aqr.py
 
-        head.transformer.aqr = flashbias_patch.aqr.AdaptiveQueryRouter(head.transformer.embed_dims, 2)
+        segments = 2 if head_name == "fusion" else CAMERAS
+        head.transformer.aqr = flashbias_patch.aqr.AdaptiveQueryRouter(head.transformer.embed_dims, segments)
         benchmark.give_dense_bias(head.transformer)
     head = head.to(args.device).train()
     x, x_img, metas, boxes, labels = inputs(args, torch, np)
+    x = x if head_name == "fusion" else None
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-4, weight_decay=0.01)
     cuda = args.device.startswith("cuda")
+    before = dict(flashbias_patch.status()["calls"])
     losses, times, scales, peak = [], [], [], 0.0
     for step in range(args.steps):
         torch.manual_seed(100 + step)
@@ -127,19 +182,51 @@ def run_case(args: argparse.Namespace, aqr: bool, patched: bool, with_cp: bool) 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradient = head.transformer.aqr.bias_scale.grad if aqr else None
+        gradient = None if gradient is None else gradient.item()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 35.0)
+        if aqr:
+            scales.append([head.transformer.aqr.bias_scale.item(), gradient])
         optimizer.step()
         if cuda:
             torch.cuda.synchronize()
             peak = max(peak, torch.cuda.max_memory_allocated() / 2 ** 20)
         times.append(time.perf_counter() - start)
         losses.append(float(loss))
-        if aqr:
-            scales.append([head.transformer.aqr.bias_scale.item(), None if gradient is None else gradient.item()])
+    after = dict(flashbias_patch.status()["calls"])
     return {"losses": losses, "first_loss": losses[0], "last_loss": losses[-1],
             "step_s": statistics.median(times[2:] or times), "peak_mib": peak,
-            "bias_scale_and_gradient": scales[:2] + scales[-1:],
-            "calls": dict(flashbias_patch.status()["calls"]), "torch": torch.__version__, "attn": args.attn}
+            "bias_scale": scales,  # value and gradient at each step, before it
+            "calls": {name: count - before.get(name, 0) for name, count in after.items() if count > before.get(name, 0)}}
+
+
+def compare(cases: Dict[str, Any]) -> None:
+    """bias_scale's gradient in the first step, where the weights are the same, against the unpatched dense bias'."""
+    dense = cases.get("on, unpatched", {}).get("bias_scale")
+    for name, case in cases.items():
+        if dense and name.startswith("on, patched") and case.get("bias_scale"):
+            ours, theirs = case["bias_scale"][0][1], dense[0][1]
+            case["gradient_error"] = abs(ours - theirs) / abs(theirs)
+            print(f"{name}: gradient of bias_scale {ours:.7g}, by the dense bias {theirs:.7g}", flush=True)
+
+
+def tables(report: Dict[str, Any]) -> str:
+    camera = "{} x {}".format(*report["camera"])
+    lines = [f"{report['steps']} steps on one nuScenes frame, batch {report['bs']}, {report['layers']} layers, "
+             f"{report['bev']} x {report['bev']} lidar tokens and {CAMERAS} x {camera} camera tokens, float32; time: median "
+             f"step of head, loss and optimiser; memory: peak of tensors. {report['device']}, torch {report['torch']}.",
+             "", "| head | AQR | loss, first and last | ms a step | MiB | bias_scale, first and last "
+             "| gradient against the dense bias |", "|---|---|---|---|---|---|---|"]
+    for head, cases in report["heads"].items():
+        for name, case in cases.items():
+            if "error" in case:
+                lines.append(f"| {head} | {name} | {case['error'].strip().splitlines()[-1][:90]} | | | | |")
+                continue
+            scales = case["bias_scale"]
+            moved = f"{scales[0][0]:.4f}, {scales[-1][0]:.4f}" if scales else ""
+            error = f"{case['gradient_error']:.0e}" if "gradient_error" in case else ""
+            lines.append(f"| {head} | {name} | {case['first_loss']:.3f}, {case['last_loss']:.3f} "
+                         f"| {1e3 * case['step_s']:.0f} | {case['peak_mib']:.0f} | {moved} | {error} |")
+    return "\n".join(lines)
 
 
 def inputs(args: argparse.Namespace, torch: Any, np: Any) -> Any:
@@ -244,6 +331,8 @@ def move_denoising(head: type, device: str) -> None:
     """CMT indexes a CPU tensor with CUDA indices, as torch 1.9 allowed."""
     import torch
 
+    if getattr(head.prepare_for_dn, "moves", False):
+        return
     original = head.prepare_for_dn
 
     def prepare_for_dn(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -252,6 +341,7 @@ def move_denoising(head: type, device: str) -> None:
             known = {name: value.to(device) if torch.is_tensor(value) else value for name, value in known.items()}
         return points, mask, known
 
+    prepare_for_dn.moves = True  # type: ignore[attr-defined]
     head.prepare_for_dn = prepare_for_dn
 
 

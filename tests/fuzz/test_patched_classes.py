@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import flashbias_patch
 from flashbias_patch import journal
+from flashbias_patch.attention import guard
 from flashbias_patch.bias import LowRankBias
 from tests import stand_ins
 
@@ -42,7 +43,7 @@ def calls(draw):
         padding=draw(st.sampled_from(PADDINGS)), key=draw(st.sampled_from(("given", "query", "none", "shared"))),
         positions=draw(st.booleans()), strides=draw(st.sampled_from(STRIDES)), bias=draw(st.sampled_from((0, 0, 1, 3))),
         nonsense=draw(st.sampled_from((None,) * 40 + NONSENSE)), masked=draw(st.sampled_from((0.0, 0.3, 1.0))),
-        size=draw(st.sampled_from((1.0, 1.0, 8.0))), seed=draw(st.integers(0, 2**20)),
+        size=draw(st.sampled_from((1.0, 1.0, 8.0))), seed=draw(st.integers(0, 2**20)), guarded=draw(st.booleans()),
     )  # fmt: skip
 
 
@@ -164,7 +165,7 @@ def classes():
         yield {cls.__name__: (cls, cls.forward) for cls in found}
 
 
-def test_generated_calls(classes, caplog):
+def test_generated_calls(classes, caplog, monkeypatch):
     flashbias_patch.install()
     assert all(cls.forward is not before for cls, before in classes.values())
     warnings.simplefilter("ignore")
@@ -183,6 +184,7 @@ def test_generated_calls(classes, caplog):
             assume(c["mask"] in ("none", "float", "bool", "heads float", "heads bool"))
             more["attention_bias"] = case.bias
             dense["attn_mask"] = _dense(case)
+        monkeypatch.setattr(guard, "LARGE", 0 if c["guarded"] else 1 << 40)
         ours, our_grads = case.run(cls.forward, module, **more)
         theirs, their_grads = case.run(before, module, **dense)
         if isinstance(theirs, Exception):
