@@ -102,9 +102,9 @@ class Run:
         """Which memory the run is judged by: the GPU's if it used one, else the process's resident memory."""
         return "cuda" if np.isfinite(self.per_step("memory", "cuda_peak")).any() else "rss"
 
-    def peak_memory(self) -> float:
-        """Bytes at most, over steps and ranks; NaN if nothing was recorded."""
-        values = self.per_step("memory", self.memory_kind() + "_peak")
+    def peak_memory(self, of: str = "peak") -> float:
+        """Bytes at most, over steps and ranks; NaN if nothing was recorded. `of`: peak, or a GPU's reserved_peak."""
+        values = self.per_step("memory", f"{self.memory_kind()}_{of}")
         return float(np.nanmax(values)) if np.isfinite(values).any() else float("nan")
 
     def memory(self) -> np.ndarray:

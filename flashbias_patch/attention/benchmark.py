@@ -1,6 +1,7 @@
 """What `flashbias bench` measures: every backend on this machine's device, at the attention shapes of known models.
 
-On CUDA, medians of events, synchronised once at the end; on the CPU, medians of wall clock.
+On CUDA, medians of events, synchronised once at the end: what a call costs on an idle GPU, so that a call
+shorter than its launching shows the launching. On the CPU, medians of wall clock.
 """
 
 from __future__ import annotations
@@ -55,28 +56,38 @@ def run(
 
     Returns {"environment": {what: text}, "rows": [...]}; a row has shape, backend and either why_not or
     forward_ms, total_ms (forward and backward, gradients of q, k, v and both factors), extra_mib (peak of both,
-    None on the CPU) and error (output against float64, relative, on a sample of queries).
+    None on the CPU) and error (output against float64, relative, on a sample of queries). Ctrl-C ends it
+    with the rows there are, and "interrupted": True.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: List[Dict[str, Any]] = []
-    total = len(shapes) * len(backends)
-    for shape in shapes:
-        sizes = SHAPES[shape]
-        scores = sizes["batch"] * sizes["heads"] * sizes["queries"] * sizes["keys"]
-        fits = device.type == "cuda" or scores <= CPU_SCORES
-        inputs = make(sizes, DTYPES[dtype], device) if fits else None
-        for name in backends:
-            progress(len(rows), total, f"{shape} {name}")
-            if inputs is None:
-                found: Dict[str, Any] = {"why_not": f"too large for a CPU ({scores:.0e} scores), needs a GPU"}
-            else:
-                found = measure(inputs, name)
-            rows.append({"shape": shape, "backend": name, "forward_ms": None, **found})
-        del inputs
+    found: Dict[str, Any] = {"environment": environment(device, dtype), "rows": rows}
+    try:
+        for shape in shapes:
+            _measure_shape(shape, backends, DTYPES[dtype], device, rows, progress, len(shapes) * len(backends))
+        progress(len(rows), len(rows), "")
+    except KeyboardInterrupt:
+        found["interrupted"] = True
+    return found
+
+
+def _measure_shape(
+    shape: str, backends: Sequence[str], dtype: torch.dtype, device: torch.device, rows: List[Dict[str, Any]],
+    progress: Callable[[int, int, str], None], total: int,
+) -> None:  # fmt: skip
+    """Add a row for each backend."""
+    sizes = SHAPES[shape]
+    scores = sizes["batch"] * sizes["heads"] * sizes["queries"] * sizes["keys"]
+    inputs = make(sizes, dtype, device) if device.type == "cuda" or scores <= CPU_SCORES else None
+    for name in backends:
+        progress(len(rows), total, f"{shape} {name}")
+        if inputs is None:
+            found: Dict[str, Any] = {"why_not": f"too large for a CPU ({scores:.0e} scores), needs a GPU"}
+        else:
+            found = measure(inputs, name)
+        rows.append({"shape": shape, "backend": name, "forward_ms": None, **found})
         if device.type == "cuda":
-            torch.cuda.empty_cache()
-    progress(total, total, "")
-    return {"environment": environment(device, dtype), "rows": rows}
+            torch.cuda.empty_cache()  # one that needs much leaves the next one room
 
 
 def make(sizes: Dict[str, int], dtype: torch.dtype, device: torch.device) -> AttentionInputs:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 2 for an unknown name or a missing library; 3 when no backend ran at all."""
+    """Exit status: 0; 2 for an unknown name or a missing library; 3 when no backend ran at all; 130 interrupted."""
     try:
         benchmark = importlib.import_module(BENCHMARK)
     except ImportError as error:
@@ -55,6 +55,9 @@ def main(args: argparse.Namespace) -> int:
     print(table(found["rows"]))
     if args.out:
         _write(args.out, found)
+    if found.get("interrupted"):
+        print("flashbias bench: interrupted; the rows above are what there is", file=sys.stderr)
+        return 130
     return 0 if any(row.get("forward_ms") is not None for row in found["rows"]) else 3
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 
 NAME = "report"
-HELP = "write the report of an A/B comparison: HTML, Markdown, TensorBoard"
+HELP = "write the report of an A/B comparison: HTML, Markdown, JSON, TensorBoard"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--markdown", metavar="FILE", help="for pasting in an issue; - is standard output")
     parser.add_argument(
+        "--json", metavar="FILE", help="figures and curves to keep, without this machine's paths; - is standard output"
+    )
+    parser.add_argument(
         "--tensorboard", metavar="LOGDIR", help="one TensorBoard run for each run of the comparison"
     )
 
@@ -25,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Exit status: 0; 2 when DIR is no comparison or an extra is missing."""
     try:
-        from ..ab import records, report, tensorboard
+        from ..ab import records, report, result, tensorboard
     except ImportError as error:
         print(
             f'flashbias report: {error}; pip install "flashbias-patch[report]" brings what is missing',
@@ -34,20 +37,22 @@ def main(args: argparse.Namespace) -> int:
         return 2
     try:
         experiment, verdict = report.load_and_judge(args.directory)
-        page = args.html or (
-            None if args.markdown or args.tensorboard else os.path.join(args.directory, "report.html")
-        )
+        other = args.markdown or args.json or args.tensorboard
+        page = args.html or (None if other else os.path.join(args.directory, "report.html"))
         if page:
             _write(page, report.html(experiment, verdict, _detections(args.directory)))
         if args.markdown:
             _write(args.markdown, report.markdown(experiment, verdict))
+        if args.json:
+            found = result.compact(experiment, verdict, _detections(args.directory))
+            _write(args.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
         if args.tensorboard:
             tensorboard.write(experiment, args.tensorboard)
             print(f"TensorBoard: tensorboard --logdir {args.tensorboard}")
     except (records.NotARecord, report.MissingExtra) as error:
         print(f"flashbias report: {error}", file=sys.stderr)
         return 2
-    if args.markdown != "-":
+    if "-" not in (args.markdown, args.json, args.html):
         print(report.text(experiment, verdict))
     return 0
 

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from flashbias_patch.ab import page, report, words
+from flashbias_patch.ab import page, report, result, words
 from flashbias_patch.ab.statistics import judge
 
 from . import synthetic
@@ -68,6 +68,33 @@ def test_markdown_holds_the_figures():
     text = report.markdown(experiment, judge(experiment))
     assert "| peak memory | 8.00\u00a0GiB | 3.28\u00a0GiB | 0.41× |" in text
     assert "- triton, fp16 d32 <r8>" in text and "flashbias run --off -- python" in text
+
+
+def test_result_holds_the_figures_and_no_path_of_the_machine():
+    experiment = rich_experiment()
+    experiment.command = ["/opt/x/python", "train.py", "/data/frame/", "--load=/home/me/last.pth", "a/b"]
+    experiment.options = {**experiment.options, "repeats": 3, "env_b": {"HOME_OF": "/somewhere/else"}}
+    verdict = judge(experiment)
+    found = json.loads(json.dumps(result.compact(experiment, verdict), allow_nan=False))
+    assert found["command"] == (
+        "flashbias ab --repeats 3 --steps 60 --warmup 5 --seed 0 --env-b HOME_OF=else -- "
+        "python train.py frame --load=last.pth a/b"
+    )
+    assert "/home" not in json.dumps(found) and "/opt" not in json.dumps(found)
+    head = found["headline"]
+    assert head["time"]["ratio"] == pytest.approx(verdict.speed.value) and head["time"]["word"] == "faster"
+    assert head["memory"]["b_mib"] == pytest.approx(8192 * 0.41, rel=1e-6) and head["repeats"] == [3, 3]
+    assert head["memory"]["reserved_mib"] == [8192, pytest.approx(8192 * 0.41, rel=1e-6)]
+    assert head["training"]["word"] == "differs" and head["training"]["first_step"] == 40
+    assert found["runs"][0]["loss"][5] == pytest.approx(experiment.runs[0].series("loss")[5])
+    assert found["backends"] == {"triton": 3 * 360, "sdpa": 3 * 60} and found["fallbacks"][0]["count"] == 3
+    time, memory, loss = result.rows(found)
+    assert time[0] == "time a step" and time[3].endswith("faster") and memory[2] == "3359 MiB"
+    assert loss[3].startswith("differs: A from A")
+    long = synthetic.trial(0, repeats=1, steps=5000)
+    kept = result.compact(long, judge(long))
+    assert all(len(run["loss"]) <= result.MOST_STEPS for run in kept["runs"])
+    assert len(json.dumps(kept, indent=1)) < 300_000
 
 
 def test_page_is_self_contained_and_escapes():

@@ -82,8 +82,9 @@ class Wrong:
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def on_the_cpu(request, monkeypatch):
+    if "real_gpu" not in request.node.name:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.mark.parametrize("raises, words", [(True, "no such kernel"), (False, "self-check failed")])
@@ -118,3 +119,86 @@ def test_progress_reaches_the_end():
     seen = []
     benchmark.run(["tiny"], ["sdpa", "reference"], "fp32", lambda *now: seen.append(now))
     assert seen == [(0, 2, "tiny sdpa"), (1, 2, "tiny reference"), (2, 2, "")]
+
+
+def test_interrupt_keeps_what_there_is(monkeypatch, capsys, tmp_path):
+    measure, calls = benchmark.measure, []
+
+    def once(inputs, name):
+        calls.append(name)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return measure(inputs, name)
+
+    monkeypatch.setattr(benchmark, "measure", once)
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    words = ["--shapes", "tiny", "--backends", "sdpa", "reference", "--dtype", "fp32", "--out", str(tmp_path)]
+    assert bench.main(parser.parse_args(words)) == 130
+    assert "interrupted" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "bench.json").read_text())
+    assert kept["interrupted"] and [row["backend"] for row in kept["rows"]] == ["sdpa"]
+
+
+class Events:
+    """CUDA's events, memory and waits as far as the benchmark asks: each call of `work` takes `seconds`."""
+
+    def __init__(self, seconds):
+        self.now, self.seconds, self.peak, self.waits = 0.0, list(seconds), 0, 0
+
+    def work(self):
+        self.now += self.seconds.pop(0)
+        self.peak = 300 * 2**20
+
+    def Event(self, enable_timing):
+        events = self
+
+        class Event:
+            def record(self):
+                self.at = events.now
+
+            def elapsed_time(self, other):
+                assert events.waits, "read before the GPU was waited for"
+                return (other.at - self.at) * 1e3
+
+        return Event()
+
+    def synchronize(self):
+        self.waits += 1
+
+    def reset(self):
+        self.peak = 100 * 2**20
+
+
+def test_times_and_memory_of_a_gpu(monkeypatch):
+    """Medians of pairs of events read after one wait; peak above what was held before."""
+    on_gpu = argparse.Namespace(is_cuda=True)
+    repeats = benchmark.REPEATS["cuda"]
+    events = Events([9.0] * benchmark.WARM_UP + [1.0] * (repeats // 2 + 1) + [5.0] * repeats)
+    for name, value in (
+        ("Event", events.Event),
+        ("synchronize", events.synchronize),
+        ("reset_peak_memory_stats", events.reset),
+        ("memory_allocated", lambda: 100 * 2**20),
+        ("max_memory_allocated", lambda: events.peak),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert benchmark._median_ms(events.work, on_gpu) == pytest.approx(1000.0)
+    assert events.waits == 1
+    assert benchmark._extra_mib(events.work, on_gpu) == 200
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_real_gpu(tmp_path):
+    words = ["bench", "--shapes", "tiny", "streampetr-r50", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "flashbias_patch.cli.main", *words], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    ran = {(row["shape"], row["backend"]) for row in rows if row["forward_ms"] is not None}
+    assert {(s, b) for s in ("tiny", "streampetr-r50") for b in ("triton", "sdpa", "reference")} <= ran, rows
+    for row in rows:
+        if row["forward_ms"] is not None:
+            assert 0 < row["forward_ms"] <= row["total_ms"] * 1.2 and row["extra_mib"] > 0 and row["error"] < 5e-3

@@ -1,0 +1,178 @@
+"""A comparison as one compact JSON document to keep: figures, curves, what they depend on; no machine's paths.
+
+    {"format": 1, "about": {device, torch, ...}, "command": ..., "headline": {...}, "notes": [...], "problems": [...],
+     "backends": {name: attention calls}, "fallbacks": [...], "runs": [...], "detections": {...}}
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+import shlex
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from . import detections, words
+from .records import Experiment, Run
+from .statistics import Ratio, Verdict
+
+FORMAT = 1
+MOST_STEPS = 400  # of a run's curves; more are thinned evenly
+MIB = 2**20
+
+
+def compact(
+    experiment: Experiment, verdict: Verdict, found: Optional[Dict[str, Any]] = None
+) -> Dict[str, Any]:
+    """The document. `found`: the comparison of detections, where there was one."""
+    fallbacks = [entry for run in experiment.patched() for entry in run.fallbacks()]
+    return {
+        "format": FORMAT,
+        "about": about(experiment),
+        "command": command(experiment),
+        "headline": headline(experiment, verdict, found),
+        "notes": verdict.notes,
+        "problems": verdict.problems,
+        "backends": _calls(experiment.patched()),
+        "fallbacks": [{k: entry.get(k) for k in ("source", "call", "reason", "count")} for entry in fallbacks],
+        "runs": [_run(run) for run in experiment.runs],
+        **({"detections": found} if found else {}),
+    }
+
+
+def headline(
+    experiment: Experiment, verdict: Verdict, found: Optional[Dict[str, Any]] = None
+) -> Dict[str, Any]:
+    """The few numbers for a table: time and memory (A, B, ratio, interval, word), training, repeats."""
+    losses = next((p for p in verdict.parities if p.quantity == "loss"), None)
+    sides = [[r.peak_memory("reserved_peak") / MIB for r in experiment.side(x) if not r.nudged] for x in "AB"]
+    reserved = [_number(max(side)) if side else None for side in sides]
+    says = detections.sentence(found) if found and verdict.inference else words.sentence(verdict)
+    return {
+        "sentence": says.replace(words.SPACE, " "),
+        "repeats": [sum(r.label == x and not r.nudged for r in experiment.runs) for x in "AB"],
+        "time": _ratio(verdict.speed, verdict.speed_word, 1.0, "s", clock=verdict.clock),
+        "memory": _ratio(
+            verdict.memory, verdict.memory_word, 1 / MIB, "mib", kind=verdict.memory_kind, reserved_mib=reserved
+        ),
+        "training": {
+            "word": verdict.parity_word,
+            "first_step": verdict.first_step,
+            "loss_difference": None if losses is None else _number(losses.largest),
+            "loss_noise": None if losses is None or losses.noise is None else _number(losses.noise),
+            "loss_drift": None if losses is None or losses.drift is None else _number(losses.drift),
+        },
+    }
+
+
+def rows(document: Dict[str, Any]) -> List[Tuple[str, str, str, str]]:
+    """A table of a document's headline: (what, A, B, B to A with its 95% interval and verdict)."""
+    found = document["headline"]
+    table = []
+    for name, key, unit, digits in (("time a step", "time", "s", 3), ("peak memory", "memory", "mib", 0)):
+        entry = found[key]
+        if entry:
+            ends = "" if entry["low"] is None else f" ({entry['low']:.3f} to {entry['high']:.3f})"
+            sides = [f"{entry[side + '_' + unit]:.{digits}f} {unit.replace('mib', 'MiB')}" for side in "ab"]
+            table.append((name, *sides, f"{entry['ratio']:.2f}x{ends}, {entry['word']}"))
+    training = found["training"]
+    if training["loss_difference"] is not None:
+        noise = max(training["loss_noise"] or 0.0, training["loss_drift"] or 0.0)
+        apart = f"A from A {words.relative(noise)}, B from A {words.relative(training['loss_difference'])}"
+        table.append(("loss", "", "", f"{training['word']}: {apart}"))
+    return [tuple(str(cell) for cell in row) for row in table]  # type: ignore[misc]
+
+
+def about(experiment: Experiment) -> Dict[str, Any]:
+    run = next((r for r in experiment.runs if r.environment), None)
+    found = run.environment if run else {}
+    started = datetime.datetime.fromtimestamp(experiment.started) if experiment.started else None
+    known = {
+        "device": found.get("gpu") or "CPU",
+        "torch": found.get("torch"),
+        "cuda": found.get("cuda"),
+        "cudnn": found.get("cudnn"),
+        "python": experiment.host.get("python"),
+        "numpy": found.get("numpy"),
+        **(found.get("modules") or {}),
+        "world_size": found.get("world_size"),
+        "threads": found.get("threads"),
+        "cpus": experiment.host.get("cpus"),
+        "date": started.strftime("%Y-%m-%d") if started else None,
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def command(experiment: Experiment) -> str:
+    """How `flashbias ab` was called, absolute paths cut to their last part."""
+    options = experiment.options
+    given = [f"--{name} {options[name]}" for name in ("repeats", "steps", "warmup", "seed") if name in options]
+    given = ["--eval CHECKPOINT"] if options.get("inference") else given
+    for side in "ab":
+        given += [f"--env-{side} {k}={_local(str(v))}" for k, v in (options.get("env_" + side) or {}).items()]
+    words_of = " ".join(shlex.quote(_local(word)) for word in experiment.command)
+    return f"flashbias ab {' '.join(given)} -- {words_of}"
+
+
+def _local(word: str) -> str:
+    return re.sub(r"(^|=)/\S*?([^/\s]+)/?$", r"\1\2", word)
+
+
+def _run(run: Run) -> Dict[str, Any]:
+    stride = max(1, -(-run.steps // MOST_STEPS))
+    kept = {
+        "name": run.name,
+        "side": run.label,
+        "nudged": run.nudged,
+        "status": run.status,
+        "steps": run.steps,
+        "ranks": len(run.ranks),
+        "seconds": _number(run.seconds),
+        "load": run.load,
+    }
+    if run.steps:
+        kept.update(
+            peak_mib=_number(run.peak_memory() / MIB),
+            reserved_mib=_number(run.peak_memory("reserved_peak") / MIB),
+            stride=stride,
+            step_s=_numbers(run.step_seconds(), stride),
+            loss=_numbers(run.series("loss"), stride),
+            grad_norm=_numbers(run.series("grad_norm"), stride),
+            params={name: _numbers(values, stride) for name, values in run.named("params").items()},
+        )
+    return kept
+
+
+def _ratio(ratio: Optional[Ratio], word: str, scale: float, unit: str, **more: Any) -> Optional[Dict[str, Any]]:
+    if ratio is None:
+        return None
+    return {
+        f"a_{unit}": _number(ratio.a * scale),
+        f"b_{unit}": _number(ratio.b * scale),
+        "ratio": _number(ratio.value),
+        "low": _number(ratio.low),
+        "high": _number(ratio.high),
+        "spread": _number(ratio.spread),
+        "word": word,
+        **more,
+    }
+
+
+def _calls(runs: Sequence[Run]) -> Dict[str, int]:
+    total: Dict[str, int] = {}
+    for run in runs:
+        for name, count in run.calls().items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
+def _number(value: Optional[float]) -> Optional[float]:
+    return float(f"{value:.8g}") if value is not None and math.isfinite(value) else None
+
+
+def _numbers(values: np.ndarray, stride: int) -> List[Optional[float]]:
+    return [_number(float(value)) for value in values[::stride]]
+
+
