@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from flashbias_patch.ab import records, report, runner
+from flashbias_patch.ab import records, report, runner, statistics
 from flashbias_patch.ab import words as wording
 from flashbias_patch.ab.runner import Options, schedule
 from flashbias_patch.ab.statistics import judge
@@ -95,6 +95,34 @@ def test_deterministic_command_that_differs_gets_a_nudged_run(tmp_path):
     experiment, verdict = compare(tmp_path, command(tmp_path, body), noise_run=True)
     assert [run.nudged for run in experiment.runs] == [False, False, False, True]
     assert verdict.parity_word == "within rounding"
+
+
+INJECTED = """
+patched = os.environ['FLASHBIAS_PATCH'] == '1'
+held = bytearray(os.urandom(1) * ({more_mib} * 2**20)) if patched else None
+record = probe._recorder
+last = None
+for i in range(25):
+    time.sleep(0.02 * (1 + ({slowdown} if patched else 0)))
+    now = time.perf_counter()
+    loss = 2.0 / (i + 1) * (1 + (0.1 if patched and i >= {part_at} else 0))
+    record.write({{"event": "step", "step": i, "loss": loss, "grad_norm": 1.0, "memory": probe._resident(),
+                  **({{}} if last is None else {{"wall_s": now - last}})}})
+    last = now
+"""
+
+
+@pytest.mark.parametrize("slowdown,more_mib,part_at", [(0.0, 0, 99), (0.5, 0, 99), (0.0, 200, 99), (0.0, 0, 7)])
+def test_known_differences_of_real_processes_are_found(tmp_path, monkeypatch, slowdown, more_mib, part_at):
+    """Time truly slept, memory truly held; what was not injected is not found."""
+    monkeypatch.setattr(statistics, "BUSY", float("inf"))  # other tests may run beside this one
+    body = INJECTED.format(slowdown=slowdown, more_mib=more_mib, part_at=part_at)
+    experiment, verdict = compare(tmp_path, command(tmp_path, body), repeats=2, steps=25)
+    assert not verdict.problems and all(run.steps == 25 for run in experiment.runs)
+    assert verdict.speed_word == "slower" if slowdown else verdict.speed_word in ("undecided", "no difference")
+    assert verdict.speed.value == pytest.approx(1 + slowdown, rel=0.15)
+    assert (verdict.memory_word == "more memory") == bool(more_mib)
+    assert (verdict.parity_word, verdict.first_step) == (("differs", 7) if part_at == 7 else ("identical", None))
 
 
 def test_ends_by_itself_before_its_steps(tmp_path):
