@@ -56,13 +56,137 @@ def real_cmt_rows() -> List[List[str]]:
     return rows
 
 
-REAL_HEAD = ("CMT camera, 1600x640, batch 2", "s/step", "time", "peak MiB", "memory", "loss, step 8")
+def real_head() -> List[str]:
+    steps = len(next(run for run in load("real_cmt_h200")["runs"] if run["name"] == "A fp32")["losses"])
+    return ["CMT camera, 1600x640, batch 2", "s/step", "time", "peak MiB", "memory", f"loss, step {steps}"]
 
 
 def real_cmt() -> List[str]:
     return ["## The real CMT", "", load("real_cmt_h200")["detector"] + ". Attention dropout 0.1, so that loss curves "
             "part by the random draw. Ratios are to the unpatched run above each.", "",
-            *table(REAL_HEAD, real_cmt_rows()), source("real_cmt_h200"), ""]
+            *table(real_head(), real_cmt_rows()), source("real_cmt_h200"), "",
+            *every_run(), *parity(), *batches(), *profiles(), *family()]
+
+
+def counterpart(name: str) -> str:
+    """The unpatched run that a patched one is measured against."""
+    return name.replace("B flash amp", "A amp").replace("B flash", "A fp32").replace(" dtype=fp16", "").replace("B ", "A ")
+
+
+def words_of(run: Dict[str, Any]) -> str:
+    parts = ["patched" if run["patch"] else "unpatched"]
+    parts += ["`PETRMultiheadFlashAttention`"] if "Flash" in run["attn"] else []
+    parts += ["`FLASHBIAS_DTYPE=fp16`"] if run["dtype"] == "fp16" else []
+    parts += [word for field, word in (("fp16", "mmcv's fp16"), ("with_cp", "checkpointing"), ("bias", "learned bias"))
+              if run[field]]
+    return ", ".join(parts + ([] if run["dropout"] else ["no dropout"]) + (["again"] if "again" in run["name"] else []))
+
+
+def cells(run: Dict[str, Any], base: Any) -> List[str]:
+    """s/step, ratio, MiB, ratio; or the error."""
+    if "losses" not in run:
+        return [run["error"].partition("(")[0][:90], "", "", ""]
+    known = base is not None and "losses" in base
+    return [f"{run['step_s']:.3f}", f"{run['step_s'] / base['step_s']:.2f}x" if known else "-", f"{run['peak_MiB']:.0f}",
+            f"{run['peak_MiB'] / base['peak_MiB']:.2f}x" if known else "-"]
+
+
+def every_run() -> List[str]:
+    runs = [run for run in load("real_cmt_h200")["runs"] if "patch" in run and "dtype" in run]
+    if not runs:
+        return []
+    named = {run["name"]: run for run in runs}
+
+    def scale(run: Dict[str, Any]) -> str:
+        """bias_scale's gradient in the last step."""
+        seen = run.get("bias_scale_and_gradient")
+        return "" if not seen else "none" if seen[-1][1] is None else f"{seen[-1][1]:.3g}"
+
+    rows = [[run["size"], words_of(run), *cells(run, named.get(counterpart(run["name"]))), scale(run)]
+            for run in runs if run["dropout"]]
+    return ["### Every run", "", *table(("size", "run", "s/step", "time", "peak MiB", "memory", "bias_scale's gradient"),
+                                         rows), source("real_cmt_h200"), ""]
+
+
+def apart(run: Dict[str, Any], base: Dict[str, Any]) -> float:
+    """Largest relative difference of two loss curves."""
+    return max(abs(a - b) / abs(b) for a, b in zip(run["losses"], base["losses"]))
+
+
+def parity_rows(runs: List[Dict[str, Any]]) -> List[List[str]]:
+    named = {(run.get("family"), run["name"]): run for run in runs}
+    rows = []
+    for run in runs:
+        base = named.get((run.get("family"), counterpart(run["name"].replace(" again", "").replace(" cp", ""))))
+        if run.get("dropout") == 0.0 and "gradient_error" in run and base is not None and base is not run:
+            rows.append([f"{run['family']} {run['size']}", words_of(run), f"{run['gradient_error']:.1e}",
+                         f"{apart(run, base):.1e}", len(run["losses"])])
+    return rows
+
+
+def parity() -> List[str]:
+    rows = parity_rows([run for run in load("real_cmt_h200")["runs"] if "losses" in run])
+    return [] if not rows else [
+        "### Parity", "", "Without dropout, against an unpatched run from the same weights: the first step's gradient of the "
+        "decoder, and the largest relative difference of the loss curves. `again` is the unpatched run repeated: the noise.",
+        "", *table(("detector", "run", "gradient", "losses", "steps"), rows), source("real_cmt_h200"), ""]
+
+
+def batches() -> List[str]:
+    found = [run for run in load("real_cmt_h200").get("batches", ()) if "batches" in run]
+    if not found:
+        return []
+    caps = [row["cap_GiB"] for row in found[0]["batches"]]
+    rows = [[run["size"], words_of(run), *(f"{row['batch']} ({row['step_s']:.2f} s)" if row["step_s"] else row["batch"]
+                                           for row in run["batches"])] for run in found]
+    return ["### The largest batch that fits", "", *table(("size", "run", *(f"{cap:g} GiB" for cap in caps)), rows),
+            source("real_cmt_h200"), ""]
+
+
+def profiles() -> List[str]:
+    found = [run for run in load("real_cmt_h200").get("profiles", ()) if "kind_ms" in run]
+    if not found:
+        return []
+    kinds = sorted({kind for run in found for kind in run["kind_ms"]}, key=lambda k: -found[0]["kind_ms"].get(k, 0.0))
+    rows = [[words_of(run), f"{run['wall_ms']:.0f}", f"{run['gpu_busy_ms']:.0f}", f"{run['kernels']:.0f}",
+             *(f"{run['kind_ms'].get(kind, 0.0):.1f}" for kind in kinds)] for run in found]
+    return ["### Where a step goes", "", "Milliseconds a step under torch.profiler, which slows the CPU.", "",
+            *table(("run", "wall", "GPU busy", "kernels", *kinds), rows), source("real_cmt_h200"), ""]
+
+
+def family() -> List[str]:
+    runs = load("real_cmt_h200").get("family", ())
+    if not runs:
+        return []
+    named = {(run["family"], run["name"]): run for run in runs}
+    rows = [[run["family"], run["size"], words_of(run), *cells(run, named.get((run["family"], counterpart(run["name"]))))]
+            for run in runs if "size" in run]
+    return ["### PETR and StreamPETR", "", "Batch 2, ResNet-50, no dropout; StreamPETR streams, its memory filling step by "
+            "step.", "", *table(("detector", "size", "run", "s/step", "time", "peak MiB", "memory"), rows),
+            *table(("detector", "run", "gradient", "losses", "steps"), parity_rows([r for r in runs if "losses" in r])),
+            source("real_cmt_h200"), ""]
+
+
+def distributed() -> List[str]:
+    name = "distributed_h100"
+    if not (RESULTS / f"{name}.json").exists():
+        return []
+    result = load(name)
+    grads = [[way, *(f"{result['gradients'][way][key]:.1e}" for key in (
+        "ddp_against_one_process", "one_process_against_unpatched", "ddp_against_unpatched_one_process"))]
+        for way in ("unpatched", "patched", "patched dtype=fp16")]
+    speed = [[row["name"], row["processes"], f"{row['step_s']:.3f}", f"{row['samples_s']:.2f}", f"{row['scaling']:.2f}x"]
+             for row in result["throughput"]]
+    fault = result["fault"]
+    worst = max(abs(a - b) / abs(b) for own, other in zip(fault["losses_with_fault"], fault["losses"])
+                for a, b in zip(own, other))
+    return ["## Several GPUs", "", f"The real CMT under DistributedDataParallel, {result['processes']} processes. Relative "
+            "distance of the reduced gradients from those of one process with the whole batch; the same process twice: "
+            f"{result['gradients']['noise']:.1e}.", "",
+            *table(("run", "DDP - one process", "one process - unpatched one", "DDP - unpatched one"), grads),
+            *table(("run", "processes", "s/step", "samples/s", "scaling"), speed),
+            f"With a backend failing on the last process alone ({fault['struck'][-1]} times) losses differ by at most "
+            f"{worst:.1e}, and the processes' weights {'agree' if fault['ranks_agree'] else 'DIFFER'}.", "", source(name), ""]
 
 
 def attention() -> List[str]:
@@ -158,7 +282,7 @@ def bias_scale() -> List[str]:
 
 
 def performance() -> str:
-    sections = [real_cmt, attention, bias_memory, factorize, bias_scale, flash, overhead]
+    sections = [real_cmt, distributed, attention, bias_memory, factorize, bias_scale, flash, overhead]
     lines = ["# Performance", "", "Generated by `docs/make_performance.py` from `benchmarks/results/`.", ""]
     return "\n".join([*lines, *(line for section in sections for line in section())])
 
@@ -167,7 +291,7 @@ def readme() -> str:
     text = (ROOT / "README.md").read_text()
     before, _, rest = text.partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
-    measured = "\n".join(table(REAL_HEAD, real_cmt_rows())).rstrip()
+    measured = "\n".join(table(real_head(), real_cmt_rows())).rstrip()
     return f"{before}{MARKS[0]}\n{measured}\n{MARKS[1]}{after}"
 
 
