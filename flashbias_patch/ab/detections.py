@@ -277,10 +277,10 @@ def sentence(found: Dict[str, Any]) -> str:
     matched = f"{pair['matched']} boxes in common, {pair['only_a'] + pair['only_b']} not"
     if not any(largest.values()) and not pair["labels_changed"] and not pair["only_a"] + pair["only_b"]:
         return f"Patched detects exactly the same: {matched}."
-    return (
-        f"Patched against unpatched: {matched}; centres within {largest['centre (m)']:.2g} m, "
-        f"scores within {largest['score']:.2g}, {pair['labels_changed']} labels changed."
-    )
+    within = f"centres within {largest['centre (m)']:.2g} m, scores within {largest['score']:.2g}"
+    if not pair["labels_changed"] and not pair["only_a"] + pair["only_b"]:
+        return f"Patched detects the same {pair['matched']} boxes: {within}, every label equal."
+    return f"Patched against unpatched: {matched}; {within}, {pair['labels_changed']} labels changed."
 
 
 def text(found: Dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from .words import interval, parity_line, relative, seconds, size, times, tone
 
 MAX_POINTS = 1500  # of one curve on a page
 MAX_BINS = 30
+SETTINGS = ("steps", "warmup", "seed")  # of a training, worth showing
 
 
 def headlines(verdict: Verdict) -> List[Dict[str, Any]]:
@@ -321,7 +322,7 @@ def environment_rows(experiment: Experiment) -> List[Tuple[str, str]]:
         ("platform", experiment.host.get("platform")),
         ("directory", experiment.cwd),
         ("schedule", " ".join(experiment.schedule)),
-        *((name, options.get(name)) for name in ("steps", "warmup", "seed")),
+        *((name, options.get(name)) for name in (["seed"] if options.get("inference") else SETTINGS)),
         (
             "date",
             datetime.datetime.fromtimestamp(experiment.started).strftime("%Y-%m-%d %H:%M")

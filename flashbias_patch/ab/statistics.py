@@ -144,8 +144,10 @@ class Verdict:
 
 
 def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -> Verdict:
-    """The verdict on what `flashbias ab` recorded. Runs that failed count for what they recorded."""
-    a, b = experiment.side("A"), experiment.side("B")
+    """The verdict on what `flashbias ab` recorded. Runs that failed count for what they recorded, where their
+    side has no other: a run cut short would shorten all that is compared.
+    """
+    a, b = (_whole(experiment.side(label)) for label in "AB")
     problems = [
         f"{run.name} ({'unpatched' if run.label == 'A' else 'patched'}): {run.status}: {run.message}"
         for run in experiment.runs
@@ -201,6 +203,12 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
     clocks = {run.clock for run in a + b}
     clock = clocks.pop() if len(clocks) == 1 else "wall clock"
     return Verdict(speed, memory, kind, clock, parities, problems, notes, busy=busy)
+
+
+def _whole(runs: List[Run]) -> List[Run]:
+    """Those that came to their end, where a plain one did; else all."""
+    done = [run for run in runs if run.status == "ok"]
+    return done if any(not run.nudged for run in done) else runs
 
 
 def compare_times(a: Sequence[np.ndarray], b: Sequence[np.ndarray], seed: int = 0) -> Optional[Ratio]:

@@ -28,24 +28,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Exit status: 0; 2 when DIR is no comparison or an extra is missing."""
     try:
-        from ..ab import records, report, result, tensorboard
+        from ..ab import detections, records, report, result, tensorboard
     except ImportError as error:
         print(
             f'flashbias report: {error}; pip install "flashbias-patch[report]" brings what is missing',
             file=sys.stderr,
         )
         return 2
+    found = _detections(args.directory)
     try:
         experiment, verdict = report.load_and_judge(args.directory)
         other = args.markdown or args.json or args.tensorboard
         page = args.html or (None if other else os.path.join(args.directory, "report.html"))
         if page:
-            _write(page, report.html(experiment, verdict, _detections(args.directory)))
+            _write(page, report.html(experiment, verdict, found))
         if args.markdown:
             _write(args.markdown, report.markdown(experiment, verdict))
         if args.json:
-            found = result.compact(experiment, verdict, _detections(args.directory))
-            _write(args.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
+            kept = result.compact(experiment, verdict, found)
+            _write(args.json, json.dumps(kept, indent=1, allow_nan=False) + "\n")
         if args.tensorboard:
             tensorboard.write(experiment, args.tensorboard)
             print(f"TensorBoard: tensorboard --logdir {args.tensorboard}")
@@ -54,6 +55,8 @@ def main(args: argparse.Namespace) -> int:
         return 2
     if "-" not in (args.markdown, args.json, args.html):
         print(report.text(experiment, verdict))
+        if found is not None:
+            print(detections.text(found))
     return 0
 
 

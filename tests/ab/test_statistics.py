@@ -224,6 +224,16 @@ def test_few_steps_give_a_ratio_without_an_interval():
     assert (ratio.value, ratio.low, ratio.decided) == (2.0, None, 0)
 
 
+def test_a_run_cut_short_counts_only_where_its_side_has_no_other():
+    found = synthetic.trial(0, 0.2, repeats=2, part_at=30, jump=0.5)
+    cut = found.runs[2]
+    cut.status, cut.processes[0].steps = "interrupted", cut.processes[0].steps[:6]
+    verdict = judge(found)
+    assert verdict.first_step == 30 and verdict.parities[0].steps == 60
+    found.runs[1].status, found.runs[1].processes[0].steps = "hung", found.runs[1].processes[0].steps[:20]
+    assert judge(found).parities[0].steps == 6
+
+
 def test_warmup_is_cut_where_runs_are_short():
     verdict = judge(synthetic.trial(0, steps=8), warmup=20)
     assert verdict.speed.low is not None
