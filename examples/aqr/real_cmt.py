@@ -212,14 +212,15 @@ def compare(cases: Dict[str, Any]) -> None:
 def tables(report: Dict[str, Any]) -> str:
     camera = "{} x {}".format(*report["camera"])
     lines = [f"{report['steps']} steps on one nuScenes frame, batch {report['bs']}, {report['layers']} layers, "
-             f"{report['bev']} x {report['bev']} lidar tokens and {CAMERAS} x {camera} camera tokens, float32; on a GPU, time: "
-             f"median step of head, loss and optimiser, memory: peak of tensors. {report['device']}, torch {report['torch']}.",
+             f"{report['bev']} x {report['bev']} lidar tokens and {CAMERAS} x {camera} camera tokens, float32; on a GPU, "
+             "time: median step of head, loss and optimiser, memory: peak of tensors. "
+             f"{report['device']}, torch {report['torch']}.",
              "", "| head | AQR | loss, first and last | ms a step | MiB | bias_scale, first and last "
              "| gradient against the dense bias |", "|---|---|---|---|---|---|---|"]
     for head, cases in report["heads"].items():
         for name, case in cases.items():
             if "error" in case:
-                lines.append(f"| {head} | {name} | {case['error'].strip().splitlines()[-1][:90]} | | | | |")
+                lines.append(f"| {head} | {name} | {case['error'].strip().splitlines()[-1][:52]} ... | | | | |")
                 continue
             scales = case["bias_scale"]
             moved = f"{scales[0][0]:.4f}, {scales[-1][0]:.4f}" if scales else ""
