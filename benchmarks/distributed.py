@@ -142,9 +142,9 @@ class Cmt:
         self.detectors, self.args, self.processes = detectors, args, processes
 
     def build(self, bs: int, dropout: float, attn: str = "PETRMultiheadAttention") -> Any:
-        width, height = (320, 128) if self.args.tiny else map(int, self.args.size.split("x"))
+        width, height = (160, 64) if self.args.tiny else map(int, self.args.size.split("x"))
         return self.detectors.build("cmt", self.args.cmt, self.args.frame, self.detectors.Options(
-            self.processes.device, bs, (width, height), attn, dropout, layers=2 if self.args.tiny else 6))
+            self.processes.device, bs, (width, height), attn, dropout, layers=1 if self.args.tiny else 6))
 
 
 def gradients(cmt: Cmt, processes: Processes, each: int) -> Dict[str, Any]:

@@ -5,7 +5,7 @@
     ... --only 'B .*bias|A .*bias'        runs whose name matches; --list prints the names
     ... --parts train|batch|profile       some of the three parts
     ... --quick                           4 steps a run
-    ... --device cpu --tiny               a proof that it runs: 320x128, one frame, two layers, two steps
+    ... --device cpu --tiny               a proof that it runs: 160x64, one frame, two layers, two steps
 
 DIRs are checkouts of junjie18/CMT, megvii-research/PETR and exiawsh/StreamPETR as they are, and the folder of one nuScenes
 frame in mmdet3d's info format. Every repository is run in a process of its own (real_worker.py); one that dies is
@@ -75,7 +75,7 @@ RUNS = {"cmt": cmt_runs(), "petr": family_runs("1408x512", False), "streampetr":
 BATCH = [run("A fp32"), run("A fp32 800x320", size="800x320"),
          run("B fp32 dtype=fp16", dtype="fp16"), run("B fp32 dtype=fp16 800x320", dtype="fp16", size="800x320")]
 PROFILE = [run("A fp32"), run("B fp32 dtype=fp16", dtype="fp16"), run("B flash", attn=FLASH)]
-TINY = {"bs": 1, "layers": 2, "steps": 2}
+TINY = {"bs": 1, "layers": 2, "steps": 2, "size": "160x64"}
 
 
 def chosen(runs: Sequence[Dict[str, Any]], only: str, quick: bool, tiny: bool) -> List[Dict[str, Any]]:
@@ -84,7 +84,7 @@ def chosen(runs: Sequence[Dict[str, Any]], only: str, quick: bool, tiny: bool) -
         if quick:
             fields["steps"] = 4
         if tiny:
-            fields.update(TINY, size="320x128")
+            fields.update(TINY)
     return found
 
 
@@ -113,8 +113,8 @@ def work(plan: Dict[str, Any]) -> List[Dict[str, Any]]:
 
 
 def commit_of(checkout: str, given: str) -> str:
-    if given:
-        return given
+    if given or not checkout:
+        return given or "not run"
     found = subprocess.run(["git", "-C", checkout, "log", "-1", "--format=%h"], text=True, stdout=subprocess.PIPE,
                            stderr=subprocess.DEVNULL) if os.path.isdir(os.path.join(checkout, ".git")) else None
     return found.stdout.strip() if found and found.returncode == 0 else "?"

@@ -33,7 +33,7 @@ def test_every_field_of_a_plan_is_one_of_a_run():
     for runs in real_models.RUNS.values():
         for fields in real_models.chosen(runs, "", quick=True, tiny=True):
             run = real_worker.Run(**fields)
-            assert run.options("cpu").size == (320, 128) and run.patch == run.name.startswith("B")
+            assert run.options("cpu").size == (160, 64) and run.patch == run.name.startswith("B")
 
 
 def test_only_is_searched_in_names():
