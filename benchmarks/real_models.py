@@ -21,8 +21,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence
 
 HERE = Path(__file__).resolve().parent
 FLASH = "PETRMultiheadFlashAttention"
@@ -88,9 +89,9 @@ def chosen(runs: Sequence[Dict[str, Any]], only: str, quick: bool, tiny: bool) -
     return found
 
 
-def work(plan: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """Lines of the worker, about the machine first. A worker that dies loses the run it was at."""
-    runs, lines = list(plan["runs"]), []
+def work(plan: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+    """Lines of the worker as it writes them, about the machine first. A worker that dies loses the run it was at."""
+    runs = list(plan["runs"])
     while runs:
         with tempfile.TemporaryDirectory() as folder:
             given, out = Path(folder, "plan.json"), Path(folder, "out.jsonl")
@@ -98,18 +99,26 @@ def work(plan: Dict[str, Any]) -> List[Dict[str, Any]]:
             out.touch()
             environment = {**os.environ, "FLASHBIAS_PATCH": "0", "PYTHONPATH": os.pathsep.join(
                 [str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
-            done = subprocess.run([sys.executable, str(HERE / "real_worker.py"), str(given), str(out)], env=environment)
-            fresh = [json.loads(line) for line in out.read_text().splitlines()]
-        lines += [line for line in fresh if "begin" not in line]
-        begun = [line["begin"] for line in fresh if "begin" in line]
-        ended = {line["name"] for line in fresh if "name" in line}
+            process = subprocess.Popen([sys.executable, str(HERE / "real_worker.py"), str(given), str(out)], env=environment)
+            begun: List[str] = []
+            ended, seen, code = set(), 0, None
+            while code is None:
+                code = process.poll()
+                time.sleep(0.2 if code is None else 0.0)
+                lines = [json.loads(line) for line in out.read_text().splitlines(True) if line.endswith("\n")]
+                for line in lines[seen:]:
+                    if "begin" in line:
+                        begun.append(line["begin"])
+                        continue
+                    ended.add(line.get("name"))
+                    yield line
+                seen = len(lines)
         for name in begun:
             if name not in ended:
-                lines.append({"name": name, "family": plan["family"], "error": f"the process died: {done.returncode}"})
+                yield {"name": name, "family": plan["family"], "error": f"the process died: {code}"}
         if not begun:
-            raise SystemExit(f"{plan['family']}: the worker did not start (exit code {done.returncode})")
+            raise SystemExit(f"{plan['family']}: the worker did not start (exit code {code})")
         runs = [fields for fields in runs if fields["name"] not in begun]
-    return lines
 
 
 def commit_of(checkout: str, given: str) -> str:
@@ -170,7 +179,7 @@ def main() -> None:
                 continue
             found[where].append(line)
             show(line)
-        save()
+            save()
 
     def save() -> None:
         if args.out:

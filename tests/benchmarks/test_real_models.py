@@ -63,18 +63,25 @@ def test_the_largest_batch_is_found(best, low):
 def test_a_worker_that_dies_loses_one_run_only(monkeypatch):
     import real_models
 
+    class Ended:
+        def __init__(self, code):
+            self.code = code
+
+        def poll(self):
+            return self.code
+
     def started(command, **kwargs):
         plan, out = (Path(part) for part in command[-2:])
         with open(out, "a") as file:
             for fields in json.loads(plan.read_text())["runs"]:
                 file.write(json.dumps({"begin": fields["name"]}) + "\n")
                 if fields["name"] == "two":
-                    return subprocess.CompletedProcess(command, -9)
+                    return Ended(-9)
                 file.write(json.dumps({"name": fields["name"], "ok": True}) + "\n")
-        return subprocess.CompletedProcess(command, 0)
+        return Ended(0)
 
-    monkeypatch.setattr(real_models.subprocess, "run", started)
-    lines = real_models.work({"family": "cmt", "runs": [{"name": name} for name in ("one", "two", "three")]})
+    monkeypatch.setattr(real_models.subprocess, "Popen", started)
+    lines = list(real_models.work({"family": "cmt", "runs": [{"name": name} for name in ("one", "two", "three")]}))
     assert [line["name"] for line in lines] == ["one", "two", "three"]
     assert [("ok" in line, line.get("error")) for line in lines] == [
         (True, None), (False, "the process died: -9"), (True, None)]
