@@ -65,7 +65,7 @@ def headlines(verdict: Verdict) -> List[Dict[str, Any]]:
             }.get(word, "\u2014"),
             "word": word if word != "differs" else f"parts at step {verdict.first_step}",
             "tone": tone(word),
-            "lines": [parity_line(p) for p in verdict.parities],
+            "lines": [parity_line(p).replace("e-", "e\u2011") for p in verdict.parities],  # no break in a number
         }
     )
     return cards

@@ -177,18 +177,28 @@ def load_and_judge(directory: str) -> Tuple[Experiment, Verdict]:
 
 
 def bench_html(found: Dict[str, Any]) -> str:
-    """`flashbias bench`'s page: for each shape, the backends by time; bars of forward + backward."""
-    shapes: Dict[str, List[Dict[str, Any]]] = {}
+    """`flashbias bench`'s page: for each shape, the backends by time (bars of forward + backward), and, by
+    reason, those that could not.
+    """
+    shapes: Dict[str, Dict[str, Any]] = {}
     for row in found["rows"]:
-        shapes.setdefault(row["shape"], []).append(dict(row))
-    for rows in shapes.values():
-        slowest = max((r.get("total_ms") or r.get("forward_ms") or 0 for r in rows), default=0) or 1
-        for row in rows:
-            row["share"] = round(100 * (row.get("total_ms") or row.get("forward_ms") or 0) / slowest, 1)
-        rows.sort(key=lambda r: (r.get("forward_ms") is None, r.get("total_ms") or r.get("forward_ms") or 0))
+        shape = shapes.setdefault(row["shape"], {"rows": [], "cannot": {}, "sizes": row.get("sizes")})
+        if row.get("forward_ms") is None:
+            shape["cannot"].setdefault(row.get("why_not", "unknown"), []).append(row["backend"])
+        else:
+            shape["rows"].append(dict(row))
+    for shape in shapes.values():
+        shape["rows"].sort(key=_bench_ms)
+        slowest = max(map(_bench_ms, shape["rows"]), default=0) or 1
+        for row in shape["rows"]:
+            row["share"] = round(100 * _bench_ms(row) / slowest, 1)
     return render(
         "bench.html.j2",
         title="flashbias bench",
         shapes=shapes,
         environment=[(k, v) for k, v in (found.get("environment") or {}).items() if v],
     )
+
+
+def _bench_ms(row: Dict[str, Any]) -> float:
+    return row.get("total_ms") or row.get("forward_ms") or 0.0

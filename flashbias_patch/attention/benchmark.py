@@ -54,7 +54,7 @@ def run(
 
     `progress(done, total, what)` is called before each measurement and after the last.
 
-    Returns {"environment": {what: text}, "rows": [...]}; a row has shape, backend and either why_not or
+    Returns {"environment": {what: text}, "rows": [...]}; a row has shape, sizes, backend and either why_not or
     forward_ms, total_ms (forward and backward, gradients of q, k, v and both factors), extra_mib (peak of both,
     None on the CPU) and error (output against float64, relative, on a sample of queries). Ctrl-C ends it
     with the rows there are, and "interrupted": True.
@@ -85,7 +85,7 @@ def _measure_shape(
             found: Dict[str, Any] = {"why_not": f"too large for a CPU ({scores:.0e} scores), needs a GPU"}
         else:
             found = measure(inputs, name)
-        rows.append({"shape": shape, "backend": name, "forward_ms": None, **found})
+        rows.append({"shape": shape, "sizes": sizes, "backend": name, "forward_ms": None, **found})
         if device.type == "cuda":
             torch.cuda.empty_cache()  # one that needs much leaves the next one room
 
