@@ -26,7 +26,8 @@ class Gpu:
 
     def capturing(self) -> bool:
         """Is a CUDA graph being captured? A capture computes nothing, and must not be disturbed."""
-        return self.used() and self.torch.cuda.is_current_stream_capturing()
+        ask = getattr(self.torch.cuda, "is_current_stream_capturing", None)  # torch 1.9 has no graphs
+        return ask is not None and self.used() and bool(ask())
 
     def event(self) -> Any:
         """A CUDA event, recorded now; None without a GPU."""
