@@ -53,7 +53,7 @@ POINTERS = dict(
     LSE="fp32", PART_LSE="fp32", PARTS="fp32", ROWS="fp32", MASK="u8", BLOCKS="i32", ORDER="i32", COUNTS="i32",
     ENDS="i32", SEED="i64", DQF="fp32", DW="fp32", DKF="fp32", DDENSE="fp32", DENSE="fp32",
 )  # fmt: skip
-FLOATS = ("score_scale", "dropout_p", "keep_scale", "dq_scale", "dk_scale")
+FLOATS = ("scale", "score_scale", "dropout_p", "keep_scale", "dq_scale", "dk_scale")
 OLD = "constants" in inspect.signature(ASTSource.__init__).parameters
 BY_PLACE = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2)
 
@@ -65,7 +65,7 @@ def build(kernel, constants, dtype, arch, pointers, config):
         if name in constants:
             if not OLD:
                 signature[name] = "constexpr"
-        elif name in pointers or name.isupper() and name not in ("B", "H", "M", "N", "L", "R"):
+        elif name in pointers or name.isupper() and name[-2:] not in ("_H", "_L") and name not in ("B", "H", "M", "N", "L", "R"):
             signature[key] = "*" + pointers.get(name, POINTERS.get(name, dtype))
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
@@ -88,7 +88,6 @@ def build(kernel, constants, dtype, arch, pointers, config):
 
 PLAIN = dict(
     D=32, BLOCK_D=32, BLOCK_R=16, SEGMENTS=0, HAS_DENSE=False, HAS_MASK=False, PAD_KIND=0, DROPOUT=False,
-    PRECISION="tf32x3",
 )  # fmt: skip
 # name -> (dtype, what differs from PLAIN, pointer types that differ)
 VARIANTS = {
@@ -131,21 +130,22 @@ def variants(arch):
         base = dict(PLAIN, **changes)
         grads = dict(KEYS, DENSE_GRAD=DENSE_GRAD.get(name, 0), SHARED_KF=name != "float32")
         for kind, kernel, more in (
-            ("forward", forward.forward_kernel, dict(PARTIAL="split" in name)),
+            ("forward", forward.forward_kernel, dict(PARTIAL="split" in name, HAS_LOW=dtype != "fp32" and "split" not in name)),
             ("keys", backward.keys_kernel, grads),
             ("queries", backward.queries_kernel, dict(QUERIES, NEED_W=base["SEGMENTS"] > 0)),
         ):
             yield name, kernel, dict(base, **more), dtype, pointers, tiles(kind, arch, dtype, base)
     for exp in (1, 2):
         chosen = [tiles("forward", arch, "fp16", PLAIN)[0]._replace(exp=exp)]
-        yield f"exp2 {exp}", forward.forward_kernel, dict(PLAIN, PARTIAL=False), "fp16", {}, chosen
+        yield f"exp2 {exp}", forward.forward_kernel, dict(PLAIN, PARTIAL=False, HAS_LOW=True), "fp16", {}, chosen
     tile = dict(D=40, BLOCK_D=64, BLOCK_M=16)
-    yield "combine", forward.combine_kernel, tile, "fp16", {}, [ONE]
-    yield "rows", backward.rows_kernel, dict(tile, SEGMENTS=2), "fp16", {}, [ONE]
+    yield "combine", forward.combine_kernel, dict(tile, HAS_LOW=True), "fp16", {}, [ONE]
+    yield "rows", backward.rows_kernel, dict(tile, SEGMENTS=2, HAS_LOW=True), "fp16", {}, [ONE]
     for kind, pad in ((1, "u8"), (2, "fp16")):
         seen = dict(PAD_KIND=kind, BLOCK_N=64, MANY=32)
         yield "visible", forward.visible_kernel, seen, "fp16", dict(PAD=pad), [ONE]
-    yield "pad", forward.pad_kernel, dict(R=13, BLOCK_R=16, ROWS=128), "fp16", {}, [ONE]
+    made = dict(D=40, BLOCK_D=64, R=13, BLOCK_R=16, ROWS=64)
+    yield "prepare", forward.prepare_kernel, made, "fp16", {}, [ONE]
     halves = dict.fromkeys(JOIN_POINTERS, "fp16")
     low = dict(JOIN, LOW=1, PADDING=1, WIDTH=56, REST=8, BLOCK_REST=8, WIDE=True)
     yield "low columns, padding", concatenate._join_kernel, low, "fp16", dict(halves, padding="u8"), [ONE]

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .common import (
     LOG2E,
+    dot,
     dropout_shift,
     exp2,
     keep_tile,
@@ -27,10 +28,10 @@ from .common import (
 
 @triton.jit
 def rows_kernel(
-    OUT, DO, LSE, W, ROWS, out_b, out_m, out_h, do_b, do_m, do_h, w_b, w_m, w_h, heads, H, M, padded,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    OUT, LOW, DO, LSE, W, ROWS, out_b, out_m, out_h, do_b, do_m, do_h, w_b, w_m, w_h, heads, H, M, padded,
+    HAS_LOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """ROWS (SEGMENTS or 1, B * H, padded, 2) = lse - weight of the segment, and delta = sum of DO * OUT.
+    """ROWS (SEGMENTS or 1, B * H, padded, 2) = lse - weight of the segment, and delta = sum of DO * (OUT + LOW).
 
     Both of a row in one place, since a vector of fewer values than threads is loaded by every thread anew.
     Rows from M on get +inf and 0, which makes their p zero.
@@ -41,9 +42,12 @@ def rows_kernel(
     b = bh // H
     h = bh % H
     first_row = (pid % blocks_m) * BLOCK_M
-    out = load_tile(OUT + wide(b) * out_b + wide(h) * out_h, out_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
+    place = wide(b) * out_b + wide(h) * out_h
+    out = load_tile(OUT + place, out_m, first_row, M, BLOCK_M, D, BLOCK_D, True).to(tl.float32)
+    if HAS_LOW:
+        out += load_tile(LOW + place, out_m, first_row, M, BLOCK_M, D, BLOCK_D, True).to(tl.float32)
     do = load_tile(DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    delta = tl.sum(out * do.to(tl.float32), 1)
     lse = load_row_values(LSE + wide(bh) * M, 1, first_row, M, BLOCK_M, float("inf"))
     rows = 2 * (first_row + tl.arange(0, BLOCK_M))
     for segment in range(0, SEGMENTS if SEGMENTS > 0 else 1):
@@ -85,7 +89,7 @@ def keys_kernel(
     heads, H, M, N, splits, split_rows, num_blocks, padded, score_scale, dk_scale, dropout_p, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
-    NEED_KV: tl.constexpr, NEED_KF: tl.constexpr, DENSE_GRAD: tl.constexpr, SHARED_KF: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_KV: tl.constexpr, NEED_KF: tl.constexpr, DENSE_GRAD: tl.constexpr, SHARED_KF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     """A block of keys against queries split * split_rows .. + split_rows. Tiles are (keys, queries).
@@ -156,13 +160,13 @@ def keys_kernel(
     column_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
     for first_row in range(row_lo, row_hi, BLOCK_M):
         q = _repeat_tile(Q, q_m, first_row, row_hi, BLOCK_M, D, BLOCK_D)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
         if BLOCK_R > 0:
             qf = _repeat_tile(QF, qf_m, first_row, row_hi, BLOCK_M, BLOCK_R, BLOCK_R)
-            s = tl.dot(kf, tl.trans(qf), s, input_precision=PRECISION)
+            s = dot(kf, tl.trans(qf), s)
         # Issued before the exponentials, which the tensor cores then overlap.
         do = _repeat_tile(DO, do_m, first_row, row_hi, BLOCK_M, D, BLOCK_D)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dp = dot(v, tl.trans(do), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
         rows = first_row + tl.arange(0, BLOCK_M)
         lse_delta = tl.load(ROWS + 2 * first_row + tl.arange(0, 2 * BLOCK_M))
         lse, delta = tl.split(tl.reshape(lse_delta, [BLOCK_M, 2]))
@@ -182,15 +186,15 @@ def keys_kernel(
         if DROPOUT:
             keep = keep_tile_by_key(seed, bh, first_row, start + shift, dropout_p, BLOCK_M, BLOCK_N)
             dropped = tl.where(keep, p, 0.0)
-        dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
+        dv = dot(dropped.to(do.dtype), do, dv)
         if DROPOUT:
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - delta[None, :])
         half = ds.to(q.dtype)
         if NEED_KV:
-            dk = tl.dot(half, q, dk, input_precision=PRECISION)
+            dk = dot(half, q, dk)
         if BLOCK_R > 0 and NEED_KF:
-            dkf = tl.dot(half, qf, dkf, input_precision=PRECISION)
+            dkf = dot(half, qf, dkf)
         if DENSE_GRAD == 3:
             column_sum += tl.sum(ds, 1)
         elif DENSE_GRAD > 0:
@@ -227,15 +231,15 @@ def _queries_step(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr,
     DROPOUT: tl.constexpr, NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr,
-    PRECISION: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
+    EXP: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     k = load_tile(K, k_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
     if BLOCK_R > 0:
         kf = load_tile(KF, kf_n, start, end, BLOCK_N, BLOCK_R, BLOCK_R, EDGE)
-        s = tl.dot(qf, tl.trans(kf), s, input_precision=PRECISION)
+        s = dot(qf, tl.trans(kf), s)
     v = load_tile(V, v_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
     rows = first_row + tl.arange(0, BLOCK_M)
     keys = start + tl.arange(0, BLOCK_N)
     both = (rows < M)[:, None] & (keys < end)[None, :]
@@ -259,9 +263,9 @@ def _queries_step(
     ds = p * (dp - delta[:, None])
     half = ds.to(k.dtype)
     if NEED_Q:
-        dq = tl.dot(half, k, dq, input_precision=PRECISION)
+        dq = dot(half, k, dq)
     if BLOCK_R > 0 and NEED_QF:
-        dqf = tl.dot(half, kf, dqf, input_precision=PRECISION)
+        dqf = dot(half, kf, dqf)
     if NEED_W:
         row_sum += tl.sum(ds, 1)
     return dq, dqf, row_sum
@@ -275,7 +279,7 @@ def queries_kernel(
     H, M, N, splits, split_keys, num_blocks, padded, score_scale, dq_scale, dropout_p, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
-    NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     """DQ (splits, B, M, H, D) and DQF (splits, B, M, H, R) written, DW (splits, B, M, H, SEGMENTS) added to."""
@@ -335,7 +339,7 @@ def queries_kernel(
                     dq, dqf, row_sum, q, qf, do, lse, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, start, N, drop_shift, M, score_scale, dropout_p, keep_scale,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
-                    NEED_Q, NEED_QF, NEED_W, PRECISION, EXP, False,
+                    NEED_Q, NEED_QF, NEED_W, EXP, False,
                 )  # fmt: skip
         for index in range(whole, hi):
             block = tl.load(ORDER + index)
@@ -350,7 +354,7 @@ def queries_kernel(
                 dq, dqf, row_sum, q, qf, do, shift, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
                 k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, drop_shift, M, score_scale, dropout_p, keep_scale,
                 BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
-                NEED_Q, NEED_QF, NEED_W, PRECISION, EXP, True,
+                NEED_Q, NEED_QF, NEED_W, EXP, True,
             )  # fmt: skip
             if NEED_W:
                 # Its own rows and nobody else's: an atomic only because the rows are written again and again.
@@ -373,14 +377,14 @@ def queries_kernel(
                     dq, dqf, row_sum, q, qf, do, shift, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, drop_shift, M, score_scale, dropout_p, keep_scale,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
-                    NEED_Q, NEED_QF, NEED_W, PRECISION, EXP, False,
+                    NEED_Q, NEED_QF, NEED_W, EXP, False,
                 )  # fmt: skip
             if tail < hi:
                 dq, dqf, row_sum = _queries_step(
                     dq, dqf, row_sum, q, qf, do, shift, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, drop_shift, M, score_scale, dropout_p, keep_scale,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
-                    NEED_Q, NEED_QF, NEED_W, PRECISION, EXP, True,
+                    NEED_Q, NEED_QF, NEED_W, EXP, True,
                 )  # fmt: skip
             if NEED_W:
                 tl.atomic_add(DW + dw_offsets + segment, row_sum, mask=rows < M, sem="relaxed")

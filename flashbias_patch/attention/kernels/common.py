@@ -54,6 +54,27 @@ def exp2(x, EXP: tl.constexpr):
 
 
 @triton.jit
+def _upper(x):
+    """x rounded to the eleven leading bits of its significand, what tf32 keeps; the tensor cores would cut."""
+    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b, float32 by three tf32 products, which keeps float32-grade error.
+
+    As input_precision="tf32x3", without that option's provision for infinities: a comparison and a select an element.
+    """
+    if a.dtype == tl.float32:
+        a_upper, b_upper = _upper(a), _upper(b)
+        acc = tl.dot(a - a_upper, b_upper, acc, input_precision="tf32")
+        acc = tl.dot(a_upper, b - b_upper, acc, input_precision="tf32")
+        return tl.dot(a_upper, b_upper, acc, input_precision="tf32")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
 def wide(index):
     """A scalar index as int64, whether Triton sees a tensor, a constant or (interpreted) an int."""
     return (tl.program_id(0) * 0 + index).to(tl.int64)

@@ -7,6 +7,8 @@ import os
 import tempfile
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
+from triton.runtime.errors import OutOfResources
+
 log = logging.getLogger("flashbias_patch")
 
 KERNELS = ("forward", "keys", "queries")
@@ -59,7 +61,11 @@ TABLE: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
         (128, 64, Config(64, 64, 4, 3)),
     ],
     # Eight warps and tf32x3 end in an illegal access on Triton 3.6: four only.
-    ("forward", 90, False): [(32, 64, Config(64, 64, 4, 2)), (128, 64, Config(64, 32, 4, 2))],
+    ("forward", 90, False): [
+        (32, 0, Config(64, 32, 4, 2)),
+        (32, 64, Config(64, 32, 4, 3)),
+        (128, 64, Config(64, 32, 4, 2)),
+    ],
     ("keys", 90, False): [
         (32, 16, Config(32, 128, 4, 1)),
         (32, 64, Config(32, 64, 4, 1)),
@@ -67,7 +73,7 @@ TABLE: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
         (128, 64, Config(32, 32, 4, 1)),
     ],
     ("queries", 90, False): [
-        (32, 64, Config(64, 64, 4, 2)),
+        (32, 64, Config(64, 64, 4, 1)),
         (64, 64, Config(32, 32, 4, 2)),
         (128, 64, Config(32, 32, 4, 1)),
     ],
@@ -77,6 +83,13 @@ TABLE: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("forward", 80, False): [(64, 64, Config(64, 32, 4, 2)), (128, 64, Config(32, 32, 4, 2))],
     ("keys", 80, False): [(64, 64, Config(32, 32, 4, 2)), (128, 64, Config(16, 32, 4, 1))],
     ("queries", 80, False): [(64, 64, Config(32, 32, 4, 2)), (128, 64, Config(32, 16, 4, 1))],
+}
+# The same where there is a mask, a dense bias, padding or dropout, before TABLE.
+BUSY: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
+    ("forward", 90, True): [(32, 16, Config(64, 128, 4, 3, registers=168))],
+    ("keys", 90, True): [(32, 16, Config(64, 64, 4, 3, registers=168))],
+    ("queries", 90, True): [(32, 16, Config(64, 64, 4, 3, registers=168))],
+    ("queries", 90, False): [(32, 0, Config(64, 32, 4, 1))],
 }
 # What remains when nothing else fits into a GPU's shared memory or registers.
 SMALLER = [Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
@@ -97,7 +110,8 @@ def candidates(key: Key) -> List[Config]:
         return [_working[key]]
     arch = 90 if key.arch >= 90 else 80
     found = [_tuned[key]] if key in _tuned else []
-    for block_d, block_r, config in TABLE[key.kernel, arch, key.half]:
+    place = key.kernel, arch, key.half
+    for block_d, block_r, config in ([] if key.plain else BUSY.get(place, [])) + TABLE[place]:
         if key.block_d <= block_d and key.block_r <= block_r:
             found.append(config if key.plain or config.exp < 2 else config._replace(exp=1))
             break
@@ -106,8 +120,6 @@ def candidates(key: Key) -> List[Config]:
 
 def first_working(key: Key, launch: Callable[[Config], Any]) -> Any:
     """launch(config) with the first candidate that the GPU has room for; later calls go straight to it."""
-    from triton.runtime.errors import OutOfResources
-
     refusal: Optional[BaseException] = None
     for config in candidates(key):
         try:

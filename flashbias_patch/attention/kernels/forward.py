@@ -5,7 +5,7 @@ Imports nothing but Triton. The additive terms and their layouts are described i
 import triton
 import triton.language as tl
 
-from .common import LOG2E, dropout_shift, exp2, keep_tile, load_keys, load_row_values, load_tile, pair_offsets, wide
+from .common import LOG2E, dot, dropout_shift, exp2, keep_tile, load_keys, load_row_values, load_tile, pair_offsets, wide
 
 
 @triton.jit
@@ -17,14 +17,14 @@ def _step(
     score_scale, dropout_p,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
+    DROPOUT: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running softmax."""
     k = load_tile(K, k_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
     if BLOCK_R > 0:
         kf = load_tile(KF, kf_n, start, end, BLOCK_N, BLOCK_R, BLOCK_R, EDGE)
-        s = tl.dot(qf, tl.trans(kf), s, input_precision=PRECISION)
+        s = dot(qf, tl.trans(kf), s)
     rows = first_row + tl.arange(0, BLOCK_M)
     keys = start + tl.arange(0, BLOCK_N)
     CAN_EMPTY: tl.constexpr = (HAS_DENSE or HAS_MASK) or PAD_KIND > 0
@@ -64,22 +64,30 @@ def _step(
         p = tl.where(keep_tile(seed, bh, first_row, start + shift, dropout_p, BLOCK_M, BLOCK_N), p, 0.0)
     acc = acc * alpha[:, None]
     v = load_tile(V, v_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    acc = dot(p.to(v.dtype), v, acc)
     return acc, new_peak, total
 
 
 @triton.jit
+def store_rounded(OUT, LOW, offsets, value, inside, HAS_LOW: tl.constexpr):
+    rounded = value.to(OUT.dtype.element_ty)
+    tl.store(OUT + offsets, rounded, mask=inside)
+    if HAS_LOW:
+        tl.store(LOW + offsets, (value - rounded.to(tl.float32)).to(LOW.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def forward_kernel(
-    Q, K, V, QF, KF, W, ENDS, DENSE, MASK, PAD, BLOCKS, ORDER, COUNTS, SEED, OUT, LSE,
+    Q, K, V, QF, KF, W, ENDS, DENSE, MASK, PAD, BLOCKS, ORDER, COUNTS, SEED, OUT, LOW, LSE,
     q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h, w_b, w_m, w_h,
     dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, out_s, out_b, out_m, out_h,
     B, H, M, N, splits, split_keys, num_blocks, score_scale, dropout_p, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
+    PARTIAL: tl.constexpr, HAS_LOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
-    """OUT (splits, B, M, H, D) and LSE (splits, B * H, M), in log2 units.
+    """OUT (splits, B, M, H, D), LOW what OUT lost by being rounded (HAS_LOW), and LSE (splits, B * H, M), in log2 units.
 
     A row without any key gives out 0 and lse +inf, so that backward's exp2(s - lse) is 0; partial results
     (PARTIAL, to be combined) keep -inf there.
@@ -135,7 +143,7 @@ def forward_kernel(
                     acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, start, N, shift, M, score_scale, dropout_p,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
-                    PAD_KIND, DROPOUT, PRECISION, EXP, False,
+                    PAD_KIND, DROPOUT, EXP, False,
                 )  # fmt: skip
         for index in range(whole, hi):
             block = tl.load(ORDER + index)
@@ -150,7 +158,7 @@ def forward_kernel(
                 acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
                 k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, shift, M, score_scale, dropout_p,
                 BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
-                PAD_KIND, DROPOUT, PRECISION, EXP, True,
+                PAD_KIND, DROPOUT, EXP, True,
             )  # fmt: skip
             if SEGMENTS > 0:
                 peak += row_add
@@ -173,14 +181,14 @@ def forward_kernel(
                     acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, shift, M, score_scale, dropout_p,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
-                    PAD_KIND, DROPOUT, PRECISION, EXP, False,
+                    PAD_KIND, DROPOUT, EXP, False,
                 )  # fmt: skip
             if tail < hi:
                 acc, peak, total = _step(
                     acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, shift, M, score_scale, dropout_p,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
-                    PAD_KIND, DROPOUT, PRECISION, EXP, True,
+                    PAD_KIND, DROPOUT, EXP, True,
                 )  # fmt: skip
             if SEGMENTS > 0:
                 peak += row_add
@@ -198,14 +206,14 @@ def forward_kernel(
         lse = tl.where(empty, float("inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
     tl.store(LSE + (wide(split) * B * H + bh) * M + rows, lse, mask=inside)
     cols = tl.arange(0, BLOCK_D)
-    OUT += wide(split) * out_s + wide(b) * out_b + wide(h) * out_h + wide(first_row) * out_m
-    offsets = tl.arange(0, BLOCK_M)[:, None] * out_m + cols[None, :]
-    tl.store(OUT + offsets, acc.to(OUT.dtype.element_ty), mask=inside[:, None] & (cols < D)[None, :])
+    base = wide(split) * out_s + wide(b) * out_b + wide(h) * out_h + wide(first_row) * out_m
+    offsets = base + tl.arange(0, BLOCK_M)[:, None] * out_m + cols[None, :]
+    store_rounded(OUT, LOW, offsets, acc, inside[:, None] & (cols < D)[None, :], HAS_LOW)
 
 
 @triton.jit
 def combine_kernel(
-    PARTS, PART_LSE, OUT, LSE, B, H, M, splits,
+    PARTS, PART_LSE, OUT, LOW, LSE, B, H, M, splits, HAS_LOW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """PARTS (splits, B, M, H, D) float32 weighted by exp2(PART_LSE (splits, B * H, M)) into OUT (B, M, H, D)."""
@@ -234,7 +242,7 @@ def combine_kernel(
         peak = new_peak
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    tl.store(OUT + offsets, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=inside_tile)
+    store_rounded(OUT, LOW, offsets, acc / total[:, None], inside_tile, HAS_LOW)
     tl.store(LSE + wide(bh) * M + rows, tl.where(empty, float("inf"), peak + tl.log2(total)), mask=inside)
 
 
@@ -265,18 +273,34 @@ def visible_kernel(
 
 
 @triton.jit
-def pad_kernel(
-    SOURCE, TARGET, s_b, s_l, s_h, H, L, total, R: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr
-):
-    """SOURCE (B, L, H, R) strided into TARGET (B, L, H, BLOCK_R) contiguous, zeros in the columns added.
-
-    Loads of a full power of two of columns need no mask, which the main loop repays (docs/kernel-notes.md).
-    """
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK_R)
-    inside = (rows < total)[:, None]
+def _copy_rows(
+    SOURCE, TARGET, s_b, s_l, s_h, H, L, total, program, mult,
+    COLS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows of SOURCE (B, L, H, COLS) strided, times mult, into TARGET (B, L, H, WIDTH) contiguous, zeros beyond COLS."""
+    rows = program * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    inside = (rows < total)[:, None] & (cols < WIDTH)[None, :]
     h = rows % H
     place = rows // H
     source = (place // L).to(tl.int64) * s_b + (place % L).to(tl.int64) * s_l + h.to(tl.int64) * s_h
-    tile = tl.load(SOURCE + source[:, None] + cols[None, :], mask=inside & (cols < R)[None, :], other=0.0)
-    tl.store(TARGET + rows.to(tl.int64)[:, None] * BLOCK_R + cols[None, :], tile, mask=inside)
+    tile = tl.load(SOURCE + source[:, None] + cols[None, :], mask=inside & (cols < COLS)[None, :], other=0.0)
+    tile = (tile.to(tl.float32) * mult).to(TARGET.dtype.element_ty)
+    tl.store(TARGET + rows.to(tl.int64)[:, None] * WIDTH + cols[None, :], tile, mask=inside)
+
+
+@triton.jit
+def prepare_kernel(
+    Q, Q_OUT, QF, QF_OUT, KF, KF_OUT, q_b, q_m, q_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h,
+    Q_H, Q_L, QF_H, QF_L, KF_H, KF_L, q_rows, qf_rows, kf_rows, qf_start, kf_start, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """q times scale, and both factors with BLOCK_R columns: loads of a full power of two of columns need no mask, which
+    the main loop repays (docs/kernel-notes.md). Programs from qf_start on do q_factor, from kf_start on k_factor."""
+    pid = tl.program_id(0)
+    if pid < qf_start:
+        _copy_rows(Q, Q_OUT, q_b, q_m, q_h, Q_H, Q_L, q_rows, pid, scale, D, BLOCK_D, D, ROWS)
+    elif pid < kf_start:
+        _copy_rows(QF, QF_OUT, qf_b, qf_m, qf_h, QF_H, QF_L, qf_rows, pid - qf_start, 1.0, R, BLOCK_R, BLOCK_R, ROWS)
+    else:
+        _copy_rows(KF, KF_OUT, kf_b, kf_n, kf_h, KF_H, KF_L, kf_rows, pid - kf_start, 1.0, R, BLOCK_R, BLOCK_R, ROWS)

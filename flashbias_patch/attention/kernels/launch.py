@@ -55,28 +55,45 @@ def scales_q(q_factor: Optional[Tensor], scale: float) -> bool:
 
 
 def block_columns(columns: int) -> int:
-    return max(16, triton.next_power_of_2(columns))
+    return max(16, 1 << (columns - 1).bit_length())
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; triton.cdiv takes a microsecond."""
+    return -(-a // b)
 
 
 def unit_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 and tensor.is_contiguous() else tensor.contiguous()
 
 
-def pad_columns(factor: Tensor) -> Tensor:
-    """`factor` with its columns zero-padded to a power of two of at least 16 (itself if they are that already)."""
-    B, L, H, R = factor.shape
+def prepare(
+    q: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], scale: float
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    """q times scale where the scale goes into q, and the factors with their columns zero-padded to a power of two of at
+    least 16 (themselves if they are that already)."""
+    if q_factor is None or k_factor is None:
+        return (torch.mul(q, scale) if scales_q(q_factor, scale) else q), q_factor, k_factor
+    B, M, H, D = q.shape
+    R = q_factor.shape[-1]
     columns = block_columns(R)
+    given = [unit_last(q), unit_last(q_factor), unit_last(k_factor)]
+    made = [q.new_empty(B, M, H, D), *given[1:]]
+    if columns != R:
+        made[1:] = [factor.new_empty(*factor.shape[:3], columns) for factor in given[1:]]
+    rows = [t.shape[0] * t.shape[1] * t.shape[2] for t in given]
     if columns == R:
-        return unit_last(factor)
-    factor = unit_last(factor)
-    target = factor.new_empty(B, L, H, columns)
-    if target.numel():
-        rows = 128
-        with on_device(factor):
-            fwd.pad_kernel[(triton.cdiv(B * L * H, rows),)](
-                factor, target, *strides(factor), H, L, B * L * H, R=R, BLOCK_R=columns, ROWS=rows
-            )
-    return target
+        rows[1:] = [0, 0]
+    per_program = 64
+    starts = [cdiv(count, per_program) for count in rows]
+    if sum(starts):
+        with on_device(q):
+            fwd.prepare_kernel[(sum(starts),)](
+                *[t for pair in zip(given, made) for t in pair], *[n for t in given for n in strides(t)],
+                *[n for t in given for n in (t.shape[2], t.shape[1])], *rows, starts[0], starts[0] + starts[1], scale,
+                D=D, BLOCK_D=block_columns(D), R=R, BLOCK_R=columns, ROWS=per_program,
+            )  # fmt: skip
+    return made[0], made[1], made[2]
 
 
 def on_device(tensor: Tensor) -> Any:
@@ -181,7 +198,6 @@ def _features(problem: Problem, config: Config) -> dict:
         HAS_MASK=problem.mask is not None,
         PAD_KIND=pad_kind(problem.padding),
         DROPOUT=problem.dropout_p > 0,
-        PRECISION=PRECISION,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         EXP=config.exp,
@@ -195,10 +211,6 @@ def _features(problem: Problem, config: Config) -> dict:
 def keep_scale(dropout_p: float) -> float:
     """1 / the share that is kept: dropout decides by sixteen random bits."""
     return 65536 / (65536 - int(dropout_p * 65536 + 0.5))
-
-
-# float32 products: three tf32 products (float32-grade error) beat IEEE multiply-adds on every tensor-core GPU.
-PRECISION = "tf32x3"
 
 
 def _operands(problem: Problem) -> List[Tensor]:
@@ -221,7 +233,7 @@ def _keys(problem: Problem, block_n: int) -> Tuple[Tensor, Tensor, Tensor, Tenso
     N = problem.k.shape[1]
     if problem.weights is None and problem.padding is None:
         q = problem.q
-        return q, q, q, q, triton.cdiv(N, block_n)
+        return q, q, q, q, cdiv(N, block_n)
     blocks, ends = block_table(problem.lengths or (N,), block_n, problem.q.device)
     order = counts = ends
     if problem.padding is not None:
@@ -233,22 +245,29 @@ def _score_scale(problem: Problem) -> float:
     return LOG2E if problem.scaled else LOG2E * problem.scale
 
 
-def forward(problem: Problem, seed: Tensor) -> Tuple[Tensor, Tensor]:
-    """out (B, M, H, D) and its logsumexp (B * H, M), float32, in log2 units, +inf for a row without keys."""
+def forward(problem: Problem, seed: Tensor, training: bool) -> Tuple[Tensor, Tensor, Tensor]:
+    """out (B, M, H, D); what it lost by being rounded to half, where `training` needs it, else empty; its logsumexp
+    (B * H, M), float32, in log2 units, +inf for a row without keys.
+
+    Backward's delta, the sum of grad_out * out over a row, is taken from the unrounded output: its error is common to all
+    keys, and so adds up in gradients that are sums over keys.
+    """
     B, M, N, H, D = problem.sizes
     q, k, v = problem[:3]
     if not q.numel() or not k.numel():
-        return q.new_zeros(B, M, H, D), torch.full((B * H, M), math.inf, device=q.device)
+        return q.new_zeros(B, M, H, D), q.new_empty(0), torch.full((B * H, M), math.inf, device=q.device)
     out = _empty((B, M, H, D), dtype=q.dtype, device=q.device)
+    has_low = training and q.dtype != torch.float32
+    low = _empty((B, M, H, D), dtype=q.dtype, device=q.device) if has_low else q.new_empty(0)
     lse = _empty((B * H, M), dtype=torch.float32, device=q.device)
 
     def run(config: Config) -> None:
         blocks, ends, order, counts, num_blocks = _keys(problem, config.block_n)
-        programs = triton.cdiv(M, config.block_m) * B * H
+        programs = cdiv(M, config.block_m) * B * H
         splits = 1 if _whole(problem) else split_count(programs, num_blocks, arch_of(q)[1], config)
-        split_keys = triton.cdiv(triton.cdiv(N, config.block_n), splits) * config.block_n
+        split_keys = cdiv(cdiv(N, config.block_n), splits) * config.block_n
         if problem.padding is None:
-            splits = triton.cdiv(N, split_keys)
+            splits = cdiv(N, split_keys)
         parts, part_lse = out, lse
         if splits > 1:
             parts = _empty((splits, B, M, H, D), dtype=torch.float32, device=q.device)
@@ -256,21 +275,21 @@ def forward(problem: Problem, seed: Tensor) -> Tuple[Tensor, Tensor]:
         part_stride = B * M * H * D if splits > 1 else 0
         others = [q if t is None else t for t in (problem.dense, problem.mask, problem.padding)]
         fwd.forward_kernel[(programs * splits,)](
-            q, k, v, *_operands(problem), ends, *others, blocks, order, counts, seed, parts, part_lse,
+            q, k, v, *_operands(problem), ends, *others, blocks, order, counts, seed, parts, low, part_lse,
             *_strides(problem), part_stride, M * H * D, H * D, D,
             B, H, M, N, splits, split_keys, num_blocks,
             _score_scale(problem), problem.dropout_p, keep_scale(problem.dropout_p),
-            PARTIAL=splits > 1, **_features(problem, config),
+            PARTIAL=splits > 1, HAS_LOW=has_low and splits == 1, **_features(problem, config),
         )  # fmt: skip
         if splits > 1:
             rows = 16
-            fwd.combine_kernel[(triton.cdiv(M, rows) * B * H,)](
-                parts, part_lse, out, lse, B, H, M, splits, D=D, BLOCK_D=block_columns(D), BLOCK_M=rows
+            fwd.combine_kernel[(cdiv(M, rows) * B * H,)](
+                parts, part_lse, out, low, lse, B, H, M, splits, HAS_LOW=has_low, D=D, BLOCK_D=block_columns(D), BLOCK_M=rows
             )
 
     with on_device(q):
         first_working(make_key("forward", problem), run)
-    return out, lse
+    return out, low, lse
 
 
 class Needs(NamedTuple):
@@ -292,7 +311,8 @@ def reduce_to(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tenso
 
 
 def backward(
-    problem: Problem, needs: Needs, grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, dtypes: Sequence[Any]
+    problem: Problem, needs: Needs, grad_out: Tensor, out: Tensor, low: Tensor, lse: Tensor, seed: Tensor,
+    dtypes: Sequence[Any],
 ) -> Tuple[Optional[Tensor], ...]:
     """Gradients of q, k, v, q_factor, k_factor, weights, dense (None where not needed), shaped as these."""
     B, M, N, H, D = problem.sizes
@@ -318,22 +338,22 @@ def backward(
         return (None,) * 7 if N > 1 else tuple(zeros)
     grad_out = unit_last(grad_out)
     with on_device(q):
-        rows = row_values(problem, grad_out, out, lse)
+        rows = row_values(problem, grad_out, out, low, lse)
         grads = _Backward(problem, needs, grad_out, lse, rows, seed, shapes, dtypes).run()
     return grads if N > 1 else tuple(zero if grad is None else grad for grad, zero in zip(grads, zeros))
 
 
-def row_values(problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def row_values(problem: Problem, grad_out: Tensor, out: Tensor, low: Tensor, lse: Tensor) -> Tensor:
     """What backward needs of each row (segments or 1, B * H, padded M, 2): see rows_kernel."""
     B, M, _, H, D = problem.sizes
     weights = problem.weights
     segments = 0 if weights is None else len(problem.lengths)
-    padded, block = triton.cdiv(M, 256) * 256, 64
+    padded, block = cdiv(M, 256) * 256, 64
     rows = _empty((max(1, segments), B * H, padded, 2), dtype=torch.float32, device=out.device)
     bwd.rows_kernel[(padded // block * B * H,)](
-        out, grad_out, lse, out if weights is None else weights, rows,
+        out, low, grad_out, lse, out if weights is None else weights, rows,
         *strides(out), *strides(grad_out), *((0, 0, 0) if weights is None else strides(weights)), B * H, H, M, padded,
-        D=D, BLOCK_D=block_columns(D), SEGMENTS=segments, BLOCK_M=block,
+        HAS_LOW=low.numel() > 0, D=D, BLOCK_D=block_columns(D), SEGMENTS=segments, BLOCK_M=block,
     )  # fmt: skip
     return rows
 
@@ -371,9 +391,9 @@ class _Backward:
         q, rank = problem.q, problem.rank
         exact = torch.are_deterministic_algorithms_enabled()
         blocks, _, _, _, num_blocks = _keys(problem._replace(padding=None), config.block_n)
-        splits = split_count(num_blocks * B * H, triton.cdiv(M, config.block_m), _sms(q), config, 2)
-        split_rows = triton.cdiv(triton.cdiv(M, config.block_m), splits) * config.block_m
-        splits = triton.cdiv(M, split_rows)
+        splits = split_count(num_blocks * B * H, cdiv(M, config.block_m), _sms(q), config, 2)
+        split_rows = cdiv(cdiv(M, config.block_m), splits) * config.block_m
+        splits = cdiv(M, split_rows)
         partial = splits > 1
 
         kv_dtype = torch.float32 if partial else q.dtype
@@ -418,23 +438,23 @@ class _Backward:
 
         grads = self.grads
         if need_kv:
-            grads[1] = dk.sum(0).to(q.dtype) if partial else dk[0]
-            grads[2] = dv.sum(0).to(q.dtype) if partial else dv[0]
+            grads[1] = _sum_parts(dk).to(q.dtype)
+            grads[2] = _sum_parts(dv).to(q.dtype)
         if needs.k_factor:
-            grads[4] = reduce_to(dkf.sum(0) if dkf.shape[0] > 1 else dkf[0], shapes[4], dtypes[4])
+            grads[4] = reduce_to(_sum_parts(dkf), shapes[4], dtypes[4])
         if needs.dense:
-            grads[6] = reduce_to(dd.sum(0) if dd.shape[0] > 1 else dd[0], shapes[6], dtypes[6])
+            grads[6] = reduce_to(_sum_parts(dd), shapes[6], dtypes[6])
 
     def _by_queries(self, config: Config) -> None:
         problem, needs, shapes, dtypes = self.problem, self.needs, self.shapes, self.dtypes
         B, M, N, H, D = problem.sizes
         q, rank = problem.q, problem.rank
         blocks, ends, order, counts, num_blocks = _keys(problem, config.block_n)
-        programs = triton.cdiv(M, config.block_m) * B * H
+        programs = cdiv(M, config.block_m) * B * H
         splits = 1 if _whole(problem) else split_count(programs, num_blocks, _sms(q), config)
-        split_keys = triton.cdiv(triton.cdiv(N, config.block_n), splits) * config.block_n
+        split_keys = cdiv(cdiv(N, config.block_n), splits) * config.block_n
         if problem.padding is None:
-            splits = triton.cdiv(N, split_keys)
+            splits = cdiv(N, split_keys)
         partial = splits > 1
         dq = self._make((splits, B, M, H, D), False, torch.float32 if partial else q.dtype) if needs.q else q
         dqf = self._make((splits, B, M, H, rank), False) if needs.q_factor else q
@@ -450,11 +470,16 @@ class _Backward:
         )  # fmt: skip
         grads = self.grads
         if needs.q:
-            grads[0] = dq.sum(0).to(q.dtype) if partial else dq[0]
+            grads[0] = _sum_parts(dq).to(q.dtype)
         if needs.q_factor:
-            grads[3] = reduce_to(dqf.sum(0), shapes[3], dtypes[3])
+            grads[3] = reduce_to(_sum_parts(dqf), shapes[3], dtypes[3])
         if needs.weights:
-            grads[5] = reduce_to(dw.sum(0), shapes[5], dtypes[5])
+            grads[5] = reduce_to(_sum_parts(dw), shapes[5], dtypes[5])
+
+
+def _sum_parts(parts: Tensor) -> Tensor:
+    """The sum over the first dimension: over what the split programs wrote."""
+    return parts.sum(0) if parts.shape[0] > 1 else parts[0]
 
 
 def _sms(tensor: Tensor) -> int:

@@ -41,10 +41,7 @@ def _problem(
             new if new.numel() else old for new, old in zip(prepared, (q, q_factor, k_factor))
         )
     else:
-        if launch.scales_q(q_factor, scale):
-            q = torch.mul(q, scale, out=torch.empty(q.shape, dtype=q.dtype, device=q.device))
-        if q_factor is not None and k_factor is not None:
-            q_factor, k_factor = launch.pad_columns(q_factor), launch.pad_columns(k_factor)
+        q, q_factor, k_factor = launch.prepare(q, q_factor, k_factor, scale)
     q, k, v = launch.unit_last(q), launch.unit_last(k), launch.unit_last(v)
     factors = [None if t is None else launch.unit_last(t) for t in (q_factor, k_factor, weights)]
     dense = None if dense is None else launch.unit_last(dense)
@@ -55,18 +52,19 @@ def _problem(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], weights: Optional[Tensor],
     lengths: Sequence[int], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor],
-    dropout_p: float, scale: float,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """out, lse, the dropout seed, and the copies made of q, q_factor, k_factor (each empty where there is none)."""
+    dropout_p: float, scale: float, training: bool = True,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out, what it lost by rounding, lse, the dropout seed, and the copies made of q, q_factor, k_factor (each empty
+    where there is none)."""
     problem = _problem(q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale)
     if dropout_p > 0:
         seed = torch.randint(1 << 62, (1,), dtype=torch.int64, device=q.device)
     else:
         seed = torch.empty(0, dtype=torch.int64, device=q.device)
-    out, lse = launch.forward(problem, seed)
+    out, low, lse = launch.forward(problem, seed, training)
     padded = q_factor is not None and launch.block_columns(problem.rank) != problem.rank
     return (
-        out, lse, seed,
+        out, low, lse, seed,
         problem.q if problem.scaled else q.new_empty(0),
         problem.q_factor if padded and problem.q_factor is not None else q.new_empty(0),
         problem.k_factor if padded and problem.k_factor is not None else q.new_empty(0),
@@ -77,7 +75,7 @@ def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], weights: Optional[Tensor],
     lengths: Sequence[int], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor],
     dropout_p: float, scale: float,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, M, H, D = q.shape
     copies = [q.new_empty(q.shape) if launch.scales_q(q_factor, scale) else q.new_empty(0)]
     for factor in (q_factor, k_factor):
@@ -89,6 +87,7 @@ def _forward_fake(
     seed = torch.empty(1 if dropout_p > 0 else 0, dtype=torch.int64, device=q.device)
     return (
         q.new_empty(B, M, H, D),
+        q.new_empty(B, M, H, D) if q.dtype != torch.float32 and q.numel() and k.numel() else q.new_empty(0),
         q.new_empty(B * H, M, dtype=torch.float32),
         seed,
         copies[0],
@@ -98,7 +97,7 @@ def _forward_fake(
 
 
 def _backward(
-    grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, new_q: Tensor, new_qf: Tensor, new_kf: Tensor,
+    grad_out: Tensor, out: Tensor, low: Tensor, lse: Tensor, seed: Tensor, new_q: Tensor, new_qf: Tensor, new_kf: Tensor,
     q: Tensor, k: Tensor, v: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], weights: Optional[Tensor],
     lengths: Sequence[int], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor],
     dropout_p: float, scale: float, needs: Sequence[bool],
@@ -109,13 +108,13 @@ def _backward(
     try:
         problem = _problem(*inputs, prepared=(new_q, new_qf, new_kf))
         dtypes = [None if t is None else t.dtype for t in tensors]
-        grads = launch.backward(problem, launch.Needs(*needs), grad_out, out, lse, seed, dtypes)
+        grads = launch.backward(problem, launch.Needs(*needs), grad_out, out, low, lse, seed, dtypes)
     except Exception as error:
         grads = on_backward_failure(Call(*inputs, seed, tuple(needs)), grad_out, error)
     return [q.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 
-def _backward_fake(grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, new_q: Tensor, new_qf: Tensor,
+def _backward_fake(grad_out: Tensor, out: Tensor, low: Tensor, lse: Tensor, seed: Tensor, new_q: Tensor, new_qf: Tensor,
                    new_kf: Tensor, *rest: Any) -> List[Tensor]:  # fmt: skip
     tensors = tuple(rest[:6]) + (rest[7],)
     return [
@@ -142,7 +141,7 @@ def _gradients(run: Callable[..., Any], ctx: Any, grad_out: Optional[Tensor]) ->
         return (None,) * 12
     saved = ctx.saved_tensors
     lengths, dropout_p, scale = ctx.constants
-    made, given = saved[:6], saved[6:]
+    made, given = saved[:7], saved[7:]
     grads = run(grad_out, *made, *given[:6], lengths, *given[6:], dropout_p, scale, needs)
     wanted = [grad if need else None for grad, need in zip(grads, needs)]
     return (*wanted[:6], None, wanted[6], None, None, None, None)
@@ -151,11 +150,11 @@ def _gradients(run: Callable[..., Any], ctx: Any, grad_out: Optional[Tensor]) ->
 if hasattr(torch.library, "custom_op"):
     _names = ("flashbias_patch::fused_attention", "flashbias_patch::fused_attention_backward")
     _op = torch.library.custom_op(
-        _names[0], _forward, mutates_args=(), schema="({}) -> ({})".format(_INPUTS, ", ".join(["Tensor"] * 6))
+        _names[0], _forward, mutates_args=(), schema="({}) -> ({})".format(_INPUTS, ", ".join(["Tensor"] * 7))
     )
     _op_backward = torch.library.custom_op(
         _names[1], _backward, mutates_args=(),
-        schema="(Tensor grad_out, Tensor out, Tensor lse, Tensor seed, Tensor new_q, Tensor new_qf, Tensor new_kf, "
+        schema="(Tensor grad_out, Tensor out, Tensor low, Tensor lse, Tensor seed, Tensor new_q, Tensor new_qf, Tensor new_kf, "
                f"{_INPUTS}, bool[] needs) -> Tensor[]",
     )  # fmt: skip
     _op.register_fake(_forward_fake)
@@ -168,7 +167,7 @@ else:
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _forward(*inputs)
+        output = _forward(*inputs, training=any(ctx.needs_input_grad))
         _save(ctx, inputs, output)
         ctx.mark_non_differentiable(*output[1:])
         return output
