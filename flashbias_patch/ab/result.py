@@ -102,7 +102,7 @@ def about(experiment: Experiment) -> Dict[str, Any]:
         "cpus": experiment.host.get("cpus"),
         "date": started.strftime("%Y-%m-%d") if started else None,
     }
-    return {name: value for name, value in known.items() if value is not None}
+    return {name: value for name, value in known.items() if value not in (None, "?")}
 
 
 def command(experiment: Experiment) -> str:
