@@ -199,7 +199,7 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
         )
     needed = speed.repeats_needed() if speed and not busy and not speed.decided else None
     if needed is not None and needed > min(len(a), len(b)):
-        notes.append(f"to decide a difference in speed of this size: --repeats {needed}, or more steps")
+        notes.append(f"a difference in speed of this size would take {needed} repeats, or more steps, to decide")
     clocks = {run.clock for run in a + b}
     clock = clocks.pop() if len(clocks) == 1 else "wall clock"
     return Verdict(speed, memory, kind, clock, parities, problems, notes, busy=busy)

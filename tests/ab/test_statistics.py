@@ -92,7 +92,7 @@ def test_undecided_names_the_repeats_that_would_decide():
     assert many.decided == 1 and many.repeats_needed() <= needed
     verdict = judge(synthetic.trial(1, 0.03, repeats=2, spread=0.02))
     assert verdict.speed_word == "undecided"
-    assert any("--repeats" in note for note in verdict.notes)
+    assert any("repeats, or more steps, to decide" in note for note in verdict.notes)
     assert compare_times([np.ones(20)], [np.ones(20)]).repeats_needed() is None
 
 
