@@ -22,9 +22,11 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.p
 import torch
 import torch.nn.functional as F
 
+from flashbias_patch.attention import flash_bias_attention
 from flashbias_patch.attention.benchmark import SHAPES as MODELS
 from flashbias_patch.attention.kernels.operator import fused_attention
 from flashbias_patch.attention.kernels.recompute import Call, _attend
+from flashbias_patch.bias import LowRankBias
 
 
 def model(name, dtype="float16", **changed):
@@ -90,6 +92,8 @@ def peers(t, flashbias_path, math):
     B, M, H, D = q.shape
     half = q.dtype != torch.float32
     found = {
+        "picked": lambda: flash_bias_attention(q, k, v, LowRankBias(qf, kf)),
+        "picked, no bias": lambda: flash_bias_attention(q, k, v),
         "triton": lambda: fused_attention(q, k, v),
         "triton factors": lambda: fused_attention(q, k, v, qf, kf),
         "triton segments": lambda: fused_attention(q, k, v, None, None, w, lengths),
@@ -110,16 +114,13 @@ def peers(t, flashbias_path, math):
     try:
         from flash_attn.cute import flash_attn_func
 
-        found["flash-attn 4"] = lambda: first(flash_attn_func(q, k, v))
-        found["flash-attn 4 concatenated"] = lambda: concatenated(
-            lambda a, b, c, scale: first(flash_attn_func(a, b, c, softmax_scale=scale)),
-            q,
-            k,
-            v,
-            qf,
-            kf,
-            False,
-        )
+        def fa4(a, b, c, scale=None):
+            return first(flash_attn_func(a, b, c, softmax_scale=scale))
+
+        found["flash-attn 4"] = lambda: fa4(q, k, v)
+        for pad_v in (False, True):
+            name = "flash-attn 4 concatenated" + (", v padded" if pad_v else "")
+            found[name] = lambda pad_v=pad_v: concatenated(fa4, q, k, v, qf, kf, pad_v)
     except Exception as error:
         MISSING["flash-attn 4"] = str(error)[:200]
     if flashbias_path:
@@ -222,6 +223,37 @@ def measure(functions, leaves, grad, repeats):
     return results
 
 
+def errors(functions, t, grad):
+    """name -> relative error (L2) against float64: of the output, and of the gradient that is worst (and which)."""
+    wanted = {}
+    found = {}
+    for name, function in functions.items():
+        kind = "segments" if "segments" in name else "none" if not is_biased(name) else "factors"
+        if kind not in wanted:
+            leaves, out = exact(t, torch.float64, kind == "factors", kind == "segments")
+            grads = torch.autograd.grad(out, leaves, grad.double(), allow_unused=True)
+            wanted[kind] = [out.detach()] + list(grads)
+            del leaves, out, grads
+        try:
+            out = function()
+            got = [out.detach()]
+            if out.requires_grad:
+                got += list(torch.autograd.grad(out, t[:6], grad, allow_unused=True))
+        except Exception:
+            continue
+        ratios = {}
+        for label, a, b in zip(("out", "q", "k", "v", "q_factor", "k_factor", "weights"), got, wanted[kind]):
+            if a is not None and b is not None:
+                ratios[label] = float(((a.double() - b).norm() / b.norm()).nan_to_num(9e9))
+        worst = max(ratios, key=lambda label: (label != "out", ratios[label]))
+        found[name] = {"error": ratios["out"], "worst gradient error": [worst, ratios[worst]]}
+    return found
+
+
+def is_biased(name):
+    return any(word in name for word in ("factors", "concatenated", "dense", "FlashBias", "flex")) or name == "picked"
+
+
 def exact(t, dtype, factors=True, segments=False):
     """The same attention by plain PyTorch in `dtype`, with its gradients left to autograd."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in t[:6]]
@@ -247,6 +279,9 @@ def benchmark(args):
         functions = peers(t, args.flashbias_path, math=name in ("cmt", "square 4096"))
         results = measure(functions, t[:6], grad, args.repeats)
         flops = 4 * B * M * N * H * D
+        if B * H * M * N <= 6e8:
+            for peer, row in errors(functions, t, grad).items():
+                results[peer].update(row)
         print(f"{name} {shape}")
         for peer, row in results.items():
             if "forward" in row:

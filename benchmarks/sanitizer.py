@@ -11,10 +11,10 @@ import sys
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # so that a tensor's end is an allocation's end
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
-import torch  # noqa: E402
+import torch
 
-from flashbias_patch.attention.kernels import launch, operator  # noqa: E402
-from flashbias_patch.attention.kernels.operator import fused_attention  # noqa: E402
+from flashbias_patch.attention.kernels import launch, operator
+from flashbias_patch.attention.kernels.operator import fused_attention
 
 # lengths, head dim, rank, dtype, which of segments, dense, mask, padding, dropout
 CASES = [

@@ -8,6 +8,7 @@ state.
 from __future__ import annotations
 
 import contextvars
+import functools
 import importlib
 from typing import Any, Dict, Iterable, List, Optional, Set, Tuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import journal, settings
-from . import faults, guard, random_state, selfcheck
+from . import faults, guard, order, random_state, selfcheck
 from .call_class import Key, describe, key_of
 from .inputs import AttentionInputs
 
@@ -117,12 +118,22 @@ def attend(inputs: AttentionInputs, pinned: Optional[str] = None) -> Tensor:
     if _pending and _current_graph_task() == -1:
         _open_pending()
     read = settings.current()
-    names: Iterable[str] = MODULES if read.backend == "auto" and pinned is None else candidates(pinned)
     script = _script.get()
-    if script is None:
-        return _answer(inputs, key_of(inputs), names)[0]
     # A checkpointed forward runs without grad, but who answers it must be able to answer the recomputation.
-    return script.answer(inputs, key_of(inputs, grad=True), names)
+    key = key_of(inputs) if script is None else key_of(inputs, grad=True)
+    names: Iterable[str] = MODULES
+    if read.backend != "auto" or pinned is not None:
+        names = candidates(pinned)
+    elif inputs.q.is_cuda:
+        names = _measured(order.fastest(inputs, key[6]), tuple(MODULES))
+    return _answer(inputs, key, names)[0] if script is None else script.answer(inputs, key, names)
+
+
+@functools.lru_cache(maxsize=64)
+def _measured(fastest: Tuple[str, ...], names: Tuple[str, ...]) -> Tuple[str, ...]:
+    """`names`, those in `fastest` in its order and before the others."""
+    first = tuple(name for name in fastest if name in names)
+    return first + tuple(name for name in names if name not in first)
 
 
 def _answer(
@@ -156,7 +167,7 @@ def _answer(
                 continue
         else:
             journal.calls[name] += 1
-        if names is not MODULES:
+        if type(names) is list:  # somebody chose (candidates)
             _tell_pin(name, inputs, key)
         return out, name
     raise NoBackendError(_message(inputs, key, names))

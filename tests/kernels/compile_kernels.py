@@ -53,6 +53,7 @@ POINTERS = dict(
     LSE="fp32", PART_LSE="fp32", PARTS="fp32", ROWS="fp32", MASK="u8", BLOCKS="i32", ORDER="i32", COUNTS="i32",
     ENDS="i32", SEED="i64", DQF="fp32", DW="fp32", DKF="fp32", DDENSE="fp32", DENSE="fp32",
 )  # fmt: skip
+SIZES = ("B", "H", "M", "N", "L", "R")
 FLOATS = ("scale", "score_scale", "dropout_p", "keep_scale", "dq_scale", "dk_scale")
 OLD = "constants" in inspect.signature(ASTSource.__init__).parameters
 BY_PLACE = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2)
@@ -65,7 +66,7 @@ def build(kernel, constants, dtype, arch, pointers, config):
         if name in constants:
             if not OLD:
                 signature[name] = "constexpr"
-        elif name in pointers or name.isupper() and name[-2:] not in ("_H", "_L") and name not in ("B", "H", "M", "N", "L", "R"):
+        elif name in pointers or name.isupper() and name[-2:] not in ("_H", "_L") and name not in SIZES:
             signature[key] = "*" + pointers.get(name, POINTERS.get(name, dtype))
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
@@ -130,7 +131,7 @@ def variants(arch):
         base = dict(PLAIN, **changes)
         grads = dict(KEYS, DENSE_GRAD=DENSE_GRAD.get(name, 0), SHARED_KF=name != "float32")
         for kind, kernel, more in (
-            ("forward", forward.forward_kernel, dict(PARTIAL="split" in name, HAS_LOW=dtype != "fp32" and "split" not in name)),
+            ("forward", forward.forward_kernel, dict(PARTIAL="split" in name, HAS_LOW=name in ("no bias", "everything"))),
             ("keys", backward.keys_kernel, grads),
             ("queries", backward.queries_kernel, dict(QUERIES, NEED_W=base["SEGMENTS"] > 0)),
         ):

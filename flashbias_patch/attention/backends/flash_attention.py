@@ -24,6 +24,9 @@ from ..kernels.concatenate import PADDING_COLUMNS, Plan, join
 from .sdpa import HALF, segments_to_factors
 
 ALIGN = 16  # of the joined head dim: the tensor cores' step, so narrower columns cost the same
+# With 40 / 32, 40 / 40 and 48 / 32 columns of q and v, 4.0.0b36 gave a gradient of q on Hopper that is wrong by 1.3
+# relative, with 32 / 32 and 64 / 64 a right one (benchmarks/results/attention_h200.json, flash_backend_h200.json).
+HOPPER_BACKWARD_ALIGN = 64
 V_ALIGN = 8  # 16 bytes, which every generation asks of a head dim
 INSTALL = "pip install flashbias-patch[fa4]"
 
@@ -168,7 +171,7 @@ def _columns(inputs: AttentionInputs) -> Tuple[Tensor, Tensor, float, Optional[T
         # Divided in float32, before they are split: no digit is lost.
         power, remainder = _power_and_remainder(scale)
         inputs = segments_to_factors(inputs._replace(segment_weights=weights / remainder))
-        plan = Plan(power, 1.0, False, remainder, _rounded(_count(inputs)))
+        plan = Plan(power, 1.0, False, remainder, _rounded(_count(inputs), inputs))
     else:
         inputs = segments_to_factors(inputs)
         plan = _plan(inputs)
@@ -185,7 +188,7 @@ def _plan(inputs: AttentionInputs) -> Plan:
     they do not fit, the scale goes into q: dividing alone would lose the digits that split factors keep.
     """
     columns = _count(inputs)
-    width = _rounded(columns)
+    width = _rounded(columns, inputs)
     if inputs.scale > 0:
         power, remainder = _power_and_remainder(inputs.scale)
         low = inputs.rank if remainder != 1.0 else 0
@@ -197,7 +200,9 @@ def _plan(inputs: AttentionInputs) -> Plan:
 def _as_it_is(inputs: AttentionInputs) -> bool:
     """Whether there is nothing to add to q and k."""
     nothing = inputs.q_factor is None and inputs.segment_weights is None and inputs.key_padding is None
-    return nothing and inputs.scale > 0 and inputs.q.shape[-1] % V_ALIGN == 0
+    D = inputs.q.shape[-1]
+    right = D == 32 or D % HOPPER_BACKWARD_ALIGN == 0 if _hopper_backward(inputs) else D % V_ALIGN == 0
+    return nothing and inputs.scale > 0 and right
 
 
 def _count(inputs: AttentionInputs) -> int:
@@ -209,22 +214,22 @@ def _widest(inputs: AttentionInputs) -> int:
     if _as_it_is(inputs):
         return inputs.q.shape[-1]
     segments = 0 if inputs.segment_weights is None else 3 * inputs.segment_weights.shape[-1]
-    return _rounded(_count(inputs) + segments)
+    return _rounded(_count(inputs) + segments, inputs)
 
 
-def _rounded(columns: int) -> int:
-    return columns + -columns % ALIGN
+def _rounded(columns: int, inputs: AttentionInputs) -> int:
+    return columns + -columns % (HOPPER_BACKWARD_ALIGN if _hopper_backward(inputs) else ALIGN)
 
 
 def _v_width(inputs: AttentionInputs, width: int) -> int:
-    """v's head dim for generation 4: q's, where its backward pass will run on Hopper.
-
-    With 48 / 32 columns 4.0.0b36 gave a gradient of q that is wrong by 1.3 relative, with 64 / 64 a right one
-    (benchmarks/results/flash_backend_h200.json).
-    """
-    if inputs.needs_grad and _capability(inputs.q.device) == 9:
-        return max(_rounded(width), inputs.v.shape[-1])
+    """v's head dim for generation 4, which may differ from q's but in Hopper's backward pass."""
+    if _hopper_backward(inputs):
+        return max(width, inputs.v.shape[-1])
     return inputs.v.shape[-1] + -inputs.v.shape[-1] % V_ALIGN
+
+
+def _hopper_backward(inputs: AttentionInputs) -> bool:
+    return inputs.needs_grad and _capability(inputs.q.device) == 9
 
 
 @functools.lru_cache(maxsize=64)

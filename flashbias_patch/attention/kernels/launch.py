@@ -10,7 +10,6 @@ import math
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import backward as bwd

@@ -154,8 +154,8 @@ if hasattr(torch.library, "custom_op"):
     )
     _op_backward = torch.library.custom_op(
         _names[1], _backward, mutates_args=(),
-        schema="(Tensor grad_out, Tensor out, Tensor low, Tensor lse, Tensor seed, Tensor new_q, Tensor new_qf, Tensor new_kf, "
-               f"{_INPUTS}, bool[] needs) -> Tensor[]",
+        schema="(Tensor grad_out, Tensor out, Tensor low, Tensor lse, Tensor seed, Tensor new_q, Tensor new_qf, "
+               f"Tensor new_kf, {_INPUTS}, bool[] needs) -> Tensor[]",
     )  # fmt: skip
     _op.register_fake(_forward_fake)
     _op_backward.register_fake(_backward_fake)
@@ -167,7 +167,7 @@ else:
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _forward(*inputs, training=any(ctx.needs_input_grad))
+        output = _forward(*inputs, training=any(ctx.needs_input_grad))  # type: ignore[misc]
         _save(ctx, inputs, output)
         ctx.mark_non_differentiable(*output[1:])
         return output

@@ -1,0 +1,200 @@
+"""In which order the backends are asked: from a table measured by benchmarks/order.py, by GPU, class and size of call.
+
+Where a GPU or a class was not measured, the order is that of dispatch.MODULES.
+"""
+from __future__ import annotations
+
+import functools
+from typing import Dict, List, Sequence, Tuple
+
+import torch
+
+from .inputs import AttentionInputs
+
+Rows = Sequence[Tuple[int, Tuple[str, ...]]]
+
+UNBOUNDED = 1 << 62
+# compute capability (major) -> (half precision, features, with gradient) -> rows of (scores B*H*M*N up to, fastest first)
+TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
+    9: {  # NVIDIA H200
+        (False, "", False): (
+            (50730085, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "", True): (
+            (12387627, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "dropout", False): (
+            (12387627, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "dropout", True): (
+            (50730085, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "dropout mask", False): (
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "dropout mask", True): (
+            (12387627, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "dropout padding", False): (
+            (12387627, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "dropout padding", True): (
+            (12387627, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "factors", False): (
+            (12387627, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "factors", True): (
+            (12387627, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "mask", False): (
+            (12387627, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "mask", True): (
+            (12387627, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "padding", False): (
+            (12387627, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "padding", True): (
+            (50730085, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "segments", False): (
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "segments", True): (
+            (12387627, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (True, "", False): (
+            (88299127, ("sdpa", "flash", "triton")),
+            (176598255, ("triton", "flash", "sdpa")),
+            (429446275, ("sdpa", "triton", "flash")),
+            (UNBOUNDED, ("flash", "triton", "sdpa")),
+        ),
+        (True, "", True): (
+            (88299127, ("sdpa", "flash", "triton")),
+            (429446275, ("flash", "sdpa", "triton")),
+            (UNBOUNDED, ("flash", "triton", "sdpa")),
+        ),
+        (True, "dropout", False): (
+            (88299127, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (True, "dropout", True): (
+            (88299127, ("sdpa", "triton")),
+            (176598255, ("triton", "sdpa")),
+            (429446275, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (True, "dropout mask", False): (
+            (50730085, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (True, "dropout mask", True): (
+            (88299127, ("sdpa", "triton")),
+            (176598255, ("triton", "sdpa")),
+            (429446275, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (True, "dropout padding", False): (
+            (50730085, ("sdpa", "triton")),
+            (79118165, ("triton", "sdpa")),
+            (88299127, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (True, "dropout padding", True): (
+            (88299127, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (True, "factors", False): (
+            (12387627, ("sdpa", "flash", "triton")),
+            (50730085, ("sdpa", "triton", "flash")),
+            (88299127, ("sdpa", "flash", "triton")),
+            (176598255, ("triton", "flash", "sdpa")),
+            (429446275, ("sdpa", "flash", "triton")),
+            (UNBOUNDED, ("flash", "triton", "sdpa")),
+        ),
+        (True, "factors", True): (
+            (50730085, ("sdpa", "flash", "triton")),
+            (79118165, ("sdpa", "triton", "flash")),
+            (429446275, ("sdpa", "flash", "triton")),
+            (UNBOUNDED, ("flash", "triton", "sdpa")),
+        ),
+        (True, "mask", False): (
+            (50730085, ("sdpa", "triton")),
+            (79118165, ("triton", "sdpa")),
+            (88299127, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (True, "mask", True): (
+            (88299127, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (True, "padding", False): (
+            (88299127, ("sdpa", "triton", "flash")),
+            (UNBOUNDED, ("triton", "flash", "sdpa")),
+        ),
+        (True, "padding", True): (
+            (88299127, ("sdpa", "triton", "flash")),
+            (429446275, ("triton", "sdpa", "flash")),
+            (UNBOUNDED, ("triton", "flash", "sdpa")),
+        ),
+        (True, "segments", False): (
+            (UNBOUNDED, ("triton", "sdpa", "flash")),
+        ),
+        (True, "segments", True): (
+            (429446275, ("triton", "sdpa", "flash")),
+            (UNBOUNDED, ("triton", "flash", "sdpa")),
+        ),
+    },
+}
+
+
+def shorten(rows: Rows) -> Rows:
+    """Neighbours that agree as one row, up to halfway (in powers of two) to the next; the last without a bound."""
+    short: List[Tuple[int, Tuple[str, ...]]] = []
+    for place, (scores, names) in enumerate(rows):
+        last = place + 1 == len(rows)
+        bound = UNBOUNDED if last else int((scores * rows[place + 1][0]) ** 0.5)
+        if short and short[-1][1] == names:
+            short.pop()
+        short.append((bound, names))
+    return tuple(short)
+
+
+def fastest(inputs: AttentionInputs, grad: bool) -> Tuple[str, ...]:
+    """Backend names, from the fastest on, as measured for this class and size of call; () where it was not measured."""
+    q = inputs.q
+    if q.device.type != "cuda":
+        return ()
+    has = (
+        inputs.dropout_p > 0, inputs.q_factor is not None, inputs.mask is not None, inputs.key_padding is not None,
+        inputs.segment_weights is not None, inputs.dense is not None,
+    )  # fmt: skip
+    B, M, H, _ = q.shape
+    scores = B * H * M * inputs.k.shape[1]
+    for bound, names in _rows(q.device.index or 0, q.dtype is not torch.float32, has, grad):
+        if scores <= bound:
+            return names
+    return ()
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows(index: int, half: bool, has: Tuple[bool, ...], grad: bool) -> Rows:
+    classes = TABLE.get(torch.cuda.get_device_capability(index)[0], {})
+    words = ("dropout", "factors", "mask", "padding", "segments", "dense")
+    return classes.get((half, " ".join(word for word, there in zip(words, has) if there), grad), ())

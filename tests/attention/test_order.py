@@ -1,0 +1,55 @@
+"""The order in which backends are asked comes from what was measured."""
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashbias_patch.attention import dispatch, order
+from flashbias_patch.attention.inputs import AttentionInputs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmarks_order", ROOT / "benchmarks" / "order.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_is_what_was_measured():
+    report = json.loads((ROOT / "benchmarks" / "results" / "order_h200.json").read_text())
+    assert order.TABLE[report["arch"]] == benchmark().table(report)
+
+
+def test_neighbours_that_agree_become_one_row():
+    rows = [(100, ("a", "b")), (400, ("a", "b")), (1600, ("b", "a"))]
+    assert order.shorten(rows) == ((800, ("a", "b")), (order.UNBOUNDED, ("b", "a")))
+
+
+def test_unmeasured_devices_have_no_order():
+    q = torch.zeros(1, 2, 1, 8)
+    assert order.fastest(AttentionInputs(q, q, q), True) == ()
+
+
+@pytest.mark.parametrize("M, first", [(10, "sdpa"), (10**6, "triton")])
+def test_the_row_is_chosen_by_class_and_size(monkeypatch, M, first):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (99, 0))
+    monkeypatch.setitem(order.TABLE, 99, {(True, "dropout", True): ((1000, ("sdpa",)), (order.UNBOUNDED, ("triton",)))})
+    order._rows.cache_clear()
+
+    class OnCuda:
+        device, dtype, shape = torch.device("cuda", 0), torch.float16, (1, M, 1, 8)
+
+    inputs = AttentionInputs(OnCuda(), torch.zeros(1, 3, 1, 8), OnCuda(), dropout_p=0.5)
+    assert order.fastest(inputs, True) == (first,)
+    assert order.fastest(inputs._replace(dropout_p=0.0), True) == ()
+    order._rows.cache_clear()
+
+
+def test_what_was_not_measured_comes_after_in_the_usual_order():
+    names = tuple(dispatch.MODULES)
+    assert dispatch._measured(("sdpa", "triton", "gone"), names) == ("sdpa", "triton", "flash", "upstream", "reference")
+    assert dispatch._measured((), names) == names
