@@ -27,6 +27,9 @@ SHAPES = [(2, 300, 900), (2, 1072, 4224), (2, 1490, 1490), (2, 900, 6000), (2, 1
 HEADS, HEAD_DIM, RANK = 8, 32, 8
 FEATURES = ["", "factors", "segments", "padding", "dropout", "dropout padding", "dropout mask", "mask"]
 BACKENDS = ("triton", "flash", "sdpa")
+# From so many scores on the GPU is busy longer than the host, and in a model launching is hidden; then the fused kernels'
+# shorter time on the GPU counts (attention_h200.json), which times of a lone call do not show.
+HIDDEN = 90_000_000
 
 
 def make(shape: Tuple[int, int, int], dtype: torch.dtype, features: str) -> AttentionInputs:
@@ -126,7 +129,8 @@ def table(report: Dict[str, Any]) -> Dict[Tuple[bool, str, bool], order.Rows]:
     classes: Dict[Tuple[bool, str, bool], List[Tuple[int, Tuple[str, ...]]]] = {}
     for row in report["rows"]:
         for grad, mode in ((False, "forward"), (True, "both")):
-            ranked = tuple(sorted(row[mode], key=row[mode].get))
+            late = row["scores"] >= HIDDEN
+            ranked = tuple(sorted(row[mode], key=lambda name: (late and name == "sdpa", row[mode][name])))
             classes.setdefault((row["dtype"] == "float16", row["features"], grad), []).append((row["scores"], ranked))
     return {key: order.shorten(sorted(rows)) for key, rows in sorted(classes.items())}
 

@@ -81,13 +81,11 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
         ),
         (True, "", False): (
             (88299127, ("sdpa", "flash", "triton")),
-            (176598255, ("triton", "flash", "sdpa")),
-            (429446275, ("sdpa", "triton", "flash")),
+            (429446275, ("triton", "flash", "sdpa")),
             (UNBOUNDED, ("flash", "triton", "sdpa")),
         ),
         (True, "", True): (
             (88299127, ("sdpa", "flash", "triton")),
-            (429446275, ("flash", "sdpa", "triton")),
             (UNBOUNDED, ("flash", "triton", "sdpa")),
         ),
         (True, "dropout", False): (
@@ -96,8 +94,6 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
         ),
         (True, "dropout", True): (
             (88299127, ("sdpa", "triton")),
-            (176598255, ("triton", "sdpa")),
-            (429446275, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "dropout mask", False): (
@@ -106,8 +102,6 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
         ),
         (True, "dropout mask", True): (
             (88299127, ("sdpa", "triton")),
-            (176598255, ("triton", "sdpa")),
-            (429446275, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "dropout padding", False): (
@@ -125,13 +119,12 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (50730085, ("sdpa", "triton", "flash")),
             (88299127, ("sdpa", "flash", "triton")),
             (176598255, ("triton", "flash", "sdpa")),
-            (429446275, ("sdpa", "flash", "triton")),
             (UNBOUNDED, ("flash", "triton", "sdpa")),
         ),
         (True, "factors", True): (
             (50730085, ("sdpa", "flash", "triton")),
             (79118165, ("sdpa", "triton", "flash")),
-            (429446275, ("sdpa", "flash", "triton")),
+            (88299127, ("sdpa", "flash", "triton")),
             (UNBOUNDED, ("flash", "triton", "sdpa")),
         ),
         (True, "mask", False): (
@@ -150,14 +143,14 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
         ),
         (True, "padding", True): (
             (88299127, ("sdpa", "triton", "flash")),
-            (429446275, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "segments", False): (
-            (UNBOUNDED, ("triton", "sdpa", "flash")),
+            (88299127, ("triton", "sdpa", "flash")),
+            (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "segments", True): (
-            (429446275, ("triton", "sdpa", "flash")),
+            (88299127, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
     },
