@@ -73,9 +73,9 @@ class Samples:
         self.images = given["img"] + 0.3 * torch.randn(given["img"].shape, generator=g).to(device)
         self.boxes = []
         for i in range(total):
-            boxes = given["gt_bboxes_3d"][i].clone()
+            boxes = given["gt_bboxes_3d"][i].to("cpu").clone()  # mmdet3d makes the rotation on the CPU
             boxes.rotate(0.2 * i)
-            self.boxes.append(boxes)
+            self.boxes.append(boxes.to(device))
 
     def take(self, first: int, count: int) -> Dict[str, Any]:
         import types
