@@ -8,9 +8,6 @@ import types
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before triton is first imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from flashbias_patch.attention.backends import flash_attention as fa
 from flashbias_patch.attention.kernels import concatenate
 
