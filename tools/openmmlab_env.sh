@@ -64,6 +64,8 @@ allow_mmcv_172() { # mmdet3d 1.0.0rc6 asserts mmcv <= 1.7.0, while only 1.7.2 bu
     local init
     init=$("$VENV/bin/python" -c "import importlib.util as u; print(u.find_spec('mmdet3d').submodule_search_locations[0])")/__init__.py
     sed -i "s/^mmcv_maximum_version = .*/mmcv_maximum_version = '1.7.2'/" "$init"
+    # Changed within a second of its installation and of the same size, it would pass for what was compiled then.
+    rm -f "$(dirname "$init")"/__pycache__/__init__.*.pyc
 }
 
 v1() {
