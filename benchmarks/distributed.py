@@ -31,27 +31,14 @@ os.environ.setdefault("FLASHBIAS_PATCH", "0")  # installed and uninstalled below
 
 import torch
 import torch.distributed as dist
+from installed import patched
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import flashbias_patch
-from flashbias_patch import journal, settings
+from flashbias_patch import journal
 from flashbias_patch.attention import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@contextlib.contextmanager
-def patched(dtype: str = "auto") -> Iterator[None]:
-    os.environ["FLASHBIAS_DTYPE"] = dtype
-    settings.reload()
-    flashbias_patch.install()
-    try:
-        yield
-    finally:
-        flashbias_patch.uninstall()
-        del os.environ["FLASHBIAS_DTYPE"]
-        settings.reload()
 
 
 def distance(a: Tensor, b: Tensor) -> float:

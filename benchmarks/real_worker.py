@@ -11,7 +11,6 @@ import contextlib
 import gc
 import json
 import logging
-import os
 import statistics
 import sys
 import time
@@ -20,11 +19,11 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 import detectors
 import torch
+from installed import patched
 from step_profile import marked, profile
 from torch import Tensor, nn
 
 import flashbias_patch
-from flashbias_patch import settings
 
 RANK = 3
 PHASES = ("backbone", "neck", "head", "transformer", "loss", "backward", "clip", "optimizer")
@@ -116,23 +115,6 @@ class LearnedBias(nn.Module):
 
         with _before_decoder(net, add):
             yield
-
-
-@contextlib.contextmanager
-def patched_as(run: Run) -> Iterator[None]:
-    """Install for the block if the run is patched, with its FLASHBIAS_DTYPE."""
-    if not run.patch:
-        yield
-        return
-    os.environ["FLASHBIAS_DTYPE"] = run.dtype
-    settings.reload()
-    flashbias_patch.install()
-    try:
-        yield
-    finally:
-        flashbias_patch.uninstall()
-        del os.environ["FLASHBIAS_DTYPE"]
-        settings.reload()
 
 
 class Trainer:
@@ -322,7 +304,7 @@ def main() -> None:
             write({"begin": run.name})
             start, before = time.perf_counter(), dict(flashbias_patch.status()["calls"])
             try:
-                with patched_as(run):
+                with patched(run.dtype) if run.patch else contextlib.nullcontext():
                     result = TASKS[plan["task"]](run, plan, gradients)
                     fallbacks = [f"{f['source']}: {f['reason']}" for f in flashbias_patch.status()["fallbacks"]]
             except Exception as error:  # of one run: the others go on

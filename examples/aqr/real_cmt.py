@@ -101,7 +101,10 @@ def run_cases(args: argparse.Namespace, head: str, patched: bool) -> Dict[str, A
     import flashbias_patch  # the one line a user adds
 
     assert flashbias_patch.status()["installed"] == patched
-    make_importable(args.device)
+    sys.path.append(str(ROOT / "benchmarks"))
+    import detectors  # benchmarks/detectors.py
+
+    detectors.make_importable(args.device, flash=not patched)
     args.out = os.path.abspath(args.out)
     args.frame = os.path.abspath(args.frame)
     sys.path.insert(0, os.path.abspath(args.cmt))
@@ -149,16 +152,16 @@ def run_case(args: argparse.Namespace, head_name: str, aqr: bool, patched: bool,
     head_config.update(train_cfg=config.model.train_cfg.pts, test_cfg=config.model.test_cfg.pts)
     head_config.train_cfg.grid_size = [args.bev * 8, args.bev * 8, 40]
 
+    import detectors
     import projects.mmdet3d_plugin.models.dense_heads.cmt_head as cmt_head
     from mmdet3d.models import build_head
 
-    move_denoising(cmt_head.CmtHead, args.device)
+    detectors.move_denoising(cmt_head.CmtHead, args.device)
     torch.manual_seed(0)
     np.random.seed(0)
     head = build_head(head_config)
     head.init_weights()
     if aqr and not patched:
-        sys.path.insert(0, str(ROOT / "benchmarks"))
         import aqr as benchmark  # benchmarks/aqr.py
 
         segments = 2 if head_name == "fusion" else CAMERAS
@@ -278,73 +281,6 @@ def inputs(args: argparse.Namespace, torch: Any, np: Any) -> Any:
     device = args.device
     return (x.repeat(args.bs, 1, 1, 1).to(device), x_img.repeat(args.bs, 1, 1, 1).to(device),
             [dict(meta) for _ in range(args.bs)], [truth.to(device)] * args.bs, [labels.to(device)] * args.bs)
-
-
-def make_importable(device: str) -> None:
-    """What current software lacks: compiled operators, spconv, tkinter, none of which is called here."""
-    import torch
-
-    if device == "cpu":
-        torch.Tensor.cuda = lambda self, *args, **kwargs: self
-
-    class Missing(types.ModuleType):
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("__"):
-                raise AttributeError(name)
-
-            def missing(*args: Any, **kwargs: Any) -> Any:
-                raise RuntimeError(f"{self.__name__}.{name} is not installed")
-
-            return missing
-
-    def absent(name: str) -> bool:
-        try:
-            __import__(name)
-            return False
-        except Exception:
-            return True
-
-    import mmcv  # noqa: F401
-
-    compiled = not absent("mmcv._ext")
-    if not compiled:
-        sys.modules["mmcv._ext"] = Missing("mmcv._ext")
-    if absent("spconv"):
-        for name in ("spconv", "spconv.pytorch", "spconv.pytorch.utils"):
-            sys.modules[name] = Missing(name)
-    if absent("tkinter"):
-        sys.modules["turtle"] = Missing("turtle")
-    if os.environ.get("FLASHBIAS_PATCH") == "0" and absent("flash_attn"):
-        for name in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn.bert_padding"):
-            sys.modules[name] = Missing(name)
-    if not compiled:
-        import mmdet.models.losses.focal_loss as focal_loss
-
-        def focal(pred: Any, target: Any, weight: Any = None, gamma: float = 2.0, alpha: float = 0.25,
-                  reduction: str = "mean", avg_factor: Any = None) -> Any:
-            one_hot = torch.nn.functional.one_hot(target, pred.size(1) + 1)[:, :pred.size(1)]
-            return focal_loss.py_sigmoid_focal_loss(pred, one_hot, weight, gamma=gamma, alpha=alpha,
-                                                    reduction=reduction, avg_factor=avg_factor)
-
-        focal_loss.sigmoid_focal_loss = focal
-
-
-def move_denoising(head: type, device: str) -> None:
-    """CMT indexes a CPU tensor with CUDA indices, as torch 1.9 allowed."""
-    import torch
-
-    if getattr(head.prepare_for_dn, "moves", False):
-        return
-    original = head.prepare_for_dn
-
-    def prepare_for_dn(self: Any, *args: Any, **kwargs: Any) -> Any:
-        points, mask, known = original(self, *args, **kwargs)
-        if known:
-            known = {name: value.to(device) if torch.is_tensor(value) else value for name, value in known.items()}
-        return points, mask, known
-
-    prepare_for_dn.moves = True  # type: ignore[attr-defined]
-    head.prepare_for_dn = prepare_for_dn
 
 
 if __name__ == "__main__":

@@ -122,10 +122,8 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (UNBOUNDED, ("flash", "triton", "sdpa")),
         ),
         (True, "factors", True): (
-            (50730085, ("sdpa", "flash", "triton")),
-            (79118165, ("sdpa", "triton", "flash")),
-            (88299127, ("sdpa", "flash", "triton")),
-            (UNBOUNDED, ("flash", "triton", "sdpa")),
+            (88299127, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "mask", False): (
             (50730085, ("sdpa", "triton")),
@@ -142,16 +140,15 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "padding", True): (
-            (88299127, ("sdpa", "triton", "flash")),
-            (UNBOUNDED, ("triton", "flash", "sdpa")),
+            (88299127, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "segments", False): (
             (88299127, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "segments", True): (
-            (88299127, ("triton", "sdpa", "flash")),
-            (UNBOUNDED, ("triton", "flash", "sdpa")),
+            (UNBOUNDED, ("triton", "sdpa")),
         ),
     },
 }

@@ -340,4 +340,8 @@ def test_compiles_into_one_graph():
         0.0,
         0.25,
     )
-    torch.library.opcheck(operator._op, arguments, test_utils=("test_schema", "test_faketensor"))
+    utilities = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operator._op, arguments, test_utils=utilities)
+    strided = [torch.randn(1, 2, length, 16).transpose(1, 2) for length in (20, 40, 40)]
+    nothing = (None, None, None, [], None, None, None, 0.0)
+    torch.library.opcheck(operator._op, (*strided, *nothing, -0.25), test_utils=utilities)  # q is copied, scaled

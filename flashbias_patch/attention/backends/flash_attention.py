@@ -25,7 +25,7 @@ from .sdpa import HALF, segments_to_factors
 
 ALIGN = 16  # of the joined head dim: the tensor cores' step, so narrower columns cost the same
 # With 40 / 32, 40 / 40 and 48 / 32 columns of q and v, 4.0.0b36 gave a gradient of q on Hopper that is wrong by 1.3
-# relative, with 32 / 32 and 64 / 64 a right one (benchmarks/results/attention_h200.json, flash_backend_h200.json).
+# relative, with 32 / 32 and 64 / 64 a right one (benchmarks/results/attention_peers_h200.json, flash_backend_h200.json).
 HOPPER_BACKWARD_ALIGN = 64
 V_ALIGN = 8  # 16 bytes, which every generation asks of a head dim
 INSTALL = "pip install flashbias-patch[fa4]"

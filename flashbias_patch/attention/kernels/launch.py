@@ -15,6 +15,7 @@ from torch import Tensor
 from . import backward as bwd
 from . import forward as fwd
 from .configs import Config, Key, first_working
+from .recompute import dropout_shift, keep_scale
 
 LOG2E = 1.4426950408889634
 _empty = torch.empty  # tests poison it
@@ -72,7 +73,9 @@ def prepare(
     """q times scale where the scale goes into q, and the factors with their columns zero-padded to a power of two of at
     least 16 (themselves if they are that already)."""
     if q_factor is None or k_factor is None:
-        return (torch.mul(q, scale) if scales_q(q_factor, scale) else q), q_factor, k_factor
+        if scales_q(q_factor, scale):
+            q = torch.mul(q, scale, out=torch.empty(q.shape, dtype=q.dtype, device=q.device))  # contiguous, as promised
+        return q, q_factor, k_factor
     B, M, H, D = q.shape
     R = q_factor.shape[-1]
     columns = block_columns(R)
@@ -138,7 +141,7 @@ def block_table(lengths: Tuple[int, ...], block: int, device: torch.device) -> T
     rows: List[Tuple[int, int, int, int]] = []
     ends, offset = [0], 0
     for segment, length in enumerate(lengths):
-        shift = -(-offset // 16) * 16 + 16 * segment - offset
+        shift = dropout_shift(offset, segment)
         for start in range(offset, offset + length, block):
             rows.append((start, min(start + block, offset + length), segment, shift))
         offset += length
@@ -205,11 +208,6 @@ def _features(problem: Problem, config: Config) -> dict:
         enable_fp_fusion=True,
         **(dict(maxnreg=config.registers) if config.registers else {}),
     )
-
-
-def keep_scale(dropout_p: float) -> float:
-    """1 / the share that is kept: dropout decides by sixteen random bits."""
-    return 65536 / (65536 - int(dropout_p * 65536 + 0.5))
 
 
 def _operands(problem: Problem) -> List[Tensor]:

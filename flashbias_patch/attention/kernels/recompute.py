@@ -29,6 +29,21 @@ class Call(NamedTuple):
     needs: Tuple[bool, ...]  # of q, k, v, q_factor, k_factor, segment_weights, dense
 
 
+def keep_threshold(dropout_p: float) -> int:
+    """Of sixteen random bits those from here on keep a weight (common._threshold)."""
+    return int(dropout_p * 65536 + 0.5)
+
+
+def keep_scale(dropout_p: float) -> float:
+    """1 / the share that is kept."""
+    return 65536 / (65536 - keep_threshold(dropout_p))
+
+
+def dropout_shift(first_key: int, segment: int) -> int:
+    """What dropout adds to a key of the segment that begins at `first_key` (common.dropout_shift)."""
+    return (first_key + 15) // 16 * 16 + 16 * segment - first_key
+
+
 def keep_mask(seed: Tensor, batch_heads: Tensor, rows: Tensor, keys: Tensor, dropout_p: float) -> Tensor:
     """What dropout keeps, as common.keep_tile draws it. Broadcasts; `keys` are counted as dropout counts them."""
     low = 0xFFFFFFFF
@@ -50,14 +65,14 @@ def keep_mask(seed: Tensor, batch_heads: Tensor, rows: Tensor, keys: Tensor, dro
     row_bit, key_bit = nil + (rows & 8) > 0, nil + (keys & 8) > 0
     word = torch.where(key_bit, torch.where(row_bit, c3, c2), torch.where(row_bit, c1, c0))
     sixteen = torch.where(nil + (keys & 1) > 0, word >> 16, word & 0xFFFF)
-    return sixteen >= int(dropout_p * 65536 + 0.5)
+    return sixteen >= keep_threshold(dropout_p)
 
 
 def counted_keys(lengths: Tuple[int, ...], N: int, device: torch.device) -> Tensor:
     """(N,) keys as dropout counts them: each segment from a multiple of sixteen."""
     keys, lo = torch.arange(N, device=device), 0
     for segment, length in enumerate(lengths):
-        keys[lo : lo + length] += -(-lo // 16) * 16 + 16 * segment - lo
+        keys[lo : lo + length] += dropout_shift(lo, segment)
         lo += length
     return keys
 
@@ -127,5 +142,5 @@ def _attend(call: Call, pieces: List[Any], lo: int, hi: int) -> Tensor:
         rows = torch.arange(lo, hi, device=device)[:, None]
         keys = counted_keys(call.segment_lengths if weights is not None else (), N, device)
         keep = keep_mask(call.seed, heads, rows, keys, call.dropout_p)
-        p = p * keep * (65536 / (65536 - int(call.dropout_p * 65536 + 0.5)))
+        p = p * keep * keep_scale(call.dropout_p)
     return torch.einsum("bhmn,bnhd->bmhd", p, v)
