@@ -260,6 +260,19 @@ def test_dropout_repeats_with_the_generator_and_backward_uses_the_same_mask():
     assert torch.allclose(dv[0, :, 0, 0], kept[4] / (N * (1 - p)))
 
 
+def test_delta_does_not_see_the_output_rounded():
+    """Its error would be common to all keys, and add up in gradients that are sums over keys. What remains is that of the
+    weights, rounded before they meet v."""
+    q, k, v, grad = (torch.randn(1, length, 2, 16).to(HALF) for length in (20, 300, 300, 20))
+    case = operator._problem(q, k, v, None, None, None, (), None, None, None, 0.0, 0.25)
+    out, low, lse = launch.forward(case, torch.empty(0, dtype=torch.int64), training=True)
+    scores = torch.einsum("bmhd,bnhd->bhmn", q.double(), k.double()) * 0.25
+    delta = (torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), v.double()) * grad).sum(-1)[0].T
+    seen = launch.row_values(case, grad, out, low, lse)[0, :, :20, 1]
+    rounded = (out.double() * grad).sum(-1)[0].T
+    assert (seen - delta).norm() < 0.8 * (rounded - delta).norm()
+
+
 @pytest.mark.parametrize("wanted", ["q", "k_factor", "weights", "dense"])
 def test_only_wanted_gradients(wanted):
     tensors, rest, grad = problem(20, 40, R=2, S=2, dense=(1, 1, 20, 40), B=1)
