@@ -20,7 +20,8 @@ def flashbias(*words, cwd=None, **env):
                           text=True, capture_output=True)
 
 
-REPORT = "import flashbias_patch; import torch; print('installed', flashbias_patch.status()['installed'])"
+# One write, for ranks share the pipe and print makes two of an unbuffered line.
+REPORT = "import sys, flashbias_patch, torch; sys.stdout.write('installed %s ' % flashbias_patch.status()['installed'])"
 
 
 @pytest.mark.parametrize("command", [
