@@ -380,13 +380,13 @@ def one_check(lengths, H, D, R, dtype, feature, generator):
 def check_part(part, parts):
     """Every parts-th case of the grid: (cases right, worst error over what is allowed, what was wrong)."""
     generator = torch.Generator("cuda").manual_seed(part)
-    from flashbias_patch.attention.kernels import launch, operator
+    from flashbias_patch.attention.kernels import operator, problem
 
     def fail(call, grad, error):
         raise error
 
     operator.on_backward_failure = fail
-    launch._empty = lambda *size, **options: torch.empty(*size, **options).fill_(
+    problem.empty = lambda *size, **options: torch.empty(*size, **options).fill_(
         float("nan")
     )  # every element written?
     bad, worst, count = [], 0.0, 0

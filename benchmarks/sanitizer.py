@@ -13,7 +13,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.p
 
 import torch
 
-from flashbias_patch.attention.kernels import launch, operator
+from flashbias_patch.attention.kernels import operator, problem
 from flashbias_patch.attention.kernels.operator import fused_attention
 
 # lengths, head dim, rank, dtype, which of segments, dense, mask, padding, dropout
@@ -62,7 +62,7 @@ def main() -> None:
     for case in CASES:
         run(*case)
         print("ran", *case, flush=True)
-    print("multiprocessors", launch.arch_of(torch.empty(0, device="cuda"))[1])
+    print("multiprocessors", problem.arch_of(torch.empty(0, device="cuda"))[1])
 
 
 if __name__ == "__main__":

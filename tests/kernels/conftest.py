@@ -2,4 +2,15 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    """Launches that another test settled, with its tile shapes, are made anew."""
+    pytest.importorskip("triton", minversion="3.0")
+    from flashbias_patch.attention.kernels import configs
+
+    configs.generation += 1

@@ -9,6 +9,7 @@ pytest.importorskip("triton", minversion="3.0")
 import triton.language as tl  # noqa: E402
 
 from flashbias_patch.attention.kernels import configs, launch, operator  # noqa: E402
+from flashbias_patch.attention.kernels import problem as problem_module  # noqa: E402
 from flashbias_patch.attention.kernels.operator import fused_attention  # noqa: E402
 from flashbias_patch.attention.kernels.recompute import Call, _attend, keep_mask, plain_backward  # noqa: E402
 
@@ -27,7 +28,7 @@ def strict(monkeypatch):
         return torch.full(*size, float("nan"), **options)
 
     monkeypatch.setattr(operator, "on_backward_failure", fail)
-    monkeypatch.setattr(launch, "_empty", poisoned)
+    monkeypatch.setattr(problem_module, "empty", poisoned)
 
 
 @pytest.fixture
@@ -265,11 +266,11 @@ def test_delta_does_not_see_the_output_rounded():
     weights, rounded before they meet v."""
     q, k, v, grad = (torch.randn(1, length, 2, 16).to(HALF) for length in (20, 300, 300, 20))
     case = operator._problem(q, k, v, None, None, None, (), None, None, None, 0.0, 0.25)
-    out, low, lse = launch.forward(case, torch.empty(0, dtype=torch.int64), training=True)
+    passed = launch.Passed(grad, *launch.forward(case, None, training=True), None)
     scores = torch.einsum("bmhd,bnhd->bhmn", q.double(), k.double()) * 0.25
     delta = (torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), v.double()) * grad).sum(-1)[0].T
-    seen = launch.row_values(case, grad, out, low, lse)[0, :, :20, 1]
-    rounded = (out.double() * grad).sum(-1)[0].T
+    seen = launch.Rows(case, passed)(case, passed)[0, :, :20, 1]
+    rounded = (passed.out.double() * grad).sum(-1)[0].T
     assert (seen - delta).norm() < 0.8 * (rounded - delta).norm()
 
 

@@ -99,6 +99,7 @@ INTERPRETED = Config(32, 64, 4, 1)
 _tuned: Dict[Key, Config] = {}
 _working: Dict[Key, Config] = {}
 _loaded = False
+generation = 0  # counts the changes of what candidates() answers, for whoever keeps launches
 
 
 def candidates(key: Key) -> List[Config]:
@@ -155,8 +156,10 @@ def _load() -> None:
 
 def remember(found: Dict[Key, Config]) -> None:
     """Use `found` from now on, and write it (with what was there) to the disk cache, atomically."""
+    global generation
     _load()
     _tuned.update(found)
+    generation += 1
     for key in found:
         _working.pop(key, None)
     path = _cache_path()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from . import launch
+from .problem import Problem, as_bytes, block_columns, scales_q, unit_last
 from .recompute import Call, plain_backward
 
 log = logging.getLogger("flashbias_patch")
 _told = False
+Copies = Sequence[Optional[Tensor]]
+Made = Tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
+Inputs = Any  # the twelve arguments of _forward before `training`
 
 
 def _recompute(call: Call, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:
@@ -29,46 +33,71 @@ def _recompute(call: Call, grad_out: Tensor, error: BaseException) -> Tuple[Any,
 on_backward_failure: Callable[[Call, Tensor, BaseException], Tuple[Any, ...]] = _recompute
 
 
+def _either(new: Optional[Tensor], old: Any) -> Any:
+    return old if new is None else new
+
+
 def _problem(
     q: Tensor, k: Tensor, v: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], weights: Optional[Tensor],
     lengths: Sequence[int], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor],
-    dropout_p: float, scale: float, prepared: Sequence[Tensor] = (),
-) -> launch.Problem:  # fmt: skip
-    """The call as the kernels want it; `prepared` is what forward had to copy for that (empty: nothing)."""
+    dropout_p: float, scale: float, copies: Optional[Copies] = None,
+) -> Problem:  # fmt: skip
+    """The call as the kernels want it; `copies` are what forward made of q, q_factor, k_factor for that."""
     rank = 0 if q_factor is None else q_factor.shape[-1]
-    if prepared:
-        q, q_factor, k_factor = (  # type: ignore[assignment]
-            new if new.numel() else old for new, old in zip(prepared, (q, q_factor, k_factor))
-        )
-    else:
+    if copies is None:
         q, q_factor, k_factor = launch.prepare(q, q_factor, k_factor, scale)
-    q, k, v = launch.unit_last(q), launch.unit_last(k), launch.unit_last(v)
-    factors = [None if t is None else launch.unit_last(t) for t in (q_factor, k_factor, weights)]
-    dense = None if dense is None else launch.unit_last(dense)
-    mask, padding = launch.as_bytes(mask), launch.as_bytes(padding)
-    return launch.Problem(q, k, v, *factors, tuple(lengths), dense, mask, padding, dropout_p, scale, rank)  # type: ignore
+    else:
+        new_q, new_qf, new_kf = copies
+        q, q_factor, k_factor = _either(new_q, q), _either(new_qf, q_factor), _either(new_kf, k_factor)
+    q, k, v = unit_last(q), unit_last(k), unit_last(v)
+    factors = [None if t is None else unit_last(t) for t in (q_factor, k_factor, weights)]
+    dense = None if dense is None else unit_last(dense)
+    mask, padding = as_bytes(mask), as_bytes(padding)
+    return Problem(q, k, v, *factors, tuple(lengths), dense, mask, padding, dropout_p, scale, rank)  # type: ignore
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], weights: Optional[Tensor],
     lengths: Sequence[int], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor],
-    dropout_p: float, scale: float, training: bool = True,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """out, what it lost by rounding, lse, the dropout seed, and the copies made of q, q_factor, k_factor (each empty
-    where there is none)."""
+    dropout_p: float, scale: float, training: bool,
+) -> Made:  # fmt: skip
+    """out, what it lost by rounding, lse, the dropout seed, and the copies made of q, q_factor, k_factor; None for what
+    was not made."""
     problem = _problem(q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale)
-    if dropout_p > 0:
-        seed = torch.randint(1 << 62, (1,), dtype=torch.int64, device=q.device)
-    else:
-        seed = torch.empty(0, dtype=torch.int64, device=q.device)
+    seed = torch.randint(1 << 62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     out, low, lse = launch.forward(problem, seed, training)
-    padded = q_factor is not None and launch.block_columns(problem.rank) != problem.rank
-    return (
-        out, low, lse, seed,
-        problem.q if problem.scaled else q.new_empty(0),
-        problem.q_factor if padded and problem.q_factor is not None else q.new_empty(0),
-        problem.k_factor if padded and problem.k_factor is not None else q.new_empty(0),
-    )  # fmt: skip
+    padded = q_factor is not None and block_columns(problem.rank) != problem.rank
+    factors = (problem.q_factor, problem.k_factor) if padded else (None, None)
+    return (out, low, lse, seed, problem.q if problem.scaled else None, *factors)  # type: ignore[return-value]
+
+
+def _backward(grad_out: Tensor, made: Made, inputs: Inputs, needs: Sequence[bool]) -> Tuple[Optional[Tensor], ...]:
+    """The seven gradients, None for each that is not needed."""
+    out, low, lse, seed = made[:4]
+    try:
+        problem = _problem(*inputs, made[4:])  # type: ignore[call-arg]
+        return launch.backward(problem, launch.Needs(*needs), launch.Passed(grad_out, out, low, lse, seed))
+    except Exception as error:
+        seed = lse.new_empty(0, dtype=torch.int64) if seed is None else seed
+        return on_backward_failure(Call(*inputs, seed, tuple(needs)), grad_out, error)  # type: ignore[call-arg]
+
+
+# As a registered operator: empty tensors for None, since an operator's outputs are tensors.
+
+
+def _full(tensors: Iterable[Optional[Tensor]], like: Tensor) -> List[Tensor]:
+    return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
+
+
+def _registered_forward(
+    q: Tensor, k: Tensor, v: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], weights: Optional[Tensor],
+    lengths: Sequence[int], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor],
+    dropout_p: float, scale: float,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale
+    made = _forward(*inputs, True)
+    seed = q.new_empty(0, dtype=torch.int64) if made[3] is None else made[3]
+    return (*_full(made[:3], q), seed, *_full(made[4:], q))  # type: ignore[return-value]
 
 
 def _forward_fake(
@@ -77,9 +106,9 @@ def _forward_fake(
     dropout_p: float, scale: float,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, M, H, D = q.shape
-    copies = [q.new_empty(q.shape) if launch.scales_q(q_factor, scale) else q.new_empty(0)]
+    copies = [q.new_empty(q.shape) if scales_q(q_factor, scale) else q.new_empty(0)]
     for factor in (q_factor, k_factor):
-        columns = 0 if factor is None else launch.block_columns(factor.shape[-1])
+        columns = 0 if factor is None else block_columns(factor.shape[-1])
         if factor is not None and columns != factor.shape[-1]:
             copies.append(factor.new_empty(*factor.shape[:3], columns))
         else:
@@ -96,22 +125,16 @@ def _forward_fake(
     )
 
 
-def _backward(
+def _registered_backward(
     grad_out: Tensor, out: Tensor, low: Tensor, lse: Tensor, seed: Tensor, new_q: Tensor, new_qf: Tensor, new_kf: Tensor,
     q: Tensor, k: Tensor, v: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], weights: Optional[Tensor],
     lengths: Sequence[int], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor],
     dropout_p: float, scale: float, needs: Sequence[bool],
 ) -> List[Tensor]:  # fmt: skip
-    """The seven gradients, an empty tensor for each that is not needed."""
-    inputs = (q, k, v, q_factor, k_factor, weights, tuple(lengths), dense, mask, padding, dropout_p, scale)
-    tensors = (q, k, v, q_factor, k_factor, weights, dense)
-    try:
-        problem = _problem(*inputs, prepared=(new_q, new_qf, new_kf))
-        dtypes = [None if t is None else t.dtype for t in tensors]
-        grads = launch.backward(problem, launch.Needs(*needs), grad_out, out, low, lse, seed, dtypes)
-    except Exception as error:
-        grads = on_backward_failure(Call(*inputs, seed, tuple(needs)), grad_out, error)
-    return [q.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
+    made = (out, *[t if t.numel() else None for t in (low, lse, seed, new_q, new_qf, new_kf)])
+    inputs = q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale
+    grads = _backward(grad_out, made, inputs, needs)  # type: ignore[arg-type]
+    return [grad.contiguous() for grad in _full(grads, q)]
 
 
 def _backward_fake(grad_out: Tensor, out: Tensor, low: Tensor, lse: Tensor, seed: Tensor, new_q: Tensor, new_qf: Tensor,
@@ -129,7 +152,7 @@ _INPUTS = (
 )
 
 
-def _save(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Any, ...]) -> None:
+def _save(ctx: Any, inputs: Inputs, output: Sequence[Optional[Tensor]]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *inputs[:6], *inputs[7:10])
     ctx.constants = (inputs[6], inputs[10], inputs[11])
@@ -141,47 +164,52 @@ def _gradients(run: Callable[..., Any], ctx: Any, grad_out: Optional[Tensor]) ->
         return (None,) * 12
     saved = ctx.saved_tensors
     lengths, dropout_p, scale = ctx.constants
-    made, given = saved[:7], saved[7:]
-    grads = run(grad_out, *made, *given[:6], lengths, *given[6:], dropout_p, scale, needs)
-    wanted = [grad if need else None for grad, need in zip(grads, needs)]
-    return (*wanted[:6], None, wanted[6], None, None, None, None)
+    grads = run(grad_out, saved[:7], (*saved[7:13], lengths, *saved[13:], dropout_p, scale), needs)
+    return (*grads[:6], None, grads[6], None, None, None, None)
 
 
 if hasattr(torch.library, "custom_op"):
     _names = ("flashbias_patch::fused_attention", "flashbias_patch::fused_attention_backward")
     _op = torch.library.custom_op(
-        _names[0], _forward, mutates_args=(), schema="({}) -> ({})".format(_INPUTS, ", ".join(["Tensor"] * 7))
-    )
+        _names[0], _registered_forward, mutates_args=(),
+        schema="({}) -> ({})".format(_INPUTS, ", ".join(["Tensor"] * 7)),
+    )  # fmt: skip
     _op_backward = torch.library.custom_op(
-        _names[1], _backward, mutates_args=(),
+        _names[1], _registered_backward, mutates_args=(),
         schema="(Tensor grad_out, Tensor out, Tensor low, Tensor lse, Tensor seed, Tensor new_q, Tensor new_qf, "
                f"Tensor new_kf, {_INPUTS}, bool[] needs) -> Tensor[]",
     )  # fmt: skip
     _op.register_fake(_forward_fake)
     _op_backward.register_fake(_backward_fake)
-    _op.register_autograd(lambda ctx, grad, *unused: _gradients(_op_backward, ctx, grad), setup_context=_save)
+
+    def _run_registered(
+        grad_out: Tensor, made: Sequence[Tensor], inputs: Inputs, needs: Sequence[bool]
+    ) -> List[Optional[Tensor]]:
+        grads = _op_backward(grad_out, *made, *inputs, needs)
+        return [grad if need else None for grad, need in zip(grads, needs)]
+
+    _op.register_autograd(lambda ctx, grad, *unused: _gradients(_run_registered, ctx, grad), setup_context=_save)
 else:
     _op = None  # type: ignore[assignment]
 
 
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _forward(*inputs, training=any(ctx.needs_input_grad))  # type: ignore[misc]
-        _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[1:])
-        return output
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        made = _forward(*inputs, any(ctx.needs_input_grad))  # type: ignore[call-arg]
+        _save(ctx, inputs, made)
+        return made[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Optional[Tensor], *unused: Any) -> Any:
+    def backward(ctx: Any, grad_out: Optional[Tensor]) -> Any:
         return _gradients(_backward, ctx, grad_out)
 
 
 def _apply(*inputs: Any) -> Any:
     # Small problems wait for the processor: outside a compiled graph the registered operator's layers only cost.
     compiling = _op is not None and torch.compiler.is_compiling()
-    return _op(*inputs) if compiling else _FusedAttention.apply(*inputs)
+    return _op(*inputs)[0] if compiling else _FusedAttention.apply(*inputs)
 
 
 def fused_attention(
@@ -208,6 +236,6 @@ def fused_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lengths = list(segment_lengths or ()) if segment_weights is not None else []
-    return _apply(
+    return _apply(  # type: ignore[no-any-return]
         q, k, v, q_factor, k_factor, segment_weights, lengths, dense, mask, key_padding, dropout_p, scale
-    )[0]
+    )

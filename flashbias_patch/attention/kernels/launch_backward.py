@@ -1,0 +1,230 @@
+"""The backward pass of one class of calls: one launch over the keys, one over the queries, and the sums over what is
+shared."""
+from __future__ import annotations
+
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from . import backward as bwd
+from . import problem as pb
+from .configs import Config
+from .launch_forward import Keys, split_over_keys
+from .problem import Problem, block_columns, cdiv, strides
+from .recompute import keep_scale
+from .settled import Launch
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    q: bool
+    k: bool
+    v: bool
+    q_factor: bool
+    k_factor: bool
+    weights: bool
+    dense: bool
+
+    @property
+    def by_keys(self) -> bool:
+        return self.k or self.v or self.k_factor or self.dense
+
+    @property
+    def by_queries(self) -> bool:
+        return self.q or self.q_factor or self.weights
+
+
+class Passed(NamedTuple):
+    """What comes into a backward pass; `low` and `seed` are None where forward made none."""
+
+    grad_out: Tensor
+    out: Tensor
+    low: Optional[Tensor]
+    lse: Tensor
+    seed: Optional[Tensor]
+
+
+Grads = List[Optional[Tensor]]
+
+
+def shapes_of(problem: Problem) -> List[Any]:
+    """The shapes of q, k, v, q_factor, k_factor, weights, dense as the caller gave them."""
+    shapes: List[Any] = [None if t is None else tuple(t.shape) for t in (*problem[:6], problem.dense)]
+    for place in (3, 4):
+        if shapes[place] is not None:
+            shapes[place] = (*shapes[place][:3], problem.rank)
+    return shapes
+
+
+class Sum:
+    """Parts (splits, ...) summed over the splits and over every dimension in which `shape` is 1 (was broadcast)."""
+
+    def __init__(self, parts: Sequence[int], shape: Sequence[int], dtype: torch.dtype, zeros: bool = False,
+                 kept: Optional[torch.dtype] = None) -> None:  # fmt: skip
+        self.parts, self.shape, self.dtype, self.zeros = tuple(parts), tuple(shape), dtype, zeros
+        self.kept = torch.float32 if kept is None else kept
+        self.axes = [axis for axis, size in enumerate((1, *shape)) if size == 1 and parts[axis] != 1]
+
+    def make(self, like: Tensor) -> Tensor:
+        make = torch.zeros if self.zeros else pb.empty
+        return make(self.parts, dtype=self.kept, device=like.device)
+
+    def __call__(self, parts: Tensor) -> Tensor:
+        total = parts.sum(self.axes) if self.axes else parts
+        return total.view(self.shape).to(self.dtype)
+
+
+class Rows:
+    """What backward needs of each row (segments or 1, B * H, padded M, 2): see rows_kernel."""
+
+    def __init__(self, problem: Problem, passed: Passed) -> None:
+        B, M, _, H, D = problem.sizes
+        weights, segments = problem.weights, problem.segments
+        self.padded, block = cdiv(M, 256) * 256, 64
+        self.shape = (max(1, segments), B * H, self.padded, 2)
+        self.launch = Launch(
+            bwd.rows_kernel, self.padded // block * B * H,
+            (
+                *strides(passed.out), *strides(passed.grad_out), *((0, 0, 0) if weights is None else strides(weights)),
+                B * H, H, M, self.padded,
+            ),
+            dict(HAS_LOW=passed.low is not None, D=D, BLOCK_D=block_columns(D), SEGMENTS=segments, BLOCK_M=block),
+        )  # fmt: skip
+
+    def __call__(self, problem: Problem, passed: Passed) -> Tensor:
+        out, weights = passed.out, problem.weights
+        rows = pb.empty(self.shape, dtype=torch.float32, device=out.device)
+        low = out if passed.low is None else passed.low
+        self.launch(out, low, passed.grad_out, passed.lse, out if weights is None else weights, rows)
+        return rows
+
+
+class ByKeys:
+    """Gradients of k, v, k_factor and dense."""
+
+    def __init__(self, problem: Problem, needs: Needs, passed: Passed, padded: int, config: Config) -> None:
+        B, M, N, H, D = problem.sizes
+        q, rank = problem.q, problem.rank
+        _, k_shape, v_shape, _, kf_shape, _, dense_shape = shapes_of(problem)
+        exact = torch.are_deterministic_algorithms_enabled()
+        self.keys = Keys(problem._replace(padding=None), config.block_n)
+        count = self.keys.count
+        splits = pb.split_count(count * B * H, cdiv(M, config.block_m), pb.arch_of(q)[1], config, 2)
+        split_rows = cdiv(cdiv(M, config.block_m), splits) * config.block_m
+        splits = cdiv(M, split_rows)
+
+        self.k: Optional[Sum] = None
+        self.v: Optional[Sum] = None
+        if needs.k or needs.v:
+            kept = torch.float32 if splits > 1 else q.dtype
+            self.k = Sum((splits, B, N, H, D), k_shape, q.dtype, kept=kept)
+            self.v = Sum((splits, B, N, H, D), v_shape, q.dtype, kept=kept)
+
+        self.kf: Optional[Sum] = None
+        shared = False
+        kf_strides: Tuple[int, ...] = (0, 0, 0, 0)
+        if needs.k_factor:
+            assert problem.k_factor is not None
+            shared = not exact and kf_shape[:1] + kf_shape[2:3] != (B, H)
+            parts = (1, *kf_shape) if shared else (splits, B, N, H, rank)
+            self.kf = Sum(parts, kf_shape, problem.k_factor.dtype, zeros=shared)
+            kf_strides = (0 if shared else B * N * H * rank, *_contiguous(parts[1:]))
+
+        self.dense: Optional[Sum] = None
+        mode = 0
+        dd_strides: Tuple[int, ...] = (0, 0, 0, 0)
+        if needs.dense:
+            assert problem.dense is not None
+            dtype, parts, skips = problem.dense.dtype, (1, B, H, M, N), problem.padding is not None
+            if dense_shape[2] == 1:
+                mode, parts = 3, (splits, B, H, 1, N)
+                self.dense = Sum(parts, dense_shape, dtype)
+            elif dense_shape[:2] == (B, H):
+                mode, self.dense = 1, Sum(parts, dense_shape, dtype, zeros=skips, kept=dtype)
+            elif exact:
+                mode, self.dense = 1, Sum(parts, dense_shape, dtype, zeros=skips)
+            else:
+                mode, parts = 2, (1, *dense_shape)
+                self.dense = Sum(parts, dense_shape, dtype, zeros=True)
+            dd_strides = (B * H * N if mode == 3 else 0, *_contiguous(parts[1:]))
+
+        given = problem.strides()
+        self.launch = Launch(
+            bwd.keys_kernel, count * splits * B * H,
+            (
+                *given[:15], *given[18:], *strides(passed.grad_out), B * N * H * D if self.k else 0,
+                *kf_strides, *dd_strides,
+                B * H, H, M, N, splits, split_rows, count, padded, problem.score_scale,
+                1.0 if problem.scaled else problem.scale, problem.dropout_p, keep_scale(problem.dropout_p),
+            ),
+            dict(R=rank, NEED_KV=self.k is not None, NEED_KF=needs.k_factor, DENSE_GRAD=mode, SHARED_KF=shared,
+                 **problem.features(config)),
+        )  # fmt: skip
+
+    def __call__(self, problem: Problem, passed: Passed, rows: Tensor, grads: Grads) -> None:
+        q = problem.q
+        sums = (self.k, self.v, self.kf, self.dense)
+        made = [q if total is None else total.make(q) for total in sums]
+        blocks = self.keys(problem)[0]
+        self.launch(
+            q, problem.k, problem.v, *problem.factors[:2], *problem.pairs, blocks,
+            q if passed.seed is None else passed.seed, passed.grad_out, rows, *made,
+        )  # fmt: skip
+        for place, total, parts in zip((1, 2, 4, 6), sums, made):
+            if total is not None:
+                grads[place] = total(parts)
+
+
+class ByQueries:
+    """Gradients of q, q_factor and weights."""
+
+    def __init__(self, problem: Problem, needs: Needs, passed: Passed, padded: int, config: Config) -> None:
+        B, M, N, H, D = problem.sizes
+        dtype, rank = problem.q.dtype, problem.rank
+        shapes = shapes_of(problem)
+        self.keys = Keys(problem, config.block_n)
+        splits, split_keys, programs = split_over_keys(problem, config, self.keys)
+        self.q: Optional[Sum] = None
+        self.qf: Optional[Sum] = None
+        self.weights: Optional[Sum] = None
+        if needs.q:
+            kept = torch.float32 if splits > 1 else dtype
+            self.q = Sum((splits, B, M, H, D), shapes[0], dtype, kept=kept)
+        if needs.q_factor:
+            assert problem.q_factor is not None
+            self.qf = Sum((splits, B, M, H, rank), shapes[3], problem.q_factor.dtype)
+        if needs.weights:
+            assert problem.weights is not None
+            self.weights = Sum((splits, B, M, H, problem.segments), shapes[5], problem.weights.dtype, zeros=True)
+        part = B * M * H
+        self.launch = Launch(
+            bwd.queries_kernel, programs,
+            (
+                *problem.strides(), *strides(passed.grad_out), part * D if needs.q else 0,
+                part * rank if needs.q_factor else 0, part * problem.segments if needs.weights else 0,
+                H, M, N, splits, split_keys, self.keys.count, padded, problem.score_scale, problem.scale,
+                problem.dropout_p, keep_scale(problem.dropout_p),
+            ),
+            dict(R=rank, NEED_Q=needs.q, NEED_QF=needs.q_factor, NEED_W=needs.weights, **problem.features(config)),
+        )  # fmt: skip
+
+    def __call__(self, problem: Problem, passed: Passed, rows: Tensor, grads: Grads) -> None:
+        q = problem.q
+        sums = (self.q, self.qf, self.weights)
+        made = [q if total is None else total.make(q) for total in sums]
+        blocks, ends, order, counts = self.keys(problem)
+        self.launch(
+            q, problem.k, problem.v, *problem.factors, ends, *problem.pairs, blocks, order, counts,
+            q if passed.seed is None else passed.seed, passed.grad_out, passed.lse, rows, *made,
+        )  # fmt: skip
+        for place, total, parts in zip((0, 3, 5), sums, made):
+            if total is not None:
+                grads[place] = total(parts)
+
+
+def _contiguous(shape: Sequence[int]) -> Tuple[int, ...]:
+    """Strides over the first three of four dimensions of a contiguous tensor, 0 over one of size 1, which is shared."""
+    _, second, third, last = shape
+    return tuple(stride if size > 1 else 0 for stride, size in zip((second * third * last, third * last, last), shape))

@@ -1,0 +1,140 @@
+"""The forward pass of one class of calls: allocation, splitting over keys, launches."""
+from __future__ import annotations
+
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from . import forward as fwd
+from . import problem as pb
+from .configs import Config
+from .problem import Problem, block_columns, cdiv
+from .recompute import keep_scale
+from .settled import Launch
+
+Outputs = Tuple[Tensor, Optional[Tensor], Tensor]
+
+
+class Prepare:
+    """q times scale, and the factors with their columns zero-padded to a power of two of at least 16."""
+
+    def __init__(self, q: Tensor, q_factor: Tensor, k_factor: Tensor, scale: float) -> None:
+        D, R = q.shape[-1], q_factor.shape[-1]
+        columns = block_columns(R)
+        given = (q, q_factor, k_factor)
+        self.padded = columns != R
+        self.shapes = [(*t.shape[:3], columns) for t in (q_factor, k_factor)]
+        rows = [t.shape[0] * t.shape[1] * t.shape[2] for t in given]
+        if not self.padded:
+            rows[1:] = [0, 0]
+        per_program = 64
+        starts = [cdiv(count, per_program) for count in rows]
+        self.copy = Launch(
+            fwd.prepare_kernel, sum(starts),
+            (
+                *[n for t in given for n in pb.strides(t)], *[n for t in given for n in (t.shape[2], t.shape[1])],
+                *rows, starts[0], starts[0] + starts[1], scale,
+            ),
+            dict(D=D, BLOCK_D=block_columns(D), R=R, BLOCK_R=columns, ROWS=per_program),
+        )  # fmt: skip
+        self.launches = sum(starts) > 0
+
+    def __call__(self, q: Tensor, q_factor: Tensor, k_factor: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        new_q, new_qf, new_kf = torch.empty(q.shape, dtype=q.dtype, device=q.device), q_factor, k_factor
+        if self.padded:
+            new_qf, new_kf = q_factor.new_empty(self.shapes[0]), k_factor.new_empty(self.shapes[1])
+        if self.launches:
+            self.copy(q, new_q, q_factor, new_qf, k_factor, new_kf)
+        return new_q, new_qf, new_kf
+
+
+class Keys:
+    """The blocks of keys that a loop visits; placeholders for what the features do not use."""
+
+    def __init__(self, problem: Problem, block: int) -> None:
+        N, padding = problem.k.shape[1], problem.padding
+        self.table: Optional[Tuple[Tensor, Tensor]] = None
+        self.visible: Optional[Launch] = None
+        self.count = cdiv(N, block)
+        if problem.weights is None and padding is None:
+            return
+        self.table = pb.block_table(problem.lengths or (N,), block, problem.q.device)
+        self.count = self.table[0].shape[0]
+        if padding is not None:
+            stride = padding.stride(0) if padding.shape[0] > 1 else 0
+            self.visible = Launch(
+                fwd.visible_kernel, padding.shape[0], (stride, self.count),
+                dict(PAD_KIND=pb.pad_kind(padding), BLOCK_N=block, MANY=32),
+            )  # fmt: skip
+
+    def __call__(self, problem: Problem) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """BLOCKS and ENDS (problem.block_table); for each batch entry ORDER (B, blocks), those with an unmasked key
+        first, and COUNTS (B,), how many these are."""
+        if self.table is None:
+            return (problem.q,) * 4
+        blocks, ends = self.table
+        if self.visible is None or problem.padding is None:
+            return blocks, ends, ends, ends
+        padding = problem.padding
+        order = torch.empty((padding.shape[0], self.count), dtype=torch.int32, device=padding.device)
+        counts = torch.empty((padding.shape[0],), dtype=torch.int32, device=padding.device)
+        self.visible(padding, blocks, order, counts)
+        return blocks, ends, order, counts
+
+
+def split_over_keys(problem: Problem, config: Config, keys: Keys) -> Tuple[int, int, int]:
+    """Into how many parts a loop over keys is cut, the keys of each, and the programs for all of it."""
+    B, M, N, H, _ = problem.sizes
+    programs = cdiv(M, config.block_m) * B * H
+    splits = 1 if problem.whole else pb.split_count(programs, keys.count, pb.arch_of(problem.q)[1], config)
+    split_keys = cdiv(cdiv(N, config.block_n), splits) * config.block_n
+    if problem.padding is None:
+        splits = cdiv(N, split_keys)
+    return splits, split_keys, programs * splits
+
+
+class Forward:
+    """out, what it lost by being rounded to half (where `training` needs it), and its logsumexp."""
+
+    def __init__(self, problem: Problem, training: bool, config: Config) -> None:
+        B, M, N, H, D = problem.sizes
+        self.shape, self.rows = (B, M, H, D), (B * H, M)
+        self.has_low = training and problem.q.dtype != torch.float32
+        self.keys = Keys(problem, config.block_n)
+        self.splits, split_keys, programs = split_over_keys(problem, config, self.keys)
+        split = self.splits > 1
+        self.attend = Launch(
+            fwd.forward_kernel, programs,
+            (
+                *problem.strides(), B * M * H * D if split else 0, M * H * D, H * D, D,
+                B, H, M, N, self.splits, split_keys, self.keys.count,
+                problem.score_scale, problem.dropout_p, keep_scale(problem.dropout_p),
+            ),
+            dict(PARTIAL=split, HAS_LOW=self.has_low and not split, **problem.features(config)),
+        )  # fmt: skip
+        per_program = 16
+        self.combine = Launch(
+            fwd.combine_kernel, cdiv(M, per_program) * B * H, (B, H, M, self.splits),
+            dict(HAS_LOW=self.has_low, D=D, BLOCK_D=block_columns(D), BLOCK_M=per_program),
+        )  # fmt: skip
+
+    def __call__(self, problem: Problem, seed: Optional[Tensor]) -> Outputs:
+        q, k, v = problem[:3]
+        dtype, device = q.dtype, q.device
+        out = pb.empty(self.shape, dtype=dtype, device=device)
+        low = pb.empty(self.shape, dtype=dtype, device=device) if self.has_low else None
+        lse = pb.empty(self.rows, dtype=torch.float32, device=device)
+        parts, part_lse = out, lse
+        if self.splits > 1:
+            parts = pb.empty((self.splits, *self.shape), dtype=torch.float32, device=device)
+            part_lse = pb.empty((self.splits, *self.rows), dtype=torch.float32, device=device)
+        blocks, ends, order, counts = self.keys(problem)
+        no_low = q if low is None else low
+        self.attend(
+            q, k, v, *problem.factors, ends, *problem.pairs, blocks, order, counts, q if seed is None else seed,
+            parts, no_low, part_lse,
+        )  # fmt: skip
+        if self.splits > 1:
+            self.combine(parts, part_lse, out, no_low, lse)
+        return out, low, lse

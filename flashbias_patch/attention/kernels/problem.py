@@ -1,0 +1,202 @@
+"""One attention call as the kernels want it: its tensors, their strides, and what decides how it is launched.
+
+Additive terms, all optional: factors (second dot product into the same accumulator), segments (a constant a row for
+each stretch of keys), a dense bias, a boolean mask, key padding (boolean, or floating and added).
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, ContextManager, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .configs import Config, Key
+from .recompute import dropout_shift
+
+LOG2E = 1.4426950408889634
+empty = torch.empty  # checks poison it
+
+
+class Problem(NamedTuple):
+    """One attention call, its tensors ready for the kernels: last stride 1, factors padded, q scaled if need be."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_factor: Optional[Tensor]
+    k_factor: Optional[Tensor]
+    weights: Optional[Tensor]
+    lengths: Tuple[int, ...]
+    dense: Optional[Tensor]
+    mask: Optional[Tensor]
+    padding: Optional[Tensor]
+    dropout_p: float
+    scale: float
+    rank: int
+
+    @property
+    def sizes(self) -> Tuple[int, int, int, int, int]:
+        B, M, H, D = self.q.shape
+        return B, M, self.k.shape[1], H, D
+
+    @property
+    def scaled(self) -> bool:
+        return scales_q(self.q_factor, self.scale)
+
+    @property
+    def score_scale(self) -> float:
+        return LOG2E if self.scaled else LOG2E * self.scale
+
+    @property
+    def segments(self) -> int:
+        return 0 if self.weights is None else len(self.lengths)
+
+    @property
+    def whole(self) -> bool:
+        """Whether a loop over keys must not be cut: dropout counts in sixteens from each segment's first key."""
+        return self.weights is not None and self.dropout_p > 0
+
+    @property
+    def factors(self) -> Tuple[Tensor, Tensor, Tensor]:
+        """q_factor, k_factor, weights for a kernel: q stands for what is not there."""
+        q, _, _, q_factor, k_factor, weights = self[:6]
+        return (
+            q if q_factor is None else q_factor, q if k_factor is None else k_factor, q if weights is None else weights
+        )  # fmt: skip
+
+    @property
+    def pairs(self) -> Tuple[Tensor, Tensor, Tensor]:
+        """dense, mask, padding, likewise."""
+        q, dense, mask, padding = self.q, self.dense, self.mask, self.padding
+        return q if dense is None else dense, q if mask is None else mask, q if padding is None else padding
+
+    def strides(self) -> Tuple[int, ...]:
+        """Of q, k, v, q_factor, k_factor, weights (three each), dense, mask (three each), padding."""
+        found: Tuple[int, ...] = ()
+        for tensor in self[:6]:
+            found += (0, 0, 0) if tensor is None else strides(tensor)
+        padding = self.padding
+        found += pair_strides(self.dense) + pair_strides(self.mask)
+        return found + (0 if padding is None or padding.shape[0] == 1 else padding.stride(0),)
+
+    def features(self, config: Config) -> Dict[str, Any]:
+        """What the three attention kernels are compiled for."""
+        D = self.q.shape[-1]
+        return dict(
+            D=D,
+            BLOCK_D=block_columns(D),
+            BLOCK_R=0 if self.q_factor is None else self.q_factor.shape[-1],
+            SEGMENTS=self.segments,
+            HAS_DENSE=self.dense is not None,
+            HAS_MASK=self.mask is not None,
+            PAD_KIND=pad_kind(self.padding),
+            DROPOUT=self.dropout_p > 0,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            EXP=config.exp,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            enable_fp_fusion=True,
+            **(dict(maxnreg=config.registers) if config.registers else {}),
+        )
+
+    def key(self, kernel: str) -> Key:
+        """What the choice of a tile shape for that kernel depends on."""
+        plain = self.dense is None and self.mask is None and self.padding is None and not self.dropout_p
+        block_r = 0 if self.q_factor is None else self.q_factor.shape[-1]
+        half = self.q.dtype != torch.float32
+        return Key(kernel, arch_of(self.q)[0], half, block_columns(self.q.shape[-1]), block_r, plain)
+
+
+def scales_q(q_factor: Optional[Tensor], scale: float) -> bool:
+    """Is the scale multiplied into q beforehand? With factors, since their product must join unscaled; and the
+    kernels take the maximum before scaling, which wants a positive scale."""
+    return q_factor is not None or scale <= 0
+
+
+def block_columns(columns: int) -> int:
+    return max(16, 1 << (columns - 1).bit_length())
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; triton.cdiv takes a microsecond."""
+    return -(-a // b)
+
+
+def unit_last(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 and tensor.is_contiguous() else tensor.contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _arch(index: int) -> Tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def arch_of(tensor: Tensor) -> Tuple[int, int]:
+    """(10 * major + minor, multiprocessors); (0, 1) for the interpreter."""
+    return _arch(tensor.device.index) if tensor.is_cuda else (0, 1)
+
+
+def on_device(tensor: Tensor) -> ContextManager[Any]:
+    """Makes the tensor's GPU the current one, on which Triton launches; free where it is that already."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def strides(tensor: Tensor) -> Tuple[int, int, int]:
+    """Strides of (B, L, H, .), 0 along a batch or head dimension of size 1, which is thereby shared."""
+    b, length, h, _ = tensor.stride()
+    return (b if tensor.shape[0] > 1 else 0), length, (h if tensor.shape[2] > 1 else 0)
+
+
+def pair_strides(tensor: Optional[Tensor]) -> Tuple[int, int, int]:
+    """Strides over batch, heads and queries of a (B|1, H|1, M|1, N) tensor."""
+    if tensor is None:
+        return 0, 0, 0
+    return tuple(tensor.stride(axis) if tensor.shape[axis] > 1 else 0 for axis in range(3))  # type: ignore
+
+
+def as_bytes(tensor: Optional[Tensor]) -> Optional[Tensor]:
+    """Booleans as uint8 (no copy), other dtypes as they are, last stride 1."""
+    if tensor is None:
+        return None
+    tensor = unit_last(tensor)
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+
+@functools.lru_cache(maxsize=256)
+def block_table(lengths: Tuple[int, ...], block: int, device: torch.device) -> Tuple[Tensor, Tensor]:
+    """Blocks of keys (count, 4): first key, end, segment, what dropout adds to a key (common.dropout_shift); and the
+    segments' ends (S + 1,)."""
+    rows: List[Tuple[int, int, int, int]] = []
+    ends, offset = [0], 0
+    for segment, length in enumerate(lengths):
+        shift = dropout_shift(offset, segment)
+        for start in range(offset, offset + length, block):
+            rows.append((start, min(start + block, offset + length), segment, shift))
+        offset += length
+        ends.append(offset)
+    with torch.inference_mode(False):
+        make = functools.partial(torch.tensor, dtype=torch.int32)
+        return make(rows).to(device), make(ends).to(device)
+
+
+def pad_kind(padding: Optional[Tensor]) -> int:
+    return 0 if padding is None else 1 if padding.dtype == torch.uint8 else 2
+
+
+def split_count(programs: int, blocks: int, processors: int, config: Config, least: int = 4) -> int:
+    """Into how many parts to cut a loop over `blocks` so that `programs` of them fill the GPU."""
+    if config.splits:
+        return max(1, min(config.splits, blocks))
+    room = processors * (3 if config.warps <= 4 else 2)
+    if processors == 1 or programs * 4 > room * 3:
+        return 1
+    return max(1, min(room // max(programs, 1), blocks // least, 64))

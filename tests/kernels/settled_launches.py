@@ -1,0 +1,132 @@
+"""What reaches the GPU's driver when a call's launches are settled, against what Triton's own launch hands over.
+
+`python settled_launches.py` prints one line a case; needs Triton and PyTorch, no GPU: the driver is a stand-in that notes
+its arguments, the kernels are compiled for Hopper. Every case runs twice, forward and backward, with other tensors of the
+same signature; then with tensors at odd addresses, which are another class.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["FLASHBIAS_PATCH"] = "0"
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+launched = []
+through_triton = []
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = metadata.name if hasattr(metadata, "name") else metadata["name"]
+
+    def __call__(self, *arguments, **options):
+        # grid, stream, function, packed metadata, launch metadata, hooks, and then the kernel's own
+        launched.append((self.name, arguments[:3], [noted(value) for value in arguments[9:]]))
+
+
+def noted(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.stride(), value.data_ptr() % 16
+    return type(value), value
+
+
+class Utils:
+    RESULTS = 5 if "n_max_threads" in inspect.getsource(CompiledKernel) else 4
+
+    def load_binary(self, name, kernel, shared, device):
+        return (1, 2, 100, 0, 1024)[: self.RESULTS]
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+
+class Driver:
+    utils = Utils()
+    launcher_cls = Launcher
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+driver.set_active(Driver())
+_run = JITFunction.run
+JITFunction.run = lambda self, *args, **kwargs: through_triton.append(self) or _run(self, *args, **kwargs)
+
+from flashbias_patch.attention.kernels import operator, problem  # noqa: E402
+
+problem.arch_of = lambda tensor: (90, 132)
+
+
+def failed(call, grad, error):
+    raise error
+
+
+operator.on_backward_failure = failed
+B, M, N, H, D = 2, 33, 200, 2, 32
+
+
+def tensor(*shape, dtype=torch.float16, odd=False):
+    made = torch.randn(shape).to(dtype)
+    if odd:  # two bytes past a multiple of 16
+        room = torch.empty(made.numel() + 1, dtype=dtype)
+        made = room[1:].view(shape).copy_(made)
+    return made.requires_grad_()
+
+
+def attention(rank=0, segments=False, dense=False, padding=False, dropout_p=0.0, odd=False):
+    """One forward and backward pass; what was launched."""
+    del launched[:]
+    leaves = [tensor(B, length, H, D, odd=odd) for length in (M, N, N)]
+    factors = [tensor(1, length, 1, rank, odd=odd) for length in (M, N)] if rank else [None, None]
+    weights = tensor(B, M, 1, 2, dtype=torch.float32) if segments else None
+    bias = tensor(1, 1, M, N, dtype=torch.float32) if dense else None
+    padded = torch.zeros(B, N, dtype=torch.bool) if padding else None
+    out = operator.fused_attention(
+        *leaves, *factors, weights, [50, N - 50], bias, key_padding=padded, dropout_p=dropout_p
+    )
+    wanted = [leaf for leaf in (*leaves, *factors, weights, bias) if leaf is not None]
+    grads = torch.autograd.grad(out, wanted, torch.randn(out.shape).half())
+    for leaf, grad in zip(wanted, grads):
+        assert grad.shape == leaf.shape and grad.dtype == leaf.dtype
+    return list(launched)
+
+
+CASES = {
+    "plain": {},
+    "factors": dict(rank=8),
+    "factors as they are": dict(rank=16),
+    "segments": dict(segments=True),
+    "dense bias, padding, dropout": dict(dense=True, padding=True, dropout_p=0.1),
+}
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or CASES:
+        first = attention(**CASES[name])
+        compiled = len(through_triton)
+        again = attention(**CASES[name])
+        assert len(first) >= 4 and first == again, (name, first, again)
+        assert compiled and len(through_triton) == compiled, name
+        odd = attention(**CASES[name], odd=True)
+        assert odd != first and odd == attention(**CASES[name], odd=True), name
+        assert attention(**CASES[name]) == first, name
+        del through_triton[:]
+        print(f"{name}: {len(first)} launches, {sum(len(one[2]) for one in first)} arguments", flush=True)
+    print("settled", len(sys.argv[1:] or CASES))

@@ -1,0 +1,77 @@
+"""Launches that are kept: by class of call, and handed to the driver as Triton itself would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton", minversion="3.0")
+
+from flashbias_patch.attention.kernels import configs, launch, settled  # noqa: E402
+from flashbias_patch.attention.kernels.operator import fused_attention  # noqa: E402
+
+SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "settled_launches.py")
+
+
+@pytest.mark.slow
+def test_the_driver_gets_what_triton_would_hand_it():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0 and "settled 5" in done.stdout, done.stdout[-3000:]
+
+
+def attend(**changes):
+    q, k = torch.randn(1, 5, 2, 16), torch.randn(1, 7, 2, 16)
+    return fused_attention(q, k, changes.pop("v", k), **changes)
+
+
+def test_a_class_of_calls_is_settled_once():
+    attend()
+    kept = dict(launch._forwards.steps)
+    attend()
+    assert dict(launch._forwards.steps) == kept and len(kept) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scale": 0.3},
+        {"dropout_p": 0.1},
+        {"v": torch.randn(1, 2, 7, 16).transpose(1, 2)},
+        {"v": torch.randn(1, 7, 2, 16).requires_grad_()},
+        {"v": torch.randn(225)[1:].view(1, 7, 2, 16)},
+        {"mask": torch.zeros(1, 1, 1, 7, dtype=torch.bool)},
+        {"mask": torch.zeros(1, 1, 5, 7, dtype=torch.bool)},
+    ],
+    ids=["scale", "dropout", "strides", "gradient", "address", "mask", "mask's shape"],
+)
+def test_what_makes_another_class(changes):
+    attend()
+    (before,) = launch._forwards.steps
+    attend(**changes)
+    assert set(launch._forwards.steps) > {before}
+
+
+def test_another_tile_shape_unsettles_everything(monkeypatch):
+    attend()
+    (step,) = launch._forwards.steps.values()
+    monkeypatch.setattr(configs, "INTERPRETED", configs.Config(16, 16, 4, 1))
+    attend()
+    assert list(launch._forwards.steps.values()) == [step]
+    configs.generation += 1
+    attend()
+    (other,) = launch._forwards.steps.values()
+    assert other is not step and other.attend.options["BLOCK_M"] == 16
+
+
+def test_lengths_that_differ_every_time_do_not_pile_up():
+    kept = settled.Kept(room=3)
+    for key in range(10):
+        kept.keep(key, object())
+        assert kept.find(key) is not None and len(kept.steps) <= 3
