@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from typing import Any, List
+from typing import Any, List, Tuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ def _missing() -> List[str]:
     return []
 
 
+@functools.lru_cache(maxsize=64)
+def _capability(index: int) -> Tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
 class TritonFused:
     name = "triton"
 
@@ -36,10 +42,8 @@ class TritonFused:
             reasons.append(f"tensors are on {q.device.type}, not on a CUDA device")
         elif torch.version.hip:
             reasons.append("not tried on ROCm")
-        elif torch.cuda.get_device_capability(q.device) < (8, 0):
-            reasons.append(
-                "compute capability {}.{} is below 8.0".format(*torch.cuda.get_device_capability(q.device))
-            )
+        elif _capability(q.device.index) < (8, 0):
+            reasons.append("compute capability {}.{} is below 8.0".format(*_capability(q.device.index)))
         if q.dtype not in DTYPES:
             reasons.append(f"dtype {str(q.dtype)[6:]} is not float16, bfloat16 or float32")
         if v.shape[-1] != q.shape[-1]:

@@ -66,12 +66,17 @@ class Sum:
         self.parts, self.shape, self.dtype, self.zeros = tuple(parts), tuple(shape), dtype, zeros
         self.kept = torch.float32 if kept is None else kept
         self.axes = [axis for axis, size in enumerate((1, *shape)) if size == 1 and parts[axis] != 1]
+        self.whole = not self.axes and self.kept == dtype  # nothing to sum
+        if self.whole:
+            self.parts = self.shape
 
     def make(self, like: Tensor) -> Tensor:
         make = torch.zeros if self.zeros else pb.empty
         return make(self.parts, dtype=self.kept, device=like.device)
 
     def __call__(self, parts: Tensor) -> Tensor:
+        if self.whole:
+            return parts
         total = parts.sum(self.axes) if self.axes else parts
         return total.view(self.shape).to(self.dtype)
 
