@@ -311,7 +311,10 @@ def readme() -> str:
     text = (ROOT / "README.md").read_text()
     before, _, rest = text.partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
-    measured = "\n".join(table(real_head(), real_cmt_rows())).rstrip()
+    judged = load("ab_real_cmt_h200")
+    measured = "\n".join([*table(real_head(), real_cmt_rows()),
+                          "`flashbias ab` on the first row's command without dropout, fresh processes, A against A for the noise "
+                          f"([all of it](docs/performance.md#flashbias-ab-on-the-real-cmt)): {judged['headline']['sentence']}"])
     return f"{before}{MARKS[0]}\n{measured}\n{MARKS[1]}{after}"
 
 
