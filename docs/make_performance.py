@@ -312,9 +312,9 @@ def readme() -> str:
     before, _, rest = text.partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     judged = load("ab_real_cmt_h200")
-    measured = "\n".join([*table(real_head(), real_cmt_rows()),
-                          "`flashbias ab` on the first row's command without dropout, fresh processes, A against A for the noise "
-                          f"([all of it](docs/performance.md#flashbias-ab-on-the-real-cmt)): {judged['headline']['sentence']}"])
+    verdict = ("`flashbias ab` on the first row's command without dropout, fresh processes, A against A for the noise "
+               f"([all of it](docs/performance.md#flashbias-ab-on-the-real-cmt)): {judged['headline']['sentence']}")
+    measured = "\n".join([*table(real_head(), real_cmt_rows()), verdict])
     return f"{before}{MARKS[0]}\n{measured}\n{MARKS[1]}{after}"
 
 

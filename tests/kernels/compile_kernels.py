@@ -36,7 +36,7 @@ def load():
     real = {name: sys.modules.get(name) for name in names}
     sys.modules.update(dict.fromkeys(names, torch))
     try:
-        files = ("forward", "backward", "concatenate", "configs")
+        files = ("forward", "backward", "sums", "concatenate", "configs")
         return [importlib.import_module("flashbias_kernels." + name) for name in files]
     finally:
         for name, module in real.items():
@@ -45,7 +45,7 @@ def load():
                 sys.modules[name] = module
 
 
-forward, backward, concatenate, configs = load()
+forward, backward, sums, concatenate, configs = load()
 configs._loaded = True  # no tiles that this machine has tuned
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448}  # bytes a program can have
 
@@ -153,9 +153,12 @@ def variants(arch):
     halves = dict.fromkeys(JOIN_POINTERS, "bf16")
     added = dict(JOIN, R=0, BLOCK_R=1, PADDING=2, REST=8, BLOCK_REST=8)
     yield "added padding", concatenate._join_kernel, added, "bf16", dict(halves, padding="fp32"), [ONE]
-    sums = {f"{name}{i}": size for i in range(3) for name, size in SUM.items()}
+    columns = {f"{name}{i}": size for i in range(3) for name, size in SUM.items()}
     grads = {f"{name}{i}": "fp16" for i in range(3) for name in ("grad", "out")}
-    yield "sums", concatenate._sum_kernel, dict(sums, ROWS=concatenate.ROWS, WIDE=False), "fp16", grads, [ONE]
+    yield "sums", concatenate._sum_kernel, dict(columns, ROWS=concatenate.ROWS, WIDE=False), "fp16", grads, [ONE]
+    columns = {f"{name}{i}": size for i in range(3) for name, size in SUM.items() if name not in ("SUM_B", "B")}
+    parts = {f"PARTS{i}": "fp32" for i in range(3)}
+    yield "sums of parts", sums.sum_kernel, dict(columns, ROWS=32), "fp16", parts, [ONE]
 
 
 def fitting(kernel, constants, dtype, arch, pointers, choices):

@@ -106,7 +106,7 @@ def attention(rank=0, segments=False, dense=False, padding=False, dropout_p=0.0,
     grads = torch.autograd.grad(out, wanted, torch.randn(out.shape).half())
     for leaf, grad in zip(wanted, grads):
         assert grad.shape == leaf.shape and grad.dtype == leaf.dtype
-    return list(launched)
+    return sorted(launched, key=repr)  # of the first pass, each kernel is finished before the next is begun
 
 
 CASES = {

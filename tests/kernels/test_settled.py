@@ -70,6 +70,41 @@ def test_another_tile_shape_unsettles_everything(monkeypatch):
     assert other is not step and other.attend.options["BLOCK_M"] == 16
 
 
+class Stream:
+    """Notes what happens on it."""
+
+    def __init__(self, name, notes):
+        self.name, self.notes, self.cuda_stream = name, notes, name
+
+    def wait_stream(self, other):
+        self.notes.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_backwards_kernels_side_by_side(monkeypatch, fails):
+    """Both after the fork, and joined again, whatever happens between."""
+    notes = []
+    q, k, factor = torch.randn(1, 5, 2, 16, requires_grad=True), torch.randn(1, 7, 2, 16, requires_grad=True), None
+
+    def gradients():
+        return torch.autograd.grad(fused_attention(q, k, k, factor, factor).square().sum(), (q, k))
+
+    want = gradients()
+    steps = next(iter(launch._backwards.steps.values()))
+    for step, name in zip(steps[1:], ("keys", "queries")):
+
+        def noted(*tensors, stream=None, launch=step.launch, name=name):
+            notes.append(f"{name} on {stream}")
+            if fails and name == "keys":
+                raise RuntimeError("no room")
+            launch(*tensors)
+
+        step.launch = noted
+    monkeypatch.setattr(launch, "_streams", lambda problem: (Stream("one", notes), Stream("other", notes)))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients(), want))  # rescued where a kernel fails
+    assert notes == ["other waits for one", "queries on None", "keys on other", "one waits for other"]
+
+
 def test_lengths_that_differ_every_time_do_not_pile_up():
     kept = settled.Kept(room=3)
     for key in range(10):

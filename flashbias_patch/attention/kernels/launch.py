@@ -1,6 +1,7 @@
 """From tensors to kernel launches: the doors to forward and backward, and what they keep for calls of the same class."""
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Callable, List, Optional, Tuple
 
@@ -13,6 +14,7 @@ from .launch_forward import Forward, Outputs, Prepare
 from .problem import Problem, on_device, scales_q, unit_last
 from .settled import Kept, signature
 
+OVERLAPPED = 1 << 26  # scores, B * H * M * N, from which on backward's two kernels run side by side
 _prepared, _forwards, _backwards = Kept(), Kept(), Kept()
 
 
@@ -83,10 +85,40 @@ def _gradients(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Optional
         if steps is None:
             _backwards.keep(key, _settle(problem, needs, passed, grads))
         else:
-            rows = steps[0](problem, passed)
-            for step in steps[1:]:
-                step(problem, passed, rows, grads)
+            _repeat(steps[1:], problem, passed, steps[0](problem, passed), grads)
     return tuple([grad if need else None for grad, need in zip(grads, needs)])
+
+
+def _repeat(steps: List[Any], problem: Problem, passed: Passed, rows: Tensor, grads: Grads) -> None:
+    made = [step.make(problem) for step in steps]
+    streams = _streams(problem) if len(steps) > 1 else None
+    if streams is None:
+        for step, own in zip(steps, made):
+            step.run(problem, passed, rows, own)
+    else:
+        # The queries kernel is a few long programs, the keys kernel many short ones, which fill what the others leave.
+        (keys, queries), (current, other) = steps, streams
+        other.wait_stream(current)
+        try:
+            queries.run(problem, passed, rows, made[1])
+            keys.run(problem, passed, rows, made[0], other.cuda_stream)
+        finally:
+            current.wait_stream(other)  # memory made for the one stream is used on the other until here
+    for step, own in zip(steps, made):
+        step.finish(own, grads)
+
+
+def _streams(problem: Problem) -> Optional[Tuple[Any, Any]]:
+    """The current stream, and another for what may run beside it, where that repays the host's work."""
+    B, M, N, H, _ = problem.sizes
+    if not problem.q.is_cuda or B * H * M * N < OVERLAPPED:
+        return None
+    return torch.cuda.current_stream(problem.q.device), _other_stream(problem.q.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _other_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)
 
 
 def _settle(problem: Problem, needs: Needs, passed: Passed, grads: Grads) -> List[Any]:
@@ -96,7 +128,9 @@ def _settle(problem: Problem, needs: Needs, passed: Passed, grads: Grads) -> Lis
 
     def attempt(make: Callable[..., Any], config: Config) -> Any:
         step = make(problem, needs, passed, steps[0].padded, config)
-        step(problem, passed, rows, grads)
+        made = step.make(problem)
+        step.run(problem, passed, rows, made)
+        step.finish(made, grads)
         return step
 
     if needs.by_keys:

@@ -11,6 +11,7 @@ from . import backward as bwd
 from . import problem as pb
 from .configs import Config
 from .launch_forward import Keys, split_over_keys
+from .launch_sums import Sum, Sums
 from .problem import Problem, block_columns, cdiv, strides
 from .recompute import keep_scale
 from .settled import Launch
@@ -47,6 +48,8 @@ class Passed(NamedTuple):
 
 
 Grads = List[Optional[Tensor]]
+# What a step allocates before it runs: parts of gradients (None where not needed), and the blocks of keys.
+Made = Tuple[List[Optional[Tensor]], Tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def shapes_of(problem: Problem) -> List[Any]:
@@ -56,29 +59,6 @@ def shapes_of(problem: Problem) -> List[Any]:
         if shapes[place] is not None:
             shapes[place] = (*shapes[place][:3], problem.rank)
     return shapes
-
-
-class Sum:
-    """Parts (splits, ...) summed over the splits and over every dimension in which `shape` is 1 (was broadcast)."""
-
-    def __init__(self, parts: Sequence[int], shape: Sequence[int], dtype: torch.dtype, zeros: bool = False,
-                 kept: Optional[torch.dtype] = None) -> None:  # fmt: skip
-        self.parts, self.shape, self.dtype, self.zeros = tuple(parts), tuple(shape), dtype, zeros
-        self.kept = torch.float32 if kept is None else kept
-        self.axes = [axis for axis, size in enumerate((1, *shape)) if size == 1 and parts[axis] != 1]
-        self.whole = not self.axes and self.kept == dtype  # nothing to sum
-        if self.whole:
-            self.parts = self.shape
-
-    def make(self, like: Tensor) -> Tensor:
-        make = torch.zeros if self.zeros else pb.empty
-        return make(self.parts, dtype=self.kept, device=like.device)
-
-    def __call__(self, parts: Tensor) -> Tensor:
-        if self.whole:
-            return parts
-        total = parts.sum(self.axes) if self.axes else parts
-        return total.view(self.shape).to(self.dtype)
 
 
 class Rows:
@@ -120,22 +100,21 @@ class ByKeys:
         split_rows = cdiv(cdiv(M, config.block_m), splits) * config.block_m
         splits = cdiv(M, split_rows)
 
-        self.k: Optional[Sum] = None
-        self.v: Optional[Sum] = None
+        k = v = kf = None
         if needs.k or needs.v:
             kept = torch.float32 if splits > 1 else q.dtype
-            self.k = Sum((splits, B, N, H, D), k_shape, q.dtype, kept=kept)
-            self.v = Sum((splits, B, N, H, D), v_shape, q.dtype, kept=kept)
+            k = Sum((splits, B, N, H, D), k_shape, q.dtype, kept=kept)
+            v = Sum((splits, B, N, H, D), v_shape, q.dtype, kept=kept)
 
-        self.kf: Optional[Sum] = None
         shared = False
         kf_strides: Tuple[int, ...] = (0, 0, 0, 0)
         if needs.k_factor:
             assert problem.k_factor is not None
             shared = not exact and kf_shape[:1] + kf_shape[2:3] != (B, H)
             parts = (1, *kf_shape) if shared else (splits, B, N, H, rank)
-            self.kf = Sum(parts, kf_shape, problem.k_factor.dtype, zeros=shared)
+            kf = Sum(parts, kf_shape, problem.k_factor.dtype, zeros=shared)
             kf_strides = (0 if shared else B * N * H * rank, *_contiguous(parts[1:]))
+        self.sums = Sums(k, v, kf)
 
         self.dense: Optional[Sum] = None
         mode = 0
@@ -159,27 +138,32 @@ class ByKeys:
         self.launch = Launch(
             bwd.keys_kernel, count * splits * B * H,
             (
-                *given[:15], *given[18:], *strides(passed.grad_out), B * N * H * D if self.k else 0,
+                *given[:15], *given[18:], *strides(passed.grad_out), B * N * H * D if k else 0,
                 *kf_strides, *dd_strides,
                 B * H, H, M, N, splits, split_rows, count, padded, problem.score_scale,
                 1.0 if problem.scaled else problem.scale, problem.dropout_p, keep_scale(problem.dropout_p),
             ),
-            dict(R=rank, NEED_KV=self.k is not None, NEED_KF=needs.k_factor, DENSE_GRAD=mode, SHARED_KF=shared,
+            dict(R=rank, NEED_KV=k is not None, NEED_KF=needs.k_factor, DENSE_GRAD=mode, SHARED_KF=shared,
                  **problem.features(config)),
         )  # fmt: skip
 
-    def __call__(self, problem: Problem, passed: Passed, rows: Tensor, grads: Grads) -> None:
+    def make(self, problem: Problem) -> Made:
         q = problem.q
-        sums = (self.k, self.v, self.kf, self.dense)
-        made = [q if total is None else total.make(q) for total in sums]
-        blocks = self.keys(problem)[0]
+        return [*self.sums.make(q), None if self.dense is None else self.dense.make(q)], self.keys(problem)
+
+    def run(self, problem: Problem, passed: Passed, rows: Tensor, made: Made, stream: Optional[int] = None) -> None:
+        q = problem.q
         self.launch(
-            q, problem.k, problem.v, *problem.factors[:2], *problem.pairs, blocks,
-            q if passed.seed is None else passed.seed, passed.grad_out, rows, *made,
+            q, problem.k, problem.v, *problem.factors[:2], *problem.pairs, made[1][0],
+            q if passed.seed is None else passed.seed, passed.grad_out, rows,
+            *[q if parts is None else parts for parts in made[0]], stream=stream,
         )  # fmt: skip
-        for place, total, parts in zip((1, 2, 4, 6), sums, made):
-            if total is not None:
-                grads[place] = total(parts)
+
+    def finish(self, made: Made, grads: Grads) -> None:
+        *parts, dense = made[0]
+        grads[1], grads[2], grads[4] = self.sums(parts)
+        if self.dense is not None and dense is not None:
+            grads[6] = self.dense.plain(dense)
 
 
 class ByQueries:
@@ -191,18 +175,17 @@ class ByQueries:
         shapes = shapes_of(problem)
         self.keys = Keys(problem, config.block_n)
         splits, split_keys, programs = split_over_keys(problem, config, self.keys)
-        self.q: Optional[Sum] = None
-        self.qf: Optional[Sum] = None
-        self.weights: Optional[Sum] = None
+        q = qf = weights = None
         if needs.q:
             kept = torch.float32 if splits > 1 else dtype
-            self.q = Sum((splits, B, M, H, D), shapes[0], dtype, kept=kept)
+            q = Sum((splits, B, M, H, D), shapes[0], dtype, kept=kept)
         if needs.q_factor:
             assert problem.q_factor is not None
-            self.qf = Sum((splits, B, M, H, rank), shapes[3], problem.q_factor.dtype)
+            qf = Sum((splits, B, M, H, rank), shapes[3], problem.q_factor.dtype)
         if needs.weights:
             assert problem.weights is not None
-            self.weights = Sum((splits, B, M, H, problem.segments), shapes[5], problem.weights.dtype, zeros=True)
+            weights = Sum((splits, B, M, H, problem.segments), shapes[5], problem.weights.dtype, zeros=True)
+        self.sums = Sums(q, qf, weights)
         part = B * M * H
         self.launch = Launch(
             bwd.queries_kernel, programs,
@@ -215,18 +198,20 @@ class ByQueries:
             dict(R=rank, NEED_Q=needs.q, NEED_QF=needs.q_factor, NEED_W=needs.weights, **problem.features(config)),
         )  # fmt: skip
 
-    def __call__(self, problem: Problem, passed: Passed, rows: Tensor, grads: Grads) -> None:
+    def make(self, problem: Problem) -> Made:
+        return self.sums.make(problem.q), self.keys(problem)
+
+    def run(self, problem: Problem, passed: Passed, rows: Tensor, made: Made, stream: Optional[int] = None) -> None:
         q = problem.q
-        sums = (self.q, self.qf, self.weights)
-        made = [q if total is None else total.make(q) for total in sums]
-        blocks, ends, order, counts = self.keys(problem)
+        blocks, ends, order, counts = made[1]
         self.launch(
             q, problem.k, problem.v, *problem.factors, ends, *problem.pairs, blocks, order, counts,
-            q if passed.seed is None else passed.seed, passed.grad_out, passed.lse, rows, *made,
+            q if passed.seed is None else passed.seed, passed.grad_out, passed.lse, rows,
+            *[q if parts is None else parts for parts in made[0]], stream=stream,
         )  # fmt: skip
-        for place, total, parts in zip((0, 3, 5), sums, made):
-            if total is not None:
-                grads[place] = total(parts)
+
+    def finish(self, made: Made, grads: Grads) -> None:
+        grads[0], grads[3], grads[5] = self.sums(made[0])
 
 
 def _contiguous(shape: Sequence[int]) -> Tuple[int, ...]:

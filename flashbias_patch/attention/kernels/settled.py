@@ -32,9 +32,10 @@ class Launch:
         self.run: Optional[Callable[..., Any]] = None
         self.rest: Tuple[Any, ...] = ()
 
-    def __call__(self, *tensors: Tensor) -> None:
+    def __call__(self, *tensors: Tensor, stream: Optional[int] = None) -> None:
+        """On the current stream, or on that one once there is a compiled kernel."""
         if self.run is not None:
-            self.run(*tensors, *self.rest)
+            self.run(*tensors, *self.rest, stream=stream)
             return
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.options)
         if isinstance(compiled, CompiledKernel):
