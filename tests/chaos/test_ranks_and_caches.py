@@ -104,3 +104,19 @@ def test_a_lock_whose_holder_died_is_free(cache):
     with disk.locked(disk.path() + ".lock", 0) as mine:
         assert mine
     assert not (cache.parent / "tuned.json.lock").exists()
+
+
+def test_a_lock_file_that_its_last_holder_removed_is_made_anew(cache, monkeypatch):
+    from flashbias_patch.attention.kernels import cache as disk
+
+    cache.parent.mkdir()
+    name, flock, removed = disk.path() + ".lock", disk.fcntl.flock, []
+
+    def late(*args):
+        if not removed:
+            removed.append(os.unlink(name))  # between our opening it and our locking it
+        return flock(*args)
+
+    monkeypatch.setattr(disk.fcntl, "flock", late)
+    with disk.locked(name, 5) as mine, disk.locked(name, 0) as too:
+        assert removed and mine and not too

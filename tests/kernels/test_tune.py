@@ -255,3 +255,29 @@ def test_the_kernels_themselves(monkeypatch, name):
         assert (row.tuned, row.ratio, row.skipped) == (other, 0.5, {}), row
     for kernel in KERNELS:
         assert {config for key, config in asked if key.kernel == kernel} == {other, INTERPRETED}
+
+
+@pytest.mark.parametrize("pauses", [True, False])
+def test_the_gpu_is_timed_behind_a_pause(monkeypatch, pauses):
+    """So that launches are queued before the first of them runs."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    if pauses:
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("pause" if cycles > 0 else ""), raising=False)
+    else:
+        monkeypatch.delattr(torch.cuda, "_sleep", raising=False)
+    assert trial.cuda_times(lambda: done.append("run"), 2) == [2.0, 2.0]
+    pause = ["pause"] if pauses else []
+    assert done == ["run", "wait", *pause, *["event", "run", "event"] * 2, "wait"]
