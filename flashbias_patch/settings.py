@@ -50,6 +50,15 @@ def _number(kind: type, low: float, high: float, words: str) -> Callable[[str], 
     return parse
 
 
+def _seconds(text: str) -> float:
+    if text.lower() in FALSE:
+        return 0.0
+    if text.lower() in TRUE:
+        return 60.0
+    found: float = _number(float, 2.0, 3600.0, "off, on (60) or a number of seconds from 2 to 3600")(text)
+    return found
+
+
 def _names(text: str) -> Tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -81,6 +90,8 @@ VARIABLES: Tuple[Variable, ...] = (
              "relative error above which a factorised bias is used densely instead"),
     Variable("aqr", None, str, "adaptive query routing where configs can't be touched: 1, or key=value,..."),
     Variable("compat", ("all",), _names, "comma-separated compatibility patches, `all` or `none`"),
+    Variable("tune", 0.0, _seconds,
+             "time tile shapes for GPUs that the shipped table was not measured on: off, on, or seconds a class of call"),
     Variable("log_level", None, _choice("debug", "info", "warning", "error"),
              "log to stderr from this level on; unset: Python's own logging settings"),
 )

@@ -16,11 +16,13 @@ GOOD = {
     "max_error": [("0.1", 0.1)],
     "aqr": [("enable=1", "enable=1")],
     "compat": [("none", ("none",)), ("turtle,dn_index", ("turtle", "dn_index"))],
+    "tune": [("off", 0.0), ("0", 0.0), ("on", 60.0), ("20", 20.0), ("2.5", 2.5)],
     "log_level": [("INFO", "info")],
 }
 BAD = [("patch", "maybe", TRUE + FALSE), ("backend", "fastest", ("triton", "reference")), ("strict", "2", TRUE),
        ("dtype", "fp8", ("fp16", "bf16", "fp32")), ("rank", "0", ("1 to 256",)), ("rank", "x", ("integer",)),
-       ("energy", "1.5", ("(0, 1]",)), ("max_error", "-1", ("0 to 1",)), ("log_level", "loud", ("warning",))]
+       ("energy", "1.5", ("(0, 1]",)), ("max_error", "-1", ("0 to 1",)), ("log_level", "loud", ("warning",)),
+       ("tune", "soon", ("off, on", "2 to 3600")), ("tune", "-5", ("seconds",)), ("tune", "nan", ("seconds",))]
 
 
 def test_every_variable_is_tested():

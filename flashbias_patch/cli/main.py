@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import List, Optional
 
-COMMANDS = ("run", "doctor", "ab", "bench", "report")
+COMMANDS = ("run", "doctor", "ab", "bench", "tune", "report")
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.0")
 
-from flashbias_patch.attention.kernels import configs
+from flashbias_patch.attention.kernels import cache, configs
 from flashbias_patch.attention.kernels.configs import Config, Key
 
 
@@ -61,6 +61,127 @@ def test_tuned_choices_survive_on_disk(monkeypatch):
     monkeypatch.setattr(configs, "_tuned", {})
     monkeypatch.setattr(configs, "_loaded", False)
     assert configs.candidates(KEY)[0] == chosen
+
+
+def test_a_forced_shape_is_the_only_one_and_leaves_no_trace():
+    from triton.runtime.errors import OutOfResources
+
+    def no_room(config):
+        raise OutOfResources(1, 0, "shared memory")
+
+    plain, other = configs.candidates(KEY), KEY._replace(kernel="keys")
+    one, two = Config(16, 32, 4, 1), Config(32, 16, 4, 1)
+    with pytest.raises(ZeroDivisionError), configs.forced(KEY, one):
+        assert configs.candidates(KEY) == [one] and len(configs.candidates(other)) > 1
+        with configs.forced(KEY, two):
+            assert configs.first_working(KEY, lambda config: config) == two
+            with pytest.raises(RuntimeError, match="no tile shape fits"):
+                configs.first_working(KEY, no_room)
+        assert configs.candidates(KEY) == [one]
+        raise ZeroDivisionError
+    assert configs.candidates(KEY) == plain and not configs._working
+    with configs.forced(KEY._replace(arch=0), one):  # the interpreter's too
+        assert configs.candidates(KEY._replace(arch=0)) == [one]
+
+
+def test_the_generation_counts_what_changes_answers():
+    from triton.runtime.errors import OutOfResources
+
+    def count(action):
+        before = configs.generation
+        action()
+        return configs.generation - before
+
+    def only(config):
+        def launch(given):
+            if given != config:
+                raise OutOfResources(1, 0, "shared memory")
+
+        return lambda: configs.first_working(KEY, launch)
+
+    def force():
+        with configs.forced(KEY, Config(16, 16, 4, 1)):
+            inside.append(configs.generation)
+
+    inside, start = [], configs.generation
+    best = configs.candidates(KEY)[0]
+    assert count(only(best)) == 0, "what was the first candidate stays it"
+    assert count(lambda: configs.candidates(KEY)) == 0
+    assert count(force) == 2 and inside[0] == start + 1
+    assert count(lambda: configs.remember({KEY: Config(32, 32, 4, 1)})) > 0
+    configs._working.clear()
+    assert count(only(configs.SMALLER[-1])) > 0, "another one than the first works"
+    assert count(only(configs.SMALLER[-1])) == 0
+    assert count(configs.reload) > 0
+    assert count(configs.forget) > 0 and configs.candidates(KEY)[0] == best
+
+
+def test_which_classes_the_shipped_table_was_measured_for():
+    assert configs.measured(KEY) and configs.measured(KEY._replace(arch=0))
+    for arch in (80, 89, 100, 120):
+        assert not configs.measured(KEY._replace(arch=arch))
+    assert not configs.tuned(KEY)
+    configs.remember({KEY: Config(32, 32, 4, 1)})
+    assert configs.tuned(KEY) and not configs.tuned(KEY._replace(arch=86))
+
+
+def test_reading_again_finds_what_another_process_wrote(monkeypatch):
+    configs.remember({KEY: Config(32, 32, 4, 1)})
+    configs.first_working(KEY, lambda config: config)
+    with monkeypatch.context() as patch:  # another process
+        patch.setattr(configs, "_tuned", {})
+        configs.remember({KEY: Config(16, 32, 4, 1)})
+    configs.first_working(KEY, lambda config: config)
+    configs.reload()
+    assert configs.candidates(KEY)[0] == Config(16, 32, 4, 1)
+
+
+def elsewhere(monkeypatch, name, value):
+    places = dict(zip(cache.NAMES, cache.here()))
+    monkeypatch.setattr(cache, "here", lambda: tuple({**places, name: value}[each] for each in cache.NAMES))
+
+
+def again(monkeypatch):
+    monkeypatch.setattr(configs, "_tuned", {})
+    monkeypatch.setattr(configs, "_loaded", False)
+    return configs.candidates(KEY)[0]
+
+
+@pytest.mark.parametrize("name", cache.NAMES)
+def test_what_another_gpu_or_version_tuned_is_kept_and_not_used(monkeypatch, name):
+    theirs, ours, shipped = Config(32, 32, 4, 1), Config(16, 32, 4, 1), configs.candidates(KEY)[0]
+    with monkeypatch.context() as patch:
+        elsewhere(patch, name, "another")
+        configs.remember({KEY: theirs})
+        assert again(patch) == theirs
+    assert again(monkeypatch) == shipped
+    configs.remember({KEY: ours})
+    assert again(monkeypatch) == ours
+    assert len(cache.rows()) == 2
+    configs.forget([KEY])
+    assert again(monkeypatch) == shipped and len(cache.rows()) == 1
+    elsewhere(monkeypatch, name, "another")
+    assert again(monkeypatch) == theirs
+    assert configs.forget() and again(monkeypatch) == shipped and not configs.forget()
+
+
+def test_rows_of_the_old_format_and_damaged_ones_are_dropped(monkeypatch):
+    good, shipped = Config(32, 32, 4, 1), configs.candidates(KEY)[0]
+    configs.remember({KEY: good})
+    (row,) = cache.rows()
+    damaged = [{**row, "config": numbers} for numbers in ([48, 32, 4, 1], [32, 32, 4], [32, 32, 4, 99], [True] * 4,
+                                                          [32, 32, 64, 1], ["a", 32, 4, 1], [1024, 32, 4, 1], None)]
+    for bad in ([list(KEY), list(good)], {**row, "gpu": 7}, {**row, "key": None}, *damaged):
+        with open(configs._cache_path(), "w") as file:
+            json.dump([bad], file)
+        assert again(monkeypatch) == shipped, bad
+        with open(configs._cache_path(), "w") as file:
+            json.dump([bad, row], file)
+        assert again(monkeypatch) == good, bad
+    with open(configs._cache_path(), "w") as file:
+        json.dump([[list(KEY), list(good)]], file)
+    configs.remember({KEY: good})
+    assert len(cache.rows()) == 1
 
 
 @pytest.mark.parametrize("content", ["", "{", "[[1, 2]]", '[[["forward"], [1]]]', "null", "\x00"])

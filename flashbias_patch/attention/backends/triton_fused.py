@@ -9,10 +9,12 @@ from typing import Any, List, Tuple
 import torch
 from torch import Tensor
 
+from ... import settings
 from ..inputs import AttentionInputs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_TRITON = (3, 0)
+is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)  # since torch 2.3
 
 
 def _missing() -> List[str]:
@@ -34,6 +36,9 @@ def _capability(index: int) -> Tuple[int, int]:
 
 class TritonFused:
     name = "triton"
+
+    def __init__(self) -> None:
+        self.tune = settings.current().tune  # seconds; 0: never
 
     def why_not(self, inputs: AttentionInputs) -> List[str]:
         reasons = _missing()
@@ -59,6 +64,10 @@ class TritonFused:
     def __call__(self, inputs: AttentionInputs) -> Tensor:
         from ..kernels.operator import fused_attention
 
+        if self.tune and not is_compiling():
+            from ..kernels import on_miss
+
+            on_miss.tune(inputs, self.tune)
         return fused_attention(*inputs)
 
 

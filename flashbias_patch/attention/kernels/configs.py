@@ -1,13 +1,13 @@
 """Which tile shape each kernel uses: a shipped table, what was tuned on request, and what to try when one won't fit."""
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
-import os
-import tempfile
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from triton.runtime.errors import OutOfResources
+
+from . import cache
 
 log = logging.getLogger("flashbias_patch")
 
@@ -96,46 +96,90 @@ SMALLER = [Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
 # The interpreter has no inline assembly and no use for large tiles.
 INTERPRETED = Config(32, 64, 4, 1)
 
+# Counts up whenever candidates() may answer otherwise than before: what was derived from its answers is then out of date.
+generation = 0
+
+_forced: Dict[Key, Config] = {}
 _tuned: Dict[Key, Config] = {}
 _working: Dict[Key, Config] = {}
 _loaded = False
-generation = 0  # counts the changes of what candidates() answers, for whoever keeps launches
+
+
+def _changed() -> None:
+    global generation
+    generation += 1
+
+
+def shipped(key: Key) -> List[Config]:
+    """The configurations to try for `key`, best first, whatever was tuned."""
+    if key.arch == 0:
+        return [INTERPRETED]
+    arch = 90 if key.arch >= 90 else 80
+    place = key.kernel, arch, key.half
+    for block_d, block_r, config in ([] if key.plain else BUSY.get(place, [])) + TABLE[place]:
+        if key.block_d <= block_d and key.block_r <= block_r:
+            return [config if key.plain or config.exp < 2 else config._replace(exp=1), *SMALLER]
+    return list(SMALLER)
 
 
 def candidates(key: Key) -> List[Config]:
     """The configurations to try for `key`, best first."""
+    if _forced and key in _forced:
+        return [_forced[key]]
     if key.arch == 0:
         return [INTERPRETED]
     _load()
     if key in _working:
         return [_working[key]]
-    arch = 90 if key.arch >= 90 else 80
-    found = [_tuned[key]] if key in _tuned else []
-    place = key.kernel, arch, key.half
-    for block_d, block_r, config in ([] if key.plain else BUSY.get(place, [])) + TABLE[place]:
-        if key.block_d <= block_d and key.block_r <= block_r:
-            found.append(config if key.plain or config.exp < 2 else config._replace(exp=1))
-            break
-    return found + SMALLER
+    return ([_tuned[key]] if key in _tuned else []) + shipped(key)
 
 
 def first_working(key: Key, launch: Callable[[Config], Any]) -> Any:
     """launch(config) with the first candidate that the GPU has room for; later calls go straight to it."""
     refusal: Optional[BaseException] = None
-    for config in candidates(key):
+    for place, config in enumerate(candidates(key)):
         try:
             result = launch(config)
         except OutOfResources as error:
             refusal = error
             continue
-        _working[key] = config
+        if key not in _forced:
+            _working[key] = config
+            if place:
+                _changed()
         return result
     raise RuntimeError(f"no tile shape fits this GPU for {key}: {refusal}")
 
 
+@contextlib.contextmanager
+def forced(key: Key, config: Config) -> Iterator[None]:
+    """Inside, candidates(key) is `config` and nothing else, in every thread of this process."""
+    before = _forced.get(key)
+    _forced[key] = config
+    _changed()
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[key]
+        else:
+            _forced[key] = before
+        _changed()
+
+
+def measured(key: Key) -> bool:
+    """Whether TABLE's rows for `key` were measured on such a GPU."""
+    return key.arch in (0, 90)
+
+
+def tuned(key: Key) -> bool:
+    """Whether there is more than TABLE to go by."""
+    _load()
+    return key in _tuned
+
+
 def _cache_path() -> str:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(home, "flashbias_patch", "tuned.json")
+    return cache.path()
 
 
 def _load() -> None:
@@ -145,29 +189,62 @@ def _load() -> None:
         return
     _loaded = True
     try:
-        with open(_cache_path(), encoding="utf-8") as file:
-            for row in json.load(file):
-                _tuned.setdefault(Key(*row[0]), Config(*[int(number) for number in row[1]]))
+        found = cache.entries()
     except FileNotFoundError:
-        pass
+        return
     except Exception as error:
         log.debug("tuning cache %s not used: %s", _cache_path(), error)
+        return
+    for key, config in found:
+        try:
+            _tuned[Key(*key)] = _sensible(Config(*config))
+        except (TypeError, ValueError) as error:
+            log.debug("tuning cache %s not used: %s", _cache_path(), error)
+
+
+def _sensible(config: Config) -> Config:
+    """A damaged number must not reach the compiler, whose failure would cost the whole backend."""
+    powers = config.block_m, config.block_n, config.warps
+    good = all(type(number) is int for number in config) and all(n > 0 and not n & n - 1 for n in powers)
+    sizes = min(powers[:2]) >= 16 and max(powers) <= 256 and config.warps <= 16 and 1 <= config.stages <= 8
+    if not good or not sizes or min(config[4:]) < 0:
+        raise ValueError(config)
+    return config
+
+
+def reload() -> None:
+    """Read the cache again: another process may have tuned meanwhile."""
+    global _loaded
+    before = dict(_tuned)
+    _loaded = False
+    _load()
+    for key, config in _tuned.items():
+        if before.get(key) != config:
+            _working.pop(key, None)
+    _changed()
 
 
 def remember(found: Dict[Key, Config]) -> None:
-    """Use `found` from now on, and write it (with what was there) to the disk cache, atomically."""
-    global generation
+    """Use `found` from now on, and add it to the disk cache."""
     _load()
     _tuned.update(found)
-    generation += 1
     for key in found:
         _working.pop(key, None)
-    path = _cache_path()
+    _changed()
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump([[list(key), list(config)] for key, config in _tuned.items()], file)
-        os.replace(temporary, path)
+        cache.merge(list(found.items()))
     except OSError as error:
-        log.debug("tuning cache %s not written: %s", path, error)
+        log.debug("tuning cache %s not written: %s", _cache_path(), error)
+
+
+def forget(keys: Optional[Sequence[Key]] = None) -> bool:
+    """Back to TABLE, here and on disk, for `keys` or (None) for all that any GPU was tuned for.
+
+    False if there was no disk cache; OSError if it cannot be changed.
+    """
+    _load()
+    for key in list(_tuned) if keys is None else keys:
+        _tuned.pop(key, None)
+        _working.pop(key, None)
+    _changed()
+    return cache.forget(keys)

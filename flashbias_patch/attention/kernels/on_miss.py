@@ -1,0 +1,80 @@
+"""FLASHBIAS_TUNE: tile shapes are timed when a class of call comes that the shipped table was not measured for.
+
+Once per class and machine. The ranks of a node wait for the first one and read what it found; a rank that waits in vain
+takes the shipped shapes, which costs speed and nothing else.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from typing import List, Set
+
+import torch
+
+from ... import journal
+from .. import faults, selfcheck
+from ..inputs import AttentionInputs
+from . import cache, configs, trial
+from .configs import KERNELS, Key
+from .problem import on_device
+
+_met: Set[Key] = set()
+
+
+def tune(inputs: AttentionInputs, seconds: float) -> None:
+    """Tune for this call if nobody has, in `seconds` and at most a compilation more; never raises for it.
+
+    Not while a call is captured, traced or differentiated, and not outside the main thread: configs.forced holds for
+    every thread. A later call of the class is then the first.
+    """
+    if not trial.long(inputs):
+        return
+    key = trial.class_of(inputs)
+    if key in _met:
+        return
+    if threading.current_thread() is not threading.main_thread() or torch._C._current_graph_task_id() != -1:
+        return
+    if not selfcheck.possible(inputs):
+        return
+    _met.add(key)
+    try:
+        if not configs.measured(key):
+            with on_device(inputs.q):  # the cache goes by the current device
+                _once(inputs, key, seconds)
+    except Exception as error:
+        if not faults.survivable(error):
+            raise
+        message = "tuning for %s gave up, the shipped tile shapes are used: %s"
+        journal.once(("tune", key), "warning", message, inputs.call_class(), faults.first_line(error))
+
+
+def _once(inputs: AttentionInputs, key: Key, seconds: float) -> None:
+    with contextlib.ExitStack() as stack:
+        name = "{}.{}.tuning".format(cache.path(), "-".join(str(value) for value in key[1:]))
+        try:
+            os.makedirs(cache.directory(), exist_ok=True)
+            first = stack.enter_context(cache.locked(name, 2 * seconds))
+        except OSError:
+            first = True  # without locks every process tunes for itself
+        configs.reload()
+        missing = [each for each in (key._replace(kernel=kernel) for kernel in KERNELS) if not configs.tuned(each)]
+        if first and missing:
+            _tune(inputs, missing, seconds)
+
+
+def _tune(inputs: AttentionInputs, missing: List[Key], seconds: float) -> None:
+    from . import tune
+
+    # Noted beforehand: a shape that takes the process along must not meet the next run.
+    configs.remember({key: configs.shipped(key)[0] for key in missing})
+    kernels = [key.kernel for key in missing]
+    call = inputs.call_class()
+    journal.once(("tuning", call), "info", "tuning for %s takes up to %.0f s, once on this machine", call, seconds)
+    try:
+        report = tune.tune(inputs, seconds=seconds, kernels=kernels)
+    except KeyboardInterrupt:
+        configs.forget(missing)
+        raise
+    found = "; ".join(f"{row.kernel} {row.ratio:.2f}x" if row.tuned else f"{row.kernel} as shipped" for row in report.rows)
+    journal.once(("tuned", call), "info", "tuned for %s in %.0f s: %s", call, report.seconds, found)

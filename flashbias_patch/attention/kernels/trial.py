@@ -1,0 +1,121 @@
+"""One kernel run by itself on one call: its class, its results for comparison, its time on the GPU."""
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, Callable, List, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import selfcheck
+from ..call_class import key_of
+from ..inputs import AttentionInputs
+from . import launch, operator
+from .configs import KERNELS, Key
+from .problem import block_columns
+
+SMALL = selfcheck.LONG  # lengths that are multiples of nothing
+LEAST = 1 << 24  # scores, B * H * M * N, below which launching takes longer than the kernels
+
+
+def long(inputs: AttentionInputs) -> bool:
+    """Whether the kernels' own time is what such a call takes."""
+    B, M, H, _ = inputs.q.shape
+    return B * M * H * inputs.k.shape[1] >= LEAST
+
+
+def class_of(inputs: AttentionInputs, kernel: str = KERNELS[0]) -> Key:
+    """What the choice of a tile shape for this call is kept under."""
+    q = inputs.q
+    arch = 0
+    if q.is_cuda:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        arch = 10 * major + minor
+    plain = inputs.dense is None and inputs.mask is None and inputs.key_padding is None and not inputs.dropout_p
+    rank = inputs.rank and block_columns(inputs.rank)
+    return Key(kernel, arch, q.dtype != torch.float32, block_columns(q.shape[-1]), rank, plain)
+
+
+def small_call(inputs: AttentionInputs) -> AttentionInputs:
+    """One of the same class with odd lengths, where a tile that handles its tail wrongly shows."""
+    small = selfcheck.problem_of(key_of(inputs), inputs.rank, *SMALL)
+    return small._replace(dropout_p=inputs.dropout_p)
+
+
+def cuda_times(function: Callable[[], Any], repeats: int) -> List[float]:
+    """Milliseconds that each of `repeats` runs took on the GPU.
+
+    They are queued behind a pause: otherwise the GPU would wait for the host between short kernels, and be timed at that.
+    """
+    began = time.perf_counter()
+    function()
+    host = time.perf_counter() - began
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda.synchronize()
+    pause = getattr(torch.cuda, "_sleep", None)
+    if pause is not None:
+        pause(int(2e9 * min(0.1, 1.5 * host * repeats)))  # clock cycles, of which no GPU has more a second
+    for begin, end in events:
+        begin.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]
+
+
+class Trial:
+    """One call, and how each kernel is run on it by itself."""
+
+    def __init__(self, inputs: AttentionInputs) -> None:
+        parts: List[Any] = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
+        has = [t is not None for t in parts[:6]]
+        parts[6] = list(inputs.segment_lengths or ()) if inputs.segment_weights is not None else []
+        self.problem = operator._problem(*parts)
+        self.counts = long(inputs)
+        q = inputs.q
+        self.generator = torch.Generator(q.device).manual_seed(0)
+        self.seed = torch.full((1,), 20, dtype=torch.int64, device=q.device) if inputs.dropout_p else None
+        dense = inputs.dense is not None and inputs.dense.requires_grad
+        self.needs = {
+            "keys": launch.Needs(False, True, True, False, has[4], False, dense),
+            "queries": launch.Needs(True, False, False, has[3], False, has[5], False),
+        }
+        self._forward: Any = None
+        self._grad_out: Any = None
+
+    def prepare(self, kernel: str) -> None:
+        """What the backward kernels start from."""
+        if kernel != "forward" and self._forward is None:
+            self._forward = launch.forward(self.problem, self.seed, True)
+            out = self._forward[0]
+            noise = torch.randn(out.shape, device=out.device, generator=self.generator)
+            self._grad_out = noise.to(out.dtype)
+
+    def run(self, kernel: str) -> Any:
+        if kernel == "forward":
+            return launch.forward(self.problem, self.seed, True)
+        out, low, lse = self._forward
+        passed = launch.Passed(self._grad_out, out, low, lse, self.seed)
+        return launch.backward(self.problem, self.needs[kernel], passed)
+
+    def results(self, kernel: str) -> List[Tensor]:
+        """What a tile shape must leave as it is, whatever the order of its sums."""
+        found = self.run(kernel)
+        if kernel != "forward":
+            return [grad for grad in found if grad is not None]
+        out, low, lse = found
+        return [out if low is None else out.float() + low.float(), lse]
+
+
+def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative difference, in L2 or at the worst element; not a number where only one is."""
+    worst = [torch.zeros((), device=expected[0].device)]
+    for one, other in zip(found, expected):
+        one, other = one.float(), other.float()
+        gap = torch.where(one == other, torch.zeros_like(one), one - other)  # a row without keys has inf twice
+        size = other.masked_fill(other.isinf(), 0.0)
+        tiny = 1e-30
+        worst += [gap.norm() / (size.norm() + tiny), gap.abs().max() / (size.abs().max() + tiny)]
+    together = torch.stack(worst)
+    return math.nan if bool(together.isnan().any()) else float(together.max())

@@ -1,0 +1,185 @@
+"""`flashbias tune`: tile shapes of the fused kernels timed on this GPU; what beats the shipped ones is kept."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import Any, Dict, List, Sequence, Tuple
+
+from .bench import BENCHMARK, _progress, _unknown
+
+NAME = "tune"
+HELP = "time tile shapes of the fused kernels on this GPU and keep those that beat the shipped ones"
+KERNELS = "flashbias_patch.attention.kernels"
+FEATURES = ("factors", "segments", "dropout", "padding", "mask")
+DROPOUT = 0.1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes", nargs="+", default=[], metavar="NAME",
+        help="named shapes of `flashbias bench`; `list` lists them (default: all). Those that share a tile shape (same "
+        "head dim and rank) are one class: it is searched on the largest, and no other may become slower",
+    )  # fmt: skip
+    parser.add_argument(
+        "--features", nargs="+", default=["factors"], choices=(*FEATURES, "none"),
+        help="what the calls have beside q, k and v (default: factors)",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16")
+    parser.add_argument(
+        "--seconds", type=_seconds, default=180.0, metavar="S", help="for each class, at most (default: 180)"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="keep nothing")
+    what.add_argument("--show", action="store_true", help="print what is kept, for every GPU, and time nothing")
+    what.add_argument("--forget", action="store_true", help="remove what is kept, for every GPU")
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit status: 0; 2 for an unknown name or a missing library; 3 where nothing can be timed; 130 interrupted."""
+    try:
+        cache = importlib.import_module(KERNELS + ".cache")
+        if args.forget:
+            return _forget(cache)
+        if args.show:
+            return _show(cache)
+        benchmark = importlib.import_module(BENCHMARK)
+    except ImportError as error:
+        print(f"flashbias tune: cannot tune here: {error}", file=sys.stderr)
+        return 2
+    if args.shapes == ["list"]:
+        print("\n".join(benchmark.SHAPES))
+        return 0
+    problem = _unknown("--shapes", args.shapes, benchmark.SHAPES) or why_not()
+    if problem:
+        print(f"flashbias tune: {problem}", file=sys.stderr)
+        return 2 if problem.startswith("--") else 3
+    return _tune(args, benchmark)
+
+
+def why_not() -> str:
+    """What keeps the kernels from being timed here; empty if nothing does."""
+    import torch
+
+    from ..attention import benchmark, dispatch
+
+    if not torch.cuda.is_available():
+        return (
+            "cannot tune here: torch sees no CUDA device (torch.cuda.is_available() is False), and a tile shape can "
+            "only be timed on the GPU that will run it"
+        )
+    inputs = benchmark.make(benchmark.SHAPES["tiny"], torch.float16, torch.device("cuda"))
+    reasons = dispatch.backend("triton").why_not(inputs)
+    return "cannot tune here: {}".format("; ".join(reasons)) if reasons else ""
+
+
+def _tune(args: argparse.Namespace, benchmark: Any) -> int:
+    import torch
+
+    tune = importlib.import_module(KERNELS + ".tune")
+    names = args.shapes or list(benchmark.SHAPES)
+    groups = classes({name: benchmark.SHAPES[name] for name in names})
+    device, dtype = torch.device("cuda"), benchmark.DTYPES[args.dtype]
+    cells = [("class", "kernel", "shipped", "tuned", "ratio")]
+    interrupted = False
+    try:
+        with _progress() as progress:
+            for place, group in enumerate(groups):
+                calls = [with_features(benchmark.make(benchmark.SHAPES[n], dtype, device), args.features) for n in group]
+
+                def say(elapsed: float, seconds: float, what: str, place: int = place, name: str = group[0]) -> None:
+                    progress(place * seconds + elapsed, len(groups) * seconds, f"{name} {what}")
+
+                found = tune.tune(calls, seconds=args.seconds, progress=say, remember=not args.dry_run)
+                cells += [_cells(tune, row, found.call) for row in found.rows]
+    except KeyboardInterrupt:
+        interrupted = True
+    print(aligned(cells))
+    if not args.dry_run:
+        print(f"written: {importlib.import_module(KERNELS + '.cache').path()}")
+    if interrupted:
+        print("flashbias tune: interrupted; the rows above are what there is", file=sys.stderr)
+        return 130
+    return 0
+
+
+def classes(shapes: Dict[str, Dict[str, int]]) -> List[List[str]]:
+    """Names that share a tile shape, the largest call first."""
+    groups: Dict[Tuple[int, int], List[str]] = {}
+    for name, sizes in shapes.items():
+        groups.setdefault((sizes["head_dim"], sizes["rank"]), []).append(name)
+
+    def scores(name: str) -> int:
+        sizes = shapes[name]
+        return sizes["batch"] * sizes["heads"] * sizes["queries"] * sizes["keys"]
+
+    return [sorted(group, key=scores, reverse=True) for group in groups.values()]
+
+
+def with_features(inputs: Any, features: Sequence[str]) -> Any:
+    """The benchmark's call, which has factors, with `features` instead."""
+    import torch
+
+    q = inputs.q
+    B, M, N = q.shape[0], q.shape[1], inputs.k.shape[1]
+    generator = torch.Generator(q.device).manual_seed(1)
+    if "factors" not in features:
+        inputs = inputs._replace(q_factor=None, k_factor=None)
+    if "segments" in features:
+        weights = torch.randn(B, M, 1, 2, device=q.device, generator=generator).requires_grad_()
+        inputs = inputs._replace(segment_weights=weights, segment_lengths=(N * 3 // 4, N - N * 3 // 4))
+    if "dropout" in features:
+        inputs = inputs._replace(dropout_p=DROPOUT)
+    if "padding" in features:
+        inputs = inputs._replace(key_padding=torch.zeros(B, N, dtype=torch.bool, device=q.device))
+    if "mask" in features:
+        hidden = torch.rand(1, 1, M, N, device=q.device, generator=generator) < 0.3
+        inputs = inputs._replace(mask=hidden)
+    return inputs
+
+
+def _cells(tune: Any, row: Any, call: str) -> Tuple[str, str, str, str, str]:
+    shipped = tune.words(row.shipped) if row.shipped else "-"
+    tuned = tune.words(row.tuned) if row.tuned else f"- ({row.why}; {row.tried} tried)"
+    return call, row.kernel, shipped, tuned, f"{row.ratio:.3f}" if row.tuned else "-"
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(w.ljust(n) for w, n in zip(line, widths)).rstrip() for line in cells)
+
+
+def _show(cache: Any) -> int:
+    try:
+        rows = cache.rows()
+    except (OSError, ValueError):
+        rows = []
+    if not rows:
+        print(f"nothing is kept in {cache.path()}")
+        return 0
+    cells = [("gpu", "triton", "flashbias_patch", "class", "tile shape")]
+    for row in rows:
+        config = ", ".join(str(value) for value in row["config"])
+        cells.append((*(row[name] for name in cache.NAMES), " ".join(str(value) for value in row["key"]), config))
+    print(aligned(cells))
+    return 0
+
+
+def _forget(cache: Any) -> int:
+    try:
+        print(f"removed: {cache.path()}" if cache.forget() else f"nothing is kept in {cache.path()}")
+    except OSError as error:
+        print(f"flashbias tune: {cache.path()} cannot be removed: {error}", file=sys.stderr)
+        return 2
+    return 0
