@@ -2,7 +2,7 @@
 
 An error in a backward pass can only be caught around a graph of one's own. So a guarded call runs its backend on
 detached operands, keeps the small graph that this leaves, and differentiates it inside its own backward. That costs
-some 25 microseconds a call, forward and backward together, so it is done only
+some 14 microseconds a call, forward and backward together, so it is done only
 
 - for calls of at least LARGE scores, whose own time dwarfs that. They are also the ones that run out of memory; and
 - inside a checkpoint that records saved tensors (Script.hooked), whose recomputation must save as many tensors as
@@ -13,7 +13,8 @@ The fused operator needs none of this elsewhere: it rescues inside its own backw
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, ContextManager, List, Optional, Sequence, Tuple
+from itertools import compress
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ Graph = Tuple[Tensor, List[Tensor]]  # the backend's output, and the detached op
 _hooks_in_force: Optional[Callable[[bool], Any]] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", None
 )
+_autocast_by_device = hasattr(torch, "get_autocast_dtype")  # since torch 2.4
+_interpreter = torch._C._functorch.peek_interpreter_stack
 _keeps_graph: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: False
 )
@@ -48,11 +51,11 @@ def wanted(name: str, inputs: AttentionInputs, hooked: bool) -> bool:
             return False
     if type(q) not in PLAIN or not torch.is_grad_enabled() or torch.jit.is_tracing():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if _interpreter() is not None or forward_ad._current_level >= 0:
         return False
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs)
+    return q.requires_grad or any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs)
 
 
 class Call:
@@ -70,12 +73,23 @@ class Call:
         self.backend, self.name, self.key, self.state, self.rescue = backend, name, key, state, rescue
         self.places = [place for place in PLACES if inputs[place] is not None]
         self.constants = inputs[6], inputs[10], inputs[11]
-        self.autocast = _autocast(inputs.q.device.type)
+        self.autocast = _autocast(inputs[0])
         self.script, self.place = script, None if script is None else script.place
         self.graph: Optional[Graph] = None
 
     def answer(self, inputs: AttentionInputs) -> Tensor:
-        return _Guarded.apply(self, *[inputs[place] for place in self.places])  # type: ignore[no-any-return]
+        tensors: List[Any] = [inputs[place] for place in self.places]
+        script = self.script
+        if script is None:
+            graph = self.graph = self.run(tensors)
+        else:
+            # What the graph saves is none of the checkpoint's business. The first time it is not needed at all.
+            pack: Callable[[Tensor], Any] = _forget if script.recording else Tensor.detach
+            with torch.autograd.graph.saved_tensors_hooks(pack, _same):
+                graph = self.run(tensors)
+            if not script.recording:
+                script.graphs[self.place] = graph
+        return _apply(self, graph, *tensors)  # type: ignore[no-any-return]
 
     def inputs(self, tensors: Sequence[Tensor]) -> AttentionInputs:
         values: List[Any] = [None] * 12
@@ -84,24 +98,10 @@ class Call:
             values[place] = tensor
         return AttentionInputs(*values)
 
-    def run(self, tensors: Sequence[Tensor], needs: Sequence[bool]) -> Graph:
-        """The backend on detached operands."""
-        leaves = [t.detach().requires_grad_(need) if t.requires_grad else t for t, need in zip(tensors, needs)]
-        with torch.enable_grad():
-            return self.backend(self.inputs(leaves)), leaves
-
-    def forward(self, tensors: Sequence[Tensor], needs: Sequence[bool]) -> Tensor:
-        script = self.script
-        if script is None:
-            self.graph = self.run(tensors, needs)
-            return self.graph[0].detach()
-        # What the graph saves is none of the checkpoint's business. The first time it is not needed at all.
-        pack: Callable[[Tensor], Any] = _forget if script.recording else Tensor.detach
-        with torch.autograd.graph.saved_tensors_hooks(pack, _same):
-            graph = self.run(tensors, needs)
-        if not script.recording:
-            script.graphs[self.place] = graph
-        return graph[0].detach()
+    def run(self, tensors: Sequence[Tensor]) -> Graph:
+        """The backend on detached operands. Grad mode is on."""
+        leaves = [tensor.detach().requires_grad_() if tensor.requires_grad else tensor for tensor in tensors]
+        return self.backend(self.inputs(leaves)), leaves
 
     def gradients(
         self, tensors: Sequence[Tensor], needs: Sequence[bool], grad_out: Tensor
@@ -121,8 +121,8 @@ class Call:
         self, tensors: Sequence[Tensor], needs: Sequence[bool], grad_out: Tensor
     ) -> Sequence[Optional[Tensor]]:
         """Forward and backward of the same backend, from the random state of the first time."""
-        with self.as_then():
-            graph = self.run(tensors, needs)
+        with self.as_then(tensors[0]), torch.enable_grad():
+            graph = self.run(tensors)
         return differentiate(graph, needs, grad_out)
 
     def differentiable_gradients(
@@ -130,17 +130,19 @@ class Call:
     ) -> Sequence[Optional[Tensor]]:
         """Under create_graph: unguarded, and as differentiable as the backend is."""
         aliases = [t.view_as(t) for t in tensors]  # an operand made of another one must not count for both
-        with self.as_then():
+        with self.as_then(tensors[0]):
             out = self.backend(self.inputs(aliases))
         return differentiate((out, aliases), needs, grad_out, create_graph=True)
 
     @contextlib.contextmanager
-    def as_then(self) -> Any:
+    def as_then(self, q: Tensor) -> Any:
         """Autocast and random state as they were at the forward; put back afterwards."""
         now = None if self.state is None else random_state.now(self.state[2])
         random_state.restore(self.state)
         try:
-            with self.autocast():
+            with contextlib.ExitStack() as stack:
+                if self.autocast is not None:
+                    stack.enter_context(torch.autocast("cuda" if q.is_cuda else "cpu", self.autocast))
                 yield
         finally:
             random_state.restore(now)
@@ -150,25 +152,36 @@ def differentiate(
     graph: Graph, needs: Sequence[bool], grad_out: Tensor, keep: bool = False, create_graph: bool = False
 ) -> List[Optional[Tensor]]:
     out, leaves = graph
-    asked = [leaf for leaf, need in zip(leaves, needs) if need]
-    found = iter(torch.autograd.grad(out, asked, grad_out, keep or create_graph, create_graph, allow_unused=True))
+    asked = tuple(compress(leaves, needs))
+    found = iter(_run_backward((out,), (grad_out,), keep or create_graph, create_graph, asked, True, False))
     return [next(found) if need else None for need in needs]
+
+
+def _by_grad(outs: Any, grads: Any, keep: bool, create: bool, asked: Any, unused: bool, accumulate: bool) -> Any:
+    return torch.autograd.grad(outs, asked, grads, keep, create, allow_unused=unused)
 
 
 class _Guarded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, call: Call, graph: Graph, *tensors: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(*tensors)
-        return call.forward(tensors, ctx.needs_input_grad[1:])
+        return graph[0].detach()
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         tensors = ctx.saved_tensors  # in a checkpoint this recomputes, which leaves the graph with the script
-        needs = ctx.needs_input_grad[1:]
+        needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            return (None, *ctx.call.differentiable_gradients(tensors, needs, grad_out))
-        return (None, *ctx.call.gradients(tensors, needs, grad_out))
+            return (None, None, *ctx.call.differentiable_gradients(tensors, needs, grad_out))
+        return (None, None, *ctx.call.gradients(tensors, needs, grad_out))
+
+
+# Called without the Python that torch wraps them in, six microseconds that are not needed here: Function.apply looks
+# for transforms, which wanted() excludes, and autograd.grad checks a gradient that the pass around ours has checked.
+_apply: Callable[..., Any] = getattr(super(torch.autograd.Function, _Guarded), "apply", _Guarded.apply)
+_engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+_run_backward: Callable[..., Any] = getattr(_engine, "run_backward", _by_grad)
 
 
 def _forget(tensor: Tensor) -> None:
@@ -179,18 +192,11 @@ def _same(saved: Any) -> Any:
     return saved
 
 
-def _autocast(device: str) -> Callable[[], ContextManager[Any]]:
-    """What brings back the autocast that is in force now."""
-    if device not in ("cpu", "cuda"):
-        return contextlib.nullcontext
-    if hasattr(torch, "get_autocast_dtype"):  # since torch 2.4
-        if not torch.is_autocast_enabled(device):
-            return contextlib.nullcontext
-        dtype = torch.get_autocast_dtype(device)
-    elif device == "cuda" and torch.is_autocast_enabled():
-        dtype = torch.get_autocast_gpu_dtype()
-    elif device == "cpu" and torch.is_autocast_cpu_enabled():
-        dtype = torch.get_autocast_cpu_dtype()
-    else:
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device, dtype=dtype)
+def _autocast(q: Tensor) -> Optional[torch.dtype]:
+    """The dtype of the autocast that is in force, if one is."""
+    if _autocast_by_device:
+        device = "cuda" if q.is_cuda else "cpu"
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if q.is_cuda:
+        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+    return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None

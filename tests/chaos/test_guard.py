@@ -124,6 +124,15 @@ def test_dropout_is_the_bare_backends(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
+def test_without_torchs_private_entry_points(monkeypatch):
+    q, k, v = tensors()
+    expected = gradients(flash_bias_attention(q, k, v, backend="sdpa"), (q, k, v))
+    monkeypatch.setattr(guard, "_apply", guard._Guarded.apply)
+    monkeypatch.setattr(guard, "_run_backward", guard._by_grad)
+    out = flash_bias_attention(q, k, v, backend="sdpa")
+    assert is_guarded(out) and all(torch.equal(*pair) for pair in zip(gradients(out, (q, k, v)), expected))
+
+
 def test_operands_made_of_one_another(monkeypatch):
     (x, *_), found = tensors(M=10), []
     for least in (0, 1 << 40):
