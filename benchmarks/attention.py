@@ -380,7 +380,7 @@ def one_check(lengths, H, D, R, dtype, feature, generator):
 def check_part(part, parts):
     """Every parts-th case of the grid: (cases right, worst error over what is allowed, what was wrong)."""
     generator = torch.Generator("cuda").manual_seed(part)
-    from flashbias_patch.attention.kernels import operator, problem
+    from flashbias_patch.attention.kernels import launch_backward, operator, problem
 
     def fail(call, grad, error):
         raise error
@@ -389,6 +389,7 @@ def check_part(part, parts):
     problem.empty = lambda *size, **options: torch.empty(*size, **options).fill_(
         float("nan")
     )  # every element written?
+    launch_backward.SEPARATE *= part % 2  # gradients of shared factors both ways
     bad, worst, count = [], 0.0, 0
     for case in list(grid())[part::parts]:
         try:

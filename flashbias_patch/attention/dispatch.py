@@ -239,6 +239,7 @@ def _after(
         return _least_memory(error, name, inputs, key)
     _open(key, name, faults.first_line(error))
     _refuse_if_strict(inputs, key, name, error)
+    faults.forget_frames(error)
     if script is not None and script.recording:
         raise StartOver
     return None

@@ -54,7 +54,8 @@ def first_line(error: BaseException) -> str:
 
 
 def forget_frames(error: Optional[BaseException]) -> None:
-    """Drop the locals of the frames an exception went through: they keep its tensors alive."""
+    """Drop the locals of the frames an exception went through: they keep its tensors alive, and where one of them is the
+    exception itself, until Python's collector comes by."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -103,6 +103,7 @@ def _blame(error: BaseException, name: str, inputs: AttentionInputs, key: Key, i
     else:
         dispatch._open(key, name, f"backward: {faults.first_line(error)}")
     dispatch._refuse_if_strict(inputs, key, name, error)
+    faults.forget_frames(error)
     return short
 
 

@@ -1,9 +1,11 @@
 """What is caught, what is not, and what each leaves behind."""
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import traceback
+import weakref
 
 import pytest
 import torch
@@ -88,6 +90,34 @@ def test_small_chunks_drop_in_backward_what_they_dropped_in_forward(monkeypatch)
     out = reference.backend.attend(inputs, 5 * 2 * 10 * 4)
     (dv,) = torch.autograd.grad(out, v, out.detach())
     assert (dv * v).sum().item() == pytest.approx(out.square().sum().item(), rel=1e-4)
+
+
+class Holding(Faulty):
+    """Fails with an error that its own frame holds, as a launcher's may: only Python's collector ends that circle."""
+
+    def __init__(self):
+        super().__init__("triton")
+        self.held = None
+
+    def __call__(self, inputs):
+        if not self.is_real(inputs):
+            return super().__call__(inputs)
+        scores = torch.zeros(1000)
+        self.held = weakref.ref(scores)
+        error = RuntimeError("launch failed")
+        raise error
+
+
+def test_a_failed_attempts_memory_is_free_at_once(monkeypatch):
+    backend = Holding()
+    only(monkeypatch, backend)
+    monkeypatch.setattr(Faulty, "is_real", staticmethod(lambda inputs: inputs.q.shape[1] == 6))
+    gc.disable()
+    try:
+        answer_of()
+        assert backend.held is not None and backend.held() is None
+    finally:
+        gc.enable()
 
 
 # -- what is not survived ------------------------------------------------------------------------------------

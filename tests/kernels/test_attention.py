@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.0")
 import triton.language as tl  # noqa: E402
 
-from flashbias_patch.attention.kernels import configs, launch, operator  # noqa: E402
+from flashbias_patch.attention.kernels import configs, launch, launch_backward, operator  # noqa: E402
 from flashbias_patch.attention.kernels import problem as problem_module  # noqa: E402
 from flashbias_patch.attention.kernels.operator import fused_attention  # noqa: E402
 from flashbias_patch.attention.kernels.recompute import Call, _attend, keep_mask, plain_backward  # noqa: E402
@@ -177,6 +177,14 @@ FEATURES = {
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(name):
     check(*problem(20, 70, **FEATURES[name]))
+
+
+@pytest.mark.parametrize("splits", [0, 3])
+def test_a_shared_factors_gradient_added_to_by_every_head(monkeypatch, splits):
+    """As it is on large problems, where parts of their own would take memory."""
+    monkeypatch.setattr(configs, "INTERPRETED", configs.Config(16, 16, 4, 1, splits=splits))
+    monkeypatch.setattr(launch_backward, "SEPARATE", 0)
+    check(*problem(20, 70, **FEATURES["shared factors"]))
 
 
 @pytest.mark.parametrize(

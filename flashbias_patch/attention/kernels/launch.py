@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .configs import Config, first_working
-from .launch_backward import ByKeys, ByQueries, Grads, Needs, Passed, Rows, shapes_of
+from .launch_backward import ByKeys, ByQueries, Made, Needs, Passed, Rows, shapes_of
 from .launch_forward import Forward, Outputs, Prepare
+from .launch_sums import Sums
 from .problem import Problem, on_device, scales_q, unit_last
 from .settled import Kept, signature
 
@@ -79,33 +80,54 @@ def backward(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Optional[T
 def _gradients(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Optional[Tensor], ...]:
     passed = passed._replace(grad_out=unit_last(passed.grad_out))
     key = _class_of(problem, passed), needs, torch.are_deterministic_algorithms_enabled()
-    grads: Grads = [None] * 7
-    steps = _backwards.find(key)
+    kept = _backwards.find(key)
     with on_device(problem.q):
-        if steps is None:
-            _backwards.keep(key, _settle(problem, needs, passed, grads))
+        if kept is None:
+            kept, made = _settle(problem, needs, passed)
+            _backwards.keep(key, kept)
         else:
-            _repeat(steps[1:], problem, passed, steps[0](problem, passed), grads)
-    return tuple([grad if need else None for grad, need in zip(grads, needs)])
+            made = _repeat(kept[1], problem, passed, kept[0](problem, passed))
+        grads = kept[2]({place: parts for own in made for place, parts in own[0].items()})
+    return tuple([grads[place] if need else None for place, need in enumerate(needs)])
 
 
-def _repeat(steps: List[Any], problem: Problem, passed: Passed, rows: Tensor, grads: Grads) -> None:
+def _settle(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Tuple[Rows, List[Any], Sums], List[Made]]:
+    """One backward pass by the first tile shapes that work: what it consists of, and the parts it wrote."""
+    before = Rows(problem, passed)
+    rows = before(problem, passed)
+
+    def attempt(make: Callable[..., Any], config: Config) -> Tuple[Any, Made]:
+        step = make(problem, needs, passed, before.padded, config)
+        made = step.make(problem)
+        step.run(problem, passed, rows, made)
+        return step, made
+
+    done: List[Tuple[Any, Made]] = []
+    if needs.by_keys:
+        done.append(first_working(problem.key("keys"), lambda config: attempt(ByKeys, config)))
+    if needs.by_queries:
+        done.append(first_working(problem.key("queries"), lambda config: attempt(ByQueries, config)))
+    steps = [step for step, _ in done]
+    sums = Sums({place: total for step in steps for place, total in step.sums.items()})
+    return (before, steps, sums), [made for _, made in done]
+
+
+def _repeat(steps: List[Any], problem: Problem, passed: Passed, rows: Tensor) -> List[Made]:
     made = [step.make(problem) for step in steps]
     streams = _streams(problem) if len(steps) > 1 else None
     if streams is None:
         for step, own in zip(steps, made):
             step.run(problem, passed, rows, own)
-    else:
-        # The queries kernel is a few long programs, the keys kernel many short ones, which fill what the others leave.
-        (keys, queries), (current, other) = steps, streams
-        other.wait_stream(current)
-        try:
-            queries.run(problem, passed, rows, made[1])
-            keys.run(problem, passed, rows, made[0], other.cuda_stream)
-        finally:
-            current.wait_stream(other)  # memory made for the one stream is used on the other until here
-    for step, own in zip(steps, made):
-        step.finish(own, grads)
+        return made
+    # The queries kernel is a few long programs, the keys kernel many short ones, which fill what the others leave.
+    (keys, queries), (current, other) = steps, streams
+    other.wait_stream(current)
+    try:
+        queries.run(problem, passed, rows, made[1])
+        keys.run(problem, passed, rows, made[0], other.cuda_stream)
+    finally:
+        current.wait_stream(other)  # memory made for the one stream is used on the other until here
+    return made
 
 
 def _streams(problem: Problem) -> Optional[Tuple[Any, Any]]:
@@ -119,25 +141,6 @@ def _streams(problem: Problem) -> Optional[Tuple[Any, Any]]:
 @functools.lru_cache(maxsize=64)
 def _other_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
-
-
-def _settle(problem: Problem, needs: Needs, passed: Passed, grads: Grads) -> List[Any]:
-    """One backward pass by the first tile shapes that work; returns its steps, to be done again."""
-    steps: List[Any] = [Rows(problem, passed)]
-    rows = steps[0](problem, passed)
-
-    def attempt(make: Callable[..., Any], config: Config) -> Any:
-        step = make(problem, needs, passed, steps[0].padded, config)
-        made = step.make(problem)
-        step.run(problem, passed, rows, made)
-        step.finish(made, grads)
-        return step
-
-    if needs.by_keys:
-        steps.append(first_working(problem.key("keys"), lambda config: attempt(ByKeys, config)))
-    if needs.by_queries:
-        steps.append(first_working(problem.key("queries"), lambda config: attempt(ByQueries, config)))
-    return steps
 
 
 def _class_of(problem: Problem, others: Tuple[Optional[Tensor], ...]) -> Tuple[Any, ...]:

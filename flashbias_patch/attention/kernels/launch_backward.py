@@ -2,7 +2,7 @@
 shared."""
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,14 @@ from . import backward as bwd
 from . import problem as pb
 from .configs import Config
 from .launch_forward import Keys, split_over_keys
-from .launch_sums import Sum, Sums
+from .launch_sums import Sum
 from .problem import Problem, block_columns, cdiv, strides
 from .recompute import keep_scale
 from .settled import Launch
+
+# Numbers, B * N * H * R, up to which each head writes its own part of a shared k_factor's gradient: summing these costs
+# less than clearing memory that all of them add to.
+SEPARATE = 1 << 20
 
 
 class Needs(NamedTuple):
@@ -47,9 +51,8 @@ class Passed(NamedTuple):
     seed: Optional[Tensor]
 
 
-Grads = List[Optional[Tensor]]
-# What a step allocates before it runs: parts of gradients (None where not needed), and the blocks of keys.
-Made = Tuple[List[Optional[Tensor]], Tuple[Tensor, Tensor, Tensor, Tensor]]
+# What a step allocates before it runs: parts of gradients by their place in Needs, and the blocks of keys.
+Made = Tuple[Dict[int, Tensor], Tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def shapes_of(problem: Problem) -> List[Any]:
@@ -110,13 +113,13 @@ class ByKeys:
         kf_strides: Tuple[int, ...] = (0, 0, 0, 0)
         if needs.k_factor:
             assert problem.k_factor is not None
-            shared = not exact and kf_shape[:1] + kf_shape[2:3] != (B, H)
+            separate = B * N * H * rank <= SEPARATE or exact or kf_shape[:1] + kf_shape[2:3] == (B, H)
+            shared = not separate
             parts = (1, *kf_shape) if shared else (splits, B, N, H, rank)
             kf = Sum(parts, kf_shape, problem.k_factor.dtype, zeros=shared)
             kf_strides = (0 if shared else B * N * H * rank, *_contiguous(parts[1:]))
-        self.sums = Sums(k, v, kf)
 
-        self.dense: Optional[Sum] = None
+        dense = None
         mode = 0
         dd_strides: Tuple[int, ...] = (0, 0, 0, 0)
         if needs.dense:
@@ -124,16 +127,17 @@ class ByKeys:
             dtype, parts, skips = problem.dense.dtype, (1, B, H, M, N), problem.padding is not None
             if dense_shape[2] == 1:
                 mode, parts = 3, (splits, B, H, 1, N)
-                self.dense = Sum(parts, dense_shape, dtype)
+                dense = Sum(parts, dense_shape, dtype)
             elif dense_shape[:2] == (B, H):
-                mode, self.dense = 1, Sum(parts, dense_shape, dtype, zeros=skips, kept=dtype)
+                mode, dense = 1, Sum(parts, dense_shape, dtype, zeros=skips, kept=dtype)
             elif exact:
-                mode, self.dense = 1, Sum(parts, dense_shape, dtype, zeros=skips)
+                mode, dense = 1, Sum(parts, dense_shape, dtype, zeros=skips)
             else:
                 mode, parts = 2, (1, *dense_shape)
-                self.dense = Sum(parts, dense_shape, dtype, zeros=True)
+                dense = Sum(parts, dense_shape, dtype, zeros=True)
             dd_strides = (B * H * N if mode == 3 else 0, *_contiguous(parts[1:]))
 
+        self.sums = _needed({1: k, 2: v, 4: kf, 6: dense})
         given = problem.strides()
         self.launch = Launch(
             bwd.keys_kernel, count * splits * B * H,
@@ -149,21 +153,15 @@ class ByKeys:
 
     def make(self, problem: Problem) -> Made:
         q = problem.q
-        return [*self.sums.make(q), None if self.dense is None else self.dense.make(q)], self.keys(problem)
+        return {place: total.make(q) for place, total in self.sums.items()}, self.keys(problem)
 
     def run(self, problem: Problem, passed: Passed, rows: Tensor, made: Made, stream: Optional[int] = None) -> None:
-        q = problem.q
+        q, parts = problem.q, made[0]
         self.launch(
             q, problem.k, problem.v, *problem.factors[:2], *problem.pairs, made[1][0],
             q if passed.seed is None else passed.seed, passed.grad_out, rows,
-            *[q if parts is None else parts for parts in made[0]], stream=stream,
+            *[parts.get(place, q) for place in (1, 2, 4, 6)], stream=stream,
         )  # fmt: skip
-
-    def finish(self, made: Made, grads: Grads) -> None:
-        *parts, dense = made[0]
-        grads[1], grads[2], grads[4] = self.sums(parts)
-        if self.dense is not None and dense is not None:
-            grads[6] = self.dense.plain(dense)
 
 
 class ByQueries:
@@ -185,7 +183,7 @@ class ByQueries:
         if needs.weights:
             assert problem.weights is not None
             weights = Sum((splits, B, M, H, problem.segments), shapes[5], problem.weights.dtype, zeros=True)
-        self.sums = Sums(q, qf, weights)
+        self.sums = _needed({0: q, 3: qf, 5: weights})
         part = B * M * H
         self.launch = Launch(
             bwd.queries_kernel, programs,
@@ -199,19 +197,21 @@ class ByQueries:
         )  # fmt: skip
 
     def make(self, problem: Problem) -> Made:
-        return self.sums.make(problem.q), self.keys(problem)
+        q = problem.q
+        return {place: total.make(q) for place, total in self.sums.items()}, self.keys(problem)
 
     def run(self, problem: Problem, passed: Passed, rows: Tensor, made: Made, stream: Optional[int] = None) -> None:
-        q = problem.q
+        q, parts = problem.q, made[0]
         blocks, ends, order, counts = made[1]
         self.launch(
             q, problem.k, problem.v, *problem.factors, ends, *problem.pairs, blocks, order, counts,
             q if passed.seed is None else passed.seed, passed.grad_out, passed.lse, rows,
-            *[q if parts is None else parts for parts in made[0]], stream=stream,
+            *[parts.get(place, q) for place in (0, 3, 5)], stream=stream,
         )  # fmt: skip
 
-    def finish(self, made: Made, grads: Grads) -> None:
-        grads[0], grads[3], grads[5] = self.sums(made[0])
+
+def _needed(sums: Dict[int, Optional[Sum]]) -> Dict[int, Sum]:
+    return {place: total for place, total in sums.items() if total is not None}
 
 
 def _contiguous(shape: Sequence[int]) -> Tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Gradients of what is shared: parts that programs wrote, and their sum."""
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .sums import sum_kernel
 
 ROWS = 32  # of a program
 AT_ONCE = 3  # sums that sum_kernel does
+DENSE = 6  # the place of dense's gradient, whose parts have another layout
 
 
 class Sum:
@@ -39,44 +40,40 @@ class Sum:
 
 
 class Sums:
-    """Up to three sums over (splits, batch, length, heads, columns) in one launch; None where there is none."""
+    """A backward pass' gradients, by place, from the parts that its kernels wrote: three sums a launch."""
 
-    def __init__(self, *sums: Optional[Sum]) -> None:
+    def __init__(self, sums: Dict[int, Sum]) -> None:
         self.sums = sums
-        self.todo = [place for place, total in enumerate(sums) if total is not None and not total.whole]
-        self.launch: Optional[Launch] = None
-        if not self.todo:
-            return
-        numbers: List[int] = []
-        options: Dict[str, int] = {"ROWS": ROWS}
-        first = [0]
-        for place in range(AT_ONCE):
-            total = sums[self.todo[place]] if place < len(self.todo) else None
-            programs, own, constants = (0, (0, 0, 0, 1, 0), (1, 1, 1, 1)) if total is None else _layout(total)
-            first.append(first[-1] + programs)
-            numbers += own
-            options.update({f"{name}{place}": value for name, value in zip(CONSTANTS, constants)})
-        self.launch = Launch(sum_kernel, first[-1], (first[1], first[2], *numbers), options)
+        self.plain = [place for place, total in sums.items() if total.whole or place == DENSE]
+        rest = [place for place in sums if place not in self.plain]
+        self.launches = [_launch(sums, rest[i : i + AT_ONCE]) for i in range(0, len(rest), AT_ONCE)]
 
-    def make(self, like: Tensor) -> List[Optional[Tensor]]:
-        return [None if total is None else total.make(like) for total in self.sums]
-
-    def __call__(self, made: Sequence[Optional[Tensor]]) -> List[Optional[Tensor]]:
-        if self.launch is None:
-            return list(made)
-        done = list(made)
-        pairs: List[Any] = []
-        for place in self.todo:
-            total, parts = self.sums[place], made[place]
-            assert total is not None and parts is not None
-            done[place] = pb.empty(total.shape, dtype=total.dtype, device=parts.device)
-            pairs += [parts, done[place]]
-        pairs += pairs[:2] * (AT_ONCE - len(self.todo))
-        self.launch(*pairs)
+    def __call__(self, made: Dict[int, Tensor]) -> Dict[int, Tensor]:
+        done = {place: self.sums[place].plain(made[place]) for place in self.plain}
+        for places, launch in self.launches:
+            pairs: List[Tensor] = []
+            for place in places:
+                total, parts = self.sums[place], made[place]
+                done[place] = pb.empty(total.shape, dtype=total.dtype, device=parts.device)
+                pairs += [parts, done[place]]
+            launch(*pairs, *pairs[:2] * (AT_ONCE - len(places)))
         return done
 
 
+def _launch(sums: Dict[int, Sum], places: List[int]) -> Tuple[List[int], Launch]:
+    numbers: List[int] = []
+    options: Dict[str, int] = {"ROWS": ROWS}
+    first = [0]
+    for i in range(AT_ONCE):
+        programs, own, constants = _layout(sums[places[i]]) if i < len(places) else NONE
+        first.append(first[-1] + programs)
+        numbers += own
+        options.update({f"{name}{i}": value for name, value in zip(CONSTANTS, constants)})
+    return places, Launch(sum_kernel, first[-1], (first[1], first[2], *numbers), options)
+
+
 CONSTANTS = ("HEADS", "SUM_H", "COLUMNS", "BLOCK")  # of sum_kernel, one each a sum
+NONE = 0, (0, 0, 0, 1, 0), (1, 1, 1, 1)
 
 
 def _layout(total: Sum) -> Tuple[int, Tuple[int, ...], Tuple[int, ...]]:
