@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import sys
 import time
 
@@ -267,9 +268,15 @@ def exact(t, dtype, factors=True, segments=False):
     )
 
 
+def command_of(args):
+    """As it was called, without this machine's paths."""
+    words = [os.path.basename(word) if word in (args.out, args.flashbias_path) else word for word in sys.argv[1:]]
+    return shlex.join(["python", "benchmarks/attention.py", *words])
+
+
 def benchmark(args):
     report = {
-        "command": " ".join(sys.argv), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "command": command_of(args), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
         "triton": __import__("triton").__version__, "python": platform.python_version(), "shapes": {},
     }  # fmt: skip
     for name in args.only or (QUICK if args.quick else SHAPES):

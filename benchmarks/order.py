@@ -30,9 +30,6 @@ BACKENDS = ("triton", "flash", "sdpa")
 # From so many scores on the GPU is busy longer than the host, and in a model launching is hidden; then the fused kernels'
 # shorter time on the GPU counts (attention_h200.json), which times of a lone call do not show.
 HIDDEN = 90_000_000
-# With columns joined to q and k, FlashAttention-4's backward was timed at a width where its gradient of q is wrong. The
-# backend has taken a wider one since (backends/flash_attention.py), which was not timed.
-UNTIMED = ("flash",)
 
 
 def make(shape: Tuple[int, int, int], dtype: torch.dtype, features: str) -> AttentionInputs:
@@ -133,8 +130,6 @@ def table(report: Dict[str, Any]) -> Dict[Tuple[bool, str, bool], order.Rows]:
     for row in report["rows"]:
         for grad, mode in ((False, "forward"), (True, "both")):
             late, times = row["scores"] >= HIDDEN, dict(row[mode])
-            if grad and row["features"]:
-                times = {name: time for name, time in times.items() if name not in UNTIMED}
             ranked = tuple(sorted(times, key=lambda name: (late and name == "sdpa", times[name])))
             classes.setdefault((row["dtype"] == "float16", row["features"], grad), []).append((row["scores"], ranked))
     return {key: order.shorten(sorted(rows)) for key, rows in sorted(classes.items())}

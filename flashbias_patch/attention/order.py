@@ -18,7 +18,7 @@ UNBOUNDED = 1 << 62
 TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
     9: {  # NVIDIA H200
         (False, "", False): (
-            (50730085, ("sdpa", "triton")),
+            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "", True): (
@@ -30,10 +30,11 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "dropout", True): (
-            (50730085, ("sdpa", "triton")),
+            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "dropout mask", False): (
+            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "dropout mask", True): (
@@ -41,7 +42,6 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "dropout padding", False): (
-            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "dropout padding", True): (
@@ -57,7 +57,6 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "mask", False): (
-            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "mask", True): (
@@ -65,31 +64,30 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "padding", False): (
-            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "padding", True): (
-            (50730085, ("sdpa", "triton")),
+            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "segments", False): (
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "segments", True): (
-            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "", False): (
-            (88299127, ("sdpa", "flash", "triton")),
-            (429446275, ("triton", "flash", "sdpa")),
-            (UNBOUNDED, ("flash", "triton", "sdpa")),
+            (88299127, ("sdpa", "triton", "flash")),
+            (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "", True): (
-            (88299127, ("sdpa", "flash", "triton")),
+            (79118165, ("sdpa", "flash", "triton")),
+            (88299127, ("sdpa", "triton", "flash")),
+            (176598255, ("triton", "flash", "sdpa")),
             (UNBOUNDED, ("flash", "triton", "sdpa")),
         ),
         (True, "dropout", False): (
-            (88299127, ("sdpa", "triton")),
+            (50730085, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "dropout", True): (
@@ -105,9 +103,6 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "dropout padding", False): (
-            (50730085, ("sdpa", "triton")),
-            (79118165, ("triton", "sdpa")),
-            (88299127, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "dropout padding", True): (
@@ -115,40 +110,42 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "factors", False): (
-            (12387627, ("sdpa", "flash", "triton")),
-            (50730085, ("sdpa", "triton", "flash")),
-            (88299127, ("sdpa", "flash", "triton")),
-            (176598255, ("triton", "flash", "sdpa")),
-            (UNBOUNDED, ("flash", "triton", "sdpa")),
+            (79118165, ("triton", "sdpa", "flash")),
+            (88299127, ("sdpa", "triton", "flash")),
+            (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "factors", True): (
-            (88299127, ("sdpa", "triton")),
-            (UNBOUNDED, ("triton", "sdpa")),
+            (88299127, ("sdpa", "triton", "flash")),
+            (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "mask", False): (
+            (50730085, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (True, "mask", True): (
             (50730085, ("sdpa", "triton")),
             (79118165, ("triton", "sdpa")),
             (88299127, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
-        (True, "mask", True): (
-            (88299127, ("sdpa", "triton")),
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
         (True, "padding", False): (
-            (88299127, ("sdpa", "triton", "flash")),
+            (88299127, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "padding", True): (
-            (88299127, ("sdpa", "triton")),
-            (UNBOUNDED, ("triton", "sdpa")),
+            (12387627, ("sdpa", "triton", "flash")),
+            (50730085, ("triton", "sdpa", "flash")),
+            (79118165, ("sdpa", "triton", "flash")),
+            (88299127, ("triton", "sdpa", "flash")),
+            (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "segments", False): (
             (88299127, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "segments", True): (
-            (UNBOUNDED, ("triton", "sdpa")),
+            (88299127, ("triton", "sdpa", "flash")),
+            (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
     },
 }
