@@ -2,8 +2,9 @@
 
     python benchmarks/attention.py [--quick] [--check] [--only NAME ...] [--flashbias-path DIR] [--out FILE]
 
-Medians of CUDA events, the peers interleaved. --check runs the correctness grid on the GPU instead: error against
-float64 at most twice plain PyTorch's in the same precision plus 1e-5. Needs a CUDA device.
+Medians of CUDA events, the peers interleaved, each run queued behind a pause so that the host's work is not timed; and
+for small shapes the wall time of calls one after another, host included. --check runs the correctness grid on the GPU
+instead: error against float64 at most twice plain PyTorch's in the same precision plus 1e-5. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ SHAPES = {
     "head dim 64": model("head-dim-64"),
     "head dim 128": model("head-dim-128"),
 }
+SMALL = 140_000_000  # scores, up to which wall times are taken too
+PAUSE = 5_000_000  # clock cycles, in which the host queues what comes next
 QUICK = ("cmt", "cmt fp32", "petr", "mome", "square 1024", "square 4096", "head dim 64", "head dim 128")
 
 
@@ -213,6 +216,7 @@ def measure(functions, leaves, grad, repeats):
         for name, modes in alive.items():
             for mode, run in modes:
                 begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda._sleep(PAUSE)
                 begin.record()
                 run(functions[name])
                 end.record()
@@ -222,6 +226,25 @@ def measure(functions, leaves, grad, repeats):
         taken = sorted(a.elapsed_time(b) for a, b in pairs)
         results[name][mode] = round(taken[len(taken) // 2], 4)
     return results
+
+
+def add_wall_times(results, functions, leaves, grad, calls=10, repeats=5):
+    """Milliseconds a call, the host's time included: the least of `repeats` rounds, the peers interleaved."""
+
+    def both(function):
+        torch.autograd.grad(function(), leaves, grad, allow_unused=True)
+
+    modes = {"forward": lambda function: function(), "forward+backward": both}
+    cells = [(name, mode, run) for name, row in results.items() for mode, run in modes.items() if mode in row]
+    for _ in range(repeats):
+        for name, mode, run in cells:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(calls):
+                run(functions[name])
+            torch.cuda.synchronize()
+            taken = round((time.perf_counter() - began) / calls * 1e3, 4)
+            results[name]["wall " + mode] = min(taken, results[name].get("wall " + mode, taken))
 
 
 def errors(functions, t, grad):
@@ -285,6 +308,8 @@ def benchmark(args):
         B, M, N, H, D, R, dtype = shape
         functions = peers(t, args.flashbias_path, math=name in ("cmt", "square 4096"))
         results = measure(functions, t[:6], grad, args.repeats)
+        if B * H * M * N <= SMALL:
+            add_wall_times(results, functions, t[:6], grad)
         flops = 4 * B * M * N * H * D
         if B * H * M * N <= 6e8:
             for peer, row in errors(functions, t, grad).items():

@@ -229,7 +229,7 @@ def attention() -> List[str]:
                "flash-attn 4 concatenated"]
     others = ["picked", "triton factors", "FlashBias' kernel"]
     return [*lines, *part("attention_h200", methods),
-            "In `petr`, `streampetr`, `mome` and `square` up to 4096 the host's launching is timed, not the GPU; it varies "
+            "In `petr`, `streampetr` and `square` up to 4096 the host's launching is timed, not the GPU; it varies "
             "from machine to machine.", "",
             "Relative errors (L2) against float64. FlashAttention-4 with the factors as columns, 40 of them, gives a wrong "
             "gradient; `FLASHBIAS_BACKEND=flash` joins at a width where it is right, and checks.", "",

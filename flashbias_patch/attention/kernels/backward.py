@@ -96,7 +96,7 @@ def keys_kernel(
 
     DK, DV (splits, B, N, H, D), DKF written (SHARED_KF: added to).
     DENSE_GRAD: 0 none, 1 written, 2 added to, 3 summed over the queries and written.
-    BLOCKS (num_blocks, 4): see launch.block_table; none straddles two segments.
+    BLOCKS (num_blocks, 4): see problem.block_table; none straddles two segments.
     """
     pid = tl.program_id(0)
     block = pid % num_blocks

@@ -1,6 +1,6 @@
 """Forward: out = softmax(q k^T * scale + bias) v and its logsumexp, a block of queries at a time.
 
-Imports nothing but Triton. The additive terms and their layouts are described in launch.py.
+Imports nothing but Triton. The additive terms and their layouts are described in problem.py.
 """
 import triton
 import triton.language as tl

@@ -29,7 +29,7 @@ def prepare(
             q = torch.mul(q, scale, out=torch.empty(q.shape, dtype=q.dtype, device=q.device))  # contiguous, as promised
         return q, q_factor, k_factor
     given = unit_last(q), unit_last(q_factor), unit_last(k_factor)
-    key = signature(given), scale, q.device
+    key = signature(given), scale
     copy = _prepared.find(key) or _prepared.keep(key, Prepare(*given, scale))
     with on_device(q):
         return copy(*given)  # type: ignore[no-any-return]
@@ -146,7 +146,7 @@ def _other_stream(device: torch.device) -> Any:
 def _class_of(problem: Problem, others: Tuple[Optional[Tensor], ...]) -> Tuple[Any, ...]:
     """All that a problem's launches depend on but the addresses of its tensors (and of `others`)."""
     tensors = (*problem[:6], *problem[7:10], *others)
-    return signature(tensors), problem.q.device, problem.lengths, *problem[10:]  # type: ignore[return-value]
+    return signature(tensors), problem.lengths, *problem[10:]  # type: ignore[return-value]
 
 
 def _zeros(problem: Problem, needs: Needs) -> Tuple[Optional[Tensor], ...]:

@@ -35,7 +35,8 @@ class Launch:
     def __call__(self, *tensors: Tensor, stream: Optional[int] = None) -> None:
         """On the current stream, or on that one once there is a compiled kernel."""
         if self.run is not None:
-            self.run(*tensors, *self.rest, stream=stream)
+            # Addresses: of a tensor, Triton asks the driver whether the GPU can read it, every time.
+            self.run(*[tensor.data_ptr() for tensor in tensors], *self.rest, stream=stream)
             return
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.options)
         if isinstance(compiled, CompiledKernel):
@@ -45,7 +46,9 @@ class Launch:
 
 def signature(tensors: Iterable[Optional[Tensor]]) -> Tuple[Any, ...]:
     """What of these tensors a launch depends on: Triton compiles for dtypes and for addresses divisible by 16."""
-    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors])
+    return tuple(
+        [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in tensors]
+    )
 
 
 class Kept:
