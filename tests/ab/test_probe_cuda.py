@@ -118,6 +118,7 @@ def test_a_step_is_timed_by_the_gpu_without_the_recording_itself(gpu, recorder, 
     gpu.catch_up()
     recorder.end()
     run = Run("B", 0, processes=[recorded(tmp_path)])
+    assert not run.processes[0].notes
     assert run.clock == "CUDA events" and run.memory_kind() == "cuda" and run.peak_memory() == 2
     assert run.step_seconds()[1:].tolist() == pytest.approx([0.25 + i for i in range(1, 6)])
     assert "cuda_s" not in run.processes[0].steps[0]
