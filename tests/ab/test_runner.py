@@ -274,6 +274,8 @@ def cli(tmp_path, *words, **popen):
         stderr=subprocess.PIPE,
         text=True,
         env=launch_env(),
+        # Who was started in the background ignores Ctrl-C, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         **popen,
     )
 
