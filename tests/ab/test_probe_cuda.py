@@ -75,6 +75,7 @@ def gpu(monkeypatch):
         (torch.cuda, "Event", found.Event),
         (torch.cuda, "synchronize", lambda *a: found.catch_up()),
         (torch.cuda.memory, "memory_stats_as_nested_dict", lambda device: stats),
+        (torch.backends.cudnn, "version", lambda: 90000),  # a CUDA build's asks the GPU
     ):
         monkeypatch.setattr(owner, name, value)
     return found
