@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import inspect
 import threading
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
@@ -147,8 +148,19 @@ def _carrying(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         while True:
             try:
                 return checkpoint(run, *args, **given, **kwargs)
-            except StartOver:  # left before trying again: what torch had entered must be let go of
-                pass
+            except StartOver as left:
+                _close_contexts(left)
             script.rewind()
 
     return checkpoint_carrying_bias
+
+
+def _close_contexts(error: BaseException) -> None:
+    """Leave what torch's checkpoint had entered when `error` passed through it: before torch 2.13 its generator, which
+    holds the saved-tensor hooks, is merely dropped, and they stay in force until it is collected."""
+    trace = error.__traceback__
+    while trace is not None:
+        for value in list(trace.tb_frame.f_locals.values()):
+            if inspect.isgenerator(value) and value.gi_code.co_filename == torch.utils.checkpoint.__file__:
+                value.close()
+        trace = trace.tb_next
