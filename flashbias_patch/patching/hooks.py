@@ -178,7 +178,7 @@ def _patched_function(original: Any, seam: Callable[..., Any]) -> Any:
 
     @functools.wraps(original)
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _call(seam, original.__get__(self, type(self)), self, args, kwargs)
+        return _call(seam, original, self, args, kwargs)
 
     patched.__flashbias_seam__ = seam  # type: ignore[attr-defined]
     return patched
@@ -189,7 +189,8 @@ def _is_patched(function: Any) -> bool:
 
 
 def _call(seam: Callable[..., Any], original: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    return seam(original, instance, args, kwargs)
+    # Bound here, where torch.compile does not look: it cannot trace __get__ before torch 2.7.
+    return seam(original.__get__(instance, type(instance)), instance, args, kwargs)
 
 
 def _shield_from_dynamo(dynamo: Any) -> None:

@@ -206,5 +206,6 @@ def test_torch_compile_does_not_tune(monkeypatch):
     monkeypatch.setattr(operator, "fused_attention", lambda q, *rest: q + 1)
     backend = triton_fused.TritonFused()
     backend.tune = 45.0
-    out = torch.compile(lambda q: backend(call(8, 8)._replace(q=q)), backend="eager", fullgraph=True)(torch.zeros(3))
+    rest = call(8, 8)[1:]
+    out = torch.compile(lambda q: backend(AttentionInputs(q, *rest)), backend="eager", fullgraph=True)(torch.zeros(3))
     assert not asked and bool((out == 1).all())
