@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 FRAME ?= $(wildcard ../shared/data/nuscenes_frame)
 JOBS ?= 2
 DEMO ?= runs/demo
+CORE := tests/attention tests/bias tests/chaos tests/family tests/kernels tests/patching
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-slow test-openmmlab test-py38 test-triton lint package clean
+.PHONY: help demo test test-slow test-openmmlab test-py38 test-torch test-triton lint package clean
 
 help:
 	@echo "make demo            unpatched against patched: trains examples/mini_cmt both ways, writes $(DEMO)/report.html"
@@ -16,6 +17,7 @@ help:
 	@echo "make test-slow       the heavier tiers: Triton's interpreter, browser, long trainings"
 	@echo "make test-openmmlab  integration with real mmcv, mmdet3d and mmengine (builds .venv-openmmlab)"
 	@echo "make test-py38       the core under Python 3.8 and torch 2.1"
+	@echo "make test-torch      the core under torch 2.6 and the newest"
 	@echo "make test-triton     the kernels compiled by several versions of Triton, without a GPU"
 	@echo "make lint            ruff and mypy"
 	@echo "make package         wheel and sdist, installed in a fresh environment and smoke-tested"
@@ -49,6 +51,10 @@ test-openmmlab:
 test-py38:
 	tools/openmmlab_env.sh py38
 	.venv-openmmlab/py38/bin/python -m pytest -q tests/test_settings.py tests/attention tests/bias tests/family tests/patching
+
+test-torch:
+	tools/openmmlab_env.sh mid v2
+	for env in mid v2; do .venv-openmmlab/$$env/bin/python -m pytest -q -n $(JOBS) -m "not slow and not browser" $(CORE) || exit 1; done
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

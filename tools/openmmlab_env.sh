@@ -3,7 +3,8 @@
 #   v1    Python 3.10, torch 2.1.0, triton 3.0.0, mmcv-full 1.7.2, mmdet 2.28.2, mmsegmentation 0.30.0, mmdet3d 1.0.0rc6
 #   v2    mmengine and mmcv-lite 2.x on the current torch
 #   py38  Python 3.8 with torch 2.1.0, to prove the oldest Python that is supported
-# Usage: tools/openmmlab_env.sh [--dir DIR] [--find-links DIR] [v1] [v2] [py38]      (no name: v1 and v2)
+#   mid   torch 2.6.0, between the oldest and the newest
+# Usage: tools/openmmlab_env.sh [--dir DIR] [--find-links DIR] [v1] [v2] [py38] [mid]      (no name: v1 and v2)
 # Each step leaves a stamp holding its own text, so that a second run repeats only what has changed.
 # Interpreters: PYTHON310, PYTHON38, PYTHON_V2 (default: python3.10, python3.8, python3).
 set -euo pipefail
@@ -16,8 +17,8 @@ while [ $# -gt 0 ]; do
     case $1 in
         --dir) DIR=$2; shift 2 ;;
         --find-links) LINKS=$2; shift 2 ;;
-        v1 | v2 | py38) ENVS+=("$1"); shift ;;
-        *) echo "$0: unknown argument '$1'; expected --dir DIR, --find-links DIR, v1, v2 or py38" >&2; exit 2 ;;
+        v1 | v2 | py38 | mid) ENVS+=("$1"); shift ;;
+        *) echo "$0: unknown argument '$1'; expected --dir DIR, --find-links DIR, v1, v2, py38 or mid" >&2; exit 2 ;;
     esac
 done
 [ ${#ENVS[@]} -gt 0 ] || ENVS=(v1 v2)
@@ -92,7 +93,7 @@ v2() {
     venv "${PYTHON_V2:-python3}"
     step torch pip_ torch numpy setuptools wheel
     step mmengine pip_ mmengine "mmcv-lite>=2.0" opencv-python-headless
-    step test pip_ "wrapt>=1.14" "${TEST[@]}"
+    step test pip_ "wrapt>=1.14" "${TEST[@]}" scipy
     "$VENV/bin/python" -c "import torch, mmengine, mmcv
 print('torch', torch.__version__, 'mmengine', mmengine.__version__, 'mmcv', mmcv.__version__)"
 }
@@ -102,6 +103,13 @@ py38() {
     step torch pip_ "${TORCH21[@]}" "numpy<1.25" scipy
     step test pip_ "wrapt>=1.14" "${TEST[@]}"
     "$VENV/bin/python" -c "import sys, torch; print('Python', sys.version.split()[0], 'torch', torch.__version__)"
+}
+
+mid() {
+    venv "${PYTHON_V2:-python3}"
+    step torch pip_ torch==2.6.0 "numpy<2.4" scipy
+    step test pip_ "wrapt>=1.14" "${TEST[@]}"
+    "$VENV/bin/python" -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
 }
 
 for name in "${ENVS[@]}"; do
