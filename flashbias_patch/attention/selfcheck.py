@@ -60,7 +60,7 @@ def check(backend: Any, key: Key, rank: int) -> Optional[str]:
     began = time.perf_counter()
     _running += 1
     try:
-        with _undisturbed(key[0]):
+        with undisturbed(key[0]):
             problem = _check(backend, key, rank)
     finally:
         _running -= 1
@@ -72,7 +72,7 @@ def check(backend: Any, key: Key, rank: int) -> Optional[str]:
 
 
 @contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
+def undisturbed(device: torch.device) -> Iterator[None]:
     from torch.utils._python_dispatch import _disable_current_modes
 
     with contextlib.ExitStack() as stack:

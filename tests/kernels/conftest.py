@@ -14,3 +14,13 @@ def nothing_kept():
     from flashbias_patch.attention.kernels import configs
 
     configs.generation += 1
+
+
+@pytest.fixture
+def untuned(monkeypatch, tmp_path):
+    """Nothing tuned, nothing tried, and a cache of the test's own."""
+    from flashbias_patch.attention.kernels import configs
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in (("_tuned", {}), ("_working", {}), ("_loaded", False)):
+        monkeypatch.setattr(configs, name, value)

@@ -12,15 +12,7 @@ pytest.importorskip("triton", minversion="3.0")
 from flashbias_patch.attention.kernels import cache, configs
 from flashbias_patch.attention.kernels.configs import Config, Key
 
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(configs, "_tuned", {})
-    monkeypatch.setattr(configs, "_working", {})
-    monkeypatch.setattr(configs, "_loaded", False)
-
-
+pytestmark = pytest.mark.usefixtures("untuned")
 KEY = Key("forward", 90, True, 32, 16, True)
 
 
@@ -172,13 +164,13 @@ def test_rows_of_the_old_format_and_damaged_ones_are_dropped(monkeypatch):
     damaged = [{**row, "config": numbers} for numbers in ([48, 32, 4, 1], [32, 32, 4], [32, 32, 4, 99], [True] * 4,
                                                           [32, 32, 64, 1], ["a", 32, 4, 1], [1024, 32, 4, 1], None)]
     for bad in ([list(KEY), list(good)], {**row, "gpu": 7}, {**row, "key": None}, *damaged):
-        with open(configs._cache_path(), "w") as file:
+        with open(cache.path(), "w") as file:
             json.dump([bad], file)
         assert again(monkeypatch) == shipped, bad
-        with open(configs._cache_path(), "w") as file:
+        with open(cache.path(), "w") as file:
             json.dump([bad, row], file)
         assert again(monkeypatch) == good, bad
-    with open(configs._cache_path(), "w") as file:
+    with open(cache.path(), "w") as file:
         json.dump([[list(KEY), list(good)]], file)
     configs.remember({KEY: good})
     assert len(cache.rows()) == 1
@@ -186,7 +178,7 @@ def test_rows_of_the_old_format_and_damaged_ones_are_dropped(monkeypatch):
 
 @pytest.mark.parametrize("content", ["", "{", "[[1, 2]]", '[[["forward"], [1]]]', "null", "\x00"])
 def test_a_corrupt_cache_is_ignored(content):
-    path = configs._cache_path()
+    path = cache.path()
     os.makedirs(os.path.dirname(path))
     with open(path, "w") as file:
         file.write(content)

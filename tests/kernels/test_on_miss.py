@@ -32,11 +32,8 @@ def call(M=2048, N=1024, **rest):
 
 
 @pytest.fixture(autouse=True)
-def ada(monkeypatch, tmp_path):
+def ada(monkeypatch, untuned):
     """A GPU of compute capability 8.9, as far as on_miss knows."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name, value in (("_tuned", {}), ("_working", {}), ("_loaded", False)):
-        monkeypatch.setattr(configs, name, value)
     monkeypatch.setattr(on_miss, "_met", set())
     monkeypatch.setattr(trial, "class_of", lambda inputs, kernel="forward": KEY._replace(kernel=kernel))
 

@@ -17,13 +17,7 @@ from flashbias_patch.attention.kernels.configs import INTERPRETED, KERNELS, Conf
 SHIPPED = INTERPRETED
 BEST = Config(64, 32, 8, 3, registers=128)
 
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(configs, "_tuned", {})
-    monkeypatch.setattr(configs, "_working", {})
-    monkeypatch.setattr(configs, "_loaded", False)
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 def call(M=40, N=60, R=4, dtype=torch.float16, **rest):

@@ -178,10 +178,6 @@ def tuned(key: Key) -> bool:
     return key in _tuned
 
 
-def _cache_path() -> str:
-    return cache.path()
-
-
 def _load() -> None:
     """Read what earlier runs tuned. A cache that cannot be read is as good as none."""
     global _loaded
@@ -193,13 +189,13 @@ def _load() -> None:
     except FileNotFoundError:
         return
     except Exception as error:
-        log.debug("tuning cache %s not used: %s", _cache_path(), error)
+        log.debug("tuning cache %s not used: %s", cache.path(), error)
         return
     for key, config in found:
         try:
             _tuned[Key(*key)] = _sensible(Config(*config))
         except (TypeError, ValueError) as error:
-            log.debug("tuning cache %s not used: %s", _cache_path(), error)
+            log.debug("tuning cache %s not used: %s", cache.path(), error)
 
 
 def _sensible(config: Config) -> Config:
@@ -234,7 +230,7 @@ def remember(found: Dict[Key, Config]) -> None:
     try:
         cache.merge(list(found.items()))
     except OSError as error:
-        log.debug("tuning cache %s not written: %s", _cache_path(), error)
+        log.debug("tuning cache %s not written: %s", cache.path(), error)
 
 
 def forget(keys: Optional[Sequence[Key]] = None) -> bool:

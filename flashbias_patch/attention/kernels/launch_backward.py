@@ -89,7 +89,18 @@ class Rows:
         return rows
 
 
-class ByKeys:
+class Step:
+    """A launch that writes parts of gradients: of those in `sums`, over the keys in `keys`."""
+
+    sums: Dict[int, Sum]
+    keys: Keys
+
+    def make(self, problem: Problem) -> Made:
+        q = problem.q
+        return {place: total.make(q) for place, total in self.sums.items()}, self.keys(problem)
+
+
+class ByKeys(Step):
     """Gradients of k, v, k_factor and dense."""
 
     def __init__(self, problem: Problem, needs: Needs, passed: Passed, padded: int, config: Config) -> None:
@@ -151,10 +162,6 @@ class ByKeys:
                  **problem.features(config)),
         )  # fmt: skip
 
-    def make(self, problem: Problem) -> Made:
-        q = problem.q
-        return {place: total.make(q) for place, total in self.sums.items()}, self.keys(problem)
-
     def run(self, problem: Problem, passed: Passed, rows: Tensor, made: Made, stream: Optional[int] = None) -> None:
         q, parts = problem.q, made[0]
         self.launch(
@@ -164,7 +171,7 @@ class ByKeys:
         )  # fmt: skip
 
 
-class ByQueries:
+class ByQueries(Step):
     """Gradients of q, q_factor and weights."""
 
     def __init__(self, problem: Problem, needs: Needs, passed: Passed, padded: int, config: Config) -> None:
@@ -195,10 +202,6 @@ class ByQueries:
             ),
             dict(R=rank, NEED_Q=needs.q, NEED_QF=needs.q_factor, NEED_W=needs.weights, **problem.features(config)),
         )  # fmt: skip
-
-    def make(self, problem: Problem) -> Made:
-        q = problem.q
-        return {place: total.make(q) for place, total in self.sums.items()}, self.keys(problem)
 
     def run(self, problem: Problem, passed: Passed, rows: Tensor, made: Made, stream: Optional[int] = None) -> None:
         q, parts = problem.q, made[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, ContextManager, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, ContextManager, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -104,10 +104,15 @@ class Problem(NamedTuple):
 
     def key(self, kernel: str) -> Key:
         """What the choice of a tile shape for that kernel depends on."""
-        plain = self.dense is None and self.mask is None and self.padding is None and not self.dropout_p
-        block_r = 0 if self.q_factor is None else self.q_factor.shape[-1]
-        half = self.q.dtype != torch.float32
-        return Key(kernel, arch_of(self.q)[0], half, block_columns(self.q.shape[-1]), block_r, plain)
+        others = self.dense, self.mask, self.padding
+        return key_of(kernel, self.q, 0 if self.q_factor is None else self.q_factor.shape[-1], others, self.dropout_p)
+
+
+def key_of(kernel: str, q: Tensor, rank: int, others: Iterable[Optional[Tensor]], dropout_p: float) -> Key:
+    """The same of a call's operands; `others` are the dense bias, mask and padding, `rank` 0 without factors."""
+    plain = not dropout_p and all(tensor is None for tensor in others)
+    block_r = block_columns(rank) if rank else 0
+    return Key(kernel, arch_of(q)[0], q.dtype != torch.float32, block_columns(q.shape[-1]), block_r, plain)
 
 
 def scales_q(q_factor: Optional[Tensor], scale: float) -> bool:

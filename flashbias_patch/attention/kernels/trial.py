@@ -11,9 +11,8 @@ from torch import Tensor
 from .. import selfcheck
 from ..call_class import key_of
 from ..inputs import AttentionInputs
-from . import launch, operator
+from . import launch, operator, problem
 from .configs import KERNELS, Key
-from .problem import block_columns
 
 SMALL = selfcheck.LONG  # lengths that are multiples of nothing
 LEAST = 1 << 24  # scores, B * H * M * N, below which launching takes longer than the kernels
@@ -27,14 +26,8 @@ def long(inputs: AttentionInputs) -> bool:
 
 def class_of(inputs: AttentionInputs, kernel: str = KERNELS[0]) -> Key:
     """What the choice of a tile shape for this call is kept under."""
-    q = inputs.q
-    arch = 0
-    if q.is_cuda:
-        major, minor = torch.cuda.get_device_capability(q.device)
-        arch = 10 * major + minor
-    plain = inputs.dense is None and inputs.mask is None and inputs.key_padding is None and not inputs.dropout_p
-    rank = inputs.rank and block_columns(inputs.rank)
-    return Key(kernel, arch, q.dtype != torch.float32, block_columns(q.shape[-1]), rank, plain)
+    others = inputs.dense, inputs.mask, inputs.key_padding
+    return problem.key_of(kernel, inputs.q, inputs.rank, others, inputs.dropout_p)
 
 
 def small_call(inputs: AttentionInputs) -> AttentionInputs:

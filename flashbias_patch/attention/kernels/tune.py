@@ -81,7 +81,7 @@ def tune(
     device = calls[0].q.device
     rows: List[Row] = []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(selfcheck._undisturbed(device))
+        stack.enter_context(selfcheck.undisturbed(device))
         stack.enter_context(torch.no_grad())
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
