@@ -43,18 +43,19 @@ test-slow: $(VENV)/ready
 test-triton:
 	tools/triton_matrix.sh
 
+test-openmmlab: ENVS ?= v1 v2
 test-openmmlab:
-	tools/openmmlab_env.sh v1 v2
-	.venv-openmmlab/v1/bin/python -m pytest -q -m openmmlab tests/openmmlab
-	.venv-openmmlab/v2/bin/python -m pytest -q -m openmmlab tests/openmmlab
+	tools/openmmlab_env.sh $(ENVS)
+	for env in $(ENVS); do .venv-openmmlab/$$env/bin/python -m pytest -q -m openmmlab tests/openmmlab || exit 1; done
 
 test-py38:
 	tools/openmmlab_env.sh py38
 	.venv-openmmlab/py38/bin/python -m pytest -q tests/test_settings.py tests/attention tests/bias tests/family tests/patching
 
+test-torch: ENVS ?= mid v2
 test-torch:
-	tools/openmmlab_env.sh mid v2
-	for env in mid v2; do .venv-openmmlab/$$env/bin/python -m pytest -q -n $(JOBS) -m "not slow and not browser" $(CORE) || exit 1; done
+	tools/openmmlab_env.sh $(ENVS)
+	for env in $(ENVS); do .venv-openmmlab/$$env/bin/python -m pytest -q -n $(JOBS) -m "not slow and not browser" $(CORE) || exit 1; done
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

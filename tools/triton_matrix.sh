@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
 # Compiles the kernels (tests/kernels/compile_kernels.py) by several versions of Triton, without a GPU and without PyTorch.
-# Usage: tools/triton_matrix.sh [--dir DIR] [--jobs N] [VERSION ...]       (default: .venv-triton, 2 at once, the versions below)
-# `newest` is whatever pip installs today. One environment a version, kept in DIR and used again; logs in DIR/logs.
+# Usage: tools/triton_matrix.sh [--dir DIR] [--jobs N] [--discard] [VERSION ...]  (default: .venv-triton, 2 at once, the versions below)
+# `newest` is whatever pip installs today. One environment a version, kept in DIR and used again, or with --discard
+# removed before the next is made (0.6 to 1 GB each); logs in DIR/logs.
 # Interpreter: PYTHON, else the first Python of 3.11, 3.10, 3.12, for which every one of these versions has a wheel.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 DIR=.venv-triton
 JOBS=2
+DISCARD=
 ARCHS=(90 80 86 89)
 VERSIONS=()
 while [ $# -gt 0 ]; do
     case $1 in
         --dir) DIR=$2; shift 2 ;;
         --jobs) JOBS=$2; shift 2 ;;
+        --discard) DISCARD=1; shift ;;
         newest | [0-9]*.[0-9]*) VERSIONS+=("$1"); shift ;;
-        *) echo "$0: unknown argument '$1'; expected --dir DIR, --jobs N or versions of Triton" >&2; exit 2 ;;
+        *) echo "$0: unknown argument '$1'; expected --dir DIR, --jobs N, --discard or versions of Triton" >&2; exit 2 ;;
     esac
 done
 [ ${#VERSIONS[@]} -gt 0 ] || VERSIONS=(3.0.0 3.1.0 3.2.0 3.4.0 3.6.0 newest)
@@ -43,14 +46,13 @@ mkdir "$DIR/logs"
 trap 'rm -rf "$DIR/cache"' EXIT
 PYTHON=${PYTHON:-$(find_python)}
 
-for version in "${VERSIONS[@]}"; do
-    start=$SECONDS
-    [ -x "$DIR/$version/bin/python" ] || "$PYTHON" -m venv "$DIR/$version"
-    wanted=triton==$version
-    [ "$version" != newest ] || wanted=triton
-    "$DIR/$version/bin/pip" install --quiet --upgrade "$wanted" setuptools
-    echo "[$version] triton $("$DIR/$version/bin/python" -c 'import triton; print(triton.__version__)'), installed in $((SECONDS - start)) s"
-done
+install() { # VERSION; prints which version of Triton that is
+    local wanted=triton==$1
+    [ "$1" != newest ] || wanted=triton
+    [ -x "$DIR/$1/bin/python" ] || "$PYTHON" -m venv "$DIR/$1"
+    "$DIR/$1/bin/pip" install --quiet --upgrade "$wanted" setuptools
+    "$DIR/$1/bin/python" -c 'import triton; print(triton.__version__)'
+}
 
 one() { # VERSION ARCH; the status is left in a file, so that every other one still runs
     local log=$DIR/logs/$1-$2 start=$SECONDS status=0
@@ -60,18 +62,22 @@ one() { # VERSION ARCH; the status is left in a file, so that every other one st
     echo "[$1] arch $2: $(tail -n 1 "$log.log" | cut -c1-100), $((SECONDS - start)) s"
 }
 export -f one
+
 for version in "${VERSIONS[@]}"; do
-    for arch in "${ARCHS[@]}"; do
-        echo "$version" "$arch"
-    done
-done | xargs -P "$JOBS" -L 1 bash -c 'one "$@"' one
+    start=$SECONDS
+    install "$version" > "$DIR/logs/$version"
+    echo "[$version] triton $(cat "$DIR/logs/$version"), installed in $((SECONDS - start)) s"
+    printf '%s\n' "${ARCHS[@]}" | xargs -P "$JOBS" -I{} bash -c 'one "$@"' one "$version" {}
+    rm -rf "$DIR/cache"
+    [ -z "$DISCARD" ] || rm -rf "${DIR:?}/$version"
+done
 
 printf '\n%-8s %-8s' asked triton
 printf ' %12s' "${ARCHS[@]}"
 echo
 failures=0
 for version in "${VERSIONS[@]}"; do
-    printf '%-8s %-8s' "$version" "$("$DIR/$version/bin/python" -c 'import triton; print(triton.__version__)')"
+    printf '%-8s %-8s' "$version" "$(cat "$DIR/logs/$version")"
     for arch in "${ARCHS[@]}"; do
         read -r status took < "$DIR/logs/$version-$arch.status" || status=missing took=0
         if [ "$status" = 0 ]; then
