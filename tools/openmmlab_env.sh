@@ -2,11 +2,11 @@
 # Builds the environments that tests/openmmlab runs in, from nothing:
 #   v1    Python 3.10, torch 2.1.0, triton 3.0.0, mmcv-full 1.7.2, mmdet 2.28.2, mmsegmentation 0.30.0, mmdet3d 1.0.0rc6
 #   v2    mmengine and mmcv-lite 2.x on the current torch
-#   py38  Python 3.8 with torch 2.1.0, to prove the oldest Python that is supported
-#   mid   torch 2.6.0, between the oldest and the newest
+#   py38  Python 3.8, torch 2.1.0 and wrapt 1.14.0: the oldest of each that is supported
+#   mid   torch 2.6.0, between the oldest and the newest, under Python 3.13 where that is here
 # Usage: tools/openmmlab_env.sh [--dir DIR] [--find-links DIR] [v1] [v2] [py38] [mid]      (no name: v1 and v2)
 # Each step leaves a stamp holding its own text, so that a second run repeats only what has changed.
-# Interpreters: PYTHON310, PYTHON38, PYTHON_V2 (default: python3.10, python3.8, python3).
+# Interpreters: PYTHON310, PYTHON38, PYTHON_V2, PYTHON313 (default: python3.10, python3.8, python3, python3.13).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -101,15 +101,17 @@ print('torch', torch.__version__, 'mmengine', mmengine.__version__, 'mmcv', mmcv
 py38() {
     venv "$(find_python 3.8 "${PYTHON38:-}")"
     step torch pip_ "${TORCH21[@]}" "numpy<1.25" scipy
-    step test pip_ "wrapt>=1.14" "${TEST[@]}"
-    "$VENV/bin/python" -c "import sys, torch; print('Python', sys.version.split()[0], 'torch', torch.__version__)"
+    step test pip_ wrapt==1.14.0 "${TEST[@]}"
+    "$VENV/bin/python" -c "import sys, torch, wrapt
+print('Python', sys.version.split()[0], 'torch', torch.__version__, 'wrapt', wrapt.__version__)"
 }
 
 mid() {
-    venv "${PYTHON_V2:-python3}"
+    venv "$(find_python 3.13 "${PYTHON313:-}" || echo "${PYTHON_V2:-python3}")"
     step torch pip_ torch==2.6.0 "numpy<2.4" scipy
     step test pip_ "wrapt>=1.14" "${TEST[@]}"
-    "$VENV/bin/python" -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
+    "$VENV/bin/python" -c "import sys, torch, triton
+print('Python', sys.version.split()[0], 'torch', torch.__version__, 'triton', triton.__version__)"
 }
 
 for name in "${ENVS[@]}"; do
