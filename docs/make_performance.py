@@ -204,6 +204,7 @@ def attention() -> List[str]:
     methods = ["picked", "picked, no bias", "triton", "triton segments", "triton factors", "sdpa flash", "sdpa cudnn",
                "sdpa cudnn concatenated", "sdpa efficient", "sdpa efficient concatenated", "sdpa efficient dense",
                "flash-attn 4", "flash-attn 4 concatenated"]
+
     def cell(result: Any) -> str:
         if not result or "forward" not in result:
             return "-"

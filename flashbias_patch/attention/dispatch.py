@@ -39,7 +39,7 @@ _verdicts: Dict[Key, Dict[str, str]] = {}
 _pending: List[Tuple[Key, str, str]] = []
 _script: contextvars.ContextVar[Optional[Script]] = contextvars.ContextVar("flashbias_script", default=None)
 _current_graph_task = torch._C._current_graph_task_id
-is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)  # since torch 2.3
+is_compiling = selfcheck.is_compiling
 _told: Set[Key] = set()
 
 

@@ -29,6 +29,7 @@ BATCH, HEADS = 2, 3
 SHORT, LONG, ALIGNED = (37, 61), (131, 259), (ALIGNMENT, 2 * ALIGNMENT)
 DROPOUT_P = 0.3
 CPU = torch.device("cpu")
+is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)  # since torch 2.3
 _running = 0
 LEAVES = ("q", "k", "v", "q_factor", "k_factor", "segment_weights", "dense")
 

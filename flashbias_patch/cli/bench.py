@@ -8,7 +8,9 @@ import json
 import os
 import sys
 import time
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
+
+from .terminal import aligned, progress, unknown
 
 NAME = "bench"
 HELP = "time the attention backends here, at the shapes of known models"
@@ -39,18 +41,18 @@ def main(args: argparse.Namespace) -> int:
         for name, shape in benchmark.SHAPES.items():
             print(f"{name:<20} {', '.join(f'{k} {v}' for k, v in dict(shape).items())}")
         return 0
-    problem = _unknown("--shapes", args.shapes, benchmark.SHAPES) or _unknown(
+    problem = unknown("--shapes", args.shapes, benchmark.SHAPES) or unknown(
         "--backends", args.backends, benchmark.BACKENDS
     )
     if problem:
         print(f"flashbias bench: {problem}", file=sys.stderr)
         return 2
-    with _progress() as progress:
+    with progress() as say:
         found = benchmark.run(
             args.shapes or list(benchmark.SHAPES),
             args.backends or list(benchmark.BACKENDS),
             args.dtype,
-            progress,
+            say,
         )
     print(table(found["rows"]))
     if args.out:
@@ -61,74 +63,20 @@ def main(args: argparse.Namespace) -> int:
     return 0 if any(row.get("forward_ms") is not None for row in found["rows"]) else 3
 
 
-def _unknown(option: str, given: List[str], known: Any) -> str | None:
-    bad = [name for name in given if name not in known]
-    return f"{option}: {', '.join(bad)}: not one of {', '.join(known)}" if bad else None
-
-
 def table(rows: List[Dict[str, Any]]) -> str:
     """One line a measurement, aligned; what could not run says why."""
-    cells = [("shape", "backend", "forward", "forward+backward", "extra memory", "error")]
+    units = {"forward_ms": " ms", "total_ms": " ms", "extra_mib": " MiB", "error": ""}
+    cells: List[Sequence[str]] = [("shape", "backend", "forward", "forward+backward", "extra memory", "error")]
     for row in rows:
         if row.get("forward_ms") is None:
-            cells.append(
-                (row["shape"], row["backend"], "cannot: " + row.get("why_not", "unknown"), "", "", "")
-            )
+            cells.append((row["shape"], row["backend"], "cannot: " + row.get("why_not", "unknown")))
         else:
-            cells.append(
-                (
-                    row["shape"],
-                    row["backend"],
-                    *(
-                        _number(row.get(k), unit)
-                        for k, unit in (
-                            ("forward_ms", " ms"),
-                            ("total_ms", " ms"),
-                            ("extra_mib", " MiB"),
-                            ("error", ""),
-                        )
-                    ),
-                )
-            )
-    widths = [
-        max(len(cell[i]) for cell in cells if i < 2 or not cell[2].startswith("cannot")) for i in range(6)
-    ]
-    return "\n".join(
-        "  ".join(
-            word.ljust(w) if i < 2 else word.rjust(w) for i, (word, w) in enumerate(zip(cell, widths))
-        ).rstrip()
-        for cell in cells
-    )
+            cells.append((row["shape"], row["backend"], *(_number(row.get(k), unit) for k, unit in units.items())))
+    return aligned(cells, left=2)
 
 
 def _number(value: Any, unit: str) -> str:
     return "-" if value is None else f"{value:.3g}{unit}"
-
-
-class _progress:
-    """`progress(done, total, what)`: a bar where rich and a terminal are, nothing otherwise."""
-
-    def __enter__(self) -> Any:
-        self.bar = None
-        try:
-            if sys.stderr.isatty():
-                from rich.console import Console
-                from rich.progress import Progress
-
-                self.bar = Progress(console=Console(stderr=True), transient=True)
-                self.bar.start()
-                self.task = self.bar.add_task("", total=None)
-        except ImportError:
-            pass
-        return self.update
-
-    def update(self, done: int, total: int, what: str) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, total=total, description=what)
-
-    def __exit__(self, *exc: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
 
 
 def _write(out: str, found: Dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ import importlib
 import sys
 from typing import Any, Dict, List, Sequence, Tuple
 
-from .bench import BENCHMARK, _progress, _unknown
+from .bench import BENCHMARK
+from .terminal import aligned, progress, unknown
 
 NAME = "tune"
 HELP = "time tile shapes of the fused kernels on this GPU and keep those that beat the shipped ones"
@@ -61,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
     if args.shapes == ["list"]:
         print("\n".join(benchmark.SHAPES))
         return 0
-    problem = _unknown("--shapes", args.shapes, benchmark.SHAPES) or why_not()
+    problem = unknown("--shapes", args.shapes, benchmark.SHAPES) or why_not()
     if problem:
         print(f"flashbias tune: {problem}", file=sys.stderr)
         return 2 if problem.startswith("--") else 3
@@ -94,12 +95,12 @@ def _tune(args: argparse.Namespace, benchmark: Any) -> int:
     cells = [("class", "kernel", "shipped", "tuned", "ratio")]
     interrupted = False
     try:
-        with _progress() as progress:
+        with progress() as bar:
             for place, group in enumerate(groups):
                 calls = [with_features(benchmark.make(benchmark.SHAPES[n], dtype, device), args.features) for n in group]
 
                 def say(elapsed: float, seconds: float, what: str, place: int = place, name: str = group[0]) -> None:
-                    progress(place * seconds + elapsed, len(groups) * seconds, f"{name} {what}")
+                    bar(place * seconds + elapsed, len(groups) * seconds, f"{name} {what}")
 
                 found = tune.tune(calls, seconds=args.seconds, progress=say, remember=not args.dry_run)
                 cells += [_cells(tune, row, found.call) for row in found.rows]
@@ -153,11 +154,6 @@ def _cells(tune: Any, row: Any, call: str) -> Tuple[str, str, str, str, str]:
     shipped = tune.words(row.shipped) if row.shipped else "-"
     tuned = tune.words(row.tuned) if row.tuned else f"- ({row.why}; {row.tried} tried)"
     return call, row.kernel, shipped, tuned, f"{row.ratio:.3f}" if row.tuned else "-"
-
-
-def aligned(cells: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(w.ljust(n) for w, n in zip(line, widths)).rstrip() for line in cells)
 
 
 def _show(cache: Any) -> int:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ... import settings
 from ..inputs import AttentionInputs
+from ..selfcheck import is_compiling
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_TRITON = (3, 0)
-is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)  # since torch 2.3
 
 
 def _missing() -> List[str]:
