@@ -202,3 +202,12 @@ def test_on_a_real_gpu(tmp_path):
     for row in rows:
         if row["forward_ms"] is not None:
             assert 0 < row["forward_ms"] <= row["total_ms"] * 1.2 and row["extra_mib"] > 0 and row["error"] < 5e-3
+
+
+def test_a_long_reason_does_not_widen_the_table():
+    measured = {"shape": "tiny", "backend": "sdpa", "forward_ms": 1.25, "total_ms": 3.5, "extra_mib": None, "error": 1e-5}
+    refused = {"shape": "tiny", "backend": "triton", "forward_ms": None, "why_not": "no GPU, " * 20}
+    head, row, other = bench.table([measured, refused]).splitlines()
+    assert head == "shape  backend  forward  forward+backward  extra memory  error"
+    assert row == "tiny   sdpa     1.25 ms            3.5 ms             -  1e-05"
+    assert other.startswith("tiny   triton   cannot: no GPU, no GPU")
