@@ -158,7 +158,10 @@ def _carrying(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 def _close_contexts(error: BaseException) -> None:
     """Leave what torch's checkpoint had entered when `error` passed through it: before torch 2.13 its generator, which
     holds the saved-tensor hooks, is merely dropped, and they stay in force until it is collected."""
-    trace = error.__traceback__
+    assert error.__traceback__ is not None
+    # Not the frame that is handling `error`: its locals, once looked at, keep the error and with it every tensor of the
+    # failed attempt until Python's collector comes by.
+    trace = error.__traceback__.tb_next
     while trace is not None:
         for value in list(trace.tb_frame.f_locals.values()):
             if inspect.isgenerator(value) and value.gi_code.co_filename == torch.utils.checkpoint.__file__:
