@@ -297,11 +297,15 @@ def command_of(args):
     return shlex.join(["python", "benchmarks/attention.py", *words])
 
 
-def benchmark(args):
-    report = {
+def about(args):
+    return {
         "command": command_of(args), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": __import__("triton").__version__, "python": platform.python_version(), "shapes": {},
+        "triton": __import__("triton").__version__, "python": platform.python_version(),
     }  # fmt: skip
+
+
+def benchmark(args):
+    report = dict(about(args), shapes={})
     for name in args.only or (QUICK if args.quick else SHAPES):
         shape = SHAPES[name]
         t, grad = make(shape)
@@ -410,8 +414,9 @@ def one_check(lengths, H, D, R, dtype, feature, generator):
 
 
 def check_part(part, parts):
-    """Every parts-th case of the grid: (cases right, worst error over what is allowed, what was wrong)."""
-    generator = torch.Generator("cuda").manual_seed(part)
+    """Every parts-th case of the grid, each from draws of its own: (case, worst error over what is allowed, or what was
+    wrong)."""
+    generator = torch.Generator("cuda")
     from flashbias_patch.attention.kernels import launch_backward, operator, problem
 
     def fail(call, grad, error):
@@ -421,39 +426,37 @@ def check_part(part, parts):
     problem.empty = lambda *size, **options: torch.empty(*size, **options).fill_(
         float("nan")
     )  # every element written?
-    launch_backward.SEPARATE *= part % 2  # gradients of shared factors both ways
-    bad, worst, count = [], 0.0, 0
-    for case in list(grid())[part::parts]:
+    separate, found = launch_backward.SEPARATE, []
+    for place, case in list(enumerate(grid()))[part::parts]:
+        launch_backward.SEPARATE = separate * (place % 2)  # gradients of shared factors both ways
         try:
-            ratio = one_check(*case, generator)
+            found.append((case, one_check(*case, generator.manual_seed(place))))
         except Exception as error:
-            bad.append((case, f"{type(error).__name__}: {str(error)[:200]}"))
+            found.append((case, f"{type(error).__name__}: {str(error)[:200]}"))
             if "CUDA error" in str(error):
                 break
-            continue
-        count, worst = count + 1, max(worst, ratio)
-        if ratio > 1:
-            bad.append((case, round(ratio, 3)))
         torch.cuda.empty_cache()
-    return count, worst, bad
+    return found
 
 
 def check(args):
     began = time.time()
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         parts = pool.starmap(check_part, [(part, args.jobs) for part in range(args.jobs)])
-    bad = [case for part in parts for case in part[2]]
+    cases = sorted(sum(parts, []), key=lambda found: (isinstance(found[1], str), found[1]), reverse=True)
+    bad = [found for found in cases if isinstance(found[1], str) or found[1] > 1]
     torch.use_deterministic_algorithms(True)
     t, grad = make((2, 1490, 22384, 8, 32, 8, "float16"))
     repeats = [grads_of(fused_attention(*t[:5]), t[:5], grad) for _ in range(10)]
     equal = all(torch.equal(a, b) for other in repeats[1:] for a, b in zip(repeats[0], other))
-    count, worst = sum(part[0] for part in parts), max(part[1] for part in parts)
-    print(
-        f"checked {count}, worst error {worst:.2f} of what is allowed, {time.time() - began:.0f} s"
-    )
+    print(f"checked {len(cases)}, {time.time() - began:.0f} s; error over what is allowed, the worst:")
+    for case, ratio in [*bad, *cases[len(bad) :][:5]]:
+        print(f"  {ratio if isinstance(ratio, str) else format(ratio, '.2f')}  {case}")
     print(f"ten deterministic repeats bit-equal: {equal}")
-    for case in bad:
-        print("WRONG", case)
+    if args.out:
+        report = dict(about(args), repeats_equal=equal, cases=[dict(case=case, ratio=ratio) for case, ratio in cases])
+        with open(args.out, "w") as file:
+            json.dump(report, file, indent=1)
     return 1 if bad or not equal else 0
 
 

@@ -166,6 +166,9 @@ def main() -> None:
     checkouts = {family: getattr(args, family) for family in RUNS if getattr(args, family)}
     if not checkouts or not args.frame:
         parser.error("--frame and at least one of --cmt, --petr, --streampetr are needed")
+    plans = {"train": [fields for family in checkouts for fields in RUNS[family]], "batch": BATCH, "profile": PROFILE}
+    if not any(chosen(plans[part], args.only, False, False) for part in args.parts):
+        parser.error(f"--only {args.only!r} matches no name of a run of {', '.join(checkouts)}: --list prints them")
     found: Dict[str, List[Dict[str, Any]]] = {"runs": [], "batches": [], "profiles": [], "family": []}
     about: Dict[str, Any] = {}
 
