@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..bias import AttentionBias, DenseBias, MaskBias
 from ..bias.precision import split_factors
+from . import narrow
 from .call_class import describe, key_of
 
 
@@ -60,18 +61,24 @@ def build(
     scale: Optional[float] = None,
 ) -> AttentionInputs:
     """Validate a public call and bring it to normal form. Raises ValueError/TypeError naming the argument."""
+    return build_in(None, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale)[0]
+
+
+def build_in(
+    dtype: Optional[torch.dtype], q: Tensor, k: Tensor, v: Tensor, bias: Optional[AttentionBias | Tensor],
+    attn_mask: Optional[Tensor], key_padding_mask: Optional[Tensor], dropout_p: float, scale: Optional[float],
+) -> Tuple[AttentionInputs, Optional[Tensor]]:  # fmt: skip
+    """As `build`, q, k and v in `dtype` (None: as they are); and what narrow.widened needs, if anything."""
     B, M, H, D, N = _check_qkv(q, k, v)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
-    q_factor = k_factor = weights = lengths = dense = mask = None
+    q_factor = k_factor = weights = lengths = dense = mask = power = None
     if bias is not None:
         bias = as_bias(bias, B, H, M, N)
         q_factor, k_factor, segments, dense, mask = bias.parts()
         if segments is not None:
             weights, lengths = segments
             weights = weights.to(q.device, torch.promote_types(torch.float32, weights.dtype))
-        if q_factor is not None and k_factor is not None:
-            q_factor, k_factor = _cast_factors(q_factor, k_factor, q)
         if dense is not None:
             dense = dense.to(q.device)
     if attn_mask is not None:
@@ -81,12 +88,20 @@ def build(
             mask = four if mask is None else mask | four
         else:
             dense = four if dense is None else dense + four
+    if dtype is not None and dtype is not q.dtype:
+        if narrow.wanted(q.dtype, dtype):
+            (q, k, v), others, power = narrow.narrowed((q, k, v), (q_factor, k_factor, weights, dense))
+            q_factor, k_factor, weights, dense = others
+        else:
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if q_factor is not None and k_factor is not None:
+        q_factor, k_factor = _cast_factors(q_factor, k_factor, q)
     padding = _key_padding(key_padding_mask, B, N)
     return AttentionInputs(
         q, k, v, q_factor, k_factor, weights, lengths, dense, mask,
         None if padding is None else padding.to(q.device), float(dropout_p),
         D ** -0.5 if scale is None else float(scale),
-    )
+    ), power
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tuple[int, int, int, int, int]:

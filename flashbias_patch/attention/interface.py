@@ -3,11 +3,12 @@ from __future__ import annotations
 
 from typing import Optional, Union
 
+import torch
 from torch import Tensor
 
 from ..bias import AttentionBias
-from . import dispatch
-from .inputs import build
+from . import dispatch, narrow
+from .inputs import build_in
 
 
 def flash_bias_attention(
@@ -21,6 +22,7 @@ def flash_bias_attention(
     dropout_p: float = 0.0,
     scale: Optional[float] = None,
     backend: Optional[str] = None,
+    dtype: Optional[torch.dtype] = None,
 ) -> Tensor:
     """softmax(q k^T * scale + bias) v, with a low-rank or dense bias, differentiable in q, k, v and the bias.
 
@@ -34,6 +36,8 @@ def flash_bias_attention(
         dropout_p: probability of dropping an attention weight, in [0, 1).
         scale: factor on q k^T; default 1/sqrt(D).
         backend: "triton", "flash", "upstream", "sdpa" or "reference"; default: the fastest that takes the call.
+        dtype: what is computed in; default: q's. In float16 under a wider q, gradients are scaled on their way through,
+            so that small ones are not lost (narrow.py).
 
     Returns:
         (B, M, H, Dv) in q's dtype. A row whose keys are all masked is zero.
@@ -42,7 +46,6 @@ def flash_bias_attention(
         TypeError, ValueError: an argument does not fit; the message names it.
         flashbias_patch.attention.dispatch.NoBackendError: no backend takes the call; lists why.
     """
-    inputs = build(
-        q, k, v, bias, attn_mask=attn_mask, key_padding_mask=key_padding_mask, dropout_p=dropout_p, scale=scale
-    )
-    return dispatch.attend(inputs, backend)
+    inputs, power = build_in(dtype, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale)
+    out = dispatch.attend(inputs, backend)
+    return out if out.dtype is q.dtype else narrow.widened(out, q.dtype, power)

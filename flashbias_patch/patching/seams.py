@@ -214,11 +214,8 @@ def _attend(
     bias = arguments.total_bias(captured, B, H, M, k.shape[1]) if captured.biases else None
     attn_mask = captured.attn_mask if captured.attn_mask is not None else own_masks[0]
     padding = captured.key_padding_mask if captured.key_padding_mask is not None else own_masks[1]
-    given = q.dtype
-    if dtype != given:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    out = flash_bias_attention(q, k, v, bias, attn_mask=attn_mask, key_padding_mask=padding, dropout_p=dropout_p)
-    return out if dtype == given else out.to(given)
+    return flash_bias_attention(q, k, v, bias, attn_mask=attn_mask, key_padding_mask=padding, dropout_p=dropout_p,
+                                dtype=dtype)  # fmt: skip
 
 
 def _check_lengths(query: Tensor, key: Tensor, value: Tensor) -> None:

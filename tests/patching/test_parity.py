@@ -145,6 +145,21 @@ def test_flash_class_drops_boolean_masks_as_upstream_unless_told(patched, monkey
     torch.testing.assert_close(honoured, flash_truth(module, query, key, key, biases=(None, masked)))
 
 
+@pytest.mark.parametrize("dtype, allowed", [("fp16", 3e-3), ("bf16", 3e-2)])
+@pytest.mark.parametrize("size", (1.0, 1e-9))
+def test_another_precision_keeps_the_callers_and_small_gradients(patched, monkeypatch, dtype, allowed, size):
+    module = patched.PETRMultiheadAttention(E, H).eval()
+    query, key = (torch.randn(n, 2, E, requires_grad=True) for n in (5, 7))
+    wanted = torch.autograd.grad(module(query, key, key), (query, key), torch.full((5, 2, E), size))
+    monkeypatch.setenv("FLASHBIAS_DTYPE", dtype)
+    flashbias_patch.settings.reload()
+    out = module(query, key, key)
+    assert out.dtype is torch.float32
+    for found, exact in zip(torch.autograd.grad(out, (query, key), torch.full((5, 2, E), size)), wanted):
+        assert found.dtype is torch.float32
+        assert 0 < (found - exact).norm() <= allowed * exact.norm()
+
+
 def test_core_alone(patched):
     """FlashMHA is used without an outer class too: q, k, v batch first, positional or keyword."""
     core = patched.FlashMHA(E, H)

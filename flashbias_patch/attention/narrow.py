@@ -1,0 +1,101 @@
+"""float16 attention inside code of a wider dtype, without losing its gradients.
+
+Gradients of a loss that nobody scales are often below 6e-5, where float16 loses digits, or below 6e-8, where it has none
+(Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2). So the gradient that arrives is divided by a
+power of two, which leaves its largest element between 4 and 8, before it becomes float16, and the gradients that leave are
+multiplied by it again once they are wide: an attention's gradients are linear in the one that arrives. Larger would risk
+infinities where many queries share a key, smaller the products with weights of 1/N that backward rounds to float16 inside.
+Nothing waits for the GPU.
+
+The power travels from `widened` to `narrowed` as the gradient of a tensor that does nothing else. A graph that is to be
+differentiated again (create_graph) gets plain casts: what a second pass adds to the gradients would not be divided by it.
+"""
+from __future__ import annotations
+
+from typing import Any, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+EXPONENT = 0x7F800000  # the bits of a float32's exponent: without the others it is a power of two
+ONE = 1 << 23  # what doubles it
+
+
+def wanted(given: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether gradients need this: bfloat16 has float32's range."""
+    return dtype is torch.float16 and given is not torch.float16
+
+
+class _Narrowed(torch.autograd.Function):
+    """`count` tensors in float16 and the others as they are, then the tensor whose gradient is the power."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> Tuple[Tensor, ...]:
+        narrow = [tensor.to(torch.float16) for tensor in tensors[:count]]
+        same = [tensor.view_as(tensor) for tensor in tensors[count:]]
+        return (*narrow, *same, torch.ones(1, device=tensors[0].device))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
+        ctx.dtypes = [tensor.dtype for tensor in inputs[1:]]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+        power = grads[-1]  # of shape (1,), which makes float16 * float32 a float32; None in a second pass
+        return (None, *(
+            None if grad is None else (grad if power is None else grad * power).to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes)
+        ))  # fmt: skip
+
+
+class _Widened(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out: Tensor, power: Tensor, dtype: torch.dtype) -> Tensor:
+        return out.to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
+        ctx.plain = False
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        ctx.plain |= torch.is_grad_enabled()
+        if ctx.plain:
+            return grad.to(torch.float16), torch.ones(1, device=grad.device), None
+        power = power_for(grad)
+        return (grad / power).to(torch.float16), power, None
+
+
+def power_for(grad: Tensor) -> Tensor:
+    """(1,) float32: the power of two by which the largest element of `grad` divided is between 4 and 8."""
+    if not grad.numel():
+        return torch.ones(1, device=grad.device)
+    with torch.no_grad():
+        peak = torch.linalg.vector_norm(grad, float("inf")).float().view(1)
+        exponent = (peak.view(torch.int32) & EXPONENT) - 2 * ONE
+        return exponent.clamp_min(ONE).view(torch.float32)
+
+
+def narrowed(
+    narrow: Sequence[Tensor], others: Sequence[Optional[Tensor]]
+) -> Tuple[List[Tensor], List[Optional[Tensor]], Optional[Tensor]]:
+    """`narrow` in float16, `others` (what else may have a gradient) as they are, and what `widened` needs."""
+    tensors = [*narrow, *others]
+    places = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad] if torch.is_grad_enabled() else []
+    power = None
+    if places:
+        asked = [tensors[place] for place in places]
+        *found, power = _Narrowed.apply(sum(place < len(narrow) for place in places), *asked)
+        for place, tensor in zip(places, found):
+            tensors[place] = tensor
+    cut = len(narrow)
+    return [t.to(torch.float16) for t in tensors[:cut] if t is not None], tensors[cut:], power
+
+
+def widened(out: Tensor, dtype: torch.dtype, power: Optional[Tensor]) -> Tensor:
+    return out.to(dtype) if power is None else _Widened.apply(out, power, dtype)  # type: ignore[no-any-return]
