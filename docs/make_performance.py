@@ -354,7 +354,15 @@ def readme() -> str:
     judged = load("ab_real_cmt_h200")
     verdict = ("`flashbias ab` on the first row's command without dropout, fresh processes, A against A for the noise "
                f"([all of it](docs/performance.md#flashbias-ab-on-the-real-cmt)): {judged['headline']['sentence']}")
-    measured = "\n".join([*table(real_head(), real_cmt_rows()), verdict])
+    named = {(run["patch"], run["size"]): run["batches"] for run in load("real_batch_h200")["batches"]}
+    fits = "; ".join(
+        f"{size}: " + ", ".join(
+            f"{before['cap_GiB']:g} GiB {before['batch']} -> {after['batch']}"
+            for before, after in zip(named[False, size], named[True, size]))
+        for size in ("1600x640", "800x320"))
+    batch = ("**The largest batch that fits, unpatched -> patched** with `FLASHBIAS_DTYPE=fp16` "
+             f"([times](docs/performance.md#the-largest-batch-that-fits)): {fits}.")
+    measured = "\n".join([*table(real_head(), real_cmt_rows()), batch, "", verdict])
     return f"{before}{MARKS[0]}\n{measured}\n{MARKS[1]}{after}"
 
 
