@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Dict, List, Optional, Tuple
 
 Place = Tuple[str, Optional[str]]  # a section of a step's line, and a name in it
@@ -64,6 +65,19 @@ class Gpu:
             "cuda_peak": stats["allocated_bytes"]["all"]["peak"],
             "cuda_reserved_peak": stats["reserved_bytes"]["all"]["peak"],
         }
+
+    def random_state(self) -> str:
+        """A digest of where torch's generators stand: it tells whether two runs have drawn alike so far."""
+        digest = hashlib.blake2b(bytes(self.torch.get_rng_state().tolist()), digest_size=8)
+        if self.used():
+            digest.update(bytes(self.torch.cuda.get_rng_state(self.device or "cuda").tolist()))
+        return digest.hexdigest()
+
+    def redraw(self) -> None:
+        """One number from each of torch's generators: whatever is drawn from now on is another draw."""
+        self.torch.rand(1)
+        if self.used():
+            self.torch.rand(1, device=self.device or "cuda")
 
     def environment(self) -> Dict[str, Any]:
         if not self.used():

@@ -195,7 +195,11 @@ def _lines(
     robust: bool = False,
 ) -> Optional[Dict[str, Any]]:
     series = [
-        {"name": run.name + (" nudged" if run.nudged else ""), "side": run.label, "values": _points(values)}
+        {
+            "name": run.name + (" redrawn" if run.redrawn else " nudged" if run.nudged else ""),
+            "side": run.label,
+            "values": _points(values),
+        }
         for run, values in sides
         if values.size and np.isfinite(values).any()
     ]
@@ -361,7 +365,8 @@ def runs_table(experiment: Experiment) -> List[Dict[str, Any]]:
             "exit": "-" if run.exit_code is None else run.exit_code,
             "ranks": len(run.ranks),
             "message": run.message
-            + ("; parameters nudged in the last place, to see how far rounding drifts" if run.nudged else ""),
+            + ("; parameters nudged in the last place, to see how far rounding drifts" if run.nudged else "")
+            + (", and other random numbers drawn" if run.redrawn else ""),
             "killed": run.killed,
             "ok": run.status == "ok",
         }

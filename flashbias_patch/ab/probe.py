@@ -79,7 +79,7 @@ class Recorder:
         self.limit = int(environ.get(STEPS) or 0)
         self.suffixes = [s for s in environ.get(PARAMS, DEFAULT_PARAMS).split(",") if s]
         self.seed = environ.get(SEED)
-        self.nudge = environ.get(NUDGE) == "1"
+        self.nudge = environ.get(NUDGE)  # "1", or "redraw": with other random numbers as well
         self.torch: Any = None
         self.inbox: Any = None
         self.gpu: Any = None
@@ -269,6 +269,10 @@ class Recorder:
         if calls is not None:
             line["calls"] = calls
         inbox.clear()
+        if self.step == 0:
+            line["random"] = self.gpu.random_state()
+        if self.nudge == "redraw" and self.step == 0:
+            self.gpu.redraw()
         if self.nudge and self.step == 0:
             capture.nudge(self.torch, optimizer, NUDGES["half" if inbox.half else "float32"])
         line["probe_s"] = time.perf_counter() - begin

@@ -53,6 +53,7 @@ class Run:
     processes: List[Process] = field(default_factory=list)
     log_tail: str = ""
     nudged: bool = False  # parameters changed by a few units in the last place after the first step
+    redrawn: bool = False  # nudged, and drawing other random numbers from there on
     load: float = 0.0  # the machine's load average when the run started
 
     @property
@@ -130,6 +131,11 @@ class Run:
 
     def fallbacks(self) -> List[Dict[str, Any]]:
         return [entry for process in self.ranks or self.processes for entry in process.fallbacks]
+
+    @property
+    def random(self) -> Optional[str]:
+        """Where torch's generators stood after the first step of rank 0."""
+        return self.ranks[0].steps[0].get("random") if self.ranks else None
 
     @property
     def half(self) -> bool:
@@ -225,6 +231,7 @@ def _load_run(directory: str, entry: Dict[str, Any]) -> Run:
         env=entry.get("env", {}),
         load=entry.get("load", 0.0),
         nudged=entry.get("nudged", False),
+        redrawn=entry.get("redrawn", False),
         processes=[load_process(os.path.join(probes, n)) for n in names if n.endswith(".jsonl")],
         log_tail=_tail(os.path.join(place, "log.txt")),
     )

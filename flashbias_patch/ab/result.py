@@ -126,6 +126,7 @@ def _run(run: Run) -> Dict[str, Any]:
         "name": run.name,
         "side": run.label,
         "nudged": run.nudged,
+        "redrawn": run.redrawn,
         "status": run.status,
         "steps": run.steps,
         "ranks": len(run.ranks),

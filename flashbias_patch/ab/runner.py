@@ -64,7 +64,7 @@ def run_all(
     A side that failed is not repeated: what is left of the schedule then has nothing to add. Where two As
     agree bit for bit, A against A says nothing about rounding, so one more A is run whose parameters are
     nudged by a few units in the last place after its first step: how far that one drifts is how far rounding
-    alone carries this command.
+    alone carries this command. Where B draws other random numbers than A (dropout), that A draws others too.
     """
     progress = progress or (lambda event, run: None)
     out = os.path.abspath(out)
@@ -100,25 +100,26 @@ def run_all(
         if run["status"] != "ok":
             failed.add(label)
     else:
-        if options.noise_run and not failed and not options.inference and _bitwise(out):
+        yardstick = _yardstick(out) if options.noise_run and not failed and not options.inference else None
+        if yardstick:
             place = os.path.join(out, "runs", f"{len(order) + 1:02d}-A")
-            run = run_one(command, place, "A", len(order), options, progress, nudged=True)
+            run = run_one(command, place, "A", len(order), options, progress, yardstick)
             document["runs"].append(run)
             _save(out, document)
             progress("done", run)
     return document["runs"]
 
 
-def _bitwise(out: str) -> bool:
-    """Do the As agree exactly, and differ from some B?"""
+def _yardstick(out: str) -> Optional[str]:
+    """What one more A is to be, to hold the Bs against: "redraw", "1" for nudged only, None for no such run."""
     experiment = records.load(out)
-    (first, *others), patched = [[run.series("loss") for run in experiment.side(label)] for label in "AB"]
-    return (
-        bool(others)
-        and bool(np.isfinite(first).any())
-        and all(np.array_equal(first, x, equal_nan=True) for x in others)
-        and not all(np.array_equal(first, x, equal_nan=True) for x in patched)
-    )
+    a, b = experiment.side("A"), experiment.side("B")
+    (first, *others), patched = [[run.series("loss") for run in side] for side in (a, b)]
+    if not np.isfinite(first).any() or all(np.array_equal(first, x, equal_nan=True) for x in patched):
+        return None
+    if any(run.random != a[0].random for run in b):
+        return "redraw"
+    return "1" if others and all(np.array_equal(first, x, equal_nan=True) for x in others) else None
 
 
 def run_one(
@@ -128,7 +129,7 @@ def run_one(
     index: int,
     options: Options,
     progress: Progress,
-    nudged: bool = False,
+    nudge: Optional[str] = None,
 ) -> Dict[str, Any]:
     """One fresh process tree; never raises for what the command does. Returns its entry for ab.json."""
     probes = os.path.join(directory, "probe")
@@ -144,7 +145,7 @@ def run_one(
             probe.STEPS: str(options.steps),
             probe.PARAMS: ",".join(options.params),
             probe.SEED: str(options.seed),
-            **({probe.NUDGE: "1"} if nudged else {}),
+            **({probe.NUDGE: nudge} if nudge else {}),
             **overrides,
         },
     )
@@ -156,7 +157,8 @@ def run_one(
         "env": dict(overrides),
         "started": time.time(),
         "load": _load(),
-        "nudged": nudged,
+        "nudged": nudge is not None,
+        "redrawn": nudge == "redraw",
     }
     progress("start", run)
     begin = time.monotonic()

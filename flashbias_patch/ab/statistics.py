@@ -94,6 +94,7 @@ class Parity:
     difference: np.ndarray = field(default_factory=lambda: np.zeros(0))
     band: np.ndarray = field(default_factory=lambda: np.zeros(0))
     drift: Optional[float] = None  # as noise, of a run that was nudged in the last place
+    redrawn: bool = False  # and that drew other random numbers
 
 
 @dataclass
@@ -178,6 +179,12 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
     memory = compare_peaks([r.peak_memory() for r in a], [r.peak_memory() for r in b], kind)
     half = any(run.half for run in a + b)
     plain, nudged = [r for r in a if not r.nudged] or a, [r for r in a if r.nudged]
+    redrawn = any(run.redrawn for run in nudged)
+    if redrawn:
+        notes.append(
+            "patched, other random numbers are drawn (by dropout, say): training is held against one more A that draws "
+            "others too. Without dropout it can be held against rounding"
+        )
     parities = [
         parity(
             quantity,
@@ -185,6 +192,7 @@ def judge(experiment: Experiment, warmup: Optional[int] = None, seed: int = 0) -
             [r.series(key) for r in b],
             [r.series(key) for r in nudged],
             half,
+            redrawn,
         )
         for quantity, key in (("loss", "loss"), ("gradient norm", "grad_norm"))
     ]
@@ -283,10 +291,12 @@ def parity(
     b: Sequence[np.ndarray],
     nudged: Sequence[np.ndarray] = (),
     half: bool = False,
+    redrawn: bool = False,
 ) -> Parity:
     """Do the curves of B follow those of A, as far as those of A follow each other? One (steps,) array a run.
 
-    `nudged`: curves of A after a change of its parameters by a few units in the last place.
+    `nudged`: curves of A after a change of its parameters by a few units in the last place; `redrawn`: and of what it
+    draws at random.
     """
     steps = min((len(x) for x in (*a, *b, *nudged)), default=0)
     curves_a, curves_b, curves_n = (np.array([x[:steps] for x in side]) for side in (a, b, nudged))
@@ -320,7 +330,7 @@ def parity(
     elif not difference.any():
         word = "identical"
     else:
-        word = "within noise" if noise.any() else "within rounding"
+        word = "within noise" if noise.any() or redrawn else "within rounding"
     return Parity(
         quantity,
         word,
@@ -332,6 +342,7 @@ def parity(
         difference,
         band,
         float(drift.max()) if nudged else None,
+        redrawn,
     )
 
 

@@ -91,12 +91,17 @@ def relative(value: Optional[float]) -> str:
     return "0" if value == 0 else f"{value:.1e}" if value < 1e-3 else f"{value:.2%}"
 
 
+def extra_run(redrawn: bool) -> str:
+    """What the run beside the schedule is called."""
+    return "redrawn A" if redrawn else "nudged A"
+
+
 def parity_line(parity: Parity) -> str:
     if parity.word == "not compared":
         return f"{parity.quantity}: not recorded on both sides"
     parted = f", they part at step {parity.first_step}" if parity.first_step is not None else ""
     noise = "no A/A pair" if parity.noise is None else f"A/A {relative(parity.noise)}"
-    noise += "" if parity.drift is None else f", nudged A {relative(parity.drift)}"
+    noise += "" if parity.drift is None else f", {extra_run(parity.redrawn)} {relative(parity.drift)}"
     return (
         f"{parity.quantity}: {parity.word}{parted}; largest difference {relative(parity.largest)} at step "
         f"{parity.largest_at} of {parity.steps} ({noise})"

@@ -228,7 +228,9 @@ class PlainScreen:
 
     def update(self, event: str, run: Dict[str, Any]) -> None:
         if event == "done":
-            what = run["label"] + (" nudged" if run.get("nudged") else "")
+            from ..ab.words import extra_run
+
+            what = extra_run(run["redrawn"]) if run["nudged"] else run["label"]
             print(
                 f"  run {run['index'] + 1} {what}: {run['status']} in {run['seconds']:.1f} s: "
                 f"{run['message']}",
@@ -269,8 +271,10 @@ class RichScreen:
         self.progress.__exit__(*exc)
 
     def update(self, event: str, run: Dict[str, Any]) -> None:
+        from ..ab.words import extra_run
+
         if run["index"] == len(self.tasks):
-            self.tasks.append(self._task(run["index"], run["label"], "A nudged"))
+            self.tasks.append(self._task(run["index"], run["label"], extra_run(run["redrawn"])))
         task = self.tasks[run["index"]]
         if event == "start":
             self.progress.start_task(task)

@@ -310,6 +310,26 @@ def test_openmmlab_loss_parts_are_heard(tmp_path):
     assert parts[2]["loss_heatmap"] == 2.5
 
 
+def test_where_the_generators_stand_is_told_once(tmp_path):
+    """And a redrawn run draws otherwise from the second step on."""
+    body = """
+        torch.manual_seed(0)
+        for i in range(3): step(torch.rand(2, 4))
+        print("drawn", torch.rand(1).item())
+    """
+    runs = {}
+    for nudge in ("", "1", "redraw"):
+        place = tmp_path / (nudge or "plain")
+        place.mkdir()
+        runs[nudge] = python(place, body, **({"FLASHBIAS_PROBE_NUDGE": nudge} if nudge else {}))
+    for process, output, (found,) in runs.values():
+        assert process.returncode == 0, output
+        assert ["random" in line for line in found.steps] == [True, False, False]
+    assert len({found.steps[0]["random"] for _, _, (found,) in runs.values()}) == 1
+    drawn = [output.split("drawn")[1].split()[0] for _, output, _ in runs.values()]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_nudge_changes_parameters_by_rounding_only():
     import torch
 

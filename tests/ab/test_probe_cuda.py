@@ -71,6 +71,7 @@ def gpu(monkeypatch):
         (torch.cuda, "is_initialized", lambda: True),
         (torch.cuda, "is_current_stream_capturing", lambda: found.capture),
         (torch.cuda, "current_stream", lambda device: device),
+        (torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8)),
         (torch.cuda, "get_device_name", lambda device: f"simulated {device}"),
         (torch.cuda, "Event", found.Event),
         (torch.cuda, "synchronize", lambda *a: found.catch_up()),

@@ -21,13 +21,13 @@ from flashbias_patch.ab.statistics import judge
 STEPS = """
 from flashbias_patch.ab import probe
 import os, sys, time
-def train(steps, seconds=0.002, loss=lambda i: 1.0 / (i + 1)):
+def train(steps, seconds=0.002, loss=lambda i: 1.0 / (i + 1), random="drawn"):
     record = probe._recorder
     record.write({"event": "torch", "version": "0"})
     for i in range(steps):
         time.sleep(seconds)
         record.write({"event": "step", "step": i, "wall_s": seconds, "loss": loss(i), "grad_norm": 1.0,
-                      "memory": {"rss": 1e8, "rss_peak": 1e8}})
+                      "memory": {"rss": 1e8, "rss_peak": 1e8}, **({} if i else {"random": random})})
         record.step = i + 1
         if record.limit and i + 1 >= record.limit:
             record.write({"event": "stop", "steps": i + 1})
@@ -95,6 +95,24 @@ def test_deterministic_command_that_differs_gets_a_nudged_run(tmp_path):
     experiment, verdict = compare(tmp_path, command(tmp_path, body), noise_run=True)
     assert [run.nudged for run in experiment.runs] == [False, False, False, True]
     assert verdict.parity_word == "within rounding"
+
+
+@pytest.mark.parametrize("drawn", ("as A", "otherwise"))
+def test_another_draw_is_held_against_another_draw(tmp_path, drawn):
+    body = """
+    patched, nudge = os.environ['FLASHBIAS_PATCH'] == '1', os.environ.get('FLASHBIAS_PROBE_NUDGE')
+    draw = 0.02 if patched else -0.02 if nudge == 'redraw' else 0.0
+    train(100, loss=lambda i: 1.0 / (i + 1) * (1 + draw * (i > 0)), random="B" if patched and %r else "A")
+    """ % (drawn == "otherwise")
+    experiment, verdict = compare(tmp_path, command(tmp_path, body), noise_run=True)
+    assert [run.nudged for run in experiment.runs] == [False, False, False, True]
+    loss = verdict.parities[0]
+    if drawn == "otherwise":
+        assert experiment.runs[-1].redrawn and loss.word == "within noise" and loss.redrawn
+        assert any("random numbers" in note for note in verdict.notes) and "redrawn A" in wording.parity_line(loss)
+    else:
+        assert not experiment.runs[-1].redrawn and loss.word == "differs"
+        assert not any("random numbers" in note for note in verdict.notes)
 
 
 INJECTED = """
