@@ -64,15 +64,27 @@ def main(args: argparse.Namespace) -> int:
 
 
 def table(rows: List[Dict[str, Any]]) -> str:
-    """One line a measurement, aligned; what could not run says why."""
+    """One line a measurement, aligned; what could not run says why, once where the reason is the same at every shape."""
     units = {"forward_ms": " ms", "total_ms": " ms", "extra_mib": " MiB", "error": ""}
     cells: List[Sequence[str]] = [("shape", "backend", "forward", "forward+backward", "extra memory", "error")]
+    absent = _absent(rows)
     for row in rows:
+        if row["backend"] in absent:
+            continue
         if row.get("forward_ms") is None:
             cells.append((row["shape"], row["backend"], "cannot: " + row.get("why_not", "unknown")))
         else:
             cells.append((row["shape"], row["backend"], *(_number(row.get(k), unit) for k, unit in units.items())))
-    return aligned(cells, left=2)
+    return "\n".join([aligned(cells, left=2), *(f"{name} cannot: {reason}" for name, reason in absent.items())])
+
+
+def _absent(rows: List[Dict[str, Any]]) -> Dict[str, str]:
+    """{backend: reason} of those that ran at no shape, for one and the same reason at more than one."""
+    reasons: Dict[str, List[Any]] = {}
+    for row in rows:
+        why = row.get("why_not", "unknown") if row.get("forward_ms") is None else None
+        reasons.setdefault(row["backend"], []).append(why)
+    return {name: said[0] for name, said in reasons.items() if len(said) > 1 and said[0] and len(set(said)) == 1}
 
 
 def _number(value: Any, unit: str) -> str:

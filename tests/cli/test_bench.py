@@ -211,3 +211,12 @@ def test_a_long_reason_does_not_widen_the_table():
     assert head == "shape  backend  forward  forward+backward  extra memory  error"
     assert row == "tiny   sdpa     1.25 ms            3.5 ms             -  1e-05"
     assert other.startswith("tiny   triton   cannot: no GPU, no GPU")
+
+
+def test_a_backend_that_runs_nowhere_says_why_once():
+    rows = [dict(shape=shape, backend="sdpa", forward_ms=1.0) for shape in ("tiny", "large")]
+    rows += [dict(shape=shape, backend="flash", why_not="not installed") for shape in ("tiny", "large")]
+    rows += [dict(shape=shape, backend="triton", why_not=f"no room for {shape}") for shape in ("tiny", "large")]
+    lines = bench.table(rows).split("\n")
+    assert lines[-1] == "flash cannot: not installed" and sum("flash" in line for line in lines) == 1
+    assert sum(line.startswith(("tiny ", "large ")) and "triton" in line for line in lines) == 2
