@@ -38,6 +38,7 @@ class Key(NamedTuple):
     block_d: int
     block_r: int
     plain: bool  # no mask, dense bias, padding or dropout: nothing but factors or segments
+    segments: bool = False
 
 
 # (kernel, arch, half) -> rows of (largest block_d, largest block_r, Config), first that fits. Arch 90 measured on an

@@ -105,14 +105,17 @@ class Problem(NamedTuple):
     def key(self, kernel: str) -> Key:
         """What the choice of a tile shape for that kernel depends on."""
         others = self.dense, self.mask, self.padding
-        return key_of(kernel, self.q, 0 if self.q_factor is None else self.q_factor.shape[-1], others, self.dropout_p)
+        rank = 0 if self.q_factor is None else self.q_factor.shape[-1]
+        return key_of(kernel, self.q, rank, self.weights is not None, others, self.dropout_p)
 
 
-def key_of(kernel: str, q: Tensor, rank: int, others: Iterable[Optional[Tensor]], dropout_p: float) -> Key:
+def key_of(
+    kernel: str, q: Tensor, rank: int, segments: bool, others: Iterable[Optional[Tensor]], dropout_p: float
+) -> Key:
     """The same of a call's operands; `others` are the dense bias, mask and padding, `rank` 0 without factors."""
     plain = not dropout_p and all(tensor is None for tensor in others)
     block_r = block_columns(rank) if rank else 0
-    return Key(kernel, arch_of(q)[0], q.dtype != torch.float32, block_columns(q.shape[-1]), block_r, plain)
+    return Key(kernel, arch_of(q)[0], q.dtype != torch.float32, block_columns(q.shape[-1]), block_r, plain, segments)
 
 
 def scales_q(q_factor: Optional[Tensor], scale: float) -> bool:

@@ -27,7 +27,8 @@ def long(inputs: AttentionInputs) -> bool:
 def class_of(inputs: AttentionInputs, kernel: str = KERNELS[0]) -> Key:
     """What the choice of a tile shape for this call is kept under."""
     others = inputs.dense, inputs.mask, inputs.key_padding
-    return problem.key_of(kernel, inputs.q, inputs.rank, others, inputs.dropout_p)
+    segments = inputs.segment_weights is not None
+    return problem.key_of(kernel, inputs.q, inputs.rank, segments, others, inputs.dropout_p)
 
 
 def small_call(inputs: AttentionInputs) -> AttentionInputs:
