@@ -166,9 +166,11 @@ def main() -> None:
     checkouts = {family: getattr(args, family) for family in RUNS if getattr(args, family)}
     if not checkouts or not args.frame:
         parser.error("--frame and at least one of --cmt, --petr, --streampetr are needed")
-    plans = {"train": [fields for family in checkouts for fields in RUNS[family]], "batch": BATCH, "profile": PROFILE}
-    if not any(chosen(plans[part], args.only, False, False) for part in args.parts):
-        parser.error(f"--only {args.only!r} matches no name of a run of {', '.join(checkouts)}: --list prints them")
+    whole = ("batch", BATCH), ("profile", PROFILE)  # of CMT alone
+    plans = {"train": [run for family in checkouts for run in RUNS[family]], **{k: v for k, v in whole if "cmt" in checkouts}}
+    if not any(chosen(plans.get(part, []), args.only, False, False) for part in args.parts):
+        parser.error(f"nothing to run: no {' or '.join(args.parts)} run of {', '.join(checkouts)} has a name that --only "
+                     f"{args.only!r} matches; --list prints the names")
     found: Dict[str, List[Dict[str, Any]]] = {"runs": [], "batches": [], "profiles": [], "family": []}
     about: Dict[str, Any] = {}
 

@@ -36,6 +36,16 @@ def test_every_field_of_a_plan_is_one_of_a_run():
             assert run.options("cpu").size == (160, 64) and run.patch == run.name.startswith("B")
 
 
+@pytest.mark.parametrize("words", (["--only", "petr|PETR"], ["--parts", "batch"]))
+def test_nothing_to_run_is_said(words, monkeypatch, capsys):
+    import real_models
+
+    monkeypatch.setattr(sys, "argv", ["real_models.py", "--petr", "PETR", "--frame", "frame", *words])
+    with pytest.raises(SystemExit) as ended:
+        real_models.main()
+    assert ended.value.code == 2 and "nothing to run" in capsys.readouterr().err
+
+
 def test_only_is_searched_in_names():
     import real_models
 
