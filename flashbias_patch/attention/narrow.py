@@ -17,6 +17,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+POWER = torch.float32  # whatever torch's default dtype is
 EXPONENT = 0x7F800000  # the bits of a float32's exponent: without the others it is a power of two
 ONE = 1 << 23  # what doubles it
 
@@ -35,7 +36,7 @@ class _Narrowed(torch.autograd.Function):
     def forward(count: int, *tensors: Tensor) -> Tuple[Tensor, ...]:
         narrow = [tensor.to(torch.float16) for tensor in tensors[:count]]
         same = [tensor.view_as(tensor) for tensor in tensors[count:]]
-        return (*narrow, *same, torch.ones(1, device=tensors[0].device))
+        return (*narrow, *same, torch.empty(1, dtype=POWER, device=tensors[0].device))  # its gradient is read
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
@@ -66,7 +67,7 @@ class _Widened(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         ctx.plain |= torch.is_grad_enabled()
         if ctx.plain:
-            return grad.to(torch.float16), torch.ones(1, device=grad.device), None
+            return grad.to(torch.float16), torch.ones(1, dtype=POWER, device=grad.device), None
         power = power_for(grad)
         return (grad / power).to(torch.float16), power, None
 
@@ -74,7 +75,7 @@ class _Widened(torch.autograd.Function):
 def power_for(grad: Tensor) -> Tensor:
     """(1,) float32: the power of two by which the largest element of `grad` divided is between 4 and 8."""
     if not grad.numel():
-        return torch.ones(1, device=grad.device)
+        return torch.ones(1, dtype=POWER, device=grad.device)
     with torch.no_grad():
         peak = torch.linalg.vector_norm(grad, float("inf")).float().view(1)
         exponent = (peak.view(torch.int32) & EXPONENT) - 2 * ONE

@@ -107,6 +107,19 @@ def test_other_precisions_are_plain_casts(monkeypatch):
         assert all(g.dtype is given_dtype for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
+def test_torchs_default_dtype_is_nothing_to_it():
+    q, k, v = operands()
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(3)) * 1e-9
+    found = []
+    for default in (torch.float32, torch.float16):
+        torch.set_default_dtype(default)
+        try:
+            found.append(torch.autograd.grad(flash_bias_attention(q, k, v, dtype=torch.float16), (q, k, v), grad))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 def test_in_a_checkpoint():
     q, k, v = operands()
     grad = torch.randn(q.shape) * 1e-7
