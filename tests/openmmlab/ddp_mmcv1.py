@@ -1,4 +1,5 @@
 """One rank of test_distributed_two_processes: a patched model in mmcv's MMDistributedDataParallel."""
+import gc
 import os
 
 import torch
@@ -25,4 +26,6 @@ with stand_ins.repository("cmt", openmmlab=False) as load:
     wrapped.train_step(batches(2)[rank], None)["loss"].backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     torch.save({"grads": grads, "answered": answered()}, os.path.join(os.environ["OUT"], f"rank{rank}.pt"))
+del wrapped, model, grads
+gc.collect()  # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and torch 2.14 aborts
 dist.destroy_process_group()

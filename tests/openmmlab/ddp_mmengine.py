@@ -1,4 +1,5 @@
 """One rank of test_distributed_two_processes: a patched model in mmengine's MMDistributedDataParallel."""
+import gc
 import os
 
 import torch
@@ -21,4 +22,6 @@ with stand_ins.repository("mmdet3d", openmmlab=False) as load:
     wrapped(batches(2)[rank], mode="loss")["loss"].backward()
     grads = {name: parameter.grad for name, parameter in wrapped.module.named_parameters()}
     torch.save({"grads": grads, "answered": answered()}, os.path.join(os.environ["OUT"], f"rank{rank}.pt"))
+del wrapped, grads
+gc.collect()  # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and torch 2.14 aborts
 dist.destroy_process_group()
