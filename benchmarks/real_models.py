@@ -166,9 +166,11 @@ def main() -> None:
     checkouts = {family: getattr(args, family) for family in RUNS if getattr(args, family)}
     if not checkouts or not args.frame:
         parser.error("--frame and at least one of --cmt, --petr, --streampetr are needed")
-    whole = ("batch", BATCH), ("profile", PROFILE)  # of CMT alone
-    plans = {"train": [run for family in checkouts for run in RUNS[family]], **{k: v for k, v in whole if "cmt" in checkouts}}
-    if not any(chosen(plans.get(part, []), args.only, False, False) for part in args.parts):
+    parts = [("train", RUNS[family], family, "runs" if family == "cmt" else "family") for family in checkouts]
+    if "cmt" in checkouts:
+        parts += [("batch", BATCH, "cmt", "batches"), ("profile", PROFILE, "cmt", "profiles")]
+    parts = [each for each in parts if each[0] in args.parts and chosen(each[1], args.only, False, False)]
+    if not parts:
         parser.error(f"nothing to run: no {' or '.join(args.parts)} run of {', '.join(checkouts)} has a name that --only "
                      f"{args.only!r} matches; --list prints the names")
     found: Dict[str, List[Dict[str, Any]]] = {"runs": [], "batches": [], "profiles": [], "family": []}
@@ -194,13 +196,8 @@ def main() -> None:
             Path(args.out).write_text(json.dumps(
                 {**about, "command": words, "detector": DETECTOR.format(**commits), **found}, indent=1) + "\n")
 
-    for family in checkouts:
-        if "train" in args.parts:
-            part("train", RUNS[family], family, "runs" if family == "cmt" else "family")
-    if "cmt" in checkouts and "batch" in args.parts:
-        part("batch", BATCH, "cmt", "batches")
-    if "cmt" in checkouts and "profile" in args.parts:
-        part("profile", PROFILE, "cmt", "profiles")
+    for each in parts:
+        part(*each)
 
 
 if __name__ == "__main__":

@@ -162,8 +162,8 @@ def profiles() -> List[str]:
             *table(("run", "wall", "GPU busy", "kernels", *kinds), rows), source("real_profile_h200"), "",
             f"Patched, with `FLASHBIAS_DTYPE=fp16`, the GPU works {after['gpu_busy_ms'] / busy:.2f} of the unpatched time; "
             f"with an attention that takes no time at all it would be {rest / busy:.2f}. It works "
-            f"{after['gpu_busy_ms']:.0f} ms of a step of {step * 1e3:.0f} ms (without the profiler); the rest it waits for "
-            "the detector's own Python, which no attention changes.", "",
+            f"{after['gpu_busy_ms']:.0f} ms; a step takes {step * 1e3:.0f} ms without the profiler (another run, "
+            "`real_cmt_h200.json`). The rest it waits for the detector's own Python, which no attention changes.", "",
             f"The peak of memory is the image backbone's: checkpointing the decoder's layers as well leaves it at "
             f"{kept:.0f} MiB of {peak:.0f}.", ""]
 

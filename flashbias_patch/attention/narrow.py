@@ -76,10 +76,9 @@ def power_for(grad: Tensor) -> Tensor:
     """(1,) float32: the power of two by which the largest element of `grad` divided is between 4 and 8."""
     if not grad.numel():
         return torch.ones(1, dtype=POWER, device=grad.device)
-    with torch.no_grad():
-        peak = torch.linalg.vector_norm(grad, float("inf")).float().view(1)
-        exponent = (peak.view(torch.int32) & EXPONENT) - 2 * ONE
-        return exponent.clamp_min(ONE).view(torch.float32)
+    peak = torch.linalg.vector_norm(grad, float("inf")).float().view(1)
+    exponent = (peak.view(torch.int32) & EXPONENT) - 2 * ONE
+    return exponent.clamp_min(ONE).view(torch.float32)
 
 
 def narrowed(
