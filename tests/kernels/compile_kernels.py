@@ -54,7 +54,7 @@ POINTERS = dict(
     ENDS="i32", SEED="i64", DQF="fp32", DW="fp32", DKF="fp32", DDENSE="fp32", DENSE="fp32",
 )  # fmt: skip
 SIZES = ("B", "H", "M", "N", "L", "R")
-FLOATS = ("scale", "score_scale", "dropout_p", "keep_scale", "dq_scale", "dk_scale")
+FLOATS = ("scale", "unit", "score_scale", "dropout_p", "keep_scale", "dq_scale", "dk_scale")
 OLD = "constants" in inspect.signature(ASTSource.__init__).parameters
 BY_PLACE = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2)
 
@@ -125,27 +125,36 @@ def tiles(kind, arch, dtype, constants):
     return configs.candidates(key)
 
 
+def folded(dtype, constants):
+    """As problem.folded has it, of the constants that a variant is compiled for (KEYS' rank)."""
+    return dtype != "fp32" and not constants["DROPOUT"] and constants["BLOCK_R"] in (0, 16)
+
+
 def variants(arch):
     """(name, kernel, constants, dtype, pointer types, tiles to try)"""
     for name, (dtype, changes, pointers) in VARIANTS.items():
         base = dict(PLAIN, **changes)
-        grads = dict(KEYS, DENSE_GRAD=DENSE_GRAD.get(name, 0), SHARED_KF=name != "float32")
+        fold, eight = dict(FOLDED=folded(dtype, base)), dict(VECTOR=8)
+        rows = dict(pointers, ROWS=dtype if fold["FOLDED"] else "fp32")
+        grads = dict(KEYS, **fold, **eight, DENSE_GRAD=DENSE_GRAD.get(name, 0), SHARED_KF=name != "float32")
         for kind, kernel, more in (
-            ("forward", forward.forward_kernel, dict(PARTIAL="split" in name, HAS_LOW=name in ("no bias", "everything"))),
+            ("forward", forward.forward_kernel, dict(PARTIAL="split" in name, HAS_LOW=name in ("no bias", "everything"), **eight)),
             ("keys", backward.keys_kernel, grads),
-            ("queries", backward.queries_kernel, dict(QUERIES, NEED_W=base["SEGMENTS"] > 0)),
+            ("queries", backward.queries_kernel, dict(QUERIES, **fold, **eight, NEED_W=base["SEGMENTS"] > 0)),
         ):
-            yield name, kernel, dict(base, **more), dtype, pointers, tiles(kind, arch, dtype, base)
+            yield name, kernel, dict(base, **more), dtype, rows, tiles(kind, arch, dtype, base)
     for exp in (1, 2):
         chosen = [tiles("forward", arch, "fp16", PLAIN)[0]._replace(exp=exp)]
-        yield f"exp2 {exp}", forward.forward_kernel, dict(PLAIN, PARTIAL=False, HAS_LOW=True), "fp16", {}, chosen
+        yield f"exp2 {exp}", forward.forward_kernel, dict(PLAIN, PARTIAL=False, HAS_LOW=True, VECTOR=8), "fp16", {}, chosen
     tile = dict(D=40, BLOCK_D=64, BLOCK_M=16)
     yield "combine", forward.combine_kernel, dict(tile, HAS_LOW=True), "fp16", {}, [ONE]
-    yield "rows", backward.rows_kernel, dict(tile, SEGMENTS=2, HAS_LOW=True), "fp16", {}, [ONE]
+    for dtype in ("fp16", "bf16", "fp32"):
+        made = dict(tile, SEGMENTS=2, HAS_LOW=True, FOLDED=dtype != "fp32", R=8)
+        yield "rows", backward.rows_kernel, made, dtype, dict(ROWS=dtype), [ONE]
     for kind, pad in ((1, "u8"), (2, "fp16")):
         seen = dict(PAD_KIND=kind, BLOCK_N=64, MANY=32)
         yield "visible", forward.visible_kernel, seen, "fp16", dict(PAD=pad), [ONE]
-    made = dict(D=40, BLOCK_D=64, R=13, BLOCK_R=16, ROWS=64)
+    made = dict(D=40, BLOCK_D=64, R=8, BLOCK_R=16, ROWS=64, WEIGHTS=True)
     yield "prepare", forward.prepare_kernel, made, "fp16", {}, [ONE]
     halves = dict.fromkeys(JOIN_POINTERS, "fp16")
     low = dict(JOIN, LOW=1, PADDING=1, WIDTH=56, REST=8, BLOCK_REST=8, WIDE=True)

@@ -163,7 +163,7 @@ FEATURES = {
     "shared segments with factors": dict(S=2, R=2, shared=True),
     "dense": dict(dense=(2, 2, 20, 70)),
     "dense shared over the batch": dict(dense=(1, 2, 20, 70)),
-    "dense shared over heads": dict(dense=(2, 1, 20, 70), dtype=HALF),
+    "dense shared over heads": dict(dense=(2, 1, 20, 70)),
     "dense a row": dict(dense=(2, 1, 1, 70)),
     "mask": dict(mask=(2, 1, 20, 70), R=2),
     "mask a row": dict(mask=(1, 2, 1, 70)),
@@ -172,14 +172,15 @@ FEATURES = {
     "dropout": dict(p=0.3, R=2),
     "dropout over segments": dict(p=0.3, S=3, R=2),
     "everything": dict(
-        R=3, S=2, dense=(1, 2, 20, 70), mask=(2, 1, 20, 70), padding="bool", p=0.2, shared=True, dtype=HALF
+        R=3, S=2, dense=(1, 2, 20, 70), mask=(2, 1, 20, 70), padding="bool", p=0.2, shared=True
     ),
 }
 
 
+@pytest.mark.parametrize("dtype", [HALF, FULL])
 @pytest.mark.parametrize("name", FEATURES)
-def test_features(name):
-    check(*problem(20, 70, **FEATURES[name]))
+def test_features(name, dtype):
+    check(*problem(20, 70, dtype=dtype, **FEATURES[name]))
 
 
 @pytest.mark.parametrize("splits", [0, 3])
@@ -244,9 +245,30 @@ def test_strided_views_are_not_copied(monkeypatch):
     packed = torch.randn(2, 30, 3, 2, 16)
     heads_first = packed.permute(0, 1, 3, 2, 4).contiguous().permute(0, 1, 3, 2, 4)
     want = fused_attention(*[part.contiguous() for part in packed.unbind(2)])
+    wide = torch.zeros(2, 30, 3, 2, 21)  # heads begin anywhere
+    wide[..., :16] = packed
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: pytest.fail("copied"))
-    for layout in (packed, heads_first):
-        assert torch.equal(fused_attention(*layout.unbind(2)), want)
+    for layout in (packed, heads_first, wide[..., :16]):
+        parts = [part.detach().requires_grad_() for part in layout.unbind(2)]
+        out = fused_attention(*parts)
+        assert torch.equal(out, want)
+        grads = torch.autograd.grad(out, parts, wide[:, :, 0, :, :16])
+        expected = grads if layout is packed else expected
+        assert all(map(torch.equal, grads, expected))
+
+
+def test_rows_of_masks_begin_at_multiples_of_16_bytes(monkeypatch):
+    mask, dense = torch.rand(1, 2, 9, 21) < 0.5, torch.randn(1, 1, 9, 21).to(HALF).expand(3, 2, 9, 21)
+    for tensor, columns in ((mask.view(torch.uint8), 32), (dense, 24), (dense.float(), 24)):
+        aligned = problem_module.aligned_rows(tensor)
+        assert torch.equal(aligned, tensor) and aligned.shape == tensor.shape and aligned.stride(2) == columns
+    assert problem_module.aligned_rows(dense).stride()[:2] == (0, 0)  # what is shared stays shared
+    for tensor in (dense[..., :16].contiguous(), dense[:, :, :1], aligned):
+        assert problem_module.aligned_rows(tensor) is tensor
+    apart = torch.zeros(1, 1, 4, 32, dtype=torch.uint8)[..., 1:]
+    assert problem_module.aligned_rows(apart).data_ptr() % 16 == 0
+    monkeypatch.setattr(problem_module, "COPIED", dense[0, 0].numel() * 2 - 1)
+    assert problem_module.aligned_rows(dense) is dense
 
 
 def test_dropout_repeats_with_the_generator_and_backward_uses_the_same_mask():
@@ -280,9 +302,63 @@ def test_delta_does_not_see_the_output_rounded():
     passed = launch.Passed(grad, *launch.forward(case, None, training=True), None)
     scores = torch.einsum("bmhd,bnhd->bhmn", q.double(), k.double()) * 0.25
     delta = (torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), v.double()) * grad).sum(-1)[0].T
-    seen = launch.Rows(case, passed)(case, passed)[0, :, :20, 1]
+    rows = launch.Rows(case, passed)(case, passed).double()
+    seen = -(rows[:-2, 3:6] @ rows[-1, 3:6]).view(2, -1)[:, :20]
     rounded = (passed.out.double() * grad).sum(-1)[0].T
     assert (seen - delta).norm() < 0.8 * (rounded - delta).norm()
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("rank", [0, 8, 10])
+def test_folded_rows_are_those_not_folded(monkeypatch, rank, dtype):
+    """lse and delta in three halves each, whether they are tiny or large, beside the columns of q_factor."""
+    M, H, D, S = 70, 2, 16, 2
+    tensors, rest, grad = problem(M, 30, D, rank, dtype, B=1, S=S)
+    q, k, v, qf, kf, weights = tensors[:6]
+    case = operator._problem(q, k, v, qf, kf, weights, rest["segment_lengths"], None, None, None, 0.0, 0.25)
+    sizes = torch.logspace(-7, 4, M)[:, None]
+    out = torch.ones(1, M, H, D) * sizes[None, :, :, None]
+    lse = torch.randn(H, M) * sizes.flip(0).T
+    lse[0, :3] = torch.tensor([float("inf"), 3e5, -3e5])
+    passed = launch.Passed(torch.ones(1, M, H, D).to(dtype), out, None, lse, None)
+    folded = launch.Rows(case, passed)(case, passed)
+    assert folded.dtype == dtype and folded.isfinite().all()
+    monkeypatch.setattr(problem_module.Problem, "folded", False)
+    pairs = launch.Rows(case, passed)(case, passed)
+    by = folded[-2:].double()
+    tile = folded[:-2].double().view(S, H, -1, 16)
+    wanted = pairs.double().view(S, H, -1, 2)
+    found = torch.stack([-(tile[..., rank + 3 * place :][..., :3] @ by[place][by[place] > 0]) for place in (0, 1)], -1)
+    found[..., 0] *= case.score_scale
+    assert (by > 0).sum(1).tolist() == [3, 3] and (by[0].argmax(), by[1].argmax()) == (rank, rank + 3)
+    hidden = wanted[..., 0] == float("inf")
+    assert hidden[:, :, M:].all() and (found[..., 0][hidden] > 3.7e5).all()
+    error = (found - wanted).abs()[~hidden]
+    assert (error <= 2.0**-21 * wanted.abs()[~hidden] + 2.0**-40).all()
+    if rank:
+        assert torch.equal(tile[:, :, :M, :rank], qf.double().transpose(1, 2).expand(S, H, M, rank))
+    assert not tile[..., rank + 6 :].any()
+
+
+@pytest.mark.parametrize("name", ["shared factors", "shared segments with factors", "dense", "added padding"])
+def test_folding_leaves_gradients_as_they_are(monkeypatch, name):
+    case = FEATURES[name]
+    tensors, rest, grad = problem(20, 70, dtype=HALF, **case)
+    folded = fused(tensors, rest, grad, HALF)
+    monkeypatch.setattr(problem_module.Problem, "folded", False)
+    for a, b in zip(folded, fused(tensors, rest, grad, HALF)):
+        assert (a - b).norm() <= 2e-4 * b.norm() + 1e-5
+
+
+def test_scores_far_beyond_float16s_largest_number():
+    """lse is 2e5 and more, of which a half has no number: the weights are 1 for the largest score, whose key gets all."""
+    q, k, v = torch.zeros(1, 3, 1, 16), torch.randn(1, 9, 1, 16), torch.randn(1, 9, 1, 16)
+    k[..., 0], q[..., 0] = torch.tensor([100.0] * 4 + [1000.0] + [10.0] * 4)[None, :, None], 900.0
+    q, k, v = (x.to(HALF).requires_grad_() for x in (q, k, v))
+    out = fused_attention(q, k, v, scale=0.25)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert torch.equal(out, v[:, 4:5].expand_as(out)) and torch.equal(dv[0, :, 0, 0], 3.0 * (torch.arange(9) == 4))
+    assert not dq.any() and not dk.any()
 
 
 def test_small_gradients_survive_float16(small=1e-7):

@@ -101,8 +101,8 @@ def test_backwards_kernels_side_by_side(monkeypatch, fails):
 
         step.launch = noted
     monkeypatch.setattr(launch, "_streams", lambda problem: (Stream("one", notes), Stream("other", notes)))
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients(), want))  # rescued where a kernel fails
-    assert notes == ["other waits for one", "queries on None", "keys on other", "one waits for other"]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients(), want))  # rescued where a kernel fails
+    assert notes == ["other waits for one", "queries on other", "keys on None", "one waits for other"]
 
 
 def test_lengths_that_differ_every_time_do_not_pile_up():

@@ -6,12 +6,17 @@ buffer, by atomics or by the bulk copy engine, was measured slower (docs/kernel-
 
 With p = exp2(s - lse): dv = p^T do, dp = do v^T, ds = p (dp - delta), delta = rowsum(do * out),
 dq = ds k * scale, dk = ds^T q * scale, dq_factor = ds k_factor, dk_factor = ds^T q_factor.
+
+Where they are FOLDED (problem.py), lse and delta are subtracted by the matrix products themselves: a tile of factors has
+COLUMNS columns, of which six that the rank leaves free hold them, in parts (common.weights). That takes a fifth off the
+keys kernel, which no longer loads, broadcasts and subtracts two numbers a row.
 Imports nothing but Triton.
 """
 import triton
 import triton.language as tl
 
 from .common import (
+    COLUMNS,
     LOG2E,
     dot,
     dropout_shift,
@@ -21,20 +26,27 @@ from .common import (
     load_keys,
     load_row_values,
     load_tile,
+    multiples,
     pair_offsets,
+    parts,
+    weights,
     wide,
 )
 
 
 @triton.jit
 def rows_kernel(
-    OUT, LOW, DO, LSE, W, ROWS, out_b, out_m, out_h, do_b, do_m, do_h, w_b, w_m, w_h, heads, H, M, padded,
+    OUT, LOW, DO, LSE, W, QF, ROWS, out_b, out_m, out_h, do_b, do_m, do_h, w_b, w_m, w_h, qf_b, qf_m, qf_h,
+    heads, H, M, padded, unit,
     HAS_LOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    FOLDED: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """ROWS (SEGMENTS or 1, B * H, padded, 2) = lse - weight of the segment, and delta = sum of DO * (OUT + LOW).
+    """What backward needs of each row: lse - weight of the segment, and delta = sum of DO * (OUT + LOW).
 
-    Both of a row in one place, since a vector of fewer values than threads is loaded by every thread anew.
-    Rows from M on get +inf and 0, which makes their p zero.
+    ROWS (SEGMENTS or 1, B * H, padded, 2): both of a row in one place, since a vector of fewer values than threads is
+    loaded by every thread anew. FOLDED: (SEGMENTS or 1, B * H, padded, COLUMNS), each row its R columns of q_factor, then
+    -lse * unit and -delta in three parts each, and at the end two rows more, what these parts are multiplied by.
+    Rows from M on get lse +inf and delta 0, which makes their p zero.
     """
     blocks_m = padded // BLOCK_M
     pid = tl.program_id(0)
@@ -49,15 +61,40 @@ def rows_kernel(
     do = load_tile(DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
     delta = tl.sum(out * do.to(tl.float32), 1)
     lse = load_row_values(LSE + wide(bh) * M, 1, first_row, M, BLOCK_M, float("inf"))
-    rows = 2 * (first_row + tl.arange(0, BLOCK_M))
+    lanes = tl.arange(0, BLOCK_M)
+    if FOLDED:
+        columns = tl.arange(0, COLUMNS)[None, :]
+        tile = tl.zeros([BLOCK_M, COLUMNS], dtype=tl.float32)
+        if R > 0:
+            QF += wide(b) * qf_b + wide(h) * qf_h
+            tile = load_tile(QF, qf_m, first_row, M, BLOCK_M, COLUMNS, COLUMNS, True).to(tl.float32)
+        tile = parts(tile, columns, R + 3, -delta, ROWS.dtype.element_ty)
     for segment in range(0, SEGMENTS if SEGMENTS > 0 else 1):
         shifted = lse
         if SEGMENTS > 0:
-            weights = W + wide(b) * w_b + wide(h) * w_h + segment
-            shifted = lse - load_row_values(weights, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
-        base = ROWS + (wide(segment) * heads + bh) * padded * 2
-        tl.store(base + rows, shifted)
-        tl.store(base + rows + 1, delta)
+            shares = W + wide(b) * w_b + wide(h) * w_h + segment
+            shifted = lse - load_row_values(shares, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
+        base = (wide(segment) * heads + bh) * padded + first_row
+        if FOLDED:
+            whole = parts(tile, columns, R, -shifted * unit, ROWS.dtype.element_ty)
+            tl.store(ROWS + base * COLUMNS + lanes[:, None] * COLUMNS + columns, whole.to(ROWS.dtype.element_ty))
+        else:
+            tl.store(ROWS + base * 2 + 2 * lanes, shifted)
+            tl.store(ROWS + base * 2 + 2 * lanes + 1, delta)
+    if FOLDED and pid == 0:
+        END = ROWS + wide(SEGMENTS if SEGMENTS > 0 else 1) * heads * padded * COLUMNS
+        both = tl.arange(0, 2)[:, None]
+        tl.store(END + both * COLUMNS + columns, weights(columns, R + 3 * both).to(ROWS.dtype.element_ty))
+
+
+@triton.jit
+def _weight_tile(ROWS, which, total, ROW_COUNT: tl.constexpr):
+    """(ROW_COUNT, COLUMNS), each row the weights of lse (`which` 0) or delta (1), behind `total` rows of ROWS.
+
+    Loaded, since an operand that is computed is held in registers, where it makes the tensor cores' products wait.
+    """
+    columns = tl.arange(0, COLUMNS)[None, :]
+    return tl.load(ROWS + (wide(total) + which) * COLUMNS + tl.arange(0, ROW_COUNT)[:, None] * 0 + columns)
 
 
 @triton.jit
@@ -90,7 +127,7 @@ def keys_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
     NEED_KV: tl.constexpr, NEED_KF: tl.constexpr, DENSE_GRAD: tl.constexpr, SHARED_KF: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
+    FOLDED: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     """A block of keys against queries split * split_rows .. + split_rows. Tiles are (keys, queries).
 
@@ -104,6 +141,7 @@ def keys_kernel(
     bh = pid // (num_blocks * splits)
     b = bh // H
     h = bh % H
+    q_h, k_h, v_h, do_h = multiples(q_h, k_h, v_h, do_h, VECTOR)
     start = block * BLOCK_N
     end = N
     segment = 0
@@ -133,6 +171,12 @@ def keys_kernel(
         kf = tl.load(KF + (keys - start)[:, None] * kf_n + tl.arange(0, BLOCK_R)[None, :])
         QF += wide(b) * qf_b + wide(h) * qf_h
         dkf = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
+    row_values: tl.constexpr = COLUMNS if FOLDED else 2
+    if FOLDED:
+        total = wide(SEGMENTS if SEGMENTS > 0 else 1) * heads * padded
+        of_delta = _weight_tile(ROWS, 1, total, BLOCK_N)
+        if BLOCK_R == 0:
+            kf = _weight_tile(ROWS, 0, total, BLOCK_N)  # as prepare_kernel has put them into k_factor
     row_lo = split * split_rows
     row_hi = tl.minimum(row_lo + split_rows, M)
     if PAD_KIND > 0:
@@ -148,7 +192,7 @@ def keys_kernel(
         seed = tl.load(SEED)
     Q += wide(b) * q_b + wide(h) * q_h
     DO += wide(b) * do_b + wide(h) * do_h
-    ROWS += (wide(segment) * heads + bh) * padded * 2
+    ROWS += (wide(segment) * heads + bh) * padded * row_values
     if HAS_DENSE:
         DENSE += wide(b) * dense_b + wide(h) * dense_h
     if HAS_MASK:
@@ -160,17 +204,28 @@ def keys_kernel(
     column_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
     for first_row in range(row_lo, row_hi, BLOCK_M):
         q = _repeat_tile(Q, q_m, first_row, row_hi, BLOCK_M, D, BLOCK_D)
-        s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
-        if BLOCK_R > 0:
+        s = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        if FOLDED:
+            lanes_m = tl.arange(0, BLOCK_M)[:, None]
+            qf = tl.load(ROWS + first_row * COLUMNS + lanes_m * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+        elif BLOCK_R > 0:
             qf = _repeat_tile(QF, qf_m, first_row, row_hi, BLOCK_M, BLOCK_R, BLOCK_R)
+        if FOLDED or BLOCK_R > 0:
             s = dot(kf, tl.trans(qf), s)
+        s = dot(k, tl.trans(q), s)
         # Issued before the exponentials, which the tensor cores then overlap.
         do = _repeat_tile(DO, do_m, first_row, row_hi, BLOCK_M, D, BLOCK_D)
-        dp = dot(v, tl.trans(do), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
+        dp = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        if FOLDED:
+            dp = dot(of_delta, tl.trans(qf), dp)
+        dp = dot(v, tl.trans(do), dp)
         rows = first_row + tl.arange(0, BLOCK_M)
-        lse_delta = tl.load(ROWS + 2 * first_row + tl.arange(0, 2 * BLOCK_M))
-        lse, delta = tl.split(tl.reshape(lse_delta, [BLOCK_M, 2]))
-        x = s * score_scale - lse[None, :]
+        if FOLDED:
+            x = s * score_scale
+        else:
+            lse_delta = tl.load(ROWS + 2 * first_row + tl.arange(0, 2 * BLOCK_M))
+            lse, delta = tl.split(tl.reshape(lse_delta, [BLOCK_M, 2]))
+            x = s * score_scale - lse[None, :]
         if HAS_DENSE:
             offsets = pair_offsets(rows[None, :], keys[:, None], dense_m, first_row)
             x += tl.load(DENSE + offsets, mask=(rows < row_hi)[None, :], other=0.0).to(tl.float32) * LOG2E
@@ -189,7 +244,10 @@ def keys_kernel(
         dv = dot(dropped.to(do.dtype), do, dv)
         if DROPOUT:
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        ds = p * (dp - delta[None, :])
+        if FOLDED:
+            ds = p * dp
+        else:
+            ds = p * (dp - delta[None, :])
         half = ds.to(q.dtype)
         if NEED_KV:
             dk = dot(half, q, dk)
@@ -225,13 +283,13 @@ def keys_kernel(
 
 @triton.jit
 def _queries_step(
-    dq, dqf, row_sum, q, qf, do, lse, delta,
+    dq, dqf, row_sum, q, qf, do, lse, delta, of_delta,
     K, V, KF, DENSE, MASK, PAD, seed, bh, k_n, v_n, kf_n, dense_m, mask_m,
     first_row, start, end, shift, M, score_scale, dropout_p, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr,
     DROPOUT: tl.constexpr, NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr,
-    EXP: tl.constexpr, EDGE: tl.constexpr,
+    FOLDED: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     k = load_tile(K, k_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
     s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
@@ -240,6 +298,8 @@ def _queries_step(
         s = dot(qf, tl.trans(kf), s)
     v = load_tile(V, v_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
     dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
+    if FOLDED:
+        dp = dot(delta, tl.trans(of_delta), dp)
     rows = first_row + tl.arange(0, BLOCK_M)
     keys = start + tl.arange(0, BLOCK_N)
     both = (rows < M)[:, None] & (keys < end)[None, :]
@@ -260,7 +320,10 @@ def _queries_step(
     if DROPOUT:
         keep = keep_tile(seed, bh, first_row, start + shift, dropout_p, BLOCK_M, BLOCK_N)
         dp = tl.where(keep, dp * keep_scale, 0.0)
-    ds = p * (dp - delta[:, None])
+    if FOLDED:
+        ds = p * dp
+    else:
+        ds = p * (dp - delta[:, None])
     half = ds.to(k.dtype)
     if NEED_Q:
         dq = dot(half, k, dq)
@@ -276,10 +339,10 @@ def queries_kernel(
     Q, K, V, QF, KF, W, ENDS, DENSE, MASK, PAD, BLOCKS, ORDER, COUNTS, SEED, DO, LSE, ROWS, DQ, DQF, DW,
     q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h, w_b, w_m, w_h,
     dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, do_b, do_m, do_h, dq_s, dqf_s, dw_s,
-    H, M, N, splits, split_keys, num_blocks, padded, score_scale, dq_scale, dropout_p, keep_scale,
+    heads, H, M, N, splits, split_keys, num_blocks, padded, score_scale, dq_scale, dropout_p, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
-    NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr,
+    NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr, FOLDED: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     """DQ (splits, B, M, H, D) and DQF (splits, B, M, H, R) written, DW (splits, B, M, H, SEGMENTS) added to."""
@@ -289,6 +352,7 @@ def queries_kernel(
     bh = pid // (blocks_m * splits)
     b = bh // H
     h = bh % H
+    q_h, k_h, v_h, do_h = multiples(q_h, k_h, v_h, do_h, VECTOR)
     first_row = (pid % blocks_m) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
 
@@ -297,7 +361,12 @@ def queries_kernel(
     q = load_tile(Q + wide(b) * q_b + wide(h) * q_h, q_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
     do = load_tile(DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
     lse = load_row_values(LSE + wide(bh) * M, 1, first_row, M, BLOCK_M, float("inf"))
-    delta = load_row_values(ROWS + wide(bh) * padded * 2 + 1, 2, first_row, M, BLOCK_M, 0.0)
+    if FOLDED:
+        delta = load_tile(ROWS + wide(bh) * padded * COLUMNS, COLUMNS, first_row, M, BLOCK_M, COLUMNS, COLUMNS, True)
+        of_delta = _weight_tile(ROWS, 1, wide(SEGMENTS if SEGMENTS > 0 else 1) * heads * padded, BLOCK_N)
+    else:
+        delta = load_row_values(ROWS + wide(bh) * padded * 2 + 1, 2, first_row, M, BLOCK_M, 0.0)
+        of_delta = delta
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     qf = q
     dqf = dq
@@ -336,10 +405,10 @@ def queries_kernel(
             for index in range(lo, whole):
                 start = tl.load(ORDER + index) * BLOCK_N
                 dq, dqf, row_sum = _queries_step(
-                    dq, dqf, row_sum, q, qf, do, lse, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    dq, dqf, row_sum, q, qf, do, lse, delta, of_delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, start, N, drop_shift, M, score_scale, dropout_p, keep_scale,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
-                    NEED_Q, NEED_QF, NEED_W, EXP, False,
+                    NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, False,
                 )  # fmt: skip
         for index in range(whole, hi):
             block = tl.load(ORDER + index)
@@ -351,10 +420,10 @@ def queries_kernel(
                 shift = lse - load_row_values(W + segment, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
             row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
             dq, dqf, row_sum = _queries_step(
-                dq, dqf, row_sum, q, qf, do, shift, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                dq, dqf, row_sum, q, qf, do, shift, delta, of_delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
                 k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, drop_shift, M, score_scale, dropout_p, keep_scale,
                 BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
-                NEED_Q, NEED_QF, NEED_W, EXP, True,
+                NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, True,
             )  # fmt: skip
             if NEED_W:
                 # Its own rows and nobody else's: an atomic only because the rows are written again and again.
@@ -374,17 +443,17 @@ def queries_kernel(
             tail = lo + (hi - lo) // BLOCK_N * BLOCK_N
             for start in range(lo, tail, BLOCK_N):
                 dq, dqf, row_sum = _queries_step(
-                    dq, dqf, row_sum, q, qf, do, shift, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    dq, dqf, row_sum, q, qf, do, shift, delta, of_delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, drop_shift, M, score_scale, dropout_p, keep_scale,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
-                    NEED_Q, NEED_QF, NEED_W, EXP, False,
+                    NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, False,
                 )  # fmt: skip
             if tail < hi:
                 dq, dqf, row_sum = _queries_step(
-                    dq, dqf, row_sum, q, qf, do, shift, delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    dq, dqf, row_sum, q, qf, do, shift, delta, of_delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, drop_shift, M, score_scale, dropout_p, keep_scale,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
-                    NEED_Q, NEED_QF, NEED_W, EXP, True,
+                    NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, True,
                 )  # fmt: skip
             if NEED_W:
                 tl.atomic_add(DW + dw_offsets + segment, row_sum, mask=rows < M, sem="relaxed")

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+COLUMNS = tl.constexpr(16)  # of a tile of factors with room for what problem.folded speaks of
 
 # exp2 of four elements, three on the special-function unit and one as a polynomial on the multiply-add units: at
 # head dim 32 exponentials are the scarcest thing (16 a clock on each multiprocessor). Degree 3, relative error 1e-4,
@@ -76,9 +77,40 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def weights(columns, first):
+    """What the three parts of a number (`parts`) are multiplied by, in the columns from `first` on; zero elsewhere."""
+    small = tl.where(columns == first + 2, 0.00000095367431640625, 0.0)  # 2^-20, 2^-8, 2^4
+    return tl.where(columns == first, 16.0, tl.where(columns == first + 1, 0.00390625, small))
+
+
+@triton.jit
+def parts(tile, columns, first, values, HALF: tl.constexpr):
+    """`tile` with values (a row) in three columns from `first` on, each a HALF: their sum by `weights` is the value.
+
+    float16: to 2^-34 of it or 2^-44, up to a million, where it stays. bfloat16: to 2^-25.
+    """
+    limit: tl.constexpr = 65504.0 if HALF == tl.float16 else 1e30
+    high = tl.minimum(tl.maximum(values * 0.0625, -limit), limit).to(HALF).to(tl.float32)
+    rest = values - high * 16.0
+    middle = tl.minimum(tl.maximum(rest * 256.0, -limit), limit).to(HALF).to(tl.float32)
+    rest -= middle * 0.00390625
+    low = tl.minimum(tl.maximum(rest * 1048576.0, -limit), limit).to(HALF).to(tl.float32)
+    tile = tl.where(columns == first, high[:, None], tile)
+    tile = tl.where(columns == first + 1, middle[:, None], tile)
+    return tl.where(columns == first + 2, low[:, None], tile)
+
+
+@triton.jit
 def wide(index):
     """A scalar index as int64, whether Triton sees a tensor, a constant or (interpreted) an int."""
     return (tl.program_id(0) * 0 + index).to(tl.int64)
+
+
+@triton.jit
+def multiples(a, b, c, d, VECTOR: tl.constexpr):
+    """The same strides, known to the compiler as multiples of VECTOR elements: it learns of multiples of 16 alone, and
+    copies element by element where a head is 40 columns wide."""
+    return a // VECTOR * VECTOR, b // VECTOR * VECTOR, c // VECTOR * VECTOR, d // VECTOR * VECTOR
 
 
 @triton.jit

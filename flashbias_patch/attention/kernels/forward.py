@@ -5,7 +5,7 @@ Imports nothing but Triton. The additive terms and their layouts are described i
 import triton
 import triton.language as tl
 
-from .common import LOG2E, dot, dropout_shift, exp2, keep_tile, load_keys, load_row_values, load_tile, pair_offsets, wide
+from .common import LOG2E, dot, dropout_shift, exp2, keep_tile, load_keys, load_row_values, load_tile, multiples, pair_offsets, weights, wide
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def forward_kernel(
     B, H, M, N, splits, split_keys, num_blocks, score_scale, dropout_p, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
-    PARTIAL: tl.constexpr, HAS_LOW: tl.constexpr,
+    PARTIAL: tl.constexpr, HAS_LOW: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     """OUT (splits, B, M, H, D), LOW what OUT lost by being rounded (HAS_LOW), and LSE (splits, B * H, M), in log2 units.
@@ -99,6 +99,7 @@ def forward_kernel(
     bh = pid // (blocks_m * splits)
     b = bh // H
     h = bh % H
+    q_h, k_h, v_h, _ = multiples(q_h, k_h, v_h, q_h, VECTOR)
     first_row = block_m * BLOCK_M
 
     K += wide(b) * k_b + wide(h) * k_h
@@ -275,9 +276,12 @@ def visible_kernel(
 @triton.jit
 def _copy_rows(
     SOURCE, TARGET, s_b, s_l, s_h, H, L, total, program, mult,
-    COLS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of SOURCE (B, L, H, COLS) strided, times mult, into TARGET (B, L, H, WIDTH) contiguous, zeros beyond COLS."""
+    """Rows of SOURCE (B, L, H, COLS) strided, times mult, into TARGET (B, L, H, WIDTH) contiguous.
+
+    Beyond COLS are zeros, or common.weights (WEIGHTS), which meet zeros but in backward's folded tiles.
+    """
     rows = program * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     inside = (rows < total)[:, None] & (cols < WIDTH)[None, :]
@@ -285,7 +289,10 @@ def _copy_rows(
     place = rows // H
     source = (place // L).to(tl.int64) * s_b + (place % L).to(tl.int64) * s_l + h.to(tl.int64) * s_h
     tile = tl.load(SOURCE + source[:, None] + cols[None, :], mask=inside & (cols < COLS)[None, :], other=0.0)
-    tile = (tile.to(tl.float32) * mult).to(TARGET.dtype.element_ty)
+    tile = tile.to(tl.float32) * mult
+    if WEIGHTS:
+        tile += weights(cols[None, :], COLS)
+    tile = tile.to(TARGET.dtype.element_ty)
     tl.store(TARGET + rows.to(tl.int64)[:, None] * WIDTH + cols[None, :], tile, mask=inside)
 
 
@@ -294,13 +301,17 @@ def prepare_kernel(
     Q, Q_OUT, QF, QF_OUT, KF, KF_OUT, q_b, q_m, q_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h,
     Q_H, Q_L, QF_H, QF_L, KF_H, KF_L, q_rows, qf_rows, kf_rows, qf_start, kf_start, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """q times scale, and both factors with BLOCK_R columns: loads of a full power of two of columns need no mask, which
-    the main loop repays (docs/kernel-notes.md). Programs from qf_start on do q_factor, from kf_start on k_factor."""
+    the main loop repays (docs/kernel-notes.md). Programs from qf_start on do q_factor, from kf_start on k_factor, the
+    latter with weights for backward's folded rows (WEIGHTS)."""
     pid = tl.program_id(0)
     if pid < qf_start:
-        _copy_rows(Q, Q_OUT, q_b, q_m, q_h, Q_H, Q_L, q_rows, pid, scale, D, BLOCK_D, D, ROWS)
+        _copy_rows(Q, Q_OUT, q_b, q_m, q_h, Q_H, Q_L, q_rows, pid, scale, D, BLOCK_D, D, ROWS, False)
     elif pid < kf_start:
-        _copy_rows(QF, QF_OUT, qf_b, qf_m, qf_h, QF_H, QF_L, qf_rows, pid - qf_start, 1.0, R, BLOCK_R, BLOCK_R, ROWS)
+        program = pid - qf_start
+        _copy_rows(QF, QF_OUT, qf_b, qf_m, qf_h, QF_H, QF_L, qf_rows, program, 1.0, R, BLOCK_R, BLOCK_R, ROWS, False)
     else:
-        _copy_rows(KF, KF_OUT, kf_b, kf_n, kf_h, KF_H, KF_L, kf_rows, pid - kf_start, 1.0, R, BLOCK_R, BLOCK_R, ROWS)
+        program = pid - kf_start
+        _copy_rows(KF, KF_OUT, kf_b, kf_n, kf_h, KF_H, KF_L, kf_rows, program, 1.0, R, BLOCK_R, BLOCK_R, ROWS, WEIGHTS)

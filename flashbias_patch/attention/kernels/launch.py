@@ -119,19 +119,20 @@ def _repeat(steps: List[Any], problem: Problem, passed: Passed, rows: Tensor) ->
         for step, own in zip(steps, made):
             step.run(problem, passed, rows, own)
         return made
-    # The queries kernel is a few long programs, the keys kernel many short ones, which fill what the others leave.
+    # The queries kernel is a few long programs, the keys kernel many short ones, which fill what the others leave: if the
+    # long ones begin, which the other stream's priority sees to. Both become ready at once.
     (keys, queries), (current, other) = steps, streams
     other.wait_stream(current)
     try:
-        queries.run(problem, passed, rows, made[1])
-        keys.run(problem, passed, rows, made[0], other.cuda_stream)
+        queries.run(problem, passed, rows, made[1], other.cuda_stream)
+        keys.run(problem, passed, rows, made[0])
     finally:
         current.wait_stream(other)  # memory made for the one stream is used on the other until here
     return made
 
 
 def _streams(problem: Problem) -> Optional[Tuple[Any, Any]]:
-    """The current stream, and another for what may run beside it, where that repays the host's work."""
+    """The current stream, and another of higher priority for what may run beside it, where that repays the host's work."""
     B, M, N, H, _ = problem.sizes
     if not problem.q.is_cuda or B * H * M * N < OVERLAPPED:
         return None
@@ -140,7 +141,7 @@ def _streams(problem: Problem) -> Optional[Tuple[Any, Any]]:
 
 @functools.lru_cache(maxsize=64)
 def _other_stream(device: torch.device) -> Any:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _class_of(problem: Problem, others: Tuple[Optional[Tensor], ...]) -> Tuple[Any, ...]:

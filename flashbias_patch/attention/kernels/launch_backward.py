@@ -65,27 +65,32 @@ def shapes_of(problem: Problem) -> List[Any]:
 
 
 class Rows:
-    """What backward needs of each row (segments or 1, B * H, padded M, 2): see rows_kernel."""
+    """What backward needs of each row, its lse and delta: see rows_kernel."""
 
     def __init__(self, problem: Problem, passed: Passed) -> None:
         B, M, _, H, D = problem.sizes
-        weights, segments = problem.weights, problem.segments
+        weights, segments, q_factor = problem.weights, problem.segments, problem.q_factor
         self.padded, block = cdiv(M, 256) * 256, 64
-        self.shape = (max(1, segments), B * H, self.padded, 2)
+        rows = max(1, segments) * B * H * self.padded
+        self.shape = (rows + 2, pb.COLUMNS) if problem.folded else (rows, 2)
+        self.dtype = problem.q.dtype if problem.folded else torch.float32
+        nothing = (0, 0, 0)
         self.launch = Launch(
             bwd.rows_kernel, self.padded // block * B * H,
             (
-                *strides(passed.out), *strides(passed.grad_out), *((0, 0, 0) if weights is None else strides(weights)),
-                B * H, H, M, self.padded,
+                *strides(passed.out), *strides(passed.grad_out), *(nothing if weights is None else strides(weights)),
+                *(nothing if q_factor is None else strides(q_factor)), B * H, H, M, self.padded,
+                1.0 / problem.score_scale if problem.folded else 1.0,
             ),
-            dict(HAS_LOW=passed.low is not None, D=D, BLOCK_D=block_columns(D), SEGMENTS=segments, BLOCK_M=block),
+            dict(HAS_LOW=passed.low is not None, D=D, BLOCK_D=block_columns(D), SEGMENTS=segments, BLOCK_M=block,
+                 FOLDED=problem.folded, R=problem.rank),
         )  # fmt: skip
 
     def __call__(self, problem: Problem, passed: Passed) -> Tensor:
-        out, weights = passed.out, problem.weights
-        rows = pb.empty(self.shape, dtype=torch.float32, device=out.device)
+        out, (q_factor, _, weights) = passed.out, problem.factors
+        rows = pb.empty(self.shape, dtype=self.dtype, device=out.device)
         low = out if passed.low is None else passed.low
-        self.launch(out, low, passed.grad_out, passed.lse, out if weights is None else weights, rows)
+        self.launch(out, low, passed.grad_out, passed.lse, weights, q_factor, rows)
         return rows
 
 
@@ -159,7 +164,7 @@ class ByKeys(Step):
                 1.0 if problem.scaled else problem.scale, problem.dropout_p, keep_scale(problem.dropout_p),
             ),
             dict(R=rank, NEED_KV=k is not None, NEED_KF=needs.k_factor, DENSE_GRAD=mode, SHARED_KF=shared,
-                 **problem.features(config)),
+                 FOLDED=problem.folded, VECTOR=pb.vector(*problem[:3], passed.grad_out), **problem.features(config)),
         )  # fmt: skip
 
     def run(self, problem: Problem, passed: Passed, rows: Tensor, made: Made, stream: Optional[int] = None) -> None:
@@ -197,10 +202,11 @@ class ByQueries(Step):
             (
                 *problem.strides(), *strides(passed.grad_out), part * D if needs.q else 0,
                 part * rank if needs.q_factor else 0, part * problem.segments if needs.weights else 0,
-                H, M, N, splits, split_keys, self.keys.count, padded, problem.score_scale, problem.scale,
+                B * H, H, M, N, splits, split_keys, self.keys.count, padded, problem.score_scale, problem.scale,
                 problem.dropout_p, keep_scale(problem.dropout_p),
             ),
-            dict(R=rank, NEED_Q=needs.q, NEED_QF=needs.q_factor, NEED_W=needs.weights, **problem.features(config)),
+            dict(R=rank, NEED_Q=needs.q, NEED_QF=needs.q_factor, NEED_W=needs.weights, FOLDED=problem.folded,
+                 VECTOR=pb.vector(*problem[:3], passed.grad_out), **problem.features(config)),
         )  # fmt: skip
 
     def run(self, problem: Problem, passed: Passed, rows: Tensor, made: Made, stream: Optional[int] = None) -> None:

@@ -36,7 +36,7 @@ class Prepare:
                 *[n for t in given for n in pb.strides(t)], *[n for t in given for n in (t.shape[2], t.shape[1])],
                 *rows, starts[0], starts[0] + starts[1], scale,
             ),
-            dict(D=D, BLOCK_D=block_columns(D), R=R, BLOCK_R=columns, ROWS=per_program),
+            dict(D=D, BLOCK_D=block_columns(D), R=R, BLOCK_R=columns, ROWS=per_program, WEIGHTS=pb.has_room(R)),
         )  # fmt: skip
         self.launches = sum(starts) > 0
 
@@ -111,7 +111,8 @@ class Forward:
                 B, H, M, N, self.splits, split_keys, self.keys.count,
                 problem.score_scale, problem.dropout_p, keep_scale(problem.dropout_p),
             ),
-            dict(PARTIAL=split, HAS_LOW=self.has_low and not split, **problem.features(config)),
+            dict(PARTIAL=split, HAS_LOW=self.has_low and not split, VECTOR=pb.vector(*problem[:3]),
+                 **problem.features(config)),
         )  # fmt: skip
         per_program = 16
         self.combine = Launch(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .problem import Problem, as_bytes, block_columns, scales_q, unit_last
+from .problem import Problem, aligned_rows, as_bytes, block_columns, scales_q, unit_last
 from .recompute import Call, plain_backward
 
 log = logging.getLogger("flashbias_patch")
@@ -51,8 +51,9 @@ def _problem(
         q, q_factor, k_factor = _either(new_q, q), _either(new_qf, q_factor), _either(new_kf, k_factor)
     q, k, v = unit_last(q), unit_last(k), unit_last(v)
     factors = [None if t is None else unit_last(t) for t in (q_factor, k_factor, weights)]
-    dense = None if dense is None else unit_last(dense)
+    dense = None if dense is None else aligned_rows(unit_last(dense))
     mask, padding = as_bytes(mask), as_bytes(padding)
+    mask = None if mask is None else aligned_rows(mask)
     return Problem(q, k, v, *factors, tuple(lengths), dense, mask, padding, dropout_p, scale, rank)  # type: ignore
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from typing import Any, ContextManager, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -16,6 +17,9 @@ from .configs import Config, Key
 from .recompute import dropout_shift
 
 LOG2E = 1.4426950408889634
+COLUMNS = 16  # common.COLUMNS
+COPIED = 1 << 26  # bytes of a mask or dense bias, up to which it is copied for the sake of aligned rows
+FOLDED_SCALE = 2.0**-4  # lse is folded divided by the scale, and must not leave float16's range before scores do
 empty = torch.empty  # checks poison it
 
 
@@ -48,6 +52,15 @@ class Problem(NamedTuple):
     @property
     def score_scale(self) -> float:
         return LOG2E if self.scaled else LOG2E * self.scale
+
+    @property
+    def folded(self) -> bool:
+        """Whether backward's row constants, lse and delta, go into the products with the factors: see rows_kernel.
+
+        Not with dropout, which comes between dp and delta.
+        """
+        moderate = self.scaled or self.scale >= FOLDED_SCALE
+        return self.q.dtype != torch.float32 and not self.dropout_p and has_room(self.rank) and moderate
 
     @property
     def segments(self) -> int:
@@ -124,6 +137,11 @@ def scales_q(q_factor: Optional[Tensor], scale: float) -> bool:
     return q_factor is not None or scale <= 0
 
 
+def has_room(rank: int) -> bool:
+    """Do lse and delta, three columns each, fit into a tile of factors beside that many?"""
+    return rank + 6 <= COLUMNS
+
+
 def block_columns(columns: int) -> int:
     return max(16, 1 << (columns - 1).bit_length())
 
@@ -164,6 +182,11 @@ def strides(tensor: Tensor) -> Tuple[int, int, int]:
     return (b if tensor.shape[0] > 1 else 0), length, (h if tensor.shape[2] > 1 else 0)
 
 
+def vector(*tensors: Tensor) -> int:
+    """8 where the tensors' heads begin at multiples of 8 elements, else 1: common.multiples."""
+    return 8 if all(tensor.stride(2) % 8 == 0 for tensor in tensors) else 1
+
+
 def pair_strides(tensor: Optional[Tensor]) -> Tuple[int, int, int]:
     """Strides over batch, heads and queries of a (B|1, H|1, M|1, N) tensor."""
     if tensor is None:
@@ -177,6 +200,21 @@ def as_bytes(tensor: Optional[Tensor]) -> Optional[Tensor]:
         return None
     tensor = unit_last(tensor)
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+
+def aligned_rows(tensor: Tensor) -> Tensor:
+    """`tensor` (B|1, H|1, M|1, N) with rows that begin at multiples of 16 bytes, copied where that is little to copy.
+
+    A row of 900 or 1490 booleans is read byte by byte otherwise, which took longer than all the rest of a call.
+    """
+    size = tensor.element_size()
+    aligned = tensor.shape[2] == 1 or tensor.stride(2) * size % 16 == 0 and tensor.data_ptr() % 16 == 0
+    distinct = [1 if stride == 0 else length for length, stride in zip(tensor.shape, tensor.stride())]
+    if aligned or math.prod(distinct) * size > COPIED:
+        return tensor
+    rows, length = distinct[:3], tensor.shape[3]
+    copy = tensor.new_empty(*rows, cdiv(length * size, 16) * 16 // size)[..., :length]
+    return copy.copy_(tensor[tuple(map(slice, rows))]).expand(tensor.shape)
 
 
 @functools.lru_cache(maxsize=256)
