@@ -79,6 +79,16 @@ class Gpu:
         if self.used():
             self.torch.rand(1, device=self.device or "cuda")
 
+    def redraw_in_step(self) -> None:
+        """Now, and once more when the next step calls its first module: many commands seed at the top of a step."""
+
+        def first(*call: Any) -> None:
+            handle.remove()
+            self.redraw()
+
+        self.redraw()
+        handle = self.torch.nn.modules.module.register_module_forward_pre_hook(first)
+
     def environment(self) -> Dict[str, Any]:
         if not self.used():
             return {}

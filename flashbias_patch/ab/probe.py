@@ -271,10 +271,10 @@ class Recorder:
         inbox.clear()
         if self.step == 0:
             line["random"] = self.gpu.random_state()
-            if self.nudge == "redraw":
-                self.gpu.redraw()
             if self.nudge:
                 capture.nudge(self.torch, optimizer, NUDGES["half" if inbox.half else "float32"])
+        if self.nudge == "redraw":
+            self.gpu.redraw_in_step()
         line["probe_s"] = time.perf_counter() - begin
         self.pending.append(self.gpu.send(line, [p for p, _ in scalars], [v for _, v in scalars], begun))
         self._write_arrived()

@@ -310,12 +310,15 @@ def test_openmmlab_loss_parts_are_heard(tmp_path):
     assert parts[2]["loss_heatmap"] == 2.5
 
 
-def test_where_the_generators_stand_is_told_once(tmp_path):
-    """And a redrawn run draws otherwise from the second step on."""
-    body = """
-        torch.manual_seed(0)
-        for i in range(3): step(torch.rand(2, 4))
-        print("drawn", torch.rand(1).item())
+@pytest.mark.parametrize("seeds", ["0 if i == 0 else None", "i"])
+def test_where_the_generators_stand_is_told_once(tmp_path, seeds):
+    """And a redrawn run draws otherwise from the second step on, also where each step is seeded."""
+    body = f"""
+        for i in range(3):
+            seed = {seeds}
+            if seed is not None: torch.manual_seed(seed)
+            step(torch.ones(2, 4))
+            print("drawn", torch.rand(1).item())
     """
     runs = {}
     for nudge in ("", "1", "redraw"):
@@ -326,8 +329,9 @@ def test_where_the_generators_stand_is_told_once(tmp_path):
         assert process.returncode == 0, output
         assert ["random" in line for line in found.steps] == [True, False, False]
     assert len({found.steps[0]["random"] for _, _, (found,) in runs.values()}) == 1
-    drawn = [output.split("drawn")[1].split()[0] for _, output, _ in runs.values()]
-    assert drawn[0] == drawn[1] != drawn[2]
+    plain, nudged, redrawn = ([part.split()[0] for part in output.split("drawn")[1:]] for _, output, _ in runs.values())
+    assert plain == nudged and len(plain) == 3
+    assert all(a != b for a, b in zip(plain, redrawn))  # what is drawn right after the first step already
 
 
 def test_nudge_changes_parameters_by_rounding_only():
