@@ -1,9 +1,12 @@
-"""Which backend is fastest for which class and size of call on this GPU: what attention/order.py ships.
+r"""Which backend is fastest for which class and size of call on this GPU: what attention/order.py ships.
 
     python benchmarks/order.py --out benchmarks/results/order_h200.json
-    python benchmarks/order.py --table benchmarks/results/order_h200.json      # TABLE of order.py, no GPU needed
+    python benchmarks/order.py --table benchmarks/results/order_h200.json \
+        --flash benchmarks/results/order_flash_h200.json      # TABLE of order.py, no GPU needed
 
-Backends are called as the dispatcher calls them, host time included, all in one run, interleaved.
+Backends are called as the dispatcher calls them, all in one run, interleaved: LAYERS calls on operands of their own, then one
+backward pass through all of them, as a decoder's. `wall` is the host's clock, `gpu` the GPU's, queued behind a pause; both a
+call. Which of the two a step pays depends on what else is in it, so backends are ranked by their sum.
 """
 from __future__ import annotations
 
@@ -27,9 +30,9 @@ SHAPES = [(2, 300, 900), (2, 1072, 4224), (2, 1490, 1490), (2, 900, 6000), (2, 1
 HEADS, HEAD_DIM, RANK = 8, 32, 8
 FEATURES = ["", "factors", "segments", "padding", "dropout", "dropout padding", "dropout mask", "mask"]
 BACKENDS = ("triton", "flash", "sdpa")
-# From so many scores on the GPU is busy longer than the host, and in a model launching is hidden; then the fused kernels'
-# shorter time on the GPU counts (attention_h200.json), which times of a lone call do not show.
-HIDDEN = 90_000_000
+LAYERS = 6
+FAR = 2.5  # times as long as the fastest: measured once
+PAUSE = 12_000_000  # clock cycles, in which the host queues all that a measurement of the GPU takes
 
 
 def make(shape: Tuple[int, int, int], dtype: torch.dtype, features: str) -> AttentionInputs:
@@ -55,16 +58,21 @@ def make(shape: Tuple[int, int, int], dtype: torch.dtype, features: str) -> Atte
 
 
 def runs_of(backend: Any, inputs: AttentionInputs) -> Dict[bool, Any]:
-    """{with gradient: function of nothing}."""
-    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
-    grad = torch.randn_like(inputs.q)
+    """{with gradient: function of nothing}, each LAYERS calls."""
+    layers, leaves = [], []
+    for _ in range(LAYERS):
+        own = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.requires_grad else x for x in inputs]
+        layers.append(AttentionInputs(*own))
+        leaves += [x for x in own if isinstance(x, torch.Tensor) and x.requires_grad]
+    grads = [torch.randn_like(inputs.q)] * LAYERS
 
     def forward() -> None:
         with torch.no_grad():
-            backend(inputs)
+            for layer in layers:
+                backend(layer)
 
     def both() -> None:
-        torch.autograd.grad(backend(inputs), leaves, grad)
+        torch.autograd.grad([backend(layer) for layer in layers], leaves, grads)
 
     return {False: forward, True: both}
 
@@ -87,58 +95,87 @@ def warm(place: int, parts: int) -> None:
                 print(features, dtype, shape, error)
 
 
-def measure(repeats: int) -> List[Dict[str, Any]]:
-    rows = []
-    for dtype in ("float16", "float32"):
-        for features in FEATURES:
-            for shape in SHAPES:
-                inputs = make(shape, getattr(torch, dtype), features)
-                alive: Dict[Tuple[str, bool], Any] = {}
-                why: Dict[str, str] = {}
-                for name, backend in backends().items():
-                    reasons = backend.why_not(inputs)
-                    if reasons:
-                        why[name] = "; ".join(reasons)
-                        continue
-                    try:
-                        for grad, run in runs_of(backend, inputs).items():
-                            run(), run()
-                            alive[name, grad] = run
-                    except Exception as error:
-                        why[name] = f"{type(error).__name__}: {str(error)[:120]}"
-                times: Dict[Tuple[str, bool], List[float]] = {cell: [] for cell in alive}
-                for _ in range(repeats):
-                    for cell, run in alive.items():
-                        torch.cuda.synchronize()
-                        began = time.perf_counter()
-                        for _ in range(3):  # as in a model: the host runs ahead
-                            run()
-                        torch.cuda.synchronize()
-                        times[cell].append((time.perf_counter() - began) / 3 * 1e3)
-                row = dict(dtype=dtype, features=features, shape=shape, scores=shape[0] * HEADS * shape[1] * shape[2])
-                row["forward"] = {name: round(min(t), 4) for (name, grad), t in times.items() if not grad}
-                row["both"] = {name: round(min(t), 4) for (name, grad), t in times.items() if grad}
-                row["why_not"] = why
-                rows.append(row)
-                print(dtype, features or "plain", shape, row["forward"], row["both"], flush=True)
-    return rows
+def wall_of(run: Any) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / LAYERS * 1e3
 
 
-def table(report: Dict[str, Any]) -> Dict[Tuple[bool, str, bool], order.Rows]:
-    """order.py's rows: by class of call, the sizes measured and the backends from the fastest on."""
+def gpu_of(run: Any) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(PAUSE)
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / LAYERS
+
+
+def measure_row(dtype: str, features: str, shape: Tuple[int, int, int], repeats: int) -> Dict[str, Any]:
+    """Milliseconds a call, the least of `repeats`; of what is far behind the fastest, of one."""
+    inputs = make(shape, getattr(torch, dtype), features)
+    alive: Dict[Tuple[str, bool], Any] = {}
+    why: Dict[str, str] = {}
+    for name, backend in backends().items():
+        reasons = backend.why_not(inputs)
+        if reasons:
+            why[name] = "; ".join(reasons)
+            continue
+        try:
+            for grad, run in runs_of(backend, inputs).items():
+                run()  # compiles
+                run()  # settles launches
+                alive[name, grad] = run
+        except Exception as error:
+            why[name] = f"{type(error).__name__}: {str(error)[:120]}"
+    found = {cell: ([wall_of(run)], [gpu_of(run)]) for cell, run in alive.items()}
+    for _ in range(repeats - 1):
+        for (name, grad), (walls, gpus) in found.items():
+            if walls[0] + gpus[0] <= FAR * min(w[0] + g[0] for (_, other), (w, g) in found.items() if other is grad):
+                walls.append(wall_of(alive[name, grad]))
+                gpus.append(gpu_of(alive[name, grad]))
+    row: Dict[str, Any] = dict(dtype=dtype, features=features, shape=shape, scores=shape[0] * HEADS * shape[1] * shape[2])
+    for grad, mode in ((False, "forward"), (True, "both")):
+        for place, kind in enumerate(("wall", "gpu")):
+            row[f"{kind} {mode}"] = {
+                name: round(min(times[place]), 4) for (name, g), times in found.items() if g is grad
+            }  # fmt: skip
+    row["why_not"] = why
+    print(dtype, features or "plain", shape, row["wall both"], row["gpu both"], flush=True)
+    return row
+
+
+def table(report: Dict[str, Any], flash: Dict[str, Any]) -> Dict[Tuple[bool, str, bool], order.Rows]:
+    """order.py's rows: by class of call, the sizes measured and the backends from the fastest on.
+
+    `flash`: a run with FlashAttention-4 installed, an earlier one of lone calls. Where `report` has no `flash`, it gets
+    the place that its time beside triton's there gives it.
+    """
+    beside = {}
+    for row in flash["rows"]:
+        for mode in ("forward", "both"):
+            if "flash" in row[mode]:
+                ratio = row[mode]["flash"] / row[mode]["triton"]
+                beside[row["dtype"], row["features"], tuple(row["shape"]), mode] = ratio
     classes: Dict[Tuple[bool, str, bool], List[Tuple[int, Tuple[str, ...]]]] = {}
     for row in report["rows"]:
         for grad, mode in ((False, "forward"), (True, "both")):
-            late, times = row["scores"] >= HIDDEN, dict(row[mode])
-            ranked = tuple(sorted(times, key=lambda name: (late and name == "sdpa", times[name])))
+            wall, gpu = row["wall " + mode], row["gpu " + mode]
+            cost = {name: wall[name] + gpu[name] for name in wall}
+            ratio = beside.get((row["dtype"], row["features"], tuple(row["shape"]), mode))
+            if ratio is not None:
+                cost.setdefault("flash", ratio * cost["triton"])
+            ranked = tuple(sorted(cost, key=cost.__getitem__))
             classes.setdefault((row["dtype"] == "float16", row["features"], grad), []).append((row["scores"], ranked))
     return {key: order.shorten(sorted(rows)) for key, rows in sorted(classes.items())}
 
 
-def source(report: Dict[str, Any]) -> str:
+def source(report: Dict[str, Any], flash: Dict[str, Any]) -> str:
     """The table as order.py has it."""
     lines = []
-    for key, rows in table(report).items():
+    for key, rows in table(report, flash).items():
         lines.append(f"        {key!r}: (".replace("'", '"'))
         for bound, names in rows:
             written = "UNBOUNDED" if bound == order.UNBOUNDED else repr(bound)
@@ -150,25 +187,29 @@ def source(report: Dict[str, Any]) -> str:
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=12)
     parser.add_argument("--table", help="print order.py's rows from this JSON")
+    parser.add_argument("--flash", help="with --table: the JSON of a run with FlashAttention-4 (order_flash_h200.json)")
     args = parser.parse_args(argv)
     if args.table:
-        with open(args.table) as file:
-            print(source(json.load(file)))
+        with open(args.table) as file, open(args.flash or args.table) as other:
+            print(source(json.load(file), json.load(other) if args.flash else {"rows": []}))
         return
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         pool.starmap(warm, [(place, args.jobs) for place in range(args.jobs)])
     import triton
 
-    report = dict(
+    report: Dict[str, Any] = dict(
         command="python benchmarks/order.py", device=torch.cuda.get_device_name(), torch=torch.__version__,
-        triton=triton.__version__, arch=torch.cuda.get_device_capability()[0], rows=measure(args.repeats),
+        triton=triton.__version__, arch=torch.cuda.get_device_capability()[0], rows=[],
     )  # fmt: skip
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump(report, file, indent=1)
+    for dtype in ("float16", "float32"):
+        for features in FEATURES:
+            report["rows"] += [measure_row(dtype, features, shape, args.repeats) for shape in SHAPES]
+            if args.out:
+                with open(args.out, "w") as file:
+                    json.dump(report, file, indent=1)
 
 
 if __name__ == "__main__":

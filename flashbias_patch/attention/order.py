@@ -18,7 +18,6 @@ UNBOUNDED = 1 << 62
 TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
     9: {  # NVIDIA H200
         (False, "", False): (
-            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "", True): (
@@ -26,7 +25,6 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "dropout", False): (
-            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "dropout", True): (
@@ -34,7 +32,6 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "dropout mask", False): (
-            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "dropout mask", True): (
@@ -49,25 +46,15 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "factors", False): (
-            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "factors", True): (
-            (12387627, ("sdpa", "triton")),
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (False, "mask", False): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (False, "mask", True): (
-            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "padding", False): (
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "padding", True): (
-            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "segments", False): (
@@ -78,6 +65,8 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
         ),
         (True, "", False): (
             (88299127, ("sdpa", "triton", "flash")),
+            (176598255, ("triton", "flash", "sdpa")),
+            (429446275, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "", True): (
@@ -87,64 +76,75 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (UNBOUNDED, ("flash", "triton", "sdpa")),
         ),
         (True, "dropout", False): (
-            (50730085, ("sdpa", "triton")),
+            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "dropout", True): (
+            (50730085, ("sdpa", "triton")),
+            (79118165, ("triton", "sdpa")),
             (88299127, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "dropout mask", False): (
-            (50730085, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "dropout mask", True): (
-            (88299127, ("sdpa", "triton")),
+            (50730085, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "dropout padding", False): (
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "dropout padding", True): (
-            (88299127, ("sdpa", "triton")),
+            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "factors", False): (
-            (79118165, ("triton", "sdpa", "flash")),
-            (88299127, ("sdpa", "triton", "flash")),
+            (88299127, ("triton", "sdpa", "flash")),
+            (176598255, ("triton", "flash", "sdpa")),
+            (429446275, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "factors", True): (
+            (12387627, ("sdpa", "triton", "flash")),
+            (79118165, ("triton", "sdpa", "flash")),
             (88299127, ("sdpa", "triton", "flash")),
+            (176598255, ("triton", "flash", "sdpa")),
+            (429446275, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "mask", False): (
-            (50730085, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "mask", True): (
             (50730085, ("sdpa", "triton")),
-            (79118165, ("triton", "sdpa")),
-            (88299127, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "padding", False): (
             (88299127, ("triton", "sdpa", "flash")),
+            (176598255, ("triton", "flash", "sdpa")),
+            (429446275, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "padding", True): (
             (12387627, ("sdpa", "triton", "flash")),
-            (50730085, ("triton", "sdpa", "flash")),
-            (79118165, ("sdpa", "triton", "flash")),
             (88299127, ("triton", "sdpa", "flash")),
+            (176598255, ("triton", "flash", "sdpa")),
+            (429446275, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "segments", False): (
+            (50730085, ("triton", "flash", "sdpa")),
             (88299127, ("triton", "sdpa", "flash")),
+            (176598255, ("triton", "flash", "sdpa")),
+            (429446275, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "segments", True): (
+            (79118165, ("triton", "flash", "sdpa")),
             (88299127, ("triton", "sdpa", "flash")),
+            (176598255, ("triton", "flash", "sdpa")),
+            (429446275, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
     },

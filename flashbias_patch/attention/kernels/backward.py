@@ -81,10 +81,11 @@ def rows_kernel(
         else:
             tl.store(ROWS + base * 2 + 2 * lanes, shifted)
             tl.store(ROWS + base * 2 + 2 * lanes + 1, delta)
-    if FOLDED and pid == 0:
-        END = ROWS + wide(SEGMENTS if SEGMENTS > 0 else 1) * heads * padded * COLUMNS
-        both = tl.arange(0, 2)[:, None]
-        tl.store(END + both * COLUMNS + columns, weights(columns, R + 3 * both).to(ROWS.dtype.element_ty))
+    if FOLDED:
+        if pid == 0:
+            END = ROWS + wide(SEGMENTS if SEGMENTS > 0 else 1) * heads * padded * COLUMNS
+            both = tl.arange(0, 2)[:, None]
+            tl.store(END + both * COLUMNS + columns, weights(columns, R + 3 * both).to(ROWS.dtype.element_ty))
 
 
 @triton.jit
