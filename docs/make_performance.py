@@ -119,11 +119,14 @@ def apart(run: Dict[str, Any], base: Dict[str, Any]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(run["losses"], base["losses"]))
 
 
-def parity_rows(runs: List[Dict[str, Any]]) -> List[List[str]]:
+def parity_rows(runs: List[Dict[str, Any]], half: bool = False) -> List[List[str]]:
+    """Of the runs with `FLASHBIAS_DTYPE=fp16` (half) or the others."""
     named = {(run.get("family"), run["name"]): run for run in runs}
     rows = []
     for run in runs:
         base = named.get((run.get("family"), counterpart(run["name"].replace(" again", "").replace(" cp", ""))))
+        if (run.get("dtype") == "fp16") != half:
+            continue
         if run.get("dropout") == 0.0 and "gradient_error" in run and base is not None and base is not run:
             rows.append([f"{run['family']} {run['size']}", words_of(run), f"{run['gradient_error']:.1e}",
                          f"{apart(run, base):.1e}", len(run["losses"])])
@@ -135,7 +138,14 @@ def parity() -> List[str]:
     return [
         "### Parity", "", "Without dropout, against an unpatched run from the same weights: the first step's gradient of the "
         "decoder, and the largest relative difference of the loss curves. `again` is the unpatched run repeated: the noise.",
-        "", *table(("detector", "run", "gradient", "losses", "steps"), rows), source("real_cmt_h200"), ""]
+        "", *table(("detector", "run", "gradient", "losses", "steps"), rows), source("real_cmt_h200"), "", *half_parity()]
+
+
+def half_parity() -> List[str]:
+    found = load("real_fp16_h200")
+    rows = parity_rows([run for run in (*found["runs"], *found["family"]) if "losses" in run], half=True)
+    return ["`FLASHBIAS_DTYPE=fp16` with gradients scaled on their way through (attention/narrow.py):", "",
+            *table(("detector", "run", "gradient", "losses", "steps"), rows), source("real_fp16_h200"), ""]
 
 
 def batches() -> List[str]:
@@ -205,10 +215,9 @@ def attention() -> List[str]:
     methods = ["picked", "picked, no bias", "triton", "triton segments", "triton factors", "sdpa flash", "sdpa cudnn",
                "sdpa cudnn concatenated", "sdpa efficient", "sdpa efficient concatenated", "sdpa efficient dense",
                "flash-attn 4", "flash-attn 4 concatenated", "FlashBias' kernel"]
-    shapes = load("attention_h200")["shapes"]
-    earlier = load("attention_earlier_h200")["shapes"]
-    # The later run's tile shapes for these were tried and not kept (docs/kernel-notes.md, "Tuning").
-    tried, old = ("triton", "triton segments"), ("cmt", "cmt camera", "cmt large", "mome")
+    runs = {name: load(name)["shapes"] for name in ("attention_h200", "attention_dim64_h200", "attention_earlier_h200")}
+    earlier = runs["attention_earlier_h200"]
+    shapes = {shape: next(run[shape] for run in runs.values() if shape in run) for shape in earlier}
 
     def cell(result: Any, kind: str = "") -> str:
         if not result or kind + "forward" not in result:
@@ -217,14 +226,13 @@ def attention() -> List[str]:
         return f"{result[kind + 'forward']:.3f} / {both:.3f}" if both else f"{result[kind + 'forward']:.3f} / -"
 
     def results(shape: str, method: str) -> Any:
-        entry = shapes[shape]
-        if entry["shape"][6] != "float32" and (method in tried and entry["shape"][4] == 32 or shape == "head dim 64"):
-            return earlier[shape]["results"].get(method) if shape in (*old, "head dim 64") else None
-        return entry["results"].get(method)
+        # The earlier run's tile shapes for these were tried and not kept (docs/kernel-notes.md, "Tuning").
+        tried = shapes[shape] is earlier[shape] and shapes[shape]["shape"][4] == 32 and method in ("triton", "triton segments")
+        return None if tried else shapes[shape]["results"].get(method)
 
     def words(shape: str) -> str:
         entry = shapes[shape]["shape"]
-        return f"{shape} {tuple(entry[:6])} {entry[6]}"
+        return f"{shape} {tuple(entry[:6])} {entry[6]}" + (", earlier" if shapes[shape] is earlier[shape] else "")
 
     rows = [[words(shape), *(cell(results(shape, method)) for method in methods)] for shape in shapes]
     walls = ["picked", "triton factors", "sdpa cudnn concatenated", "sdpa efficient concatenated",
@@ -247,8 +255,9 @@ def attention() -> List[str]:
             "Milliseconds on the GPU, forward / forward and backward. `concatenated`: the factors as columns of q and k. "
             "`dense`: the bias materialised. A dash: not measured or not possible.", "",
             *table(["shape (B, M, N, H, D, rank)", *methods], rows), source("attention_h200"), "",
-            "In half precision at head dim 32 `triton` and `triton segments`, and the row `head dim 64`, are of an earlier "
-            "run: the later one measured tile shapes there that were not kept. " + source("attention_earlier_h200"), "",
+            "`head dim 64`: of a run without FlashAttention-4. " + source("attention_dim64_h200"), "",
+            "`earlier`: of a run before the backward kernels subtracted by the matrix products (docs/kernel-notes.md). "
+            + source("attention_earlier_h200"), "",
             "One call after another, the host's work included, milliseconds:", "",
             *table(["shape (B, M, N, H, D, rank)", *walls], small),
             "Relative errors (L2) against float64. FlashAttention-4 with the factors as columns, 40 of them, gives a wrong "
@@ -268,7 +277,7 @@ def ab() -> List[str]:
         lines += [document["headline"]["sentence"], "",
                   *table(("", "A unpatched", "B patched", "B to A"), rows(document)), source(name), ""]
     return [*lines, "The second command trains with attention dropout 0.1: what B drops is drawn otherwise than what A "
-            "drops.", ""]
+            "drops. The run is of before `flashbias ab` added an A that draws otherwise too.", ""]
 
 
 def bias_memory() -> List[str]:
