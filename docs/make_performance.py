@@ -227,8 +227,9 @@ def attention() -> List[str]:
 
     def results(shape: str, method: str) -> Any:
         # The earlier run's tile shapes for these were tried and not kept (docs/kernel-notes.md, "Tuning").
-        tried = shapes[shape] is earlier[shape] and shapes[shape]["shape"][4] == 32 and method in ("triton", "triton segments")
-        return None if tried else shapes[shape]["results"].get(method)
+        entry, tried = shapes[shape], method in ("triton", "triton segments")
+        unkept = tried and entry is earlier[shape] and entry["shape"][4] == 32
+        return None if unkept else entry["results"].get(method)
 
     def words(shape: str) -> str:
         entry = shapes[shape]["shape"]

@@ -134,13 +134,14 @@ def variants(arch):
     """(name, kernel, constants, dtype, pointer types, tiles to try)"""
     for name, (dtype, changes, pointers) in VARIANTS.items():
         base = dict(PLAIN, **changes)
-        fold, eight = dict(FOLDED=folded(dtype, base)), dict(VECTOR=8)
+        fold = dict(FOLDED=folded(dtype, base))
+        base["VECTOR"] = 8
         rows = dict(pointers, ROWS=dtype if fold["FOLDED"] else "fp32")
-        grads = dict(KEYS, **fold, **eight, DENSE_GRAD=DENSE_GRAD.get(name, 0), SHARED_KF=name != "float32")
+        grads = dict(KEYS, **fold, DENSE_GRAD=DENSE_GRAD.get(name, 0), SHARED_KF=name != "float32")
         for kind, kernel, more in (
-            ("forward", forward.forward_kernel, dict(PARTIAL="split" in name, HAS_LOW=name in ("no bias", "everything"), **eight)),
+            ("forward", forward.forward_kernel, dict(PARTIAL="split" in name, HAS_LOW=name in ("no bias", "everything"))),
             ("keys", backward.keys_kernel, grads),
-            ("queries", backward.queries_kernel, dict(QUERIES, **fold, **eight, NEED_W=base["SEGMENTS"] > 0)),
+            ("queries", backward.queries_kernel, dict(QUERIES, **fold, NEED_W=base["SEGMENTS"] > 0)),
         ):
             yield name, kernel, dict(base, **more), dtype, rows, tiles(kind, arch, dtype, base)
     for exp in (1, 2):

@@ -89,7 +89,7 @@ def parts(tile, columns, first, values, HALF: tl.constexpr):
 
     float16: to 2^-34 of it or 2^-44, up to a million, where it stays. bfloat16: to 2^-25.
     """
-    limit: tl.constexpr = 65504.0 if HALF == tl.float16 else 1e30
+    limit: tl.constexpr = 1e30 if HALF == tl.bfloat16 else 65504.0  # noqa: SIM300  HALF is a type
     high = tl.minimum(tl.maximum(values * 0.0625, -limit), limit).to(HALF).to(tl.float32)
     rest = values - high * 16.0
     middle = tl.minimum(tl.maximum(rest * 256.0, -limit), limit).to(HALF).to(tl.float32)

@@ -5,7 +5,20 @@ Imports nothing but Triton. The additive terms and their layouts are described i
 import triton
 import triton.language as tl
 
-from .common import LOG2E, dot, dropout_shift, exp2, keep_tile, load_keys, load_row_values, load_tile, multiples, pair_offsets, weights, wide
+from .common import (
+    LOG2E,
+    dot,
+    dropout_shift,
+    exp2,
+    keep_tile,
+    load_keys,
+    load_row_values,
+    load_tile,
+    multiples,
+    pair_offsets,
+    weights,
+    wide,
+)
 
 
 @triton.jit
