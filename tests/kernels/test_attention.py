@@ -361,6 +361,20 @@ def test_scores_far_beyond_float16s_largest_number():
     assert not dq.any() and not dk.any()
 
 
+def test_a_small_scale_is_not_folded():
+    """Products of 3e6, of which lse would be too, before the scale of 1e-4."""
+    q, k = torch.full((1, 3, 1, 16), 430.0), 430.0 + torch.randn(1, 9, 1, 16)
+    leaves = [x.to(HALF).requires_grad_() for x in (q, k, torch.randn(1, 9, 1, 16))]
+    out = fused_attention(*leaves, scale=1e-4)
+    grad = 1000 * torch.randn_like(out)
+    found = torch.autograd.grad(out, leaves[1:], grad)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    weights = (torch.einsum("bmhd,bnhd->bhmn", *exact[:2]) * 1e-4).softmax(-1)
+    wanted = torch.autograd.grad(torch.einsum("bhmn,bnhd->bmhd", weights, exact[2]), exact[1:], grad.double())
+    for a, b in zip(found, wanted):
+        assert (a - b).norm() <= 2e-3 * b.norm()
+
+
 def test_small_gradients_survive_float16(small=1e-7):
     """Weights of 1/N times a small gradient are nothing in float16, which backward rounds them to: narrow.py scales."""
     generator = torch.Generator().manual_seed(0)
