@@ -1,0 +1,118 @@
+"""Every address that a kernel reads or writes lies inside a tensor that its launch was handed, as compute-sanitizer's
+memcheck would have it on a GPU: what Triton's interpreter touches is plain memory."""
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", minversion="3.0")
+from flashbias_patch.attention.kernels import launch_backward, operator, settled
+from flashbias_patch.attention.kernels.operator import fused_attention
+
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+# lengths, head dim, rank, dtype, which of segments, dense, mask, padding, added, dropout
+CASES = [
+    ((33, 70), 32, 8, HALF, ""),
+    ((64, 64), 16, 0, HALF, ""),
+    ((65, 40), 32, 10, BRAIN, "segments"),
+    ((20, 65), 40, 13, HALF, "segments dense mask padding dropout"),
+    ((21, 130), 64, 3, HALF, "segments added"),
+    ((17, 33), 32, 2, FULL, "added dropout"),
+    ((20, 61), 128, 33, HALF, "dense"),
+    ((19, 23), 32, 0, HALF, "mask"),
+    ((1, 300), 32, 8, HALF, "padding"),
+]
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """The number of addresses looked at so far, in a list; one outside what the running launch was handed fails."""
+    from triton.runtime import interpreter
+
+    builder = getattr(interpreter, "InterpreterBuilder", None)
+    if not all(hasattr(builder, f"create_{name}") for name in ("masked_load", "masked_store", "atomic_rmw")):
+        pytest.skip("this Triton's interpreter reads and writes elsewhere")
+    spans, seen = [], [0]
+    launch = settled.Launch.__call__
+
+    def handed(self, *tensors, stream=None):
+        spans[:] = sorted({span_of(tensor) for tensor in tensors})
+        launch(self, *tensors, stream=stream)
+        spans.clear()
+
+    def looked_at(method, pointers, mask):
+        original = getattr(builder, method)
+
+        def checked(self, *arguments):
+            where, visible = arguments[pointers].data, np.broadcast_to(arguments[mask].data, arguments[pointers].data.shape)
+            addresses = where[visible.astype(bool)].astype(np.int64)
+            if spans:
+                starts, ends = np.array(spans).T
+                place = np.searchsorted(starts, addresses, side="right") - 1
+                inside = (place >= 0) & (addresses < ends[place])
+                if not inside.all():
+                    raise IndexError(f"{method}: {(~inside).sum()} of {inside.size} addresses are outside every tensor")
+                seen[0] += addresses.size
+            return original(self, *arguments)
+
+        monkeypatch.setattr(builder, method, checked)
+
+    monkeypatch.setattr(settled.Launch, "__call__", handed)
+    looked_at("create_masked_load", 0, 1)
+    looked_at("create_masked_store", 0, 2)
+    looked_at("create_atomic_rmw", 1, 3)
+    return seen
+
+
+def span_of(tensor):
+    """First address and the one after the last."""
+    if not tensor.numel():
+        return tensor.data_ptr(), tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+@pytest.mark.parametrize("lengths, D, R, dtype, features", CASES)
+@pytest.mark.parametrize("separate", [True, False])
+def test_inside_the_tensors(monkeypatch, watched, separate, lengths, D, R, dtype, features):
+    def fail(call, grad, error):
+        raise error
+
+    monkeypatch.setattr(operator, "on_backward_failure", fail)
+    if not separate:  # gradients of shared factors added up by the kernels
+        monkeypatch.setattr(launch_backward, "SEPARATE", 0)
+    (M, N), B, H = lengths, 2, 2
+
+    def random(*size):
+        return torch.randn(*size).to(dtype).requires_grad_()
+
+    tensors = [random(B, M, H, D), random(B, N, H, D), random(B, N, H, D), None, None, None, None]
+    if R:
+        tensors[3:5] = [random(1, M, H, R), random(B, N, 1, R)]
+    if "segments" in features:
+        tensors[5] = random(B, M, 1, 3)
+    if "dense" in features:
+        tensors[6] = random(1, H, M, N)
+    mask = torch.rand(B, 1, M, N) < 0.3 if "mask" in features else None
+    padding = torch.arange(N)[None].expand(B, N) % 3 == 0 if "padding" in features else None
+    if "added" in features:
+        padding = torch.zeros(B, N)
+    split = [N // 3, N // 3, N - N // 3 * 2]
+    out = fused_attention(*tensors[:6], split, tensors[6], mask, padding, 0.1 if "dropout" in features else 0.0)
+    torch.autograd.grad(out, [t for t in tensors if t is not None], torch.randn_like(out))
+    assert watched[0] > 6 * B * H * M * D
+
+
+def test_what_lies_outside_is_found(watched, monkeypatch):
+    """The fixture itself: keys told to be longer than they are."""
+    from flashbias_patch.attention.kernels.problem import Problem
+
+    sizes = Problem.sizes.fget
+
+    def one_more(self):
+        B, M, N, H, D = sizes(self)
+        return B, M, N + 1, H, D
+
+    monkeypatch.setattr(Problem, "sizes", property(one_more))
+    q, k = torch.randn(1, 5, 1, 16), torch.randn(1, 7, 1, 16)
+    with pytest.raises(Exception, match="outside every tensor"):  # the interpreter wraps it
+        fused_attention(q, k, k)
