@@ -323,6 +323,7 @@ def test_folded_rows_are_those_not_folded(monkeypatch, rank, dtype):
     passed = launch.Passed(torch.ones(1, M, H, D).to(dtype), out, None, lse, None)
     folded = launch.Rows(case, passed)(case, passed)
     assert folded.dtype == dtype and folded.isfinite().all()
+    assert not case._replace(rank=11).folded  # its columns would leave room for five
     monkeypatch.setattr(problem_module.Problem, "folded", False)
     pairs = launch.Rows(case, passed)(case, passed)
     by = folded[-2:].double()
