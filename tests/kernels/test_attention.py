@@ -265,6 +265,9 @@ def test_rows_of_masks_begin_at_multiples_of_16_bytes(monkeypatch):
     assert problem_module.aligned_rows(dense).stride()[:2] == (0, 0)  # what is shared stays shared
     for tensor in (dense[..., :16].contiguous(), dense[:, :, :1], aligned):
         assert problem_module.aligned_rows(tensor) is tensor
+    q, k = torch.zeros(3, 9, 2, 16).to(HALF), torch.zeros(3, 21, 2, 16).to(HALF)
+    case = operator._problem(q, k, k, None, None, None, (), dense, mask, None, 0.0, 0.25)
+    assert case.mask.stride(2) == 32 and case.dense.stride(2) == 24
     apart = torch.zeros(1, 1, 4, 32, dtype=torch.uint8)[..., 1:]
     assert problem_module.aligned_rows(apart).data_ptr() % 16 == 0
     monkeypatch.setattr(problem_module, "COPIED", dense[0, 0].numel() * 2 - 1)

@@ -105,6 +105,12 @@ def test_backwards_kernels_side_by_side(monkeypatch, fails):
     assert notes == ["other waits for one", "queries on other", "keys on None", "one waits for other"]
 
 
+def test_the_queries_kernels_stream_goes_first(monkeypatch):
+    """torch counts priorities downwards, the usual stream's is 0."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority=0: priority)
+    assert launch._other_stream.__wrapped__(torch.device("cuda")) < 0
+
+
 def test_lengths_that_differ_every_time_do_not_pile_up():
     kept = settled.Kept(room=3)
     for key in range(10):
