@@ -1,6 +1,7 @@
 """Two processes (gloo): one batch without images, and the router is no unused parameter."""
 from __future__ import annotations
 
+import gc
 import os
 import socket
 
@@ -37,6 +38,8 @@ def train(rank, port, folder):
         monitor.update()
     monitor.close()
     torch.save({n: p.detach() for n, p in module.aqr.named_parameters()}, os.path.join(folder, f"{rank}.pt"))
+    del model, module, optimizer, monitor
+    gc.collect()  # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and it aborts
     dist.destroy_process_group()
 
 

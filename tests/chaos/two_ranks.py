@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import importlib
 import json
 import os
@@ -47,6 +48,8 @@ def rank_main(rank, port, backend, broken, results):
     losses, grads = train(module, on_step=faulty.on_step, wrap=DistributedDataParallel, with_cp=False, seed=rank,
                           device=f"cuda:{rank}" if backend == "nccl" else "cpu")
     results.put((rank, losses, {name: g.cpu().numpy() for name, g in grads.items()}, journal.fallbacks()))
+    del grads
+    gc.collect()  # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and it aborts
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,6 +1,7 @@
 """Training machinery around a patched layer with a learned bias."""
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import warnings
@@ -134,6 +135,8 @@ def ddp_worker(rank, port, folder):
             grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         if rank == 0:
             torch.save(grads, os.path.join(folder, f"{i}.pt"))
+    del model, ddp, out, grads
+    gc.collect()  # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and it aborts
     torch.distributed.destroy_process_group()
 
 

@@ -204,8 +204,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     frames = load_frames(args, rank)
     batch = to_device(make_batch(frames, **config["data"]), device)
     if args.steps:
-        wrapped = DistributedDataParallel(model) if world > 1 else model
-        train(args, config, wrapped, batch, device, rank)
+        # kept by nobody: DDP has to be gone before its process group
+        train(args, config, DistributedDataParallel(model) if world > 1 else model, batch, device, rank)
     if rank == 0 and args.save:
         torch.save({"state_dict": model.state_dict(), "step": args.steps}, args.save)
     if rank == 0 and args.eval:
