@@ -30,6 +30,7 @@ $(VENV)/ready: setup.py
 	touch $@
 
 demo: $(VENV)/ready
+	$(if $(filter runs/demo,$(DEMO)),rm -rf runs/demo)
 	$(BIN)/flashbias ab --repeats 1 --steps 40 --warmup 8 --out $(DEMO) -- \
 		$(BIN)/python examples/mini_cmt/tools/train.py --steps 40 --dropout 0 --no-cp $(if $(FRAME),--frame $(FRAME))
 	@echo "report: $(DEMO)/report.html"
