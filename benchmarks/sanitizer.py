@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # so that a tensor's end is an allocation's end
+if __name__ == "__main__":
+    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # so that a tensor's end is an allocation's end
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
 import torch
@@ -27,12 +28,13 @@ CASES = [
 ]
 
 
-def run(lengths: tuple, D: int, R: int, dtype: str, features: str) -> None:
+def run(lengths: tuple, D: int, R: int, dtype: str, features: str, device: str = "cuda") -> None:
+    """One case; tests/kernels/test_bounds.py runs its own on the CPU."""
     (M, N), B, H = lengths, 2, 2
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device="cuda", generator=generator).to(getattr(torch, dtype)).requires_grad_()
+        return torch.randn(*size, device=device, generator=generator).to(getattr(torch, dtype)).requires_grad_()
 
     tensors = [random(B, M, H, D), random(B, N, H, D), random(B, N, H, D), None, None, None, None]
     if R:
@@ -41,17 +43,16 @@ def run(lengths: tuple, D: int, R: int, dtype: str, features: str) -> None:
         tensors[5] = random(B, M, 1, 3)
     if "dense" in features:
         tensors[6] = random(1, H, M, N)
-    mask = torch.rand(B, 1, M, N, device="cuda", generator=generator) < 0.3 if "mask" in features else None
+    mask = torch.rand(B, 1, M, N, device=device, generator=generator) < 0.3 if "mask" in features else None
     padding = None
     if "padding" in features:
-        padding = torch.arange(N, device="cuda")[None].expand(B, N) % 3 == 0
+        padding = torch.arange(N, device=device)[None].expand(B, N) % 3 == 0
     elif "added" in features:
-        padding = torch.zeros(B, N, device="cuda")
+        padding = torch.zeros(B, N, device=device)
     p = 0.1 if "dropout" in features else 0.0
     split = [N // 3, N // 3, N - N // 3 * 2]
     out = fused_attention(*tensors[:6], split, tensors[6], mask, padding, p)
     torch.autograd.grad(out, [t for t in tensors if t is not None], torch.randn_like(out))
-    torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -62,6 +63,7 @@ def main() -> None:
     for place, case in enumerate(CASES):
         launch_backward.SEPARATE = (1 << 20) * (place % 2)  # gradients of shared factors both ways
         run(*case)
+        torch.cuda.synchronize()
         print("ran", *case, flush=True)
     print("multiprocessors", problem.arch_of(torch.empty(0, device="cuda"))[1])
 

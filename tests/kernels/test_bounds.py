@@ -1,5 +1,9 @@
 """Every address that a kernel reads or writes lies inside a tensor that its launch was handed, as compute-sanitizer's
 memcheck would have it on a GPU: what Triton's interpreter touches is plain memory."""
+import functools
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +12,8 @@ pytest.importorskip("triton", minversion="3.0")
 from flashbias_patch.attention.kernels import launch_backward, operator, settled
 from flashbias_patch.attention.kernels.operator import fused_attention
 
-HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+HALF, BRAIN, FULL = "float16", "bfloat16", "float32"
+SANITIZER = Path(__file__).resolve().parents[2] / "benchmarks" / "sanitizer.py"
 # lengths, head dim, rank, dtype, which of segments, dense, mask, padding, added, dropout
 CASES = [
     ((33, 70), 32, 8, HALF, ""),
@@ -71,6 +76,15 @@ def span_of(tensor):
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
+@functools.lru_cache(maxsize=None)
+def sanitizer():
+    """benchmarks/sanitizer.py, which makes the tensors of a case."""
+    spec = importlib.util.spec_from_file_location("benchmarks_sanitizer", SANITIZER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("lengths, D, R, dtype, features", CASES)
 @pytest.mark.parametrize("separate", [True, False])
 def test_inside_the_tensors(monkeypatch, watched, separate, lengths, D, R, dtype, features):
@@ -80,26 +94,8 @@ def test_inside_the_tensors(monkeypatch, watched, separate, lengths, D, R, dtype
     monkeypatch.setattr(operator, "on_backward_failure", fail)
     if not separate:  # gradients of shared factors added up by the kernels
         monkeypatch.setattr(launch_backward, "SEPARATE", 0)
-    (M, N), B, H = lengths, 2, 2
-
-    def random(*size):
-        return torch.randn(*size).to(dtype).requires_grad_()
-
-    tensors = [random(B, M, H, D), random(B, N, H, D), random(B, N, H, D), None, None, None, None]
-    if R:
-        tensors[3:5] = [random(1, M, H, R), random(B, N, 1, R)]
-    if "segments" in features:
-        tensors[5] = random(B, M, 1, 3)
-    if "dense" in features:
-        tensors[6] = random(1, H, M, N)
-    mask = torch.rand(B, 1, M, N) < 0.3 if "mask" in features else None
-    padding = torch.arange(N)[None].expand(B, N) % 3 == 0 if "padding" in features else None
-    if "added" in features:
-        padding = torch.zeros(B, N)
-    split = [N // 3, N // 3, N - N // 3 * 2]
-    out = fused_attention(*tensors[:6], split, tensors[6], mask, padding, 0.1 if "dropout" in features else 0.0)
-    torch.autograd.grad(out, [t for t in tensors if t is not None], torch.randn_like(out))
-    assert watched[0] > 6 * B * H * M * D
+    sanitizer().run(lengths, D, R, dtype, features, device="cpu")
+    assert watched[0] > 6 * 2 * 2 * lengths[0] * D  # batch 2, 2 heads
 
 
 def test_what_lies_outside_is_found(watched, monkeypatch):
