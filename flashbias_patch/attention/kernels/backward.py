@@ -45,7 +45,7 @@ def rows_kernel(
 
     ROWS (SEGMENTS or 1, B * H, padded, 2): both of a row in one place, since a vector of fewer values than threads is
     loaded by every thread anew. FOLDED: (SEGMENTS or 1, B * H, padded, COLUMNS), each row its R columns of q_factor, then
-    -lse * unit and -delta in three parts each, and at the end two rows more, what these parts are multiplied by.
+    -lse * unit and -delta in three parts each; before all of them two rows, what these parts are multiplied by.
     Rows from M on get lse +inf and delta 0, which makes their p zero.
     """
     blocks_m = padded // BLOCK_M
@@ -64,6 +64,10 @@ def rows_kernel(
     lanes = tl.arange(0, BLOCK_M)
     if FOLDED:
         columns = tl.arange(0, COLUMNS)[None, :]
+        if pid == 0:
+            both = tl.arange(0, 2)[:, None]
+            tl.store(ROWS + both * COLUMNS + columns, weights(columns, R + 3 * both).to(ROWS.dtype.element_ty))
+        ROWS += 2 * COLUMNS
         tile = tl.zeros([BLOCK_M, COLUMNS], dtype=tl.float32)
         if R > 0:
             QF += wide(b) * qf_b + wide(h) * qf_h
@@ -81,21 +85,16 @@ def rows_kernel(
         else:
             tl.store(ROWS + base * 2 + 2 * lanes, shifted)
             tl.store(ROWS + base * 2 + 2 * lanes + 1, delta)
-    if FOLDED:  # noqa: SIM102  Triton 3.0 looks into a condition's body unless the condition is a constant
-        if pid == 0:
-            END = ROWS + wide(SEGMENTS if SEGMENTS > 0 else 1) * heads * padded * COLUMNS
-            both = tl.arange(0, 2)[:, None]
-            tl.store(END + both * COLUMNS + columns, weights(columns, R + 3 * both).to(ROWS.dtype.element_ty))
 
 
 @triton.jit
-def _weight_tile(ROWS, which, total, ROW_COUNT: tl.constexpr):
-    """(ROW_COUNT, COLUMNS), each row the weights of lse (`which` 0) or delta (1), behind `total` rows of ROWS.
+def _weight_tile(ROWS, which, ROW_COUNT: tl.constexpr):
+    """(ROW_COUNT, COLUMNS), each row the weights of lse (`which` 0) or delta (1), with which ROWS begins.
 
     Loaded, since an operand that is computed is held in registers, where it makes the tensor cores' products wait.
     """
     columns = tl.arange(0, COLUMNS)[None, :]
-    return tl.load(ROWS + (wide(total) + which) * COLUMNS + tl.arange(0, ROW_COUNT)[:, None] * 0 + columns)
+    return tl.load(ROWS + which * COLUMNS + tl.arange(0, ROW_COUNT)[:, None] * 0 + columns)
 
 
 @triton.jit
@@ -174,10 +173,10 @@ def keys_kernel(
         dkf = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
     row_values: tl.constexpr = COLUMNS if FOLDED else 2
     if FOLDED:
-        total = wide(SEGMENTS if SEGMENTS > 0 else 1) * heads * padded
-        of_delta = _weight_tile(ROWS, 1, total, BLOCK_N)
+        of_delta = _weight_tile(ROWS, 1, BLOCK_N)
         if BLOCK_R == 0:
-            kf = _weight_tile(ROWS, 0, total, BLOCK_N)  # as prepare_kernel has put them into k_factor
+            kf = _weight_tile(ROWS, 0, BLOCK_N)  # as prepare_kernel has put them into k_factor
+        ROWS += 2 * COLUMNS
     row_lo = split * split_rows
     row_hi = tl.minimum(row_lo + split_rows, M)
     if PAD_KIND > 0:
@@ -340,7 +339,7 @@ def queries_kernel(
     Q, K, V, QF, KF, W, ENDS, DENSE, MASK, PAD, BLOCKS, ORDER, COUNTS, SEED, DO, LSE, ROWS, DQ, DQF, DW,
     q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h, w_b, w_m, w_h,
     dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, do_b, do_m, do_h, dq_s, dqf_s, dw_s,
-    heads, H, M, N, splits, split_keys, num_blocks, padded, score_scale, dq_scale, dropout_p, keep_scale,
+    H, M, N, splits, split_keys, num_blocks, padded, score_scale, dq_scale, dropout_p, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
     NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr, FOLDED: tl.constexpr, VECTOR: tl.constexpr,
@@ -363,8 +362,9 @@ def queries_kernel(
     do = load_tile(DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
     lse = load_row_values(LSE + wide(bh) * M, 1, first_row, M, BLOCK_M, float("inf"))
     if FOLDED:
+        of_delta = _weight_tile(ROWS, 1, BLOCK_N)
+        ROWS += 2 * COLUMNS
         delta = load_tile(ROWS + wide(bh) * padded * COLUMNS, COLUMNS, first_row, M, BLOCK_M, COLUMNS, COLUMNS, True)
-        of_delta = _weight_tile(ROWS, 1, wide(SEGMENTS if SEGMENTS > 0 else 1) * heads * padded, BLOCK_N)
     else:
         delta = load_row_values(ROWS + wide(bh) * padded * 2 + 1, 2, first_row, M, BLOCK_M, 0.0)
         of_delta = delta

@@ -72,7 +72,7 @@ class Rows:
         weights, segments, q_factor = problem.weights, problem.segments, problem.q_factor
         self.padded, block = cdiv(M, 256) * 256, 64
         rows = max(1, segments) * B * H * self.padded
-        self.shape = (rows + 2, pb.COLUMNS) if problem.folded else (rows, 2)
+        self.shape = (2 + rows, pb.COLUMNS) if problem.folded else (rows, 2)
         self.dtype = problem.q.dtype if problem.folded else torch.float32
         nothing = (0, 0, 0)
         self.launch = Launch(
@@ -202,7 +202,7 @@ class ByQueries(Step):
             (
                 *problem.strides(), *strides(passed.grad_out), part * D if needs.q else 0,
                 part * rank if needs.q_factor else 0, part * problem.segments if needs.weights else 0,
-                B * H, H, M, N, splits, split_keys, self.keys.count, padded, problem.score_scale, problem.scale,
+                H, M, N, splits, split_keys, self.keys.count, padded, problem.score_scale, problem.scale,
                 problem.dropout_p, keep_scale(problem.dropout_p),
             ),
             dict(R=rank, NEED_Q=needs.q, NEED_QF=needs.q_factor, NEED_W=needs.weights, FOLDED=problem.folded,
