@@ -23,6 +23,7 @@ CASES = [
     ((131, 777), 32, 0, "float16", "padding dropout"),
     ((65, 130), 40, 13, "bfloat16", "segments dense mask padding dropout"),
     ((33, 2100), 64, 3, "float16", "segments"),
+    ((67, 150), 40, 0, "bfloat16", "segments dense mask padding"),
     ((70, 90), 32, 2, "float32", "added dropout"),
     ((40, 61), 128, 33, "float16", "dense"),
 ]
