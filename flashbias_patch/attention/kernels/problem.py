@@ -203,17 +203,18 @@ def as_bytes(tensor: Optional[Tensor]) -> Optional[Tensor]:
 
 
 def aligned_rows(tensor: Tensor) -> Tensor:
-    """`tensor` (B|1, H|1, M|1, N) with rows that begin at multiples of 16 bytes, copied where that is little to copy.
+    """`tensor` (B|1, H|1, M|1, N) with rows that begin at multiples of 16 elements, copied where that is little to copy.
 
-    A row of 900 or 1490 booleans is read byte by byte otherwise, which took longer than all the rest of a call.
+    Of strides Triton asks nothing but whether they are multiples of 16. Where they are not it reads a row element by
+    element, which took longer than all the rest of a call.
     """
     size = tensor.element_size()
-    aligned = tensor.shape[2] == 1 or tensor.stride(2) * size % 16 == 0 and tensor.data_ptr() % 16 == 0
+    aligned = tensor.shape[2] == 1 or tensor.stride(2) % 16 == 0 and tensor.data_ptr() % 16 == 0
     distinct = [1 if stride == 0 else length for length, stride in zip(tensor.shape, tensor.stride())]
     if aligned or math.prod(distinct) * size > COPIED:
         return tensor
     rows, length = distinct[:3], tensor.shape[3]
-    copy = tensor.new_empty(*rows, cdiv(length * size, 16) * 16 // size)[..., :length]
+    copy = tensor.new_empty(*rows, cdiv(length, 16) * 16)[..., :length]
     return copy.copy_(tensor[tuple(map(slice, rows))]).expand(tensor.shape)
 
 
