@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import journal, settings
-from . import faults, guard, order, random_state, selfcheck
+from . import ending, faults, guard, order, random_state, selfcheck
 from .call_class import Key, describe, key_of
 from .inputs import AttentionInputs
 
@@ -203,6 +203,8 @@ def _earns_trust(
     candidate: Any, name: str, inputs: AttentionInputs, key: Key, verdicts: Dict[str, str]
 ) -> bool:
     """Self-check a backend before its first answer to a class; under FLASHBIAS_STRICT a failed one raises."""
+    if inputs.q.is_cuda:
+        ending.wait_for_autograd()
     if name == LAST_RESORT:
         verdicts[name] = TRUSTED
         return True

@@ -1,0 +1,32 @@
+"""What a process waits for before it ends; benchmarks/exits.py sees that it helps, which takes a GPU."""
+from types import SimpleNamespace
+
+import pytest
+
+from flashbias_patch.attention import dispatch, ending
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    found = []
+    monkeypatch.setattr(ending.atexit, "register", found.append)
+    ending.wait_for_autograd.cache_clear()
+    yield found
+    ending.wait_for_autograd.cache_clear()
+
+
+def test_the_first_call_on_a_gpu_and_no_other_has_the_process_wait(registered):
+    for cuda, count in ((False, 0), (True, 1), (True, 1)):
+        inputs = SimpleNamespace(q=SimpleNamespace(is_cuda=cuda))
+        assert dispatch._earns_trust(None, dispatch.LAST_RESORT, inputs, None, {})
+        assert len(registered) == count
+
+
+def test_it_waits_where_cuda_was_used(registered, monkeypatch):
+    slept = []
+    monkeypatch.setattr(ending.time, "sleep", slept.append)
+    ending.wait_for_autograd()
+    for used in (False, True):
+        monkeypatch.setattr(ending.torch.cuda, "is_initialized", lambda used=used: used)
+        registered[0]()
+    assert slept == [ending.PATIENCE]
