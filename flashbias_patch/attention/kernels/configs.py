@@ -51,13 +51,13 @@ TABLE: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ],
     ("keys", 90, True): [
         (32, 0, Config(64, 64, 4, 3, registers=144)),
-        (32, 16, Config(64, 64, 4, 3)),
+        (32, 16, Config(64, 64, 4, 4)),
         (32, 64, Config(128, 64, 4, 3)),
         (64, 64, Config(64, 64, 4, 3)),
         (128, 64, Config(64, 64, 4, 2)),
     ],
     ("queries", 90, True): [
-        (32, 16, Config(64, 64, 4, 4, registers=120)),
+        (32, 16, Config(64, 64, 4, 3, registers=120)),
         (128, 64, Config(64, 64, 4, 3)),
     ],
     # Eight warps and tf32x3 end in an illegal access on Triton 3.6: four only.
@@ -87,8 +87,14 @@ TABLE: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
 # The same where there is a mask, a dense bias, padding or dropout, before TABLE.
 BUSY: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("forward", 90, True): [(32, 16, Config(64, 128, 4, 3, registers=168))],
-    ("keys", 90, True): [(32, 16, Config(64, 64, 4, 3, registers=168))],
-    ("queries", 90, True): [(32, 16, Config(64, 64, 4, 3, registers=168))],
+    ("keys", 90, True): [
+        (32, 0, Config(32, 64, 4, 4, registers=112)),
+        (32, 16, Config(64, 64, 4, 3, registers=168)),
+    ],
+    ("queries", 90, True): [
+        (32, 0, Config(64, 64, 4, 3, registers=120)),
+        (32, 16, Config(64, 64, 4, 3, registers=168)),
+    ],
     ("queries", 90, False): [(32, 0, Config(64, 32, 4, 1))],
 }
 # What remains when nothing else fits into a GPU's shared memory or registers.
