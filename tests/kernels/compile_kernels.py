@@ -71,7 +71,7 @@ def build(kernel, constants, dtype, arch, pointers, config):
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[key] = "fp32" if name in FLOATS or "mult" in name else "i32"
-            if name[-2:] in ("_b", "_m", "_n", "_h", "_s"):
+            if name[-2:] in ("_b", "_m", "_n", "_h", "_s") or name in ("split_keys", "split_rows"):
                 attributes[(place,)] = [["tt.divisibility", 16]]
     if OLD:
         source = ASTSource(
@@ -102,6 +102,9 @@ VARIANTS = {
         dict(PAD="u8"),
     ),
     "added padding": ("bf16", dict(PAD_KIND=2, D=128, BLOCK_D=128, BLOCK_R=64), dict(PAD="fp32")),
+    "mask": ("fp16", dict(HAS_MASK=True), {}),
+    # What is 1 is compiled in: ptxas of Triton 3.6 crashed on such a kernel that read the bias element by element.
+    "one key": ("fp16", dict(BLOCK_R=0, HAS_DENSE=True, N=1, splits=1, num_blocks=1), dict(DENSE="fp16")),
     "float32": ("fp32", dict(HAS_DENSE=True, DROPOUT=True), {}),
 }
 DENSE_GRAD = {"dense": 1, "everything": 2, "float32": 3}

@@ -24,10 +24,10 @@ from .common import (
     keep_tile,
     keep_tile_by_key,
     load_keys,
+    load_pairs,
     load_row_values,
     load_tile,
     multiples,
-    pair_offsets,
     parts,
     weights,
     wide,
@@ -118,6 +118,24 @@ def _store_tile(BASE, stride, start, end, tile, ROWS: tl.constexpr, COLS: tl.con
 
 
 @triton.jit
+def _store_pairs(
+    BASE, stride, first_row, row_end, first_key, key_end, tile,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, ADD: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """What load_pairs would load, written (ADD: added to)."""
+    rows = tl.arange(0, ROWS)
+    keys = tl.arange(0, KEYS)
+    pointers = BASE + wide(first_row) * stride + first_key + rows[:, None] * stride + keys[None, :]
+    inside = (first_row + rows < row_end)[:, None]
+    if EDGE:
+        inside = inside & (first_key + keys < key_end)[None, :]
+    if ADD:
+        tl.atomic_add(pointers, tile, mask=inside, sem="relaxed")
+    else:
+        tl.store(pointers, tile.to(BASE.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def keys_kernel(
     Q, K, V, QF, KF, DENSE, MASK, PAD, BLOCKS, SEED, DO, ROWS, DK, DV, DKF, DDENSE,
     q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h,
@@ -153,6 +171,7 @@ def keys_kernel(
         segment = tl.load(BLOCKS + 4 * block + 2)
     lanes = tl.arange(0, BLOCK_N)
     inside = start + lanes < end
+    whole = start + BLOCK_N <= end
     # Beyond the end the last key is repeated: its scores are finite, so p needs no mask in the loop, and what these
     # rows of dk and dv collect is not stored.
     keys = tl.minimum(start + lanes, end - 1)
@@ -219,7 +238,6 @@ def keys_kernel(
         if FOLDED:
             dp = dot(of_delta, tl.trans(qf), dp)
         dp = dot(v, tl.trans(do), dp)
-        rows = first_row + tl.arange(0, BLOCK_M)
         if FOLDED:
             x = s * score_scale
         else:
@@ -227,14 +245,20 @@ def keys_kernel(
             lse, delta = tl.split(tl.reshape(lse_delta, [BLOCK_M, 2]))
             x = s * score_scale - lse[None, :]
         if HAS_DENSE:
-            offsets = pair_offsets(rows[None, :], keys[:, None], dense_m, first_row)
-            x += tl.load(DENSE + offsets, mask=(rows < row_hi)[None, :], other=0.0).to(tl.float32) * LOG2E
+            if whole:
+                tile = load_pairs(DENSE, dense_m, first_row, row_hi, start, end, 0.0, BLOCK_M, BLOCK_N, False)
+            else:
+                tile = load_pairs(DENSE, dense_m, first_row, row_hi, start, end, 0.0, BLOCK_M, BLOCK_N, True)
+            x += tl.trans(tile.to(tl.float32) * LOG2E)
         if PAD_KIND == 2:
             x += pad[:, None]
         p = exp2(x, EXP)
         if HAS_MASK:
-            offsets = pair_offsets(rows[None, :], keys[:, None], mask_m, first_row)
-            p = tl.where(tl.load(MASK + offsets, mask=(rows < row_hi)[None, :], other=1) == 0, p, 0.0)
+            if whole:
+                hidden = load_pairs(MASK, mask_m, first_row, row_hi, start, end, 1, BLOCK_M, BLOCK_N, False)
+            else:
+                hidden = load_pairs(MASK, mask_m, first_row, row_hi, start, end, 1, BLOCK_M, BLOCK_N, True)
+            p = tl.where(tl.trans(hidden) == 0, p, 0.0)
         if PAD_KIND == 1:
             p = tl.where(visible[:, None], p, 0.0)
         dropped = p
@@ -256,12 +280,11 @@ def keys_kernel(
         if DENSE_GRAD == 3:
             column_sum += tl.sum(ds, 1)
         elif DENSE_GRAD > 0:
-            offsets = pair_offsets(rows[None, :], keys[:, None], dd_m, first_row)
-            both = (rows < row_hi)[None, :] & inside[:, None]
-            if DENSE_GRAD == 1:
-                tl.store(DDENSE + offsets, ds.to(DDENSE.dtype.element_ty), mask=both)
+            tile = tl.trans(ds)
+            if whole:
+                _store_pairs(DDENSE, dd_m, first_row, row_hi, start, end, tile, BLOCK_M, BLOCK_N, DENSE_GRAD == 2, False)
             else:
-                tl.atomic_add(DDENSE + offsets, ds, mask=both, sem="relaxed")
+                _store_pairs(DDENSE, dd_m, first_row, row_hi, start, end, tile, BLOCK_M, BLOCK_N, DENSE_GRAD == 2, True)
 
     if NEED_KV:
         if DROPOUT:
@@ -300,19 +323,15 @@ def _queries_step(
     dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
     if FOLDED:
         dp = dot(delta, tl.trans(of_delta), dp)
-    rows = first_row + tl.arange(0, BLOCK_M)
     keys = start + tl.arange(0, BLOCK_N)
-    both = (rows < M)[:, None] & (keys < end)[None, :]
     x = s * score_scale - lse[:, None]
     if HAS_DENSE:
-        offsets = pair_offsets(rows[:, None], keys[None, :], dense_m, first_row)
-        x += tl.load(DENSE + offsets, mask=both, other=0.0).to(tl.float32) * LOG2E
+        x += load_pairs(DENSE, dense_m, first_row, M, start, end, 0.0, BLOCK_M, BLOCK_N, EDGE).to(tl.float32) * LOG2E
     if PAD_KIND == 2:
         x += (load_keys(PAD, keys, end, float("-inf"), EDGE).to(tl.float32) * LOG2E)[None, :]
     p = exp2(x, EXP)
     if HAS_MASK:
-        offsets = pair_offsets(rows[:, None], keys[None, :], mask_m, first_row)
-        p = tl.where(tl.load(MASK + offsets, mask=both, other=1) == 0, p, 0.0)
+        p = tl.where(load_pairs(MASK, mask_m, first_row, M, start, end, 1, BLOCK_M, BLOCK_N, EDGE) == 0, p, 0.0)
     if PAD_KIND == 1:
         p = tl.where((load_keys(PAD, keys, end, 1, EDGE) == 0)[None, :], p, 0.0)
     elif EDGE and PAD_KIND == 0:

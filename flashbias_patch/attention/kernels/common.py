@@ -149,9 +149,21 @@ def load_keys(base, keys, end, OTHER: tl.constexpr, EDGE: tl.constexpr):
 
 
 @triton.jit
-def pair_offsets(row_index, key_index, row_stride, first_row):
-    """Offsets of a tile of a (queries, keys) matrix, `row_index` and `key_index` shaped to broadcast."""
-    return wide(first_row) * row_stride + (row_index - first_row) * row_stride + key_index
+def load_pairs(
+    base, stride, first_row, row_end, first_key, key_end, OTHER: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """A tile (queries, keys) of a mask or dense bias, OTHER from row_end and (if EDGE) from key_end.
+
+    Whole tiles ask nothing about their keys: where neighbours may differ, a row is read element by element.
+    """
+    rows = tl.arange(0, ROWS)
+    keys = tl.arange(0, KEYS)
+    pointers = base + wide(first_row) * stride + first_key + rows[:, None] * stride + keys[None, :]
+    inside = (first_row + rows < row_end)[:, None]
+    if EDGE:
+        inside = inside & (first_key + keys < key_end)[None, :]
+    return tl.load(pointers, mask=inside, other=OTHER)
 
 
 @triton.jit

@@ -12,10 +12,10 @@ from .common import (
     exp2,
     keep_tile,
     load_keys,
+    load_pairs,
     load_row_values,
     load_tile,
     multiples,
-    pair_offsets,
     weights,
     wide,
 )
@@ -38,22 +38,18 @@ def _step(
     if BLOCK_R > 0:
         kf = load_tile(KF, kf_n, start, end, BLOCK_N, BLOCK_R, BLOCK_R, EDGE)
         s = dot(qf, tl.trans(kf), s)
-    rows = first_row + tl.arange(0, BLOCK_M)
     keys = start + tl.arange(0, BLOCK_N)
     CAN_EMPTY: tl.constexpr = (HAS_DENSE or HAS_MASK) or PAD_KIND > 0
     ADDS: tl.constexpr = HAS_DENSE or PAD_KIND == 2
     if ADDS:
         s = s * score_scale
     if HAS_DENSE:
-        offsets = pair_offsets(rows[:, None], keys[None, :], dense_m, first_row)
-        inside = (rows < M)[:, None] & (keys < end)[None, :]
-        s += tl.load(DENSE + offsets, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        s += load_pairs(DENSE, dense_m, first_row, M, start, end, 0.0, BLOCK_M, BLOCK_N, EDGE).to(tl.float32) * LOG2E
     if PAD_KIND == 2:
         s += (load_keys(PAD, keys, end, float("-inf"), EDGE).to(tl.float32) * LOG2E)[None, :]
     if HAS_MASK:
-        offsets = pair_offsets(rows[:, None], keys[None, :], mask_m, first_row)
-        inside = (rows < M)[:, None] & (keys < end)[None, :]
-        s = tl.where(tl.load(MASK + offsets, mask=inside, other=1) == 0, s, float("-inf"))
+        hidden = load_pairs(MASK, mask_m, first_row, M, start, end, 1, BLOCK_M, BLOCK_N, EDGE) != 0
+        s = tl.where(hidden, float("-inf"), s)
     if PAD_KIND == 1:
         s = tl.where((load_keys(PAD, keys, end, 1, EDGE) == 0)[None, :], s, float("-inf"))
     elif EDGE and PAD_KIND == 0:
