@@ -1,8 +1,10 @@
 r"""Which backend is fastest for which class and size of call on this GPU: what attention/order.py ships.
 
     python benchmarks/order.py --out benchmarks/results/order_h200.json
-    python benchmarks/order.py --table benchmarks/results/order_h200.json \
-        --flash benchmarks/results/order_flash_h200.json      # TABLE of order.py, no GPU needed
+    python benchmarks/order.py --features mask --out benchmarks/results/order_masks_h200.json
+    python benchmarks/order.py --table benchmarks/results/order_h200.json benchmarks/results/order_masks_h200.json
+
+The last prints TABLE of order.py, which takes no GPU; of rows that several runs have, the last run's count.
 
 Backends are called as the dispatcher calls them, all in one run, interleaved: LAYERS calls on operands of their own, then one
 backward pass through all of them, as a decoder's. `wall` is the host's clock, `gpu` the GPU's, queued behind a pause; both a
@@ -11,9 +13,11 @@ call. Which of the two a step pays depends on what else is in it, so backends ar
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 from typing import Any, Dict, List, Optional, Tuple
@@ -83,9 +87,9 @@ def backends() -> Dict[str, Any]:
     return {name: dispatch.backend(name) for name in BACKENDS}
 
 
-def warm(place: int, parts: int) -> None:
+def warm(features_of: List[str], place: int, parts: int) -> None:
     """Compile every parts-th class, so that timing finds Triton's cache filled."""
-    cells = [(features, dtype) for features in FEATURES for dtype in ("float16", "float32")]
+    cells = [(features, dtype) for features in features_of for dtype in ("float16", "float32")]
     for features, dtype in cells[place::parts]:
         for shape in SHAPES:
             try:
@@ -147,35 +151,25 @@ def measure_row(dtype: str, features: str, shape: Tuple[int, int, int], repeats:
     return row
 
 
-def table(report: Dict[str, Any], flash: Dict[str, Any]) -> Dict[Tuple[bool, str, bool], order.Rows]:
-    """order.py's rows: by class of call, the sizes measured and the backends from the fastest on.
-
-    `flash`: a run with FlashAttention-4 installed, an earlier one of lone calls. Where `report` has no `flash`, it gets
-    the place that its time beside triton's there gives it.
-    """
-    beside = {}
-    for row in flash["rows"]:
-        for mode in ("forward", "both"):
-            if "flash" in row[mode]:
-                ratio = row[mode]["flash"] / row[mode]["triton"]
-                beside[row["dtype"], row["features"], tuple(row["shape"]), mode] = ratio
+def table(*reports: Dict[str, Any]) -> Dict[Tuple[bool, str, bool], order.Rows]:
+    """order.py's rows: by class of call, the sizes measured and the backends from the fastest on."""
+    latest = {}
+    for report in reports:
+        latest.update({(row["dtype"], row["features"], tuple(row["shape"])): row for row in report["rows"]})
     classes: Dict[Tuple[bool, str, bool], List[Tuple[int, Tuple[str, ...]]]] = {}
-    for row in report["rows"]:
+    for row in latest.values():
         for grad, mode in ((False, "forward"), (True, "both")):
             wall, gpu = row["wall " + mode], row["gpu " + mode]
             cost = {name: wall[name] + gpu[name] for name in wall}
-            ratio = beside.get((row["dtype"], row["features"], tuple(row["shape"]), mode))
-            if ratio is not None:
-                cost.setdefault("flash", ratio * cost["triton"])
             ranked = tuple(sorted(cost, key=cost.__getitem__))
             classes.setdefault((row["dtype"] == "float16", row["features"], grad), []).append((row["scores"], ranked))
     return {key: order.shorten(sorted(rows)) for key, rows in sorted(classes.items())}
 
 
-def source(report: Dict[str, Any], flash: Dict[str, Any]) -> str:
+def source(*reports: Dict[str, Any]) -> str:
     """The table as order.py has it."""
     lines = []
-    for key, rows in table(report, flash).items():
+    for key, rows in table(*reports).items():
         lines.append(f"        {key!r}: (".replace("'", '"'))
         for bound, names in rows:
             written = "UNBOUNDED" if bound == order.UNBOUNDED else repr(bound)
@@ -189,23 +183,25 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--out")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=12)
-    parser.add_argument("--table", help="print order.py's rows from this JSON")
-    parser.add_argument("--flash", help="with --table: the JSON of a run with FlashAttention-4 (order_flash_h200.json)")
+    parser.add_argument("--features", nargs="*", choices=FEATURES, default=FEATURES)
+    parser.add_argument("--table", nargs="+", help="print order.py's rows from these JSONs")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.table:
-        with open(args.table) as file, open(args.flash or args.table) as other:
-            print(source(json.load(file), json.load(other) if args.flash else {"rows": []}))
+        with contextlib.ExitStack() as stack:
+            print(source(*[json.load(stack.enter_context(open(path))) for path in args.table]))
         return
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        pool.starmap(warm, [(place, args.jobs) for place in range(args.jobs)])
+        pool.starmap(warm, [(args.features, place, args.jobs) for place in range(args.jobs)])
     import triton
 
+    words = [os.path.basename(word) if word == args.out else word for word in argv]  # without this machine's paths
     report: Dict[str, Any] = dict(
-        command="python benchmarks/order.py", device=torch.cuda.get_device_name(), torch=torch.__version__,
-        triton=triton.__version__, arch=torch.cuda.get_device_capability()[0], rows=[],
+        command=shlex.join(["python", "benchmarks/order.py", *words]), device=torch.cuda.get_device_name(),
+        torch=torch.__version__, triton=triton.__version__, arch=torch.cuda.get_device_capability()[0], rows=[],
     )  # fmt: skip
     for dtype in ("float16", "float32"):
-        for features in FEATURES:
+        for features in args.features:
             report["rows"] += [measure_row(dtype, features, shape, args.repeats) for shape in SHAPES]
             if args.out:
                 with open(args.out, "w") as file:

@@ -70,7 +70,7 @@ def test_show_and_forget(capsys):
     configs.remember({KEY: CONFIG})
     assert status("--show") == 0
     shown = capsys.readouterr().out.splitlines()
-    assert len(shown) == 2 and "forward 90 True 32 16 True False  32, 32, 4, 2, 0, 0, 0" in shown[1]
+    assert len(shown) == 2 and "forward 90 True 32 16 True False False  32, 32, 4, 2, 0, 0, 0" in shown[1]
     assert status("--forget") == 0 and "removed: " in capsys.readouterr().out
     assert not os.path.exists(cache.path())
     assert status("--forget") == 0 and "nothing is kept in" in capsys.readouterr().out
@@ -101,6 +101,7 @@ def test_features_are_those_asked_for(feature):
     assert [name for name, there in has.items() if there] == ([] if feature == "none" else [feature])
     key = trial.class_of(inputs)
     assert key.plain == (feature in ("factors", "segments", "none")) and key.segments == (feature == "segments")
+    assert key.pairs == (feature == "mask")
 
 
 @pytest.fixture

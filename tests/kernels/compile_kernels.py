@@ -123,8 +123,10 @@ SUM = dict(HEADS=1, COLUMNS=8, BLOCK=8, SUM_B=2, SUM_H=8, B=1)
 
 
 def tiles(kind, arch, dtype, constants):
-    plain = not (constants["HAS_DENSE"] or constants["HAS_MASK"] or constants["PAD_KIND"] or constants["DROPOUT"])
-    key = configs.Key(kind, arch, dtype != "fp32", constants["BLOCK_D"], constants["BLOCK_R"], plain)
+    pairs = constants["HAS_DENSE"] or constants["HAS_MASK"]
+    plain = not (pairs or constants["PAD_KIND"] or constants["DROPOUT"])
+    columns = constants["BLOCK_D"], constants["BLOCK_R"]
+    key = configs.Key(kind, arch, dtype != "fp32", *columns, plain, constants["SEGMENTS"] > 0, pairs)
     return configs.candidates(key)
 
 

@@ -142,7 +142,7 @@ def test_what_killed_a_run_is_not_tried_again_but_an_interrupted_one_is(tuned, m
 
 def test_a_rank_that_waits_in_vain_takes_the_shipped_shapes(tuned, tmp_path):
     os.makedirs(cache.directory())
-    with cache.locked(cache.path() + ".89-True-16-0-True-False.tuning", 0) as mine:
+    with cache.locked(cache.path() + ".89-True-16-0-True-False-False.tuning", 0) as mine:
         assert mine
         on_miss.tune(call(), 0.1)
     assert not tuned and configs.candidates(KEY)[0] == configs.shipped(KEY)[0]

@@ -39,6 +39,7 @@ class Key(NamedTuple):
     block_r: int
     plain: bool  # no mask, dense bias, padding or dropout: nothing but factors or segments
     segments: bool = False
+    pairs: bool = False  # a mask or dense bias, a value for each query and key
 
 
 # (kernel, arch, half) -> rows of (largest block_d, largest block_r, Config), first that fits. Arch 90 measured on an
@@ -84,7 +85,12 @@ TABLE: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("keys", 80, False): [(64, 64, Config(32, 32, 4, 2)), (128, 64, Config(16, 32, 4, 1))],
     ("queries", 80, False): [(64, 64, Config(32, 32, 4, 2)), (128, 64, Config(32, 16, 4, 1))],
 }
-# The same where there is a mask, a dense bias, padding or dropout, before TABLE.
+# The same where there is a mask or dense bias, before BUSY, and where there is one, padding or dropout, before TABLE.
+PAIRS: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
+    ("forward", 90, True): [(32, 16, Config(64, 64, 4, 3))],
+    ("keys", 90, True): [(32, 16, Config(64, 64, 4, 3, registers=168))],
+    ("queries", 90, True): [(32, 16, Config(64, 64, 4, 3, registers=168))],
+}
 BUSY: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("forward", 90, True): [(32, 16, Config(64, 128, 4, 3, registers=168))],
     ("keys", 90, True): [
@@ -122,7 +128,9 @@ def shipped(key: Key) -> List[Config]:
         return [INTERPRETED]
     arch = 90 if key.arch >= 90 else 80
     place = key.kernel, arch, key.half
-    for block_d, block_r, config in ([] if key.plain else BUSY.get(place, [])) + TABLE[place]:
+    pairs = PAIRS.get(place, []) if key.pairs else []
+    busy = [] if key.plain else BUSY.get(place, [])
+    for block_d, block_r, config in (*pairs, *busy, *TABLE[place]):
         if key.block_d <= block_d and key.block_r <= block_r:
             return [config if key.plain or config.exp < 2 else config._replace(exp=1), *SMALLER]
     return list(SMALLER)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from typing import Any, ContextManager, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, ContextManager, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -123,12 +123,15 @@ class Problem(NamedTuple):
 
 
 def key_of(
-    kernel: str, q: Tensor, rank: int, segments: bool, others: Iterable[Optional[Tensor]], dropout_p: float
+    kernel: str, q: Tensor, rank: int, segments: bool, others: Sequence[Optional[Tensor]], dropout_p: float
 ) -> Key:
     """The same of a call's operands; `others` are the dense bias, mask and padding, `rank` 0 without factors."""
-    plain = not dropout_p and all(tensor is None for tensor in others)
+    dense, mask, padding = others
+    pairs = dense is not None or mask is not None
+    plain = not dropout_p and not pairs and padding is None
     block_r = block_columns(rank) if rank else 0
-    return Key(kernel, arch_of(q)[0], q.dtype != torch.float32, block_columns(q.shape[-1]), block_r, plain, segments)
+    half = q.dtype != torch.float32
+    return Key(kernel, arch_of(q)[0], half, block_columns(q.shape[-1]), block_r, plain, segments, pairs)
 
 
 def scales_q(q_factor: Optional[Tensor], scale: float) -> bool:
