@@ -215,9 +215,7 @@ def attention() -> List[str]:
     methods = ["picked", "picked, no bias", "triton", "triton segments", "triton factors", "sdpa flash", "sdpa cudnn",
                "sdpa cudnn concatenated", "sdpa efficient", "sdpa efficient concatenated", "sdpa efficient dense",
                "flash-attn 4", "flash-attn 4 concatenated", "FlashBias' kernel"]
-    runs = {name: load(name)["shapes"] for name in ("attention_h200", "attention_dim64_h200", "attention_earlier_h200")}
-    earlier = runs["attention_earlier_h200"]
-    shapes = {shape: next(run[shape] for run in runs.values() if shape in run) for shape in earlier}
+    shapes = dict(sorted(load("attention_h200")["shapes"].items(), key=lambda item: not item[0].startswith("cmt")))
 
     def cell(result: Any, kind: str = "") -> str:
         if not result or kind + "forward" not in result:
@@ -225,17 +223,11 @@ def attention() -> List[str]:
         both = result.get(kind + "forward+backward")
         return f"{result[kind + 'forward']:.3f} / {both:.3f}" if both else f"{result[kind + 'forward']:.3f} / -"
 
-    def results(shape: str, method: str) -> Any:
-        # The earlier run's tile shapes for these were tried and not kept (docs/kernel-notes.md, "Tuning").
-        entry, tried = shapes[shape], method in ("triton", "triton segments")
-        unkept = tried and entry is earlier[shape] and entry["shape"][4] == 32
-        return None if unkept else entry["results"].get(method)
-
     def words(shape: str) -> str:
         entry = shapes[shape]["shape"]
-        return f"{shape} {tuple(entry[:6])} {entry[6]}" + (", earlier" if shapes[shape] is earlier[shape] else "")
+        return f"{shape} {tuple(entry[:6])} {entry[6]}"
 
-    rows = [[words(shape), *(cell(results(shape, method)) for method in methods)] for shape in shapes]
+    rows = [[words(shape), *(cell(entry["results"].get(method)) for method in methods)] for shape, entry in shapes.items()]
     walls = ["picked", "triton factors", "sdpa cudnn concatenated", "sdpa efficient concatenated",
              "flash-attn 4 concatenated", "FlashBias' kernel"]
     small = [[words(shape), *(cell(shapes[shape]["results"].get(method), "wall ") for method in walls)] for shape in shapes
@@ -256,9 +248,8 @@ def attention() -> List[str]:
             "Milliseconds on the GPU, forward / forward and backward. `concatenated`: the factors as columns of q and k. "
             "`dense`: the bias materialised. A dash: not measured or not possible.", "",
             *table(["shape (B, M, N, H, D, rank)", *methods], rows), source("attention_h200"), "",
-            "`head dim 64`: of a run without FlashAttention-4. " + source("attention_dim64_h200"), "",
-            "`earlier`: of a run before the backward kernels subtracted by the matrix products (docs/kernel-notes.md). "
-            + source("attention_earlier_h200"), "",
+            "`picked` went by an order of backends measured before; the one that ships (attention/order.py) picks `triton "
+            "factors` at `petr` too.", "",
             "One call after another, the host's work included, milliseconds:", "",
             *table(["shape (B, M, N, H, D, rank)", *walls], small),
             "Relative errors (L2) against float64. FlashAttention-4 with the factors as columns, 40 of them, gives a wrong "
@@ -278,7 +269,7 @@ def ab() -> List[str]:
         lines += [document["headline"]["sentence"], "",
                   *table(("", "A unpatched", "B patched", "B to A"), rows(document)), source(name), ""]
     return [*lines, "The second command trains with attention dropout 0.1: what B drops is drawn otherwise than what A "
-            "drops. The run is of before `flashbias ab` added an A that draws otherwise too.", ""]
+            "drops, so that its training is held against one more A that draws otherwise too.", ""]
 
 
 def bias_memory() -> List[str]:

@@ -42,13 +42,19 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "dropout padding", True): (
-            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "factors", False): (
+            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "factors", True): (
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "mask", False): (
+            (UNBOUNDED, ("triton", "sdpa")),
+        ),
+        (False, "mask", True): (
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (False, "padding", False): (
@@ -65,18 +71,17 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
         ),
         (True, "", False): (
             (88299127, ("sdpa", "triton", "flash")),
-            (176598255, ("triton", "flash", "sdpa")),
-            (429446275, ("triton", "sdpa", "flash")),
-            (UNBOUNDED, ("triton", "flash", "sdpa")),
+            (429446275, ("triton", "flash", "sdpa")),
+            (UNBOUNDED, ("flash", "triton", "sdpa")),
         ),
         (True, "", True): (
-            (79118165, ("sdpa", "flash", "triton")),
-            (88299127, ("sdpa", "triton", "flash")),
+            (50730085, ("sdpa", "flash", "triton")),
+            (88299127, ("flash", "sdpa", "triton")),
             (176598255, ("triton", "flash", "sdpa")),
             (UNBOUNDED, ("flash", "triton", "sdpa")),
         ),
         (True, "dropout", False): (
-            (12387627, ("sdpa", "triton")),
+            (50730085, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "dropout", True): (
@@ -89,61 +94,46 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "dropout mask", True): (
-            (50730085, ("sdpa", "triton")),
+            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "dropout padding", False): (
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "dropout padding", True): (
-            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "factors", False): (
             (88299127, ("triton", "sdpa", "flash")),
-            (176598255, ("triton", "flash", "sdpa")),
-            (429446275, ("triton", "sdpa", "flash")),
-            (UNBOUNDED, ("triton", "flash", "sdpa")),
+            (429446275, ("triton", "flash", "sdpa")),
+            (UNBOUNDED, ("flash", "triton", "sdpa")),
         ),
         (True, "factors", True): (
-            (12387627, ("sdpa", "triton", "flash")),
-            (79118165, ("triton", "sdpa", "flash")),
-            (88299127, ("sdpa", "triton", "flash")),
-            (176598255, ("triton", "flash", "sdpa")),
-            (429446275, ("triton", "sdpa", "flash")),
+            (176598255, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
         (True, "mask", False): (
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "mask", True): (
-            (50730085, ("sdpa", "triton")),
+            (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "padding", False): (
-            (88299127, ("triton", "sdpa", "flash")),
-            (176598255, ("triton", "flash", "sdpa")),
-            (429446275, ("triton", "sdpa", "flash")),
-            (UNBOUNDED, ("triton", "flash", "sdpa")),
+            (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "padding", True): (
-            (12387627, ("sdpa", "triton", "flash")),
-            (88299127, ("triton", "sdpa", "flash")),
-            (176598255, ("triton", "flash", "sdpa")),
-            (429446275, ("triton", "sdpa", "flash")),
-            (UNBOUNDED, ("triton", "flash", "sdpa")),
+            (12387627, ("sdpa", "triton")),
+            (UNBOUNDED, ("triton", "sdpa")),
         ),
         (True, "segments", False): (
-            (50730085, ("triton", "flash", "sdpa")),
             (88299127, ("triton", "sdpa", "flash")),
-            (176598255, ("triton", "flash", "sdpa")),
-            (429446275, ("triton", "sdpa", "flash")),
-            (UNBOUNDED, ("triton", "flash", "sdpa")),
+            (429446275, ("triton", "flash", "sdpa")),
+            (UNBOUNDED, ("triton", "sdpa", "flash")),
         ),
         (True, "segments", True): (
+            (50730085, ("triton", "sdpa", "flash")),
             (79118165, ("triton", "flash", "sdpa")),
-            (88299127, ("triton", "sdpa", "flash")),
-            (176598255, ("triton", "flash", "sdpa")),
             (429446275, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),

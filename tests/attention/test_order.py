@@ -20,11 +20,17 @@ def benchmark():
 
 
 def test_the_table_is_what_was_measured():
-    report, flash = (
-        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-        for name in ("order_h200", "order_flash_h200")
-    )
-    assert order.TABLE[report["arch"]] == benchmark().table(report, flash)
+    names = "order_h200", "order_masks_h200"
+    reports = [json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in names]
+    assert order.TABLE[reports[0]["arch"]] == benchmark().table(*reports)
+
+
+def test_of_rows_that_two_runs_have_the_last_ones_count():
+    def run(of_a, of_b):
+        times = {f"{clock} {mode}": {"a": of_a, "b": of_b} for clock in ("wall", "gpu") for mode in ("forward", "both")}
+        return {"rows": [dict(dtype="float16", features="", shape=[1, 2, 3], scores=48, **times)]}
+
+    assert benchmark().table(run(2, 1), run(2, 9))[True, "", True] == ((order.UNBOUNDED, ("a", "b")),)
 
 
 def test_neighbours_that_agree_become_one_row():
