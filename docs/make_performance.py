@@ -249,7 +249,7 @@ def attention() -> List[str]:
             "`dense`: the bias materialised. A dash: not measured or not possible.", "",
             *table(["shape (B, M, N, H, D, rank)", *methods], rows), source("attention_h200"), "",
             "`picked` went by an order of backends measured before; the one that ships (attention/order.py) picks `triton "
-            "factors` at `petr` too.", "",
+            "factors` at every one of these shapes.", "",
             "One call after another, the host's work included, milliseconds:", "",
             *table(["shape (B, M, N, H, D, rank)", *walls], small),
             "Relative errors (L2) against float64. FlashAttention-4 with the factors as columns, 40 of them, gives a wrong "
