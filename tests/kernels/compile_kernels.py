@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import sys
 import time
 import types
@@ -200,7 +201,8 @@ def main(archs):
             count += 1
             tile = f"{config.block_m} x {config.block_n}, " if config.block_m else ""
             took = f"{time.time() - began:.1f} s"
-            print(arch, kernel.__name__, name + ":", tile + "shared", built.metadata.shared, took, flush=True)
+            lone = len(re.findall(r"ld\.global[.\w]*\.[bu]8 ", built.asm["ptx"]))
+            print(arch, kernel.__name__, name + ":", tile + "shared", built.metadata.shared, took, "byte loads", lone, flush=True)
     print("compiled", count)
 
 

@@ -85,7 +85,7 @@ TABLE: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("keys", 80, False): [(64, 64, Config(32, 32, 4, 2)), (128, 64, Config(16, 32, 4, 1))],
     ("queries", 80, False): [(64, 64, Config(32, 32, 4, 2)), (128, 64, Config(32, 16, 4, 1))],
 }
-# The same where there is a mask or dense bias, before BUSY, and where there is one, padding or dropout, before TABLE.
+# Asked before TABLE: PAIRS where there is a mask or dense bias, then BUSY where there is one of these, padding or dropout.
 PAIRS: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("forward", 90, True): [(32, 16, Config(64, 64, 4, 3))],
     ("keys", 90, True): [(32, 16, Config(64, 64, 4, 3, registers=168))],
