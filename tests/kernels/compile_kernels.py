@@ -202,7 +202,8 @@ def main(archs):
             tile = f"{config.block_m} x {config.block_n}, " if config.block_m else ""
             took = f"{time.time() - began:.1f} s"
             lone = len(re.findall(r"ld\.global[.\w]*\.[bu]8 ", built.asm["ptx"]))
-            print(arch, kernel.__name__, name + ":", tile + "shared", built.metadata.shared, took, "byte loads", lone, flush=True)
+            found = f"shared {built.metadata.shared}, byte loads {lone}, {took}"
+            print(arch, kernel.__name__, name + ":", tile + found, flush=True)
     print("compiled", count)
 
 

@@ -29,6 +29,6 @@ def test_compiles(tmp_path):
     assert done.returncode == 0 and "compiled " in done.stdout, done.stdout[-3000:]
     # A thread reads byte by byte its share of one tile of a mask, the cut one. Whole tiles are read 8 or 16 bytes at a time.
     for kernel in ("forward_kernel", "queries_kernel"):
-        (line,) = re.findall(rf"90 {kernel} mask: (\d+) x (\d+), .* byte loads (\d+)", done.stdout)
+        (line,) = re.findall(rf"90 {kernel} mask: (\d+) x (\d+), .* byte loads (\d+),", done.stdout)
         queries, keys, loads = map(int, line)
         assert loads <= queries * keys // 128
