@@ -28,6 +28,7 @@ from .common import (
     load_row_values,
     load_tile,
     multiples,
+    pair_tile,
     parts,
     weights,
     wide,
@@ -118,17 +119,25 @@ def _store_tile(BASE, stride, start, end, tile, ROWS: tl.constexpr, COLS: tl.con
 
 
 @triton.jit
+def _load_pairs_by_key(
+    base, stride, first_row, row_end, first_key, key_end, whole, OTHER: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """load_pairs as (keys, queries), where a block of keys is `whole` or not for a program's whole life."""
+    if whole:
+        tile = load_pairs(base, stride, first_row, row_end, first_key, key_end, OTHER, ROWS, KEYS, False)
+    else:
+        tile = load_pairs(base, stride, first_row, row_end, first_key, key_end, OTHER, ROWS, KEYS, True)
+    return tl.trans(tile)
+
+
+@triton.jit
 def _store_pairs(
     BASE, stride, first_row, row_end, first_key, key_end, tile,
     ROWS: tl.constexpr, KEYS: tl.constexpr, ADD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """What load_pairs would load, written (ADD: added to)."""
-    rows = tl.arange(0, ROWS)
-    keys = tl.arange(0, KEYS)
-    pointers = BASE + wide(first_row) * stride + first_key + rows[:, None] * stride + keys[None, :]
-    inside = (first_row + rows < row_end)[:, None]
-    if EDGE:
-        inside = inside & (first_key + keys < key_end)[None, :]
+    pointers, inside = pair_tile(BASE, stride, first_row, row_end, first_key, key_end, ROWS, KEYS, EDGE)
     if ADD:
         tl.atomic_add(pointers, tile, mask=inside, sem="relaxed")
     else:
@@ -245,20 +254,14 @@ def keys_kernel(
             lse, delta = tl.split(tl.reshape(lse_delta, [BLOCK_M, 2]))
             x = s * score_scale - lse[None, :]
         if HAS_DENSE:
-            if whole:
-                tile = load_pairs(DENSE, dense_m, first_row, row_hi, start, end, 0.0, BLOCK_M, BLOCK_N, False)
-            else:
-                tile = load_pairs(DENSE, dense_m, first_row, row_hi, start, end, 0.0, BLOCK_M, BLOCK_N, True)
-            x += tl.trans(tile.to(tl.float32) * LOG2E)
+            tile = _load_pairs_by_key(DENSE, dense_m, first_row, row_hi, start, end, whole, 0.0, BLOCK_M, BLOCK_N)
+            x += tile.to(tl.float32) * LOG2E
         if PAD_KIND == 2:
             x += pad[:, None]
         p = exp2(x, EXP)
         if HAS_MASK:
-            if whole:
-                hidden = load_pairs(MASK, mask_m, first_row, row_hi, start, end, 1, BLOCK_M, BLOCK_N, False)
-            else:
-                hidden = load_pairs(MASK, mask_m, first_row, row_hi, start, end, 1, BLOCK_M, BLOCK_N, True)
-            p = tl.where(tl.trans(hidden) == 0, p, 0.0)
+            hidden = _load_pairs_by_key(MASK, mask_m, first_row, row_hi, start, end, whole, 1, BLOCK_M, BLOCK_N)
+            p = tl.where(hidden == 0, p, 0.0)
         if PAD_KIND == 1:
             p = tl.where(visible[:, None], p, 0.0)
         dropped = p

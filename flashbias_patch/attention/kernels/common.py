@@ -149,11 +149,10 @@ def load_keys(base, keys, end, OTHER: tl.constexpr, EDGE: tl.constexpr):
 
 
 @triton.jit
-def load_pairs(
-    base, stride, first_row, row_end, first_key, key_end, OTHER: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    """A tile (queries, keys) of a mask or dense bias, OTHER from row_end and (if EDGE) from key_end.
+def pair_tile(
+    base, stride, first_row, row_end, first_key, key_end, ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr
+):
+    """Pointers to a tile (queries, keys) of a matrix, and which of them lie before row_end and (if EDGE) key_end.
 
     Whole tiles ask nothing about their keys: where neighbours may differ, a row is read element by element.
     """
@@ -163,6 +162,16 @@ def load_pairs(
     inside = (first_row + rows < row_end)[:, None]
     if EDGE:
         inside = inside & (first_key + keys < key_end)[None, :]
+    return pointers, inside
+
+
+@triton.jit
+def load_pairs(
+    base, stride, first_row, row_end, first_key, key_end, OTHER: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """A tile (queries, keys) of a mask or dense bias, OTHER from row_end and (if EDGE) from key_end."""
+    pointers, inside = pair_tile(base, stride, first_row, row_end, first_key, key_end, ROWS, KEYS, EDGE)
     return tl.load(pointers, mask=inside, other=OTHER)
 
 
