@@ -13,8 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
-import shlex
 import sys
 import time
 
@@ -23,6 +21,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.p
 
 import torch
 import torch.nn.functional as F
+from provenance import about
 
 from flashbias_patch.attention import flash_bias_attention
 from flashbias_patch.attention.benchmark import SHAPES as MODELS
@@ -291,21 +290,8 @@ def exact(t, dtype, factors=True, segments=False):
     )
 
 
-def command_of(args):
-    """As it was called, without this machine's paths."""
-    words = [os.path.basename(word) if word in (args.out, args.flashbias_path) else word for word in sys.argv[1:]]
-    return shlex.join(["python", "benchmarks/attention.py", *words])
-
-
-def about(args):
-    return {
-        "command": command_of(args), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": __import__("triton").__version__, "python": platform.python_version(),
-    }  # fmt: skip
-
-
 def benchmark(args):
-    report = dict(about(args), shapes={})
+    report = dict(about(args.out, args.flashbias_path), shapes={})
     for name in args.only or (QUICK if args.quick else SHAPES):
         shape = SHAPES[name]
         t, grad = make(shape)
@@ -454,7 +440,8 @@ def check(args):
         print(f"  {ratio if isinstance(ratio, str) else format(ratio, '.2f')}  {case}")
     print(f"ten deterministic repeats bit-equal: {equal}")
     if args.out:
-        report = dict(about(args), repeats_equal=equal, cases=[dict(case=case, ratio=ratio) for case, ratio in cases])
+        report = about(args.out, args.flashbias_path)
+        report.update(repeats_equal=equal, cases=[dict(case=case, ratio=ratio) for case, ratio in cases])
         with open(args.out, "w") as file:
             json.dump(report, file, indent=1)
     return 1 if bad or not equal else 0

@@ -12,10 +12,11 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any, Dict, List, Optional
+from typing import Dict, List, Optional
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir)
-sys.path.insert(0, ROOT)
+from provenance import about
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
 
 def child(wait: bool) -> None:
@@ -54,13 +55,7 @@ def main(argv: Optional[List[str]] = None) -> None:
                 found[process.wait()] += 1
             print(f"{turn + 1}/{args.rounds} {kind}: {dict(found)}", flush=True)
     if args.out:
-        import torch
-        import triton
-
-        report: Dict[str, Any] = dict(
-            command="python benchmarks/exits.py", device=torch.cuda.get_device_name(), torch=torch.__version__,
-            triton=triton.__version__, python=sys.version.split()[0], at_once=args.at_once, statuses=statuses,
-        )  # fmt: skip
+        report = dict(about(args.out), at_once=args.at_once, statuses=statuses)
         with open(args.out, "w") as file:
             json.dump(report, file, indent=1)
 

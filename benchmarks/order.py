@@ -17,7 +17,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import shlex
 import sys
 import time
 from typing import Any, Dict, List, Optional, Tuple
@@ -25,6 +24,7 @@ from typing import Any, Dict, List, Optional, Tuple
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
 import torch
+from provenance import about
 
 from flashbias_patch.attention import order
 from flashbias_patch.attention.inputs import AttentionInputs
@@ -185,7 +185,6 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--jobs", type=int, default=12)
     parser.add_argument("--features", nargs="*", choices=FEATURES, default=FEATURES)
     parser.add_argument("--table", nargs="+", help="print order.py's rows from these JSONs")
-    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.table:
         with contextlib.ExitStack() as stack:
@@ -193,13 +192,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         return
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         pool.starmap(warm, [(args.features, place, args.jobs) for place in range(args.jobs)])
-    import triton
-
-    words = [os.path.basename(word) if word == args.out else word for word in argv]  # without this machine's paths
-    report: Dict[str, Any] = dict(
-        command=shlex.join(["python", "benchmarks/order.py", *words]), device=torch.cuda.get_device_name(),
-        torch=torch.__version__, triton=triton.__version__, arch=torch.cuda.get_device_capability()[0], rows=[],
-    )  # fmt: skip
+    report = dict(about(args.out), arch=torch.cuda.get_device_capability()[0], rows=[])
     for dtype in ("float16", "float32"):
         for features in args.features:
             report["rows"] += [measure_row(dtype, features, shape, args.repeats) for shape in SHAPES]

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
+from provenance import about  # noqa: E402
 
 from flashbias_patch.attention import dispatch, faults, selfcheck  # noqa: E402
 from flashbias_patch.attention.backends import reference  # noqa: E402
@@ -128,12 +129,6 @@ def compile_ahead(args: argparse.Namespace) -> Dict[str, Any]:
     return found
 
 
-def command_of(args: argparse.Namespace) -> str:
-    """As it was called, without this machine's paths."""
-    words = [Path(word).name if word == args.out else word for word in sys.argv[1:]]
-    return " ".join(["python benchmarks/selfcheck.py", *words])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -160,8 +155,7 @@ def main() -> int:
             if not args.part:
                 print(f"{words:60s} {name:10s} {json.dumps(entry)}", flush=True)
     cuda = args.device == "cuda"
-    report: Dict[str, Any] = {"command": command_of(args), "torch": torch.__version__, "triton": triton_version(),
-                              "device": torch.cuda.get_device_name() if cuda else "cpu", "classes": classes}
+    report = dict(about(args.out, device=args.device), classes=classes)
     warm = [e["warm_ms"] for c in classes.values() for e in c.values() if "warm_ms" in e]
     report["warm_ms_largest"] = max(warm) if warm else None
     print("warm, largest:", report["warm_ms_largest"])
@@ -176,14 +170,6 @@ def main() -> int:
     if args.out:
         Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
     return 0
-
-
-def triton_version() -> Optional[str]:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return str(triton.__version__)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
+from provenance import about  # noqa: E402
 
 import flashbias_patch  # noqa: E402
 from flashbias_patch import journal  # noqa: E402
@@ -199,12 +200,6 @@ def synchronisations(run: Run, steps: int) -> Dict[str, int]:
     return {e.key: e.count for e in profile.key_averages() if e.key.startswith(SYNCHRONISING)}
 
 
-def command_of(args: argparse.Namespace) -> str:
-    """As it was called, without this machine's paths."""
-    words = [Path(word).name if word == args.out else word for word in sys.argv[1:]]
-    return " ".join(["python benchmarks/soak.py", *words])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=3000)
@@ -226,9 +221,7 @@ def main() -> int:
         flashbias_patch.install()
         report = soak(Run(args.device, args.size), args.steps, args.rate, args.seed, args.seconds)
         failed = report["not_finite"] > 0 or (args.device == "cuda" and report["growth_mib_after_first_100"] > 0)
-    cuda = args.device == "cuda"
-    report.update(command=command_of(args), torch=torch.__version__, size=args.size, failed=failed,
-                  device=torch.cuda.get_device_name() if cuda else "cpu")
+    report.update(about(args.out, device=args.device), size=args.size, failed=failed)
     print(json.dumps(report, indent=2))
     if args.out:
         Path(args.out).write_text(json.dumps(report, indent=2) + "\n")

@@ -1,19 +1,14 @@
 """What the documentation says of measured figures is what the JSON files hold."""
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.scripts import ROOT, load
 
 
 @pytest.fixture(scope="module")
 def generated():
-    spec = importlib.util.spec_from_file_location("make_performance", ROOT / "docs" / "make_performance.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("docs/make_performance.py")
 
 
 def without_commits(text):

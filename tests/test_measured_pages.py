@@ -1,24 +1,16 @@
 """Tables of measurements in docs/ are what their JSON says."""
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.scripts import ROOT, load
+
 RESULTS = ROOT / "benchmarks" / "results"
 ROUTED = next((path for path in (RESULTS / f"aqr_real_cmt_{where}.json" for where in ("h200", "cpu")) if path.exists()), None)
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(f"measured_{path.stem}", str(ROOT / path))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_reliability_page():
-    made = load(Path("docs/make_reliability.py"))
+    made = load("docs/make_reliability.py")
     assert made.PAGE.read_text() == made.page()
 
 
@@ -27,11 +19,11 @@ def between(begin, end):
 
 
 def test_router_on_mini_cmt():
-    made = load(Path("benchmarks/aqr.py"))
+    made = load("benchmarks/aqr.py")
     assert between(made.BEGIN, made.END) == made.tables(json.loads((RESULTS / "aqr_cpu.json").read_text()))
 
 
 @pytest.mark.skipif(ROUTED is None, reason="not measured yet")
 def test_router_on_the_real_cmt():
-    made = load(Path("examples/aqr/real_cmt.py"))
+    made = load("examples/aqr/real_cmt.py")
     assert between(made.BEGIN, made.END) == made.tables(json.loads(ROUTED.read_text()))

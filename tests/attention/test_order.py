@@ -1,22 +1,16 @@
 """The order in which backends are asked comes from what was measured."""
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from flashbias_patch.attention import dispatch, order
 from flashbias_patch.attention.inputs import AttentionInputs
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts import ROOT, load
 
 
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmarks_order", ROOT / "benchmarks" / "order.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("benchmarks/order.py")
 
 
 def test_the_table_is_what_was_measured():

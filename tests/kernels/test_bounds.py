@@ -1,9 +1,5 @@
 """Every address that a kernel reads or writes lies inside a tensor that its launch was handed, as compute-sanitizer's
 memcheck would have it on a GPU: what Triton's interpreter touches is plain memory."""
-import functools
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,9 +7,9 @@ import torch
 pytest.importorskip("triton", minversion="3.0")
 from flashbias_patch.attention.kernels import launch_backward, operator, settled
 from flashbias_patch.attention.kernels.operator import fused_attention
+from tests.scripts import load
 
 HALF, BRAIN, FULL = "float16", "bfloat16", "float32"
-SANITIZER = Path(__file__).resolve().parents[2] / "benchmarks" / "sanitizer.py"
 # lengths, head dim, rank, dtype, which of segments, dense, mask, padding, added, dropout
 CASES = [
     ((33, 70), 32, 8, HALF, ""),
@@ -76,15 +72,6 @@ def span_of(tensor):
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-@functools.lru_cache(maxsize=None)
-def sanitizer():
-    """benchmarks/sanitizer.py, which makes the tensors of a case."""
-    spec = importlib.util.spec_from_file_location("benchmarks_sanitizer", SANITIZER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("lengths, D, R, dtype, features", CASES)
 @pytest.mark.parametrize("separate", [True, False])
 def test_inside_the_tensors(monkeypatch, watched, separate, lengths, D, R, dtype, features):
@@ -94,7 +81,7 @@ def test_inside_the_tensors(monkeypatch, watched, separate, lengths, D, R, dtype
     monkeypatch.setattr(operator, "on_backward_failure", fail)
     if not separate:  # gradients of shared factors added up by the kernels
         monkeypatch.setattr(launch_backward, "SEPARATE", 0)
-    sanitizer().run(lengths, D, R, dtype, features, device="cpu")
+    load("benchmarks/sanitizer.py").run(lengths, D, R, dtype, features, device="cpu")
     assert watched[0] > 6 * 2 * 2 * lengths[0] * D  # batch 2, 2 heads
 
 
