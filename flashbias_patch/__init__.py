@@ -1,5 +1,5 @@
 """FlashBias attention for unmodified CMT / PETR-family code. Importing this package installs the patches,
-unless FLASHBIAS_PATCH is 0, false, off or no. Imports neither torch nor mmcv nor triton.
+unless FLASHBIAS_PATCH is 0, false, off, no, none or disabled. Imports neither torch nor mmcv nor triton.
 """
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What happened in this process: calls by backend, fallbacks with reasons, and each log line only once."""
+"""What happened in this process: calls by backend, fallbacks with reasons, biases that had no effect, and each log line
+only once."""
 from __future__ import annotations
 
 import os
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 calls: Counter = Counter()
 _fallbacks: Dict[Tuple[str, str, str], int] = {}
 _factorized: Dict[str, Dict[str, Any]] = {}
+_unreached: Dict[Tuple[str, str], int] = {}
 _said: Set[Hashable] = set()
 _lock = allocate_lock()
 
@@ -50,8 +52,14 @@ def once(key: Hashable, level: str, message: str, *args: Any) -> None:
         if key in _said:
             return
         _said.add(key)
-    rank = os.environ.get("RANK", "0")
-    getattr(logger(), level)(message if rank == "0" else f"[rank {rank}] {message}", *args)
+    prefix = f"[rank {rank()}] " if rank() else ""
+    getattr(logger(), level)(prefix + message, *args)
+
+
+def rank() -> int:
+    """RANK of this process; 0 where it is unset, empty or no number."""
+    text = os.environ.get("RANK", "").strip()
+    return int(text) if text.isdigit() else 0
 
 
 def fallback(source: str, call: str, reason: str, level: str = "warning") -> None:
@@ -68,6 +76,18 @@ def fallbacks() -> List[Dict[str, Any]]:
             {"source": source, "call": call, "reason": reason, "count": count}
             for (source, call, reason), count in _fallbacks.items()
         ]
+
+
+def unreached(where: str, reason: str) -> None:
+    """Count that a bias given to `where` had no effect, and why; log it once."""
+    with _lock:
+        _unreached[where, reason] = _unreached.get((where, reason), 0) + 1
+    once(("unreached", where, reason), "warning", "the bias given to %s has no effect: %s", where, reason)
+
+
+def unreached_biases() -> List[Dict[str, Any]]:
+    with _lock:
+        return [{"where": where, "reason": reason, "count": count} for (where, reason), count in _unreached.items()]
 
 
 def factorized(where: str, rank: int, relative_error: float, reason: str) -> None:
@@ -91,4 +111,5 @@ def reset() -> None:
         calls.clear()
         _fallbacks.clear()
         _factorized.clear()
+        _unreached.clear()
         _said.clear()

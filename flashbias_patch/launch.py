@@ -1,15 +1,12 @@
-"""Running a command patched: its environment, and what each of its Python processes does first.
+"""Running a command patched: its environment, and the start-up of each of its Python processes.
 
-As OpenTelemetry's auto-instrumentation does it: a directory that holds a sitecustomize goes in front of PYTHONPATH,
-and the command is executed; every Python process of it, spawned workers included, imports that file.
+As in OpenTelemetry's auto-instrumentation, a directory that holds a sitecustomize goes in front of PYTHONPATH, and the
+command is executed; every Python process of it, spawned workers included, imports that file.
 """
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
-from importlib.machinery import PathFinder
-from typing import Dict, Mapping, Optional
+from typing import Dict, List, Mapping, Optional
 
 from . import journal
 
@@ -22,10 +19,11 @@ def prepare_environment(
 ) -> Dict[str, str]:
     """The environment of a command that runs patched or not.
 
-    A package used from a checkout is appended to PYTHONPATH; an installed one is found without.
+    PYTHONPATH keeps its entries, the empty ones included: they stand for the working directory. A package used from a
+    checkout is appended to it; an installed one is found without.
     """
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    given = [part for part in env.get("PYTHONPATH", "").split(os.pathsep) if part and part != BOOTSTRAP]
+    given = _entries(env.get("PYTHONPATH", ""))
     is_checkout = not home.endswith(("site-packages", "dist-packages"))
     path = [BOOTSTRAP, *given] + ([home] if is_checkout and home not in given else [])
     return {
@@ -36,24 +34,21 @@ def prepare_environment(
     }
 
 
-def start_process(sitecustomize: str) -> None:
-    """What a sitecustomize of ours does: chain to the next one on the path, probe if asked to, install if on.
+def _entries(pythonpath: str) -> List[str]:
+    """Its entries without the bootstrap directory. An empty variable has none: Python ignores it."""
+    return [part for part in pythonpath.split(os.pathsep) if part != BOOTSTRAP] if pythonpath else []
+
+
+def start_process(*_: str) -> None:
+    """Called by the sitecustomize: start the probe of `flashbias ab` if there is one. Importing this package has
+    installed the patches already.
 
     Never raises: a process must start, whatever is wrong here.
     """
     try:
-        chain(sitecustomize)
         if os.environ.get(PROBE):
             from .ab import probe
 
             probe.start()
     except Exception:
         journal.logger().exception("this process starts without all of flashbias_patch")
-
-
-def chain(sitecustomize: str) -> None:
-    """Execute the sitecustomize that `sitecustomize` hides, if there is one elsewhere on sys.path."""
-    own = os.path.dirname(os.path.abspath(sitecustomize))
-    spec = PathFinder.find_spec("sitecustomize", [p for p in sys.path if os.path.abspath(p or os.curdir) != own])
-    if spec is not None and spec.loader is not None:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))

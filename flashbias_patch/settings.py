@@ -12,8 +12,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
-TRUE = ("1", "true", "on", "yes")
-FALSE = ("0", "false", "off", "no")
+TRUE = ("1", "true", "on", "yes", "y", "enable", "enabled")
+FALSE = ("0", "false", "off", "no", "n", "none", "disable", "disabled")
 
 
 class Bad(ValueError):

@@ -18,6 +18,9 @@ class Status(Dict[str, Any]):
         lines += _section(
             "fallbacks", [f"{f['source']}, {f['call']}: {f['reason']}  (x{f['count']})" for f in self["fallbacks"]]
         )
+        lines += _section("biases without effect", [
+            f"{u['where']}: {u['reason']}  (x{u['count']})" for u in self["unreached"]
+        ]) if self["unreached"] else []
         lines += _section("factorised biases", [
             f"{f['where']}: rank {f['rank']}, relative error {f['relative_error']:.2g}"
             + (f", used densely: {f['used_dense']}" if f["used_dense"] else "") + f"  (x{f['count']})"
@@ -35,7 +38,7 @@ def _section(title: str, lines: List[str]) -> List[str]:
 
 def status() -> Status:
     """The state of this process as a dict: version, installed, patched, refused, calls, fallbacks,
-    factorizations, settings."""
+    unreached (biases without effect), factorizations, settings."""
     from . import __version__
 
     hooks = sys.modules.get(f"{__package__}.patching.hooks")
@@ -47,6 +50,7 @@ def status() -> Status:
         refused=[] if hooks is None else hooks.refused(),
         calls=dict(journal.calls),
         fallbacks=journal.fallbacks(),
+        unreached=journal.unreached_biases(),
         factorizations=journal.factorizations(),
         settings={
             v.field: getattr(settings.current(), v.field)

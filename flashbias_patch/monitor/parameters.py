@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -215,4 +214,4 @@ def rank() -> int:
     """This process among those of a distributed run."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    return journal.rank()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
-import os
 import weakref
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -123,7 +122,7 @@ class ConstructorSeam:
             per=options.per, hidden_dims=options.hidden_dims, init_bias_scale=options.init_bias_scale,
             locality=options.locality, eps=options.eps,
         )
-        seed = torch.initial_seed() + int(os.environ.get("RANK", "0"))
+        seed = torch.initial_seed() + journal.rank()
         if options.drop:
             router.drop = aqr.ModalityDrop(options.drop, seed)
         router.supervision = float(options.supervision)
