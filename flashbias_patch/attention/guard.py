@@ -21,11 +21,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import random_state
-from .inputs import AttentionInputs
+from .inputs import TENSORS, AttentionInputs
 
 LARGE = 1 << 25  # scores, B * H * M * N, from which on a call is guarded
 OWN_RESCUE = ("triton",)  # backends that guard themselves
-PLACES = (0, 1, 2, 3, 4, 5, 7, 8, 9)  # of the tensors in AttentionInputs, in the order of reference.TENSORS
 PLAIN = (Tensor, torch.nn.Parameter)
 Graph = Tuple[Tensor, List[Tensor]]  # the backend's output, and the detached operands that it was computed from
 # The saved-tensor hooks in force, which older torch (before 2.8) does not tell: there, large calls stay unguarded.
@@ -55,7 +54,7 @@ def wanted(name: str, inputs: AttentionInputs, hooked: bool) -> bool:
         return False
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return q.requires_grad or any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs)
+    return q.requires_grad or inputs.holds_grad
 
 
 class Call:
@@ -65,20 +64,20 @@ class Call:
     rescue(call, inputs, needs, grad_out, error) -> gradients. `script` and `place` are of a hooked checkpoint.
     """
 
-    __slots__ = ("backend", "name", "key", "places", "constants", "state", "autocast", "rescue", "script", "place",
+    __slots__ = ("backend", "name", "key", "places", "static", "state", "autocast", "rescue", "script", "place",
                  "graph")  # fmt: skip
 
     def __init__(self, backend: Any, name: str, key: Any, inputs: AttentionInputs, state: Any, rescue: Any,
                  script: Any = None) -> None:  # fmt: skip
         self.backend, self.name, self.key, self.state, self.rescue = backend, name, key, state, rescue
-        self.places = [place for place in PLACES if inputs[place] is not None]
-        self.constants = inputs[6], inputs[10], inputs[11]
-        self.autocast = _autocast(inputs[0])
+        self.places = [place for place, tensor in enumerate(inputs.tensors()) if tensor is not None]  # in TENSORS
+        self.static = inputs.static()
+        self.autocast = _autocast(inputs.q)
         self.script, self.place = script, None if script is None else script.place
         self.graph: Optional[Graph] = None
 
     def answer(self, inputs: AttentionInputs) -> Tensor:
-        tensors: List[Any] = [inputs[place] for place in self.places]
+        tensors = self.operands(inputs)
         script = self.script
         if script is None:
             graph = self.graph = self.run(tensors)
@@ -91,12 +90,16 @@ class Call:
                 script.graphs[self.place] = graph
         return _apply(self, graph, *tensors)  # type: ignore[no-any-return]
 
+    def operands(self, inputs: AttentionInputs) -> List[Any]:
+        """Its tensors that are not None."""
+        tensors = inputs.tensors()
+        return [tensors[place] for place in self.places]
+
     def inputs(self, tensors: Sequence[Tensor]) -> AttentionInputs:
-        values: List[Any] = [None] * 12
-        values[6], values[10], values[11] = self.constants
+        values: List[Any] = [None] * len(TENSORS)
         for place, tensor in zip(self.places, tensors):
             values[place] = tensor
-        return AttentionInputs(*values)
+        return self.static.with_tensors(values)
 
     def run(self, tensors: Sequence[Tensor]) -> Graph:
         """The backend on detached operands. Grad mode is on."""

@@ -1,26 +1,34 @@
 """One call of attention, validated and in normal form: what every backend receives."""
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from ..bias import AttentionBias, DenseBias, MaskBias
+from ..bias import AttentionBias, DenseBias, MaskBias, WindowMaskParts, WindowParts
 from ..bias.precision import split_factors
 from . import narrow
 from .call_class import describe, key_of
 
+# The tensors of AttentionInputs, in the order of its `tensors()`; the rest is static.
+TENSORS = (
+    "q", "k", "v", "q_factor", "k_factor", "segment_weights", "dense", "mask", "key_padding", "window_weights",
+    "window_centres", "window_mask_centres",
+)  # fmt: skip
+
 
 class AttentionInputs(NamedTuple):
-    """softmax(q k^T * scale + bias) v, with the bias in up to four summed parts. Any strides.
+    """softmax(q k^T * scale + bias) v, with the bias in several summed parts. Any strides.
 
     Shapes: q (B, M, H, D), k (B, N, H, D), v (B, N, H, Dv), one dtype and device;
     q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R) in q's dtype;
     segment_weights (B|1, M, H|1, S) with segment_lengths summing to N: a constant a row over each key segment;
     dense (B|1, H|1, M|1, N) floating, additive, may hold -inf;
     mask (B|1, H|1, M|1, N) bool, True = masked out;
-    key_padding (B, N), bool with True = masked out, or floating and additive (may hold -inf).
+    key_padding (B, N), bool with True = masked out, or floating and additive (may hold -inf);
+    windows: a bias of local windows, with weights of at least float32, and window_mask: all but local windows is
+    hidden (bias/grids.py; frames sum to N).
     """
 
     q: Tensor
@@ -35,6 +43,8 @@ class AttentionInputs(NamedTuple):
     key_padding: Optional[Tensor] = None
     dropout_p: float = 0.0
     scale: float = 1.0
+    windows: Optional[WindowParts] = None
+    window_mask: Optional[WindowMaskParts] = None
 
     @property
     def rank(self) -> int:
@@ -42,7 +52,37 @@ class AttentionInputs(NamedTuple):
 
     @property
     def needs_grad(self) -> bool:
-        return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in self)
+        return torch.is_grad_enabled() and self.holds_grad
+
+    @property
+    def holds_grad(self) -> bool:
+        return any(tensor is not None and tensor.requires_grad for tensor in self.tensors())
+
+    def tensors(self) -> List[Optional[Tensor]]:
+        """The tensors, in the order of TENSORS."""
+        q, k, v, q_factor, k_factor, weights, _, dense, mask, padding, _, _, windows, window_mask = self
+        return [
+            q, k, v, q_factor, k_factor, weights, dense, mask, padding,
+            None if windows is None else windows.weights, None if windows is None else windows.centres,
+            None if window_mask is None else window_mask.centres,
+        ]  # fmt: skip
+
+    def with_tensors(self, tensors: Sequence[Any]) -> AttentionInputs:
+        """The same call with other tensors, in the order of TENSORS."""
+        q, k, v, q_factor, k_factor, weights, dense, mask, padding, window_weights, centres, mask_centres = tensors
+        windows, window_mask = self.windows, self.window_mask
+        if windows is not None:
+            windows = windows._replace(weights=window_weights, centres=centres)
+        if window_mask is not None:
+            window_mask = window_mask._replace(centres=mask_centres)
+        return AttentionInputs(
+            q, k, v, q_factor, k_factor, weights, self.segment_lengths, dense, mask, padding, self.dropout_p, self.scale,
+            windows, window_mask,
+        )  # fmt: skip
+
+    def static(self) -> AttentionInputs:
+        """The same call without its tensors."""
+        return self.with_tensors((None,) * len(TENSORS))
 
     def call_class(self) -> str:
         """What backends succeed or fail by, in words (call_class.py): device, dtype, head dims, rank, features."""
@@ -72,15 +112,20 @@ def build_in(
     B, M, H, D, N = _check_qkv(q, k, v)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
-    q_factor = k_factor = weights = lengths = dense = mask = power = None
+    q_factor = k_factor = weights = lengths = dense = mask = power = windows = window_mask = None
     if bias is not None:
         bias = as_bias(bias, B, H, M, N)
-        q_factor, k_factor, segments, dense, mask = bias.parts()
+        q_factor, k_factor, segments, dense, mask, windows, window_mask = bias.parts()
         if segments is not None:
             weights, lengths = segments
             weights = weights.to(q.device, torch.promote_types(torch.float32, weights.dtype))
         if dense is not None:
             dense = dense.to(q.device)
+        if windows is not None:
+            windows = _windows_for(windows, q.device, M)
+        if window_mask is not None:
+            centres = _expanded(window_mask.centres, M).to(q.device)
+            window_mask = window_mask._replace(centres=centres)
     if attn_mask is not None:
         kind, four = mask_4d(attn_mask, B, H, M, N)
         four = four.to(q.device)
@@ -90,8 +135,11 @@ def build_in(
             dense = four if dense is None else dense + four
     if dtype is not None and dtype is not q.dtype:
         if narrow.wanted(q.dtype, dtype):
-            (q, k, v), others, power = narrow.narrowed((q, k, v), (q_factor, k_factor, weights, dense))
-            q_factor, k_factor, weights, dense = others
+            learned = None if windows is None else windows.weights
+            (q, k, v), others, power = narrow.narrowed((q, k, v), (q_factor, k_factor, weights, dense, learned))
+            q_factor, k_factor, weights, dense, learned = others
+            if windows is not None and learned is not None:
+                windows = windows._replace(weights=learned)
         else:
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if q_factor is not None and k_factor is not None:
@@ -100,8 +148,19 @@ def build_in(
     return AttentionInputs(
         q, k, v, q_factor, k_factor, weights, lengths, dense, mask,
         None if padding is None else padding.to(q.device), float(dropout_p),
-        D ** -0.5 if scale is None else float(scale),
+        D ** -0.5 if scale is None else float(scale), windows, window_mask,
     ), power
+
+
+def _windows_for(windows: WindowParts, device: torch.device, M: int) -> WindowParts:
+    weights = _expanded(windows.weights, M)
+    weights = weights.to(device, torch.promote_types(torch.float32, weights.dtype))
+    return windows._replace(weights=weights, centres=_expanded(windows.centres, M).to(device))
+
+
+def _expanded(tensor: Tensor, M: int) -> Tensor:
+    """(B|1, M|1, ...) -> (B|1, M, ...)"""
+    return tensor if tensor.shape[1] == M else tensor.expand(-1, M, -1, -1)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tuple[int, int, int, int, int]:

@@ -160,7 +160,8 @@ def fastest(inputs: AttentionInputs, grad: bool) -> Tuple[str, ...]:
         return ()
     has = (
         inputs.dropout_p > 0, inputs.q_factor is not None, inputs.mask is not None, inputs.key_padding is not None,
-        inputs.segment_weights is not None, inputs.dense is not None,
+        inputs.segment_weights is not None, inputs.dense is not None, inputs.windows is not None,
+        inputs.window_mask is not None,
     )  # fmt: skip
     B, M, H, _ = q.shape
     scores = B * H * M * inputs.k.shape[1]
@@ -173,5 +174,5 @@ def fastest(inputs: AttentionInputs, grad: bool) -> Tuple[str, ...]:
 @functools.lru_cache(maxsize=1024)
 def _rows(index: int, half: bool, has: Tuple[bool, ...], grad: bool) -> Rows:
     classes = TABLE.get(torch.cuda.get_device_capability(index)[0], {})
-    words = ("dropout", "factors", "mask", "padding", "segments", "dense")
+    words = ("dropout", "factors", "mask", "padding", "segments", "dense", "windows", "window_mask")
     return classes.get((half, " ".join(word for word, there in zip(words, has) if there), grad), ())

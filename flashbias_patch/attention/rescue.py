@@ -6,7 +6,7 @@ more from it, and if that fails too there is no right answer left.
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, List, NoReturn, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, NoReturn, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .. import journal
 from . import dispatch, faults, selfcheck
 from .backends import reference
 from .call_class import Key, describe, key_of
-from .inputs import AttentionInputs
+from .inputs import TENSORS, AttentionInputs
 
 if TYPE_CHECKING:
     from .guard import Call
@@ -40,26 +40,19 @@ def of_guarded(
     dropout = inputs.dropout_p > 0
     short = _blame(error, call.name, inputs, call.key, ONCE_MORE if dropout else IN_CHUNKS)
     if dropout:
-        tensors: List[Any] = [inputs[place] for place in call.places]
         try:
-            return call.once_more(tensors, needs, grad_out)
+            return call.once_more(call.operands(inputs), needs, grad_out)
         except Exception as again:
             raise_failed_twice(again, call.name, inputs)
     usual = reference.CHUNK_BYTES.get(inputs.q.device.type, LEAST_BYTES)
     rows = reference.chunk_rows(inputs, min(usual, LEAST_BYTES) if short else usual)
     needed = dict(zip(call.places, needs))
-    asked = tuple(needed.get(place, False) for place, _ in _operands())
+    asked = tuple(needed.get(place, False) for place in range(len(TENSORS)))
     try:
         found = reference.gradients(inputs, grad_out.to(inputs.q.dtype), asked, None, rows)
     except Exception as again:
         raise_with_advice(again, inputs)
-    by_place = {place: gradient for (place, _), gradient in zip(_operands(), found)}
-    return [by_place[place] for place in call.places]
-
-
-def _operands() -> List[Tuple[int, str]]:
-    """(place in AttentionInputs, name) of the operands as the reference lists them."""
-    return [(AttentionInputs._fields.index(name), name) for name in reference.TENSORS]
+    return [found[place] for place in call.places]
 
 
 def on_backward_failure(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:

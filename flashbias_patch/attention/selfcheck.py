@@ -13,25 +13,28 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from .. import journal
+from ..bias import Grid, WindowMaskParts, WindowParts
 from .backends import reference
 from .call_class import ALIGNMENT, Key, describe
-from .inputs import AttentionInputs
+from .inputs import TENSORS, AttentionInputs
 
 FACTOR = 4.0
 FLOOR = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-5, torch.float64: 1e-6}
 BATCH, HEADS = 2, 3
-SHORT, LONG, ALIGNED = (37, 61), (131, 259), (ALIGNMENT, 2 * ALIGNMENT)
+SHORT, LONG, ALIGNED = (37, 63), (131, 259), (ALIGNMENT, 2 * ALIGNMENT)
 DROPOUT_P = 0.3
 CPU = torch.device("cpu")
 is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)  # since torch 2.3
 _running = 0
-LEAVES = ("q", "k", "v", "q_factor", "k_factor", "segment_weights", "dense")
+LEAVES = ("q", "k", "v", "q_factor", "k_factor", "segment_weights", "dense", "window_weights")
+PLACES = {name: TENSORS.index(name) for name in LEAVES}
+COLUMNS = 7  # of the grids that windows lie on: every number of keys above is a multiple of it, or of 8
 
 
 def possible(inputs: AttentionInputs) -> bool:
@@ -117,7 +120,7 @@ def _check(backend: Any, key: Key, rank: int) -> Optional[str]:
 
 def problem_of(key: Key, rank: int, M: int, N: int) -> AttentionInputs:
     """A call of class `key`, without dropout, with every operand that can have a gradient asking for it."""
-    device, dtype, D, Dv, _, _, _, positive, _, factors, segments, dense, mask, padding = key
+    device, dtype, D, Dv, _, _, _, positive, _, factors, segments, dense, mask, padding, windows, window_mask = key
     B, H = BATCH, HEADS
     draw = _Draw(device, M * 1000 + N)
     # Strided as packed projections of (L, B, E) tensors are.
@@ -148,7 +151,29 @@ def problem_of(key: Key, rank: int, M: int, N: int) -> AttentionInputs:
         made["key_padding"] = hidden
         if padding is not torch.bool:
             made["key_padding"] = draw((B, N), padding).masked_fill_(hidden, -math.inf)
+    if windows is not None:
+        S, box, weights_dtype, Bw, Hw, Bc = windows
+        frames, sides = grids_of(N, S)
+        weights = draw((1 if Bw else B, M, 1 if Hw else H, S), weights_dtype)
+        sigmas = None if box else tuple(1.5 + place for place in range(S))
+        made["windows"] = WindowParts(weights, draw.centres(1 if Bc else B, M, frames), frames, sides, sigmas)
+    if window_mask is not None:
+        S, Bc = window_mask
+        frames, sides = grids_of(N, S)
+        made["window_mask"] = WindowMaskParts(draw.centres(1 if Bc else B, M, frames), frames, sides)
     return AttentionInputs(**made)
+
+
+def grids_of(N: int, count: int) -> Tuple[Tuple[Grid, ...], Tuple[int, ...]]:
+    """(`count` grids of N keys together, a side for each): odd and even sides, one view and two."""
+    columns = next(c for c in (COLUMNS, 8, 1) if N % c == 0)
+    columns = columns if N // columns >= count else 1
+    frames = []
+    for place in range(count):
+        rows = N // columns // count + (place < N // columns % count)
+        views = 2 if place and rows % 2 == 0 else 1
+        frames.append(Grid(rows // views, columns, views))
+    return tuple(frames), tuple(3 + (place + N) % 2 for place in range(count))
 
 
 class _Draw:
@@ -161,6 +186,13 @@ class _Draw:
         drawn = torch.randn(shape, generator=self.generator, dtype=torch.float32) * size
         return drawn.to(self.device, dtype)
 
+    def centres(self, batch: int, M: int, frames: Sequence[Grid]) -> Tensor:
+        """(batch, M, S, 3) int32: cells of the frames, and some just outside."""
+        drawn = torch.rand((batch, M, len(frames), 3), generator=self.generator)
+        sizes = torch.tensor([[frame.views, frame.rows + 2, frame.columns + 2] for frame in frames])
+        first = torch.tensor([0, -1, -1])
+        return ((drawn * sizes).int() + first).to(self.device, torch.int32)
+
     def below(self, share: float, shape: Tuple[int, ...]) -> Tensor:
         return (torch.rand(shape, generator=self.generator) < share).to(self.device)
 
@@ -170,7 +202,8 @@ def _compare(backend: Any, inputs: AttentionInputs, twin: AttentionInputs, grad:
     dense_grad = key[11] is not None and key[11][1]
     wanted = []
     if grad:
-        wanted = [n for n in LEAVES if getattr(inputs, n) is not None and (n != "dense" or dense_grad)]
+        held = inputs.tensors()
+        wanted = [n for n in LEAVES if held[PLACES[n]] is not None and (n != "dense" or dense_grad)]
     grad_out = _Draw(CPU, 7)((*inputs.q.shape[:3], inputs.v.shape[-1]), inputs.q.dtype)
     given = _run(backend, inputs, wanted, grad_out.to(inputs.q.device))
     exact = _run(reference.attend_dense, _cast(twin, torch.float64), wanted, grad_out.double())
@@ -187,18 +220,24 @@ def _compare(backend: Any, inputs: AttentionInputs, twin: AttentionInputs, grad:
 
 def _run(attend: Any, inputs: AttentionInputs, wanted: List[str], grad_out: Tensor) -> List[Tensor]:
     """[output, gradients of `wanted` ...]; strides of the operands are kept."""
-    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in wanted}
-    out = attend(inputs._replace(**leaves))
+    held = inputs.tensors()
+    leaves: List[Tensor] = []
+    for name in wanted:
+        leaf = held[PLACES[name]] = held[PLACES[name]].detach().requires_grad_()  # type: ignore[union-attr]
+        leaves.append(leaf)
+    out = attend(inputs.with_tensors(held))
     if not wanted:
         return [out]
-    found = torch.autograd.grad(out, list(leaves.values()), grad_out, allow_unused=True)
-    return [out.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves.values()))]
+    found = torch.autograd.grad(out, leaves, grad_out, allow_unused=True)
+    return [out.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves))]
 
 
 def _cast(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:
-    return inputs._replace(**{
-        name: getattr(inputs, name).to(dtype) for name in LEAVES if getattr(inputs, name) is not None
-    })
+    held = inputs.tensors()
+    for place in PLACES.values():
+        tensor = held[place]
+        held[place] = None if tensor is None else tensor.to(dtype)
+    return inputs.with_tensors(held)
 
 
 def _plain(inputs: AttentionInputs) -> Tensor:
@@ -208,8 +247,8 @@ def _plain(inputs: AttentionInputs) -> Tensor:
     def rounded(x: Tensor) -> Tensor:
         return x.to(dtype).to(torch.promote_types(torch.float32, dtype))
 
-    bare = inputs._replace(q_factor=None, k_factor=None, segment_weights=None, dense=None)
-    s = rounded(reference.scores(bare._replace(mask=None, key_padding=None)))
+    bare = AttentionInputs(inputs.q, inputs.k, inputs.v, scale=inputs.scale)
+    s = rounded(reference.scores(bare))
     s = rounded(s + rounded(reference.scores(inputs._replace(q=inputs.q.detach() * 0))))
     dead = s.detach().amax(-1, keepdim=True) == -math.inf
     p = rounded(torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0))

@@ -5,6 +5,7 @@ from .base import AttentionBias, BiasParts, DenseBias, LowRankBias, MaskBias, Su
 from .exact import AlibiBias, ModalityBias, SquaredDistanceBias
 from .factorize import Factorization, FactorState, factorize
 from .precision import split_factors
+from .windows import Grid, WindowBias, WindowMask, WindowMaskParts, WindowParts
 
 __all__ = [
     "AlibiBias",
@@ -13,11 +14,16 @@ __all__ = [
     "DenseBias",
     "FactorState",
     "Factorization",
+    "Grid",
     "LowRankBias",
     "MaskBias",
     "ModalityBias",
     "SquaredDistanceBias",
     "SumBias",
+    "WindowBias",
+    "WindowMask",
+    "WindowMaskParts",
+    "WindowParts",
     "factorize",
     "split_factors",
 ]

@@ -13,6 +13,7 @@ from typing import Callable, ContextManager, List, NamedTuple, Optional, Sequenc
 import torch
 from torch import Tensor
 
+from . import grids
 from .checks import as_four, check_device, check_floating, collapse_expanded, head_last
 
 Factors = Tuple[Tensor, Tensor]
@@ -25,7 +26,7 @@ class BiasParts(NamedTuple):
 
     q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R) come together; segments is (weights
     (B|1, M, H|1, S), lengths); dense (B|1, H|1, M|1, N) is floating; mask (B|1, H|1, M|1, N) is bool,
-    True = masked out.
+    True = masked out; windows and window_mask: see grids.WindowParts and grids.WindowMaskParts.
     """
 
     q_factor: Optional[Tensor] = None
@@ -33,6 +34,8 @@ class BiasParts(NamedTuple):
     segments: Optional[Segments] = None
     dense: Optional[Tensor] = None
     mask: Optional[Tensor] = None
+    windows: Optional[grids.WindowParts] = None
+    window_mask: Optional[grids.WindowMaskParts] = None
 
 
 class AttentionBias:
@@ -102,6 +105,10 @@ class AttentionBias:
 
     def _terms(self) -> Tuple[AttentionBias, ...]:
         return (self,)
+
+    def _merged(self, other: AttentionBias) -> Optional[AttentionBias]:
+        """The sum of this and `other` as one bias of this kind, or None where there is none."""
+        return None
 
     def _scaled(self, factor: Union[float, Tensor]) -> AttentionBias:
         """Times `factor`: a float, or a tensor that is 0-d or (H,)."""
@@ -287,7 +294,7 @@ class SumBias(AttentionBias):
 
     def parts(self) -> BiasParts:
         low: List[Factors] = []
-        segments, dense, mask = None, None, None
+        segments, dense, mask, windows, window_mask = None, None, None, None, None
         for term in self.terms:
             part = term.parts()
             if part.q_factor is not None and part.k_factor is not None:
@@ -299,12 +306,19 @@ class SumBias(AttentionBias):
                     segments = (segments[0] + part.segments[0], segments[1])
                 else:  # a backend takes one set of segments: further ones go as factors
                     low.append(term.factors())
-            if part.dense is not None:
-                dense = part.dense if dense is None else dense + part.dense
-            if part.mask is not None:
-                mask = part.mask if mask is None else mask | part.mask
+            more, hidden = part.dense, part.mask
+            if part.windows is not None:  # a backend takes one of each: further ones go as what they are, entry by entry
+                windows, rest = grids.added(windows, part.windows)
+                more = more if rest is None else rest if more is None else more + rest
+            if part.window_mask is not None:
+                window_mask, rest = grids.both(window_mask, part.window_mask)
+                hidden = hidden if rest is None else rest if hidden is None else hidden | rest
+            if more is not None:
+                dense = more if dense is None else dense + more
+            if hidden is not None:
+                mask = hidden if mask is None else mask | hidden
         q_factor, k_factor = concatenate(low) if low else (None, None)
-        return BiasParts(q_factor, k_factor, segments, dense, mask)
+        return BiasParts(q_factor, k_factor, segments, dense, mask, windows, window_mask)
 
     def tensors(self) -> Tuple[Tensor, ...]:
         return tuple(tensor for term in self.terms for tensor in term.tensors())
@@ -326,6 +340,8 @@ def add_terms(terms: Sequence[AttentionBias]) -> AttentionBias:
     segmented = [term for term in terms if term.segments() is not None]
     dense = [term for term in terms if isinstance(term, DenseBias)]
     masks = [term for term in terms if isinstance(term, MaskBias)]
+    known = {id(term) for term in (*low, *segmented, *dense, *masks)}
+    others = [term for term in terms if id(term) not in known]
     merged: List[AttentionBias] = []
     if len(low) == 1:
         merged += low
@@ -339,7 +355,24 @@ def add_terms(terms: Sequence[AttentionBias]) -> AttentionBias:
         for term in masks[1:]:
             mask = mask | term.mask
         merged.append(MaskBias(mask))
-    return merged[0] if len(merged) == 1 else SumBias(merged)
+    return _simplest(merged + _merge_alike(others))
+
+
+def _merge_alike(terms: Sequence[AttentionBias]) -> List[AttentionBias]:
+    merged: List[AttentionBias] = []
+    for term in terms:
+        for place, other in enumerate(merged):
+            both = other._merged(term)
+            if both is not None:
+                merged[place] = both
+                break
+        else:
+            merged.append(term)
+    return merged
+
+
+def _simplest(terms: Sequence[AttentionBias]) -> AttentionBias:
+    return terms[0] if len(terms) == 1 else SumBias(terms)
 
 
 def total(tensors: Sequence[Tensor]) -> Tensor:

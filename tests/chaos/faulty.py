@@ -76,7 +76,7 @@ class _Answer(torch.autograd.Function):
     def backward(ctx, grad_out):
         leaves = {n: t.detach().requires_grad_(need) if t.is_floating_point() else t for n, t, need in
                   zip(TENSORS, ctx.saved_tensors, ctx.needs_input_grad[3:]) if t is not None}
-        inputs, owner = ctx.inputs._replace(**leaves), ctx.owner
+        inputs, owner = ctx.inputs.with_tensors([leaves.get(n) for n in TENSORS]), ctx.owner
         wanted = [t for t in leaves.values() if t.requires_grad]
 
         def gradients():
@@ -134,8 +134,7 @@ class Faulty:
         if self.is_real(inputs):
             self.place += 1
         seed = int(torch.randint(1 << 31, ())) if inputs.dropout_p else None
-        out = _Answer.apply(self, inputs._replace(**dict.fromkeys(TENSORS))._replace(
-            **{n: getattr(inputs, n) for n in TENSORS}), seed, *(getattr(inputs, n) for n in TENSORS))
+        out = _Answer.apply(self, inputs.with_tensors(inputs.tensors()), seed, *inputs.tensors())
         if fires:
             out = self.fault.act(out)
         if self.is_real(inputs):

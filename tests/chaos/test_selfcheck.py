@@ -10,11 +10,12 @@ from torch.overrides import TorchFunctionMode
 from flashbias_patch.attention import call_class, dispatch, selfcheck
 from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.inputs import AttentionInputs
+from flashbias_patch.bias import WindowMaskParts, WindowParts
 
 from .faulty import Fault, Faulty
 from .matrix import only
 
-FEATURES = ("factors", "segments", "dense", "mask", "padding")
+FEATURES = ("factors", "segments", "dense", "mask", "padding", "windows", "window mask")
 
 
 def call(features=("factors",), D=16, dtype=torch.float32, dropout_p=0.0, grad=True, M=9, N=14, Dv=None, R=3,
@@ -32,6 +33,11 @@ def call(features=("factors",), D=16, dtype=torch.float32, dropout_p=0.0, grad=T
         made.update(mask=torch.zeros(1, H, M, N, dtype=torch.bool))
     if "padding" in features:
         made.update(key_padding=torch.zeros(B, N))
+    frames, sides = selfcheck.grids_of(N, 2)
+    if "windows" in features:
+        made.update(windows=WindowParts(torch.zeros(B, M, H, 2), torch.zeros(1, M, 2, 3).int(), frames, sides, (1.0, 2.0)))
+    if "window mask" in features:
+        made.update(window_mask=WindowMaskParts(torch.zeros(B, M, 2, 3).int(), frames, sides))
     return AttentionInputs(**made)
 
 
@@ -72,10 +78,12 @@ def gradient_off(field):
     """Forward right, one gradient 10 % too large."""
 
     def twist(inputs):
-        t = getattr(inputs, field)
+        held = inputs.tensors()
+        t = held[selfcheck.PLACES[field]]
         if not t.requires_grad:
             return inputs
-        return inputs._replace(**{field: t * 1.1 - (t * 0.1).detach() if t.isfinite().all() else _finite_part(t)})
+        held[selfcheck.PLACES[field]] = t * 1.1 - (t * 0.1).detach() if t.isfinite().all() else _finite_part(t)
+        return inputs.with_tensors(held)
 
     return twist
 
@@ -87,18 +95,21 @@ def _finite_part(t):
 
 @pytest.mark.parametrize("field", selfcheck.LEAVES)
 def test_every_gradient_is_compared(field):
-    found = check(Twisted(gradient_off(field)), call(("factors", "segments", "dense")))
-    assert found and f"gradient of {field} is off by 0.1" in found and "37 x 61" in found
+    found = check(Twisted(gradient_off(field)), call(("factors", "segments", "dense", "windows")))
+    assert found and f"gradient of {field} is off by 0.1" in found and "37 x 63" in found
 
 
 @pytest.mark.parametrize("twist, where", (
     (lambda i: i._replace(q_factor=i.q_factor * 1.1), "output"),
     (lambda i: i._replace(scale=i.scale * 1.05), "output"),
     (lambda i: i._replace(mask=None), "output"),
+    (lambda i: i._replace(windows=i.windows._replace(sides=(2, 2))), "output"),
+    (lambda i: i._replace(windows=i.windows._replace(sigmas=None)), "output"),
+    (lambda i: i._replace(window_mask=i.window_mask._replace(centres=i.window_mask.centres + 1)), "output"),
     (lambda i: i._replace(v=torch.cat([i.v[:, :-1], i.v[:, -1:] * float("nan")], 1)), "output is not finite"),
 ))  # fmt: skip
 def test_a_wrong_output_is_caught(twist, where):
-    found = check(Twisted(twist), call(("factors", "mask")))
+    found = check(Twisted(twist), call(("factors", "mask", "windows", "window mask")))
     assert found.startswith(f"self-check failed: {where}")
 
 

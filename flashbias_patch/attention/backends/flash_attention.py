@@ -96,6 +96,8 @@ def _reasons_of_the_call(inputs: AttentionInputs) -> List[str]:
         reasons.append("a dense bias has no low-rank factors")
     if inputs.mask is not None:
         reasons.append("an attention mask has no low-rank factors")
+    if inputs.windows is not None or inputs.window_mask is not None:
+        reasons.append("local windows have no low-rank factors")
     padding = inputs.key_padding
     if padding is not None and padding.requires_grad and torch.is_grad_enabled():
         reasons.append("key_padding wants a gradient")

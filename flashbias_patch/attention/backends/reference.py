@@ -1,16 +1,20 @@
 """Plain PyTorch, chunked over queries: never holds (B, H, M, N), takes every call, on any device."""
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from ..inputs import AttentionInputs
+from ...bias import grids
+from ..inputs import TENSORS, AttentionInputs
 
 # Tensors of AttentionInputs that are cut along the queries, with the dimension of M; the rest is used whole.
-QUERY_AXIS = {"q": 1, "q_factor": 1, "segment_weights": 1, "dense": 2, "mask": 2}
-TENSORS = ("q", "k", "v", "q_factor", "k_factor", "segment_weights", "dense", "mask", "key_padding")
+QUERY_AXIS = {
+    "q": 1, "q_factor": 1, "segment_weights": 1, "dense": 2, "mask": 2, "window_weights": 1, "window_centres": 1,
+    "window_mask_centres": 1,
+}  # fmt: skip
+AXES = tuple(QUERY_AXIS.get(name) for name in TENSORS)
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
@@ -29,9 +33,8 @@ class Reference:
         if inputs.dropout_p:
             # Drawn on the CPU whatever the device: reading a CUDA generator would synchronise.
             seed = int(torch.empty((), dtype=torch.int64).random_(1 << 31))
-        tensors = [getattr(inputs, field) for field in TENSORS]
         rows = chunk_rows(inputs, chunk_bytes)
-        return _Chunked.apply(inputs._replace(**dict.fromkeys(TENSORS)), (seed, rows), *tensors)  # type: ignore[arg-type]
+        return _Chunked.apply(inputs.static(), (seed, rows), *inputs.tensors())  # type: ignore[no-any-return]
 
 
 backend = Reference()
@@ -45,12 +48,13 @@ def chunk_rows(inputs: AttentionInputs, chunk_bytes: int) -> int:
 
 def cut(inputs: AttentionInputs, start: int, stop: int) -> AttentionInputs:
     """The same call for queries start..stop only."""
-    rows: Dict[str, Tensor] = {}
-    for field, axis in QUERY_AXIS.items():
-        tensor = getattr(inputs, field)
-        if tensor is not None and not (tensor.shape[axis] == 1 and inputs.q.shape[1] != 1):
-            rows[field] = tensor.narrow(axis, start, stop - start)
-    return inputs._replace(**rows)  # type: ignore[arg-type]
+    M = inputs.q.shape[1]
+    rows: List[Optional[Tensor]] = []
+    for tensor, axis in zip(inputs.tensors(), AXES):
+        if tensor is not None and axis is not None and not (tensor.shape[axis] == 1 and M != 1):
+            tensor = tensor.narrow(axis, start, stop - start)
+        rows.append(tensor)
+    return inputs.with_tensors(rows)
 
 
 def scores(inputs: AttentionInputs) -> Tensor:
@@ -69,6 +73,10 @@ def scores(inputs: AttentionInputs) -> Tensor:
         s = s + heads_first(inputs.segment_weights).repeat_interleave(lengths, -1, output_size=s.shape[-1])
     if inputs.dense is not None:
         s = s + inputs.dense.to(dtype)
+    if inputs.windows is not None:
+        s = s + grids.dense_bias(inputs.windows).to(dtype)
+    if inputs.window_mask is not None:
+        s = s.masked_fill(grids.hidden(inputs.window_mask), float("-inf"))
     if inputs.mask is not None:
         s = s.masked_fill(inputs.mask, float("-inf"))
     if inputs.key_padding is not None:
@@ -95,7 +103,7 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx: Any, static: AttentionInputs, drawn: Tuple[Optional[int], int], *tensors: Optional[Tensor]
     ) -> Tensor:
-        inputs = static._replace(**dict(zip(TENSORS, tensors)))  # type: ignore[arg-type]
+        inputs = static.with_tensors(tensors)
         seed, rows = ctx.drawn = drawn  # dropout is drawn chunk by chunk: backward must cut as forward did
         ctx.static = static
         ctx.save_for_backward(*tensors)
@@ -107,7 +115,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Tuple[Optional[Tensor], ...]:
-        inputs = ctx.static._replace(**dict(zip(TENSORS, ctx.saved_tensors)))
+        inputs = ctx.static.with_tensors(ctx.saved_tensors)
         grads = gradients(inputs, grad_out, ctx.needs_input_grad[2:], *ctx.drawn)
         return (None, None, *grads)
 
@@ -116,26 +124,29 @@ def gradients(
     inputs: AttentionInputs, grad_out: Tensor, needed: Tuple[bool, ...], seed: Optional[int], rows: int
 ) -> List[Optional[Tensor]]:
     """Gradients of the tensors named in TENSORS (None where not `needed`), in chunks of `rows` queries."""
-    totals: List[Optional[Tensor]] = [
-        torch.zeros_like(t, dtype=torch.promote_types(torch.float32, t.dtype)) if need else None
-        for t, need in zip((getattr(inputs, field) for field in TENSORS), needed)
-    ]
+    whole = inputs.tensors()
     wanted = [i for i, need in enumerate(needed) if need]
+    totals: List[Optional[Tensor]] = [None] * len(whole)
+    for i in wanted:
+        tensor = whole[i]
+        assert tensor is not None
+        totals[i] = torch.zeros_like(tensor, dtype=torch.promote_types(torch.float32, tensor.dtype))
     for start, stop in _chunks(inputs, rows):
-        part = cut(inputs, start, stop)
-        leaves = {TENSORS[i]: getattr(part, TENSORS[i]).detach().requires_grad_() for i in wanted}
+        part: List[Any] = cut(inputs, start, stop).tensors()
+        for i in wanted:
+            part[i] = part[i].detach().requires_grad_()
         with torch.enable_grad():
-            out = attend_dense(part._replace(**leaves), _generator(inputs, seed, start))
-            found = torch.autograd.grad(out, list(leaves.values()), grad_out[:, start:stop], allow_unused=True)
+            out = attend_dense(inputs.with_tensors(part), _generator(inputs, seed, start))
+            found = torch.autograd.grad(out, [part[i] for i in wanted], grad_out[:, start:stop], allow_unused=True)
         for i, grad in zip(wanted, found):
             if grad is None:
                 continue
-            total, axis = totals[i], QUERY_AXIS.get(TENSORS[i])
+            total, axis = totals[i], AXES[i]
             assert total is not None
             if axis is not None and total.shape[axis] == inputs.q.shape[1]:
                 total = total.narrow(axis, start, stop - start)
             total += grad
-    return [None if t is None else t.to(getattr(inputs, field).dtype) for t, field in zip(totals, TENSORS)]
+    return [None if t is None else t.to(like.dtype) for t, like in zip(totals, whole)]  # type: ignore[union-attr]
 
 
 def _chunks(inputs: AttentionInputs, rows: int) -> List[Tuple[int, int]]:

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...bias import grids
 from ..inputs import AttentionInputs
 
 HALF = (torch.float16, torch.bfloat16)
 ALIGN = 8  # every fused SDPA kernel wants head dims in multiples of eight
+WINDOW_ENTRIES = 1 << 25  # of a window bias or mask written out, up to which it is: 64 MiB in half precision
 
 
 class Sdpa:
@@ -26,10 +28,14 @@ class Sdpa:
             reasons.append(f"empty: q {tuple(inputs.q.shape)}, k {tuple(inputs.k.shape)}")
         if inputs.q.device.type == "cpu" and inputs.q.dtype in HALF:
             reasons.append("half precision on the CPU is not supported by every torch")
+        if inputs.windows is not None or inputs.window_mask is not None:
+            entries = window_entries(inputs)
+            if entries > WINDOW_ENTRIES:
+                reasons.append(f"windows written out are {entries} entries, more than {WINDOW_ENTRIES}")
         return reasons
 
     def __call__(self, inputs: AttentionInputs) -> Tensor:
-        inputs = segments_to_factors(inputs)
+        inputs = windows_to_dense(segments_to_factors(inputs))
         q, k, v = inputs.q, inputs.k, inputs.v
         scale: Optional[float] = inputs.scale
         if inputs.q_factor is not None:
@@ -70,6 +76,28 @@ def segments_to_factors(inputs: AttentionInputs) -> AttentionInputs:
         weights = _join(inputs.q_factor, weights)
         indicator = _join(inputs.k_factor, indicator)
     return inputs._replace(q_factor=weights, k_factor=indicator, segment_weights=None, segment_lengths=None)
+
+
+def window_entries(inputs: AttentionInputs) -> int:
+    """Entries of the larger of the window bias and the window mask, written out."""
+    windows, window_mask = inputs.windows, inputs.window_mask
+    rows = inputs.q.shape[1] * inputs.k.shape[1]
+    largest = 0
+    if windows is not None:
+        batch, _, heads, _ = windows.weights.shape
+        largest = max(batch, windows.centres.shape[0]) * heads * rows
+    return largest if window_mask is None else max(largest, window_mask.centres.shape[0] * rows)
+
+
+def windows_to_dense(inputs: AttentionInputs) -> AttentionInputs:
+    """Windows joined to the dense bias, and to the mask."""
+    if inputs.windows is not None:
+        bias = grids.dense_bias(inputs.windows)
+        inputs = inputs._replace(windows=None, dense=bias if inputs.dense is None else bias + inputs.dense)
+    if inputs.window_mask is not None:
+        mask = grids.hidden(inputs.window_mask)
+        inputs = inputs._replace(window_mask=None, mask=mask if inputs.mask is None else mask | inputs.mask)
+    return inputs
 
 
 def _join(a: Optional[Tensor], b: Tensor) -> Tensor:

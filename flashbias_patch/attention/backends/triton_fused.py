@@ -59,6 +59,8 @@ class TritonFused:
             reasons.append(f"rank {inputs.q_factor.shape[-1]} is above 64")
         if inputs.key_padding is not None and inputs.key_padding.requires_grad:
             reasons.append("key_padding requires a gradient")
+        if inputs.windows is not None or inputs.window_mask is not None:
+            reasons.append("local windows are not supported yet")
         return reasons
 
     def __call__(self, inputs: AttentionInputs) -> Tensor:
@@ -68,7 +70,7 @@ class TritonFused:
             from ..kernels import on_miss
 
             on_miss.tune(inputs, self.tune)
-        return fused_attention(*inputs)
+        return fused_attention(*inputs[:12])  # all but the windows
 
 
 backend: Any = TritonFused()

@@ -44,7 +44,8 @@ class Upstream:
             reasons.append(f"head dims must be equal and at most {MAX_HEAD_DIM}, got {got}")
         if inputs.q_factor is None and inputs.segment_weights is None:
             reasons.append("no low-rank bias to add")
-        given = [name for name in ("dense", "mask", "key_padding") if getattr(inputs, name) is not None]
+        others = ("dense", "mask", "key_padding", "windows", "window_mask")
+        given = [name for name in others if getattr(inputs, name) is not None]
         if given:
             reasons.append(f"takes a low-rank bias only, not {', '.join(given)}")
         if inputs.dropout_p:
