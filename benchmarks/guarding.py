@@ -4,7 +4,7 @@
 
 The backend here does no work, so that the difference is guarding alone: the class of the call, its verdict, the random
 state where there is dropout. A backend's own `why_not` is asked at every call and is shown beside it. Then what the
-guarded backward (attention/guard.py) adds to a call that is large enough for it, forward and both passes together.
+guarded backward (attention/recovery/guard.py) adds to a call that is large enough for it, forward and both passes together.
 """
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ os.environ.setdefault("FLASHBIAS_PATCH", "0")
 
 import torch
 
-from flashbias_patch.attention import dispatch, guard
+from flashbias_patch.attention import dispatch
+from flashbias_patch.attention.breaker import TRUSTED
 from flashbias_patch.attention.call_class import key_of
 from flashbias_patch.attention.inputs import AttentionInputs
+from flashbias_patch.attention.recovery import guard
 
 CALLS, REPEATS = 5000, 15
 
@@ -88,7 +90,7 @@ def measure() -> Dict[str, float]:
             own[name] = microseconds(ask)
         nothing = Nothing()
         dispatch._loaded["triton"] = nothing
-        dispatch._verdicts[key_of(inputs)] = {"triton": dispatch.TRUSTED}
+        dispatch.breakers.verdicts(key_of(inputs))["triton"] = TRUSTED
         guarded = microseconds(lambda i=inputs: dispatch.attend(i))
         direct = microseconds(lambda i=inputs, n=nothing: n(i))
         asked = ", ".join(f"{name}.why_not {cost:.1f}" for name, cost in own.items())
@@ -105,7 +107,7 @@ def measure_guarded_backward() -> Dict[str, float]:
     inputs = AttentionInputs(q.requires_grad_(), k, v, scale=0.5)
     dispatch.reset()
     dispatch._loaded["triton"] = Differentiable()
-    dispatch._verdicts[key_of(inputs)] = {"triton": dispatch.TRUSTED}
+    dispatch.breakers.verdicts(key_of(inputs))["triton"] = TRUSTED
     guard.OWN_RESCUE, large = (), guard.LARGE
     gradient, found = torch.zeros_like(inputs.q), {}
     passes: Dict[str, Callable[[], Any]] = {

@@ -28,10 +28,11 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 from provenance import about  # noqa: E402
 
-from flashbias_patch.attention import dispatch, faults, selfcheck  # noqa: E402
+from flashbias_patch.attention import dispatch, selection, selfcheck  # noqa: E402
 from flashbias_patch.attention.backends import reference  # noqa: E402
 from flashbias_patch.attention.call_class import describe, key_of  # noqa: E402
 from flashbias_patch.attention.inputs import AttentionInputs  # noqa: E402
+from flashbias_patch.attention.recovery import errors  # noqa: E402
 
 B, H, D = 2, 4, 32
 # dtype, rank, features
@@ -82,8 +83,8 @@ def verdict(name: str, inputs: AttentionInputs, repeats: int) -> Dict[str, Any]:
             problem = selfcheck.check(candidate, key, inputs.rank)
             times.append(time.perf_counter() - start)
     except Exception as error:
-        problem = faults.first_line(error)
-        if faults.sticky(error):
+        problem = errors.first_line(error)
+        if errors.sticky(error):
             raise
     found: Dict[str, Any] = {"verdict": problem or "trusted", "first_s": round(times[0], 3) if times else None}
     if len(times) > 1:
@@ -108,9 +109,9 @@ def at_size(name: str, device: str, dtype: str, rank: int, M: int, N: int) -> Di
         out = candidate(inputs)
         given = [out, *torch.autograd.grad(out, leaves, gradient.to(out.dtype))]
     except Exception as error:
-        if faults.sticky(error):
+        if errors.sticky(error):
             raise
-        return {"raises": faults.first_line(error)}
+        return {"raises": errors.first_line(error)}
     return {n: float((g.detach().double() - e.detach().double()).norm() / e.detach().double().norm())
             for n, g, e in zip(["output", *("gradient of " + n for n in names)], given, expected)}
 
@@ -133,7 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--backends", nargs="+", default=["triton", "flash", "upstream", "sdpa"],
-                        choices=sorted(dispatch.MODULES))
+                        choices=sorted(selection.MODULES))
     parser.add_argument("--processes", type=int, default=8, help="that compile first (GPU; 0: measure at once)")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # in a child: which classes
     parser.add_argument("--out", metavar="FILE.json")

@@ -5,7 +5,7 @@
     python benchmarks/soak.py --steps 20 --profile              # counts synchronisations, patched and unpatched
 
 A fault strikes the backend that is about to answer (forward), or one's backward, at random steps: compile errors, launch
-failures, out of memory. Every call's backward is guarded (attention/guard.py), small as these are. Breakers are closed
+failures, out of memory. Every call's backward is guarded (recovery/guard.py), small as these are. Breakers are closed
 again every 100 steps, so that there is always something to break. In the first 100 steps each fault has its turn, so that
 what each way down allocates for good (a library's workspace) is there. Exits 1 if the memory in tensors at a step's
 end grew after that, or a loss was not finite.
@@ -31,7 +31,8 @@ from provenance import about  # noqa: E402
 
 import flashbias_patch  # noqa: E402
 from flashbias_patch import journal  # noqa: E402
-from flashbias_patch.attention import dispatch, guard  # noqa: E402
+from flashbias_patch.attention import dispatch  # noqa: E402
+from flashbias_patch.attention.recovery import guard  # noqa: E402
 
 ERRORS: Dict[str, Callable[[], Exception]] = {
     "compile": lambda: RuntimeError("PassManager::run failed (injected)"),
@@ -155,7 +156,7 @@ def soak(run: Run, steps: int, rate: float, seed: int, seconds: Optional[float] 
             break
         warming = number < SETTLED
         if number % (SETTLED // len(TURNS) if warming else REOPEN) == 0:
-            dispatch._verdicts.clear()
+            dispatch.breakers.close()
         sabotage.forward.clear()
         sabotage.backward.clear()
         turn = number // (SETTLED // len(TURNS))

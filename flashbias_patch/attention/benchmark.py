@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .. import __version__, journal
 from ..bias import LowRankBias
-from . import dispatch, faults
+from . import dispatch, selection
 from .backends.reference import attend_dense
 from .inputs import AttentionInputs, build
+from .recovery import errors
 
 
 def _shape(batch: int, queries: int, keys: int, heads: int, head_dim: int, rank: int = 8) -> Dict[str, int]:
@@ -40,7 +41,7 @@ SHAPES: Dict[str, Dict[str, int]] = {
     "head-dim-64": _shape(2, 1490, 22384, 4, 64),
     "head-dim-128": _shape(2, 1490, 22384, 2, 128),
 }
-BACKENDS = tuple(dispatch.MODULES)
+BACKENDS = tuple(selection.MODULES)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 CPU_SCORES = 1 << 24  # the most that a CPU is asked for: seconds, where the larger shapes take minutes
 SAMPLE = 64  # queries whose output is compared with float64
@@ -127,10 +128,10 @@ def measure(inputs: AttentionInputs, name: str) -> Dict[str, Any]:
         row = {"forward_ms": _median_ms(forward, inputs.q), "total_ms": _median_ms(both, inputs.q)}
         row["extra_mib"] = _extra_mib(both, inputs.q)
     except Exception as failure:
-        if not faults.survivable(failure):
+        if not errors.survivable(failure):
             raise
         reasons = dispatch.reasons_against(inputs, name)
-        return {"why_not": "; ".join(reasons) or faults.first_line(failure)}
+        return {"why_not": "; ".join(reasons) or errors.first_line(failure)}
     after = _fallbacks(name)
     if after != before:  # the time would be another backend's
         return {"why_not": next(reason for reason, count in after.items() if count != before.get(reason, 0))}

@@ -1,6 +1,6 @@
 """In which order the backends are asked: from a table measured by benchmarks/order.py, by GPU, class and size of call.
 
-Where a GPU or a class was not measured, the order is that of dispatch.MODULES.
+Where a GPU or a class was not measured, the order is that of selection.MODULES.
 """
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from flashbias_patch.attention import dispatch, order
+from flashbias_patch.attention import order, selection
 from flashbias_patch.attention.inputs import AttentionInputs
 from tests.scripts import ROOT, load
 
@@ -53,6 +53,7 @@ def test_the_row_is_chosen_by_class_and_size(monkeypatch, M, first):
 
 
 def test_what_was_not_measured_comes_after_in_the_usual_order():
-    names = tuple(dispatch.MODULES)
-    assert dispatch._measured(("sdpa", "triton", "gone"), names) == ("sdpa", "triton", "flash", "upstream", "reference")
-    assert dispatch._measured((), names) == names
+    names = tuple(selection.MODULES)
+    found = selection._measured(("sdpa", "triton", "gone"), names)
+    assert found.names == ("sdpa", "triton", "flash", "upstream", "reference")
+    assert selection._measured((), names).names == names

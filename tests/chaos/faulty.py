@@ -6,9 +6,9 @@ from typing import Any, Callable, List, NamedTuple, Optional
 
 import torch
 
-from flashbias_patch.attention import rescue
 from flashbias_patch.attention.backends.reference import TENSORS, attend_dense
 from flashbias_patch.attention.kernels.recompute import Call
+from flashbias_patch.attention.recovery import backward
 
 from .training import B, H
 
@@ -64,7 +64,7 @@ FAULTS = (
 class _Answer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, owner, inputs, seed, *tensors):
-        ctx.owner, ctx.inputs, ctx.seed, ctx.real = owner, inputs, seed, owner.is_real(inputs)
+        ctx.owner, ctx.inputs, ctx.seed, ctx.recovers = owner, inputs, seed, owner.recovers
         # Recomputation follows the forward, last layer first: 2, 3, 0, 1. Reentrant, it is what has a backward;
         # otherwise the forward has.
         ctx.place = {1: 0, 2: 1, 3: 2, 4: 3, 5: 2, 6: 3, 7: 0, 8: 1}.get(owner.place)
@@ -87,7 +87,7 @@ class _Answer(torch.autograd.Function):
             try:
                 found = iter(owner.fault.act(tuple(gradients())))
             except Exception as error:
-                if owner.name != "triton":
+                if owner.name != "triton" or not ctx.recovers:
                     raise
                 # What the fused operator does (kernels/operator.py).
                 needs = tuple(n in leaves and leaves[n].requires_grad
@@ -95,7 +95,7 @@ class _Answer(torch.autograd.Function):
                 call = Call(*(getattr(inputs, n) for n in TENSORS[:6]), inputs.segment_lengths or (), inputs.dense,
                             inputs.mask, inputs.key_padding, 0.0, inputs.scale,
                             torch.empty(0, dtype=torch.int64), needs)
-                rescued = rescue.on_backward_failure(call, grad_out, error)
+                rescued = backward.of_fused(call, grad_out, error)
                 found = iter([g for g in rescued if g is not None])
         else:
             found = gradients()
@@ -110,6 +110,7 @@ class Faulty:
         self.name, self.fault, self.passing, self.layer = name, fault, passing, layer
         self.from_start, self.striking = layer < 0, layer < 0
         self.place = 0
+        self.recovers = True  # as the fused operator does, in its own backward
         self.answered: List[str] = []
 
     def why_not(self, inputs):
@@ -128,6 +129,13 @@ class Faulty:
     def compute(self, inputs, seed=None):
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         return attend_dense(inputs, generator)
+
+    def without_recovery(self, inputs):
+        self.recovers = False
+        try:
+            return self(inputs)
+        finally:
+            self.recovers = True
 
     def __call__(self, inputs):
         fires = self.fault is not None and self.passing == "forward" and self.fires(inputs, self.place)

@@ -4,7 +4,8 @@ from __future__ import annotations
 from typing import Any, Dict, List, NamedTuple
 
 from flashbias_patch import journal
-from flashbias_patch.attention import dispatch, guard
+from flashbias_patch.attention import dispatch, selection
+from flashbias_patch.attention.recovery import guard
 
 from .faulty import Case, Faulty
 from .training import train
@@ -24,8 +25,8 @@ def only(monkeypatch, *backends) -> None:
     """Let the chain be these backends, then sdpa and the reference."""
     dispatch.reset()
     names = {b.name: "none" for b in backends}
-    kept = {name: place for name, place in dispatch.MODULES.items() if name in ("sdpa", "reference")}
-    monkeypatch.setattr(dispatch, "MODULES", {**names, **kept})
+    kept = {name: place for name, place in selection.MODULES.items() if name in ("sdpa", "reference")}
+    monkeypatch.setattr(selection, "MODULES", {**names, **kept})
     for backend in backends:
         dispatch._loaded[backend.name] = backend
 

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import flashbias_patch
 from flashbias_patch import flash_bias_attention, journal, settings
-from flashbias_patch.attention import dispatch, faults, rescue, selfcheck
+from flashbias_patch.attention import dispatch, selection
 from flashbias_patch.attention.backends import reference
+from flashbias_patch.attention.recovery import backward, errors
 from flashbias_patch.bias import DenseBias, LowRankBias
 from flashbias_patch.patching import ambient
 
@@ -61,7 +62,7 @@ def test_out_of_memory_is_retried_once_in_small_chunks_and_opens_no_breaker(monk
     attend = reference.backend.attend
     monkeypatch.setattr(reference.backend, "attend", lambda i, size: chunks.append(size) or attend(i, size))
     out = answer_of()
-    assert chunks == [rescue.LEAST_BYTES] and reference.CHUNK_BYTES["cuda"] > rescue.LEAST_BYTES
+    assert chunks == [backward.LEAST_BYTES] and reference.CHUNK_BYTES["cuda"] > backward.LEAST_BYTES
     torch.testing.assert_close(out, answer_of(backend="reference"))
     answer_of()
     assert backend.tried == 2  # asked again: never slower for ever after one OOM
@@ -81,7 +82,7 @@ def test_out_of_memory_for_good_says_what_would_help(monkeypatch):
     text = str(caught.value)
     for part in ("requested: 96.00 MiB", "free:", "with_cp=True", "expandable_segments", "FLASHBIAS_RANK", "M=6"):
         assert part in text
-    assert not any(reason for found in dispatch._verdicts.values() for reason in found.values())
+    assert not dispatch.breakers.failures()
 
 
 def test_small_chunks_drop_in_backward_what_they_dropped_in_forward(monkeypatch):
@@ -146,7 +147,7 @@ def test_a_checkpoint_tried_again_holds_nothing_of_the_first_time(what):
 # -- what is not survived ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sign", faults.STICKY)
+@pytest.mark.parametrize("sign", errors.STICKY)
 def test_sticky_errors_are_raised_at_once(monkeypatch, caplog, sign):
     error = RuntimeError(f"CUDA error: an {sign} was encountered")
     only(monkeypatch, Raising(error))
@@ -176,7 +177,7 @@ def test_mistakes_of_the_caller_are_raised_and_nobody_is_blamed(monkeypatch):
                          (lambda: flash_bias_attention(q, k, v, backend="fast"), "must be one of")):
         with pytest.raises((ValueError, TypeError), match=match):
             wrong()
-    assert not journal.fallbacks() and not dispatch._verdicts
+    assert not journal.fallbacks() and not dispatch.breakers._verdicts
 
 
 def test_errors_of_the_users_own_hooks_come_through(monkeypatch):
@@ -195,7 +196,7 @@ def test_recomputation_that_stops_early_is_no_failure():
     out = checkpoint(flash_bias_attention, q, k, v, use_reentrant=False)
     out.sum().backward()
     assert not journal.fallbacks()
-    assert not any(reason for found in dispatch._verdicts.values() for reason in found.values())
+    assert not dispatch.breakers.failures()
 
 
 # -- breakers ------------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def test_a_backend_that_does_not_import_for_any_reason(monkeypatch, caplog):
     def broken(name):
         raise OSError("libcudart.so.11.0: cannot open shared object file")
 
-    monkeypatch.setattr(dispatch.importlib, "import_module", broken)
+    monkeypatch.setattr(selection.importlib, "import_module", broken)
     dispatch.reset()
     assert "libcudart" in dispatch.backend("flash").why_not(None)[0]
     assert dispatch.backend("flash") is dispatch.backend("flash")
@@ -339,7 +340,7 @@ def test_nothing_is_checked_or_trusted_while_a_call_is_traced(monkeypatch):
     q, k, v = tensors(grad=False)
     traced = torch.jit.trace(lambda q: flash_bias_attention(q, k, v), q, check_trace=False)
     assert not upstream.answered and not journal.fallbacks()  # known to go wrong, it is passed over unchecked
-    assert all("sdpa" not in found for found in dispatch._verdicts.values())
+    assert all("sdpa" not in found for found in dispatch.breakers._verdicts.values())
     torch.testing.assert_close(traced(q), flash_bias_attention(q, k, v, backend="sdpa"))
 
 
@@ -378,4 +379,3 @@ def test_every_backend_failing_ends_in_the_original_class(patched, monkeypatch, 
         assert train(patched)[0] == pytest.approx(unbroken, rel=2e-5)
     assert journal.calls["original"] > 0 and set(journal.calls) == {"original"}
     assert any("reference too" in r.message for r in caplog.records)
-    assert selfcheck._running == 0

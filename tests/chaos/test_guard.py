@@ -10,10 +10,11 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from flashbias_patch import flash_bias_attention, journal, settings
-from flashbias_patch.attention import dispatch, guard, rescue
+from flashbias_patch.attention import dispatch
 from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.call_class import key_of
 from flashbias_patch.attention.inputs import AttentionInputs
+from flashbias_patch.attention.recovery import backward, guard
 from flashbias_patch.attention.selfcheck import problem_of
 from flashbias_patch.bias import DenseBias, LowRankBias
 from flashbias_patch.patching import ambient
@@ -263,15 +264,15 @@ def test_out_of_memory_opens_no_breaker_and_takes_small_chunks(monkeypatch):
     q, k, v = tensors()
     expected = gradients(flash_bias_attention(q, k, v, backend="reference"), (q, k, v))
     rows = []
-    real = rescue.reference.gradients
-    monkeypatch.setitem(rescue.reference.CHUNK_BYTES, "cpu", 1 << 40)
-    monkeypatch.setattr(rescue.reference, "gradients", lambda *a: rows.append(a[-1]) or real(*a))
+    real = backward.reference.gradients
+    monkeypatch.setitem(backward.reference.CHUNK_BYTES, "cpu", 1 << 40)
+    monkeypatch.setattr(backward.reference, "gradients", lambda *a: rows.append(a[-1]) or real(*a))
     backend = Plain(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     only(monkeypatch, backend)
     torch.testing.assert_close(gradients(flash_bias_attention(q, k, v), (q, k, v)), expected)
-    assert rows == [rescue.LEAST_BYTES // (2 * 10 * 4)]
+    assert rows == [backward.LEAST_BYTES // (2 * 10 * 4)]
     flash_bias_attention(q, k, v)
-    assert backend.asked == 2 and [f["reason"] for f in journal.fallbacks()] == [rescue.IN_CHUNKS]
+    assert backend.asked == 2 and [f["reason"] for f in journal.fallbacks()] == [backward.IN_CHUNKS]
 
 
 def test_out_of_memory_for_good_says_what_would_help(monkeypatch):
@@ -279,7 +280,7 @@ def test_out_of_memory_for_good_says_what_would_help(monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 MiB. GPU 0")
 
     only(monkeypatch, Plain(torch.cuda.OutOfMemoryError("CUDA out of memory")))
-    monkeypatch.setattr(rescue.reference, "gradients", full)
+    monkeypatch.setattr(backward.reference, "gradients", full)
     q, k, v = tensors()
     out = flash_bias_attention(q, k, v)
     with pytest.raises(torch.cuda.OutOfMemoryError, match="requested: 96.00 MiB"):
@@ -305,7 +306,7 @@ def test_with_dropout_failing_twice_is_told_not_guessed(monkeypatch):
     only(monkeypatch, Plain(RuntimeError("no luck"), RuntimeError("again")))
     q, k, v = tensors()
     out = flash_bias_attention(q, k, v, dropout_p=0.5)
-    with pytest.raises(rescue.DropoutLostError, match="flash failed twice .*RuntimeError: again"):
+    with pytest.raises(backward.DropoutLostError, match="flash failed twice .*RuntimeError: again"):
         out.sum().backward()
     short = torch.cuda.OutOfMemoryError("CUDA out of memory")
     only(monkeypatch, Plain(short, short))
@@ -441,7 +442,7 @@ def test_training_with_dropout_and_checkpoints_is_unchanged(patched, monkeypatch
 
 def test_the_operands_come_back_in_their_places():
     inputs = call(FEATURES)
-    made = guard.Call(None, "x", None, inputs, None, None)
+    made = guard.Call(None, "x", None, inputs, None)
     again = made.inputs(made.operands(inputs))
     assert all(a is b for a, b in zip(again.tensors(), inputs.tensors())) and isinstance(again, AttentionInputs)
     assert again.static() == inputs.static() == made.static

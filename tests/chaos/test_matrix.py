@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from flashbias_patch.attention import guard
+from flashbias_patch.attention.recovery import guard
 
 from . import table
 from .faulty import BACKENDS, FAULTS, cases

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from flashbias_patch.attention import call_class, dispatch, selfcheck
 from flashbias_patch.attention.backends.reference import attend_dense
+from flashbias_patch.attention.breaker import TRUSTED
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.bias import WindowMaskParts, WindowParts
 
@@ -153,7 +154,8 @@ def test_lengths_that_are_whole_tiles_are_a_class_of_their_own(monkeypatch):
     reason, = dispatch.explain(odd)["upstream"]
     assert "self-check failed: output is off by 0.2 where plain PyTorch is off by" in reason and "of 128" in reason
     dispatch.attend(whole)
-    assert dispatch.explain(whole)["upstream"] == [] and dispatch._verdicts[call_class.key_of(whole)]["upstream"] == ""
+    assert dispatch.explain(whole)["upstream"] == []
+    assert dispatch.breakers.verdicts(call_class.key_of(whole))["upstream"] is TRUSTED
 
 
 def test_a_backend_is_checked_once_a_class(monkeypatch):

@@ -26,7 +26,7 @@ def rank_main(rank, port, backend, broken, results):
 
     import flashbias_patch
     from flashbias_patch import journal
-    from flashbias_patch.attention import dispatch, order
+    from flashbias_patch.attention import order, selection
 
     from .faulty import FAULTS, Faulty
     from .training import train
@@ -43,8 +43,8 @@ def rank_main(rank, port, backend, broken, results):
     fault = next(f for f in FAULTS if f.name == "CompilationError") if broken and rank == 1 else None
     faulty = Faulty("triton", fault, "forward", 1)
     order.TABLE.clear()  # the faulty one is asked first, whatever is fastest here
-    dispatch.MODULES = {"triton": "none", **{n: dispatch.MODULES[n] for n in ("sdpa", "reference")}}
-    dispatch._loaded["triton"] = faulty
+    selection.MODULES = {"triton": "none", **{n: selection.MODULES[n] for n in ("sdpa", "reference")}}
+    selection._loaded["triton"] = faulty
     losses, grads = train(module, on_step=faulty.on_step, wrap=DistributedDataParallel, with_cp=False, seed=rank,
                           device=f"cuda:{rank}" if backend == "nccl" else "cpu")
     results.put((rank, losses, {name: g.cpu().numpy() for name, g in grads.items()}, journal.fallbacks()))

@@ -13,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from flashbias_patch.attention import benchmark, dispatch  # noqa: E402
+from flashbias_patch.attention import benchmark, dispatch, selection  # noqa: E402
 from flashbias_patch.cli import bench  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def on_the_cpu(request, monkeypatch):
 
 @pytest.mark.parametrize("raises, words", [(True, "no such kernel"), (False, "self-check failed")])
 def test_a_backend_that_fails_is_not_timed(monkeypatch, raises, words):
-    monkeypatch.setitem(dispatch.MODULES, "wrong", "wrong")
+    monkeypatch.setitem(selection.MODULES, "wrong", "wrong")
     monkeypatch.setitem(dispatch._loaded, "wrong", Wrong(raises))
     found = benchmark.run(["tiny"], ["wrong"], "fp32", lambda *_: None)["rows"][0]
     assert found["forward_ms"] is None and words in found["why_not"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import flashbias_patch
 from flashbias_patch import journal
-from flashbias_patch.attention import guard
+from flashbias_patch.attention.recovery import guard
 from flashbias_patch.bias import LowRankBias
 from tests import stand_ins
 

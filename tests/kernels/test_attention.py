@@ -407,7 +407,6 @@ def test_backward_falls_back_inside_itself(monkeypatch, caplog):
     """A kernel that fails in backward costs speed, not the run; what the user pressed is not swallowed."""
     tensors, rest, grad = problem(20, 40, R=3, S=2, mask=(1, 1, 20, 40), p=0.2, shared=True, B=1)
     want = fused(tensors, rest, grad, FULL)
-    monkeypatch.setattr(operator, "on_backward_failure", operator._recompute)
     monkeypatch.setattr(operator, "_told", False)
 
     def broken(*_):
@@ -416,7 +415,7 @@ def test_backward_falls_back_inside_itself(monkeypatch, caplog):
     monkeypatch.setattr(launch, "backward", broken)
     with caplog.at_level("WARNING", logger="flashbias_patch"):
         got = [fused(tensors, rest, grad, FULL) for _ in range(2)][1]
-    assert sum("no room" in record.getMessage() for record in caplog.records) <= 1
+    assert sum("no room" in record.getMessage() for record in caplog.records) == 1
     for a, b in zip(got, want):
         assert torch.allclose(a, b, atol=1e-5)
 

@@ -184,7 +184,7 @@ def test_of_two_ranks_one_tunes_and_both_use_it(tmp_path):
 def test_the_backend_asks_where_the_variable_is_on_and_nothing_is_compiled(monkeypatch):
     asked = []
     monkeypatch.setattr(on_miss, "tune", lambda inputs, seconds: asked.append(seconds))
-    monkeypatch.setattr(operator, "fused_attention", lambda *inputs: inputs[0])
+    monkeypatch.setattr(operator, "fused_attention", lambda *inputs, **rest: inputs[0])
     settings.reload({})
     triton_fused.TritonFused()(call())
     settings.reload({"FLASHBIAS_TUNE": "45"})
@@ -200,7 +200,7 @@ def test_the_backend_asks_where_the_variable_is_on_and_nothing_is_compiled(monke
 def test_torch_compile_does_not_tune(monkeypatch):
     asked = []
     monkeypatch.setattr(on_miss, "tune", lambda inputs, seconds: asked.append(seconds))
-    monkeypatch.setattr(operator, "fused_attention", lambda q, *rest: q + 1)
+    monkeypatch.setattr(operator, "fused_attention", lambda q, *rest, **others: q + 1)
     backend = triton_fused.TritonFused()
     backend.tune = 45.0
     rest = call(8, 8)[1:]

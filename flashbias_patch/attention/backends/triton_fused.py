@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ... import settings
 from ..inputs import AttentionInputs
+from ..recovery import backward
 from ..selfcheck import is_compiling
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -63,14 +64,18 @@ class TritonFused:
             reasons.append("local windows are not supported yet")
         return reasons
 
-    def __call__(self, inputs: AttentionInputs) -> Tensor:
+    def __call__(self, inputs: AttentionInputs, on_failure: Any = backward.of_fused) -> Tensor:
         from ..kernels.operator import fused_attention
 
         if self.tune and not is_compiling():
             from ..kernels import on_miss
 
             on_miss.tune(inputs, self.tune)
-        return fused_attention(*inputs[:12])  # all but the windows
+        return fused_attention(*inputs[:12], on_failure=on_failure)  # all but the windows
+
+    def without_recovery(self, inputs: AttentionInputs) -> Tensor:
+        """The same, but a backward pass that fails raises: what the self-check runs."""
+        return self(inputs, backward.raised)
 
 
 backend: Any = TritonFused()

@@ -13,8 +13,9 @@ from typing import List, Set
 import torch
 
 from ... import journal
-from .. import faults, selfcheck
+from .. import selfcheck
 from ..inputs import AttentionInputs
+from ..recovery import errors
 from . import cache, configs, trial
 from .configs import KERNELS, Key
 from .problem import on_device
@@ -43,10 +44,10 @@ def tune(inputs: AttentionInputs, seconds: float) -> None:
             with on_device(inputs.q):  # the cache goes by the current device
                 _once(inputs, key, seconds)
     except Exception as error:
-        if not faults.survivable(error):
+        if not errors.survivable(error):
             raise
         message = "tuning for %s gave up, the shipped tile shapes are used: %s"
-        journal.once(("tune", key), "warning", message, inputs.call_class(), faults.first_line(error))
+        journal.once(("tune", key), "warning", message, inputs.call_class(), errors.first_line(error))
 
 
 def _once(inputs: AttentionInputs, key: Key, seconds: float) -> None:

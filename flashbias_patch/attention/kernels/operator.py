@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple
 
@@ -29,8 +30,8 @@ def _recompute(call: Call, grad_out: Tensor, error: BaseException) -> Tuple[Any,
     return plain_backward(call, grad_out)
 
 
-# on_backward_failure(call, grad_out, error) -> the seven gradients; the dispatcher may set its own.
-on_backward_failure: Callable[[Call, Tensor, BaseException], Tuple[Any, ...]] = _recompute
+# on_failure(call, grad_out, error) -> the seven gradients
+OnFailure = Callable[[Call, Tensor, BaseException], Tuple[Any, ...]]
 
 
 def _either(new: Optional[Tensor], old: Any) -> Any:
@@ -72,7 +73,9 @@ def _forward(
     return (out, low, lse, seed, problem.q if problem.scaled else None, *factors)  # type: ignore[return-value]
 
 
-def _backward(grad_out: Tensor, made: Made, inputs: Inputs, needs: Sequence[bool]) -> Tuple[Optional[Tensor], ...]:
+def _backward(
+    grad_out: Tensor, made: Made, inputs: Inputs, needs: Sequence[bool], on_failure: OnFailure = _recompute
+) -> Tuple[Optional[Tensor], ...]:
     """The seven gradients, None for each that is not needed."""
     out, low, lse, seed = made[:4]
     try:
@@ -80,7 +83,7 @@ def _backward(grad_out: Tensor, made: Made, inputs: Inputs, needs: Sequence[bool
         return launch.backward(problem, launch.Needs(*needs), launch.Passed(grad_out, out, low, lse, seed))
     except Exception as error:
         seed = lse.new_empty(0, dtype=torch.int64) if seed is None else seed
-        return on_backward_failure(Call(*inputs, seed, tuple(needs)), grad_out, error)  # type: ignore[call-arg]
+        return on_failure(Call(*inputs, seed, tuple(needs)), grad_out, error)  # type: ignore[call-arg]
 
 
 # As a registered operator: empty tensors for None, since an operator's outputs are tensors.
@@ -159,8 +162,9 @@ def _save(ctx: Any, inputs: Inputs, output: Sequence[Optional[Tensor]]) -> None:
     ctx.constants = (inputs[6], inputs[10], inputs[11])
 
 
-def _gradients(run: Callable[..., Any], ctx: Any, grad_out: Optional[Tensor]) -> Tuple[Any, ...]:
-    needs = [ctx.needs_input_grad[place] for place in (0, 1, 2, 3, 4, 5, 7)]
+def _gradients(run: Callable[..., Any], ctx: Any, grad_out: Optional[Tensor], first: int = 0) -> Tuple[Any, ...]:
+    """Of the twelve inputs; `first` is the place of q among the operator's arguments."""
+    needs = [ctx.needs_input_grad[first + place] for place in (0, 1, 2, 3, 4, 5, 7)]
     if grad_out is None or not any(needs):
         return (None,) * 12
     saved = ctx.saved_tensors
@@ -196,21 +200,23 @@ else:
 
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, on_failure: OnFailure, *inputs: Any) -> Tensor:
         made = _forward(*inputs, any(ctx.needs_input_grad))  # type: ignore[call-arg]
         _save(ctx, inputs, made)
+        ctx.on_failure = on_failure
         return made[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Optional[Tensor]) -> Any:
-        return _gradients(_backward, ctx, grad_out)
+        backward = functools.partial(_backward, on_failure=ctx.on_failure)
+        return (None, *_gradients(backward, ctx, grad_out, 1))
 
 
-def _apply(*inputs: Any) -> Any:
+def _apply(on_failure: OnFailure, *inputs: Any) -> Any:
     # Small problems wait for the processor: outside a compiled graph the registered operator's layers only cost.
     compiling = _op is not None and torch.compiler.is_compiling()
-    return _op(*inputs)[0] if compiling else _FusedAttention.apply(*inputs)
+    return _op(*inputs)[0] if compiling else _FusedAttention.apply(on_failure, *inputs)
 
 
 def fused_attention(
@@ -226,6 +232,7 @@ def fused_attention(
     key_padding: Optional[Tensor] = None,
     dropout_p: float = 0.0,
     scale: Optional[float] = None,
+    on_failure: OnFailure = _recompute,
 ) -> Tensor:
     """softmax(q k^T * scale + bias) v by the Triton kernels; differentiable in all but mask and key_padding.
 
@@ -233,10 +240,11 @@ def fused_attention(
     bfloat16 or float32; q_factor (B|1, M, H|1, R), k_factor (B|1, N, H|1, R) in q's dtype, R <= 64;
     segment_weights (B|1, M, H|1, S) with segment_lengths summing to N; dense (B|1, H|1, M|1, N) floating;
     mask (B|1, H|1, M|1, N) bool, True hides; key_padding (B, N) bool (True hides) or floating (added).
-    A row that sees no key gives zeros. Inputs are trusted: `flash_bias_attention` is the validating door.
+    A row that sees no key gives zeros. `on_failure` gives the gradients where the backward kernels fail (not in a
+    compiled graph, where plain PyTorch gives them). Inputs are trusted: `flash_bias_attention` is the validating door.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lengths = list(segment_lengths or ()) if segment_weights is not None else []
     return _apply(  # type: ignore[no-any-return]
-        q, k, v, q_factor, k_factor, segment_weights, lengths, dense, mask, key_padding, dropout_p, scale
+        on_failure, q, k, v, q_factor, k_factor, segment_weights, lengths, dense, mask, key_padding, dropout_p, scale
     )

@@ -20,8 +20,9 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import torch
 from torch import Tensor
 
-from .. import faults, selfcheck
+from .. import selfcheck
 from ..inputs import AttentionInputs
+from ..recovery import errors
 from . import configs
 from .configs import KERNELS, Config, Key
 from .trial import Trial, class_of, cuda_times, distance, small_call
@@ -164,9 +165,9 @@ class _Search:
         except _TimeIsUp:
             pass
         except Exception as error:
-            if not faults.survivable(error):
+            if not errors.survivable(error):
                 raise
-            why = faults.first_line(error)
+            why = errors.first_line(error)
         tried = len(self.times) + len(self.skipped)
         return Row(self.kernel, self.key, shipped, tuned, ratio, "" if tuned else why, tried, self.skipped)
 
@@ -291,10 +292,10 @@ class _Search:
         return False
 
     def _leave_out(self, config: Config, error: Exception) -> None:
-        if not faults.survivable(error):
+        if not errors.survivable(error):
             log.error("tuning: the GPU failed while the %s kernel was tried with %s", self.kernel, words(config))
             raise error
-        self.skipped[config] = faults.first_line(error)
+        self.skipped[config] = errors.first_line(error)
         self.times.pop(config, None)
 
     def _times(self, place: int, repeats: int) -> List[float]:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .. import journal
-from . import dispatch, faults, selfcheck
-from .backends import reference
-from .call_class import Key, describe, key_of
-from .inputs import TENSORS, AttentionInputs
+from ... import journal
+from .. import selection
+from ..backends import reference
+from ..breaker import Phase, breakers
+from ..call_class import Key, describe, key_of
+from ..inputs import TENSORS, AttentionInputs
+from . import errors
 
 if TYPE_CHECKING:
     from .guard import Call
@@ -55,15 +57,13 @@ def of_guarded(
     return [found[place] for place in call.places]
 
 
-def on_backward_failure(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:
+def of_fused(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:
     """The fused operator's backward raised `error`: the gradients by plain PyTorch, and the breaker opens.
 
     `call` is kernels.recompute.Call, which knows what the forward's dropout drew.
     """
-    from .kernels import recompute
+    from ..kernels import recompute
 
-    if selfcheck.owns(call.q, call.k):
-        raise error
     inputs = AttentionInputs(
         *call[:6], tuple(call.segment_lengths) or None, call.dense, call.mask, call.key_padding,
         call.dropout_p, call.scale,
@@ -80,43 +80,48 @@ def on_backward_failure(call: Any, grad_out: Tensor, error: BaseException) -> Tu
         recompute.CHUNK_ELEMENTS = usual
 
 
+def raised(call: Any, grad_out: Tensor, error: BaseException) -> NoReturn:
+    """As of_fused, where a failure is to be seen."""
+    raise error
+
+
 def _blame(error: BaseException, name: str, inputs: AttentionInputs, key: Key, if_short: str) -> bool:
     """Whether memory ran out. Raises what is not survived; for the rest the breaker opens.
 
     It waits for the next forward: layers still to be recomputed in this pass take the backend that their forward took.
     """
-    if not faults.survivable(error):
-        if faults.sticky(error):
-            journal.once("sticky", "error", faults.CULPRIT)
+    if not errors.survivable(error):
+        if errors.sticky(error):
+            journal.once("sticky", "error", errors.CULPRIT)
         raise error
-    short = faults.out_of_memory(error)
+    short = errors.out_of_memory(error)
     if short:
         make_room(error, inputs)
         journal.fallback(name, describe(key), if_short)
     else:
-        dispatch._open(key, name, f"backward: {faults.first_line(error)}")
-    dispatch._refuse_if_strict(inputs, key, name, error)
-    faults.forget_frames(error)
+        breakers.open(key, name, errors.first_line(error), Phase.BACKWARD)
+    selection.refuse_if_strict(inputs, key, name, error)
+    errors.forget_frames(error)
     return short
 
 
 def make_room(error: BaseException, inputs: AttentionInputs) -> None:
     """Let go of what the failed attempt held, and of what torch's allocator holds back."""
-    faults.forget_frames(error)
+    errors.forget_frames(error)
     if inputs.q.is_cuda:
         torch.cuda.empty_cache()
 
 
 def raise_failed_twice(error: Exception, name: str, inputs: AttentionInputs) -> NoReturn:
     """Of a call with dropout."""
-    if faults.survivable(error) and not faults.out_of_memory(error):
-        raise DropoutLostError(TWICE.format(name, faults.first_line(error))) from error
+    if errors.survivable(error) and not errors.out_of_memory(error):
+        raise DropoutLostError(TWICE.format(name, errors.first_line(error))) from error
     raise_with_advice(error, inputs)
 
 
 def raise_with_advice(error: Exception, inputs: AttentionInputs) -> NoReturn:
     """The error itself, or if memory ran out for good, one that says what would help."""
-    if not faults.out_of_memory(error):
+    if not errors.out_of_memory(error):
         raise error
     kind = MemoryError if isinstance(error, MemoryError) else torch.cuda.OutOfMemoryError
-    raise kind(faults.memory_advice(error, inputs)) from error
+    raise kind(errors.memory_advice(error, inputs)) from error

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import random_state
-from .inputs import TENSORS, AttentionInputs
+from .. import random_state
+from ..inputs import TENSORS, AttentionInputs
+from . import backward
 
 LARGE = 1 << 25  # scores, B * H * M * N, from which on a call is guarded
 OWN_RESCUE = ("triton",)  # backends that guard themselves
@@ -60,16 +61,16 @@ def wanted(name: str, inputs: AttentionInputs, hooked: bool) -> bool:
 class Call:
     """One guarded call: what its backward needs to know, without the tensors.
 
-    `state` is the random state before the forward (None without dropout); `rescue` answers a backward that failed:
-    rescue(call, inputs, needs, grad_out, error) -> gradients. `script` and `place` are of a hooked checkpoint.
+    `state` is the random state before the forward (None without dropout). `script` and `place` are of a hooked
+    checkpoint.
     """
 
-    __slots__ = ("backend", "name", "key", "places", "static", "state", "autocast", "rescue", "script", "place",
+    __slots__ = ("backend", "name", "key", "places", "static", "state", "autocast", "script", "place",
                  "graph")  # fmt: skip
 
-    def __init__(self, backend: Any, name: str, key: Any, inputs: AttentionInputs, state: Any, rescue: Any,
+    def __init__(self, backend: Any, name: str, key: Any, inputs: AttentionInputs, state: Any,
                  script: Any = None) -> None:  # fmt: skip
-        self.backend, self.name, self.key, self.state, self.rescue = backend, name, key, state, rescue
+        self.backend, self.name, self.key, self.state = backend, name, key, state
         self.places = [place for place, tensor in enumerate(inputs.tensors()) if tensor is not None]  # in TENSORS
         self.static = inputs.static()
         self.autocast = _autocast(inputs.q)
@@ -118,7 +119,7 @@ class Call:
             return differentiate(graph, needs, grad_out, keep)
         except Exception as error:
             graph = self.graph = None  # its memory is needed
-            return self.rescue(self, self.inputs(tensors), needs, grad_out, error)
+            return backward.of_guarded(self, self.inputs(tensors), needs, grad_out, error)
 
     def once_more(
         self, tensors: Sequence[Tensor], needs: Sequence[bool], grad_out: Tensor

@@ -7,7 +7,7 @@ from typing import Optional
 
 import torch
 
-from .inputs import AttentionInputs
+from ..inputs import AttentionInputs
 
 # After one of these the CUDA context is wrecked: every later call fails.
 STICKY = (
