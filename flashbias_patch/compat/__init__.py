@@ -7,6 +7,7 @@ numpy before a module that needs the patch does.
 """
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from typing import Any, Callable, Dict, List, NamedTuple, Set, Tuple
@@ -50,6 +51,8 @@ PATCHES: Tuple[Patch, ...] = (
 )
 
 MODULES: Tuple[str, ...] = tuple(patch.module for patch in PATCHES if patch.module)
+
+_MARK = "__flashbias_compat__"  # of a library's module: the patches it has seen
 
 _undo: List[Callable[[], None]] = []
 _applied: Dict[str, Set[str]] = {}
@@ -104,10 +107,16 @@ def after(patch: Patch, module: Any) -> None:
 
 
 def on_module(module: Any) -> None:
-    """A library's module was imported (a post-import hook)."""
+    """A library's module was imported (a post-import hook); called again for the same one it does nothing."""
     for patch in enabled():
-        if patch.module == module.__name__:
+        if patch.module == module.__name__ and patch.name not in vars(module).get(_MARK, ()):
             after(patch, module)
+            setattr(module, _MARK, (*vars(module).get(_MARK, ()), patch.name))
+            _undo.append(functools.partial(_unmark, module))
+
+
+def _unmark(module: Any) -> None:
+    vars(module).pop(_MARK, None)
 
 
 def record(name: str, module: str) -> None:

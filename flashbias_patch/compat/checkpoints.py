@@ -28,11 +28,13 @@ def allow(module: Any) -> Optional[Callable[[], None]]:
     kinds = [buffer, numpy.ndarray, numpy.dtype, core._reconstruct, core.scalar]
     kinds += [type(numpy.dtype(name)) for name in ("float64", "float32", "int64")]
     before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals([kind for kind in kinds if kind not in before])
-    torch.serialization.add_safe_globals([(statistic, "builtins.getattr")])
+    added = [kind for kind in kinds if kind not in before] + [(statistic, "builtins.getattr")]
+    torch.serialization.add_safe_globals(added)
 
     def undo() -> None:
+        """Take away what was added here, and nothing that others have declared since."""
+        kept = [entry for entry in torch.serialization.get_safe_globals() if entry not in added]
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+        torch.serialization.add_safe_globals(kept)
 
     return undo

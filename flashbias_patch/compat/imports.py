@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import types
-from typing import Any, Callable, Optional
+from typing import Any, Callable, List, Optional
 
 
 class Leftover(types.ModuleType):
@@ -28,29 +29,53 @@ def leftover(name: str, fromlist: Any, usual: Callable[[], Any]) -> Optional[Any
     return None
 
 
-class NumPy(types.ModuleType):
-    """NumPy's names and the removed aliases. Only the importing module sees it."""
+# Removed in NumPy 1.24, and the Python type that each was (np.long and np.unicode too).
+ALIASES = {**{name: getattr(builtins, name) for name in ("int", "float", "complex", "object", "str", "bool")},
+           "long": int, "unicode": str}  # fmt: skip
 
-    def __getattr__(self, name: str) -> Any:
+
+class NumPy(types.ModuleType):
+    """NumPy as the importing module sees it: the removed aliases beside NumPy's own names.
+
+    It holds nothing: what anybody sets on NumPy later is seen here, and what is set here is set on NumPy.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__class__":
+            return NumPy
         import numpy
 
+        if name in ALIASES and name not in vars(numpy):  # not getattr: NumPy's own answer is a warning and an error
+            return ALIASES[name]
         return getattr(numpy, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        import numpy
+
+        setattr(numpy, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        import numpy
+
+        delattr(numpy, name)
+
+    def __dir__(self) -> List[str]:
+        import numpy
+
+        return dir(numpy)
+
+    def __reduce__(self) -> Any:
+        return importlib.import_module, ("numpy",)
 
 
 def numpy_with_aliases(name: str, fromlist: Any, usual: Callable[[], Any]) -> Optional[Any]:
-    """NumPy with np.int and its like: Python's own types, as they were (np.long and np.unicode too)."""
+    """NumPy with np.int and its like: Python's own types, as they were."""
     import numpy
 
     found = usual()
-    names = {alias: getattr(builtins, alias) for alias in ("int", "float", "complex", "object", "str", "bool")}
-    names.update(long=int, unicode=str)
-    missing = {alias: kind for alias, kind in names.items() if alias not in vars(numpy)}
-    if found is not numpy or not missing:
+    if found is not numpy or all(alias in vars(numpy) for alias in ALIASES):
         return None
-    module = NumPy("numpy")
-    module.__dict__.update({key: value for key, value in vars(numpy).items() if key != "__getattr__"})
-    module.__dict__.update(missing)
-    return module
+    return NumPy("numpy")
 
 
 def linear_with_bias(name: str, fromlist: Any, usual: Callable[[], Any]) -> Optional[Any]:

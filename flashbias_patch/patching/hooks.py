@@ -1,8 +1,11 @@
 """Finding classes and wrapping them; install and uninstall.
 
 Three ways lead to `claim`: wrapt post-import hooks on the modules of the catalog, the registries of mmcv 1.x and
-mmengine, and `repository.Finder` for modules of a user's repository that import flash_attn. What was imported
-before install() is found in sys.modules.
+mmengine, and `repository.Finder` for modules of a user's repository that import flash_attn. wrapt calls a hook at the
+first import only; the Finder sees a module that is reloaded, or purged from sys.modules and imported again. What was
+imported before install() is found in sys.modules.
+
+Nothing here keeps a class alive: what is wrapped is remembered by weak references.
 """
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import functools
 import inspect
 import sys
 import threading
+import weakref
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import wrapt
@@ -20,13 +24,17 @@ from . import catalog, repository, trigger
 
 
 class Claim(NamedTuple):
-    """A wrapped attribute, and what it was: `original` is None where the class only inherited it."""
+    """A wrapped attribute, by weak references to the class and to the wrapper that its attribute holds."""
 
-    owner: type
+    class_ref: Callable[[], Optional[type]]
     attribute: str
-    original: Optional[Any]
-    wrapper: Any
+    wrapper_ref: Callable[[], Optional[Any]]
     seam: str
+
+    @property
+    def owner(self) -> Optional[type]:
+        """The class; None once it is gone."""
+        return self.class_ref()
 
 
 _lock = threading.RLock()
@@ -47,21 +55,16 @@ def install() -> None:
         if _installed:
             return
         _installed = True
-        if not _hooked:  # wrapt has no way to take a hook back: the hooks ask `_installed` instead
-            for module in catalog.MODULES:
-                wrapt.register_post_import_hook(_on_module, module)
-            for module in catalog.REGISTRIES:
-                wrapt.register_post_import_hook(_on_registry, module)
-            for module in compat.MODULES:
-                wrapt.register_post_import_hook(_on_library, module)
-            for module in monitor_hooks.MODULES:
-                wrapt.register_post_import_hook(monitor_hooks.register, module)
+        if not _hooked:  # wrapt has no way to take a hook back: the hooks look at `_installed` instead
+            for module in _HOOKS:
+                wrapt.register_post_import_hook(_on_import, module)
             wrapt.register_post_import_hook(_shield_from_dynamo, "torch._dynamo")
             _hooked = True
         else:
-            _each_loaded(catalog.REGISTRIES, _on_registry)
-            _each_loaded(compat.MODULES, _on_library)
-        repository.Finder.enable(_on_module)
+            for module in _HOOKS:
+                if module in sys.modules:
+                    _on_import(sys.modules[module])
+        repository.Finder.enable(_on_import, _HOOKS)
     if "torch" in sys.modules:
         for loaded in list(sys.modules.values()):
             _on_module(loaded)
@@ -76,21 +79,29 @@ def uninstall() -> None:
         repository.Finder.disable()
         compat.uninstall()
         for claim in reversed(_claims):
-            if vars(claim.owner).get(claim.attribute) is not claim.wrapper:
+            owner, wrapper = claim.owner, claim.wrapper_ref()
+            if owner is None:
+                continue
+            if wrapper is None or vars(owner).get(claim.attribute) is not wrapper:
                 journal.logger().warning("%s.%s was replaced by someone else since: left as it is",
-                                       claim.owner.__qualname__, claim.attribute)
-            elif claim.original is None:
-                delattr(claim.owner, claim.attribute)
+                                         owner.__qualname__, claim.attribute)
+            elif wrapper.__flashbias_original__ is None:
+                delattr(owner, claim.attribute)
             else:
-                setattr(claim.owner, claim.attribute, claim.original)
+                setattr(owner, claim.attribute, wrapper.__flashbias_original__)
         _claims.clear()
         _refused.clear()
 
 
-def _each_loaded(names: Any, hook: Callable[[Any], None]) -> None:
-    for name in names:
-        if name in sys.modules:
-            hook(sys.modules[name])
+def _on_import(module: Any) -> None:
+    """A module was executed: one of _HOOKS, or one that `repository.Finder` found. Never raises."""
+    name = getattr(module, "__name__", None)
+    for hook in _HOOKS.get(name, (_on_module,)) if _installed else ():
+        try:
+            hook(module)
+        except Exception as error:  # an error here must not become one of the user's import
+            journal.once(("import", name, str(error)), "error", "after the import of %s: %s: %s", name,
+                         type(error).__name__, error)
 
 
 def _on_module(module: Any) -> None:
@@ -102,12 +113,6 @@ def _on_module(module: Any) -> None:
         # not isinstance: some modules hold objects whose __class__ answers with a deprecation warning
         if issubclass(type(value), type) and value.__name__ in names and not value.__module__.startswith("torch."):
             claim(value)
-
-
-def _on_library(module: Any) -> None:
-    """A library that a compatibility patch waits for."""
-    if _installed:
-        compat.on_module(module)
 
 
 def _on_registry(module: Any) -> None:
@@ -129,13 +134,22 @@ def _on_registry(module: Any) -> None:
     _wrap(registry, "_register_module", register, "registry")
 
 
+# Module name -> what is called with it after each import.
+_HOOKS: Dict[str, Tuple[Callable[[Any], None], ...]] = {
+    **dict.fromkeys(catalog.MODULES, (_on_module,)),
+    **dict.fromkeys(catalog.REGISTRIES, (_on_registry,)),
+    **dict.fromkeys(compat.MODULES, (compat.on_module,)),
+    **dict.fromkeys(monitor_hooks.MODULES, (monitor_hooks.register,)),
+}
+
+
 def claim(cls: type) -> bool:
     """Wrap the methods of `cls` with the seams of its target, if it has the target's shape. Never raises."""
     try:
         return _claim(cls)
     except Exception as error:
         _refused[cls.__module__, cls.__qualname__] = f"{type(error).__name__}: {error}"
-        journal.once(("claim", cls), "error", "%s.%s is left unpatched: %s: %s",
+        journal.once(("claim", cls.__module__, cls.__qualname__, str(error)), "error", "%s.%s is left unpatched: %s: %s",
                      cls.__module__, cls.__qualname__, type(error).__name__, error)
         return False
 
@@ -159,15 +173,17 @@ def _claim(cls: type) -> bool:
             if found is not None and not _is_patched(found):
                 _wrap(cls, method, seams.SEAMS[seam](cls), seam)  # not where it, or the one inherited, is wrapped
         _refused.pop((cls.__module__, cls.__qualname__), None)
-    journal.once(("patched", cls), "info", "patched %s.%s", cls.__module__, cls.__qualname__)
+    journal.once(("patched", cls.__module__, cls.__qualname__), "info", "patched %s.%s", cls.__module__, cls.__qualname__)
     return True
 
 
 def _wrap(owner: Any, attribute: str, wrapper: Callable[..., Any], seam: str) -> None:
     original = vars(owner).get(attribute)
     wrapped = _patched_function(inspect.getattr_static(owner, attribute), wrapper)
+    wrapped.__flashbias_original__ = original  # None where the class only inherits it
     setattr(owner, attribute, wrapped)
-    _claims.append(Claim(owner, attribute, original, wrapped, seam))
+    _claims[:] = [claim for claim in _claims if claim.owner is not None]
+    _claims.append(Claim(weakref.ref(owner), attribute, weakref.ref(wrapped), seam))
 
 
 def _patched_function(original: Any, seam: Callable[..., Any]) -> Any:
@@ -203,9 +219,9 @@ def patched() -> List[Dict[str, str]]:
     """What is wrapped now: class, module and seam."""
     with _lock:
         return [
-            {"class": c.owner.__qualname__, "module": c.owner.__module__, "seam": c.seam}
-            for c in _claims
-            if c.seam != "registry"
+            {"class": owner.__qualname__, "module": owner.__module__, "seam": c.seam}
+            for c, owner in ((c, c.owner) for c in _claims)
+            if c.seam != "registry" and owner is not None
         ]
 
 

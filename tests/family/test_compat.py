@@ -218,8 +218,30 @@ def test_mmengine_checkpoints_load_with_protection_on(tmp_path):
         with pytest.raises(Exception, match="only statistics of HistoryBuffer are safe"):
             torch.load(bad, weights_only=True)
     finally:
+        torch.serialization.add_safe_globals([Mine])
         undo()
-    assert set(torch.serialization.get_safe_globals()) == before
+        kept = set(torch.serialization.get_safe_globals())
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(list(before))
+    assert kept == {*before, Mine}, "uninstall leaves what others have declared since"
+
+
+class Mine:
+    """A class that the user declares safe."""
+
+
+def test_a_library_is_patched_once_per_installation(monkeypatch):
+    """Its hook may be called more than once for one import."""
+    calls = []
+    monkeypatch.setattr(checkpoints, "allow", lambda module: calls.append(module) or (lambda: calls.append("undone")))
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    compat.on_module(module)
+    compat.on_module(module)
+    assert calls == [module]
+    compat.uninstall()
+    compat.on_module(module)
+    compat.uninstall()
+    assert calls == [module, "undone"] * 2
 
 
 def test_a_failing_patch_leaves_the_import_alone(installed, write, monkeypatch, caplog):
