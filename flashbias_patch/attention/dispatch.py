@@ -16,11 +16,10 @@ from .breaker import TRUSTED, State, Verdict, breakers
 from .call_class import Key, key_of
 from .inputs import AttentionInputs
 from .recovery import forward, replay
-from .recovery.replay import Script, StartOver
 from .selection import LAST_RESORT, Candidates, NoBackendError, Unavailable, backend, explain, reasons_against
 
 __all__ = [
-    "LAST_RESORT", "NoBackendError", "Script", "StartOver", "attend", "backend", "breakers", "explain",
+    "LAST_RESORT", "NoBackendError", "attend", "backend", "breakers", "explain",
     "is_compiling", "reasons_against", "reset",
 ]  # fmt: skip
 
@@ -38,17 +37,28 @@ def attend(inputs: AttentionInputs, pinned: Optional[str] = None) -> Tensor:
         return _traced(inputs, pinned)
     if breakers.pending:
         breakers.open_pending()
-    script = replay.current.get()
-    # A checkpointed forward runs without grad, but who answers it must be able to answer the recomputation.
-    key = key_of(inputs) if script is None else key_of(inputs, grad=True)
+    checkpointed = replay.current()
+    # A checkpointed forward runs without grad, but its backend must be able to run in the recomputation too.
+    key = key_of(inputs) if checkpointed is None else key_of(inputs, grad=True)
     candidates = selection.candidates(inputs, key[6], pinned)
-    if script is None:
+    if checkpointed is None:
         return _take(inputs, key, candidates)[0]
+    return _replayed(checkpointed, inputs, key, candidates)
 
-    def take(candidates: Candidates, replayed: str) -> Tuple[Tensor, str]:
-        return _take(inputs, key, candidates, replayed)
 
-    return script.answer(inputs, candidates, take, forward.in_small_chunks)
+def _replayed(checkpointed: replay.Replay, inputs: AttentionInputs, key: Key, candidates: Candidates) -> Tensor:
+    """The call of a checkpointed function: recomputed by the backend that computed it in the forward."""
+    name = first = checkpointed.begin_call()
+    try:
+        if name == replay.SMALL_CHUNKS:
+            return forward.in_small_chunks(inputs)
+        if name:
+            names = (name, *(other for other in candidates.names if other != name))
+            candidates = candidates._replace(names=names)
+        out, name = _take(inputs, key, candidates, first)
+        return out
+    finally:
+        checkpointed.end_call(name)
 
 
 def _take(inputs: AttentionInputs, key: Key, candidates: Candidates, replayed: str = "") -> Tuple[Tensor, str]:

@@ -1,39 +1,80 @@
-"""`with attention_bias(...)`: a bias for every patched attention in a block, kept alive through recomputation.
+"""`with attention_bias(...)`: a bias for every patched attention in a block.
 
-Reentrant checkpointing ignores tensors inside lists, and recomputation runs in autograd's own thread, where context
-variables are not set (torch.utils.checkpoint). So while a bias is in play, and only for code that it concerns,
-torch.utils.checkpoint.checkpoint checkpoints without reentrance and carries the ambient state along.
+Recomputation by a checkpoint finds the biases of its forward (attention/replay.py); threads started in the block find
+those of the block (threads.py).
 """
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import functools
-import inspect
-import threading
+import weakref
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
-import torch.utils.checkpoint
+import torch
 from torch import Tensor
 
-from ..attention.dispatch import Script, StartOver
+from ..attention.recovery import replay
 from ..bias import AttentionBias
+from . import threads
 
 KINDS = ("cross", "self", "all")
+Bias = Union[AttentionBias, Tensor]
+
+
+class Block:
+    """One `with attention_bias(...)`."""
+
+    __slots__ = ("open",)
+
+    def __init__(self) -> None:
+        self.open = True
 
 
 class Scope(NamedTuple):
-    bias: Union[AttentionBias, Tensor]
+    """What an attention_bias(...) block says to one thread."""
+
+    bias: Bias
     kind: str
     layers: Optional[Tuple[int, ...]]
-    order: Dict[int, int]  # id of an attention module -> its index in order of first use
+    block: Block
+    order: Dict[Any, int]  # attention module -> its index in order of first use
 
 
-_scopes: contextvars.ContextVar[Tuple[Scope, ...]] = contextvars.ContextVar("flashbias_scopes", default=())
-# What a checkpoint made in this context carries to its recomputation: nothing, which backend answered each call, or
-# that and the ambient bias.
-NOTHING, BACKENDS, BIAS = range(3)
-_carry: contextvars.ContextVar[int] = contextvars.ContextVar("flashbias_carry", default=NOTHING)
+Scopes = Tuple[Scope, ...]
+_scopes: contextvars.ContextVar[Optional[Scopes]] = contextvars.ContextVar("flashbias_scopes", default=None)
+# Of the block in which this thread was started; in force while that is open and _scopes is None.
+_inherited: contextvars.ContextVar[Scopes] = contextvars.ContextVar("flashbias_inherited_scopes", default=())
+# Tensors that need a gradient and are in force in another way: in a list of masks, where no checkpoint looks for them.
+_learned: contextvars.ContextVar[Tuple[Tensor, ...]] = contextvars.ContextVar("flashbias_learned", default=())
+# Modules that had a bias where its recomputation cannot be reached; None while there is none.
+_out_of_reach: Optional[weakref.WeakSet[Any]] = None
+_graph_task: Callable[[], int] = torch._C._current_graph_task_id
+
+
+def map_bias(bias: Bias, function: Callable[[Tensor], Tensor]) -> Bias:
+    return function(bias) if isinstance(bias, Tensor) else bias._map(function)
+
+
+def current_scopes() -> Scopes:
+    scopes = _scopes.get()
+    if scopes is not None:
+        return scopes
+    return tuple(scope for scope in _inherited.get() if scope.block.open)
+
+
+def _map_scopes(scopes: Scopes, function: Callable[[Tensor], Tensor]) -> Scopes:
+    return tuple(scope._replace(bias=map_bias(scope.bias, function)) for scope in scopes)
+
+
+def _look_only(tensors: Tuple[Tensor, ...], function: Callable[[Tensor], Tensor]) -> Tuple[Tensor, ...]:
+    for tensor in tensors:
+        function(tensor)
+    return tensors
+
+
+replay.carry(_scopes, _map_scopes, read=current_scopes)
+replay.carry(_learned, _look_only)
 
 
 @contextlib.contextmanager
@@ -50,120 +91,95 @@ def attention_bias(
             None: all.
 
     Blocks nest: biases of several add up. A bias whose shape does not fit raises ValueError where it is used.
+    The recomputation of a checkpoint called in the block has the bias too, and so has a thread started in the block, as
+    long as the block is open.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not isinstance(bias, (AttentionBias, Tensor)):
         raise TypeError(f"bias must be an AttentionBias or a Tensor, got {type(bias).__name__}")
-    scope = Scope(bias, kind, None if layers is None else tuple(layers), {})
-    token = _scopes.set((*_scopes.get(), scope))
+    replay.watch()
+    replay.current()  # a checkpoint around this block does not need the bias: it opens the block again
+    block = Block()
+    scope = Scope(bias, kind, None if layers is None else tuple(layers), block, {})
+    token = _scopes.set((*current_scopes(), scope))
     try:
-        with carried_checkpoint():
+        with threads.handing_on(_for_thread, _for_task):
             yield
     finally:
+        block.open = False
         _scopes.reset(token)
 
 
-def active() -> bool:
-    """Whether any `with attention_bias(...)` is open here."""
-    return bool(_scopes.get())
-
-
-def biases_for(module: Any, kind: str) -> List[Union[AttentionBias, Tensor]]:
-    """The ambient biases that concern one attention module."""
-    found = []
-    for scope in _scopes.get():
-        if scope.kind not in (kind, "all"):
-            continue
-        index = scope.order.setdefault(id(module), len(scope.order))
-        if scope.layers is None or index in scope.layers:
-            found.append(scope.bias)
-    return found
-
-
-# -- checkpointing -----------------------------------------------------------------------------------------------
-
-_swap_lock = threading.Lock()
-_swap_depth = 0
-_plain_checkpoint: Callable[..., Any] = torch.utils.checkpoint.checkpoint
-# Names bound by `from torch.utils.checkpoint import checkpoint` in modules of wrapped layers: (globals, name).
-_bound_names: List[Tuple[Dict[str, Any], str]] = []
-
-
 @contextlib.contextmanager
-def carried_checkpoint(what: int = BIAS) -> Iterator[None]:
-    """While open, checkpoints made in this context carry the ambient bias, or only which backend answered each
-    call (then their own reentrance is kept); other threads' stay as they are."""
-    global _swap_depth, _plain_checkpoint
-    token = _carry.set(max(what, _carry.get()))
-    with _swap_lock:
-        _swap_depth += 1
-        if _swap_depth == 1:
-            _plain_checkpoint = torch.utils.checkpoint.checkpoint
-            _set_checkpoint(_carrying(_plain_checkpoint))
+def learned(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Tensors that need a gradient are in force in this block: checkpoint without reentrance."""
+    replay.watch()
+    replay.current()
+    token = _learned.set((*_learned.get(), *tensors))
     try:
         yield
     finally:
-        with _swap_lock:
-            _swap_depth -= 1
-            if _swap_depth == 0:
-                _set_checkpoint(_plain_checkpoint)
-        _carry.reset(token)
+        _learned.reset(token)
 
 
-def _set_checkpoint(function: Callable[..., Any]) -> None:
-    torch.utils.checkpoint.checkpoint = function
-    for namespace, name in _bound_names:
-        namespace[name] = function
+def active() -> bool:
+    """Whether any `with attention_bias(...)` may concern a call here."""
+    scopes = _scopes.get()
+    return bool(_inherited.get() if scopes is None else scopes) or _out_of_reach is not None
 
 
-def watch_names(namespace: Dict[str, Any]) -> None:
-    """Remember the names a module bound to torch's checkpoint, so that its layers are reached too."""
-    for name, value in namespace.items():
-        if value is torch.utils.checkpoint.checkpoint and not any(
-            known is namespace and bound == name for known, bound in _bound_names
-        ):
-            _bound_names.append((namespace, name))
+def biases_for(module: Any, kind: str) -> List[Bias]:
+    """The ambient biases that concern one attention module."""
+    global _out_of_reach
+    found = []
+    for scope in current_scopes():
+        if scope.kind not in (kind, "all"):
+            continue
+        index = scope.order.setdefault(module, len(scope.order))
+        if scope.layers is None or index in scope.layers:
+            found.append(scope.bias)
+    if found:
+        if replay.in_function() and replay.current() is None:
+            _out_of_reach = weakref.WeakSet() if _out_of_reach is None else _out_of_reach
+            _out_of_reach.add(module)
+    elif _out_of_reach is not None and module in _out_of_reach and _graph_task() != -1 and replay.current() is None:
+        raise RuntimeError(
+            f"attention_bias: {type(module).__name__} is recomputed in a backward pass without the bias that its "
+            "forward had: the torch.autograd.Function around it does not hand its ctx to forward() (setup_context), or "
+            "is not written in Python. Open attention_bias(...) inside the checkpointed function, or use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+    return found
 
 
-def _carrying(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(checkpoint)
-    def checkpoint_carrying_bias(function: Any, *args: Any, use_reentrant: Any = None, **kwargs: Any) -> Any:
-        given = {} if use_reentrant is None else {"use_reentrant": use_reentrant}
-        what = _carry.get()
-        if what == NOTHING:
-            return checkpoint(function, *args, **given, **kwargs)
-        scopes, script = _scopes.get(), Script()
-
-        def run(*inputs: Any, **named: Any) -> Any:
-            token = _scopes.set(scopes)
-            try:
-                with script:
-                    return function(*inputs, **named)
-            finally:
-                _scopes.reset(token)
-
-        if what == BIAS:
-            given = {"use_reentrant": False}
-        while True:
-            try:
-                return checkpoint(run, *args, **given, **kwargs)
-            except StartOver as left:
-                _close_contexts(left)
-            script.rewind()
-
-    return checkpoint_carrying_bias
+# -- threads -----------------------------------------------------------------------------------------------------------
 
 
-def _close_contexts(error: BaseException) -> None:
-    """Leave what torch's checkpoint had entered when `error` passed through it: before torch 2.13 its generator, which
-    holds the saved-tensor hooks, is merely dropped, and they stay in force until it is collected."""
-    assert error.__traceback__ is not None
-    # Not the frame that is handling `error`: its locals, once looked at, keep the error and with it every tensor of the
-    # failed attempt until Python's collector comes by.
-    trace = error.__traceback__.tb_next
-    while trace is not None:
-        for value in list(trace.tb_frame.f_locals.values()):
-            if inspect.isgenerator(value) and value.gi_code.co_filename == torch.utils.checkpoint.__file__:
-                value.close()
-        trace = trace.tb_next
+def _of_another_thread(scopes: Scopes) -> Scopes:
+    """A thread counts the layers that it calls itself: its modules are others (replicas) or called at another time."""
+    return tuple(scope._replace(order={}) for scope in scopes)
+
+
+def _for_thread(run: Callable[..., Any]) -> Callable[..., Any]:
+    scopes = current_scopes()
+    return functools.partial(_run_inheriting, _of_another_thread(scopes), run) if scopes else run
+
+
+def _run_inheriting(scopes: Scopes, run: Callable[[], Any]) -> None:
+    """In a new thread. A worker thread of a pool outlives the block, and is then without its bias."""
+    _inherited.set(scopes)
+    run()
+
+
+def _for_task(function: Callable[..., Any]) -> Callable[..., Any]:
+    scopes = current_scopes()
+    return functools.partial(_run_task, _of_another_thread(scopes), function) if scopes else function
+
+
+def _run_task(scopes: Scopes, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    token = _scopes.set(scopes)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _scopes.reset(token)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import settings
 from ..attention.inputs import as_bias
+from ..attention.recovery import replay
 from ..bias import AttentionBias, DenseBias
 from . import ambient, factoring
 from .catalog import WEIGHT_KEYWORDS
@@ -85,6 +86,8 @@ def capture(
     module: Any, parameters: Parameters, args: Tuple[Any, ...], kwargs: Dict[str, Any], biases: List[Bias]
 ) -> Captured:
     """Everything that is added to, or masks, the scores of this call."""
+    if not torch.is_grad_enabled():
+        replay.current()  # a checkpoint around this call is to be known before anything is set for the call
     if ambient.active():
         query, key = parameters.get("query", args, kwargs), parameters.get("key", args, kwargs)
         biases = biases + ambient.biases_for(module, kind_of(module, query, key))

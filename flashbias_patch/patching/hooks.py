@@ -78,6 +78,9 @@ def uninstall() -> None:
         trigger.disarm()
         repository.Finder.disable()
         compat.uninstall()
+        replay = sys.modules.get("flashbias_patch.attention.recovery.replay")
+        if replay is not None:
+            replay.unwatch()
         for claim in reversed(_claims):
             owner, wrapper = claim.owner, claim.wrapper_ref()
             if owner is None:
@@ -168,6 +171,7 @@ def _claim(cls: type) -> bool:
             return False
         from . import seams  # imports torch, which whoever defines such a class has imported by now
 
+        seams.replay.watch()
         for method, seam in (("forward", target.seam), *target.others):
             found = inspect.getattr_static(cls, method, None)
             if found is not None and not _is_patched(found):

@@ -8,6 +8,7 @@ Those of transformers and heads are in transformers.py.
 """
 from __future__ import annotations
 
+import contextlib
 import contextvars
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import journal, settings
 from ..attention import dispatch, flash_bias_attention
+from ..attention.recovery import replay
 from ..bias import AttentionBias
 from . import ambient, arguments, transformers
 from .arguments import Captured
@@ -38,6 +40,19 @@ class Route:
     def take(self) -> Captured:
         self.taken = True
         return self.captured
+
+
+def _map_route(route: Route, function: Callable[[Tensor], Tensor]) -> Route:
+    biases = tuple(ambient.map_bias(bias, function) for bias in route.captured.biases)
+    return Route(route.module, route.captured._replace(biases=biases))
+
+
+def _reopen(route: Route) -> Any:
+    """For the recomputation of a checkpoint inside an outer forward, around its inner attention."""
+    return InnerAttention(route) if isinstance(_inner(route.module), nn.MultiheadAttention) else contextlib.nullcontext()
+
+
+replay.carry(_route, _map_route, _reopen)
 
 
 class InnerAttention(TorchFunctionMode):
@@ -323,26 +338,30 @@ class LayerSeam:
 
     def __init__(self, cls: type) -> None:
         self.parameters = arguments.Parameters(cls)
-        ambient.watch_names(getattr(cls.forward, "__globals__", {}))  # type: ignore[attr-defined]
 
     def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
         kwargs, biases = arguments.take_bias_keywords(kwargs, self.parameters.accepts)
-        if biases:
-            with ambient.attention_bias(biases[0]):
-                return wrapped(*args, **kwargs)
-        if _holds_bias(self.parameters.get("attn_masks", args, kwargs)):
-            with ambient.carried_checkpoint():
-                return wrapped(*args, **kwargs)
-        if module.training and torch.is_grad_enabled() and not dispatch.is_compiling():
-            with ambient.carried_checkpoint(ambient.BACKENDS):
-                return wrapped(*args, **kwargs)
-        return wrapped(*args, **kwargs)
+        learned = _learned(self.parameters.get("attn_masks", args, kwargs))
+        if not biases and not learned:
+            return wrapped(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for bias in biases:
+                stack.enter_context(ambient.attention_bias(bias))
+            if learned:
+                stack.enter_context(ambient.learned(learned))
+            return wrapped(*args, **kwargs)
 
 
-def _holds_bias(masks: Any) -> bool:
-    """Whether a gradient, or a structured bias, hides in a list that reentrant checkpointing would not look into."""
-    entries: List[Any] = list(masks) if isinstance(masks, (list, tuple)) else [masks]
-    return any(isinstance(m, AttentionBias) or (isinstance(m, Tensor) and m.requires_grad) for m in entries)
+def _learned(masks: Any) -> List[Tensor]:
+    """The tensors that need a gradient in a list of masks, into which reentrant checkpointing would not look."""
+    found: List[Tensor] = []
+    for mask in masks if isinstance(masks, (list, tuple)) else (masks,):
+        if isinstance(mask, Tensor):
+            if mask.requires_grad:
+                found.append(mask)
+        elif isinstance(mask, AttentionBias):
+            found += [tensor for tensor in mask.tensors() if tensor.requires_grad]
+    return found
 
 
 SEAMS: Dict[str, Callable[[type], Any]] = {

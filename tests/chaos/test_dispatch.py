@@ -17,7 +17,6 @@ from flashbias_patch.attention import dispatch, selection
 from flashbias_patch.attention.backends import reference
 from flashbias_patch.attention.recovery import backward, errors
 from flashbias_patch.bias import DenseBias, LowRankBias
-from flashbias_patch.patching import ambient
 
 from .faulty import Fault, Faulty
 from .matrix import only
@@ -120,28 +119,6 @@ def test_a_failed_attempts_memory_is_free_at_once(monkeypatch):
         assert backend.held is not None and backend.held() is None
     finally:
         gc.enable()
-
-
-@pytest.mark.parametrize("what", (ambient.BIAS, ambient.BACKENDS), ids=("hooked", "reentrant"))
-def test_a_checkpoint_tried_again_holds_nothing_of_the_first_time(what):
-    held = []
-
-    def layer(x):
-        scores = x * 2
-        if not held:
-            held.append(weakref.ref(scores))
-            raise dispatch.StartOver
-        assert held[0]() is None
-        return scores
-
-    token = ambient._carry.set(what)
-    gc.disable()
-    try:
-        out = ambient._carrying(checkpoint)(layer, torch.ones(3, requires_grad=True), use_reentrant=True)
-    finally:
-        gc.enable()
-        ambient._carry.reset(token)
-    assert out.tolist() == [2, 2, 2]
 
 
 # -- what is not survived ------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.recovery import backward, guard
 from flashbias_patch.attention.selfcheck import problem_of
 from flashbias_patch.bias import DenseBias, LowRankBias
-from flashbias_patch.patching import ambient
 
 from .faulty import FAULTS, Fault, Faulty
 from .matrix import only
@@ -446,41 +445,3 @@ def test_the_operands_come_back_in_their_places():
     again = made.inputs(made.operands(inputs))
     assert all(a is b for a, b in zip(again.tensors(), inputs.tensors())) and isinstance(again, AttentionInputs)
     assert again.static() == inputs.static() == made.static
-
-
-# As torch's was before 2.13: an exception drops the generator, and whoever still holds that keeps it open.
-CHECKPOINT = """
-def contexts(noted):
-    noted.append("entered")
-    try:
-        yield
-    finally:
-        noted.append("left")
-
-def checkpoint(function, noted, held, use_reentrant=None):
-    gen = contexts(noted)
-    held.append(gen)
-    next(gen)
-    out = function()
-    next(gen, None)
-    return out
-"""
-
-
-def test_a_checkpoint_is_left_before_it_is_tried_again():
-    made = {}
-    exec(compile(CHECKPOINT, torch.utils.checkpoint.__file__, "exec"), made)
-    noted, held = [], []
-
-    def function():
-        noted.append("called")
-        if len(held) == 1:
-            raise dispatch.StartOver
-        return "done"
-
-    token = ambient._carry.set(ambient.BIAS)
-    try:
-        assert ambient._carrying(made["checkpoint"])(function, noted, held) == "done"
-    finally:
-        ambient._carry.reset(token)
-    assert noted == ["entered", "called", "left"] * 2

@@ -6,6 +6,8 @@ cross attention's mask.
 from __future__ import annotations
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -142,13 +144,27 @@ def test_without_a_bias_checkpointing_is_left_exactly_as_it_is(patched, monkeypa
     assert torch.utils.checkpoint.checkpoint.__name__ == "<lambda>"
 
 
-def test_checkpoint_is_put_back_after_an_error(patched):
-    plain = torch.utils.checkpoint.checkpoint
+def test_what_a_block_wraps_is_put_back_after_an_error(patched):
+    checkpoint, start, submit = torch.utils.checkpoint.checkpoint, threading.Thread.start, ThreadPoolExecutor.submit
     with pytest.raises(ZeroDivisionError):
         with flashbias_patch.attention_bias(torch.zeros(M, N)):
-            assert torch.utils.checkpoint.checkpoint is not plain
+            assert torch.utils.checkpoint.checkpoint is checkpoint
+            assert threading.Thread.start is not start and ThreadPoolExecutor.submit is not submit
             raise ZeroDivisionError
-    assert torch.utils.checkpoint.checkpoint is plain
+    assert threading.Thread.start is start and ThreadPoolExecutor.submit is submit
+
+
+def test_uninstall_puts_torchs_checkpoints_back(repository):
+    from torch.autograd.graph import saved_tensors_hooks
+    from torch.utils.checkpoint import CheckpointFunction
+
+    before = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
+    flashbias_patch.install()
+    repository()
+    assert saved_tensors_hooks.__enter__ is not before[0]
+    flashbias_patch.uninstall()
+    assert (saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__) == before
+    assert "apply" not in vars(CheckpointFunction)
 
 
 def test_names_bound_by_from_import_are_reached(installed):

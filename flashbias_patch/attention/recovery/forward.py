@@ -16,12 +16,10 @@ from . import backward, errors, guard, replay
 
 def run(candidate: Any, name: str, inputs: AttentionInputs, key: Key, state: Any) -> Tensor:
     """A backend's output for a call that may want gradients, its backward guarded where that is worth it (guard.py)."""
-    script = replay.current.get()
-    if script is not None and not script.hooked:
-        script = None
-    if not guard.wanted(name, inputs, script is not None):
+    hooked = replay.hooked()
+    if not guard.wanted(name, inputs, hooked is not None):
         return candidate(inputs)  # type: ignore[no-any-return]
-    return guard.Call(candidate, name, key, inputs, state, script).answer(inputs)
+    return guard.Call(candidate, name, key, inputs, state, hooked).answer(inputs)
 
 
 def recover(
@@ -35,16 +33,14 @@ def recover(
         journal.once("sticky", "error", errors.CULPRIT)
         raise error
     random_state.restore(state)
-    script = replay.current.get()
-    if state is not None and script is not None and script.replays(name):
+    checkpointed = replay.current()
+    if state is not None and checkpointed is not None and checkpointed.replays(name):
         return _same_again(error, candidate, name, inputs, key, state)
     if errors.out_of_memory(error):
         return _least_memory(error, name, inputs, key)
     breakers.open(key, name, errors.first_line(error))
     selection.refuse_if_strict(inputs, key, name, error)
     errors.forget_frames(error)
-    if script is not None and script.recording:
-        raise replay.StartOver
     return None
 
 
@@ -70,10 +66,9 @@ def _least_memory(error: Exception, name: str, inputs: AttentionInputs, key: Key
     if not settings.current().strict:
         reason = "out of memory: the cache was emptied and the call answered in small chunks by the reference"
         journal.fallback(name, describe(key), reason)
-        script = replay.current.get()
-        if script is not None and script.recording:
-            script.next_time_in_small_chunks()
-            raise replay.StartOver
+        checkpointed = replay.current()
+        if checkpointed is not None:
+            checkpointed.note_small_chunks()
         try:
             return in_small_chunks(inputs)
         except Exception as again:

@@ -1,90 +1,378 @@
-"""Checkpoints: the recomputation of a call takes the backend that its forward took."""
+"""Recomputation: how a checkpointed function finds again in the backward pass what it found in the forward pass.
+
+A checkpoint runs its function twice: in the forward pass, and again in the backward pass, when every `with` block
+around it has been left, perhaps in another thread. A `Replay` holds what the function found the first time: the values
+of the context variables named by `carry`, and the backend of each attention call. It is attached to the graph, so that
+the name under which a checkpoint was called, and who wrote it, do not matter:
+
+- A torch.autograd.Function (torch's reentrant checkpoint, fairscale's, DeepSpeed's, Megatron's): the Replay is kept by
+  the `ctx` of the Function inside whose forward an attention runs, and is in force during its backward.
+- Saved-tensor hooks (torch's non-reentrant checkpoint and copies of it): the Replay is in force while tensors are
+  unpacked. `saved_tensors_hooks.__enter__` is wrapped for this (`watch`).
+
+Private handles of torch, seen on 2.13: `_is_fwd_grad_enabled`, the engine's call of `ctx.apply`, `CheckpointFunction`.
+"""
 from __future__ import annotations
 
+import contextlib
 import contextvars
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+import functools
+import sys
+import threading
+import weakref
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from .. import random_state
-from ..inputs import AttentionInputs
-from ..selection import LAST_RESORT, Candidates
-
-# take(candidates, replayed) -> (output, name of the backend that computed it); `replayed` names a backend that is used
-# whatever its verdict says.
-Take = Callable[[Candidates, str], Tuple[Tensor, str]]
+LEARNED_ADVICE = (
+    "checkpoint without reentrance (torch.utils.checkpoint.checkpoint(..., use_reentrant=False)), or pass the bias as "
+    "a tensor argument of the checkpointed function and open attention_bias(...) inside it"
+)
 
 
-class StartOver(BaseException):
-    """A backend failed inside a checkpointed forward, where what it saved before failing cannot be taken back.
+class Carried(NamedTuple):
+    """A context variable whose value a recomputation needs.
 
-    Whoever opened the Script runs the function again. No Exception, so that no layer's own handler sees it.
+    `mapped(value, function)` is the value with `function` applied to its tensors; `reopen(value)` is a context manager
+    that puts back what belongs to a value beside the variable itself; `read()` is the value to keep.
     """
 
+    variable: contextvars.ContextVar[Any]
+    mapped: Callable[[Any, Callable[[Tensor], Tensor]], Any]
+    reopen: Optional[Callable[[Any], Any]]
+    read: Callable[[], Any]
 
-class Script:
-    """Which backend computed each attention of a checkpointed function, so that the recomputation takes the same.
 
-    `with script:` records the first time and replays every later time, whatever breakers have opened since. The
-    first time it may raise StartOver: `rewind()`, and do it again.
+SMALL_CHUNKS = "small chunks"  # stands for a backend among the recorded names
+_carried: List[Carried] = []
+_replay: contextvars.ContextVar[Optional[Replay]] = contextvars.ContextVar("flashbias_replay", default=None)
+
+
+def carry(
+    variable: contextvars.ContextVar[Any], mapped: Callable[[Any, Callable[[Tensor], Tensor]], Any],
+    reopen: Optional[Callable[[Any], Any]] = None, read: Optional[Callable[[], Any]] = None,
+) -> None:  # fmt: skip
+    """Have every recomputation find `variable` as its forward did. Its default must be None or empty."""
+    _carried.append(Carried(variable, mapped, reopen, variable.get if read is None else read))
+
+
+class Replay:
+    """One checkpointed function: what it found when it began, and what was chosen while it ran.
+
+    The first run records; every later one (`restored`) gets the same backends and the same `once` values, whatever
+    breakers have opened since. `outer` is the Replay of the function around it: it records too, and where it is being
+    repeated itself, it decides.
+    """
+
+    def __init__(self, outer: Optional[Replay], hooked: bool = False) -> None:
+        self.outer = outer
+        self.values = tuple(item.read() for item in _carried)
+        # Whether what is saved for backward goes through the hooks of torch's checkpoint: then forward and
+        # recomputation must save alike.
+        self.hooked = hooked
+        self.recording = True
+        self.place = -1  # of the current attention call
+        self.graphs: Dict[int, Any] = {}  # of guarded calls, from the recomputation to their backward
+        self._names: List[str] = []  # of the backends, in the order of the calls
+        self._small_chunks = False
+        self._chosen: List[Any] = []
+        self._next_chosen = 0
+
+    def begin_again(self) -> None:
+        self.outer = None
+        self.recording = False
+        self.place = -1
+        self._next_chosen = 0
+
+    def begin_call(self) -> str:
+        """A new attention call: the name of the backend that computed it the first time, or ""."""
+        self.place += 1
+        if self.place < len(self._names):
+            return self._names[self.place]
+        return "" if self.outer is None else self.outer.begin_call()
+
+    def end_call(self, name: str) -> None:
+        """`name` of the backend that computed it, "" if none did."""
+        if self._small_chunks:
+            self._small_chunks, name = False, SMALL_CHUNKS
+        if self.place >= len(self._names):
+            self._names.append(name)
+            if self.outer is not None:
+                self.outer.end_call(name)
+
+    def note_small_chunks(self) -> None:
+        """Memory ran out: the current call is computed in small chunks, now and in every recomputation."""
+        self._small_chunks = True
+
+    def replays(self, name: str) -> bool:
+        """Whether that backend computed the current call the first time."""
+        if self.place < len(self._names):
+            return self._names[self.place] == name
+        return self.outer is not None and self.outer.replays(name)
+
+    def once(self, choose: Callable[[], Any]) -> Any:
+        """choose() in the first run, and its result in every later one."""
+        if self._next_chosen >= len(self._chosen):
+            self._chosen.append(choose() if self.outer is None else self.outer.once(choose))
+        self._next_chosen += 1
+        return self._chosen[self._next_chosen - 1]
+
+    def repeats(self) -> bool:
+        """Whether this run is a recomputation."""
+        return not self.recording or (self.outer is not None and self.outer.repeats())
+
+
+def once(choose: Callable[[], Any]) -> Any:
+    """choose(), or what it returned when the function that is being recomputed ran first."""
+    replay = current()
+    return choose() if replay is None else replay.once(choose)
+
+
+def recomputing() -> bool:
+    """Whether this code runs for the second time, in a backward pass."""
+    replay = current()
+    return replay is not None and replay.repeats()
+
+
+def hooked() -> Optional[Replay]:
+    """The current Replay if torch's non-reentrant checkpoint records what is saved for backward."""
+    replay = _replay.get()
+    return replay if replay is not None and replay.hooked else None
+
+
+def _mapped(values: Iterable[Any], function: Callable[[Tensor], Tensor]) -> Tuple[Any, ...]:
+    return tuple(item.mapped(value, function) if value else value for item, value in zip(_carried, values))
+
+
+class restored:
+    """Context manager: the carried values, and the record of choices, of a Replay."""
+
+    __slots__ = ("replay", "values", "_before", "_stack")
+
+    def __init__(self, replay: Replay, values: Optional[Tuple[Any, ...]] = None) -> None:
+        self.replay = replay
+        self.values = replay.values if values is None else values
+
+    def __enter__(self) -> None:
+        self._before = [item.variable.get() for item in _carried]
+        self._before.append(_replay.get())
+        self._stack: Optional[contextlib.ExitStack] = None
+        self.replay.begin_again()
+        _replay.set(self.replay)
+        for item, value in zip(_carried, self.values):
+            item.variable.set(value)
+            if value and item.reopen is not None:
+                if self._stack is None:
+                    self._stack = contextlib.ExitStack()
+                self._stack.enter_context(item.reopen(value))
+
+    def __exit__(self, *error: Any) -> None:
+        if self._stack is not None:
+            self._stack.close()
+        _replay.set(self._before.pop())
+        for item, value in zip(_carried, self._before):
+            item.variable.set(value)
+
+
+# -- inside the forward of a torch.autograd.Function -------------------------------------------------------------------
+
+_forward_gradients: Callable[[], bool] = getattr(torch._C, "_is_fwd_grad_enabled", lambda: True)
+_Context: Any = torch.autograd.function.BackwardCFunction
+_APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
+_ATTRIBUTE = "_flashbias_replay"
+
+
+def in_function() -> bool:
+    """Whether this code runs inside the forward of a torch.autograd.Function. no_grad alone does not count."""
+    return not torch.is_grad_enabled() and not _forward_gradients() and not torch.is_inference_mode_enabled()
+
+
+def current() -> Optional[Replay]:
+    """The Replay of the innermost checkpointed function that is running, or None.
+
+    To be called before any carried variable changes: inside the forward of a Function, the first call takes the values.
+    """
+    if not torch.is_grad_enabled() and in_function():
+        found = _of_functions()
+        if found is not None:
+            return found
+    return _replay.get()
+
+
+def _of_functions() -> Optional[Replay]:
+    replay = _replay.get()
+    for context in reversed(_contexts()):
+        parent, replay = replay, context.__dict__.get(_ATTRIBUTE)
+        if replay is None:
+            replay = Replay(parent)
+            context.__dict__[_ATTRIBUTE] = replay
+            # The engine calls ctx.apply. A weak reference: ctx must not keep itself, and all that it saves, alive.
+            context.apply = functools.partial(_backward, weakref.ref(context))
+    return replay
+
+
+def _contexts() -> List[Any]:
+    """The `ctx` of each Function whose forward is on the stack, the innermost first."""
+    found: List[Any] = []
+    inner, frame = None, sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code is _APPLY and inner is not None:
+            found += _context_in(inner)
+        elif code is _backward.__code__:  # what is further out belongs to the forward of another pass
+            break
+        inner, frame = frame, frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def _context_in(frame: Any) -> List[Any]:
+    """[ctx], the first argument of a Function's forward, or of its decorator; [] if it has none (setup_context)."""
+    for value in frame.f_locals.values():
+        if type(value) is tuple and value:
+            value = value[0]
+        if isinstance(value, _Context):
+            return [value]
+    return []
+
+
+def _backward(reference: Any, *grads: Any) -> Any:
+    """The backward of a Function whose forward contained an attention."""
+    context = reference()
+    replay = context.__dict__[_ATTRIBUTE]
+    values, learned = replay.values, None
+    if not torch.is_grad_enabled():
+        learned = _Learned()
+        values = _mapped(values, learned.leaf)
+    try:
+        with restored(replay, values):
+            result = type(context).apply(context, *grads)
+        if learned is not None:
+            learned.deliver()
+    except RuntimeError as error:
+        if "a second time" not in str(error) or LEARNED_ADVICE in str(error):
+            raise
+        raise RuntimeError(
+            f"{error}\nIf a learned attention bias is used in several checkpoints that run a backward pass of their own, "
+            f"or outside them too: {LEARNED_ADVICE}"
+        ) from error
+    return result
+
+
+class _Learned:
+    """Gradients of carried tensors, from a recomputation that differentiates itself (a backward inside a backward).
+
+    The recomputation sees leaves instead, so that it does not free the graph behind the tensors, which others need.
     """
 
     def __init__(self) -> None:
-        self.recording = True
-        # Whether what is saved for backward goes through the checkpoint's hooks: then forward and recomputation must
-        # save alike. A reentrant checkpoint runs its forward without grad.
-        self.hooked = False
-        self.place = -1  # of the call that is being answered
-        self.graphs: Dict[int, Any] = {}  # of guarded calls, from the recomputation to their backward
-        self._names: List[str] = []
-        self._short_of_memory: Set[int] = set()  # calls to be answered in small chunks
-        self._token: Any = None
-        self._random_state = random_state.now()
+        self._leaves: Dict[int, Tuple[Tensor, Tensor]] = {}
 
-    def __enter__(self) -> Script:
-        self.place = -1
-        if self.recording:
-            self.hooked = torch.is_grad_enabled()
-        self._token = current.set(self)
-        return self
+    def leaf(self, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        if id(tensor) not in self._leaves:
+            self._leaves[id(tensor)] = tensor, tensor.detach().requires_grad_()
+        return self._leaves[id(tensor)][1]
 
-    def __exit__(self, *exc: Any) -> None:
-        current.reset(self._token)
-        self.recording = False
-
-    def rewind(self) -> None:
-        """As before the first time, random state included."""
-        self.recording = True
-        self._names.clear()
-        random_state.restore(self._random_state)
-
-    def next_time_in_small_chunks(self) -> None:
-        """Have the call that is being answered answered by the last resort from now on."""
-        self._short_of_memory.add(self.place)
-
-    def replays(self, name: str) -> bool:
-        """Whether the call being answered was answered by that backend in the forward."""
-        return not self.recording and self.place < len(self._names) and self._names[self.place] == name
-
-    def answer(
-        self, inputs: AttentionInputs, candidates: Candidates, take: Take,
-        in_small_chunks: Callable[[AttentionInputs], Tensor],
-    ) -> Tensor:  # fmt: skip
-        """The output of the next call: recorded, or replayed."""
-        place = self.place = self.place + 1
-        if place in self._short_of_memory:
-            self._names.append(LAST_RESORT)
-            return in_small_chunks(inputs)
-        if not self.recording and place < len(self._names):
-            name = self._names[place]
-            if name:
-                names = (name, *(other for other in candidates.names if other != name))
-                candidates = candidates._replace(names=names)
-            return take(candidates, name)[0]
-        self._names.append("")  # stays, where no backend answers and the original code runs
-        out, self._names[-1] = take(candidates, "")
-        return out
+    def deliver(self) -> None:
+        pairs = [(tensor, leaf.grad) for tensor, leaf in self._leaves.values() if leaf.grad is not None]
+        if not pairs:
+            return
+        if not torch.autograd._is_checkpoint_valid():
+            raise RuntimeError(
+                "attention_bias: the gradient of a learned bias inside this checkpoint is only known to "
+                f"loss.backward() without `inputs`, not to torch.autograd.grad; {LEARNED_ADVICE}"
+            )
+        torch.autograd.backward([t for t, _ in pairs], [grad for _, grad in pairs], retain_graph=True)
 
 
-current: contextvars.ContextVar[Optional[Script]] = contextvars.ContextVar("flashbias_script", default=None)
+# -- saved-tensor hooks, and torch's reentrant checkpoint --------------------------------------------------------------
+
+_watching = False
+_watch_lock = threading.Lock()
+_enter, _exit = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
+_checkpoint = torch.utils.checkpoint.checkpoint
+_CheckpointFunction: Any = getattr(torch.utils.checkpoint, "CheckpointFunction", None)
+_CheckpointHooks: Any = getattr(torch.utils.checkpoint, "_checkpoint_hook", ())
+_RecomputationHooks: Any = getattr(torch.utils.checkpoint, "_recomputation_hook", ())
+_BEFORE = "_flashbias_before"
+_is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)  # since torch 2.3
+
+
+def watch() -> None:
+    """Attach a Replay to every checkpoint from now on."""
+    global _watching
+    if _watching:
+        return
+    with _watch_lock:
+        _watching = True
+        saved_tensors_hooks.__enter__ = _enter_watched  # type: ignore[method-assign]
+        saved_tensors_hooks.__exit__ = _exit_watched  # type: ignore[method-assign]
+        if _CheckpointFunction is not None:
+            _CheckpointFunction.apply = classmethod(_apply_checkpoint)
+
+
+def unwatch() -> None:
+    """Put torch's own back. Hooks that are in force keep their Replay."""
+    global _watching
+    with _watch_lock:
+        if not _watching:
+            return
+        _watching = False
+        if saved_tensors_hooks.__enter__ is _enter_watched:
+            saved_tensors_hooks.__enter__ = _enter  # type: ignore[method-assign]
+        if saved_tensors_hooks.__exit__ is _exit_watched:
+            saved_tensors_hooks.__exit__ = _exit  # type: ignore[method-assign]
+        mine = vars(_CheckpointFunction or object).get("apply")
+        if getattr(mine, "__func__", None) is _apply_checkpoint:
+            del _CheckpointFunction.apply
+
+
+@functools.wraps(_enter)
+def _enter_watched(self: Any) -> Any:
+    unpack = self.unpack_hook
+    # torch.compile puts hooks that are modules into its graphs. A recomputation's own hooks belong to its Replay.
+    if _is_compiling() or isinstance(unpack, torch.nn.Module) or isinstance(self, _RecomputationHooks):
+        return _enter(self)
+    before = _replay.get()
+    replay = Replay(before, isinstance(self, _CheckpointHooks))
+    self.unpack_hook = functools.partial(_unpack, replay, unpack)
+    try:
+        result = _enter(self)
+    finally:
+        self.unpack_hook = unpack
+    self.__dict__.setdefault(_BEFORE, []).append(before)
+    _replay.set(replay)
+    return result
+
+
+@functools.wraps(_exit)
+def _exit_watched(self: Any, *args: Any) -> Any:
+    if not _is_compiling() and self.__dict__.get(_BEFORE):
+        _replay.set(self.__dict__[_BEFORE].pop())
+    return _exit(self, *args)
+
+
+def _unpack(replay: Replay, unpack: Callable[[Any], Any], saved: Any) -> Any:
+    with restored(replay):
+        return unpack(saved)
+
+
+def _apply_checkpoint(cls: Any, function: Any, preserve_rng_state: Any, *args: Any) -> Any:
+    """torch's reentrant checkpoint. It does not look for tensors that need a gradient beyond its arguments; where a
+    learned bias is in force, the other kind of checkpoint is made."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors_in_force()):
+        return _checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+    return torch.autograd.Function.apply.__func__(cls, function, preserve_rng_state, *args)
+
+
+def _tensors_in_force() -> List[Tensor]:
+    found: List[Tensor] = []
+    for item in _carried:
+        value = item.read()
+        if value:
+            item.mapped(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
