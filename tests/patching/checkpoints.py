@@ -39,11 +39,17 @@ class FunctionOnContext(torch.autograd.Function):
         return (None, *gradients_of(args))
 
 
+if hasattr(torch.amp, "custom_fwd"):  # since torch 2.4
+    custom_fwd = functools.partial(torch.amp.custom_fwd, device_type="cuda")
+else:
+    custom_fwd = torch.cuda.amp.custom_fwd
+
+
 class FunctionOfSavedTensors(torch.autograd.Function):
     """As Megatron's: arguments through save_for_backward; a decorated forward, whose apply is bound once."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda") if hasattr(torch.amp, "custom_fwd") else torch.cuda.amp.custom_fwd
+    @custom_fwd
     def forward(ctx, function, distribute, *args):
         ctx.function, ctx.state = function, torch.get_rng_state()
         out = function(*args)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 import flashbias_patch
 from flashbias_patch.bias import LowRankBias
 
-from .checkpoints import KINDS, OWN_BACKWARD, Checkpointed, checkpointed, hooks, reentrant
+from .checkpoints import KINDS, OWN_BACKWARD, checkpointed, reentrant
 
 E, H, M, N, B = 8, 2, 5, 7, 2
 PLACES = ("layer", "module", "inner", "decoder", "decoder and layer")

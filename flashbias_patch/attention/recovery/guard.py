@@ -5,7 +5,7 @@ detached operands, keeps the small graph that this leaves, and differentiates it
 some 14 microseconds a call, forward and backward together, so it is done only
 
 - for calls of at least LARGE scores, whose own time dwarfs that. They are also the ones that run out of memory; and
-- inside a checkpoint that records saved tensors (Script.hooked), whose recomputation must save as many tensors as
+- inside a checkpoint that records saved tensors (Replay.hooked), whose recomputation must save as many tensors as
   its forward did, whichever backend answers it.
 
 The fused operator needs none of this elsewhere: it rescues inside its own backward (kernels/operator.py).
@@ -40,7 +40,7 @@ _keeps_graph: Callable[[], bool] = getattr(
 
 
 def wanted(name: str, inputs: AttentionInputs, hooked: bool) -> bool:
-    """Whether this call, of a class that wants gradients, is to be guarded. `hooked`: see Script."""
+    """Whether this call, of a class that wants gradients, is to be guarded. `hooked`: see Replay."""
     q = inputs.q
     if not hooked:
         B, M, H, _ = q.shape
