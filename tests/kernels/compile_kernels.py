@@ -131,9 +131,15 @@ def tiles(kind, arch, dtype, constants):
     return configs.candidates(key)
 
 
+def apart(constants):
+    """As problem.apart has it, of the constants that a variant is compiled for."""
+    masked = constants["HAS_MASK"] or constants["PAD_KIND"] == 1
+    return constants["HAS_DENSE"] or constants["PAD_KIND"] == 2 or constants["SEGMENTS"] > 0 and masked
+
+
 def folded(dtype, constants):
-    """As problem.folded has it, of the constants that a variant is compiled for (KEYS' rank)."""
-    return dtype != "fp32" and not constants["DROPOUT"] and constants["BLOCK_R"] in (0, 16)
+    """As problem.folded has it, likewise (KEYS' rank)."""
+    return not apart(constants) and dtype != "fp32" and not constants["DROPOUT"] and constants["BLOCK_R"] in (0, 16)
 
 
 def variants(arch):
@@ -141,7 +147,7 @@ def variants(arch):
     for name, (dtype, changes, pointers) in VARIANTS.items():
         base = dict(PLAIN, **changes)
         fold = dict(FOLDED=folded(dtype, base))
-        base["VECTOR"] = 8
+        base.update(VECTOR=8, APART=apart(base))
         rows = dict(pointers, ROWS=dtype if fold["FOLDED"] else "fp32")
         grads = dict(KEYS, **fold, DENSE_GRAD=DENSE_GRAD.get(name, 0), SHARED_KF=name != "float32")
         for kind, kernel, more in (
@@ -150,14 +156,17 @@ def variants(arch):
             ("queries", backward.queries_kernel, dict(QUERIES, **fold, NEED_W=base["SEGMENTS"] > 0)),
         ):
             yield name, kernel, dict(base, **more), dtype, rows, tiles(kind, arch, dtype, base)
+    exact = dict(PLAIN, PARTIAL=False, HAS_LOW=True, VECTOR=8, APART=False)
     for exp in (1, 2):
         chosen = [tiles("forward", arch, "fp16", PLAIN)[0]._replace(exp=exp)]
-        yield f"exp2 {exp}", forward.forward_kernel, dict(PLAIN, PARTIAL=False, HAS_LOW=True, VECTOR=8), "fp16", {}, chosen
+        yield f"exp2 {exp}", forward.forward_kernel, exact, "fp16", {}, chosen
     tile = dict(D=40, BLOCK_D=64, BLOCK_M=16)
-    yield "combine", forward.combine_kernel, dict(tile, HAS_LOW=True), "fp16", {}, [ONE]
+    for pair in (False, True):
+        yield "combine" + " apart" * pair, forward.combine_kernel, dict(tile, HAS_LOW=True, APART=pair), "fp16", {}, [ONE]
     for dtype in ("fp16", "bf16", "fp32"):
-        made = dict(tile, SEGMENTS=2, HAS_LOW=True, FOLDED=dtype != "fp32", R=8)
+        made = dict(tile, SEGMENTS=2, HAS_LOW=True, FOLDED=dtype != "fp32", APART=False, R=8)
         yield "rows", backward.rows_kernel, made, dtype, dict(ROWS=dtype), [ONE]
+    yield "rows apart", backward.rows_kernel, dict(made, FOLDED=False, APART=True), "fp16", {}, [ONE]
     for kind, pad in ((1, "u8"), (2, "fp16")):
         seen = dict(PAD_KIND=kind, BLOCK_N=64, MANY=32)
         yield "visible", forward.visible_kernel, seen, "fp16", dict(PAD=pad), [ONE]

@@ -18,15 +18,19 @@ import triton.language as tl
 from .common import (
     COLUMNS,
     LOG2E,
+    add_terms,
+    bounded,
     dot,
     dropout_shift,
     exp2,
     keep_tile,
     keep_tile_by_key,
+    largest_weight,
     load_keys,
     load_pairs,
     load_row_values,
     load_tile,
+    load_weights,
     multiples,
     pair_tile,
     parts,
@@ -40,13 +44,14 @@ def rows_kernel(
     OUT, LOW, DO, LSE, W, QF, ROWS, out_b, out_m, out_h, do_b, do_m, do_h, w_b, w_m, w_h, qf_b, qf_m, qf_h,
     heads, H, M, padded, unit,
     HAS_LOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr,
-    FOLDED: tl.constexpr, R: tl.constexpr,
+    FOLDED: tl.constexpr, APART: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """What backward needs of each row: lse - weight of the segment, and delta = sum of DO * (OUT + LOW).
 
     ROWS (SEGMENTS or 1, B * H, padded, 2): both of a row in one place, since a vector of fewer values than threads is
     loaded by every thread anew. FOLDED: (SEGMENTS or 1, B * H, padded, COLUMNS), each row its R columns of q_factor, then
     -lse * unit and -delta in three parts each; before all of them two rows, what these parts are multiplied by.
+    APART: (SEGMENTS or 1, B * H, padded, 4), LSE's two numbers, delta, and the weight, which is not subtracted.
     Rows from M on get lse +inf and delta 0, which makes their p zero.
     """
     blocks_m = padded // BLOCK_M
@@ -61,8 +66,15 @@ def rows_kernel(
         out += load_tile(LOW + place, out_m, first_row, M, BLOCK_M, D, BLOCK_D, True).to(tl.float32)
     do = load_tile(DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
     delta = tl.sum(out * do.to(tl.float32), 1)
-    lse = load_row_values(LSE + wide(bh) * M, 1, first_row, M, BLOCK_M, float("inf"))
+    if APART:
+        lse = load_row_values(LSE + wide(bh) * M * 2, 2, first_row, M, BLOCK_M, float("inf"))
+        log_total = load_row_values(LSE + wide(bh) * M * 2 + 1, 2, first_row, M, BLOCK_M, 0.0)
+    else:
+        lse = load_row_values(LSE + wide(bh) * M, 1, first_row, M, BLOCK_M, float("inf"))
     lanes = tl.arange(0, BLOCK_M)
+    if SEGMENTS > 0:
+        W += wide(b) * w_b + wide(h) * w_h
+        top = largest_weight(W, w_m, first_row, M, SEGMENTS, BLOCK_M)
     if FOLDED:
         columns = tl.arange(0, COLUMNS)[None, :]
         if pid == 0:
@@ -76,13 +88,21 @@ def rows_kernel(
         tile = parts(tile, columns, R + 3, -delta, ROWS.dtype.element_ty)
     for segment in range(0, SEGMENTS if SEGMENTS > 0 else 1):
         shifted = lse
+        weight = delta * 0.0
         if SEGMENTS > 0:
-            shares = W + wide(b) * w_b + wide(h) * w_h + segment
-            shifted = lse - load_row_values(shares, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
+            weight = load_weights(W + segment, w_m, first_row, M, BLOCK_M)
+            if not APART:
+                shifted = lse - (weight - top) * LOG2E
         base = (wide(segment) * heads + bh) * padded + first_row
         if FOLDED:
             whole = parts(tile, columns, R, -shifted * unit, ROWS.dtype.element_ty)
             tl.store(ROWS + base * COLUMNS + lanes[:, None] * COLUMNS + columns, whole.to(ROWS.dtype.element_ty))
+        elif APART:
+            ROW = ROWS + base * 4 + 4 * lanes
+            tl.store(ROW, lse)
+            tl.store(ROW + 1, log_total)
+            tl.store(ROW + 2, delta)
+            tl.store(ROW + 3, weight)
         else:
             tl.store(ROWS + base * 2 + 2 * lanes, shifted)
             tl.store(ROWS + base * 2 + 2 * lanes + 1, delta)
@@ -152,7 +172,7 @@ def keys_kernel(
     dk_s, dkf_s, dkf_b, dkf_n, dkf_h, dd_s, dd_b, dd_h, dd_m,
     heads, H, M, N, splits, split_rows, num_blocks, padded, score_scale, dk_scale, dropout_p, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
-    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr,
     NEED_KV: tl.constexpr, NEED_KF: tl.constexpr, DENSE_GRAD: tl.constexpr, SHARED_KF: tl.constexpr,
     FOLDED: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
@@ -199,7 +219,7 @@ def keys_kernel(
         kf = tl.load(KF + (keys - start)[:, None] * kf_n + tl.arange(0, BLOCK_R)[None, :])
         QF += wide(b) * qf_b + wide(h) * qf_h
         dkf = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
-    row_values: tl.constexpr = COLUMNS if FOLDED else 2
+    row_values: tl.constexpr = COLUMNS if FOLDED else 4 if APART else 2
     if FOLDED:
         of_delta = _weight_tile(ROWS, 1, BLOCK_N)
         if BLOCK_R == 0:
@@ -212,7 +232,7 @@ def keys_kernel(
         if PAD_KIND == 1:
             visible = tl.load(PAD + keys) == 0
         else:
-            pad = tl.load(PAD + keys).to(tl.float32) * LOG2E
+            pad = bounded(tl.load(PAD + keys)) * LOG2E
             visible = pad > float("-inf")
         row_hi = tl.where(tl.max((visible & inside).to(tl.int32), 0) > 0, row_hi, row_lo)
     seed = 0
@@ -249,15 +269,23 @@ def keys_kernel(
         dp = dot(v, tl.trans(do), dp)
         if FOLDED:
             x = s * score_scale
+        elif APART:
+            four = tl.load(ROWS + 4 * first_row + tl.arange(0, 4 * BLOCK_M))
+            peak_delta, total_weight = tl.split(tl.reshape(four, [BLOCK_M, 2, 2]))
+            peak, delta = tl.split(peak_delta)
+            log_total, weight = tl.split(total_weight)
+            dense = s
+            padding = s
+            if HAS_DENSE:
+                dense = _load_pairs_by_key(DENSE, dense_m, first_row, row_hi, start, end, whole, 0.0, BLOCK_M, BLOCK_N)
+            if PAD_KIND == 2:
+                padding = pad[:, None]
+            x = add_terms(s, score_scale, dense, padding, weight[None, :], HAS_DENSE, PAD_KIND == 2, SEGMENTS > 0)
+            x = (x - peak[None, :]) - log_total[None, :]
         else:
             lse_delta = tl.load(ROWS + 2 * first_row + tl.arange(0, 2 * BLOCK_M))
             lse, delta = tl.split(tl.reshape(lse_delta, [BLOCK_M, 2]))
             x = s * score_scale - lse[None, :]
-        if HAS_DENSE:
-            tile = _load_pairs_by_key(DENSE, dense_m, first_row, row_hi, start, end, whole, 0.0, BLOCK_M, BLOCK_N)
-            x += tile.to(tl.float32) * LOG2E
-        if PAD_KIND == 2:
-            x += pad[:, None]
         p = exp2(x, EXP)
         if HAS_MASK:
             hidden = _load_pairs_by_key(MASK, mask_m, first_row, row_hi, start, end, whole, 1, BLOCK_M, BLOCK_N)
@@ -309,13 +337,13 @@ def keys_kernel(
 
 @triton.jit
 def _queries_step(
-    dq, dqf, row_sum, q, qf, do, lse, delta, of_delta,
+    dq, dqf, row_sum, q, qf, do, lse, log_total, weight, delta, of_delta,
     K, V, KF, DENSE, MASK, PAD, seed, bh, k_n, v_n, kf_n, dense_m, mask_m,
     first_row, start, end, shift, M, score_scale, dropout_p, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr,
-    DROPOUT: tl.constexpr, NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr,
-    FOLDED: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr,
+    PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr, NEED_Q: tl.constexpr, NEED_QF: tl.constexpr,
+    NEED_W: tl.constexpr, FOLDED: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     k = load_tile(K, k_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
     s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
@@ -327,11 +355,17 @@ def _queries_step(
     if FOLDED:
         dp = dot(delta, tl.trans(of_delta), dp)
     keys = start + tl.arange(0, BLOCK_N)
-    x = s * score_scale - lse[:, None]
-    if HAS_DENSE:
-        x += load_pairs(DENSE, dense_m, first_row, M, start, end, 0.0, BLOCK_M, BLOCK_N, EDGE).to(tl.float32) * LOG2E
-    if PAD_KIND == 2:
-        x += (load_keys(PAD, keys, end, float("-inf"), EDGE).to(tl.float32) * LOG2E)[None, :]
+    if APART:
+        dense = s
+        padding = s
+        if HAS_DENSE:
+            dense = load_pairs(DENSE, dense_m, first_row, M, start, end, 0.0, BLOCK_M, BLOCK_N, EDGE)
+        if PAD_KIND == 2:
+            padding = (bounded(load_keys(PAD, keys, end, float("-inf"), EDGE)) * LOG2E)[None, :]
+        x = add_terms(s, score_scale, dense, padding, weight[:, None], HAS_DENSE, PAD_KIND == 2, SEGMENTS > 0)
+        x = (x - lse[:, None]) - log_total[:, None]
+    else:
+        x = s * score_scale - lse[:, None]
     p = exp2(x, EXP)
     if HAS_MASK:
         p = tl.where(load_pairs(MASK, mask_m, first_row, M, start, end, 1, BLOCK_M, BLOCK_N, EDGE) == 0, p, 0.0)
@@ -363,7 +397,7 @@ def queries_kernel(
     dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, do_b, do_m, do_h, dq_s, dqf_s, dw_s,
     H, M, N, splits, split_keys, num_blocks, padded, score_scale, dq_scale, dropout_p, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
-    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr,
     NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr, FOLDED: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
@@ -382,13 +416,21 @@ def queries_kernel(
     V += wide(b) * v_b + wide(h) * v_h
     q = load_tile(Q + wide(b) * q_b + wide(h) * q_h, q_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
     do = load_tile(DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
-    lse = load_row_values(LSE + wide(bh) * M, 1, first_row, M, BLOCK_M, float("inf"))
+    if APART:
+        lse = load_row_values(LSE + wide(bh) * M * 2, 2, first_row, M, BLOCK_M, float("inf"))
+        log_total = load_row_values(LSE + wide(bh) * M * 2 + 1, 2, first_row, M, BLOCK_M, 0.0)
+    else:
+        lse = load_row_values(LSE + wide(bh) * M, 1, first_row, M, BLOCK_M, float("inf"))
+        log_total = lse
     if FOLDED:
         of_delta = _weight_tile(ROWS, 1, BLOCK_N)
         ROWS += 2 * COLUMNS
         delta = load_tile(ROWS + wide(bh) * padded * COLUMNS, COLUMNS, first_row, M, BLOCK_M, COLUMNS, COLUMNS, True)
     else:
-        delta = load_row_values(ROWS + wide(bh) * padded * 2 + 1, 2, first_row, M, BLOCK_M, 0.0)
+        if APART:
+            delta = load_row_values(ROWS + wide(bh) * padded * 4 + 2, 4, first_row, M, BLOCK_M, 0.0)
+        else:
+            delta = load_row_values(ROWS + wide(bh) * padded * 2 + 1, 2, first_row, M, BLOCK_M, 0.0)
         of_delta = delta
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     qf = q
@@ -411,6 +453,10 @@ def queries_kernel(
     if DROPOUT:
         seed = tl.load(SEED)
     shift = lse
+    weight = lse
+    top = lse
+    if SEGMENTS > 0 and not APART:
+        top = largest_weight(W, w_m, first_row, M, SEGMENTS, BLOCK_M)
 
     if PAD_KIND > 0:
         PAD += wide(b) * pad_b
@@ -428,9 +474,10 @@ def queries_kernel(
             for index in range(lo, whole):
                 start = tl.load(ORDER + index) * BLOCK_N
                 dq, dqf, row_sum = _queries_step(
-                    dq, dqf, row_sum, q, qf, do, lse, delta, of_delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    dq, dqf, row_sum, q, qf, do, lse, log_total, weight, delta, of_delta,
+                    K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, start, N, drop_shift, M, score_scale, dropout_p, keep_scale,
-                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND, APART, DROPOUT,
                     NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, False,
                 )  # fmt: skip
         for index in range(whole, hi):
@@ -440,12 +487,13 @@ def queries_kernel(
             segment = tl.load(BLOCKS + 4 * block + 2)
             if SEGMENTS > 0:
                 drop_shift = tl.load(BLOCKS + 4 * block + 3)
-                shift = lse - load_row_values(W + segment, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
+                weight = load_weights(W + segment, w_m, first_row, M, BLOCK_M)
             row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
             dq, dqf, row_sum = _queries_step(
-                dq, dqf, row_sum, q, qf, do, shift, delta, of_delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                dq, dqf, row_sum, q, qf, do, shift, log_total, weight, delta, of_delta,
+                K, V, KF, DENSE, MASK, PAD, seed, bh,
                 k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, drop_shift, M, score_scale, dropout_p, keep_scale,
-                BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
+                BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND, APART, DROPOUT,
                 NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, True,
             )  # fmt: skip
             if NEED_W:
@@ -461,21 +509,25 @@ def queries_kernel(
                 drop_shift = dropout_shift(tl.load(ENDS + segment), segment)
                 lo = tl.maximum(lo, tl.load(ENDS + segment))
                 hi = tl.maximum(lo, tl.minimum(hi, tl.load(ENDS + segment + 1)))
-                shift = lse - load_row_values(W + segment, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
+                weight = load_weights(W + segment, w_m, first_row, M, BLOCK_M)
+                if not APART:
+                    shift = lse - (weight - top) * LOG2E
             row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
             tail = lo + (hi - lo) // BLOCK_N * BLOCK_N
             for start in range(lo, tail, BLOCK_N):
                 dq, dqf, row_sum = _queries_step(
-                    dq, dqf, row_sum, q, qf, do, shift, delta, of_delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    dq, dqf, row_sum, q, qf, do, shift, log_total, weight, delta, of_delta,
+                    K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, drop_shift, M, score_scale, dropout_p, keep_scale,
-                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND, APART, DROPOUT,
                     NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, False,
                 )  # fmt: skip
             if tail < hi:
                 dq, dqf, row_sum = _queries_step(
-                    dq, dqf, row_sum, q, qf, do, shift, delta, of_delta, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    dq, dqf, row_sum, q, qf, do, shift, log_total, weight, delta, of_delta,
+                    K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, drop_shift, M, score_scale, dropout_p, keep_scale,
-                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK, PAD_KIND, DROPOUT,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND, APART, DROPOUT,
                     NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, True,
                 )  # fmt: skip
             if NEED_W:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LARGEST = tl.constexpr(5e37)  # the sum of a dense bias, padding and a segment weight stays finite, times log2(e) too
 COLUMNS = tl.constexpr(16)  # of a tile of factors with room for what problem.folded speaks of
 
 # exp2 of four elements, three on the special-function unit and one as a polynomial on the multiply-add units: at
@@ -74,6 +75,48 @@ def dot(a, b, acc):
         return acc + tl.dot(a_upper, b_upper, product, input_precision="tf32")
     else:
         return tl.dot(a, b, acc)
+
+
+@triton.jit
+def bounded(x):
+    """x as float32. Finite numbers stay within +-LARGEST: finfo.min * log2(e) would be -inf, which hides a key."""
+    x = x.to(tl.float32)
+    beyond = (tl.abs(x) > LARGEST) & (tl.abs(x) < float("inf"))
+    return tl.where(beyond, tl.where(x > 0, LARGEST, -LARGEST), x)
+
+
+@triton.jit
+def add_terms(
+    s, score_scale, dense, padding, weight,
+    HAS_DENSE: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """s * score_scale + the additive terms, in log2 units; padding comes in these units, dense and weight do not.
+
+    Every step is one explicit fma, so that forward and backward round alike: at -1e9 one place less is a factor of 2^128.
+    """
+    if HAS_DENSE:
+        dense = dense.to(tl.float32) if dense.dtype == tl.float16 else bounded(dense)
+        total = tl.fma(dense, LOG2E, padding) if HAS_PADDING else dense * LOG2E
+    else:
+        total = padding
+    if HAS_WEIGHT:
+        total = tl.fma(weight, LOG2E, total) if HAS_DENSE or HAS_PADDING else weight * LOG2E
+    return tl.fma(s, score_scale, total)
+
+
+@triton.jit
+def load_weights(W, stride, first_row, end, ROWS: tl.constexpr):
+    """A segment's weight of each row, float32."""
+    return bounded(load_row_values(W, stride, first_row, end, ROWS, 0.0))
+
+
+@triton.jit
+def largest_weight(W, stride, first_row, end, SEGMENTS: tl.constexpr, ROWS: tl.constexpr):
+    """The largest of each row's segment weights, 0 where all are -inf: with it subtracted, lse keeps its digits."""
+    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    for segment in tl.static_range(SEGMENTS):
+        top = tl.maximum(top, load_weights(W + segment, stride, first_row, end, ROWS))
+    return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit

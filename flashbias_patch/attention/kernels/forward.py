@@ -7,14 +7,17 @@ import triton.language as tl
 
 from .common import (
     LOG2E,
+    add_terms,
+    bounded,
     dot,
     dropout_shift,
     exp2,
     keep_tile,
+    largest_weight,
     load_keys,
     load_pairs,
-    load_row_values,
     load_tile,
+    load_weights,
     multiples,
     weights,
     wide,
@@ -23,16 +26,16 @@ from .common import (
 
 @triton.jit
 def _step(
-    acc, peak, total, q, qf,
+    acc, peak, total, q, qf, weight,
     K, V, KF, DENSE, MASK, PAD, seed, bh,
     k_n, v_n, kf_n, dense_m, mask_m,
     first_row, start, end, shift, M,
     score_scale, dropout_p,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr,
-    DROPOUT: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr,
+    PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys into the running softmax."""
+    """One block of keys into the running softmax. `weight`: of the segment, for each row, where it is not in the peak."""
     k = load_tile(K, k_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
     s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
     if BLOCK_R > 0:
@@ -40,13 +43,14 @@ def _step(
         s = dot(qf, tl.trans(kf), s)
     keys = start + tl.arange(0, BLOCK_N)
     CAN_EMPTY: tl.constexpr = (HAS_DENSE or HAS_MASK) or PAD_KIND > 0
-    ADDS: tl.constexpr = HAS_DENSE or PAD_KIND == 2
-    if ADDS:
-        s = s * score_scale
-    if HAS_DENSE:
-        s += load_pairs(DENSE, dense_m, first_row, M, start, end, 0.0, BLOCK_M, BLOCK_N, EDGE).to(tl.float32) * LOG2E
-    if PAD_KIND == 2:
-        s += (load_keys(PAD, keys, end, float("-inf"), EDGE).to(tl.float32) * LOG2E)[None, :]
+    if APART:
+        dense = s
+        padding = s
+        if HAS_DENSE:
+            dense = load_pairs(DENSE, dense_m, first_row, M, start, end, 0.0, BLOCK_M, BLOCK_N, EDGE)
+        if PAD_KIND == 2:
+            padding = (bounded(load_keys(PAD, keys, end, float("-inf"), EDGE)) * LOG2E)[None, :]
+        s = add_terms(s, score_scale, dense, padding, weight[:, None], HAS_DENSE, PAD_KIND == 2, SEGMENTS > 0)
     if HAS_MASK:
         hidden = load_pairs(MASK, mask_m, first_row, M, start, end, 1, BLOCK_M, BLOCK_N, EDGE) != 0
         s = tl.where(hidden, float("-inf"), s)
@@ -56,7 +60,7 @@ def _step(
         s = tl.where((keys < end)[None, :], s, float("-inf"))
 
     row_max = tl.max(s, 1)
-    if not ADDS:
+    if not APART:
         row_max = row_max * score_scale
     new_peak = tl.maximum(peak, row_max)
     if CAN_EMPTY:
@@ -64,7 +68,7 @@ def _step(
     else:
         anchor = new_peak
     alpha = tl.exp2(peak - anchor)
-    if ADDS:
+    if APART:
         p = exp2(s - anchor[:, None], EXP)
     else:
         p = exp2(s * score_scale - anchor[:, None], EXP)
@@ -86,18 +90,39 @@ def store_rounded(OUT, LOW, offsets, value, inside, HAS_LOW: tl.constexpr):
 
 
 @triton.jit
+def enter_segment(peak, weight):
+    """The peak in units of a segment with that weight, too high for any of its scores where the weight is -inf."""
+    return tl.where(weight == float("-inf"), 3e38, peak - weight)
+
+
+@triton.jit
+def store_lse(LSE, first, rows, peak, total, empty, inside, PARTIAL: tl.constexpr, APART: tl.constexpr):
+    """peak + log2(total), or (APART) both of them, for rows first + rows; +inf, or -inf if PARTIAL, of an `empty` row."""
+    log_total = tl.log2(tl.where(empty, 1.0, total))
+    if APART:
+        LSE += 2 * first
+        tl.store(LSE + 2 * rows, tl.where(empty, float("-inf") if PARTIAL else float("inf"), peak), mask=inside)
+        tl.store(LSE + 2 * rows + 1, log_total, mask=inside)
+    else:
+        lse = tl.where(empty, float("-inf") if PARTIAL else float("inf"), peak + log_total)
+        tl.store(LSE + first + rows, lse, mask=inside)
+
+
+@triton.jit
 def forward_kernel(
     Q, K, V, QF, KF, W, ENDS, DENSE, MASK, PAD, BLOCKS, ORDER, COUNTS, SEED, OUT, LOW, LSE,
     q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h, w_b, w_m, w_h,
     dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, out_s, out_b, out_m, out_h,
     B, H, M, N, splits, split_keys, num_blocks, score_scale, dropout_p, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
-    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr,
     PARTIAL: tl.constexpr, HAS_LOW: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     """OUT (splits, B, M, H, D), LOW what OUT lost by being rounded (HAS_LOW), and LSE (splits, B * H, M), in log2 units.
 
+    LSE is relative to the row's largest segment weight. APART (problem.apart): it is (splits, B * H, M, 2):
+    the largest score of a row and log2 of the sum apart, since near -1e9 one float32 has no digits for their sum.
     A row without any key gives out 0 and lse +inf, so that backward's exp2(s - lse) is 0; partial results
     (PARTIAL, to be combined) keep -inf there.
     """
@@ -133,6 +158,10 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    weight = total
+    top = total
+    if SEGMENTS > 0 and not APART:
+        top = largest_weight(W, w_m, first_row, M, SEGMENTS, BLOCK_M)
 
     if PAD_KIND > 0:
         # Only blocks with an unmasked key are visited; ORDER lists them, COUNTS says how many, for each batch entry.
@@ -150,10 +179,10 @@ def forward_kernel(
             for index in range(lo, whole):
                 start = tl.load(ORDER + index) * BLOCK_N
                 acc, peak, total = _step(
-                    acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    acc, peak, total, q, qf, weight, K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, start, N, shift, M, score_scale, dropout_p,
-                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
-                    PAD_KIND, DROPOUT, EXP, False,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
+                    PAD_KIND, APART, DROPOUT, EXP, False,
                 )  # fmt: skip
         for index in range(whole, hi):
             block = tl.load(ORDER + index)
@@ -162,16 +191,13 @@ def forward_kernel(
             if SEGMENTS > 0:
                 segment = tl.load(BLOCKS + 4 * block + 2)
                 shift = tl.load(BLOCKS + 4 * block + 3)
-                row_add = load_row_values(W + segment, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
-                peak -= row_add
+                weight = load_weights(W + segment, w_m, first_row, M, BLOCK_M)
             acc, peak, total = _step(
-                acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                acc, peak, total, q, qf, weight, K, V, KF, DENSE, MASK, PAD, seed, bh,
                 k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, shift, M, score_scale, dropout_p,
-                BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
-                PAD_KIND, DROPOUT, EXP, True,
+                BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
+                PAD_KIND, APART, DROPOUT, EXP, True,
             )  # fmt: skip
-            if SEGMENTS > 0:
-                peak += row_add
     else:
         split_lo = split * split_keys
         split_hi = tl.minimum(split_lo + split_keys, N)
@@ -182,26 +208,30 @@ def forward_kernel(
                 shift = dropout_shift(tl.load(ENDS + segment), segment)
                 lo = tl.maximum(lo, tl.load(ENDS + segment))
                 hi = tl.maximum(lo, tl.minimum(hi, tl.load(ENDS + segment + 1)))
-                # Within a segment its constant only shifts the maximum: the loop is the one without a bias.
-                row_add = load_row_values(W + segment, w_m, first_row, M, BLOCK_M, 0.0) * LOG2E
-                peak -= row_add
+                weight = load_weights(W + segment, w_m, first_row, M, BLOCK_M)
+                if not APART:
+                    # Within a segment its constant only shifts the maximum: the loop is the one without a bias.
+                    weight = (weight - top) * LOG2E
+                    before = peak
+                    peak = enter_segment(before, weight)
             tail = lo + (hi - lo) // BLOCK_N * BLOCK_N
             for start in range(lo, tail, BLOCK_N):
                 acc, peak, total = _step(
-                    acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    acc, peak, total, q, qf, weight, K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, shift, M, score_scale, dropout_p,
-                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
-                    PAD_KIND, DROPOUT, EXP, False,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
+                    PAD_KIND, APART, DROPOUT, EXP, False,
                 )  # fmt: skip
             if tail < hi:
                 acc, peak, total = _step(
-                    acc, peak, total, q, qf, K, V, KF, DENSE, MASK, PAD, seed, bh,
+                    acc, peak, total, q, qf, weight, K, V, KF, DENSE, MASK, PAD, seed, bh,
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, shift, M, score_scale, dropout_p,
-                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, HAS_DENSE, HAS_MASK,
-                    PAD_KIND, DROPOUT, EXP, True,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
+                    PAD_KIND, APART, DROPOUT, EXP, True,
                 )  # fmt: skip
-            if SEGMENTS > 0:
-                peak += row_add
+            if SEGMENTS > 0 and not APART:
+                # As it was where the segment had nothing above it: -1e9 and back would cost its digits.
+                peak = tl.where(peak == enter_segment(before, weight), before, peak + weight)
 
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < M
@@ -210,11 +240,7 @@ def forward_kernel(
     if DROPOUT:
         kept = kept / keep_scale
     acc = acc / kept[:, None]
-    if PARTIAL:
-        lse = tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
-    else:
-        lse = tl.where(empty, float("inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
-    tl.store(LSE + (wide(split) * B * H + bh) * M + rows, lse, mask=inside)
+    store_lse(LSE, (wide(split) * B * H + bh) * M, rows, peak, total, empty, inside, PARTIAL, APART)
     cols = tl.arange(0, BLOCK_D)
     base = wide(split) * out_s + wide(b) * out_b + wide(h) * out_h + wide(first_row) * out_m
     offsets = base + tl.arange(0, BLOCK_M)[:, None] * out_m + cols[None, :]
@@ -223,10 +249,13 @@ def forward_kernel(
 
 @triton.jit
 def combine_kernel(
-    PARTS, PART_LSE, OUT, LOW, LSE, B, H, M, splits, HAS_LOW: tl.constexpr,
+    PARTS, PART_LSE, OUT, LOW, LSE, B, H, M, splits, HAS_LOW: tl.constexpr, APART: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """PARTS (splits, B, M, H, D) float32 weighted by exp2(PART_LSE (splits, B * H, M)) into OUT (B, M, H, D)."""
+    """PARTS (splits, B, M, H, D) float32 weighted by exp2(PART_LSE (splits, B * H, M)) into OUT (B, M, H, D).
+
+    APART: PART_LSE and LSE have two numbers a row, as forward_kernel writes them.
+    """
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
     bh = pid // blocks_m
@@ -241,19 +270,24 @@ def combine_kernel(
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for split in range(0, splits):
-        lse = tl.load(PART_LSE + (wide(split) * B * H + bh) * M + rows, mask=inside, other=float("-inf"))
+        first = (wide(split) * B * H + bh) * M
+        if APART:
+            lse = tl.load(PART_LSE + 2 * first + 2 * rows, mask=inside, other=float("-inf"))
+        else:
+            lse = tl.load(PART_LSE + first + rows, mask=inside, other=float("-inf"))
         new_peak = tl.maximum(peak, lse)
         anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         alpha = tl.exp2(peak - anchor)
         weight = tl.exp2(lse - anchor)
+        if APART:
+            weight *= tl.exp2(tl.load(PART_LSE + 2 * first + 2 * rows + 1, mask=inside, other=0.0))
         part = tl.load(PARTS + wide(split) * B * M * H * D + offsets, mask=inside_tile, other=0.0)
         acc = acc * alpha[:, None] + part * weight[:, None]
         total = total * alpha + weight
         peak = new_peak
     empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    store_rounded(OUT, LOW, offsets, acc / total[:, None], inside_tile, HAS_LOW)
-    tl.store(LSE + wide(bh) * M + rows, tl.where(empty, float("inf"), peak + tl.log2(total)), mask=inside)
+    store_rounded(OUT, LOW, offsets, acc / tl.where(empty, 1.0, total)[:, None], inside_tile, HAS_LOW)
+    store_lse(LSE, wide(bh) * M, rows, peak, total, empty, inside, False, APART)
 
 
 @triton.jit

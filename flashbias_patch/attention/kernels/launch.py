@@ -36,8 +36,8 @@ def prepare(
 
 
 def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs:
-    """out (B, M, H, D); what it lost by being rounded to half, where `training` needs it; its logsumexp (B * H, M),
-    float32, in log2 units, +inf for a row without keys. `seed` (1,) int64 where there is dropout.
+    """out (B, M, H, D); what it lost by being rounded to half, where `training` needs it; its logsumexp
+    (problem.lse_shape), float32, in log2 units, +inf for a row without keys. `seed` (1,) int64 where there is dropout.
 
     Backward's delta, the sum of grad_out * out over a row, is taken from the unrounded output: its error is common to all
     keys, and so adds up in gradients that are sums over keys.
@@ -45,7 +45,7 @@ def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs
     q, k, _ = problem[:3]
     if not q.numel() or not k.numel():
         B, M, _, H, D = problem.sizes
-        return q.new_zeros(B, M, H, D), None, torch.full((B * H, M), math.inf, device=q.device)
+        return q.new_zeros(B, M, H, D), None, torch.full(problem.lse_shape, math.inf, device=q.device)
     key = _class_of(problem, (seed,)), training
     step = _forwards.find(key)
     with on_device(q):

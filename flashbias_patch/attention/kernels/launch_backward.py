@@ -72,7 +72,7 @@ class Rows:
         weights, segments, q_factor = problem.weights, problem.segments, problem.q_factor
         self.padded, block = cdiv(M, 256) * 256, 64
         rows = max(1, segments) * B * H * self.padded
-        self.shape = (2 + rows, pb.COLUMNS) if problem.folded else (rows, 2)
+        self.shape = (2 + rows, pb.COLUMNS) if problem.folded else (rows, 4 if problem.apart else 2)
         self.dtype = problem.q.dtype if problem.folded else torch.float32
         nothing = (0, 0, 0)
         self.launch = Launch(
@@ -83,7 +83,7 @@ class Rows:
                 1.0 / problem.score_scale if problem.folded else 1.0,
             ),
             dict(HAS_LOW=passed.low is not None, D=D, BLOCK_D=block_columns(D), SEGMENTS=segments, BLOCK_M=block,
-                 FOLDED=problem.folded, R=problem.rank),
+                 FOLDED=problem.folded, APART=problem.apart, R=problem.rank),
         )  # fmt: skip
 
     def __call__(self, problem: Problem, passed: Passed) -> Tensor:

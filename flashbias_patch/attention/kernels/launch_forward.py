@@ -99,7 +99,7 @@ class Forward:
 
     def __init__(self, problem: Problem, training: bool, config: Config) -> None:
         B, M, N, H, D = problem.sizes
-        self.shape, self.rows = (B, M, H, D), (B * H, M)
+        self.shape, self.rows = (B, M, H, D), problem.lse_shape
         self.has_low = training and problem.q.dtype != torch.float32
         self.keys = Keys(problem, config.block_n)
         self.splits, split_keys, programs = split_over_keys(problem, config, self.keys)
@@ -117,7 +117,7 @@ class Forward:
         per_program = 16
         self.combine = Launch(
             fwd.combine_kernel, cdiv(M, per_program) * B * H, (B, H, M, self.splits),
-            dict(HAS_LOW=self.has_low, D=D, BLOCK_D=block_columns(D), BLOCK_M=per_program),
+            dict(HAS_LOW=self.has_low, APART=problem.apart, D=D, BLOCK_D=block_columns(D), BLOCK_M=per_program),
         )  # fmt: skip
 
     def __call__(self, problem: Problem, seed: Optional[Tensor]) -> Outputs:

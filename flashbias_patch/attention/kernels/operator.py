@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .problem import Problem, aligned_rows, as_bytes, block_columns, scales_q, unit_last
+from .problem import Problem, aligned_rows, as_bytes, block_columns, keeps_apart, scales_q, unit_last
 from .recompute import Call, plain_backward
 
 log = logging.getLogger("flashbias_patch")
@@ -118,10 +118,11 @@ def _forward_fake(
         else:
             copies.append(q.new_empty(0))
     seed = torch.empty(1 if dropout_p > 0 else 0, dtype=torch.int64, device=q.device)
+    lse = (B * H, M, 2) if keeps_apart(weights, dense, mask, padding) else (B * H, M)
     return (
         q.new_empty(B, M, H, D),
         q.new_empty(B, M, H, D) if q.dtype != torch.float32 and q.numel() and k.numel() else q.new_empty(0),
-        q.new_empty(B * H, M, dtype=torch.float32),
+        q.new_empty(lse, dtype=torch.float32),
         seed,
         copies[0],
         copies[1],

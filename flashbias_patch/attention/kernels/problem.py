@@ -57,10 +57,21 @@ class Problem(NamedTuple):
     def folded(self) -> bool:
         """Whether backward's row constants, lse and delta, go into the products with the factors: see rows_kernel.
 
-        Not with dropout, which comes between dp and delta.
+        Not with dropout, which comes between dp and delta, nor where lse is two numbers.
         """
         moderate = self.scaled or self.scale >= FOLDED_SCALE
-        return self.q.dtype != torch.float32 and not self.dropout_p and has_room(self.rank) and moderate
+        half = self.q.dtype != torch.float32
+        return half and not self.dropout_p and not self.apart and has_room(self.rank) and moderate
+
+    @property
+    def apart(self) -> bool:
+        """Whether a row's largest score and log2 of its sum are kept apart: see keeps_apart."""
+        return keeps_apart(self.weights, self.dense, self.mask, self.padding)
+
+    @property
+    def lse_shape(self) -> Tuple[int, ...]:
+        B, M, _, H, _ = self.sizes
+        return (B * H, M, 2) if self.apart else (B * H, M)
 
     @property
     def segments(self) -> int:
@@ -105,6 +116,7 @@ class Problem(NamedTuple):
             HAS_DENSE=self.dense is not None,
             HAS_MASK=self.mask is not None,
             PAD_KIND=pad_kind(self.padding),
+            APART=self.apart,
             DROPOUT=self.dropout_p > 0,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
@@ -138,6 +150,19 @@ def scales_q(q_factor: Optional[Tensor], scale: float) -> bool:
     """Is the scale multiplied into q beforehand? With factors, since their product must join unscaled; and the
     kernels take the maximum before scaling, which wants a positive scale."""
     return q_factor is not None or scale <= 0
+
+
+def keeps_apart(
+    weights: Optional[Tensor], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor]
+) -> bool:
+    """Must a row's largest score and log2 of its sum be kept apart? All keys of a row may be at -1e9 or finfo.min ("masked"
+    without -inf), of which log2 of the sum is no more than a rounding error.
+
+    Segment weights alone are relative to the largest of a row, which some key has unless masks hide them all.
+    """
+    adds = padding is not None and padding.is_floating_point()
+    masked = mask is not None or padding is not None
+    return dense is not None or adds or weights is not None and masked
 
 
 def has_room(rank: int) -> bool:
