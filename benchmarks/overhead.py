@@ -51,7 +51,7 @@ def call_times(repeats: int, calls: int) -> dict:
 
     import flashbias_patch
     from flashbias_patch.attention import dispatch
-    from flashbias_patch.patching import arguments, hooks, seams
+    from flashbias_patch.patching import arguments, hooks, inner_attention
 
     class PETRMultiheadAttention(nn.Module):
         def __init__(self) -> None:
@@ -78,8 +78,7 @@ def call_times(repeats: int, calls: int) -> dict:
             return out
 
     def without_tensor_work(patched: bool) -> float:
-        with mock.patch.object(seams, "F", SimpleNamespace(multi_head_attention_forward=F.multi_head_attention_forward,
-                                                            linear=lambda *a: x)), \
+        with mock.patch.object(inner_attention, "F", SimpleNamespace(linear=lambda *a: x)), \
                 mock.patch.object(arguments, "project", lambda *a: (heads, heads, heads)), \
                 mock.patch.object(dispatch, "_loaded", {"triton": Constant()}), \
                 mock.patch.object(dispatch.breakers, "_verdicts", {}), \

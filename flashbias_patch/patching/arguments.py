@@ -1,36 +1,20 @@
-"""Any upstream signature -> one attention call: what the outer forward captures, and projections to (B, L, H, D)."""
+"""Any upstream signature -> one attention call: its biases, and projections to (B, L, H, D)."""
 from __future__ import annotations
 
 import inspect
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import settings
-from ..attention.inputs import as_bias
-from ..attention.recovery import replay
-from ..bias import AttentionBias, DenseBias
-from . import ambient, factoring
-from .catalog import WEIGHT_KEYWORDS
+from ..bias import AttentionBias
 
 BIAS_KEYWORDS = ("attention_bias", "attn_bias")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Bias = Union[AttentionBias, Tensor]
-
-
-class Captured(NamedTuple):
-    """What an outer forward was given beside its prelude's business."""
-
-    module: Any
-    biases: Tuple[Bias, ...]
-    attn_mask: Optional[Tensor]
-    key_padding_mask: Optional[Tensor]
-
-    def __bool__(self) -> bool:
-        return bool(self.biases) or self.attn_mask is not None or self.key_padding_mask is not None
 
 
 class Parameters:
@@ -41,7 +25,14 @@ class Parameters:
         names = list(signature.parameters)[1:]
         self.position = {name: i for i, name in enumerate(names)}
         self.accepts = {name for name in BIAS_KEYWORDS if name in names}
-        self.asks_weights = tuple(name for name in WEIGHT_KEYWORDS if name in names)
+        self.may_hold_bias = tuple(name for name in ("attn_mask", *BIAS_KEYWORDS) if name in names)
+
+        self.defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+
+    def defaults_without(self, known: Tuple[str, ...]) -> Tuple[Tuple[str, Any], ...]:
+        """(name, default) of the parameters other than the `known` ones, *args and **kwargs."""
+        empty = inspect.Parameter.empty
+        return tuple((n, None if d is empty else d) for n, d in list(self.defaults.items())[1:] if n not in known)
 
     def get(self, name: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
         if name in kwargs:
@@ -49,17 +40,38 @@ class Parameters:
         index = self.position.get(name, len(args))
         return args[index] if index < len(args) else None
 
-    def without(
-        self, names: Tuple[str, ...], args: Tuple[Any, ...], kwargs: Dict[str, Any]
+    def without(self, name: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
+        """The same call with that parameter None."""
+        return self.with_value(name, None, args, kwargs)
+
+    def with_value(
+        self, name: str, value: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]
     ) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
-        """The same call with those parameters None."""
-        for name in names:
-            index = self.position.get(name, len(args))
-            if kwargs.get(name) is not None:
-                kwargs = {**kwargs, name: None}
-            elif index < len(args) and args[index] is not None:
-                args = (*args[:index], None, *args[index + 1:])
-        return args, kwargs
+        """The same call with another value of that parameter."""
+        index = self.position.get(name, len(args))
+        if name not in kwargs and index < len(args):
+            return (*args[:index], value, *args[index + 1:]), kwargs
+        return args, {**kwargs, name: value}
+
+
+def take_biases(
+    parameters: Parameters, args: Tuple[Any, ...], kwargs: Dict[str, Any]
+) -> Tuple[Tuple[Any, ...], Dict[str, Any], Tuple[Bias, ...]]:
+    """Split what no code but this package's can add from a call: (args, kwargs, biases).
+
+    These are `attention_bias=` and `attn_bias=`, unless the forward has a parameter of that name, and AttentionBias objects
+    in the place of a mask or of such a parameter.
+    """
+    biases: Tuple[Bias, ...] = ()
+    if "attention_bias" in kwargs or "attn_bias" in kwargs:
+        kwargs, found = take_bias_keywords(kwargs, parameters.accepts)
+        biases = tuple(found)
+    for name in parameters.may_hold_bias:
+        given = parameters.get(name, args, kwargs)
+        if isinstance(given, AttentionBias):
+            args, kwargs = parameters.without(name, args, kwargs)
+            biases = (*biases, given)
+    return args, kwargs, biases
 
 
 def take_bias_keywords(kwargs: Dict[str, Any], accepted: Any = ()) -> Tuple[Dict[str, Any], List[Bias]]:
@@ -75,26 +87,23 @@ def take_bias_keywords(kwargs: Dict[str, Any], accepted: Any = ()) -> Tuple[Dict
 
 
 def kind_of(module: Any, query: Any, key: Any) -> str:
-    """"self" or "cross": what mmcv named the operation, else by whether the key is the query."""
+    """"self" or "cross": what mmcv named the operation, else by whether the key is the query, or a view of all of it."""
     name = getattr(module, "operation_name", None)
     if name in ("self_attn", "cross_attn"):
         return name[:-5]
-    return "self" if key is None or key is query else "cross"
+    return "self" if key is None or key is query or _same_memory(query, key) else "cross"
 
 
-def capture(
-    module: Any, parameters: Parameters, args: Tuple[Any, ...], kwargs: Dict[str, Any], biases: List[Bias]
-) -> Captured:
-    """Everything that is added to, or masks, the scores of this call."""
-    if not torch.is_grad_enabled():
-        replay.current()  # a checkpoint around this call is to be known before anything is set for the call
-    if ambient.active():
-        query, key = parameters.get("query", args, kwargs), parameters.get("key", args, kwargs)
-        biases = biases + ambient.biases_for(module, kind_of(module, query, key))
-    attn_mask = parameters.get("attn_mask", args, kwargs)
-    if isinstance(attn_mask, AttentionBias) or (isinstance(attn_mask, Tensor) and attn_mask.requires_grad):
-        biases, attn_mask = [*biases, attn_mask], None  # a mask that is learned is a bias
-    return Captured(module, tuple(biases), attn_mask, parameters.get("key_padding_mask", args, kwargs))
+def _same_memory(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.is_meta or _is_transformed():
+        return False  # such tensors have no memory of their own
+    return a.shape == b.shape and a.is_set_to(b)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func is open."""
+    functorch = getattr(torch._C, "_functorch", None)
+    return functorch is not None and functorch.peek_interpreter_stack() is not None
 
 
 def project(
@@ -121,14 +130,3 @@ def project(
 def compute_dtype(upstream: torch.dtype) -> torch.dtype:
     """FLASHBIAS_DTYPE, or what the patched class computes in."""
     return DTYPES.get(settings.current().dtype, upstream)
-
-
-def total_bias(captured: Captured, B: int, H: int, M: int, N: int) -> Optional[AttentionBias]:
-    """The sum of the captured biases, each checked against the call's shape."""
-    total: Optional[AttentionBias] = None
-    for bias in captured.biases:
-        term = as_bias(bias, B, H, M, N)
-        if isinstance(term, DenseBias) and factoring.enabled():
-            term = factoring.low_rank(captured.module, bias, term)
-        total = term if total is None else total + term
-    return total

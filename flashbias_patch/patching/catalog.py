@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-import re
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from .. import journal
@@ -69,9 +68,6 @@ MODULES: Tuple[str, ...] = (
 # Registries whose registrations are watched: module -> class with `_register_module`.
 REGISTRIES: Dict[str, str] = {"mmcv.utils.registry": "Registry", "mmengine.registry.registry": "Registry"}
 
-# A forward that keeps the attention weights it gets back is left alone: the seams return none.
-_KEEPS_WEIGHTS = re.compile(r"attn_(output_)?weights?|attention_(weights?|maps?|scores?)")
-
 _third_party: Optional[List[Target]] = None
 
 
@@ -121,18 +117,4 @@ def misfit(cls: type, target: Target) -> Optional[str]:
     missing = [name for name in target.having if name not in parameters]
     if missing:
         return f"its forward has no {', '.join(missing)}"
-    code = getattr(code_owner, "__code__", None)
-    local = [] if code is None else code.co_varnames[code.co_argcount + code.co_kwonlyargcount:]
-    kept = next((name for name in local if _KEEPS_WEIGHTS.fullmatch(name)), None)
-    if target.seam == "outer" and kept and not weight_keywords(parameters):
-        return f"its forward keeps attention weights ({kept})"
     return None
-
-
-def weight_keywords(parameters: List[str]) -> Tuple[str, ...]:
-    """Parameters by which a caller asks for attention weights: such a call runs the original code."""
-    return tuple(name for name in parameters if name in WEIGHT_KEYWORDS)
-
-
-WEIGHT_KEYWORDS = ("need_weights", "return_attn_weights", "return_attn_weight", "return_attention", "return_attn",
-                   "return_weights", "return_feat", "output_attentions")

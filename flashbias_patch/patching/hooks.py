@@ -176,6 +176,8 @@ def _claim(cls: type) -> bool:
             found = inspect.getattr_static(cls, method, None)
             if found is not None and not _is_patched(found):
                 _wrap(cls, method, seams.SEAMS[seam](cls), seam)  # not where it, or the one inherited, is wrapped
+        if target.seam == "outer":
+            _wrap_inner_attention()
         _refused.pop((cls.__module__, cls.__qualname__), None)
     journal.once(("patched", cls.__module__, cls.__qualname__), "info", "patched %s.%s", cls.__module__, cls.__qualname__)
     return True
@@ -188,6 +190,22 @@ def _wrap(owner: Any, attribute: str, wrapper: Callable[..., Any], seam: str) ->
     setattr(owner, attribute, wrapped)
     _claims[:] = [claim for claim in _claims if claim.owner is not None]
     _claims.append(Claim(weakref.ref(owner), attribute, weakref.ref(wrapped), seam))
+
+
+def _wrap_inner_attention() -> None:
+    """Wrap the forward of torch's own attention, which acts inside an outer forward only."""
+    from torch import nn
+
+    from . import inner_attention
+
+    original = vars(nn.MultiheadAttention)["forward"]
+    if _is_patched(original):
+        return
+    wrapper = inner_attention.wrap_forward(original)
+    wrapper.__flashbias_seam__ = inner_attention
+    wrapper.__flashbias_original__ = original
+    nn.MultiheadAttention.forward = wrapper  # type: ignore[method-assign]
+    _claims.append(Claim(weakref.ref(nn.MultiheadAttention), "forward", weakref.ref(wrapper), "inner"))
 
 
 def _patched_function(original: Any, seam: Callable[..., Any]) -> Any:
@@ -225,7 +243,7 @@ def patched() -> List[Dict[str, str]]:
         return [
             {"class": owner.__qualname__, "module": owner.__module__, "seam": c.seam}
             for c, owner in ((c, c.owner) for c in _claims)
-            if c.seam != "registry" and owner is not None
+            if c.seam not in ("registry", "inner") and owner is not None
         ]
 
 

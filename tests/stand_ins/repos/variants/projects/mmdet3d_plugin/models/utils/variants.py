@@ -41,7 +41,7 @@ ReturnsWeights = PETRMultiheadAttention
 
 @ATTENTION.register_module(name="AlwaysWeights")
 class PETRMultiheadAttention(Prelude):  # noqa: F811  (two classes of one name: forks do)
-    """Hands the weights back to every caller: nothing that never holds them can stand in."""
+    """Hands the weights back to every caller."""
 
     def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
                 key_padding_mask=None, **kwargs):

@@ -1,0 +1,326 @@
+"""torch's multi-head attention below an outer forward, computed through FlashBias.
+
+`wrap_forward` wraps nn.MultiheadAttention.forward. Outside an outer forward the wrapper calls the original at once, and
+TorchScript and torch.compile see the original (see its docstring). `FunctionalAttention` does the same for forwards that
+call F.multi_head_attention_forward themselves; it is only opened for classes whose code mentions that function.
+"""
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .. import journal, settings
+from ..attention import dispatch, flash_bias_attention
+from ..attention.weights import LazyWeights
+from ..bias import AttentionBias
+from . import arguments, route
+from .arguments import Bias
+from .route import Route
+
+_NO_BIASES: Tuple[Bias, ...] = ()
+NAME = "nn.MultiheadAttention"
+FUNCTION = "multi_head_attention_forward"
+_backward_hooks_of_all: Dict[int, Any] = getattr(nn.modules.module, "_global_backward_hooks", {})
+
+
+def wrap_forward(original: Any) -> Any:
+    """nn.MultiheadAttention.forward that computes through FlashBias inside an outer forward.
+
+    TorchScript compiles the source of `__wrapped__`, and resolves names through the wrapper's globals: they are the
+    original's. torch.compile traces `_torchdynamo_inline` in the wrapper's place and reads the wrapper's defaults: these are
+    the original's too.
+    """
+    _route, _original, _attend = route.current, original, _attend_module
+
+    def forward(
+        self: Any, query: Any, key: Any, value: Any, key_padding_mask: Any, need_weights: Any, attn_mask: Any,
+        average_attn_weights: Any, is_causal: Any,
+    ) -> Any:  # fmt: skip
+        open_route = _route()
+        if open_route is None:
+            return _original(
+                self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        return _attend(
+            open_route, _original, self, query, key, value, key_padding_mask, need_weights, attn_mask,
+            average_attn_weights, is_causal,
+        )  # fmt: skip
+
+    wrapper = types.FunctionType(
+        forward.__code__, original.__globals__, "forward", original.__defaults__, forward.__closure__
+    )
+    functools.update_wrapper(wrapper, original)
+    wrapper._torchdynamo_inline = original  # type: ignore[attr-defined]
+    return wrapper
+
+
+class InnerCall(NamedTuple):
+    """One call of torch's multi-head attention; sequences are (L, B, E), (B, L, E) if `batch_first`, or (L, E)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    batch_first: bool
+    num_heads: int
+    in_proj_weight: Tensor
+    in_proj_bias: Optional[Tensor]
+    out_proj_weight: Tensor
+    out_proj_bias: Optional[Tensor]
+    dropout_p: float
+    attn_mask: Optional[Tensor]
+    key_padding_mask: Optional[Tensor]
+    need_weights: bool
+    average_attn_weights: bool
+    unsupported: Optional[str]
+
+
+def _attend_module(
+    open_route: Route, original: Any, module: Any, query: Tensor, key: Tensor, value: Tensor,
+    key_padding_mask: Optional[Tensor], need_weights: bool, attn_mask: Optional[Tensor], average_attn_weights: bool,
+    is_causal: bool,
+) -> Any:  # fmt: skip
+    """A call of nn.MultiheadAttention.forward inside an outer forward."""
+    out_proj = module._modules["out_proj"]
+    own, outs = module._parameters, out_proj._parameters  # quicker than attributes of a module
+    # A parametrised parameter, or one of a replica of nn.DataParallel, is an attribute only.
+    weight = own["in_proj_weight"] if "in_proj_weight" in own else module.in_proj_weight  # noqa: SIM401
+    offset = own["in_proj_bias"] if "in_proj_bias" in own else module.in_proj_bias  # noqa: SIM401
+    out_weight = outs["weight"] if "weight" in outs else out_proj.weight  # noqa: SIM401
+    out_offset = outs["bias"] if "bias" in outs else out_proj.bias  # noqa: SIM401
+    dropout_p = module.dropout if module.training else 0.0
+    unsupported = _unsupported(
+        query, dropout_p, is_causal, not module._qkv_same_embed_dim, module.bias_k is not None, module.add_zero_attn
+    )
+    call = InnerCall(
+        query, key, value, module.batch_first, module.num_heads, weight, offset, out_weight, out_offset, dropout_p,
+        attn_mask, key_padding_mask, need_weights, average_attn_weights, unsupported,
+    )
+    result = _attend(open_route, call)
+    if result is None:
+        masks = _masks_with_biases(open_route, call)
+        if masks is not None:
+            (attn_mask, key_padding_mask), is_causal = masks, False  # is_causal only describes the mask given
+        token = route.enter(None)  # the functional below it is not to be computed here either
+        try:
+            return original(
+                module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        finally:
+            route.leave(token)
+    weights = result[1]
+    if weights is not None and (module._backward_hooks or module._backward_pre_hooks or _backward_hooks_of_all):
+        return result[0], weights.computed()  # torch routes outputs through an autograd function of its own
+    return result
+
+
+def _unsupported(
+    query: Tensor, dropout_p: float, is_causal: bool, separate: bool, bias_kv: bool, zero_attn: bool
+) -> Optional[str]:
+    if separate:
+        return "kdim or vdim differ from embed_dim is not supported"
+    if bias_kv:
+        return "bias_k or bias_v is not supported"
+    if zero_attn:
+        return "add_zero_attn is not supported"
+    if is_causal:
+        return "is_causal is not supported"
+    if dropout_p >= 1.0:
+        return "dropout of 1 is not supported"
+    if query.is_nested:
+        return "nested tensors is not supported"
+    return None if query.dim() in (2, 3) else f"input of {query.dim()} dimensions is not supported"
+
+
+def _attend(open_route: Route, call: InnerCall) -> Optional[Tuple[Tensor, Optional[LazyWeights]]]:
+    """(output, weights or None); None where the original code must run."""
+    open_route.reached = True
+    why = call.unsupported
+    if why is None:
+        try:
+            return _compute(open_route, call)
+        except dispatch.NoBackendError as error:
+            if settings.current().strict:
+                raise
+            why = str(error)
+    count_original(NAME, why)
+    return None
+
+
+def _compute(open_route: Route, call: InnerCall) -> Tuple[Tensor, Optional[LazyWeights]]:
+    query, key, value, padding = call.query, call.key, call.value, call.key_padding_mask
+    batched = query.dim() == 3
+    batch_first = call.batch_first or not batched
+    if not batched:
+        query, key, value, padding = _batch_of_one(query, key, value, padding)
+    check_lengths(query, key, value, batch_first)
+    q, k, v = arguments.project(query, key, value, call.in_proj_weight, call.in_proj_bias, call.num_heads)
+    if not batch_first:
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    attn_mask, own = call.attn_mask, _NO_BIASES
+    if attn_mask is not None and route.is_bias(attn_mask):
+        own, attn_mask = (attn_mask,), None
+    bias = None
+    if open_route.biases or own:
+        B, M, H, _ = q.shape
+        bias = open_route.total_bias(own, B, H, M, k.shape[1])
+    out = flash_bias_attention(
+        q, k, v, bias, attn_mask=attn_mask, key_padding_mask=padding, dropout_p=call.dropout_p,
+        dtype=arguments.compute_dtype(q.dtype),
+    )
+    if not batch_first:
+        out = out.transpose(0, 1)
+    out = F.linear(out.reshape(query.shape), call.out_proj_weight, call.out_proj_bias)
+    weights = None
+    if call.need_weights:
+        weights = LazyWeights.of(q, k, bias, attn_mask, padding, call.average_attn_weights, batched)
+    return (out if batched else out[0]), weights
+
+
+def _batch_of_one(query: Tensor, key: Tensor, value: Tensor, padding: Optional[Tensor]) -> Tuple[Any, ...]:
+    """(L, E) -> (1, L, E), keeping what is the same object the same object."""
+    given = {id(t): t for t in (query, key, value)}
+    made = {name: t.unsqueeze(0) for name, t in given.items()}
+    if padding is not None and padding.dim() == 1:
+        padding = padding.unsqueeze(0)
+    return made[id(query)], made[id(key)], made[id(value)], padding
+
+
+def check_lengths(query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> None:
+    """ValueError unless key and value have one length, and query's batch size."""
+    batch = 0 if batch_first else 1
+    if key.shape[:2] != value.shape[:2] or key.shape[batch] != query.shape[batch]:
+        axes = "(batch, length, channels)" if batch_first else "(length, batch, channels)"
+        raise ValueError(
+            f"key and value must have one length and query's batch size: query {tuple(query.shape)}, "
+            f"key {tuple(key.shape)}, value {tuple(value.shape)}, as {axes}"
+        )
+
+
+def count_original(name: str, why: str) -> None:
+    journal.calls["original"] += 1
+    journal.fallback(name, "call", f"the original code ran: {why}", level="info")
+
+
+# -- the original code ---------------------------------------------------------------------------------------------
+
+
+def _masks_with_biases(open_route: Route, call: InnerCall) -> Optional[Tuple[Tensor, Optional[Tensor]]]:
+    """(attn_mask, key_padding_mask) with the biases added to the mask; None if there are none."""
+    query, mask, padding = call.query, call.attn_mask, call.key_padding_mask
+    own: Tuple[Bias, ...] = (mask,) if isinstance(mask, AttentionBias) else ()
+    if not open_route.biases and not own:
+        return None
+    if query.dim() == 3:
+        length, batch = (1, 0) if call.batch_first else (0, 1)
+        B, M, N = query.shape[batch], query.shape[length], call.key.shape[length]
+    else:
+        B, M, N = 1, query.shape[0], call.key.shape[0]
+    bias = open_route.total_bias(own, B, call.num_heads, M, N)
+    if bias is None:
+        return None
+    if padding is not None and not padding.is_floating_point():  # torch wants both masks of one kind
+        padding = torch.zeros_like(padding, dtype=query.dtype).masked_fill(padding.bool(), float("-inf"))
+    return dense_mask(bias, None if own else mask, B, call.num_heads, M, N, query), padding
+
+
+def dense_mask(
+    bias: AttentionBias, attn_mask: Optional[Tensor], B: int, H: int, M: int, N: int, like: Tensor
+) -> Tensor:
+    """bias + attn_mask as torch's multi-head attention takes it: (B*H, M, N), in the dtype and on the device of `like`."""
+    from ..attention.inputs import mask_4d
+
+    total = bias.dense().to(like.device, like.dtype)
+    if attn_mask is not None:
+        kind, mask = mask_4d(attn_mask, B, H, M, N)
+        total = total.masked_fill(mask, float("-inf")) if kind == "bool" else total + mask
+    return total.expand(B, H, M, N).reshape(B * H, M, N)
+
+
+# -- forwards that call the functional themselves ---------------------------------------------------------------------
+
+
+class FunctionalAttention(TorchFunctionMode):
+    """Inside an outer forward, F.multi_head_attention_forward is computed through FlashBias.
+
+    A torch function mode is thread-local and open only during that forward. It sees every torch function of the forward,
+    which costs time; hence `mentions_functional`.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            open_route = route.current()
+            if open_route is not None:
+                return _attend_function(open_route, func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+_FUNCTION_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+
+
+def _attend_function(open_route: Route, original: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    """A call of F.multi_head_attention_forward inside an outer forward."""
+    bound = _FUNCTION_SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    dropout_p = given["dropout_p"] if given["training"] else 0.0
+    static = given["static_k"] is not None or given["static_v"] is not None
+    unsupported = "static_k or static_v is not supported" if static else _unsupported(
+        given["query"], dropout_p, given.get("is_causal", False), given["use_separate_proj_weight"],
+        given["bias_k"] is not None or given["bias_v"] is not None, given["add_zero_attn"],
+    )
+    call = InnerCall(
+        given["query"], given["key"], given["value"], False, given["num_heads"], given["in_proj_weight"],
+        given["in_proj_bias"], given["out_proj_weight"], given["out_proj_bias"], dropout_p, given["attn_mask"],
+        given["key_padding_mask"], given["need_weights"], given.get("average_attn_weights", True), unsupported,
+    )
+    result = _attend(open_route, call)
+    if result is None:
+        masks = _masks_with_biases(open_route, call)
+        if masks is not None:
+            given["attn_mask"], given["key_padding_mask"] = masks
+            if "is_causal" in given:
+                given["is_causal"] = False
+        return original(*bound.args, **bound.kwargs)
+    return result
+
+
+def mentions_functional(classes: Any) -> bool:
+    """Whether the code of these classes, or of the modules that define them, names F.multi_head_attention_forward."""
+    return any(
+        _names_functional(value)
+        for cls in classes
+        for base in cls.__mro__
+        if not base.__module__.startswith("torch.") and base is not object
+        for space in (vars(base), vars(sys.modules.get(base.__module__, base)))
+        for value in list(space.values())
+    )
+
+
+def _names_functional(value: Any) -> bool:
+    if value is F.multi_head_attention_forward:
+        return True
+    if type(value) in (staticmethod, classmethod):
+        value = value.__func__
+    if type(value) is types.FunctionType:
+        code = getattr(inspect.unwrap(value), "__code__", None)
+        return any(FUNCTION in names for names in _names_in(code))
+    if issubclass(type(value), type) and not value.__module__.startswith("torch."):
+        return any(type(inner) is types.FunctionType and _names_functional(inner) for inner in vars(value).values())
+    return False
+
+
+def _names_in(code: Any) -> Iterator[Tuple[str, ...]]:
+    """co_names of a code object and of those within it."""
+    if isinstance(code, types.CodeType):
+        yield code.co_names
+        for constant in code.co_consts:
+            yield from _names_in(constant)
