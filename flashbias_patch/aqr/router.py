@@ -154,7 +154,7 @@ class AdaptiveQueryRouter(nn.Module):
                 logits = logits + places.visible(self.num_segments).float() * self.visible_gain.float()
             routing = Routing(logits, logits.softmax(-1), places)
         seen = _recorder.get()
-        if seen is not None:
+        if seen is not None and torch._C._current_graph_task_id() == -1:  # not in a recomputation
             seen.append(Routing(logits.detach(), routing.weights.detach(), places))
         return routing
 

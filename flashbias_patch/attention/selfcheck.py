@@ -11,12 +11,15 @@ and that backward drops what forward dropped.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import threading
 import time
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import journal
 from ..bias import Grid, WindowMaskParts, WindowParts
@@ -69,10 +72,6 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         enter = stack.enter_context
         enter(_disable_current_modes())
         enter(torch._C.DisableTorchFunction())
-        enter(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        torch.default_generator.manual_seed(0)  # not torch.manual_seed, which seeds every device there is
-        if device.type == "cuda":
-            torch.cuda.default_generators[device.index].manual_seed(0)
         enter(torch.inference_mode(False))
         enter(torch.enable_grad())
         for kind in {"cpu", "cuda"} & {"cpu", device.type}:
@@ -81,6 +80,51 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         # Inside a checkpoint, its hooks would take the check's tensors for the layer's own.
         enter(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved))
         yield
+
+
+_random_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def own_random_numbers(device: torch.device) -> Iterator[None]:
+    """Random numbers of a generator of its own, always the same ones, in this thread.
+
+    On a GPU, kernels draw from the default generator: its state is put back, and one thread at a time may borrow it. The
+    state of the CPU's generator is not touched on the CPU, where other threads (augmentation, other replicas) draw too.
+    """
+    if device.type != "cuda":
+        with _OwnGenerator():
+            yield
+        return
+    with _random_lock, torch.random.fork_rng([device]):
+        torch.default_generator.manual_seed(0)  # not torch.manual_seed, which seeds every device there is
+        torch.cuda.default_generators[device.index].manual_seed(0)
+        yield
+
+
+class _OwnGenerator(TorchDispatchMode):
+    """Gives operators that draw random numbers on the CPU a generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        drawing = None if kwargs.get("generator") is not None else _with_generator(func)
+        if drawing is None:
+            return func(*args, **kwargs)
+        return drawing(*args, **{**kwargs, "generator": self.generator})
+
+
+@functools.lru_cache(maxsize=None)
+def _with_generator(func: Any) -> Any:
+    """The overload of an operator that takes `generator`: itself, or its sibling; None if it draws nothing."""
+    if any(argument.name == "generator" for argument in func._schema.arguments):
+        return func
+    name = "generator" if func._overloadname == "default" else f"{func._overloadname}_generator"
+    packet = func._overloadpacket
+    return getattr(packet, name) if name in packet.overloads() else None
 
 
 def _check(backend: Any, key: Key, rank: int) -> Optional[str]:
@@ -102,7 +146,10 @@ def _check(backend: Any, key: Key, rank: int) -> Optional[str]:
             return f"{found} at {lengths[0]} x {lengths[1]}{where}"
     if not accepted:
         return f"it refuses the check's own problem: {'; '.join(refused)}"
-    return _check_dropout(attend, accepted[-1], grad) if dropout else None
+    if not dropout:
+        return None
+    with own_random_numbers(device):
+        return _check_dropout(attend, accepted[-1], grad)
 
 
 def problem_of(key: Key, rank: int, M: int, N: int) -> AttentionInputs:

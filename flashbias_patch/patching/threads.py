@@ -9,57 +9,66 @@ import contextlib
 import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, List
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]  # returns the function itself where there is nothing to hand on
 
 _lock = threading.Lock()
 _depth = 0
-_thread_start, _pool_submit = threading.Thread.start, ThreadPoolExecutor.submit
-_wrap_run: Optional[Wrap] = None
-_wrap_task: Optional[Wrap] = None
+_put_back: List[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
 def handing_on(wrap_run: Wrap, wrap_task: Wrap) -> Iterator[None]:
-    """Wrap the `run` of every thread started, and every function submitted to a pool, in this block (of any thread:
+    """Wrap the `run` of every thread started, and every function submitted to a pool, in this block (by any thread:
     the wraps look at the context that calls them)."""
-    global _depth, _thread_start, _pool_submit, _wrap_run, _wrap_task
+    global _depth
     with _lock:
         _depth += 1
         if _depth == 1:
-            _wrap_run, _wrap_task = wrap_run, wrap_task
-            if threading.Thread.start is not _start:  # else somebody put it back
-                _thread_start, threading.Thread.start = threading.Thread.start, _start  # type: ignore[method-assign]
-            if ThreadPoolExecutor.submit is not _submit:
-                _pool_submit = ThreadPoolExecutor.submit
-                ThreadPoolExecutor.submit = _submit  # type: ignore[method-assign]
+            _put_back[:] = [_replace(threading.Thread, "start", _start_with, wrap_run),
+                            _replace(ThreadPoolExecutor, "submit", _submit_with, wrap_task)]  # fmt: skip
     try:
         yield
     finally:
         with _lock:
             _depth -= 1
-            if _depth == 0:  # what somebody else has wrapped meanwhile stays
-                if threading.Thread.start is _start:
-                    threading.Thread.start = _thread_start  # type: ignore[method-assign]
-                if ThreadPoolExecutor.submit is _submit:
-                    ThreadPoolExecutor.submit = _pool_submit  # type: ignore[method-assign]
+            if _depth == 0:
+                for put_back in _put_back:
+                    put_back()
 
 
-@functools.wraps(threading.Thread.start)
-def _start(self: threading.Thread) -> None:
-    run = self.run
-    wrapped = run if _wrap_run is None else _wrap_run(run)
-    if wrapped is not run:
-        self.run = functools.partial(_run_once, self, wrapped)  # type: ignore[method-assign]
-    return _thread_start(self)
+def _replace(owner: Any, name: str, make: Callable[[Any, Wrap], Any], wrap: Wrap) -> Callable[[], None]:
+    """Replace a method; returns what puts it back, unless somebody else has replaced it meanwhile."""
+    original = getattr(owner, name)
+    made = functools.wraps(original)(make(original, wrap))
+    setattr(owner, name, made)
+
+    def put_back() -> None:
+        if getattr(owner, name) is made:
+            setattr(owner, name, original)
+
+    return put_back
+
+
+def _start_with(original: Any, wrap: Wrap) -> Any:
+    def start(self: threading.Thread) -> None:
+        run = self.run
+        wrapped = wrap(run)
+        if wrapped is not run:
+            self.run = functools.partial(_run_once, self, wrapped)  # type: ignore[method-assign]
+        original(self)
+
+    return start
 
 
 def _run_once(thread: threading.Thread, run: Callable[[], Any]) -> None:
-    del thread.run  # the thread must not hold itself
+    thread.__dict__.pop("run", None)  # the thread must not hold itself
     run()
 
 
-@functools.wraps(ThreadPoolExecutor.submit)
-def _submit(self: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    return _pool_submit(self, fn if _wrap_task is None else _wrap_task(fn), *args, **kwargs)
+def _submit_with(original: Any, wrap: Wrap) -> Any:
+    def submit(self: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return original(self, wrap(fn), *args, **kwargs)
+
+    return submit

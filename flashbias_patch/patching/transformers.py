@@ -19,6 +19,7 @@ from .. import aqr, journal
 from ..aqr import options as aqr_options
 from ..aqr.geometry import Places, places, take_geometry
 from ..aqr.router import AdaptiveQueryRouter, Routing
+from ..attention.recovery import replay
 from . import ambient
 from .arguments import Parameters
 
@@ -159,20 +160,23 @@ class TransformerSeam:
 
         dropped = None
         if module.training and router.drop is not None and get("x_img") is not None:
-            dropped = router.drop.draw(len(get("x")))
+            dropped = _draw(router.drop, len(get("x")))
             x, x_img = aqr.drop_modalities(get("x"), get("x_img"), dropped)
             args, kwargs = self._with(args, kwargs, {"x": x, "x_img": x_img})
         keys = self.layout.keys(get)
         query = get(self.layout.query)
         segments = _segments(keys, router.num_segments, self.layout, self.name)
-        # The router reads and does not steer: its gradient would move reference points to change their weights.
-        routing = router.route(
-            (query if query.dim() == 3 else query[None]).detach(),
-            _mean_features(keys, router.num_segments, self.layout).detach(),
-            self._places(router, keys, segments),
-        )
-        if dropped is not None and router.supervision:
-            _pending[router] = (routing.logits, dropped)
+        supervised = dropped is not None and bool(router.supervision)
+        # The loss needs the logits' graph also where a checkpoint around the transformer runs without gradients.
+        with torch.enable_grad() if supervised and replay.in_function() else contextlib.nullcontext():
+            # The router reads and does not steer: its gradient would move reference points to change their weights.
+            routing = router.route(
+                (query if query.dim() == 3 else query[None]).detach(),
+                _mean_features(keys, router.num_segments, self.layout).detach(),
+                self._places(keys),
+            )
+        if supervised and not replay.recomputing():
+            _pending[router] = (routing.logits, dropped)  # type: ignore[assignment]
         if module.training and torch.is_grad_enabled():
             query = query + router.zero().to(query.dtype)
             args, kwargs = self._with(args, kwargs, {self.layout.query: query})
@@ -185,8 +189,10 @@ class TransformerSeam:
         finally:
             _running.reset(token)
 
-    def _places(self, router: AdaptiveQueryRouter, keys: Keys, segments: Tuple[int, ...]) -> Optional[Places]:
-        geometry = take_geometry()
+    def _places(self, keys: Keys) -> Optional[Places]:
+        provided = take_geometry()
+        first = replay.once(lambda: provided)  # a recomputation of the transformer alone is not provided with it again
+        geometry = first if provided is None else provided
         if geometry is None or keys.flat is not None:
             return None
         bev = None if keys.lidar is None else (keys.lidar.shape[-2], keys.lidar.shape[-1])
@@ -206,6 +212,16 @@ class TransformerSeam:
             else:
                 named[name] = value
         return tuple(positional), named
+
+
+def _draw(drop: aqr.ModalityDrop, batch: int) -> List[Optional[str]]:
+    """What is dropped in this forward, and in every recomputation of it."""
+    if replay.in_function() and replay.current() is None:
+        raise RuntimeError(
+            "aqr.drop: the torch.autograd.Function around this transformer does not hand its ctx to forward(), so that a "
+            "recomputation could not drop the same; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+    return replay.once(lambda: drop.draw(batch))  # type: ignore[no-any-return]
 
 
 def _biases(
@@ -260,7 +276,7 @@ class HeadSeam:
 
     def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
         router = router_of(module)
-        if router is not None:
+        if router is not None and not replay.recomputing():
             take_geometry()
             _pending.pop(router, None)
         return wrapped(*args, **kwargs)
@@ -303,10 +319,15 @@ class LossSeam:
 
 
 def router_of(head: nn.Module) -> Optional[AdaptiveQueryRouter]:
-    """The router of a head's transformer, if it has one."""
-    transformer = head._modules.get("transformer")
-    router = None if transformer is None else transformer._modules.get(KEY)
-    return router if isinstance(router, AdaptiveQueryRouter) else None
+    """The router of a head's transformer, if it has one; also where the transformer is wrapped (CheckpointWrapper, FSDP)."""
+    module = head._modules.get("transformer")
+    while module is not None:
+        router = module._modules.get(KEY)
+        if isinstance(router, AdaptiveQueryRouter):
+            return router
+        children = list(module._modules.values())
+        module = children[0] if len(children) == 1 else None
+    return None
 
 
 SEAMS: Dict[str, Callable[[type], Any]] = {

@@ -250,3 +250,30 @@ def test_classes_tell_apart_what_kernels_tell_apart():
     assert len(keys) == len(variants)
     assert len({call_class.key_of(call(M=M, N=N)) for M, N in ((9, 14), (10, 14), (900, 1001))}) == 1
     assert call(D=8, R=5).call_class() == "cpu float32 D8 R8 grad"
+
+
+@pytest.mark.parametrize("name", ("sdpa", "reference"))
+def test_concurrent_checks_leave_the_default_generator_alone(name):
+    import threading
+
+    backend, start = dispatch.backend(name), threading.Barrier(5)
+    calls = [call(features, dropout_p=0.2) for features in ((), ("mask",), ("dense",), ("padding",))]
+    drawn, found = [], []
+
+    def work(inputs):
+        start.wait()
+        for _ in range(3):
+            found.append(check(backend, inputs))
+
+    threads = [threading.Thread(target=work, args=(inputs,)) for inputs in calls]
+    for thread in threads:
+        thread.start()
+    torch.manual_seed(3)
+    start.wait()
+    while any(thread.is_alive() for thread in threads):
+        drawn.append(torch.rand(()))
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    assert drawn and torch.equal(torch.stack(drawn), torch.stack([torch.rand(()) for _ in drawn]))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found == [None] * 12

@@ -83,6 +83,7 @@ def tune(
     rows: List[Row] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(selfcheck.undisturbed(device))
+        stack.enter_context(selfcheck.own_random_numbers(device))
         stack.enter_context(torch.no_grad())
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))

@@ -181,13 +181,14 @@ class restored:
 
 _forward_gradients: Callable[[], bool] = getattr(torch._C, "_is_fwd_grad_enabled", lambda: True)
 _Context: Any = torch.autograd.function.BackwardCFunction
-_APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
+_apply: Any = getattr(torch.autograd.Function.apply, "__func__", None)
+_APPLY = getattr(_apply, "__code__", None)
 _ATTRIBUTE = "_flashbias_replay"
 
 
 def in_function() -> bool:
     """Whether this code runs inside the forward of a torch.autograd.Function. no_grad alone does not count."""
-    return not torch.is_grad_enabled() and not _forward_gradients() and not torch.is_inference_mode_enabled()
+    return not _forward_gradients() and not torch.is_inference_mode_enabled()
 
 
 def current() -> Optional[Replay]:
@@ -195,7 +196,7 @@ def current() -> Optional[Replay]:
 
     To be called before any carried variable changes: inside the forward of a Function, the first call takes the values.
     """
-    if not torch.is_grad_enabled() and in_function():
+    if not _forward_gradients() and in_function():
         found = _of_functions()
         if found is not None:
             return found
@@ -363,10 +364,11 @@ def _unpack(replay: Replay, unpack: Callable[[Any], Any], saved: Any) -> Any:
 
 def _apply_checkpoint(cls: Any, function: Any, preserve_rng_state: Any, *args: Any) -> Any:
     """torch's reentrant checkpoint. It does not look for tensors that need a gradient beyond its arguments; where a
-    learned bias is in force, the other kind of checkpoint is made."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors_in_force()):
+    learned bias is in force, the other kind of checkpoint is made. Not inside one of that kind: nested, these hand on
+    one tensor that was two arguments as two tensors, and attention of key and value then saves others than before."""
+    if torch.is_grad_enabled() and hooked() is None and any(tensor.requires_grad for tensor in _tensors_in_force()):
         return _checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
-    return torch.autograd.Function.apply.__func__(cls, function, preserve_rng_state, *args)
+    return _apply(cls, function, preserve_rng_state, *args)
 
 
 def _tensors_in_force() -> List[Tensor]:

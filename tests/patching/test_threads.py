@@ -1,0 +1,198 @@
+"""Threads started inside `with attention_bias(...)` have its bias; others never do."""
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import flashbias_patch
+
+from .test_checkpoints import Inputs, assert_equal, decoder_of, gradients, loss_of, patched, run  # noqa: F401
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Call:
+    """One decoder's forward with, and without, the bias."""
+
+    def __init__(self):
+        self.decoder, self.inputs = decoder_of(), Inputs()
+        self.given = self.inputs.query, self.inputs.memory, self.inputs.memory
+        self.without = self().detach()
+        self.with_bias = self.decoder(*self.given, attention_bias=self.inputs.bias()).detach()
+        assert (self.with_bias - self.without).abs().max() > 1e-3
+
+    def __call__(self):
+        return self.decoder(*self.given)
+
+    def block(self):
+        return flashbias_patch.attention_bias(self.inputs.bias())
+
+
+def in_thread(function, start=threading.Thread):
+    results = []
+    thread = start(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+class OwnThread(threading.Thread):
+    def run(self):
+        super().run()
+
+
+@pytest.mark.parametrize("start", (threading.Thread, OwnThread, lambda target: threading.Timer(0.0, target)),
+                         ids=("Thread", "a subclass", "Timer"))
+def test_a_thread_started_in_the_block_has_the_bias(patched, start):  # noqa: F811
+    call = Call()
+    with call.block():
+        torch.testing.assert_close(in_thread(call, start), call.with_bias)
+        torch.testing.assert_close(in_thread(lambda: in_thread(call)), call.with_bias)  # and one that it starts
+    torch.testing.assert_close(in_thread(call, start), call.without)
+
+
+def test_other_threads_do_not_have_it(patched):  # noqa: F811
+    call, opened, done, found = Call(), threading.Event(), threading.Event(), []
+
+    def work():  # started before the block, runs while it is open, and starts threads of its own
+        opened.wait()
+        found.extend([call(), in_thread(call)])
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(call).result())
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with call.block():
+        opened.set()
+        done.wait()
+    thread.join()
+    for out in found:
+        torch.testing.assert_close(out, call.without)
+
+
+def test_a_thread_that_outlives_the_block_goes_on_without(patched):  # noqa: F811
+    call, closed, found = Call(), threading.Event(), []
+
+    def work():
+        found.append(call())
+        started.set()
+        closed.wait()
+        found.append(call())
+
+    started = threading.Event()
+    with call.block():
+        thread = threading.Thread(target=work)
+        thread.start()
+        started.wait()
+    closed.set()
+    thread.join()
+    torch.testing.assert_close(found[0], call.with_bias)
+    torch.testing.assert_close(found[1], call.without)
+
+
+def test_a_pool_has_the_bias_of_whoever_submits(patched):  # noqa: F811
+    call = Call()
+    with ThreadPoolExecutor(1) as pool:
+        torch.testing.assert_close(pool.submit(call).result(), call.without)  # the worker exists before the block
+        with call.block():
+            torch.testing.assert_close(pool.submit(call).result(), call.with_bias)
+            torch.testing.assert_close(list(pool.map(lambda _: call(), range(2)))[1], call.with_bias)
+        torch.testing.assert_close(pool.submit(call).result(), call.without)
+    with ThreadPoolExecutor(1) as pool:
+        with call.block():
+            pool.submit(int).result()  # the worker is started in the block
+        torch.testing.assert_close(pool.submit(call).result(), call.without)
+
+
+def test_many_threads_with_biases_of_their_own(patched):  # noqa: F811
+    calls = [Call() for _ in range(2)]
+    scales, found = [0.5, 1.0, 2.0, 4.0], {}
+    with torch.no_grad():
+        expected = {
+            (i, scale): call.decoder(*call.given, attention_bias=call.inputs.bias() * scale)
+            for i, call in enumerate(calls) for scale in scales
+        }
+
+    def work(i, scale):
+        with torch.no_grad():
+            for _ in range(5):
+                with flashbias_patch.attention_bias(calls[i].inputs.bias() * scale):
+                    found[i, scale] = in_thread(torch.no_grad()(calls[i]))
+
+    threads = [threading.Thread(target=work, args=case) for case in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for case, out in expected.items():
+        torch.testing.assert_close(found[case], out)
+
+
+def test_each_thread_counts_its_own_layers(patched):  # noqa: F811
+    """As nn.DataParallel's replicas, whose modules are copies."""
+    import copy
+
+    call = Call()
+    replicas = [copy.deepcopy(call.decoder) for _ in range(3)]
+    with flashbias_patch.attention_bias(call.inputs.bias(), layers=[0]):
+        here = call()
+        for replica in replicas:
+            torch.testing.assert_close(in_thread(lambda replica=replica: replica(*call.given)), here)
+    assert (here - call.without).abs().max() > 1e-3 and (here - call.with_bias).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ("reentrant", "non-reentrant", "fairscale", "hooks"))
+@pytest.mark.parametrize("backward_in", ("main", "thread", "another thread"))
+def test_checkpoints_in_threads(patched, kind, backward_in):  # noqa: F811
+    results = []
+    for around in (None, kind):
+        decoder, inputs = decoder_of("layer", around), Inputs("shared")
+
+        def forward(decoder=decoder, inputs=inputs):
+            out = decoder(inputs.query, inputs.memory, inputs.memory)
+            if backward_in == "thread":
+                loss_of(out, 0).backward()
+            return out
+
+        with flashbias_patch.attention_bias(inputs.bias()):
+            out = in_thread(forward)
+        if backward_in == "main":
+            loss_of(out, 0).backward()
+        if backward_in == "another thread":
+            in_thread(lambda out=out: loss_of(out, 0).backward())
+        results.append(gradients(decoder, inputs))
+    assert_equal(results[1], results[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_data_parallel(patched):  # noqa: F811
+    call = Call()
+    model = torch.nn.DataParallel(call.decoder.cuda(), [0] if torch.cuda.device_count() == 1 else [0, 1], dim=1)
+    given = [tensor.detach().cuda() for tensor in call.given]
+    with call.block():
+        torch.testing.assert_close(model(*given).cpu(), call.with_bias)
+    torch.testing.assert_close(model(*given).cpu(), call.without)
+
+
+def test_what_others_wrap_meanwhile_stays(patched, monkeypatch):  # noqa: F811
+    call, seen = Call(), []
+    monkeypatch.setattr(threading.Thread, "start", threading.Thread.start)  # put back after the test
+    with call.block():
+        ours = threading.Thread.start
+
+        def theirs(self):
+            seen.append(self)
+            return ours(self)
+
+        threading.Thread.start = theirs
+        torch.testing.assert_close(in_thread(call), call.with_bias)
+    assert threading.Thread.start is theirs
+    torch.testing.assert_close(in_thread(call), call.without)
+    with call.block():
+        torch.testing.assert_close(in_thread(call), call.with_bias)
+    torch.testing.assert_close(in_thread(call), call.without)
+    assert len(seen) == 4
