@@ -1,6 +1,6 @@
 """`with attention_bias(...)`: a bias for every patched attention in a block.
 
-Recomputation by a checkpoint finds the biases of its forward (attention/replay.py); threads started in the block find
+Recomputation by a checkpoint finds the biases of its forward (attention/recovery/replay.py); threads started in the block find
 those of the block (threads.py).
 """
 from __future__ import annotations
