@@ -1,7 +1,7 @@
 """`with attention_bias(...)`: a bias for every patched attention in a block.
 
-Recomputation by a checkpoint finds the biases of its forward (attention/recovery/replay.py); threads started in the block find
-those of the block (threads.py).
+Recomputation by a checkpoint finds the biases of its forward (attention/recovery/replay.py); threads started in the
+block find those of the block (threads.py).
 """
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class OuterSeam:
         opened = Route(
             module, biases, parameters.get("attn_mask", args, kwargs), parameters.get("key_padding_mask", args, kwargs)
         )
-        if not torch.is_grad_enabled():
+        if replay.in_function():
             replay.current()  # a checkpoint around this call is to be known before anything is set for the call
         parent = route.current()
         if parent is not None and parent.module is module:  # a subclass' forward calling its parent's
@@ -172,7 +172,7 @@ class CoreSeam:
         q, k, v = (parameters.get(name, args, kwargs) for name in ("q", "k", "v"))
         opened = route.current()
         if opened is None:
-            if not torch.is_grad_enabled():
+            if replay.in_function():
                 replay.current()
             opened = Route(module, ())
             if ambient.active():
