@@ -6,7 +6,7 @@ from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..bias import AttentionBias, DenseBias, MaskBias, WindowMaskParts, WindowParts
+from ..bias import AttentionBias, BiasTensor, DenseBias, MaskBias, WindowMaskParts, WindowParts
 from ..bias.precision import split_factors
 from . import narrow
 from .call_class import describe, key_of
@@ -101,6 +101,7 @@ def build(
     scale: Optional[float] = None,
 ) -> AttentionInputs:
     """Validate a public call and bring it to normal form. Raises ValueError/TypeError naming the argument."""
+    bias, attn_mask = read_descriptions(q, k, bias, attn_mask)
     return build_in(None, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale)[0]
 
 
@@ -196,10 +197,14 @@ def _explain_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tuple[int, int, int, int, i
     return B, M, H, D, N
 
 
-def as_bias(bias: AttentionBias | Tensor, B: int, H: int, M: int, N: int) -> AttentionBias:
+def as_bias(
+    bias: AttentionBias | Tensor, B: int, H: int, M: int, N: int, argument: str = "bias"
+) -> AttentionBias:
     """`bias` as an AttentionBias that fits a call of that size; ValueError or TypeError if it is not one."""
+    if type(bias) is BiasTensor:
+        bias = bias.attention_bias(B, H, M, N) or bias.numbers()
     if isinstance(bias, Tensor):
-        kind, four = mask_4d(bias, B, H, M, N, "bias")
+        kind, four = mask_4d(bias, B, H, M, N, argument)
         return MaskBias(four) if kind == "bool" else DenseBias(four)
     if not isinstance(bias, AttentionBias):
         raise TypeError(f"bias must be an AttentionBias or a Tensor, got {type(bias).__name__}")
@@ -210,6 +215,20 @@ def as_bias(bias: AttentionBias | Tensor, B: int, H: int, M: int, N: int) -> Att
             f"B={B}, H={H}, M={M}, N={N}"
         )
     return bias
+
+
+def read_descriptions(q: Tensor, k: Tensor, bias: Any, attn_mask: Any) -> Tuple[Any, Any]:
+    """(bias, attn_mask) of a call, a BiasTensor among them put into `bias` as the description that it holds."""
+    if type(bias) is not BiasTensor and type(attn_mask) is not BiasTensor:
+        return bias, attn_mask
+    B, M, H, _, N = _check_qkv(q, k, k)
+    if type(attn_mask) is BiasTensor:
+        found = as_bias(attn_mask, B, H, M, N, "attn_mask")
+        attn_mask = None
+        bias = found if bias is None else as_bias(bias, B, H, M, N) + found
+    elif type(bias) is BiasTensor:
+        bias = as_bias(bias, B, H, M, N)
+    return bias, attn_mask
 
 
 def _cast_factors(q_factor: Tensor, k_factor: Tensor, q: Tensor) -> Tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from ..bias import AttentionBias
-from . import dispatch, narrow
-from .inputs import build_in
+from ..bias import AttentionBias, BiasTensor
+from . import dispatch, narrow, observe
+from .inputs import build_in, read_descriptions
 
 
 def flash_bias_attention(
@@ -46,6 +46,11 @@ def flash_bias_attention(
         TypeError, ValueError: an argument does not fit; the message names it.
         flashbias_patch.attention.dispatch.NoBackendError: no backend takes the call; lists why.
     """
+    if type(bias) is BiasTensor or type(attn_mask) is BiasTensor:
+        bias, attn_mask = read_descriptions(q, k, bias, attn_mask)
     inputs, power = build_in(dtype, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale)
     out = dispatch.attend(inputs, backend)
-    return out if out.dtype is q.dtype else narrow.widened(out, q.dtype, power)
+    out = out if out.dtype is q.dtype else narrow.widened(out, q.dtype, power)
+    if isinstance(bias, AttentionBias) and bias._sources:
+        out = observe.observed(out, inputs, bias)
+    return out

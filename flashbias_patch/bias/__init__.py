@@ -5,12 +5,14 @@ from .base import AttentionBias, BiasParts, DenseBias, LowRankBias, MaskBias, Su
 from .exact import AlibiBias, ModalityBias, SquaredDistanceBias
 from .factorize import Factorization, FactorState, factorize
 from .precision import split_factors
+from .tensor import BiasTensor, described
 from .windows import Grid, WindowBias, WindowMask, WindowMaskParts, WindowParts
 
 __all__ = [
     "AlibiBias",
     "AttentionBias",
     "BiasParts",
+    "BiasTensor",
     "DenseBias",
     "FactorState",
     "Factorization",
@@ -24,6 +26,7 @@ __all__ = [
     "WindowMask",
     "WindowMaskParts",
     "WindowParts",
+    "described",
     "factorize",
     "split_factors",
 ]

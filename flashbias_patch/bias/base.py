@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import Callable, ContextManager, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class AttentionBias:
     """
 
     _fields: Tuple[str, ...] = ()
+    _sources: Tuple[Any, ...] = ()  # the BiasTensors that it was read from, for gradients of the tensors themselves
 
     @property
     def shape(self) -> Shape:
@@ -103,6 +104,9 @@ class AttentionBias:
                 setattr(other, name, function(value))
         return other
 
+    def _copy(self) -> AttentionBias:
+        return copy.copy(self)
+
     def _terms(self) -> Tuple[AttentionBias, ...]:
         return (self,)
 
@@ -118,7 +122,12 @@ class AttentionBias:
     def __add__(self, other: object) -> AttentionBias:
         if not isinstance(other, AttentionBias):
             return NotImplemented
-        return add_terms(self._terms() + other._terms())
+        total = add_terms(self._terms() + other._terms())
+        sources = self._sources + other._sources
+        if sources:
+            total = total._copy()
+            total._sources = sources
+        return total
 
     def __mul__(self, factor: object) -> AttentionBias:
         if isinstance(factor, bool) or not isinstance(factor, (int, float, Tensor)):

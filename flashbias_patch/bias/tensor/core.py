@@ -1,0 +1,405 @@
+"""A bias as a tensor that remembers what it is.
+
+Code that makes a bias and code that attends are often far apart, and hand it on as a tensor: transposed, expanded over
+heads, reshaped to (B*H, M, N), halved, added to a mask. A BiasTensor goes through these as a description (an
+AttentionBias, and a layout that says which dimension is what). Attention reads the description; whatever else needs
+numbers gets the dense tensor, which is made once, and a log line says where.
+
+Three layers, from the outside in:
+`__torch_function__`: operations that a description survives (dispatch.py); all others run on the dense tensor.
+autograd: a BiasTensor has the description's learned tensors behind it (_Describe), for code that does not dispatch in
+Python, such as checkpointing.
+`__torch_dispatch__`: what gets there, from C++ or inside transforms, computes with the dense numbers.
+"""
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import sys
+import threading
+import weakref
+from typing import Any, Callable, ContextManager, List, Optional, Sequence, Set, Tuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..base import AttentionBias
+from . import layout as layouts
+from . import terms
+from .layout import Layout
+
+FORMS = ("mn", "bmn", "bhmn")
+TRACING = ("FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode", "PythonKeyTracer")
+BECAME_DENSE = "an attention bias was needed as numbers by %s at %s and became dense there: %s, %.0f MiB"
+log = logging.getLogger("flashbias_patch")
+run: Any = None  # dispatch.run, put here by the package
+_told: Set[Tuple[str, str]] = set()
+_lock = threading.RLock()
+graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+_interpreter: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+no_functions = getattr(torch._C, "DisableTorchFunctionSubclass", torch._C.DisableTorchFunction)
+# Inside the package's directory and torch's, nobody is told where: the line of the user's code is.
+_OURS = (torch.__file__.rpartition("/")[0], __file__.rpartition("/bias/")[0])
+
+
+class BiasTensor(Tensor):
+    """See the module. Made by `described`, and by operations on another one."""
+
+    _bias: Optional[AttentionBias]  # None: only the dense tensor is left
+    _layout: Layout
+    _replay: Optional[Tuple[Any, Any, Any]]  # function, arguments and keywords that made it of another one
+    _parents: Tuple[BiasTensor, ...]
+    _children: List[Any]  # weak references
+    _shares: bool  # of its parents' numbers, or might be
+    _dense: Optional[Tensor]
+    _observed: bool  # somebody wants the gradient of the tensor itself: all that is made of it is dense
+    _used: bool  # attention has read the description
+    _wanted: Optional[List[Tensor]]  # gradients of the tensor itself, while autograd.grad asks for them
+    _handle: Optional[Tensor]
+
+    def attention_bias(self, B: int, H: int, M: int, N: int) -> Optional[AttentionBias]:
+        """What attention of that size is to add or to hide, or None where it must take `numbers()`.
+
+        ValueError where the shape does not fit.
+        """
+        if self._bias is None or self._must_be_dense():
+            return None
+        reading = layouts.readable(self._layout, B, H, M, N)
+        if reading is None:
+            return None
+        for tensor in (self, *self._ancestors()):
+            tensor._used = True
+        if torch.is_grad_enabled() and self._learned():
+            found = self._bias._copy()
+            found._sources = ((self, reading),)
+            return found
+        return self._bias
+
+    def numbers(self) -> Tensor:
+        """The dense tensor, made once; differentiable in what the description learns."""
+        if _interpreter() is not None:  # what a transform makes is not to outlive it
+            return self._make() if self._dense is None else self._dense
+        with _lock:
+            if self._dense is None or (self._dense.is_inference() and not torch.is_inference_mode_enabled()):
+                with torch.enable_grad(), no_functions(), _uncounted(), _without_modes():
+                    self._dense = self._make()
+            return self._dense
+
+    def _make(self) -> Tensor:
+        if self._replay is not None:
+            function, args, kwargs = tree_map(to_numbers, self._replay)
+            return function(*args, **kwargs)  # type: ignore[no-any-return]
+        return _dense_of(self._bias, self._layout, self.dtype)
+
+    def _learned(self) -> List[Tensor]:
+        return [] if self._bias is None else [t for t in self._bias.tensors() if t.requires_grad]
+
+    def _must_be_dense(self) -> bool:
+        return self._observed or any(parent._must_be_dense() for parent in self._parents)
+
+    def _ancestors(self) -> List[BiasTensor]:
+        found: List[BiasTensor] = []
+        for parent in self._parents:
+            found += [parent, *parent._ancestors()]
+        return found
+
+    def _family(self) -> List[BiasTensor]:
+        """All that may share its numbers, and are still there."""
+        found: List[BiasTensor] = []
+        left = [self]
+        while left:
+            one = left.pop()
+            if all(one is not other for other in found):
+                found.append(one)
+                left += (one._parents if one._shares else ()) + tuple(c for c in one._living() if c._shares)
+        return found
+
+    def _living(self) -> List[BiasTensor]:
+        return [child for child in (reference() for reference in self._children) if child is not None]
+
+    def _before_change(self) -> BiasTensor:
+        """A tensor that is what this one was, for all that was computed of it and does not share its numbers."""
+        old = _wrapper(self._bias, self._layout, self.dtype)
+        old._replay, old._parents, old._shares = self._replay, self._parents, self._shares
+        old._observed, old._used = self._observed, self._used
+
+        def earlier(value: Any) -> Any:
+            return old if value is self else value
+
+        for child in self._living():
+            if not child._shares:
+                child._replay = tree_map(earlier, child._replay)
+                child._parents = tuple(map(earlier, child._parents))
+        self._children = []
+        return old
+
+    def gradient_for(self, ancestor: BiasTensor, grad: Tensor) -> Tensor:
+        """The gradient of what this tensor is made of, from a dense one of its own."""
+        with torch.enable_grad(), no_functions():
+            leaf = ancestor.numbers().detach().requires_grad_()
+            made = self._made_of(ancestor, leaf)
+            if made is leaf:
+                return grad.to(leaf.dtype)
+            return torch.autograd.grad(made, leaf, grad.to(made.dtype))[0]
+
+    def _made_of(self, ancestor: BiasTensor, leaf: Tensor) -> Tensor:
+        if self is ancestor:
+            return leaf
+
+        def again(value: Any) -> Any:
+            return value._made_of(ancestor, leaf) if type(value) is BiasTensor else value
+
+        if self._replay is None:
+            return self.numbers().detach()
+        function, args, kwargs = tree_map(again, self._replay)
+        return function(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def handle(self) -> List[Tensor]:
+        """Leaves by which a graph is searched for uses of this tensor and of those that it is made of."""
+        roots = [one for one in (self, *self._ancestors()) if not one._parents]
+        for root in roots:
+            if root._handle is None:
+                with torch.inference_mode(False):
+                    root._handle = torch.zeros((), requires_grad=True)
+        return [root._handle for root in roots if root._handle is not None]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map(_to_plain_numbers, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def described(bias: AttentionBias, form: str = "bmn", dtype: Optional[torch.dtype] = None) -> Tensor:
+    """`bias` as a BiasTensor: "mn" (M, N), "bmn" (B, M, N) or "bhmn" (B, H, M, N); dense while torch traces.
+
+    dtype: that of the tensor, by default that of the bias' first floating tensor; torch.bool for a sum of masks, True =
+    masked out. The description keeps the digits of its own tensors whatever the dtype.
+
+    Raises:
+        ValueError: the form leaves out a dimension along which the bias changes, or is not one of the three.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
+    left_out = [axis for axis, size in zip("bhmn", bias.shape) if size != 1 and axis not in form]
+    if left_out:
+        raise ValueError(f"form: {form!r} leaves out {', '.join(left_out)} of a bias of shape {bias.shape}")
+    if not terms.is_known(bias):
+        raise ValueError(f"bias: {bias!r} cannot be described as a tensor")
+    sizes = dict(zip("bhmn", bias.shape))
+    layout = tuple(layouts.dim_of(axis, sizes[axis]) for axis in form)
+    if dtype is None:
+        masks = all(isinstance(term, terms.MASKS) for term in bias._terms())
+        floating = [t.dtype for t in bias.tensors() if t.is_floating_point()]
+        dtype = torch.bool if masks else floating[0]
+    return _dense_of(bias, layout, dtype) if traced() else new(bias, layout, dtype)
+
+
+def new(
+    bias: AttentionBias,
+    layout: Layout,
+    dtype: torch.dtype,
+    replay: Optional[Tuple[Any, Any, Any]] = None,
+    parents: Tuple[BiasTensor, ...] = (),
+    is_view: bool = False,
+) -> BiasTensor:
+    if not torch.is_grad_enabled():
+        bias = bias._map(_without_grad)
+    learned = [tensor for tensor in bias.tensors() if tensor.requires_grad]
+    if learned:
+        made = _Describe.apply(None, bias, layout, dtype, *learned)
+    else:
+        made = _wrapper(bias, layout, dtype)
+    made._replay, made._parents, made._shares = replay, parents, is_view
+    reference = weakref.ref(made)
+    for parent in parents:
+        parent._children.append(reference)
+    return made  # type: ignore[no-any-return]
+
+
+def _wrapper(bias: Optional[AttentionBias], layout: Layout, dtype: torch.dtype) -> BiasTensor:
+    assert bias is not None
+    made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        BiasTensor, layouts.shape_of(layout), dtype=dtype, device=bias.tensors()[0].device
+    )
+    made._bias, made._layout, made._replay, made._parents = bias, layout, None, ()
+    made._children, made._dense, made._wanted, made._handle = [], None, None, None
+    made._observed = made._used = made._shares = False
+    return made  # type: ignore[no-any-return]
+
+
+def rebind(tensor: BiasTensor, bias: Optional[AttentionBias], layout: Layout) -> None:
+    """After a change in place: the tensor is `bias` now, or if that is None its `_dense`."""
+    tensor._bias, tensor._layout = bias, layout
+    if bias is not None:
+        tensor._dense = None
+    learned = tensor._learned() if bias is not None else [t for t in (tensor._dense,) if t is not None and t.requires_grad]
+    if learned and torch.is_grad_enabled():
+        _Describe.apply(tensor, bias, layout, tensor.dtype, *learned)
+
+
+class _Describe(torch.autograd.Function):
+    """The learned tensors of a description, or its dense tensor -> the BiasTensor, for gradients that come by way of
+    dense numbers. With `changed` that BiasTensor gets them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, changed: Optional[BiasTensor], bias: Optional[AttentionBias], layout: Layout, dtype: torch.dtype,
+        *learned: Tensor,
+    ) -> BiasTensor:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.description, ctx.places = None, [0]
+        if bias is not None:
+            ctx.description = bias._map(_without_grad), layout, dtype
+            ctx.places = [place for place, tensor in enumerate(bias.tensors()) if tensor.requires_grad]
+        if changed is None:
+            return _wrapper(bias, layout, dtype)
+        ctx.mark_dirty(changed)
+        return changed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Optional[Tensor]) -> Any:
+        found: List[Optional[Tensor]] = [None] * len(ctx.places)
+        if type(grad) is LearnedGradient:
+            found, grad = [grad._gradients[place] for place in ctx.places], grad._dense
+        if grad is not None:
+            more = [grad] if ctx.description is None else _through_numbers(ctx.description, ctx.places, grad)
+            found = [b if a is None else a if b is None else a + b for a, b in zip(found, more)]
+        return (None, None, None, None, *found)
+
+
+def _through_numbers(
+    description: Tuple[AttentionBias, Layout, torch.dtype], places: List[int], grad: Tensor
+) -> Sequence[Optional[Tensor]]:
+    """Gradients of the tensors at `places` from that of the dense tensor."""
+    bias, layout, dtype = description
+    leaves: List[Tensor] = []
+    counted = itertools.count()
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if next(counted) not in places:
+            return tensor
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
+
+    with torch.enable_grad():
+        dense = _dense_of(bias._map(leaf), layout, dtype)
+        return torch.autograd.grad(dense, leaves, grad, allow_unused=True)
+
+
+class LearnedGradient(Tensor):
+    """The gradient of a BiasTensor as those of its description's tensors, on its way through a reentrant checkpoint.
+
+    `_dense`: what came by way of dense numbers beside it. As numbers it is only that; nothing but autograd's own
+    addition and _Describe meets one.
+    """
+
+    _gradients: Tuple[Optional[Tensor], ...]
+    _dense: Optional[Tensor]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("add", "add_") and len(args) == 2:
+            return _sum_of(*args)
+        if name in ("detach", "clone", "alias", "view_as"):
+            return args[0]
+        raise NotImplementedError(
+            f"the gradient of an attention bias inside a reentrant checkpoint is not a tensor for {func}: call "
+            "retain_grad() on the bias before attention reads it"
+        )
+
+
+def learned_gradient(like: Tensor, gradients: Tuple[Optional[Tensor], ...], dense: Optional[Tensor]) -> LearnedGradient:
+    made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        LearnedGradient, like.shape, dtype=like.dtype, device=like.device
+    )
+    made._gradients, made._dense = gradients, dense
+    return made  # type: ignore[no-any-return]
+
+
+def _sum_of(one: Tensor, other: Tensor) -> LearnedGradient:
+    if type(one) is not LearnedGradient:
+        one, other = other, one
+    assert isinstance(one, LearnedGradient)
+    if isinstance(other, LearnedGradient):
+        gradients = tuple(b if a is None else a if b is None else a + b for a, b in zip(one._gradients, other._gradients))
+        parts = [dense for dense in (one._dense, other._dense) if dense is not None]
+    else:
+        gradients, parts = one._gradients, [other] if one._dense is None else [one._dense, other]
+    return learned_gradient(one, gradients, sum(parts[1:], parts[0]) if parts else None)
+
+
+def _dense_of(bias: Optional[AttentionBias], layout: Layout, dtype: torch.dtype) -> Tensor:
+    assert bias is not None
+    dense = terms.boolean(bias) if dtype is torch.bool else bias.dense()
+    return layouts.spread(layout, dense).to(dtype)
+
+
+def _without_grad(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _uncounted() -> ContextManager[Any]:
+    """What is made once must not count among the tensors that a checkpoint saves, in its forward only."""
+    enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
+    if not enabled():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _as_it_is)  # type: ignore[no-any-return]
+
+
+def _without_modes() -> ContextManager[Any]:
+    """A mode's own tensors must not be kept."""
+    if not torch._C._len_torch_dispatch_stack():
+        return contextlib.nullcontext()
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()  # type: ignore[no-any-return]
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def to_numbers(value: Any) -> Any:
+    return value.numbers() if type(value) is BiasTensor else value
+
+
+def _to_plain_numbers(value: Any) -> Any:
+    return value.numbers().detach() if type(value) is BiasTensor else value
+
+
+def traced() -> bool:
+    """Whether what is computed here becomes a graph: descriptions are nothing that a graph could hold."""
+    if torch._C._get_tracing_state() is not None:
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    from torch.utils import _python_dispatch
+
+    stack: Any = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", list)()
+    return any(type(mode).__name__ in TRACING for mode in stack)
+
+
+def tell(operation: str, tensor: BiasTensor) -> None:
+    """One line for each operation and place that needs numbers."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    with _lock:
+        if (operation, place) in _told:
+            return
+        _told.add((operation, place))
+    size = tensor.numel() * tensor.element_size() / 2**20
+    log.info(BECAME_DENSE, operation, place, tuple(tensor.shape), size)

@@ -1,0 +1,100 @@
+"""Who wants gradients of, or through, a BiasTensor."""
+from __future__ import annotations
+
+from typing import Any, List, Tuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .core import BiasTensor, graph_task, learned_gradient, no_functions, tell, to_numbers
+from .dispatch import handles, name_of, structured
+
+
+@handles("requires_grad_", "set requires_grad")
+def _requires_grad(func: Any, args: Any, kwargs: Any) -> Any:
+    tensor, value = args[0], (list(args[1:]) + list(kwargs.values()) + [True])[0]
+    with no_functions():
+        if bool(value) == tensor.requires_grad or not structured(tensor):
+            if tensor._bias is None and tensor._dense is not None:
+                tensor._dense.requires_grad_(bool(value))
+            return func(*args, **kwargs)
+        func(*args, **kwargs)
+    bias = tensor._bias
+    assert bias is not None
+    leaf = None if not value else bias._map(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t)
+    if value and graph_task() == -1:  # somebody's own leaf: the gradient is to be that of the tensor
+        tensor._parents, tensor._replay = (), None
+        dense = tensor.numbers().detach().requires_grad_()
+        tensor._bias, tensor._dense = None, dense
+    else:  # a checkpoint's, which hands the gradient on to the tensor that this one was detached from
+        tensor._bias = leaf if value else bias._map(Tensor.detach)
+        tensor._parents, tensor._replay, tensor._dense = (), None, None
+    return tensor if name_of(func) == "requires_grad_" else None
+
+
+@handles("get grad")
+def _grad(func: Any, args: Any, kwargs: Any) -> Any:
+    tensor = args[0]
+    if tensor._observed or tensor._bias is None:
+        return None if tensor._dense is None else tensor._dense.grad
+    with no_functions():
+        native = func(*args, **kwargs) if tensor.is_leaf else None
+        if not (tensor.is_leaf and tensor.requires_grad):
+            return native
+    return learned_gradient(tensor, tuple(leaf.grad for leaf in tensor._bias.tensors()), native)
+
+
+@handles("retain_grad", "register_hook", "register_post_accumulate_grad_hook")
+def _observe(func: Any, args: Any, kwargs: Any) -> Any:
+    tensor = args[0]
+    if structured(tensor):
+        if tensor._used:
+            raise RuntimeError(
+                f"{name_of(func)} on an attention bias must come before attention reads it: its own gradient is not "
+                "computed otherwise"
+            )
+        tell(name_of(func), tensor)
+        tensor._observed = True
+    return func(tensor.numbers(), *args[1:], **kwargs)
+
+
+@handles("grad")
+def _autograd_grad(func: Any, args: Any, kwargs: Any) -> Any:
+    """torch.autograd.grad with respect to BiasTensors; what attention finds it adds to `_wanted` (attention/observe.py)."""
+    if func is not torch.autograd.grad:
+        return NotImplemented
+    names = ("outputs", "inputs", "grad_outputs", "retain_graph", "create_graph", "only_inputs", "allow_unused")
+    given = dict(zip(names, args), **kwargs)
+    outputs, inputs = tree_map(to_numbers, given.pop("outputs")), given.pop("inputs")
+    single = isinstance(inputs, Tensor)
+    asked = [inputs] if single else list(inputs)
+    unused_allowed = bool(given.pop("allow_unused", False))
+    internal: List[Tensor] = []
+    spans: List[Tuple[int, int]] = []
+    for each in asked:
+        own = [each]
+        if type(each) is BiasTensor:
+            own = each.handle() + ([each._dense] if each._dense is not None and each._dense.requires_grad else [])
+            each._wanted = []
+        spans.append((len(internal), len(internal) + len(own)))
+        internal += own
+    try:
+        found = func(outputs, internal, allow_unused=True, **given)
+        results = []
+        for each, (start, stop) in zip(asked, spans):
+            parts = [part for part in found[start:stop] if part is not None]
+            if type(each) is BiasTensor:
+                parts = [*(each._wanted or ()), *(part for part in parts if part.shape == each.shape and part.dim())]
+            total = None if not parts else sum(parts[1:], parts[0])
+            if total is None and not unused_allowed:
+                raise RuntimeError(
+                    "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True "
+                    "if this is the desired behavior."
+                )
+            results.append(total)
+    finally:
+        for each in asked:
+            if type(each) is BiasTensor:
+                each._wanted = None
+    return tuple(results)

@@ -1,0 +1,194 @@
+"""How a tensor's dimensions run over batch, heads, queries and keys, and what tensor operations do to that.
+
+A dimension is a product of factors (axis, size), slowest first; the axis is one of "b", "h", "m", "n", or "*" for a
+dimension along which nothing changes (made by expand). (B*H, M, N) made of a bias that is the same for all heads is
+((("b", B), ("*", H)), (("m", M),), (("n", N),)). A dimension of size 1 has no factors.
+"""
+from __future__ import annotations
+
+import math
+from typing import List, Optional, Sequence, Tuple
+
+from torch import Tensor
+
+Factor = Tuple[str, int]
+Dim = Tuple[Factor, ...]
+Layout = Tuple[Dim, ...]
+SAME = "*"
+
+
+def dim_of(axis: str, size: int) -> Dim:
+    return () if size == 1 else ((axis, size),)
+
+
+def size_of(dim: Dim) -> int:
+    return math.prod(size for _, size in dim)
+
+
+def shape_of(layout: Layout) -> Tuple[int, ...]:
+    return tuple(size_of(dim) for dim in layout)
+
+
+def axis_of(dim: Dim) -> Optional[str]:
+    """The axis of a dimension that is one whole axis, "*" if nothing changes along it, else None."""
+    axes = {axis for axis, _ in dim}
+    if axes <= {SAME}:
+        return SAME
+    return dim[0][0] if len(dim) == 1 else None
+
+
+def expanded(layout: Layout, sizes: Sequence[int]) -> Optional[Layout]:
+    """As Tensor.expand; None where the sizes do not fit."""
+    added = len(sizes) - len(layout)
+    if added < 0:
+        return None
+    found: List[Dim] = []
+    for dim, size in zip(((),) * added + layout, sizes):
+        if size in (-1, size_of(dim)):
+            found.append(dim)
+        elif size_of(dim) == 1:
+            found.append(dim_of(SAME, size))
+        else:
+            return None
+    return tuple(found)
+
+
+def repeated(layout: Layout, counts: Sequence[int]) -> Optional[Layout]:
+    """As Tensor.repeat."""
+    added = len(counts) - len(layout)
+    if added < 0 or any(count < 1 for count in counts):
+        return None
+    return tuple(dim_of(SAME, count) + dim for dim, count in zip(((),) * added + layout, counts))
+
+
+def regrouped(layout: Layout, sizes: Sequence[int]) -> Optional[Layout]:
+    """As Tensor.reshape; None where an axis would have to be cut into pieces."""
+    total = math.prod(shape_of(layout))
+    sizes = list(sizes)
+    if sizes.count(-1) == 1:
+        known = math.prod(size for size in sizes if size != -1)
+        if not known or total % known:
+            return None
+        sizes[sizes.index(-1)] = total // known
+    if math.prod(sizes) != total or total == 0:
+        return None
+    left = [factor for dim in layout for factor in dim]
+    found: List[Dim] = []
+    for size in sizes:
+        dim: List[Factor] = []
+        while size > 1:
+            if not left:
+                return None
+            axis, length = left.pop(0)
+            if size % length == 0:
+                dim.append((axis, length))
+                size //= length
+            elif axis == SAME and length % size == 0:
+                dim.append((SAME, size))
+                left.insert(0, (SAME, length // size))
+                size = 1
+            else:
+                return None
+        found.append(tuple(dim))
+    return tuple(found) if not left else None
+
+
+def spread(layout: Layout, tensor: Tensor) -> Tensor:
+    """A canonical (B|1, H|1, M, N) tensor in that layout: a view where it can be one."""
+    factors = [factor for dim in layout for factor in dim]
+    present = [axis for axis, _ in factors if axis != SAME]
+    order = ["bhmn".index(axis) for axis in present]
+    rest = [place for place in range(4) if place not in order]
+    tensor = tensor.permute(*order, *rest).reshape([tensor.shape[place] for place in order])
+    for place, (axis, _) in enumerate(factors):
+        if axis == SAME:
+            tensor = tensor.unsqueeze(place)
+    return tensor.expand([size for _, size in factors]).reshape(shape_of(layout))
+
+
+def canonical(layout: Layout, tensor: Tensor) -> Optional[Tuple[Layout, Tensor]]:
+    """A plain tensor that broadcasts to `layout` as (B|1, H|1, M|1, N|1), and the layout in which it does.
+
+    Where it changes along a "*" factor, that becomes heads, or batch and heads. None where it cannot be done.
+    """
+    if tensor.dim() > len(layout):
+        return None
+    tensor = tensor[(None,) * (len(layout) - tensor.dim())]
+    layout = _named(layout, tensor)
+    sizes: List[int] = []
+    axes: List[str] = []
+    for dim, size in zip(layout, tensor.shape):
+        if size not in (1, size_of(dim)):
+            return None
+        for axis, length in dim:
+            axes.append(axis)
+            sizes.append(1 if size == 1 else length)
+    if any(axis == SAME and size > 1 for axis, size in zip(axes, sizes)):
+        return None
+    tensor = tensor.reshape(sizes)
+    keep = [place for place, axis in enumerate(axes) if axis != SAME]
+    tensor = tensor.permute(*keep, *(p for p in range(len(axes)) if p not in keep))
+    tensor = tensor.reshape([sizes[place] for place in keep])
+    present = [axes[place] for place in keep]
+    for axis in "bhmn":
+        if axis not in present:
+            present.append(axis)
+            tensor = tensor.unsqueeze(-1)
+    return layout, tensor.permute(*(present.index(axis) for axis in "bhmn"))
+
+
+def _named(layout: Layout, tensor: Tensor) -> Layout:
+    """Names for the "*" factors along which `tensor` changes: "h" for the last, "b" for one before."""
+    changing = [
+        (place, index)
+        for place, dim in enumerate(layout)
+        for index, (axis, _) in enumerate(dim)
+        if axis == SAME and tensor.shape[place] != 1
+    ]
+    taken = {axis for dim in layout for axis, _ in dim}
+    names = [axis for axis in "hb" if axis not in taken]
+    if not changing or len(changing) > len(names):
+        return layout
+    named = [list(dim) for dim in layout]
+    for (place, index), axis in zip(reversed(changing), names):
+        named[place][index] = (axis, named[place][index][1])
+    return tuple(tuple(dim) for dim in named)
+
+
+def readable(layout: Layout, B: int, H: int, M: int, N: int) -> Optional[str]:
+    """How attention reads a tensor in that layout: "mn", "bmn", "mbn", "(bh)mn" or "bhmn"; None where it cannot.
+
+    (M, B, N) is what repositories with length-first tensors hand on; a plain tensor would not be understood so.
+    """
+
+    def fits(dim: Dim, axis: str, size: int) -> bool:
+        return size_of(dim) in (1, size) and axis_of(dim) in (SAME, axis)
+
+    if len(layout) == 2:
+        return "mn" if fits(layout[0], "m", M) and fits(layout[1], "n", N) else None
+    rows = len(layout) >= 3 and fits(layout[-2], "m", M) and fits(layout[-1], "n", N)
+    if len(layout) == 4:
+        return "bhmn" if rows and fits(layout[0], "b", B) and fits(layout[1], "h", H) else None
+    if len(layout) != 3:
+        return None
+    first = layout[0]
+    if rows and fits(first, "b", B):
+        return "bmn"
+    if axis_of(first) == "m" and fits(first, "m", M) and fits(layout[1], "b", B) and fits(layout[2], "n", N):
+        return "mbn"
+    if rows and size_of(first) == B * H:
+        two = regrouped((first,), (B, H))
+        return "(bh)mn" if two is not None and fits(two[0], "b", B) and fits(two[1], "h", H) else None
+    return None
+
+
+def as_read(tensor: Tensor, reading: str) -> Tensor:
+    """A gradient (B, H, M, N) of the scores as that of the tensor which attention read so."""
+    if reading == "mn":
+        return tensor.sum((0, 1))
+    if reading == "(bh)mn":
+        return tensor.flatten(0, 1)
+    if reading == "bhmn":
+        return tensor
+    tensor = tensor.sum(1)
+    return tensor.transpose(0, 1) if reading == "mbn" else tensor
