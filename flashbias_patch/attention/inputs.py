@@ -1,6 +1,7 @@
 """One call of attention, validated and in normal form: what every backend receives."""
 from __future__ import annotations
 
+import math
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -11,11 +12,13 @@ from ..bias.precision import split_factors
 from . import narrow
 from .call_class import describe, key_of
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The tensors of AttentionInputs, in the order of its `tensors()`; the rest is static.
 TENSORS = (
     "q", "k", "v", "q_factor", "k_factor", "segment_weights", "dense", "mask", "key_padding", "window_weights",
     "window_centres", "window_mask_centres",
 )  # fmt: skip
+DTYPES_IN_WORDS = "torch.float16, bfloat16, float32 or float64"
 
 
 class AttentionInputs(NamedTuple):
@@ -111,15 +114,16 @@ def build_in(
 ) -> Tuple[AttentionInputs, Optional[Tensor]]:  # fmt: skip
     """As `build`, q, k and v in `dtype` (None: as they are); and what narrow.widened needs, if anything."""
     B, M, H, D, N = _check_qkv(q, k, v)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"dtype must be {DTYPES_IN_WORDS}, got {dtype!r}")
     q_factor = k_factor = weights = lengths = dense = mask = power = windows = window_mask = None
     if bias is not None:
         bias = as_bias(bias, B, H, M, N)
         q_factor, k_factor, segments, dense, mask, windows, window_mask = bias.parts()
         if segments is not None:
-            weights, lengths = segments
-            weights = weights.to(q.device, torch.promote_types(torch.float32, weights.dtype))
+            weights, lengths = _segments_for(*segments, q.device)
         if dense is not None:
             dense = dense.to(q.device)
         if windows is not None:
@@ -149,8 +153,40 @@ def build_in(
     return AttentionInputs(
         q, k, v, q_factor, k_factor, weights, lengths, dense, mask,
         None if padding is None else padding.to(q.device), float(dropout_p),
-        D ** -0.5 if scale is None else float(scale), windows, window_mask,
+        _scale(scale, D), windows, window_mask,
     ), power
+
+
+def _scale(scale: Any, D: int) -> float:
+    """The scale as a finite float; TypeError or ValueError if it is none."""
+    if scale is None:
+        return D ** -0.5 if D else 1.0
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise TypeError(
+            "scale must be a number, got a tensor that requires grad, whose gradient would be lost: "
+            "multiply q by it and give scale=1.0"
+        )
+    if isinstance(scale, (bool, str, bytes)):
+        raise TypeError(f"scale must be a number, got {scale!r}")
+    try:
+        number = float(scale)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"scale must be finite, got {number}")
+    return number
+
+
+def _segments_for(
+    weights: Tensor, lengths: Tuple[int, ...], device: torch.device
+) -> Tuple[Optional[Tensor], Optional[Tuple[int, ...]]]:
+    """Weights of at least float32, of segments that have a key."""
+    if 0 in lengths:  # a large weight of no key must not count as the row's largest
+        kept = [place for place, length in enumerate(lengths) if length]
+        weights, lengths = weights[..., kept], tuple(lengths[place] for place in kept)
+    if not lengths:
+        return None, None
+    return weights.to(device, torch.promote_types(torch.float32, weights.dtype)), lengths
 
 
 def _windows_for(windows: WindowParts, device: torch.device, M: int) -> WindowParts:
@@ -169,7 +205,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tuple[int, int, int, int, int
     try:
         (B, M, H, D), (_, N, _, _), (*leading, _) = q.shape, k.shape, v.shape
         fits = k.shape == (B, N, H, D) and leading == [B, N, H] and q.dtype is k.dtype is v.dtype
-        if fits and q.device == k.device == v.device and q.dtype.is_floating_point:
+        if fits and q.device == k.device == v.device and q.dtype in DTYPES:
             return B, M, H, D, N
     except (AttributeError, ValueError):
         pass
@@ -186,8 +222,8 @@ def _explain_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tuple[int, int, int, int, i
             raise TypeError(f"q, k and v must share a dtype: q is {q.dtype}, {name} is {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"q, k and v must be on one device: q is on {q.device}, {name} on {tensor.device}")
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"q, k and v must be floating point, got {q.dtype}")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q, k and v must be floating point ({DTYPES_IN_WORDS}), got {q.dtype}")
     B, M, H, D = q.shape
     N = k.shape[1]
     if tuple(k.shape) != (B, N, H, D):

@@ -6,8 +6,10 @@ B or H means "the same for all", and stays so: nothing here expands a broadcast 
 """
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
+import itertools
 from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -230,7 +232,7 @@ class DenseBias(AttentionBias):
         return BiasParts(dense=self.tensor)
 
     def _scaled(self, factor: Union[float, Tensor]) -> AttentionBias:
-        return DenseBias(self.tensor * head_last(factor, 2))
+        return DenseBias(scaled_visible(self.tensor, head_last(factor, 2)))
 
     def split_mask(self) -> Tuple[DenseBias, MaskBias]:
         """The finite entries (0 where masked) and the -inf entries as a mask; no host synchronisation."""
@@ -311,10 +313,8 @@ class SumBias(AttentionBias):
             if part.segments is not None:
                 if segments is None:
                     segments = part.segments
-                elif segments[1] == part.segments[1]:
-                    segments = (segments[0] + part.segments[0], segments[1])
-                else:  # a backend takes one set of segments: further ones go as factors
-                    low.append(term.factors())
+                else:  # a backend takes one set of segments
+                    segments = add_segments(segments, part.segments)
             more, hidden = part.dense, part.mask
             if part.windows is not None:  # a backend takes one of each: further ones go as what they are, entry by entry
                 windows, rest = grids.added(windows, part.windows)
@@ -382,6 +382,26 @@ def _merge_alike(terms: Sequence[AttentionBias]) -> List[AttentionBias]:
 
 def _simplest(terms: Sequence[AttentionBias]) -> AttentionBias:
     return terms[0] if len(terms) == 1 else SumBias(terms)
+
+
+def scaled_visible(tensor: Tensor, factor: Union[float, Tensor]) -> Tensor:
+    """tensor * factor, where -inf stays -inf: masked out whatever the factor, whose gradient is to be a number."""
+    if isinstance(factor, (int, float)) and factor > 0:
+        return tensor * factor
+    masked = torch.isneginf(tensor)
+    return (tensor.masked_fill(masked, 0.0) * factor).masked_fill(masked, float("-inf"))
+
+
+def add_segments(first: Segments, second: Segments) -> Segments:
+    """The sum of two biases that are constant over runs of keys: the runs that both have in common."""
+    if first[1] == second[1]:
+        return first[0] + second[0], first[1]
+    ends = [list(itertools.accumulate(lengths)) for _, lengths in (first, second)]
+    cuts = sorted({0, *ends[0], *ends[1]})
+    # The run that a key lies in: empty ones end where they begin, and no key is in them.
+    places = [[bisect.bisect_right(own, start) for start in cuts[:-1]] for own in ends]
+    weights = first[0][..., places[0]] + second[0][..., places[1]]
+    return weights, tuple(stop - start for start, stop in zip(cuts, cuts[1:]))
 
 
 def total(tensors: Sequence[Tensor]) -> Tensor:

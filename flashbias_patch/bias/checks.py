@@ -48,7 +48,12 @@ def as_four(tensor: Tensor, num_heads: Optional[int], name: str = "tensor") -> T
 
 
 def collapse_expanded(tensor: Tensor) -> Tensor:
-    """Batch and head dimensions that are only expanded (stride 0) become size 1: one copy, no cost."""
+    """Batch and head dimensions that are only expanded (stride 0) become size 1: one copy, no cost.
+
+    Not of a tensor that requires grad: each slice of it has a gradient of its own, which may be asked for.
+    """
+    if tensor.requires_grad:
+        return tensor
     for dim in (0, 1):
         if tensor.shape[dim] > 1 and tensor.stride(dim) == 0:
             tensor = tensor.narrow(dim, 0, 1)

@@ -6,7 +6,7 @@ from typing import Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
-from .base import AttentionBias, BiasParts, Factors, Segments, Shape
+from .base import AttentionBias, BiasParts, Factors, Segments, Shape, scaled_visible
 from .checks import check_device, check_floating, check_lengths, head_last
 
 
@@ -54,7 +54,7 @@ class ModalityBias(AttentionBias):
         return BiasParts(segments=self.segments())
 
     def _scaled(self, factor: Union[float, Tensor]) -> AttentionBias:
-        return ModalityBias(self.weights * head_last(factor, 1), self.lengths)
+        return ModalityBias(scaled_visible(self.weights, head_last(factor, 1)), self.lengths)
 
 
 class SquaredDistanceBias(AttentionBias):

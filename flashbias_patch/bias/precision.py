@@ -7,6 +7,7 @@ from torch import Tensor
 from .base import Factors
 
 _HALF = (torch.float16, torch.bfloat16)
+LARGEST_HALF = 65504.0
 
 
 def split_factors(q_factor: Tensor, k_factor: Tensor, dtype: torch.dtype) -> Factors:
@@ -30,6 +31,8 @@ def split_factors(q_factor: Tensor, k_factor: Tensor, dtype: torch.dtype) -> Fac
     split_q, split_k = q_factor.dtype != dtype, k_factor.dtype != dtype
     if dtype == torch.float16:
         q_factor, k_factor = _balanced(q_factor, k_factor)
+        # Products beyond 65504 ** 2 stay there: as far from all other scores, and a number.
+        q_factor, k_factor = (factor.clamp(-LARGEST_HALF, LARGEST_HALF) for factor in (q_factor, k_factor))
     q_high, k_high = q_factor.to(dtype), k_factor.to(dtype)
     q_columns, k_columns = [q_high], [k_high]
     if split_k:
@@ -47,13 +50,20 @@ def _low_part(factor: Tensor, high: Tensor) -> Tensor:
 
 
 def _balanced(q_factor: Tensor, k_factor: Tensor) -> Factors:
-    """Columns scaled by 2**-e and 2**e to a like magnitude: their product does not change."""
+    """Columns scaled by 2**-e and 2**e to a like magnitude: their product does not change.
+
+    Beside a column of zeros (a learned scale that starts at 0) the other is brought to 1: half would make it inf, and 0 * inf
+    is no number.
+    """
+    if not q_factor.numel() or not k_factor.numel():
+        return q_factor, k_factor
     with torch.no_grad():
         q_size, k_size = (
             torch.log2(factor.abs().amax(dim=(0, 1, 2)).float()) for factor in (q_factor, k_factor)
         )
-        exponent = torch.round((q_size - k_size) / 2)
-        exponent = torch.where(torch.isfinite(exponent), exponent, torch.zeros_like(exponent))
+        exponent = (q_size - k_size) / 2
+        exponent = torch.where(q_size == float("-inf"), -k_size, torch.where(k_size == float("-inf"), q_size, exponent))
+        exponent = torch.where(exponent.isfinite(), exponent.round().clamp(-126, 126), torch.zeros_like(exponent))
         one = torch.ones_like(exponent)
         shrink, grow = torch.ldexp(one, -exponent), torch.ldexp(one, exponent)
     return q_factor * shrink, k_factor * grow

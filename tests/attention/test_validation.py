@@ -1,4 +1,5 @@
 """A user's mistake is refused at the door, by the argument's name; it is never a fallback."""
+import numpy as np
 import pytest
 import torch
 
@@ -6,6 +7,7 @@ from flashbias_patch import journal
 from flashbias_patch.attention import dispatch, flash_bias_attention
 from flashbias_patch.bias import LowRankBias
 
+F8 = getattr(torch, "float8_e4m3fn", torch.int8)
 q, k = torch.zeros(2, 5, 3, 8), torch.zeros(2, 7, 3, 8)
 
 
@@ -18,7 +20,21 @@ q, k = torch.zeros(2, 5, 3, 8), torch.zeros(2, 7, 3, 8)
         (dict(v=torch.zeros(2, 6, 3, 8)), ValueError, "v must have shape"),
         (dict(v=k.double()), TypeError, "share a dtype"),
         (dict(q=q.long(), k=k.long(), v=k.long()), TypeError, "floating point"),
+        (dict(q=q.to(F8), k=k.to(F8), v=k.to(F8)), TypeError, "q, k and v must be floating point"),
         (dict(dropout_p=1.0), ValueError, "dropout_p"),
+        (dict(dropout_p="half"), ValueError, "dropout_p"),
+        (dict(scale=float("nan")), ValueError, "scale must be finite"),
+        (dict(scale=float("inf")), ValueError, "scale must be finite"),
+        (dict(scale=torch.tensor(-float("inf"))), ValueError, "scale must be finite"),
+        (dict(scale="2"), TypeError, "scale must be a number"),
+        (dict(scale=True), TypeError, "scale must be a number"),
+        (dict(scale=torch.ones(2)), TypeError, "scale must be a number"),
+        (dict(scale=torch.tensor(0.5, requires_grad=True)), TypeError, "scale must be a number, .* multiply q by it"),
+        (dict(dtype="fp16"), TypeError, "dtype must be"),
+        (dict(dtype=16), TypeError, "dtype must be"),
+        (dict(dtype=torch.int32), TypeError, "dtype must be"),
+        (dict(dtype=torch.complex64), TypeError, "dtype must be"),
+        (dict(dtype=torch.bool), TypeError, "dtype must be"),
         (dict(bias=3), TypeError, "bias must be"),
         (dict(bias=LowRankBias(torch.zeros(1, 6, 1, 2), torch.zeros(1, 7, 1, 2))), ValueError, "M=5, N=7"),
         (dict(bias=torch.zeros(4, 4)), ValueError, "bias of shape"),
@@ -39,3 +55,9 @@ def test_mistakes(arguments, error, words):
 def test_no_backend_lists_every_reason():
     with pytest.raises(dispatch.NoBackendError, match="sdpa: empty"):
         flash_bias_attention(q[:, :0], k, k, backend="sdpa")
+
+
+@pytest.mark.parametrize("scale", [2, torch.tensor(2.0), torch.tensor([2.0]), np.float32(2.0)])
+def test_a_scale_that_is_one_number(scale):
+    x = torch.randn(2, 5, 3, 8)
+    assert torch.equal(flash_bias_attention(x, x, x, scale=scale), flash_bias_attention(x, x, x, scale=2.0))

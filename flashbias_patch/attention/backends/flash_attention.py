@@ -21,6 +21,9 @@ from torch import Tensor
 
 from ..inputs import AttentionInputs
 from ..kernels.concatenate import PADDING_COLUMNS, Plan, join
+from ..selfcheck import possible
+from ..values import any_far, rows_without_keys, shift_of
+from . import reference
 from .sdpa import HALF, segments_to_factors
 
 ALIGN = 16  # of the joined head dim: the tensor cores' step, so narrower columns cost the same
@@ -62,7 +65,15 @@ class FlashAttention:
 
     def __call__(self, inputs: AttentionInputs) -> Tensor:
         generation = next(g for g in GENERATIONS if not _reasons_of(g, inputs))
-        q, k, scale, alive = _columns(inputs)
+        given, dead = inputs, _dead_rows(inputs)
+        padding = inputs.key_padding
+        if padding is not None and padding.dtype is not torch.bool:
+            # Half precision has no digits for keys that are all at -1e9: relative to the sample's largest.
+            top = padding.amax(-1, keepdim=True)
+            if possible(inputs) and any_far(top):
+                return reference.backend(given)
+            inputs = inputs._replace(key_padding=padding - shift_of(top))
+        q, k, scale = _columns(inputs)
         head_dim = inputs.v.shape[-1]
         v = _padded(inputs.v, _v_width(inputs, q.shape[-1]) if generation.unequal else q.shape[-1])
         arguments: Dict[str, Any] = {"softmax_scale": scale}
@@ -73,8 +84,8 @@ class FlashAttention:
         out = _function(generation.module)(q, k, v, **arguments)  # type: ignore[operator]
         if isinstance(out, tuple):  # generations 3 and 4 return the logsumexp too
             out = out[0]
-        if alive is not None:
-            out = torch.where(alive[:, None, None, None], out, 0.0)
+        if dead is not None:
+            out = out.masked_fill(dead, 0.0)
         return out[..., :head_dim] if out.shape[-1] != head_dim else out
 
 
@@ -160,14 +171,22 @@ def _function(module: str) -> Union[Callable[..., Any], str]:
     return function
 
 
-def _columns(inputs: AttentionInputs) -> Tuple[Tensor, Tensor, float, Optional[Tensor]]:
-    """(q', k', softmax scale, which batch rows (B,) have a key left, or None if all have)."""
+def _dead_rows(inputs: AttentionInputs) -> Optional[Tensor]:
+    """(B|1, M|1, H|1, 1) bool: rows that see no key; None if all do."""
+    padding, weights, visible = inputs.key_padding, inputs.segment_weights, None
+    if padding is not None:
+        visible = ~padding if padding.dtype is torch.bool else padding != float("-inf")
+    if weights is not None and inputs.segment_lengths is not None:
+        visible = None if visible is None else visible[:, None, None]
+        return rows_without_keys(weights, inputs.segment_lengths, visible).transpose(1, 2)
+    return None if visible is None else ~visible.any(-1)[:, None, None, None]
+
+
+def _columns(inputs: AttentionInputs) -> Tuple[Tensor, Tensor, float]:
+    """(q', k', softmax scale)."""
     q, k, padding, scale = inputs.q, inputs.k, inputs.key_padding, inputs.scale
     if _as_it_is(inputs):
-        return q, k, scale, None
-    alive = None
-    if padding is not None:
-        alive = (~padding if padding.dtype is torch.bool else padding != float("-inf")).any(-1)
+        return q, k, scale
     weights = inputs.segment_weights
     if weights is not None and inputs.q_factor is None and scale > 0:
         # Divided in float32, before they are split: no digit is lost.
@@ -178,7 +197,7 @@ def _columns(inputs: AttentionInputs) -> Tuple[Tensor, Tensor, float, Optional[T
         inputs = segments_to_factors(inputs)
         plan = _plan(inputs)
     q, k = join(q, k, inputs.q_factor, inputs.k_factor, padding, plan)
-    return q, k, plan.softmax_scale, alive
+    return q, k, plan.softmax_scale
 
 
 def _plan(inputs: AttentionInputs) -> Plan:

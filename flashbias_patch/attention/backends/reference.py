@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...bias import grids
 from ..inputs import TENSORS, AttentionInputs
+from ..values import bounded, relative_weights
 
 # Tensors of AttentionInputs that are cut along the queries, with the dimension of M; the rest is used whole.
 QUERY_AXIS = {
@@ -70,17 +71,21 @@ def scores(inputs: AttentionInputs) -> Tensor:
         s = s + heads_first(inputs.q_factor) @ heads_first(inputs.k_factor).transpose(-1, -2)
     if inputs.segment_weights is not None:
         lengths = torch.tensor(inputs.segment_lengths, device=s.device)
-        s = s + heads_first(inputs.segment_weights).repeat_interleave(lengths, -1, output_size=s.shape[-1])
+        weights = relative_weights(heads_first(inputs.segment_weights))
+        s = s + weights.repeat_interleave(lengths, -1, output_size=s.shape[-1])
+    padding = None if inputs.key_padding is None else inputs.key_padding[:, None, None]
     if inputs.dense is not None:
-        s = s + inputs.dense.to(dtype)
+        dense = inputs.dense.to(dtype)
+        if padding is not None and padding.dtype is not torch.bool:  # finfo.min twice would be -inf
+            dense, padding = bounded(dense), bounded(padding.to(dtype))
+        s = s + dense
     if inputs.windows is not None:
         s = s + grids.dense_bias(inputs.windows).to(dtype)
     if inputs.window_mask is not None:
         s = s.masked_fill(grids.hidden(inputs.window_mask), float("-inf"))
     if inputs.mask is not None:
         s = s.masked_fill(inputs.mask, float("-inf"))
-    if inputs.key_padding is not None:
-        padding = inputs.key_padding[:, None, None]
+    if padding is not None:
         s = s.masked_fill(padding, float("-inf")) if padding.dtype is torch.bool else s + padding.to(dtype)
     return s
 

@@ -13,8 +13,12 @@ from torch import Tensor
 
 from ...bias import grids
 from ..inputs import AttentionInputs
+from ..selfcheck import possible
+from ..values import LEAST_WEIGHT, any_far, bounded, relative_weights, rows_without_keys, shift_of
+from . import reference
 
 HALF = (torch.float16, torch.bfloat16)
+MOST_KEYS = 65535  # of a masked call on CUDA: kernels of several torch versions crash beyond (pytorch #145040)
 ALIGN = 8  # every fused SDPA kernel wants head dims in multiples of eight
 WINDOW_ENTRIES = 1 << 25  # of a window bias or mask written out, up to which it is: 64 MiB in half precision
 
@@ -28,6 +32,8 @@ class Sdpa:
             reasons.append(f"empty: q {tuple(inputs.q.shape)}, k {tuple(inputs.k.shape)}")
         if inputs.q.device.type == "cpu" and inputs.q.dtype in HALF:
             reasons.append("half precision on the CPU is not supported by every torch")
+        if inputs.q.is_cuda and inputs.k.shape[1] > MOST_KEYS and _is_masked(inputs):
+            reasons.append(f"a mask over {inputs.k.shape[1]} keys on CUDA, at most {MOST_KEYS}")
         if inputs.windows is not None or inputs.window_mask is not None:
             entries = window_entries(inputs)
             if entries > WINDOW_ENTRIES:
@@ -35,13 +41,21 @@ class Sdpa:
         return reasons
 
     def __call__(self, inputs: AttentionInputs) -> Tensor:
-        inputs = windows_to_dense(segments_to_factors(inputs))
+        given, inputs = inputs, windows_to_dense(inputs)
+        additive, masked = merge_terms(inputs)
+        top = None if additive is None else additive.detach().amax(-1, keepdim=True)
+        exact = inputs.needs_grad or inputs.q.dtype in HALF  # else a kernel's running maximum is enough
+        if top is not None and exact and possible(inputs) and any_far(top):
+            return reference.backend(given)
+        attn_mask, dead = merge_masks(inputs, additive, masked, top, exact)
+        inputs = segments_to_factors(inputs)
         q, k, v = inputs.q, inputs.k, inputs.v
         scale: Optional[float] = inputs.scale
         if inputs.q_factor is not None:
             q, k = concatenate(inputs)
             scale = 1.0
-        attn_mask, dead = merge_masks(inputs)
+        if q.is_cuda:
+            q, k, v = for_cuda(q, k, v, attn_mask)
         kernel, pad_v = _kernel(q, k, v, attn_mask, inputs.dropout_p)
         head_dim = v.shape[-1]
         if pad_v and q.shape[-1] > head_dim:
@@ -60,12 +74,17 @@ backend = Sdpa()
 
 
 def segments_to_factors(inputs: AttentionInputs) -> AttentionInputs:
-    """Segment weights as one more block of low-rank columns: weight times the indicator of its segment."""
+    """Segment weights as one more block of low-rank columns: weight times the indicator of its segment.
+
+    Relative to the row's largest, and no less than LEAST_WEIGHT, since -inf times 0 is no number: rows whose weights are
+    all -inf are the caller's to clear (values.rows_without_keys).
+    """
     if inputs.segment_weights is None:
         return inputs
     from ...bias.precision import split_factors
 
-    weights, lengths = inputs.segment_weights, torch.tensor(inputs.segment_lengths)
+    weights = relative_weights(inputs.segment_weights).clamp_min(LEAST_WEIGHT)
+    lengths = torch.tensor(inputs.segment_lengths)
     segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(weights.device, non_blocking=True)
     indicator = F.one_hot(segment, len(lengths)).to(weights.dtype)[None, :, None]
     if inputs.q.dtype in HALF:
@@ -119,11 +138,8 @@ def concatenate(inputs: AttentionInputs) -> Tuple[Tensor, Tensor]:
     return join(inputs.q * inputs.scale, inputs.q_factor), join(inputs.k, inputs.k_factor)
 
 
-def merge_masks(inputs: AttentionInputs) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-    """(SDPA's attn_mask, rows whose keys are all masked). SDPA's masks mean True = take part.
-
-    Such rows would be NaN: they are let through and zeroed afterwards, which also zeroes their gradients.
-    """
+def merge_terms(inputs: AttentionInputs) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    """(the sum of the additive terms, -inf where masked too; or else the pairs that are masked)."""
     additive, masked = inputs.dense, inputs.mask
     padding = inputs.key_padding
     if padding is not None:
@@ -131,18 +147,57 @@ def merge_masks(inputs: AttentionInputs) -> Tuple[Optional[Tensor], Optional[Ten
         if padding.dtype is torch.bool:
             masked = padding if masked is None else masked | padding
         else:
-            additive = padding if additive is None else additive + padding
-    if additive is None and masked is None:
-        return None, None
-    if additive is None:
-        assert masked is not None
-        dead = masked.all(-1, keepdim=True)
-        return ~masked | dead, dead
-    additive = additive.to(inputs.q.dtype)
+            additive = padding if additive is None else bounded(additive.float()) + bounded(padding.float())
+    if additive is not None and masked is not None:
+        additive, masked = additive.masked_fill(masked, float("-inf")), None
+    return additive, masked
+
+
+def merge_masks(
+    inputs: AttentionInputs, additive: Optional[Tensor], masked: Optional[Tensor], top: Optional[Tensor], shifted: bool
+) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    """(SDPA's attn_mask, rows whose keys are all masked). SDPA's masks mean True = take part.
+
+    Such rows would be NaN: they are let through and zeroed afterwards, which also zeroes their gradients. `additive`, whose
+    rows have the maxima `top`, is relative to these if `shifted`.
+    """
+    weights, dead, visible = inputs.segment_weights, None, None
     if masked is not None:
-        additive = additive.masked_fill(masked, float("-inf"))
-    dead = additive.detach().amax(-1, keepdim=True) == float("-inf")
-    return additive.masked_fill(dead, 0.0), dead
+        dead = masked.all(-1, keepdim=True)
+        visible = ~masked
+        masked = visible | dead
+    elif additive is not None:
+        assert top is not None
+        dead = top == float("-inf")
+        if weights is not None:
+            visible = additive.detach() > float("-inf")
+        if shifted:
+            additive = additive - shift_of(top)
+        additive = additive.to(inputs.q.dtype).masked_fill(dead, 0.0)
+    if weights is not None:
+        assert inputs.segment_lengths is not None
+        dead = rows_without_keys(weights, inputs.segment_lengths, visible)
+    return (masked if additive is None else additive), dead
+
+
+def for_cuda(q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as torch's CUDA kernels can take them."""
+    # Expanded keys: wrong in the efficient kernel at N % 32 == 1 (pytorch #191937).
+    k, v = (t.contiguous() if _is_expanded(t) else t for t in (k, v))
+    mask_alone = attn_mask is not None and attn_mask.requires_grad and not any(t.requires_grad for t in (q, k, v))
+    if mask_alone and torch.is_grad_enabled() and possible(AttentionInputs(q, k, v)):
+        # Forward would not store the logsumexp that the mask's gradient is computed from (pytorch #148476).
+        q = q.detach().requires_grad_()
+    return q, k, v
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def _is_masked(inputs: AttentionInputs) -> bool:
+    terms = inputs.dense, inputs.mask, inputs.key_padding, inputs.windows, inputs.window_mask
+    return any(term is not None for term in terms)
 
 
 def _kernel(
@@ -151,8 +206,12 @@ def _kernel(
     """(context that picks the SDPA kernel, whether v must be padded to q's head dim).
 
     On CUDA in half precision cuDNN takes unequal head dims, flash does not (it would end in the math kernel,
-    which holds the scores); on the CPU the fused kernel wants equal ones too.
+    which holds the scores); on the CPU the fused kernel wants equal ones too. cuDNN is left out where there is a mask and
+    a gradient, which it may answer with NaN (pytorch #196678), and for a single query.
     """
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, attn_mask))
+    if q.is_cuda and (attn_mask is not None and grad or q.shape[1] == 1):
+        return _without_cudnn(), False
     if q.shape[-1] == v.shape[-1] or attn_mask is not None:
         return contextlib.nullcontext(), q.device.type == "cpu"
     if q.device.type == "cuda" and q.dtype in HALF and _cudnn_takes(q, k, v, dropout_p):
@@ -160,6 +219,14 @@ def _kernel(
 
         return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]), False
     return contextlib.nullcontext(), not (q.device.type == "cuda" and q.dtype not in HALF)
+
+
+def _without_cudnn() -> ContextManager[Any]:
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:  # before torch 2.3, which has no cuDNN attention either
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ... import settings
 from ..inputs import AttentionInputs
+from ..values import rows_without_keys
 from .sdpa import segments_to_factors
 
 FILE = "flash_bias_triton.py"
@@ -62,12 +63,16 @@ class Upstream:
 
     def __call__(self, inputs: AttentionInputs) -> Tensor:
         assert self._function is not None
+        weights, lengths = inputs.segment_weights, inputs.segment_lengths
         inputs = segments_to_factors(inputs)
         q, k, v, q_factor, k_factor = inputs[:5]
         assert q_factor is not None and k_factor is not None
         # Expanded here, so that autograd sums the gradients of shared factors and the kernel need not.
         q_factor, k_factor = q_factor.expand(*q.shape[:3], -1), k_factor.expand(*k.shape[:3], -1)
-        return self._function(q, k, v, q_factor, k_factor, None, False, inputs.scale)
+        out = self._function(q, k, v, q_factor, k_factor, None, False, inputs.scale)
+        if weights is None or lengths is None:
+            return out
+        return out.masked_fill(rows_without_keys(weights, lengths, None).transpose(1, 2), 0.0)
 
     def _load(self) -> None:
         self._searched_for, self._function, self._missing = settings.current(), None, ""

@@ -1,0 +1,51 @@
+"""Large and infinite numbers in additive terms, brought to where every backend has digits for them.
+
+A softmax does not see what is added to a whole row. Backends that keep one float32 logsumexp lose a row whose keys are all
+at -1e9 or finfo.min ("masked" without -inf): gradients are then off by a factor of the number of keys.
+"""
+from __future__ import annotations
+
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+LARGEST = 5e37  # kernels' common.LARGEST: sums of a few such numbers are finite
+# Below, a row's maximum is subtracted, which is exact. Beyond, plain PyTorch's float32 scores lose digits that a
+# subtraction would keep, and what counts is what it computes: near -1e9 the mean over the keys.
+FAR = 2.0**16
+LEAST_WEIGHT = -3e4  # of a segment relative to the row's largest, as a factor: half precision has it, exp() does not
+
+
+def bounded(term: Tensor) -> Tensor:
+    """`term` with finite numbers within +-LARGEST, so that a sum of two does not overflow; its gradient passes."""
+    beyond = (term.abs() > LARGEST) & ~term.isinf()
+    excess = (term - term.clamp(-LARGEST, LARGEST)).detach()
+    return torch.where(beyond, term - excess, term)
+
+
+def relative_weights(weights: Tensor) -> Tensor:
+    """Segment weights (..., S) minus the row's largest; a row of -inf stays."""
+    top = weights.detach().amax(-1, keepdim=True)
+    return weights - top.masked_fill(top == float("-inf"), 0.0)
+
+
+def shift_of(top: Tensor) -> Tensor:
+    """What to subtract from rows with these maxima: 0 where they are not finite."""
+    return torch.where(top.isfinite(), top, torch.zeros_like(top))
+
+
+def any_far(top: Tensor) -> bool:
+    """Whether a row's finite maximum is beyond FAR. Waits for the GPU."""
+    return bool(((top.abs() > FAR) & ~top.isinf()).any())
+
+
+def rows_without_keys(weights: Tensor, lengths: Sequence[int], visible: Optional[Tensor]) -> Tensor:
+    """(B|1, H|1, M, 1) bool: rows whose visible keys all lie in segments of weight -inf.
+
+    weights (B|1, M, H|1, S); visible (B|1, H|1, M|1, N) bool, None: all keys are.
+    """
+    alive = (weights.detach() > float("-inf")).transpose(1, 2)
+    if visible is not None:
+        alive = alive & torch.stack([run.any(-1) for run in visible.split(list(lengths), -1)], -1)
+    return ~alive.any(-1, keepdim=True)
