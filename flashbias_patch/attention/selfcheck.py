@@ -2,6 +2,9 @@
 
 Lengths are odd (less than a tile, and beyond one; on the CPU only the first), or multiples of 128 where the
 class says so; operands are strided as projections leave them; a row is fully masked where masks are in play.
+Where terms are added, once more with values that break kernels: rows wholly at the least finite number ("masked" without
+-inf) or at -200, segment weights of -inf. Kernels that are compiled already (a library's) meet more lengths, and each
+gradient alone.
 The output and every gradient are compared with float64: they may err by at most FACTOR times what plain
 PyTorch errs by in the same precision, plus FLOOR.
 
@@ -26,11 +29,14 @@ from ..bias import Grid, WindowMaskParts, WindowParts
 from .backends import reference
 from .call_class import ALIGNMENT, Key, describe
 from .inputs import TENSORS, AttentionInputs
+from .values import shift_of
 
 FACTOR = 4.0
 FLOOR = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-5, torch.float64: 1e-6}
 BATCH, HEADS = 2, 3
 SHORT, LONG, ALIGNED = (37, 63), (131, 259), (ALIGNMENT, 2 * ALIGNMENT)
+LIBRARY = (12, 64), (1, 65)  # keys % 128 == 64 and % 32 == 1, and one query: what SDPA's CUDA kernels got wrong
+USUAL, LOW, LEAST = range(3)  # additive terms of a problem: around 0, some rows at -200, some at finfo.min
 DROPOUT_P = 0.3
 CPU = torch.device("cpu")
 is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)  # since torch 2.3
@@ -130,30 +136,48 @@ def _with_generator(func: Any) -> Any:
 def _check(backend: Any, key: Key, rank: int) -> Optional[str]:
     device, aligned, dropout, grad = key[0], key[4], key[5], key[6]
     attend = getattr(backend, "without_recovery", backend)  # a backward that fails is a failure of the check
+    library = getattr(backend, "library", False)
     refused: List[str] = []
     accepted: List[AttentionInputs] = []
-    for lengths in (ALIGNED,) if aligned else (SHORT,) if device.type == "cpu" else (SHORT, LONG):
-        inputs = problem_of(key, rank, *lengths)
+    for lengths, far in _problems(key, library):
+        inputs = problem_of(key, rank, *lengths, far)
         refused = backend.why_not(inputs)
         if refused:
             continue
         accepted.append(inputs)
         # What is right is worked out on the CPU: small operators take a GPU longer to launch than these to compute.
-        twin = inputs if device.type == "cpu" else problem_of((CPU, *key[1:]), rank, *lengths)
-        found = _compare(attend, inputs, twin, grad, key)
+        twin = inputs if device.type == "cpu" else problem_of((CPU, *key[1:]), rank, *lengths, far)
+        found = _compare(attend, inputs, twin, grad, key, far, library and len(accepted) == 1)
         if found:
             where = "" if aligned else f" (multiples of {ALIGNMENT} are checked on their own)"
-            return f"{found} at {lengths[0]} x {lengths[1]}{where}"
+            values = ("", ", rows at -200", ", rows at the least finite number")[far]
+            return f"{found} at {lengths[0]} x {lengths[1]}{values}{where}"
     if not accepted:
         return f"it refuses the check's own problem: {'; '.join(refused)}"
     if not dropout:
         return None
+    longest = max(accepted, key=lambda inputs: inputs.q.shape[1])  # the first of several: with usual values
     with own_random_numbers(device):
-        return _check_dropout(attend, accepted[-1], grad)
+        return _check_dropout(attend, longest, grad)
 
 
-def problem_of(key: Key, rank: int, M: int, N: int) -> AttentionInputs:
-    """A call of class `key`, without dropout, with every operand that can have a gradient asking for it."""
+def _problems(key: Key, library: bool) -> List[Tuple[Tuple[int, int], int]]:
+    """(lengths, values of the additive terms) of the problems for this class."""
+    device, aligned, segments, dense, padding = key[0], key[4], key[10], key[11], key[13]
+    usual = [ALIGNED] if aligned else [SHORT] if device.type == "cpu" else [SHORT, LONG]
+    found = [(lengths, USUAL) for lengths in usual]
+    if segments is not None or dense is not None or padding not in (None, torch.bool):
+        found.append((usual[0], LEAST))
+    if library and device.type == "cuda" and not aligned:
+        found += [(lengths, LOW) for lengths in LIBRARY]
+    return found
+
+
+def problem_of(key: Key, rank: int, M: int, N: int, far: int = USUAL) -> AttentionInputs:
+    """A call of class `key`, without dropout, with every operand that can have a gradient asking for it.
+
+    far: LOW or LEAST: in some rows all keys are there; LEAST: some segment weights are -inf.
+    """
     device, dtype, D, Dv, _, _, _, positive, _, factors, segments, dense, mask, padding, windows, window_mask = key
     B, H = BATCH, HEADS
     draw = _Draw(device, M * 1000 + N)
@@ -169,22 +193,28 @@ def problem_of(key: Key, rank: int, M: int, N: int) -> AttentionInputs:
         S, weights_dtype, Bw, Hw = segments
         made["segment_weights"] = draw((1 if Bw else B, M, 1 if Hw else H, S), weights_dtype)
         made["segment_lengths"] = tuple(N // S + (place < N % S) for place in range(S))
+        if far == LEAST:
+            made["segment_weights"][:, 7, :, 0] = made["segment_weights"][:, 8] = -math.inf
     if dense is not None:
         dense_dtype, _, Bd, Hd, Md = dense
         shape = (1 if Bd else B, 1 if Hd else H, 1 if Md else M, N)
         hidden = draw.below(0.1, shape)
-        if not Md:
+        if not Md and M > 5:
             hidden[:, :, 5] = True
         made["dense"] = draw(shape, dense_dtype).masked_fill_(hidden, -math.inf)
+        if far:
+            made["dense"][-1, -1, -1] = -200.0 if far == LOW else torch.finfo(dense_dtype).min
     if mask is not None:
         made["mask"] = draw.below(0.2, tuple(1 if one else full for one, full in zip(mask, (B, H, M))) + (N,))
-        if not mask[2]:
+        if not mask[2] and M > 3:
             made["mask"][:, :, 3] = True
     if padding is not None:
         hidden = torch.arange(N, device=device) >= torch.tensor([[N], [N - N // 4]], device=device)
         made["key_padding"] = hidden
         if padding is not torch.bool:
             made["key_padding"] = draw((B, N), padding).masked_fill_(hidden, -math.inf)
+            if far:
+                made["key_padding"][1] = -200.0 if far == LOW else torch.finfo(padding).min
     if windows is not None:
         S, box, weights_dtype, Bw, Hw, Bc = windows
         frames, sides = grids_of(N, S)
@@ -231,8 +261,10 @@ class _Draw:
         return (torch.rand(shape, generator=self.generator) < share).to(self.device)
 
 
-def _compare(attend: Any, inputs: AttentionInputs, twin: AttentionInputs, grad: bool, key: Key) -> Optional[str]:
-    """`twin` is `inputs` on the CPU."""
+def _compare(
+    attend: Any, inputs: AttentionInputs, twin: AttentionInputs, grad: bool, key: Key, far: int, apart: bool
+) -> Optional[str]:
+    """`twin` is `inputs` on the CPU; `apart`: each gradient by itself too."""
     dense_grad = key[11] is not None and key[11][1]
     wanted = []
     if grad:
@@ -241,9 +273,13 @@ def _compare(attend: Any, inputs: AttentionInputs, twin: AttentionInputs, grad: 
     grad_out = _Draw(CPU, 7)((*inputs.q.shape[:3], inputs.v.shape[-1]), inputs.q.dtype)
     given = _run(attend, inputs, wanted, grad_out.to(inputs.q.device))
     exact = _run(reference.attend_dense, _cast(twin, torch.float64), wanted, grad_out.double())
-    plain = _run(_plain, twin, wanted, grad_out)
-    given = [tensor.cpu() for tensor in given]
+    plain = _run(_plain_relative if far else _plain, twin, wanted, grad_out)
     names = ["output", *("gradient of " + name for name in wanted)]
+    if apart and len(wanted) > 1:
+        alone = [_run(attend, inputs, [name], grad_out.to(inputs.q.device))[1] for name in wanted]
+        given, exact, plain = given + alone, exact + exact[1:], plain + plain[1:]
+        names += [f"gradient of {name} alone" for name in wanted]
+    given = [tensor.cpu() for tensor in given]
     errors = torch.stack([_error(x, e) for x, e in zip((*given, *plain), (*exact, *exact))]).tolist()
     for name, error, tolerable in zip(names, errors, errors[len(names):]):
         if not error <= FACTOR * tolerable + FLOOR.get(inputs.q.dtype, 1e-3):  # also when it is not a number
@@ -274,7 +310,12 @@ def _cast(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:
     return inputs.with_tensors(held)
 
 
-def _plain(inputs: AttentionInputs) -> Tensor:
+def _plain_relative(inputs: AttentionInputs) -> Tensor:
+    """_plain with scores relative to their row's largest, as half precision has no numbers for others."""
+    return _plain(inputs, relative=True)
+
+
+def _plain(inputs: AttentionInputs, relative: bool = False) -> Tensor:
     """What torch's own operators give in the inputs' precision: every intermediate is rounded to it."""
     dtype = inputs.q.dtype
 
@@ -283,7 +324,10 @@ def _plain(inputs: AttentionInputs) -> Tensor:
 
     bare = AttentionInputs(inputs.q, inputs.k, inputs.v, scale=inputs.scale)
     s = rounded(reference.scores(bare))
-    s = rounded(s + rounded(reference.scores(inputs._replace(q=inputs.q.detach() * 0))))
+    added = reference.scores(inputs._replace(q=inputs.q.detach() * 0))
+    s = s + added if relative else rounded(s + rounded(added))
+    if relative:
+        s = rounded(s - shift_of(s.detach().amax(-1, keepdim=True)))
     dead = s.detach().amax(-1, keepdim=True) == -math.inf
     p = rounded(torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0))
     return (p @ inputs.v.to(p.dtype).transpose(1, 2)).transpose(1, 2).to(dtype)

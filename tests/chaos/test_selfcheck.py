@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from flashbias_patch.attention import call_class, dispatch, selfcheck
-from flashbias_patch.attention.backends.reference import attend_dense
+from flashbias_patch.attention.backends.reference import attend_dense, scores
 from flashbias_patch.attention.breaker import TRUSTED
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.bias import WindowMaskParts, WindowParts
@@ -112,6 +112,62 @@ def test_every_gradient_is_compared(field):
 def test_a_wrong_output_is_caught(twist, where):
     found = check(Twisted(twist), call(("factors", "mask", "windows", "window mask")))
     assert found.startswith(f"self-check failed: {where}")
+
+
+class Forgetting(Faulty):
+    """One float32 for a row's logsumexp, as flash-type kernels keep it: backward's weights are exp(score - lse)."""
+
+    def compute(self, inputs, seed=None):
+        s = scores(inputs)
+        dead = s.detach().amax(-1, keepdim=True) == float("-inf")
+        s = s.masked_fill(dead, 0.0)
+        p = torch.exp(s - torch.logsumexp(s, -1, keepdim=True)).masked_fill(dead, 0.0)
+        right = attend_dense(inputs).detach()
+        out = (p @ inputs.v.to(p.dtype).transpose(1, 2)).transpose(1, 2)
+        return right + out - out.detach()
+
+
+@pytest.mark.parametrize("features", [("dense",), ("padding",), ("dense", "padding", "mask")], ids="+".join)
+def test_a_logsumexp_without_digits_is_caught(features):
+    assert check(Forgetting("triton"), call(())) is None
+    found = check(Forgetting("triton"), call(features))
+    assert found and "rows at the least finite number" in found
+
+
+def test_infinite_segment_weights_are_caught():
+    def multiplied(inputs):
+        weights = inputs.segment_weights
+        return inputs._replace(segment_weights=torch.where(weights == float("-inf"), weights * 0.0, weights))
+
+    found = check(Twisted(multiplied), call(("segments",)))
+    assert found and "is not finite" in found and "least finite number" in found
+
+
+def test_a_gradient_that_is_wrong_by_itself_is_caught():
+    """Of a library's kernels alone: where compiling costs seconds, each set of gradients would be compiled."""
+
+    def alone(inputs):
+        held = [name for name in ("q", "k", "v", "dense") if getattr(inputs, name).requires_grad]
+        return gradient_off("dense")(inputs) if held == ["dense"] else inputs
+
+    backend = Twisted(alone)
+    assert check(backend, call(("dense",))) is None
+    backend.library = True
+    assert "gradient of dense alone is off by 0.1" in check(backend, call(("dense",)))
+
+
+def test_a_library_meets_the_lengths_that_its_cuda_kernels_got_wrong():
+    key = call_class.key_of(call(("dense",)))
+    on_cuda = (torch.device("cuda"), *key[1:])
+    lengths = [lengths for lengths, _ in selfcheck._problems(on_cuda, True)]
+    assert any(keys % 128 == 64 for _, keys in lengths) and any(keys % 32 == 1 for _, keys in lengths)
+    assert any(queries == 1 for queries, _ in lengths)
+    assert len(selfcheck._problems(on_cuda, False)) == 3  # those would be compiled for
+    for features in itertools.chain.from_iterable(itertools.combinations(FEATURES, n) for n in (1, 2)):
+        key = call_class.key_of(call(features))
+        for M, N in selfcheck.LIBRARY:
+            inputs = selfcheck.problem_of(key, 3, M, N, selfcheck.LOW)
+            assert inputs.q.shape[1] == M and torch.isfinite(dispatch.backend("sdpa")(inputs)).all()
 
 
 class Dropping(Faulty):

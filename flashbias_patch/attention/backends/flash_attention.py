@@ -51,6 +51,7 @@ GENERATIONS = (
 
 class FlashAttention:
     name = "flash"
+    library = True  # its kernels are compiled already
 
     def why_not(self, inputs: AttentionInputs) -> List[str]:
         reasons = _reasons_of_the_call(inputs)

@@ -25,6 +25,7 @@ WINDOW_ENTRIES = 1 << 25  # of a window bias or mask written out, up to which it
 
 class Sdpa:
     name = "sdpa"
+    library = True  # its kernels are compiled already
 
     def why_not(self, inputs: AttentionInputs) -> List[str]:
         reasons = []
@@ -44,7 +45,8 @@ class Sdpa:
         given, inputs = inputs, windows_to_dense(inputs)
         additive, masked = merge_terms(inputs)
         top = None if additive is None else additive.detach().amax(-1, keepdim=True)
-        exact = inputs.needs_grad or inputs.q.dtype in HALF  # else a kernel's running maximum is enough
+        # Else a kernel's running maximum is enough.
+        exact = inputs.needs_grad or inputs.q.dtype in HALF or inputs.segment_weights is not None
         if top is not None and exact and possible(inputs) and any_far(top):
             return reference.backend(given)
         attn_mask, dead = merge_masks(inputs, additive, masked, top, exact)
