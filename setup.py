@@ -9,7 +9,7 @@ VERSION = re.search(
     r'^__version__ = "([^"]+)"', (ROOT / "flashbias_patch" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
 
-REPORT = ["rich>=12", "jinja2>=3", "numpy"]
+REPORT = ["rich>=12", "jinja2>=3", "numpy", "scipy"]
 
 setup(
     name="flashbias-patch",
@@ -29,8 +29,8 @@ setup(
         "report": REPORT,
         "tensorboard": ["tensorboard"],
         "nuscenes": ["nuscenes-devkit"],
-        "demo": REPORT + ["scipy", "opencv-python-headless"],
-        "test": REPORT + ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis", "scipy",
+        "demo": REPORT + ["opencv-python-headless"],
+        "test": REPORT + ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis",
                           "opencv-python-headless", "matplotlib", "tensorboard"],
         "lint": ["ruff", "mypy"],
     },

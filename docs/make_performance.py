@@ -261,13 +261,13 @@ def attention() -> List[str]:
 
 
 def ab() -> List[str]:
-    from flashbias_patch.ab.result import rows
+    from flashbias_patch.ab.result import rows, says
 
     lines = ["## `flashbias ab` on the real CMT", ""]
     for name in ("ab_real_cmt_h200", "ab_real_cmt_fp16_h200"):
         document = load(name)
-        lines += [document["headline"]["sentence"], "",
-                  *table(("", "A unpatched", "B patched", "B to A"), rows(document)), source(name), ""]
+        lines += [says(document), "",
+                  *table(("", "A unpatched", "B patched", "patched / unpatched"), rows(document)), source(name), ""]
     return [*lines, "The second command trains with attention dropout 0.1: what B drops is drawn otherwise than what A "
             "drops, so that its training is held against one more A that draws otherwise too.", ""]
 
@@ -352,9 +352,10 @@ def readme() -> str:
     text = (ROOT / "README.md").read_text()
     before, _, rest = text.partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
-    judged = load("ab_real_cmt_h200")
+    from flashbias_patch.ab.result import says
+
     verdict = ("`flashbias ab` on the first row's command without dropout, fresh processes, A against A for the noise "
-               f"([all of it](docs/performance.md#flashbias-ab-on-the-real-cmt)): {judged['headline']['sentence']}")
+               f"([all of it](docs/performance.md#flashbias-ab-on-the-real-cmt)): {says(load('ab_real_cmt_h200'))}")
     named = {(run["patch"], run["size"]): run["batches"] for run in load("real_batch_h200")["batches"]}
     fits = "; ".join(
         f"{size}: " + ", ".join(

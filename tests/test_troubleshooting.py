@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "troubleshooting.md"
-SPEAKING = {"once", "fallback", "debug", "info", "warning", "error", "exception", "critical", "warn", "print", "_fail"}
+SPEAKING = {"once", "fallback", "debug", "info", "warning", "error", "exception", "critical", "warn", "print", "_print",
+            "_fail"}  # fmt: skip
 LEVELS = {"debug", "info", "warning", "error"}
 HOLE = "\0"
 ENOUGH = 30  # characters of a message that must be on the page, where it has as many between its variable parts
@@ -18,7 +19,6 @@ NO_TROUBLE = {
     "unreachable": "after os.exec",
     "report: \0": "where the result is",
     "written: \0": "where the result is",
-    "written: \0, summary.json": "where the result is",
     "TensorBoard: tensorboard --logdir \0": "how to look at the result",
     "\0 runs: \0 (A unpatched, B patched)": "progress",
     "  run \0 \0: \0 in \0 s: \0": "progress",

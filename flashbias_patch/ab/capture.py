@@ -28,12 +28,25 @@ class Inbox:
         self.torch = torch
         self.depth = 0  # > 0 inside a backward pass: checkpointing's inner ones are not losses
         self.half = False
+        self.steps = 0  # of any optimiser, in all
         self.clear()
 
     def clear(self) -> None:
         self.losses: List[Any] = []
         self.parts: Dict[str, Any] = {}
         self.clip_norm: Any = None
+        self.before_step: Optional[int] = None
+
+    def begin_step(self) -> None:
+        """An optimiser's step begins; backward passes from here to its end are those of a closure."""
+        self.before_step = len(self.losses)
+
+    def end_step(self) -> None:
+        """Of a closure's losses the first is kept: later ones belong to trial steps of a line search."""
+        self.steps += 1
+        if self.before_step is not None:
+            del self.losses[self.before_step + 1 :]
+            self.before_step = None
 
     def hear_backward(self, roots: Any, frame: Any) -> None:
         if isinstance(roots, (list, tuple)) and len(roots) == 1:
@@ -81,13 +94,23 @@ class Inbox:
         return isinstance(value, self.torch.Tensor) and value.numel() == 1 and value.is_floating_point()
 
 
-def listen(torch: Any, inbox: Inbox) -> None:
-    """Wrap torch's backward, gradient clipping, loss scaling and autocast, and OpenMMLab's loss parsing."""
-    _wrap(torch.autograd, "backward", lambda original: _backward(original, inbox))
+def listen(
+    torch: Any,
+    inbox: Inbox,
+    after_backward: Callable[[], None] = lambda: None,
+    skipped: Callable[[Any], None] = lambda optimizer: None,
+) -> None:
+    """Wrap torch's backward, gradient clipping, loss scaling and autocast, and OpenMMLab's loss parsing.
+
+    `after_backward()` is called after each outermost backward pass, `skipped(optimizer)` where a gradient scaler
+    leaves an optimiser's step out.
+    """
+    _wrap(torch.autograd, "backward", lambda original: _backward(original, inbox, after_backward))
     for module in (torch.nn.utils, torch.nn.utils.clip_grad):
         _wrap(module, "clip_grad_norm_", lambda original: _clip(original, inbox))
     for scaler in _scaler_classes(torch):
         _wrap(scaler, "scale", _scale)
+        _wrap(scaler, "step", lambda original: _scaler_step(original, inbox, skipped))
     _wrap(getattr(torch, "autocast", None), "__enter__", lambda original: _autocast(original, inbox))
     import wrapt
 
@@ -110,17 +133,31 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
         setattr(owner, name, wrapped)
 
 
-def _backward(original: Callable, inbox: Inbox) -> Callable:
+def _backward(original: Callable, inbox: Inbox, after: Callable[[], None]) -> Callable:
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
         if inbox.depth == 0:
             inbox.hear_backward(tensors, sys._getframe(1))
         inbox.depth += 1
         try:
-            return original(tensors, *args, **kwargs)
+            result = original(tensors, *args, **kwargs)
         finally:
             inbox.depth -= 1
+        if inbox.depth == 0:
+            after()
+        return result
 
     return backward
+
+
+def _scaler_step(original: Callable, inbox: Inbox, skipped: Callable[[Any], None]) -> Callable:
+    def step(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        before = inbox.steps
+        result = original(self, optimizer, *args, **kwargs)
+        if inbox.steps == before:
+            skipped(optimizer)
+        return result
+
+    return step
 
 
 def _clip(original: Callable, inbox: Inbox) -> Callable:
@@ -177,28 +214,36 @@ def _scaler_classes(torch: Any) -> List[Any]:
     return [c for c in classes if c is not None]
 
 
-def on_optimizer_step(hook: Callable[[Any], None]) -> None:
-    """Call `hook(optimizer)` after every optimiser's step: by torch's global hook, or by class."""
+def on_optimizer_step(hook: Callable[[Any], None], inbox: Inbox) -> None:
+    """Call `hook(optimizer)` after every optimiser's step: by torch's global hooks, or by class."""
     module = importlib.import_module("torch.optim.optimizer")  # torch.optim hides it as an attribute
-    register = getattr(module, "register_optimizer_step_post_hook", None)
-    if register is not None:
-        register(lambda optimizer, args, kwargs: hook(optimizer))
+    before = getattr(module, "register_optimizer_step_pre_hook", None)
+    after = getattr(module, "register_optimizer_step_post_hook", None)
+
+    def ended(optimizer: Any) -> None:
+        inbox.end_step()
+        hook(optimizer)
+
+    if before is not None and after is not None:
+        before(lambda optimizer, args, kwargs: inbox.begin_step())
+        after(lambda optimizer, args, kwargs: ended(optimizer))
         return
 
     def init(original: Callable) -> Callable:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
-            _wrap(type(self), "step", lambda step: _after(step, hook))
+            _wrap(type(self), "step", lambda step: _around(step, inbox, ended))
 
         return __init__
 
     _wrap(module.Optimizer, "__init__", init)
 
 
-def _after(step: Callable, hook: Callable[[Any], None]) -> Callable:
+def _around(step: Callable, inbox: Inbox, ended: Callable[[Any], None]) -> Callable:
     def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inbox.begin_step()
         result = step(self, *args, **kwargs)
-        hook(self)
+        ended(self)
         return result
 
     return stepped
@@ -236,11 +281,9 @@ def norm_of(torch: Any, gradients: List[Any]) -> Optional[Any]:
     return torch.stack([n.to(home) for n in norms]).square().sum().sqrt()
 
 
-def nudge(torch: Any, optimizer: Any, relative: float) -> None:
-    """Change every parameter by +-`relative` of itself, signs from a generator of its own: rounding, made to
-    order.
-    """
-    generator = torch.Generator().manual_seed(1)
+def nudge(torch: Any, optimizer: Any, relative: float, seed: int = 1) -> None:
+    """Change every parameter by +-`relative` of itself, with signs from a generator of its own: simulated rounding."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -73,20 +73,21 @@ class Gpu:
             digest.update(bytes(self.torch.cuda.get_rng_state(self.device or "cuda").tolist()))
         return digest.hexdigest()
 
-    def redraw(self) -> None:
-        """One number from each of torch's generators: whatever is drawn from now on is another draw."""
-        self.torch.rand(1)
-        if self.used():
-            self.torch.rand(1, device=self.device or "cuda")
+    def redraw(self, times: int = 1) -> None:
+        """`times` draws from each of torch's generators: all that is drawn from now on differs."""
+        for _ in range(times):
+            self.torch.rand(1)
+            if self.used():
+                self.torch.rand(1, device=self.device or "cuda")
 
-    def redraw_in_step(self) -> None:
+    def redraw_in_step(self, times: int = 1) -> None:
         """Now, and once more when the next step calls its first module: many commands seed at the top of a step."""
 
         def first(*call: Any) -> None:
             handle.remove()
-            self.redraw()
+            self.redraw(times)
 
-        self.redraw()
+        self.redraw(times)
         handle = self.torch.nn.modules.module.register_module_forward_pre_hook(first)
 
     def environment(self) -> Dict[str, Any]:

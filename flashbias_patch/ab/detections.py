@@ -19,6 +19,9 @@ from .records import Experiment
 
 MATCH_WITHIN = 2.0  # metres between centres: nuScenes' own threshold for its true-positive errors
 BOX_FIELDS = 9
+# Differences that two roundings of one network may show; larger ones are differences, unless A from A shows them too.
+TOLERANCE = {"centre (m)": 0.01, "size (m)": 0.01, "yaw (rad)": 0.01, "velocity (m/s)": 0.01, "score": 0.01}
+NOISE = 3.0  # times what A from A shows
 
 
 class BadPredictions(ValueError):
@@ -117,8 +120,9 @@ def match(a: np.ndarray, b: np.ndarray, within: float = MATCH_WITHIN) -> List[Tu
 
 
 def compare(a: Dict[str, Any], b: Dict[str, Any]) -> Dict[str, Any]:
-    """Differences of B's detections from A's, over the samples that both hold."""
+    """Differences of B's detections from A's, over the samples that both hold; samples that one lacks are counted."""
     of_b = {sample["token"]: sample for sample in b["samples"]}
+    of_a = {sample["token"] for sample in a["samples"]}
     shared = [(sample, of_b[sample["token"]]) for sample in a["samples"] if sample["token"] in of_b]
     centre, size, yaw, velocity, score = [], [], [], [], []
     only_a = only_b = changed = 0
@@ -147,6 +151,8 @@ def compare(a: Dict[str, Any], b: Dict[str, Any]) -> Dict[str, Any]:
     }
     return {
         "samples": len(shared),
+        "missing_a": len(of_b.keys() - of_a),
+        "missing_b": len(of_a - of_b.keys()),
         "matched": len(centre),
         "only_a": only_a,
         "only_b": only_b,
@@ -244,8 +250,8 @@ def _devkit_boxes(
 
 
 def compare_runs(experiment: Experiment) -> Dict[str, Any]:
-    """Compare the predictions of the first A with the first B, and A with A; {"error": ...} if they cannot
-    be.
+    """Compare the predictions of the first A with the first B, and A with A, with a word; {"error": ...} if there are
+    none of both sides.
     """
     found: Dict[str, List[Dict[str, Any]]] = {"A": [], "B": []}
     problems = []
@@ -259,46 +265,67 @@ def compare_runs(experiment: Experiment) -> Dict[str, Any]:
         except BadPredictions as error:
             problems.append(f"{run.name}: {error}")
     if not found["A"] or not found["B"]:
-        return {"error": "no predictions of both sides to compare", "problems": problems}
+        return {"error": "no predictions of both sides to compare", "word": "not compared", "problems": problems}
+    a_b = compare(found["A"][0], found["B"][0])
+    a_a = compare(*found["A"][:2]) if len(found["A"]) > 1 else None
     return {
-        "a_b": compare(found["A"][0], found["B"][0]),
-        "a_a": compare(*found["A"][:2]) if len(found["A"]) > 1 else None,
+        "word": judge(a_b, a_a),
+        "a_b": a_b,
+        "a_a": a_a,
         "accuracy": {"A": accuracy(found["A"][0]), "B": accuracy(found["B"][0])},
         "problems": problems,
     }
+
+
+def judge(a_b: Dict[str, Any], a_a: Optional[Dict[str, Any]]) -> str:
+    """identical, same or differs: boxes, labels and samples of B against A, as far as A against A agree."""
+
+    def apart(pair: Dict[str, Any]) -> Dict[str, float]:
+        counts = {name: pair[name] for name in ("missing_a", "missing_b", "only_a", "only_b", "labels_changed")}
+        return {**counts, **{name: value["largest"] for name, value in pair["differences"].items()}}
+
+    found, noise = apart(a_b), apart(a_a) if a_a else {}
+    if not any(found.values()):
+        return "identical"
+    allowed = {name: max(TOLERANCE.get(name, 0.0), NOISE * noise.get(name, 0.0)) for name in found}
+    return "differs" if any(value > allowed[name] for name, value in found.items()) else "same"
 
 
 def sentence(found: Dict[str, Any]) -> str:
     """The comparison in one sentence."""
     if "error" in found:
         return f"Nothing to compare: {found['error']}."
-    pair = found["a_b"]
+    pair, word = found["a_b"], found["word"]
     largest = {name: value["largest"] for name, value in pair["differences"].items()}
     matched = f"{pair['matched']} boxes in common, {pair['only_a'] + pair['only_b']} not"
-    if not any(largest.values()) and not pair["labels_changed"] and not pair["only_a"] + pair["only_b"]:
-        return f"Patched detects exactly the same: {matched}."
+    missing = pair["missing_a"] + pair["missing_b"]
+    if word == "identical":
+        return f"Patched detects exactly the same: {matched}, in {pair['samples']} samples."
     within = f"centres within {largest['centre (m)']:.2g} m, scores within {largest['score']:.2g}"
-    if not pair["labels_changed"] and not pair["only_a"] + pair["only_b"]:
+    if word == "same" and not pair["only_a"] + pair["only_b"] + pair["labels_changed"]:
         return f"Patched detects the same {pair['matched']} boxes: {within}, every label equal."
-    return f"Patched against unpatched: {matched}; {within}, {pair['labels_changed']} labels changed."
+    lost = f"{missing} of {pair['samples'] + missing} samples are on one side only; " if missing else ""
+    head = "Patched does not detect the same" if word == "differs" else "Patched detects the same within A's own noise"
+    return f"{head}: {lost}{matched}; {within}, {pair['labels_changed']} labels changed."
 
 
 def text(found: Dict[str, Any]) -> str:
     """A few plain lines for the terminal."""
     if "error" in found:
         return "\n".join([f"detections: {found['error']}", *(f"  {p}" for p in found["problems"])])
-    lines = []
+    out = []
     for title, side in (("A against B", found["a_b"]), ("A against A", found["a_a"])):
         if side:
-            lines.append(
+            out.append(
                 f"detections, {title}: {side['matched']} matched, "
                 f"{side['only_a']} and {side['only_b']} unmatched, "
-                f"{side['labels_changed']} labels changed over {side['samples']} samples; at most: "
+                f"{side['labels_changed']} labels changed over {side['samples']} samples, "
+                f"{side['missing_a'] + side['missing_b']} samples on one side only; at most: "
                 + ", ".join(f"{name} {value['largest']:.2g}" for name, value in side["differences"].items())
             )
     for side, value in found["accuracy"].items():
-        lines.append(f"  {side}: {_accuracy_line(value)}")
-    return "\n".join(lines)
+        out.append(f"  {side}: {_accuracy_line(value)}")
+    return "\n".join([*out, *(f"  problem: {p}" for p in found["problems"])])
 
 
 def _accuracy_line(value: Dict[str, Optional[Any]]) -> str:

@@ -9,66 +9,79 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from . import statistics
+from . import words
 from .records import Experiment, Run
-from .statistics import Verdict
-from .words import interval, parity_line, relative, seconds, size, times, tone
+from .verdict import Verdict, step_times
+from .words import interval, relative, seconds, size, times, tone
 
 MAX_POINTS = 1500  # of one curve on a page
 MAX_BINS = 30
+MEMORY = {"cuda": "GPU, allocated", "rss": "process, resident"}
+BIG = {
+    "identical": "Identical",
+    "within rounding": "Same",
+    "within noise": "Same",
+    "differs": "Differs",
+    "undecided": "Undecided",
+    "not finite": "Not finite",
+    "fails": "Fails",
+}
 SETTINGS = ("steps", "warmup", "seed")  # of a training, worth showing
 
 
 def headlines(verdict: Verdict) -> List[Dict[str, Any]]:
     """The cards at the top: speed, memory, parity."""
     cards: List[Dict[str, Any]] = []
-    for title, ratio, word, show, unit, inverse in (
-        ("Speed", verdict.speed, verdict.speed_word, seconds, "a step", True),
-        ("Peak memory", verdict.memory, verdict.memory_word, size, "", False),
+    for title, ratio, word, show, unit, measured in (
+        ("Time per step", verdict.speed, verdict.speed_word, seconds, "a step", verdict.clock),
+        ("Peak memory", verdict.memory, verdict.memory_word, size, "", MEMORY.get(verdict.memory_kind, "")),
     ):
         if ratio is None:
-            cards.append(
-                {"title": title, "big": "\u2014", "word": "not compared", "tone": "neutral", "lines": []}
-            )
+            cards.append(_lone_card(title, verdict))
             continue
-        value = 1 / ratio.value if inverse else ratio.value
-        low, high = (None, None) if ratio.low is None or ratio.high is None else (ratio.low, ratio.high)
-        if inverse and low is not None and high is not None:
-            low, high = 1 / high, 1 / low
-        measured = (
-            verdict.clock
-            if inverse
-            else {"cuda": "GPU, allocated", "rss": "process, resident"}[verdict.memory_kind]
-        )
         cards.append(
             {
                 "title": title,
-                "big": times(value),
+                "big": times(ratio.value),
                 "word": word,
                 "tone": tone(word),
-                "whisker": _whisker(value, low, high),
-                "interval": interval(ratio, inverse),
+                "whisker": _whisker(ratio.value, ratio.low, ratio.high),
+                "interval": f"patched / unpatched, {interval(ratio)}",
                 "a": f"{show(ratio.a)} {unit}".strip(),
                 "b": f"{show(ratio.b)} {unit}".strip(),
                 "lines": [measured],
             }
         )
+        if ratio.mean is not None and ratio.disagree:
+            cards[-1]["lines"].append(f"mean of all steps: {times(ratio.mean.value)}")
     word = verdict.parity_word
+    fits = verdict.only_patched_fits
+    shown = [p for p in verdict.parities if not p.part] + [p for p in verdict.parities if p.part and tone(p.word) == "bad"]
     cards.append(
         {
             "title": "Training",
-            "big": {
-                "identical": "Identical",
-                "within rounding": "Same",
-                "within noise": "Same",
-                "differs": "Differs",
-            }.get(word, "\u2014"),
-            "word": word if word != "differs" else f"parts at step {verdict.first_step}",
-            "tone": tone(word),
-            "lines": [parity_line(p).replace("e-", "e\u2011") for p in verdict.parities],  # no break in a number
+            "big": "Only patched fits" if fits else BIG.get(word, "\u2014"),
+            "long": fits or word in ("undecided", "not finite"),
+            "word": "unpatched runs out of memory" if fits
+            else f"parts at step {verdict.first_step}" if word == "differs" and verdict.first_step is not None
+            else ", ".join(dict.fromkeys(f.status for f in verdict.failures)) if word == "fails" else word,
+            "tone": "good" if fits else tone(word),
+            "lines": [words.parity_line(p).replace("e-", "e\u2011") for p in shown],  # no break in a number
         }
-    )
+    )  # fmt: skip
     return cards
+
+
+def _lone_card(title: str, verdict: Verdict) -> Dict[str, Any]:
+    """The card of a figure that one side only has, if any."""
+    value, show = (
+        (verdict.patched_step, seconds) if title == "Time per step" else (verdict.patched_peak, size)
+    )
+    card: Dict[str, Any] = {"title": title, "big": "\u2014", "word": "not compared", "tone": "neutral", "lines": []}
+    if math.isfinite(value):
+        card.update(big=show(value), word="patched alone", long=True)
+        card["tone"] = "good" if verdict.only_patched_fits else "neutral"
+    return card
 
 
 def _whisker(value: float, low: Optional[float], high: Optional[float]) -> Optional[Dict[str, float]]:
@@ -91,7 +104,7 @@ def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
     a, b = experiment.side("A"), experiment.side("B")
     warmup = int(experiment.options.get("warmup", 0))
     found: List[Optional[Dict[str, Any]]] = []
-    judged = {p.quantity: p for p in verdict.parities}
+    judged = {p.quantity: p for p in verdict.parities if not p.part}
     for title, key in (("Loss", "loss"), ("Gradient norm", "grad_norm")):
         parity = judged.get(title.lower())
         chart = _lines(
@@ -100,8 +113,9 @@ def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
             [(run, run.series(key)) for run in runs],
             note="" if key == "loss" else "Before clipping, where the command clips.",
         )
-        if chart and parity is not None and parity.band.size and a:
-            centre = np.array([run.series(key)[: parity.steps] for run in a]).mean(axis=0)
+        whole = [run for run in a if parity is not None and run.steps >= parity.steps]
+        if chart and parity is not None and parity.band.size and whole:
+            centre = np.array([run.series(key)[: parity.steps] for run in whole]).mean(axis=0)
             width = np.minimum(parity.band, 1e3) * np.abs(centre)
             chart["band"] = {
                 "name": "noise band",
@@ -111,7 +125,7 @@ def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
             chart["mark"] = parity.first_step
         found.append(chart)
     loss = judged.get("loss")
-    if loss is not None and loss.difference.any():
+    if loss is not None and (loss.difference > 0).any():
         found.append(
             {
                 "title": "How far the losses are apart",
@@ -136,8 +150,8 @@ def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
         _histogram(
             "Step times, warm-up left out",
             "milliseconds a step",
-            [t * 1e3 for t in statistics.step_times(a, warmup)],
-            [t * 1e3 for t in statistics.step_times(b, warmup)],
+            [t * 1e3 for t in step_times(a, warmup)],
+            [t * 1e3 for t in step_times(b, warmup)],
         )
     )
     kind = verdict.memory_kind or "rss"
@@ -263,25 +277,26 @@ def _histogram(
     }
 
 
-def parts_table(experiment: Experiment) -> List[Dict[str, str]]:
-    """The loss's parts at the last common step, side by side."""
-    a, b = experiment.side("A"), experiment.side("B")
-    if not a or not b:
+def parts_table(experiment: Experiment, verdict: Verdict) -> List[Dict[str, str]]:
+    """The loss's parts: their last common values of rank 0, the largest difference of any rank and step, the word."""
+    judged = [p for p in verdict.parities if p.part]
+    if not judged:
         return []
-    parts = [side[0].named("loss_parts") for side in (a, b)]
-    last = min(a[0].steps, b[0].steps) - 1
+    a, b = (next(run for run in experiment.side(label)) for label in "AB")
+    last = min(a.steps, b.steps) - 1
     rows = []
-    for name in parts[0]:
-        if name in parts[1]:
-            x, y = (float(side[name][last]) for side in parts)
-            rows.append(
-                {
-                    "name": name,
-                    "a": f"{x:.6g}",
-                    "b": f"{y:.6g}",
-                    "difference": relative(abs(x - y) / abs(x)) if x else relative(abs(y)),
-                }
-            )
+    for p in judged:
+        x, y = (float(run.per_step("loss_parts", p.quantity)[0][last]) for run in (a, b))
+        rows.append(
+            {
+                "name": p.quantity,
+                "a": f"{x:.6g}",
+                "b": f"{y:.6g}",
+                "difference": relative(p.largest),
+                "word": p.word,
+                "tone": tone(p.word),
+            }
+        )
     return rows
 
 
@@ -367,11 +382,16 @@ def runs_table(experiment: Experiment) -> List[Dict[str, Any]]:
             "message": run.message
             + ("; parameters nudged in the last place, to see how far rounding drifts" if run.nudged else "")
             + (", and other random numbers drawn" if run.redrawn else ""),
+            "first_step_s": _seconds_or_none(run.startup_seconds()),
             "killed": run.killed,
             "ok": run.status == "ok",
         }
         for run in experiment.runs
     ]
+
+
+def _seconds_or_none(value: float) -> Optional[float]:
+    return round(value, 3) if math.isfinite(value) else None
 
 
 def backends_table(experiment: Experiment) -> List[Dict[str, Any]]:

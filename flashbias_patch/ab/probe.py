@@ -1,32 +1,36 @@
-"""Inside every Python process of a measured command: one JSON line for each optimiser step.
+"""Inside every Python process of a measured command: one JSON line for each training iteration.
 
 Started by sitecustomize when FLASHBIAS_PROBE names a directory. Imports no torch; it waits for the command
-to. Lines, in order of appearance (all times in seconds, memory in bytes):
+to. Lines, in order of appearance (all times in seconds, memory in bytes, no number that JSON does not have:
+"nan", "inf" and "-inf" are strings):
 
-    {"event": "process", argv, pid, rank, env, ...}      at start
+    {"event": "process", argv, pid, ppid, rank, env, ...}  at start
     {"event": "environment", torch, gpu, ...}            at the first step
     {"event": "step", step, wall_s, cuda_s, loss, loss_parts, grad_norm, params, param_grads, memory, calls}
     {"event": "fallbacks", "fallbacks": [...]}           whenever there are new ones
-    {"event": "stop", steps}                             asked for N steps, had N steps
+    {"event": "stop", steps}                             the requested number of steps is reached
     {"event": "end", error, calls}                       the interpreter shut down in order
 
 A file without its last line belongs to a process that was killed. On CUDA a step's values are copied to
 pinned memory and picked up by a later step once their event has passed, so that no step waits for the device.
 `wall_s` and `cuda_s` run from the end of one step's recording to the beginning of the next one's: neither holds
 what the recording itself takes.
+
+A step is an iteration: backward passes, then whatever optimisers step (iterations.py). Steps are counted, and the
+command is stopped after the requested number, also where nothing can be written.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import sys
 import time
-import weakref
 from collections import deque
 from typing import Any, Deque, Dict, List, Mapping, Optional, Tuple
+
+from . import iterations, lines
 
 DIRECTORY = "FLASHBIAS_PROBE"
 STEPS = "FLASHBIAS_PROBE_STEPS"
@@ -34,10 +38,11 @@ PARAMS = "FLASHBIAS_PROBE_PARAMS"
 SEED = "FLASHBIAS_PROBE_SEED"
 NUDGE = "FLASHBIAS_PROBE_NUDGE"
 DEFAULT_PARAMS = "bias_scale"
-SWITCH_AFTER = 4  # steps of other optimisers alone, after which the one counted is taken for finished
-MAX_FAILURES = 3
+STAND_IN = "FLASHBIAS_PROBE_STAND_IN"
+WATCHER = "FLASHBIAS_PROBE_WATCHER"  # process id of `flashbias ab`: without it the command is stopped
+MAX_FAILURES = 3  # of recording, after which steps are only counted
 
-# What a nudged run changes its parameters by, relatively, once: a few units in the last place.
+# The relative change that a nudged run makes to its parameters, once: a few units in the last place.
 NUDGES = {"float32": 2.0**-20, "half": 2.0**-10}
 
 KEPT_ENV = (
@@ -65,8 +70,13 @@ def start(environ: Optional[Mapping[str, str]] = None) -> Optional[Recorder]:
     try:
         _recorder = Recorder(directory, environ)
         _recorder.begin()
+        if environ.get(STAND_IN):
+            from . import stand_in
+
+            stand_in.offer()
     except Exception as error:
-        print(f"flashbias: this process cannot be recorded: {error!r}", file=sys.stderr)
+        with contextlib.suppress(Exception):  # standard error may be closed
+            print(f"flashbias: this process cannot be recorded: {error!r}", file=sys.stderr)
     return _recorder
 
 
@@ -79,19 +89,24 @@ class Recorder:
         self.limit = int(environ.get(STEPS) or 0)
         self.suffixes = [s for s in environ.get(PARAMS, DEFAULT_PARAMS).split(",") if s]
         self.seed = environ.get(SEED)
-        self.nudge = environ.get(NUDGE)  # "1", or "redraw": with other random numbers as well
+        # "1", "2", ...: nudged, by signs of that seed; "redraw1", ...: drawing other random numbers as well
+        nudge = environ.get(NUDGE) or ""
+        self.redraw = nudge.startswith("redraw")
+        self.nudge = int(nudge[6 * self.redraw :] or 0)
+        watcher = environ.get(WATCHER) or "0"
+        self.watcher = int(watcher) if watcher.isdigit() and lines.alive(int(watcher)) else 0
         self.torch: Any = None
         self.inbox: Any = None
         self.gpu: Any = None
         self._fresh()
 
     def _fresh(self) -> None:
-        self.file: Any = None
+        self.file: Optional[lines.Lines] = None
         self.pending: Deque[Any] = deque()
         self.step = 0
         self.failures = 0
-        self.primary: Any = None
-        self.others = 0
+        self.stopping = False
+        self.counter = iterations.Counter()
         self.parameters: Dict[str, Any] = {}
         self.last_end: Optional[float] = None
         self.fallbacks = 0
@@ -119,8 +134,8 @@ class Recorder:
             from . import capture, cuda
 
             self.torch, self.inbox, self.gpu = torch, capture.Inbox(torch), cuda.Gpu(torch)
-            capture.listen(torch, self.inbox)
-            capture.on_optimizer_step(self.on_step)
+            capture.listen(torch, self.inbox, self.on_backward, self.on_skipped)
+            capture.on_optimizer_step(self.on_step, self.inbox)
             if self.seed is not None:
                 torch.manual_seed(self._own_seed())
             self.write({"event": "torch", "version": torch.__version__})
@@ -130,13 +145,13 @@ class Recorder:
     def _open(self) -> None:
         os.makedirs(self.directory, exist_ok=True)
         rank = self.environ.get("RANK", "0")
-        path = os.path.join(self.directory, f"rank{rank}-pid{os.getpid()}.jsonl")
-        self.file = open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        self.file = lines.Lines(os.path.join(self.directory, f"rank{rank}-pid{os.getpid()}.jsonl"))
         kept = {k: v for k, v in self.environ.items() if k in KEPT_ENV or k.startswith("FLASHBIAS_")}
         self.write(
             {
                 "event": "process",
                 "pid": os.getpid(),
+                "ppid": os.getppid(),
                 "rank": int(rank) if rank.isdigit() else 0,
                 "argv": getattr(sys, "orig_argv", None) or getattr(sys, "argv", []),
                 "executable": sys.executable,
@@ -153,7 +168,8 @@ class Recorder:
             util = sys.modules.get("multiprocessing.util")
             if util is not None:  # forked workers leave by os._exit: atexit never runs there
                 util.Finalize(None, self.end, exitpriority=10)
-        self.file.write(json.dumps(line, default=str) + "\n")
+        assert self.file is not None
+        self.file.write(line)
 
     def end(self) -> None:
         """Write what is pending and the last line; safe to call twice."""
@@ -175,7 +191,8 @@ class Recorder:
         except Exception as error:
             self._note(error)
         finally:
-            self.file.close()
+            if self.file is not None:
+                self.file.close()
             self.file = None
             self.limit = 0
 
@@ -187,39 +204,48 @@ class Recorder:
     # -- a step --------------------------------------------------------------------------------------------
 
     def on_step(self, optimizer: Any) -> None:
+        """After an optimiser's step."""
+        self._react(self.counter.stepped, optimizer)
+
+    def on_backward(self) -> None:
+        """After an outermost backward pass."""
+        self._react(self.counter.ended_backward, None)
+
+    def on_skipped(self, optimizer: Any) -> None:
+        """A gradient scaler met infinities and left the optimiser's step out: an iteration all the same."""
+        self._react(self.counter.skipped, optimizer)
+
+    def _react(self, count: Any, optimizer: Any) -> None:
         begin = time.perf_counter()
-        if self.failures >= MAX_FAILURES:
+        if self.stopping:
+            raise SystemExit(0)
+        ended = None
+        try:
+            if not self.gpu.capturing():  # a capture of a CUDA graph computes nothing
+                ended = count(self.inbox, optimizer)
+        except Exception as error:
+            self._note(error)
+        if ended is None:
             return
         try:
-            if not self._counts(optimizer):
-                return
-            self._record(optimizer, begin, self.gpu.event())
+            if self.failures < MAX_FAILURES:
+                if ended.new:
+                    self.gpu.follow(ended.optimizer)
+                self._record(ended, begin, self.gpu.event())
         except Exception as error:
             self.gpu.last = None
             self._note(error)
+        self.inbox.clear()
         self.step += 1
-        if self.limit and self.step >= self.limit:
-            self._write_arrived(everything=True)
-            self.write({"event": "stop", "steps": self.step})
+        if (self.limit and self.step >= self.limit) or (self.watcher and not lines.alive(self.watcher)):
+            self.stopping = True
+            with contextlib.suppress(Exception):
+                self._write_arrived(everything=True)
+                self.write({"event": "stop", "steps": self.step})
             raise SystemExit(0)
         self.last_end = time.perf_counter()
 
-    def _counts(self, optimizer: Any) -> bool:
-        """One optimiser's steps are the command's steps; others count once that one has gone quiet."""
-        if self.gpu.capturing():
-            return False
-        current = self.primary() if self.primary is not None else None
-        if current is optimizer:
-            self.others = 0
-            return True
-        self.others += 1
-        if current is None or self.others > SWITCH_AFTER:
-            self.primary, self.others = weakref.ref(optimizer), 0
-            self.gpu.follow(optimizer)
-            return True
-        return False
-
-    def _record(self, optimizer: Any, begin: float, begun: Any) -> None:
+    def _record(self, ended: iterations.Ended, begin: float, begun: Any) -> None:
         from . import capture
 
         if self.step == 0:
@@ -234,6 +260,7 @@ class Recorder:
             "step": self.step,
             "time": time.time(),
             "backwards": len(inbox.losses),
+            **({"skipped": True} if ended.skipped else {}),
         }
         if self.last_end is not None:
             line["wall_s"] = begin - self.last_end
@@ -250,16 +277,15 @@ class Recorder:
             else:
                 scalars.append(((section, key), value))
 
-        if inbox.losses:
-            put("loss", None, inbox.losses[0] if len(inbox.losses) == 1 else self.gpu.stack(inbox.losses).sum())
+        losses = inbox.losses
+        if losses:
+            put("loss", None, losses[0] if len(losses) == 1 else self.gpu.stack(losses).sum())
         for name, value in inbox.parts.items():
             put("loss_parts", name, value)
         norm = None if hasattr(inbox.clip_norm, "to_local") else inbox.clip_norm
-        put(
-            "grad_norm",
-            None,
-            capture.norm_of(self.torch, capture.gradients_of(optimizer)) if norm is None else norm,
-        )
+        if norm is None:
+            norm = ended.norm(self.torch)
+        put("grad_norm", None, norm)
         for name, parameter in self.parameters.items():
             self._put_parameter(put, name, parameter)
         if inbox.half:
@@ -268,13 +294,14 @@ class Recorder:
         calls = self._calls()
         if calls is not None:
             line["calls"] = calls
-        inbox.clear()
         if self.step == 0:
             line["random"] = self.gpu.random_state()
             if self.nudge:
-                capture.nudge(self.torch, optimizer, NUDGES["half" if inbox.half else "float32"])
-        if self.nudge == "redraw":
-            self.gpu.redraw_in_step()
+                size = NUDGES["half" if inbox.half else "float32"]
+                for each in ended.optimizers:
+                    capture.nudge(self.torch, each, size, self.nudge)
+        if self.redraw:
+            self.gpu.redraw_in_step(self.nudge)
         line["probe_s"] = time.perf_counter() - begin
         self.pending.append(self.gpu.send(line, [p for p, _ in scalars], [v for _, v in scalars], begun))
         self._write_arrived()

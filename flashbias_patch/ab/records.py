@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
-from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from dataclasses import dataclass, field, fields
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+OUT_OF_MEMORY = "out of memory"  # the status of a run
+MOST_LOST = 100_000  # steps in a row whose lines are missing
 LOG_TAIL = 4000  # bytes of a run's output shown when it failed
 
 
@@ -34,7 +38,65 @@ class Process:
 
     @property
     def rank(self) -> int:
-        return int(self.environment.get("rank", self.header.get("rank", 0)))
+        return _whole(self.environment.get("rank", self.header.get("rank")))
+
+    @property
+    def world_size(self) -> int:
+        return max(1, _whole(self.environment.get("world_size")))
+
+    @property
+    def started(self) -> float:
+        """Seconds since the epoch; 0 if unknown."""
+        found = _number(self.header.get("time"))
+        return found if math.isfinite(found) else 0.0
+
+    @property
+    def name(self) -> str:
+        """The script or module that the process runs."""
+        argv = self.header.get("argv")
+        words = [str(word) for word in argv] if isinstance(argv, list) else []
+        script = next((word for word in words[1:] if word.endswith(".py")), None)
+        if script is not None:
+            return os.path.basename(script)
+        if "-m" in words[:-1]:
+            return words[words.index("-m") + 1]
+        return "python"
+
+
+@dataclass
+class Training:
+    """One training of a command: its processes, one per rank, rank 0 first."""
+
+    key: Any
+    ranks: List[Process] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        return min((len(p.steps) for p in self.ranks), default=0)
+
+    @property
+    def name(self) -> str:
+        return self.ranks[0].name
+
+
+def trainings(processes: Sequence[Process]) -> List[Training]:
+    """The trainings among `processes`, in the order in which they began. Ranks of one training have one parent."""
+    found: List[Training] = []
+    for process in sorted((p for p in processes if p.steps), key=lambda p: p.started):
+        key = ("parent", process.header.get("ppid")) if process.world_size > 1 else ("process", process.path)
+        training = next((t for t in reversed(found) if t.key == key), None)
+        if training is None or any(p.rank == process.rank for p in training.ranks):
+            training = Training(key)
+            found.append(training)
+        training.ranks.append(process)
+    for training in found:
+        training.ranks.sort(key=lambda p: p.rank)
+    return found
+
+
+def missing_ranks(run: Run) -> int:
+    """Ranks of the training that is judged that recorded no step."""
+    return max((p.world_size for p in run.ranks), default=0) - len(run.ranks)
 
 
 @dataclass
@@ -54,7 +116,10 @@ class Run:
     log_tail: str = ""
     nudged: bool = False  # parameters changed by a few units in the last place after the first step
     redrawn: bool = False  # nudged, and drawing other random numbers from there on
-    load: float = 0.0  # the machine's load average when the run started
+    started: float = 0.0  # seconds since the epoch
+    others: float = 0.0  # CPUs that processes other than the command's kept busy, on average
+    busy: float = 0.0  # share of all CPUs that was busy
+    training: Optional[int] = None  # the number of the training that is judged; None: the longest
 
     @property
     def name(self) -> str:
@@ -62,14 +127,13 @@ class Run:
 
     @property
     def ranks(self) -> List[Process]:
-        """The training processes: one a rank, rank 0 first; of several of a rank, the one of most steps."""
-        best: Dict[int, Process] = {}
-        for process in self.processes:
-            if process.steps and len(process.steps) > len(
-                best[process.rank].steps if process.rank in best else []
-            ):
-                best[process.rank] = process
-        return [best[rank] for rank in sorted(best)]
+        """The processes of the training that is judged, one per rank, rank 0 first."""
+        found = trainings(self.processes)
+        if not found:
+            return []
+        if self.training is None:
+            return max(found, key=lambda t: t.steps).ranks
+        return found[self.training].ranks if self.training < len(found) else []
 
     @property
     def steps(self) -> int:
@@ -81,13 +145,21 @@ class Run:
         return any(not p.ended for p in self.ranks)
 
     def per_step(self, *keys: str) -> np.ndarray:
-        """(ranks, steps) values under the path `keys`; NaN where a line has none."""
-        rows = [[_dig(line, keys) for line in p.steps[: self.steps]] for p in self.ranks]
-        return np.array(rows, dtype=float).reshape(len(rows), self.steps)
+        """(ranks, steps) values under the path `keys`; NaN where a line has none, inf where it has no finite one."""
+        ranks = self.ranks
+        steps = min((len(p.steps) for p in ranks), default=0)
+        rows = [[_dig(line, keys) for line in p.steps[:steps]] for p in ranks]
+        return np.array(rows, dtype=float).reshape(len(rows), steps)
 
     def series(self, *keys: str) -> np.ndarray:
         """(steps,) mean over the ranks that recorded it."""
         return _reduce(np.nanmean, self.per_step(*keys))
+
+    def startup_seconds(self) -> float:
+        """From the start of the command to the end of its first step; NaN if unknown."""
+        times = [_dig(p.steps[0], ("time",)) for p in self.ranks]
+        begun = self.started or min((p.started for p in self.ranks), default=0.0)
+        return max(times) - begun if times and begun else float("nan")
 
     def step_seconds(self) -> np.ndarray:
         """(steps,) seconds a step: by CUDA events where there are any, else wall time; the slowest rank's."""
@@ -137,6 +209,14 @@ class Run:
         """Where torch's generators stood after the first step of rank 0."""
         return self.ranks[0].steps[0].get("random") if self.ranks else None
 
+    def no_finite(self, *keys: str) -> Optional[Tuple[int, int]]:
+        """(step, rank) of the first value under `keys` that is not finite; None if all are."""
+        bad = np.isinf(self.per_step(*keys))
+        if not bad.any():
+            return None
+        step = int(np.argmax(bad.any(axis=0)))
+        return step, self.ranks[int(np.argmax(bad[:, step]))].rank
+
     @property
     def half(self) -> bool:
         return any(line.get("half") for p in self.ranks for line in p.steps[:3])
@@ -158,20 +238,22 @@ class Experiment:
     cwd: str = ""
     schedule: str = ""
     started: float = 0.0
+    lost: str = ""  # why something could not be written, if so
+    interrupted: bool = False  # between two runs
 
     def side(self, label: str) -> List[Run]:
         """The runs of A or B that recorded at least one step and were not hung or crashed early."""
         return [run for run in self.runs if run.label == label and run.steps > 0]
 
     def patched(self) -> List[Run]:
-        """The runs of B that say what answered its attention calls: those with steps, or all of an inference."""
+        """The runs of B that tell which backends computed its attention: those with steps, or all of an inference."""
         if self.options.get("inference"):
             return [run for run in self.runs if run.label == "B"]
         return self.side("B")
 
 
-def load(directory: str) -> Experiment:
-    """Read an output directory of `flashbias ab`; raises NotARecord if it is none."""
+def load(directory: str, process: Optional[str] = None) -> Experiment:
+    """Read an output directory of `flashbias ab`; raises NotARecord if it is none. `process`: see `choose`."""
     path = os.path.join(directory, "ab.json")
     try:
         with open(path, encoding="utf-8") as file:
@@ -180,18 +262,51 @@ def load(directory: str) -> Experiment:
         raise NotARecord(
             f"{directory!r} holds no ab.json: give the --out directory of a flashbias ab run"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NotARecord(f"{path} is not valid JSON: {error}") from error
+    try:
+        entries = _all_runs(directory, document)
+        experiment = build(directory, document, [load_run(directory, entry) for entry in entries])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise NotARecord(f"{path} is not what flashbias ab writes: {type(error).__name__}: {error}") from error
+    choose(experiment, process or experiment.options.get("process"))
+    return experiment
+
+
+def build(directory: str, document: Dict[str, Any], runs: List[Run]) -> Experiment:
+    """An experiment from the content of ab.json and its runs."""
     return Experiment(
         directory=directory,
-        command=document["command"],
-        options=document.get("options", {}),
-        runs=[_load_run(directory, entry) for entry in _all_runs(directory, document)],
-        host=document.get("host", {}),
+        command=[str(word) for word in document["command"]],
+        options=dict(document.get("options") or {}),
+        runs=runs,
+        host=dict(document.get("host") or {}),
         cwd=document.get("cwd", ""),
         schedule=document.get("schedule", ""),
         started=document.get("started", 0.0),
     )
+
+
+def choose(experiment: Experiment, process: Optional[str] = None) -> None:
+    """Choose the training that is judged, the same of every run. `process`: its number from 1, or part of its name.
+
+    Without `process` it is the one of most steps, over all runs; the first of several. Raises NotARecord if no run
+    has the training.
+    """
+    found = [trainings(run.processes) for run in experiment.runs]
+    count = max(map(len, found), default=0)
+    if process:
+        named = {i for each in found for i, t in enumerate(each) if process in t.name}
+        number = int(process) - 1 if process.isdigit() else min(named, default=-1)
+        if count and not 0 <= number < count:
+            longest = max(found, key=lambda each: len(each))
+            names = ", ".join(f"{i + 1} {t.name}" for i, t in enumerate(longest))
+            raise NotARecord(f"--process {process}: the command's trainings are {names}")
+    else:
+        totals = [sum(each[i].steps for each in found if i < len(each)) for i in range(count)]
+        number = totals.index(max(totals)) if totals else 0
+    for run in experiment.runs:
+        run.training = number
 
 
 def _all_runs(directory: str, document: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -215,51 +330,54 @@ def _all_runs(directory: str, document: Dict[str, Any]) -> List[Dict[str, Any]]:
     return listed
 
 
-def _load_run(directory: str, entry: Dict[str, Any]) -> Run:
+def load_run(directory: str, entry: Dict[str, Any]) -> Run:
+    """The run of an entry of ab.json, from its files."""
     place = os.path.join(directory, "runs", entry["directory"])
     probes = os.path.join(place, "probe")
     names = sorted(os.listdir(probes)) if os.path.isdir(probes) else []
-    return Run(
-        label=entry["label"],
-        index=entry["index"],
-        status=entry.get("status", "ok"),
-        message=entry.get("message", ""),
-        exit_code=entry.get("exit_code"),
-        seconds=entry.get("seconds", 0.0),
-        directory=entry["directory"],
-        command=entry.get("command", []),
-        env=entry.get("env", {}),
-        load=entry.get("load", 0.0),
-        nudged=entry.get("nudged", False),
-        redrawn=entry.get("redrawn", False),
-        processes=[load_process(os.path.join(probes, n)) for n in names if n.endswith(".jsonl")],
-        log_tail=_tail(os.path.join(place, "log.txt")),
-    )
+    processes = [load_process(os.path.join(probes, n)) for n in names if n.endswith(".jsonl")]
+    return make_run(entry, processes, tail_of(os.path.join(place, "log.txt")))
+
+
+def make_run(entry: Dict[str, Any], processes: List[Process], log_tail: str) -> Run:
+    """The run of an entry of ab.json."""
+    known = {f.name for f in fields(Run)} - {"processes", "log_tail", "training"}
+    kept = {key: value for key, value in entry.items() if key in known and value is not None}
+    kept["exit_code"] = entry.get("exit_code")
+    return Run(**kept, processes=processes, log_tail=log_tail)
 
 
 def load_process(path: str) -> Process:
-    """Read one probe file; a line cut off or garbled is skipped, and marks the process as truncated."""
-    process = Process(path)
+    """Read one probe file."""
     with open(path, "rb") as file:
-        for raw in file:
-            try:
-                line = json.loads(raw.decode("utf-8"))
-                _take(process, line)
-            except (ValueError, KeyError, TypeError):
-                process.truncated = True
+        return parse_process(path, file.read())
+
+
+def parse_process(path: str, content: bytes) -> Process:
+    """The process of a probe file; a line cut off or garbled is skipped, and marks the process as truncated."""
+    process = Process(path)
+    for raw in content.splitlines():
+        if not raw.strip():
+            continue
+        try:
+            _take(process, json.loads(raw.decode("utf-8")))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            process.truncated = True
     return process
 
 
 def _take(process: Process, line: Dict[str, Any]) -> None:
     event = line["event"]
     if event == "step":
-        process.steps.append(line)
+        lost = int(line.get("step", len(process.steps))) - len(process.steps)
+        process.steps += [{}] * max(0, min(lost, MOST_LOST))  # lines that could not be written
+        process.steps.append(dict(line))
     elif event == "process":
-        process.header = line
+        process.header = dict(line)
     elif event == "environment":
-        process.environment = line
+        process.environment = dict(line)
     elif event == "fallbacks":
-        process.fallbacks = line["fallbacks"]
+        process.fallbacks = [dict(entry) for entry in line["fallbacks"]]
     elif event == "note":
         process.notes.append(line["text"])
     elif event == "stop":
@@ -269,9 +387,26 @@ def _take(process: Process, line: Dict[str, Any]) -> None:
 
 
 def _dig(line: Any, keys: Any) -> float:
+    """The number under `keys`: NaN where there is none, inf where it is not finite."""
     for key in keys:
         line = line.get(key) if isinstance(line, dict) else None
-    return float(line) if isinstance(line, (int, float)) else float("nan")
+    if line is None:
+        return float("nan")
+    value = _number(line)
+    return value if math.isfinite(value) else float("inf")
+
+
+def _number(value: Any) -> float:
+    """A number, or a string that stands for one ("nan", "inf"); NaN for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def _whole(value: Any) -> int:
+    number = _number(value)
+    return int(number) if math.isfinite(number) else 0
 
 
 def _reduce(function: Any, values: np.ndarray) -> np.ndarray:
@@ -287,12 +422,12 @@ def _reduce(function: Any, values: np.ndarray) -> np.ndarray:
     return result
 
 
-def _tail(path: str) -> str:
-    """The end of a log as text: undecodable bytes and control characters shown as what they are."""
+def tail_of(path: Any) -> str:
+    """The end of a log (a path, or a file open for reading) as text: undecodable bytes and control characters escaped."""
     try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - LOG_TAIL))
-            text = file.read().decode("utf-8", "backslashreplace")
+        with open(path, "rb") if isinstance(path, str) else contextlib.nullcontext(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            text = os.pread(file.fileno(), LOG_TAIL, max(0, size - LOG_TAIL)).decode("utf-8", "backslashreplace")
     except OSError:
         return ""
     return "".join(

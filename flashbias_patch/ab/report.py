@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
+import re
 import shlex
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from . import detections, page, records, statistics
+from . import lines, page, records, words
+from . import verdict as verdicts
 from .records import Experiment
-from .statistics import Ratio, Verdict
-from .words import interval, parity_line, seconds, sentence, size, times
+from .statistics import Ratio
+from .verdict import Verdict
 
 EXTRA = 'pip install "flashbias-patch[report]"'
 
@@ -21,81 +22,85 @@ class MissingExtra(RuntimeError):
 
 def text(experiment: Experiment, verdict: Verdict) -> str:
     """A few plain lines, for a terminal without rich."""
-    lines = [sentence(verdict)]
-    if verdict.speed:
-        lines.append(
-            f"  speed   {times(1 / verdict.speed.value)} ({verdict.speed_word}), "
-            f"{interval(verdict.speed, True)}; "
-            f"{seconds(verdict.speed.a)} -> {seconds(verdict.speed.b)} a step, {verdict.clock}"
-        )
-    if verdict.memory:
-        lines.append(
-            f"  memory  {times(verdict.memory.value)} ({verdict.memory_word}), {interval(verdict.memory)}; "
-            f"{size(verdict.memory.a)} -> {size(verdict.memory.b)}"
-        )
-    lines += [f"  {parity_line(p)}" for p in verdict.parities]
-    lines += [f"  backend {row['name']}: {row['count']} calls" for row in page.backends_table(experiment)]
-    lines += [f"  problem: {p}" for p in verdict.problems] + [f"  note: {n}" for n in verdict.notes]
-    return "\n".join(lines)
+    rows = [words.COLUMNS, *words.figures(verdict)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(words.COLUMNS))]
+    out = [words.sentence(verdict)]
+    if len(rows) > 1:
+        out += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
+    out += [f"  {line}" for line in remarks(experiment, verdict)]
+    return "\n".join(out)
+
+
+def remarks(experiment: Experiment, verdict: Verdict) -> List[str]:
+    """What a terminal shows below the table."""
+    found = words.parity_lines(verdict)
+    found += [f"{row['name']}: {row['count']} attention calls" for row in page.backends_table(experiment)]
+    return found + [f"problem: {p}" for p in verdict.problems] + [f"note: {n}" for n in verdict.notes]
 
 
 def markdown(experiment: Experiment, verdict: Verdict) -> str:
-    """For pasting in an issue."""
-    out = [
-        "## flashbias A/B",
-        "",
-        f"**{sentence(verdict)}**",
-        "",
-        "| | A unpatched | B patched | B to A | 95% interval | verdict |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, ratio, word, show in (
-        ("time a step", verdict.speed, verdict.speed_word, seconds),
-        ("peak memory", verdict.memory, verdict.memory_word, size),
-    ):
-        if ratio is not None:
-            ends = "-" if ratio.low is None else f"{ratio.low:.3f} to {ratio.high:.3f}"
-            out.append(
-                f"| {name} | {show(ratio.a)} | {show(ratio.b)} | {times(ratio.value)} | {ends} | {word} |"
-            )
-    out += ["", *(f"- {parity_line(p)}" for p in verdict.parities), ""]
+    """For pasting in an issue. Whatever comes from the command stays in code spans and blocks."""
+    out = ["## flashbias A/B", "", f"**{plain(words.sentence(verdict))}**", ""]
+    rows = words.figures(verdict)
+    if rows:
+        out += table(words.COLUMNS, rows)
+    out += [f"- {plain(line)}" for line in words.parity_lines(verdict)]
     for title, entries in (
-        ("Problems", verdict.problems),
-        ("Notes", verdict.notes),
-        ("Attention calls", [f"{r['name']}: {r['count']}" for r in page.backends_table(experiment)]),
+        ("Problems", [plain(entry) for entry in verdict.problems]),
+        ("Notes", [plain(entry) for entry in verdict.notes]),
+        ("Attention calls", [f"{code(r['name'])}: {r['count']}" for r in page.backends_table(experiment)]),
         (
             "Fallbacks",
             [
-                f"{r['source']}, {r['call']}: {r['reason']} (x{r['count']})"
+                f"{code(r['source'])}, {code(r['call'])}: {code(r['reason'])} (x{r['count']})"
                 for r in page.fallbacks_table(experiment)
             ],
         ),
     ):
         if entries:
-            out += [f"### {title}", *(f"- {entry}" for entry in entries), ""]
-    out += [
-        "### Runs",
-        "| run | status | steps | exit | message |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {r['name']} | {r['status']} | {r['steps']} | {r['exit']} | {_cell(r['message'])} |"
+            out += ["", f"### {title}", *(f"- {entry}" for entry in entries)]
+    out += ["", "### Runs"]
+    out += table(
+        ("run", "status", "steps", "exit", "message"),
+        [
+            [r["name"], r["status"], r["steps"], r["exit"], plain(r["message"])]
             for r in page.runs_table(experiment)
-        ),
-        "",
-        "### Environment",
-        *(f"- {name}: {value}" for name, value in page.environment_rows(experiment)),
-        "",
-        "### Commands",
-        "```sh",
-        *(f"# {name}\n{command}" for name, command in page.commands(experiment)),
-        "```",
-        "",
-    ]
+        ],
+    )
+    out += ["### Environment", *(f"- {name}: {code(value)}" for name, value in page.environment_rows(experiment))]
+    out += ["", "### Commands"]
+    for name, command in page.commands(experiment):
+        out += [f"{name}:", *fenced(command), ""]
     return "\n".join(out)
 
 
-def _cell(value: str) -> str:
-    return value.replace("|", "\\|").replace("\n", " ")
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> List[str]:
+    """A Markdown table. Cells are Markdown already."""
+    cells = [[str(cell).replace("\n", " ") for cell in row] for row in (head, *rows)]
+    divider = "|" + "---|" * len(head)
+    shown = ["| " + " | ".join(row) + " |" for row in cells]
+    return [shown[0], divider, *shown[1:], ""]
+
+
+def plain(value: str) -> str:
+    """Text of ours that may hold words of the command: nothing in it is Markdown, HTML, a table's end or a mention."""
+    kept = re.sub(r"\s+", " ", value)
+    kept = re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", kept)
+    return kept.replace("@", "@\u200b").replace("://", ":\u200b//")
+
+
+def code(value: Any) -> str:
+    """A code span that holds whatever is in `value`, on one line, in a table too."""
+    kept = re.sub(r"\s+", " ", str(value)).strip() or " "
+    ticks = "`" * (max(map(len, re.findall("`+", kept)), default=0) + 1)
+    space = " " if kept[0] == "`" or kept[-1] == "`" else ""
+    return f"{ticks}{space}{kept}{space}{ticks}".replace("|", "\\|")
+
+
+def fenced(value: str) -> List[str]:
+    """A code block that nothing in `value` can end."""
+    fence = "`" * max(3, max(map(len, re.findall("`+", value)), default=0) + 1)
+    return [f"{fence}sh", *value.splitlines(), fence]
 
 
 def render(template: str, **context: Any) -> str:
@@ -109,18 +114,23 @@ def render(template: str, **context: Any) -> str:
     return environment.get_template(template).render(**context)
 
 
-def html(experiment: Experiment, verdict: Verdict, extra: Optional[Dict[str, Any]] = None) -> str:
-    """One file: no network, no other file. `extra`: the detection comparison, when there is one."""
+def html(experiment: Experiment, verdict: Verdict) -> str:
+    """One file: no network, no other file."""
     return render(
         "report.html.j2",
         title="flashbias A/B",
-        sentence=detections.sentence(extra) if extra and verdict.inference else sentence(verdict),
+        sentence=words.sentence(verdict),
+        bad=verdict.failed,
         cards=[] if verdict.inference else page.headlines(verdict),
+        figures=words.figures(verdict),
+        columns=words.COLUMNS,
+        tones={word: words.tone(word) for word in (*words.GOOD, *words.BAD)},
         charts=page.charts(experiment, verdict),
         problems=verdict.problems,
         notes=verdict.notes,
         failures=page.failures(experiment),
-        parts=page.parts_table(experiment),
+        parity_lines=words.parity_lines(verdict),
+        parts=page.parts_table(experiment, verdict),
         gradients=page.gradients_table(experiment),
         backends=page.backends_table(experiment),
         fallbacks=page.fallbacks_table(experiment),
@@ -128,35 +138,48 @@ def html(experiment: Experiment, verdict: Verdict, extra: Optional[Dict[str, Any
         environment=page.environment_rows(experiment),
         commands=page.commands(experiment),
         command=" ".join(shlex.quote(word) for word in experiment.command),
-        detections=extra,
+        detections=verdict.detections,
     )
 
 
 def summary(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
-    """The verdict as JSON: what CI and benchmarks/results/ keep."""
+    """The verdict as strict JSON: a number that JSON does not have is null."""
 
     def ratio(value: Optional[Ratio]) -> Optional[Dict[str, Any]]:
-        return None if value is None else value._asdict()
+        if value is None:
+            return None
+        return {**value._asdict(), "mean": ratio(value.mean)}
 
-    return {
-        "sentence": sentence(verdict),
+    timing = verdict.timing
+    found = {
+        "sentence": words.sentence(verdict),
+        "failed": verdict.failed,
+        "failures": [failure._asdict() for failure in verdict.failures],
         "speed": ratio(verdict.speed),
         "speed_word": verdict.speed_word,
+        "startup_seconds": None if timing is None else timing.startup,
+        "total_seconds": None if timing is None else timing.total,
+        "break_even_step": None if timing is None else timing.break_even,
+        "stalls": None if timing is None else [each._asdict() for each in timing.stalls],
         "memory": ratio(verdict.memory),
         "memory_word": verdict.memory_word,
         "memory_kind": verdict.memory_kind,
         "clock": verdict.clock,
+        "attention_calls": verdict.calls,
         "parity_word": verdict.parity_word,
         "first_step": verdict.first_step,
         "parity": [
             {
                 "quantity": p.quantity,
                 "word": p.word,
+                "why": p.why,
+                "rank": p.rank,
+                "part_of_loss": p.part,
                 "first_step": p.first_step,
                 "steps": p.steps,
                 "noise": p.noise,
                 "drift": p.drift,
-                "largest": p.largest if math.isfinite(p.largest) else None,
+                "largest": p.largest,
                 "largest_at": p.largest_at,
             }
             for p in verdict.parities
@@ -168,12 +191,19 @@ def summary(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
         "runs": page.runs_table(experiment),
         "command": experiment.command,
         "environment": dict(page.environment_rows(experiment)),
+        **({"detections": verdict.detections} if verdict.detections is not None else {}),
     }
+    kept: Dict[str, Any] = lines.plain(found, lambda number: None)
+    return kept
 
 
-def load_and_judge(directory: str) -> Tuple[Experiment, Verdict]:
-    experiment = records.load(directory)
-    return experiment, statistics.judge(experiment)
+def load_and_judge(directory: str, process: Optional[str] = None) -> Tuple[Experiment, Verdict]:
+    """Raises records.NotARecord. `process`: the training to judge, see records.choose."""
+    from . import detections
+
+    experiment = records.load(directory, process)
+    found = detections.compare_runs(experiment) if experiment.options.get("inference") else None
+    return experiment, verdicts.judge(experiment, detections=found)
 
 
 def bench_html(found: Dict[str, Any]) -> str:

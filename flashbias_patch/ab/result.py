@@ -14,49 +14,53 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from . import detections, words
+from . import words
+from .parity import ROUNDING
 from .records import Experiment, Run
-from .statistics import Ratio, Verdict
+from .statistics import Ratio
+from .verdict import Verdict
 
 FORMAT = 1
 MOST_STEPS = 400  # of a run's curves; more are thinned evenly
 MIB = 2**20
 
 
-def compact(
-    experiment: Experiment, verdict: Verdict, found: Optional[Dict[str, Any]] = None
-) -> Dict[str, Any]:
-    """The document. `found`: the comparison of detections, where there was one."""
+def compact(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
+    """The document."""
     fallbacks = [entry for run in experiment.patched() for entry in run.fallbacks()]
     return {
         "format": FORMAT,
         "about": about(experiment),
         "command": command(experiment),
-        "headline": headline(experiment, verdict, found),
+        "headline": headline(experiment, verdict),
         "notes": verdict.notes,
         "problems": verdict.problems,
         "backends": _calls(experiment.patched()),
         "fallbacks": [{k: entry.get(k) for k in ("source", "call", "reason", "count")} for entry in fallbacks],
         "runs": [_run(run) for run in experiment.runs],
-        **({"detections": found} if found else {}),
+        **({"detections": verdict.detections} if verdict.detections else {}),
     }
 
 
-def headline(
-    experiment: Experiment, verdict: Verdict, found: Optional[Dict[str, Any]] = None
-) -> Dict[str, Any]:
+def headline(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
     """The few numbers for a table: time and memory (A, B, ratio, interval, word), training, repeats."""
     losses = next((p for p in verdict.parities if p.quantity == "loss"), None)
     sides = [[r.peak_memory("reserved_peak") / MIB for r in experiment.side(x) if not r.nudged] for x in "AB"]
     reserved = [_number(max(side)) if side else None for side in sides]
-    says = detections.sentence(found) if found and verdict.inference else words.sentence(verdict)
+    timing, mean = verdict.timing, verdict.speed.mean if verdict.speed else None
     return {
-        "sentence": says.replace(words.SPACE, " "),
+        "sentence": words.sentence(verdict).replace(words.SPACE, " "),
+        "failures": [str(failure) for failure in verdict.failures],
+        "attention_calls": verdict.calls,
         "repeats": [sum(r.label == x and not r.nudged for r in experiment.runs) for x in "AB"],
         "time": _ratio(verdict.speed, verdict.speed_word, 1.0, "s", clock=verdict.clock),
         "memory": _ratio(
             verdict.memory, verdict.memory_word, 1 / MIB, "mib", kind=verdict.memory_kind, reserved_mib=reserved
         ),
+        "mean_time": _ratio(mean, "", 1.0, "s"),
+        "startup_s": None if timing is None else [_number(value) for value in timing.startup],
+        "total_s": None if timing is None else [_number(value) for value in timing.total],
+        "break_even_step": None if timing is None else timing.break_even,
         "training": {
             "word": verdict.parity_word,
             "first_step": verdict.first_step,
@@ -67,11 +71,31 @@ def headline(
     }
 
 
+def says(document: Dict[str, Any]) -> str:
+    """The sentence of a document, from its figures: also of one written before ratios were patched / unpatched."""
+    found = document["headline"]
+    if found.get("failures"):
+        return str(found["sentence"])
+    time, memory, training = found["time"], found["memory"], found["training"]
+    if training["word"] not in words.PARITY_SAYS:
+        return str(found["sentence"])
+    word = training_word(document)
+    parts = words.clauses(*(entry and (entry["ratio"], entry["word"]) for entry in (time, memory)))
+    return words.joined([*parts, words.training_clause(word, training["first_step"])]) + "."
+
+
+def training_word(document: Dict[str, Any]) -> str:
+    """The word on training, no better than the difference allows: documents are kept that were written before that."""
+    training = document["headline"]["training"]
+    far = (training["loss_difference"] or 0.0) > ROUNDING["loss"].most
+    return "within noise" if far and training["word"] == "within rounding" else str(training["word"])
+
+
 def rows(document: Dict[str, Any]) -> List[Tuple[str, str, str, str]]:
-    """A table of a document's headline: (what, A, B, B to A with its 95% interval and verdict)."""
+    """A table of a document's headline: (what, A, B, patched / unpatched with its 95% interval and verdict)."""
     found = document["headline"]
     table = []
-    for name, key, unit, digits in (("time a step", "time", "s", 3), ("peak memory", "memory", "mib", 0)):
+    for name, key, unit, digits in (("time per step", "time", "s", 3), ("peak memory", "memory", "mib", 0)):
         entry = found[key]
         if entry:
             ends = "" if entry["low"] is None else f" ({entry['low']:.3f} to {entry['high']:.3f})"
@@ -81,7 +105,7 @@ def rows(document: Dict[str, Any]) -> List[Tuple[str, str, str, str]]:
     if training["loss_difference"] is not None:
         noise = max(training["loss_noise"] or 0.0, training["loss_drift"] or 0.0)
         apart = f"A from A {words.relative(noise)}, B from A {words.relative(training['loss_difference'])}"
-        table.append(("loss", "", "", f"{training['word']}: {apart}"))
+        table.append(("loss", "", "", f"{training_word(document)}: {apart}"))
     return [tuple(str(cell) for cell in row) for row in table]  # type: ignore[misc]
 
 
@@ -131,7 +155,8 @@ def _run(run: Run) -> Dict[str, Any]:
         "steps": run.steps,
         "ranks": len(run.ranks),
         "seconds": _number(run.seconds),
-        "load": run.load,
+        "others_cpus": run.others,
+        "startup_s": _number(run.startup_seconds()) if run.steps else None,
     }
     if run.steps:
         kept.update(

@@ -7,24 +7,34 @@ OUT/runs/01-A/probe/     what its processes recorded (probe.py)
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
+import re
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
-
-import numpy as np
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from .. import launch
-from . import probe, records
+from . import lines, probe, records, verdict
+from .records import Experiment
 
 POLL = 0.05
 GRACE_TO_END = 20.0  # after its N steps, how long a command may take to come to its end by itself
+PR_SET_PDEATHSIG = 1
 GRACE_TO_DIE = 5.0  # between SIGTERM and SIGKILL
+
+INTERRUPTED = "interrupted"
+OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+    r"|DefaultCPUAllocator: (can't|not enough)|^MemoryError|HIP out of memory",
+    re.MULTILINE,
+)
 
 Progress = Callable[[str, Dict[str, Any]], None]
 
@@ -32,7 +42,8 @@ Progress = Callable[[str, Dict[str, Any]], None]
 class Options(NamedTuple):
     """How to run. `timeout`: seconds without a step or a byte of output after which a run counts as hung.
 
-    `inference`: the command makes no optimiser steps and is to run to its end.
+    `inference`: the command makes no optimiser steps and is to run to its end. `stand_in`: A gets functions of
+    flash_attn's names where it is not installed. `process`: the training that is judged (records.choose).
     """
 
     repeats: int = 1
@@ -45,6 +56,8 @@ class Options(NamedTuple):
     env_a: Mapping[str, str] = {}
     env_b: Mapping[str, str] = {}
     inference: bool = False
+    stand_in: bool = False
+    process: Optional[str] = None
 
 
 def schedule(repeats: int, noise_run: bool = True) -> str:
@@ -58,23 +71,19 @@ def schedule(repeats: int, noise_run: bool = True) -> str:
 
 def run_all(
     command: Sequence[str], out: str, options: Options, progress: Optional[Progress] = None
-) -> List[Dict[str, Any]]:
-    """Run the whole schedule; returns the entries of ab.json's "runs". Ctrl-C ends the run and the schedule.
+) -> Experiment:
+    """Run the whole schedule, and further runs that the verdict needs (verdict.next_run). Ctrl-C ends both.
 
-    A side that failed is not repeated: what is left of the schedule then has nothing to add. Where two As
-    agree bit for bit, A against A says nothing about rounding, so one more A is run whose parameters are
-    nudged by a few units in the last place after its first step: how far that one drifts is how far rounding
-    alone carries this command. Where B draws other random numbers than A (dropout), that A draws others too.
+    A side that failed is not repeated: what is left of the schedule then has nothing to add. All that was recorded is
+    in the experiment returned, also where `out` vanished or its disk is full; the latter is in its `lost`.
     """
-    progress = progress or (lambda event, run: None)
+    progress = _careful(progress or (lambda event, run: None))
     out = os.path.abspath(out)
-    os.makedirs(out, exist_ok=True)
-    order = schedule(options.repeats, options.noise_run)
     document: Dict[str, Any] = {
         "format": 1,
         "command": list(command),
         "cwd": os.getcwd(),
-        "schedule": order,
+        "schedule": schedule(options.repeats, options.noise_run),
         "options": {**options._asdict(), "env_a": dict(options.env_a), "env_b": dict(options.env_b)},
         "host": {
             "platform": platform.platform(),
@@ -84,42 +93,52 @@ def run_all(
         "started": time.time(),
         "runs": [],
     }
-    _save(out, document)
+    experiment = records.build(out, document, [])
+    _save(experiment, document)
     failed = set()
-    for index, label in enumerate(order):
-        if label in failed:
-            continue
-        run = run_one(
-            command, os.path.join(out, "runs", f"{index + 1:02d}-{label}"), label, index, options, progress
-        )
-        document["runs"].append(run)
-        _save(out, document)
-        progress("done", run)
-        if run["status"] == "interrupted":
-            break
-        if run["status"] != "ok":
+
+    def one(label: str, nudge: str = "") -> bool:
+        """Make one run; False if it was interrupted."""
+        index = len(document["runs"])
+        place = os.path.join(out, "runs", f"{index + 1:02d}-{label}")
+        entry, processes, tail = run_one(command, place, label, index, options, progress, nudge)
+        document["runs"].append(entry)
+        experiment.runs.append(records.make_run(entry, processes, tail))
+        _save(experiment, document)
+        progress("done", entry)
+        if entry["status"] != "ok":
             failed.add(label)
-    else:
-        yardstick = _yardstick(out) if options.noise_run and not failed and not options.inference else None
-        if yardstick:
-            place = os.path.join(out, "runs", f"{len(order) + 1:02d}-A")
-            run = run_one(command, place, "A", len(order), options, progress, yardstick)
-            document["runs"].append(run)
-            _save(out, document)
-            progress("done", run)
-    return document["runs"]
+        return bool(entry["status"] != INTERRUPTED)
+
+    try:
+        for label in document["schedule"]:
+            if label not in failed and not one(label):
+                return experiment
+        while not failed and options.noise_run:
+            records.choose(experiment, options.process)
+            needed = verdict.next_run(experiment, verdict.judge(experiment))
+            if needed is None or not one(*needed):
+                break
+    except KeyboardInterrupt:  # between two runs
+        experiment.interrupted = True
+    except records.NotARecord:  # no such training: the report says so
+        pass
+    return experiment
 
 
-def _yardstick(out: str) -> Optional[str]:
-    """What one more A is to be, to hold the Bs against: "redraw", "1" for nudged only, None for no such run."""
-    experiment = records.load(out)
-    a, b = experiment.side("A"), experiment.side("B")
-    (first, *others), patched = [[run.series("loss") for run in side] for side in (a, b)]
-    if not np.isfinite(first).any() or all(np.array_equal(first, x, equal_nan=True) for x in patched):
-        return None
-    if any(run.random != a[0].random for run in b):
-        return "redraw"
-    return "1" if others and all(np.array_equal(first, x, equal_nan=True) for x in others) else None
+def _careful(progress: Progress) -> Progress:
+    """`progress`, until it cannot write any more (its terminal is closed): that must not end the runs."""
+    closed = False
+
+    def careful(event: str, run: Dict[str, Any]) -> None:
+        nonlocal closed
+        try:
+            if not closed:
+                progress(event, run)
+        except (OSError, ValueError):
+            closed = True
+
+    return careful
 
 
 def run_one(
@@ -129,26 +148,15 @@ def run_one(
     index: int,
     options: Options,
     progress: Progress,
-    nudge: Optional[str] = None,
-) -> Dict[str, Any]:
-    """One fresh process tree; never raises for what the command does. Returns its entry for ab.json."""
+    nudge: str = "",
+) -> Tuple[Dict[str, Any], List[records.Process], str]:
+    """One fresh process tree; never raises for what the command does. `nudge`: see probe.Recorder.
+
+    Returns its entry for ab.json, what its processes recorded, and the end of its output.
+    """
     probes = os.path.join(directory, "probe")
-    os.makedirs(probes, exist_ok=True)
     words = [word.replace("{predictions}", os.path.join(directory, "predictions.json")) for word in command]
     overrides = options.env_a if label == "A" else options.env_b
-    env = launch.prepare_environment(
-        os.environ,
-        patch=label == "B",
-        extra={
-            "PYTHONHASHSEED": str(options.seed),
-            probe.DIRECTORY: probes,
-            probe.STEPS: str(options.steps),
-            probe.PARAMS: ",".join(options.params),
-            probe.SEED: str(options.seed),
-            **({probe.NUDGE: nudge} if nudge else {}),
-            **overrides,
-        },
-    )
     run: Dict[str, Any] = {
         "label": label,
         "index": index,
@@ -156,47 +164,100 @@ def run_one(
         "command": words,
         "env": dict(overrides),
         "started": time.time(),
-        "load": _load(),
-        "nudged": nudge is not None,
-        "redrawn": nudge == "redraw",
+        "nudged": bool(nudge),
+        "redrawn": nudge.startswith("redraw"),
     }
     progress("start", run)
-    begin = time.monotonic()
-    with open(os.path.join(directory, "log.txt"), "wb") as log:
-        try:
+    begin, machine = time.monotonic(), Machine()
+    signs, child, tail = None, None, ""
+    try:
+        os.makedirs(probes, exist_ok=True)
+        with open(os.path.join(directory, "log.txt"), "wb+") as log:
+            signs = Signs(probes, log)
             child = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=env,
+                env=_environment(label, probes, options, nudge),
                 start_new_session=True,
+                preexec_fn=_end_with_parent(),
             )
-        except OSError as error:
-            run.update(status="not started", message=f"cannot be started: {error}", exit_code=None)
-        else:
-            run.update(
-                _watch(
-                    child, probes, log.name, options, lambda steps: progress("steps", {**run, "steps": steps})
-                )
-            )
+            run.update(_watch(child, signs, options, lambda steps: progress("steps", {**run, "steps": steps})))
+            tail = signs.tail()
+    except OSError as error:
+        run.update(status="not started", message=f"cannot be started: {error}", exit_code=None)
+    except KeyboardInterrupt:  # before it was watched
+        run.update(status=INTERRUPTED, message="interrupted at its start", exit_code=None)
+        with _deaf_to_interrupts():
+            if child is not None:
+                end_processes(child, probes)
     run["seconds"] = time.monotonic() - begin
-    return run
+    run.update(machine.since())
+    return run, [] if signs is None else signs.recorded(), tail
 
 
-def _load() -> float:
-    """The machine's load average; 0 where it cannot be had, as in some containers."""
+def _end_with_parent() -> Optional[Callable[[], None]]:
+    """What makes Linux end the child if this process is killed by SIGKILL; its other processes end at their next step."""
     try:
-        return os.getloadavg()[0]
-    except OSError:
-        return 0.0
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+    except (OSError, AttributeError):  # no Linux
+        return None
+    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def _watch(
-    child: Any, probes: str, log: str, options: Options, on_steps: Callable[[int], None]
-) -> Dict[str, Any]:
-    """Wait for the end of a run, or bring it about; then end what it left running."""
-    signs = Signs(probes, log)
+def _environment(label: str, probes: str, options: Options, nudge: str) -> Dict[str, str]:
+    """The environment of one run. Variables given for one side win, but PYTHONPATH keeps what loads the probe."""
+    overrides = options.env_a if label == "A" else options.env_b
+    stand_in = {probe.STAND_IN: "1", "FLASHBIAS_BACKEND": "sdpa"} if options.stand_in and label == "A" else {}
+    return launch.prepare_environment(
+        {**os.environ, **overrides},
+        patch=label == "B",
+        extra={
+            "PYTHONHASHSEED": str(options.seed),
+            probe.DIRECTORY: probes,
+            probe.STEPS: str(options.steps),
+            probe.PARAMS: ",".join(options.params),
+            probe.SEED: str(options.seed),
+            probe.WATCHER: str(os.getpid()),
+            **({probe.NUDGE: nudge} if nudge else {}),
+            **stand_in,
+            **{name: value for name, value in overrides.items() if name != "PYTHONPATH"},
+        },
+    )
+
+
+class Machine:
+    """Work of this machine since the object was made: the command's own, and that of others."""
+
+    def __init__(self) -> None:
+        self.begin = self._read()
+
+    @staticmethod
+    def _read() -> Optional[Tuple[float, float, float]]:
+        """(all CPU seconds, those not idle, those of this process and the children that it has waited for)."""
+        try:
+            with open("/proc/stat", "rb") as file:
+                ticks = [int(word) for word in file.readline().split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        unit = os.sysconf("SC_CLK_TCK")
+        idle = ticks[3] + ticks[4]
+        return sum(ticks) / unit, (sum(ticks) - idle) / unit, sum(u.ru_utime + u.ru_stime for u in usage)
+
+    def since(self) -> Dict[str, float]:
+        """`others`: CPUs that other work kept busy; `busy`: share of all CPUs that was; empty where unknown."""
+        end = self._read()
+        if self.begin is None or end is None or end[0] <= self.begin[0]:
+            return {}
+        whole, busy, own = (y - x for x, y in zip(self.begin, end))
+        others = max(0.0, busy - own) / whole * (os.cpu_count() or 1)
+        return {"others": round(others, 2), "busy": round(min(1.0, busy / whole), 3)}
+
+
+def _watch(child: Any, signs: Signs, options: Options, on_steps: Callable[[int], None]) -> Dict[str, Any]:
+    """Wait for the end of a run, or bring it about; then end what it left running, whatever happens here."""
     asked_to_stop = None
     ending = None
     try:
@@ -213,27 +274,39 @@ def _watch(
             if time.monotonic() - signs.last > options.timeout:
                 ending = "hung"
                 break
-        end_processes(child, probes)
     except KeyboardInterrupt:
-        ending = "interrupted"
+        ending = INTERRUPTED
+    except Exception as error:  # its record was removed, this process is out of descriptors, ...
+        ending = f"{type(error).__name__}: {error}"
+    finally:
         with _deaf_to_interrupts():
-            end_processes(child, probes)
-    signs.look()
+            end_processes(child, signs.probes)
+    if ending in (None, "stopped"):
+        try:
+            signs.look()
+        except OSError as error:
+            ending = f"{type(error).__name__}: {error}"
     return {**_outcome(ending, child.returncode, signs, options), "exit_code": child.returncode}
 
 
 def _outcome(ending: Optional[str], code: Optional[int], signs: Signs, options: Options) -> Dict[str, Any]:
-    """Status and message: ok, crashed, hung, interrupted, no steps."""
+    """Status and message: ok, crashed, out of memory, hung, interrupted, record lost, no steps."""
     steps = f"{signs.steps} step{'' if signs.steps == 1 else 's'} recorded"
-    if ending == "interrupted":
-        return {"status": "interrupted", "message": f"interrupted from the keyboard; {steps}"}
+    if ending == INTERRUPTED:
+        return {"status": INTERRUPTED, "message": f"interrupted; {steps}"}
     if ending == "hung":
         return {
             "status": "hung",
             "message": f"no step and no output for {options.timeout:g} s, so it was ended; {steps}",
         }
+    if ending not in (None, "stopped"):
+        return {"status": "record lost", "message": f"it could not be watched and was ended ({ending}); {steps}"}
     if code and not (signs.stopped and ending == "stopped"):
         how = f"ended by {_signal_name(-code)}" if code < 0 else f"exit status {code}"
+        if _out_of_memory(signs):
+            return {"status": records.OUT_OF_MEMORY, "message": f"{how}; {steps}"}
+        killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+        how += ", as the kernel does where the host's memory runs out" if killed else ""
         return {"status": "crashed", "message": f"{how}; {steps}; its last lines are in log.txt"}
     if options.inference:
         return {"status": "ok", "message": "finished"}
@@ -247,6 +320,12 @@ def _outcome(ending: Optional[str], code: Optional[int], signs: Signs, options: 
     if signs.steps < options.steps:
         return {"status": "ok", "message": f"ended by itself; {steps} of {options.steps}"}
     return {"status": "ok", "message": steps}
+
+
+def _out_of_memory(signs: Signs) -> bool:
+    """Did a process end by an out-of-memory error? By its last exception, or else by the end of the output."""
+    errors = [p.error for p in signs.recorded() if p.error]
+    return any(OUT_OF_MEMORY.search(text) for text in errors or [signs.tail()])
 
 
 def _no_steps(signs: Signs) -> str:
@@ -269,39 +348,51 @@ def _signal_name(number: int) -> str:
 
 
 class Signs:
-    """Signs of life of a run, read off its files: growth, steps (of the busiest process), whether it was
-    stopped.
+    """Signs of life of a run, read from its files: growth, steps (of the busiest process), whether it was stopped.
+
+    What was read is kept, so that it outlives the files.
     """
 
-    def __init__(self, probes: str, log: str) -> None:
+    def __init__(self, probes: str, log: Any) -> None:
         self.probes, self.log = probes, log
         self.last = time.monotonic()
         self.size = -1
         self.steps = 0
         self.stopped = self.torch = self.news = False
         self.processes = 0
-        self._read: Dict[str, List[int]] = {}  # file -> [bytes read, steps]
+        self._read: Dict[str, bytearray] = {}
+        self._steps: Dict[str, int] = {}
 
     def look(self) -> None:
-        size = os.path.getsize(self.log)
+        """Raises OSError where the files are gone."""
+        size = os.fstat(self.log.fileno()).st_size
         names = sorted(os.listdir(self.probes))
         self.processes = len(names)
         before = self.steps
         for name in names:
-            path = os.path.join(self.probes, name)
-            state = self._read.setdefault(name, [0, 0])
-            with open(path, "rb") as file:
-                file.seek(state[0])
+            kept = self._read.setdefault(name, bytearray())
+            with open(os.path.join(self.probes, name), "rb") as file:
+                file.seek(len(kept))
                 new = file.read()
-            state[0] += len(new)
-            state[1] += new.count(b'{"event": "step"')
+            kept += new
+            self._steps[name] = self._steps.get(name, 0) + new.count(b'{"event": "step"')
             self.stopped = self.stopped or b'{"event": "stop"' in new
             self.torch = self.torch or b'{"event": "torch"' in new
-            self.steps = max(self.steps, state[1])
-            size += state[0]
+            self.steps = max(self.steps, self._steps[name])
+            size += len(kept)
         self.news = self.steps != before
         if size != self.size:
             self.size, self.last = size, time.monotonic()
+
+    def recorded(self) -> List[records.Process]:
+        return [
+            records.parse_process(os.path.join(self.probes, name), bytes(content))
+            for name, content in sorted(self._read.items())
+        ]
+
+    def tail(self) -> str:
+        """The end of the output."""
+        return records.tail_of(self.log)
 
 
 def end_processes(child: Any, probes: str) -> None:
@@ -365,20 +456,25 @@ class _deaf_to_interrupts:
     """While children are being ended, a second Ctrl-C must not leave them behind."""
 
     def __enter__(self) -> None:
-        self.main = threading.current_thread() is threading.main_thread()
-        if self.main:
-            self.before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ()
+        self.before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
 
     def __exit__(self, *exc: Any) -> None:
-        if self.main:
-            signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
-def _save(out: str, document: Dict[str, Any]) -> None:
-    path = os.path.join(out, "ab.json")
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1, default=str)
-    os.replace(path + ".part", path)
+def _save(experiment: Experiment, document: Dict[str, Any]) -> None:
+    """Write ab.json; where that fails, say so in `experiment.lost` and go on."""
+    path = os.path.join(experiment.directory, "ab.json")
+    try:
+        os.makedirs(experiment.directory, exist_ok=True)
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            json.dump(lines.plain(document), file, indent=1, default=str, allow_nan=False)
+        os.replace(path + ".part", path)
+    except OSError as error:
+        experiment.lost = str(error)
 
 
 if sys.platform == "win32":

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import List, NamedTuple, Optional, Tuple
 
-from .statistics import Parity, Ratio, Verdict
+from . import records
+from .parity import Parity
+from .statistics import MEAN_LEVEL, Ratio
+from .verdict import SIDES, Verdict
 
 SPACE = "\u00a0"  # between a figure and its unit: never the end of a line
-GOOD = ("faster", "less memory", "identical", "within rounding", "within noise")
-BAD = ("slower", "more memory", "differs")
+GOOD = ("faster", "less memory", "identical", "within rounding", "within noise", "same")
+BAD = ("slower", "more memory", "differs", "fails", "not finite")
 UNCLEAR = "shows no clear change in {}"
 PARITY_SAYS = {
     "identical": "trains identically, bit for bit",
@@ -18,6 +21,8 @@ PARITY_SAYS = {
     "differs": "does not train the same",
     "not compared": "could not be compared in its losses",
 }
+ZERO_CALLS = "Zero attention calls went through the patch. "
+NO_CALLS = "is anything patched? `flashbias doctor --repo DIR` tells"
 
 
 def tone(word: str) -> str:
@@ -26,37 +31,104 @@ def tone(word: str) -> str:
 
 
 def sentence(verdict: Verdict) -> str:
-    """The verdict in one sentence."""
+    """The verdict in one or two sentences: failures first."""
+    zero = ZERO_CALLS if verdict.nothing_patched else ""
+    if verdict.failures:
+        return zero + _failure(verdict)
+    if verdict.detections is not None:
+        from . import detections
+
+        return zero + detections.sentence(verdict.detections)
     if verdict.inference:
         return "Inference, unpatched and patched: the detections are what is compared."
     if not verdict.comparable:
+        return f"Nothing to compare: {verdict.problems[-1] if verdict.problems else 'no run recorded a step'}."
+    return zero + _comparison(verdict)
+
+
+def _failure(verdict: Verdict) -> str:
+    """Which side fails, and how."""
+    first = {side: next((f for f in verdict.failures if f.side == side), None) for side in "AB"}
+    if verdict.only_patched_fits:
+        made = verdict.failures[0].steps
+        after = f" after {made} step{'' if made == 1 else 's'}" if made else ""
         return (
-            "Nothing to compare: "
-            + (verdict.problems[-1] if verdict.problems else "no run recorded a step")
-            + "."
+            f"Unpatched runs out of memory{after}; patched trains at {seconds(verdict.patched_step)} a step in "
+            f"{size(verdict.patched_peak)}."
         )
+    if all(f is None or f.status == "interrupted" for f in first.values()):
+        return f"Interrupted in {verdict.failures[0].run}: {verdict.failures[0].message}."
+    names = [SIDES[side] for side in "AB" if first[side] is not None]
+    who = " and ".join(names).capitalize()
+    if all(f is None or f.status == records.OUT_OF_MEMORY for f in first.values()):
+        return f"{who} run{'' if len(names) > 1 else 's'} out of memory: {_which(first)}."
+    return f"{who} fail{'' if len(names) > 1 else 's'}: {_which(first)}."
+
+
+def _which(first: dict) -> str:
+    return ". ".join(f"{f.run} {_verb(f.status)}: {f.message.partition('; ')[0]}" for f in first.values() if f)
+
+
+def _verb(status: str) -> str:
+    """A status that is a noun or an adjective with its verb."""
+    plain = {
+        records.OUT_OF_MEMORY: "ran out of memory",
+        "hung": "hung",
+        "no steps": "made no step",
+        "not started": "was not started",
+        "record lost": "lost its record",
+        "interrupted": "was interrupted",
+    }
+    return plain.get(status, status)
+
+
+def _comparison(verdict: Verdict) -> str:
+    speed, memory, word = verdict.speed, verdict.memory, verdict.parity_word
+    if speed is not None and speed.mean is not None and speed.disagree:
+        speed = speed.mean
+    says = clauses(
+        None if speed is None else (speed.value, verdict.speed_word),
+        None if memory is None else (memory.value, verdict.memory_word),
+    )
+    if word in ("undecided", "not finite"):
+        worst = next(p for p in sorted(verdict.parities, key=lambda p: p.badness) if p.word == word)
+        what = "Whether it trains the same is undecided" if word == "undecided" else f"The {worst.quantity} is not finite"
+        return f"{joined(says)}. {what}: {worst.why}{_since(worst)}."
+    return joined([*says, training_clause(word, verdict.first_step)]) + "."
+
+
+def clauses(speed: Optional[Tuple[float, str]], memory: Optional[Tuple[float, str]]) -> List[str]:
+    """Speed and memory, each (patched / unpatched, word), as parts of a sentence that begins with "Patched"."""
     says = []
-    if verdict.speed is not None:
+    if speed is not None:
+        value, word = speed
         says.append(
             {
-                "faster": f"is {times(1 / verdict.speed.value)} as fast",
-                "slower": f"takes {times(verdict.speed.value)} the time",
-                "no difference": "is as fast as unpatched",
-            }.get(verdict.speed_word, UNCLEAR.format("speed"))
+                "faster": f"takes {times(value)} the time (faster)",
+                "slower": f"takes {times(value)} the time (slower)",
+                "no difference": "takes the same time",
+            }.get(word, UNCLEAR.format("speed"))
         )
-    if verdict.memory is not None:
-        says.append(
-            {
-                "less memory": f"needs {times(verdict.memory.value)} the memory",
-                "more memory": f"needs {times(verdict.memory.value)} the memory",
-                "no difference": "needs the same memory",
-            }.get(verdict.memory_word, UNCLEAR.format("memory"))
-        )
+    if memory is not None:
+        value, word = memory
+        changed = word in ("less memory", "more memory")
+        same = "needs the same memory" if word == "no difference" else UNCLEAR.format("memory")
+        says.append(f"needs {times(value)} the memory" if changed else same)
     if says == [UNCLEAR.format("speed"), UNCLEAR.format("memory")]:
         says = [UNCLEAR.format("speed or memory")]
-    says.append(PARITY_SAYS[verdict.parity_word])
-    text = "Patched " + ", ".join(says[:-1]) + (" and " if len(says) > 1 else "") + says[-1]
-    return text + (f" from step {verdict.first_step} on." if verdict.first_step is not None else ".")
+    return says
+
+
+def training_clause(word: str, first_step: Optional[int]) -> str:
+    return PARITY_SAYS[word] + ("" if first_step is None else f" from step {first_step} on")
+
+
+def joined(says: List[str]) -> str:
+    return f"Patched {', '.join(says[:-1])}{' and ' if len(says) > 1 else ''}{says[-1]}" if says else "Patched runs"
+
+
+def _since(parity: Parity) -> str:
+    return f" from step {parity.drowned_at} on" if parity.word == "undecided" and parity.drowned_at else ""
 
 
 def times(ratio: float) -> str:
@@ -78,31 +150,93 @@ def size(value: float) -> str:
     return f"{value / 2**30:.2f}{SPACE}GiB" if value >= 2**30 else f"{value / 2**20:.0f}{SPACE}MiB"
 
 
-def interval(ratio: Ratio, inverse: bool = False) -> str:
-    if ratio.low is None or ratio.high is None:
-        return "too few steps for an interval"
-    low, high = (1 / ratio.high, 1 / ratio.low) if inverse else (ratio.low, ratio.high)
-    return f"95% interval {low:.3f} to {high:.3f}"
+def ends(ratio: Ratio) -> str:
+    return "-" if ratio.low is None or ratio.high is None else f"{ratio.low:.3f} to {ratio.high:.3f}"
+
+
+def interval(ratio: Ratio) -> str:
+    """The interval in words."""
+    return "too few steps for an interval" if ratio.low is None else f"95% interval {ends(ratio)}"
+
+
+class Figure(NamedTuple):
+    """A row of the table of a verdict, as text. `ratio`: patched / unpatched."""
+
+    name: str
+    a: str
+    b: str
+    ratio: str
+    interval: str
+    word: str
+
+
+COLUMNS = ("", "A unpatched", "B patched", "patched / unpatched", "95% interval", "verdict")
+
+
+def figures(verdict: Verdict) -> List[Figure]:
+    """The table that the terminal, Markdown and the page show."""
+    rows = []
+    speed, timing = verdict.speed, verdict.timing
+    if speed is not None:
+        rows.append(_figure("time per step, usual", speed, seconds, verdict.speed_word))
+        if speed.mean is not None:
+            word = {1: "slower", -1: "faster"}.get(speed.mean.excludes_one, "")
+            row = _figure("time per step, mean", speed.mean, seconds, word)
+            rows.append(row._replace(interval=f"{row.interval} ({MEAN_LEVEL:.0f}%)" if row.interval != "-" else "-"))
+    if timing is not None:
+        rows.append(_plain("start to first step", timing.startup))
+        rows.append(_plain("whole run", timing.total))
+    if verdict.memory is not None:
+        rows.append(_figure("peak memory", verdict.memory, size, verdict.memory_word))
+    elif math.isfinite(verdict.patched_peak):
+        rows.append(Figure("time per step, usual", "-", seconds(verdict.patched_step), "-", "-", ""))
+        rows.append(Figure("peak memory", "-", size(verdict.patched_peak), "-", "-", ""))
+    return rows
+
+
+def _figure(name: str, ratio: Ratio, show: object, word: str) -> Figure:
+    return Figure(name, show(ratio.a), show(ratio.b), times(ratio.value), ends(ratio), word)  # type: ignore[operator]
+
+
+def _plain(name: str, pair: Tuple[float, float]) -> Figure:
+    ratio = times(pair[1] / pair[0]) if all(map(math.isfinite, pair)) and pair[0] > 0 else "-"
+    return Figure(name, seconds(pair[0]), seconds(pair[1]), ratio, "-", "")
 
 
 def relative(value: Optional[float]) -> str:
     if value is None:
         return "unknown"
+    if not math.isfinite(value):
+        return "not finite"
     return "0" if value == 0 else f"{value:.1e}" if value < 1e-3 else f"{value:.2%}"
 
 
 def extra_run(redrawn: bool) -> str:
-    """What the run beside the schedule is called."""
+    """The name of a run beside the schedule."""
     return "redrawn A" if redrawn else "nudged A"
 
 
 def parity_line(parity: Parity) -> str:
+    """One quantity: its word, where it parts, and how far A is from A."""
+    where = "" if parity.rank is None else f" (rank {parity.rank})"
     if parity.word == "not compared":
         return f"{parity.quantity}: not recorded on both sides"
     parted = f", they part at step {parity.first_step}" if parity.first_step is not None else ""
+    why = f": {parity.why}{_since(parity)}" if parity.why else ""
     noise = "no A/A pair" if parity.noise is None else f"A/A {relative(parity.noise)}"
     noise += "" if parity.drift is None else f", {extra_run(parity.redrawn)} {relative(parity.drift)}"
     return (
-        f"{parity.quantity}: {parity.word}{parted}; largest difference {relative(parity.largest)} at step "
+        f"{parity.quantity}{where}: {parity.word}{parted}{why}; largest difference {relative(parity.largest)} at step "
         f"{parity.largest_at} of {parity.steps} ({noise})"
     )
+
+
+def parity_lines(verdict: Verdict) -> List[str]:
+    """Loss and gradient norm, then the parts of the loss that are not within noise, and how many are."""
+    found = [parity_line(p) for p in verdict.parities if not p.part]
+    parts = [p for p in verdict.parities if p.part and p.word != "not compared"]
+    bad = sorted((p for p in parts if tone(p.word) != "good"), key=lambda p: p.badness)
+    found += [f"part of the loss, {parity_line(p)}" for p in bad]
+    if len(bad) < len(parts):
+        found.append(f"{len(parts) - len(bad)} of {len(parts)} parts of the loss: within rounding or noise")
+    return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,8 +16,9 @@ from typing import Any, Dict, List, Optional, Tuple
 NAME = "ab"
 HELP = "run a training command unpatched (A) and patched (B), and say what changed"
 
-FAIL_IF = ("slower", "differs", "more-memory")
+FAIL_IF = ("slower", "differs", "more-memory", "fails")
 NOT_COMPARED, FAILED, INTERRUPTED = 3, 1, 130
+MOST_SEED = 2**32 - 1  # of numpy's and of PYTHONHASHSEED
 
 
 def _pair(word: str) -> Tuple[str, str]:
@@ -25,14 +28,15 @@ def _pair(word: str) -> Tuple[str, str]:
     return name, value
 
 
-def _at_least(kind: Any, least: Any) -> Any:
+def _at_least(kind: Any, least: Any, most: float = math.inf) -> Any:
     def parse(word: str) -> Any:
         try:
             value = kind(word)
         except ValueError:
-            value = None
-        if value is None or value < least:
-            raise argparse.ArgumentTypeError(f"expected a number of at least {least}, got {word!r}")
+            value = math.nan
+        if not least <= value <= most or value == math.inf:
+            upper = "" if most == math.inf else f" and at most {most}"
+            raise argparse.ArgumentTypeError(f"expected a number of at least {least}{upper}, got {word!r}")
         return value
 
     return parse
@@ -62,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=_at_least(int, 0),
+        type=_at_least(int, 0, MOST_SEED),
         default=0,
         metavar="S",
         help="given to every run before its own code starts; its own seeding wins (default 0)",
@@ -91,14 +95,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds without a step or any output after which a run is taken for hung (default 600)",
     )
     parser.add_argument(
-        "--no-aa", action="store_true", help="with --repeats 1: no second A to judge the noise by"
+        "--no-aa", action="store_true", help="no runs for the command's own noise: no second A, no nudged A"
+    )
+    parser.add_argument(
+        "--process",
+        metavar="WHICH",
+        help="of several trainings in one command, the one that is judged: its number in the order of their start, or "
+        "part of its script's name (default: the longest)",
+    )
+    parser.add_argument(
+        "--stand-in-for-a",
+        action="store_true",
+        help="where flash-attn is not installed, A gets functions of its names, computed by torch's "
+        "scaled_dot_product_attention",
     )
     parser.add_argument(
         "--fail-if",
         action="append",
         default=[],
         choices=FAIL_IF,
-        help="exit with 1 if so; may be given several times",
+        help="exit with 1 if so, and, given any of them, if a run failed; may be given several times",
     )
     parser.add_argument(
         "--eval",
@@ -112,25 +128,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 1 if --fail-if came true; 2 usage; 3 nothing could be compared; 130 interrupted."""
+    """Exit status: 0; 1 if --fail-if came true; 2 usage; 3 a run failed, or nothing could be compared; 130 interrupted.
+
+    Unpatched out of memory while patched trains is a result: 0.
+    """
+    try:
+        return _main(args)
+    except KeyboardInterrupt:  # before the first run or after the last one
+        _print("flashbias ab: interrupted", sys.stderr)
+        return INTERRUPTED
+
+
+def _main(args: argparse.Namespace) -> int:
     command = args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
     problem = _usage(args, command)
     if problem:
         print(f"flashbias ab: {problem}", file=sys.stderr)
         return 2
     try:
-        from ..ab import records, report, runner, statistics
+        from ..ab import detections, records, report, runner
+        from ..ab import verdict as verdicts
     except ImportError as error:
         print(
             f'flashbias ab: {error}; pip install "flashbias-patch[report]" brings what is missing',
             file=sys.stderr,
         )
         return 2
-    out = args.out or os.path.join("runs", time.strftime("ab-%Y%m%d-%H%M%S"))
-    if os.path.exists(os.path.join(out, "ab.json")):
-        print(
-            f"flashbias ab: --out: {out} already holds a comparison; give another directory", file=sys.stderr
-        )
+    out = os.path.expanduser(args.out or os.path.join("runs", time.strftime("ab-%Y%m%d-%H%M%S")))
+    problem = _cannot_write(out)
+    if problem:
+        print(f"flashbias ab: --out: {problem}", file=sys.stderr)
         return 2
     command = [word.replace("{checkpoint}", args.eval or "") for word in command]
     options = runner.Options(
@@ -144,29 +171,53 @@ def main(args: argparse.Namespace) -> int:
         env_a=dict(args.env_a),
         env_b=dict(args.env_b),
         inference=args.eval is not None,
+        stand_in=args.stand_in_for_a,
+        process=args.process,
     )
 
-    before = signal.signal(signal.SIGTERM, _as_interrupt)
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, _as_interrupt) for number in ends}
     screen = _screen(runner.schedule(args.repeats, not args.no_aa), args.steps)
     try:
         with screen:
-            runs = runner.run_all(command, out, options, screen.update)
+            experiment = runner.run_all(command, out, options, screen.update)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    experiment = records.load(out)
-    verdict = statistics.judge(experiment)
-    found = _detections(experiment) if args.eval is not None else None
-    _show(experiment, verdict, found)
-    _write(out, experiment, verdict, found, report)
-    if any(run["status"] == "interrupted" for run in runs):
+    try:
+        records.choose(experiment, args.process)
+    except records.NotARecord as error:
+        _print(f"flashbias ab: {error}", sys.stderr)
+        return 2
+    found = detections.compare_runs(experiment) if args.eval is not None else None
+    verdict = verdicts.judge(experiment, detections=found)
+    _show(experiment, verdict)
+    _write(out, experiment, verdict, report)
+    if experiment.interrupted or any(run.status == "interrupted" for run in experiment.runs):
         return INTERRUPTED
     failed = verdict.fails(args.fail_if)
     if failed:
-        print(f"flashbias ab: failing, as asked to: {', '.join(failed)}", file=sys.stderr)
+        _print(f"flashbias ab: --fail-if condition met: {', '.join(failed)}", sys.stderr)
         return FAILED
-    done = found is not None and "error" not in found if args.eval is not None else verdict.comparable
-    return 0 if done else NOT_COMPARED
+    return 0 if verdict.only_patched_fits or (verdict.comparable and not verdict.failed) else NOT_COMPARED
+
+
+def _cannot_write(out: str) -> Optional[str]:
+    """Makes the directory. Why nothing can be written to it; None if it can."""
+    if os.path.exists(os.path.join(out, "ab.json")):
+        return f"{out} already holds a comparison; give another directory"
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        return f"{out[:200]} cannot be made: {error.strerror}"
+    return None if os.access(out, os.W_OK) else f"{out} is not writable"
+
+
+def _print(text: str, stream: Any = None) -> None:
+    """Print; a terminal or pipe that is closed must not cost the report's files."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream or sys.stdout, flush=True)
 
 
 def _usage(args: argparse.Namespace, command: List[str]) -> Optional[str]:
@@ -183,30 +234,30 @@ def _as_interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _detections(experiment: Any) -> Dict[str, Any]:
-    from ..ab import detections
-
-    return detections.compare_runs(experiment)
-
-
-def _write(out: str, experiment: Any, verdict: Any, found: Optional[Dict[str, Any]], report: Any) -> None:
-    kept = report.summary(experiment, verdict)
-    if found is not None:
-        kept["detections"] = found
-    with open(os.path.join(out, "summary.json"), "w", encoding="utf-8") as file:
-        json.dump(kept, file, indent=1)
-    with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as file:
-        file.write(report.markdown(experiment, verdict))
-    try:
-        page = report.html(experiment, verdict, found)
-    except report.MissingExtra as error:
-        print(f"no HTML: {error}", file=sys.stderr)
-        print(f"written: {os.path.join(out, 'report.md')}, summary.json")
-        return
-    path = os.path.join(out, "report.html")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(page)
-    print(f"report: {path}")
+def _write(out: str, experiment: Any, verdict: Any, report: Any) -> None:
+    """Write summary.json, report.md and report.html, as far as that is possible."""
+    pages = {
+        "summary.json": lambda: json.dumps(report.summary(experiment, verdict), indent=1, allow_nan=False),
+        "report.md": lambda: report.markdown(experiment, verdict),
+        "report.html": lambda: report.html(experiment, verdict),
+    }
+    written = []
+    for name, make in pages.items():
+        path = os.path.join(out, name)
+        try:
+            text = make()
+            os.makedirs(out, exist_ok=True)
+            with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+            written.append(path)
+        except report.MissingExtra as error:
+            _print(f"no HTML: {error}", sys.stderr)
+        except OSError as error:
+            experiment.lost = experiment.lost or str(error)
+    if experiment.lost:
+        _print(f"flashbias ab: not everything could be written to {out}: {experiment.lost}", sys.stderr)
+    if written:
+        _print(f"report: {written[-1]}")
 
 
 # -- the terminal
@@ -214,13 +265,13 @@ def _write(out: str, experiment: Any, verdict: Any, found: Optional[Dict[str, An
 
 
 class PlainScreen:
-    """One line a run."""
+    """One line per run."""
 
     def __init__(self, schedule: str) -> None:
         self.schedule = schedule
 
     def __enter__(self) -> PlainScreen:
-        print(f"{len(self.schedule)} runs: {' '.join(self.schedule)} (A unpatched, B patched)", flush=True)
+        _print(f"{len(self.schedule)} runs: {' '.join(self.schedule)} (A unpatched, B patched)")
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -228,23 +279,23 @@ class PlainScreen:
 
     def update(self, event: str, run: Dict[str, Any]) -> None:
         if event == "done":
-            from ..ab.words import extra_run
+            _print(f"  run {run['index'] + 1} {_name(run)}: {run['status']} in {run['seconds']:.1f} s: {run['message']}")
 
-            what = extra_run(run["redrawn"]) if run["nudged"] else run["label"]
-            print(
-                f"  run {run['index'] + 1} {what}: {run['status']} in {run['seconds']:.1f} s: "
-                f"{run['message']}",
-                flush=True,
-            )
+
+def _name(run: Dict[str, Any]) -> str:
+    from ..ab.words import extra_run
+
+    return extra_run(run["redrawn"]) if run["nudged"] else {"A": "A unpatched", "B": "B patched"}[run["label"]]
 
 
 class RichScreen:
-    """A progress bar a run, by steps."""
+    """A progress bar per run, by steps."""
 
     def __init__(self, schedule: str, steps: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.schedule, self.steps = schedule, steps
+        self.tasks: Dict[int, Any] = {}
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -256,25 +307,23 @@ class RichScreen:
 
     def __enter__(self) -> RichScreen:
         self.progress.__enter__()
-        self.tasks = [self._task(i, label) for i, label in enumerate(self.schedule)]
+        for index, label in enumerate(self.schedule):
+            self._task({"index": index, "label": label, "nudged": False})
         return self
 
-    def _task(self, index: int, label: str, name: str = "A unpatched") -> Any:
-        return self.progress.add_task(
-            f"{index + 1} {'[blue]' + name if label == 'A' else '[dark_orange]B patched'}",
-            total=self.steps,
-            start=False,
-            message="",
-        )
+    def _task(self, run: Dict[str, Any]) -> None:
+        color = {"A": "[blue]", "B": "[dark_orange]"}[run["label"]]
+        description = f"{run['index'] + 1} {color}{_name(run)}"
+        self.tasks[run["index"]] = self.progress.add_task(description, total=self.steps, start=False, message="")
 
     def __exit__(self, *exc: Any) -> None:
         self.progress.__exit__(*exc)
 
     def update(self, event: str, run: Dict[str, Any]) -> None:
-        from ..ab.words import extra_run
-
-        if run["index"] == len(self.tasks):
-            self.tasks.append(self._task(run["index"], run["label"], extra_run(run["redrawn"])))
+        if event == "start":
+            if run["index"] in self.tasks:  # of the schedule, of which a side that failed is left out
+                self.progress.remove_task(self.tasks[run["index"]])
+            self._task(run)
         task = self.tasks[run["index"]]
         if event == "start":
             self.progress.start_task(task)
@@ -288,30 +337,39 @@ class RichScreen:
 
 def _screen(schedule: str, steps: int) -> Any:
     try:
-        if sys.stdout.isatty():
+        if _is_terminal():
             return RichScreen(schedule, steps)
     except ImportError:
         pass
     return PlainScreen(schedule)
 
 
-def _show(experiment: Any, verdict: Any, found: Optional[Dict[str, Any]]) -> None:
+def _is_terminal() -> bool:
+    """Is standard output a terminal? Without raising where it is closed."""
+    try:
+        return sys.stdout.isatty()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _show(experiment: Any, verdict: Any) -> None:
     from ..ab import detections, page, report
 
     try:
-        if not sys.stdout.isatty():
+        if not _is_terminal():
             raise ImportError
         from rich.console import Console
     except ImportError:
-        print(report.text(experiment, verdict))
+        _print(report.text(experiment, verdict))
     else:
-        Console().print(*_rich(experiment, verdict), sep="\n")
+        with contextlib.suppress(OSError, ValueError):
+            Console().print(*_rich(experiment, verdict), sep="\n")
     for entry in page.failures(experiment):
         if entry["log"]:
             tail = "\n".join(f"    {line}" for line in entry["log"].splitlines()[-8:])
-            print(f"the end of {entry['name']}'s output:\n{tail}")
-    if found is not None:
-        print(detections.text(found))
+            _print(f"the end of {entry['name']}'s output:\n{tail}")
+    if verdict.detections is not None:
+        _print(detections.text(verdict.detections))
 
 
 def _rich(experiment: Any, verdict: Any) -> List[Any]:
@@ -319,30 +377,14 @@ def _rich(experiment: Any, verdict: Any) -> List[Any]:
     from rich.markup import escape
     from rich.table import Table
 
-    from ..ab import page, words
+    from ..ab import report, words
 
     colors = {"good": "green", "bad": "red", "neutral": "yellow"}
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("", "[blue]A unpatched", "[dark_orange]B patched", "B to A", "95% interval", "verdict"):
-        table.add_column(column, justify="left" if column == "" else "right")
-    for name, ratio, word, show in (
-        ("time a step", verdict.speed, verdict.speed_word, words.seconds),
-        ("peak memory", verdict.memory, verdict.memory_word, words.size),
-    ):
-        if ratio is not None:
-            ends = "-" if ratio.low is None else f"{ratio.low:.3f} to {ratio.high:.3f}"
-            table.add_row(
-                name,
-                show(ratio.a),
-                show(ratio.b),
-                words.times(ratio.value),
-                ends,
-                f"[{colors[words.tone(word)]}]{word}",
-            )
-    shown: List[Any] = [f"[bold]{escape(words.sentence(verdict))}"] + ([table] if table.row_count else [])
-    shown += [f"[{colors[words.tone(p.word)]}]{escape(words.parity_line(p))}" for p in verdict.parities]
-    shown += [f"{row['name']}: {row['count']} attention calls" for row in page.backends_table(experiment)]
-    shown += [f"[red]problem: {escape(p)}" for p in verdict.problems] + [
-        f"[dim]note: {escape(n)}" for n in verdict.notes
-    ]
-    return shown
+    for column, color in zip(words.COLUMNS, ("", "[blue]", "[dark_orange]", "", "", "")):
+        table.add_column(color + column, justify="left" if column == "" else "right")
+    for row in words.figures(verdict):
+        table.add_row(*row[:-1], f"[{colors[words.tone(row.word)]}]{row.word}" if row.word else "")
+    head = "[bold red]" if verdict.failed else "[bold]"
+    shown: List[Any] = [f"{head}{escape(words.sentence(verdict))}"] + ([table] if table.row_count else [])
+    return shown + [escape(line) for line in report.remarks(experiment, verdict)]

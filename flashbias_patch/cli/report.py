@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="figures and curves to keep, without this machine's paths; - is standard output"
     )
+    parser.add_argument("--process", metavar="WHICH", help="the training that is judged, as of `flashbias ab`")
     parser.add_argument(
         "--tensorboard", metavar="LOGDIR", help="one TensorBoard run for each run of the comparison"
     )
@@ -28,44 +29,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Exit status: 0; 2 when DIR is no comparison or an extra is missing."""
     try:
-        from ..ab import detections, records, report, result, tensorboard
+        from ..ab import detections, lines, records, report, result, tensorboard
     except ImportError as error:
         print(
             f'flashbias report: {error}; pip install "flashbias-patch[report]" brings what is missing',
             file=sys.stderr,
         )
         return 2
-    found = _detections(args.directory)
     try:
-        experiment, verdict = report.load_and_judge(args.directory)
+        experiment, verdict = report.load_and_judge(args.directory, args.process)
         other = args.markdown or args.json or args.tensorboard
         page = args.html or (None if other else os.path.join(args.directory, "report.html"))
         if page:
-            _write(page, report.html(experiment, verdict, found))
+            _write(page, report.html(experiment, verdict))
         if args.markdown:
             _write(args.markdown, report.markdown(experiment, verdict))
         if args.json:
-            kept = result.compact(experiment, verdict, found)
+            kept = lines.plain(result.compact(experiment, verdict), lambda number: None)
             _write(args.json, json.dumps(kept, indent=1, allow_nan=False) + "\n")
         if args.tensorboard:
             tensorboard.write(experiment, args.tensorboard)
             print(f"TensorBoard: tensorboard --logdir {args.tensorboard}")
-    except (records.NotARecord, report.MissingExtra) as error:
+    except (records.NotARecord, report.MissingExtra, OSError) as error:
         print(f"flashbias report: {error}", file=sys.stderr)
         return 2
     if "-" not in (args.markdown, args.json, args.html):
         print(report.text(experiment, verdict))
-        if found is not None:
-            print(detections.text(found))
+        if verdict.detections is not None:
+            print(detections.text(verdict.detections))
     return 0
-
-
-def _detections(directory: str) -> dict | None:
-    try:
-        with open(os.path.join(directory, "summary.json"), encoding="utf-8") as file:
-            return json.load(file).get("detections")
-    except (OSError, ValueError):
-        return None
 
 
 def _write(path: str, text: str) -> None:

@@ -87,6 +87,19 @@ def experiment(runs, **options):
     )
 
 
+def ranks(loss, count=4, steps=30):
+    """An A B B A experiment of `count` ranks, their losses `loss(label, rank, step)`."""
+    runs = []
+    for index, label in enumerate("ABBA"):
+        made = [make_run(label, index, np.ones(steps), [loss(label, r, i) for i in range(steps)]) for r in range(count)]
+        for rank, each in enumerate(made):
+            each.processes[0].environment.update(rank=rank, world_size=count)
+            each.processes[0].header["ppid"] = 7
+        made[0].processes = [each.processes[0] for each in made]
+        runs.append(made[0])
+    return experiment(runs)
+
+
 def trial(
     seed, slowdown=0.0, memory=1.0, noise=0.002, part_at=None, jump=0.05, repeats=3, steps=60, spread=0.004
 ):

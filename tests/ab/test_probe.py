@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -238,7 +239,7 @@ def test_class_wrapping_where_torch_has_no_global_hook(monkeypatch):
     monkeypatch.setattr(module.Optimizer, "__init__", module.Optimizer.__init__)
     monkeypatch.setattr(torch.optim.SGD, "step", torch.optim.SGD.step)
     heard = []
-    capture.on_optimizer_step(heard.append)
+    capture.on_optimizer_step(heard.append, capture.Inbox(torch))
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     parameter.grad = torch.ones(2)
@@ -321,7 +322,7 @@ def test_where_the_generators_stand_is_told_once(tmp_path, seeds):
             print("drawn", torch.rand(1).item())
     """
     runs = {}
-    for nudge in ("", "1", "redraw"):
+    for nudge in ("", "1", "redraw1"):
         place = tmp_path / (nudge or "plain")
         place.mkdir()
         runs[nudge] = python(place, body, **({"FLASHBIAS_PROBE_NUDGE": nudge} if nudge else {}))
@@ -345,3 +346,193 @@ def test_nudge_changes_parameters_by_rounding_only():
     change = ((parameter - before) / before).detach().abs()
     assert 0 < change.max() < 2e-6
     assert torch.equal(torch.get_rng_state(), state)
+
+
+ITERATIONS = {
+    "one optimiser per layer": """
+        parts = [torch.optim.SGD([p], lr=0.1) for p in net.parameters() if p is not net.frozen]
+        def iterate():
+            loss = net(torch.ones(2, 4)).pow(2).mean()
+            for each in parts: each.zero_grad()
+            loss.backward()
+            for each in parts: each.step()
+            return loss
+    """,
+    "optimiser inside backward": """
+        from torch.distributed.optim import _apply_optimizer_in_backward
+        _apply_optimizer_in_backward(torch.optim.SGD, list(net.linear.parameters()), {"lr": 0.1})
+        def iterate():
+            loss = net(torch.ones(2, 4)).pow(2).mean()
+            loss.backward()
+            return loss
+    """,
+    "closure": """
+        optimizer = torch.optim.LBFGS(net.linear.parameters(), lr=0.1, max_iter=5)
+        def iterate():
+            losses = []
+            def closure():
+                optimizer.zero_grad()
+                losses.append(net(torch.ones(2, 4)).pow(2).mean())
+                losses[-1].backward()
+                return losses[-1]
+            optimizer.step(closure)
+            return losses[0]
+    """,
+    "two optimisers, two backward passes": """
+        other = torch.optim.Adam([net.bias_scale])
+        def iterate():
+            for each in (optimizer, other):
+                loss = net(torch.ones(2, 4)).pow(2).mean()
+                optimizer.zero_grad(); other.zero_grad()
+                loss.backward()
+                each.step()
+            return loss
+    """,
+    "steps left out by a scaler": """
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        net.count = 0
+        def iterate():
+            net.count += 1
+            loss = net(torch.ones(2, 4)).pow(2).mean()
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            if net.count % 3 == 1: net.linear.weight.grad.fill_(float("inf"))
+            scaler.step(optimizer); scaler.update()
+            return loss
+    """,
+}  # fmt: skip
+
+
+def test_a_step_is_an_iteration(tmp_path):
+    """However many optimisers, closures or skipped steps there are in it; its loss is its own. One fork per kind."""
+    import torch
+
+    kinds = {k: textwrap.dedent(v) for k, v in ITERATIONS.items() if "scaler" not in k or hasattr(torch.amp, "GradScaler")}
+    process, output, found = python(
+        tmp_path,
+        f"""
+        import multiprocessing, os
+        torch.set_num_threads(1)
+        def run(kind, code):
+            names = dict(globals())
+            exec(code, names)
+            path, values = f"{{os.getpid()}}.txt", []
+            try:
+                for i in range(100): values.append(float(names["iterate"]()))
+            finally:
+                open(path, "w").write(repr((kind, i + 1, values)))
+        for kind, code in {kinds!r}.items():
+            child = multiprocessing.get_context("fork").Process(target=run, args=(kind, code))
+            child.start(); child.join()
+    """,
+        FLASHBIAS_PROBE_STEPS="40",
+    )
+    assert process.returncode == 0, output
+    made = {path.stem: ast.literal_eval(path.read_text()) for path in tmp_path.glob("*.txt")}
+    assert {kind for kind, _, _ in made.values()} == set(kinds), output
+    for each in found:
+        if not each.steps:
+            continue
+        kind, iterations, values = made[str(each.header["pid"])]
+        assert (len(each.steps), iterations, each.stopped, each.notes) == (40, 40, True, []), kind
+        if "two backward" not in kind:
+            assert [line["loss"] for line in each.steps[: len(values)]] == pytest.approx(values, rel=1e-6), kind
+        if "scaler" in kind:
+            assert [line.get("skipped", False) for line in each.steps[:6]] == [True, False, False] * 2
+        if "closure" not in kind and "scaler" not in kind:
+            assert all(line["grad_norm"] > 0 for line in each.steps), kind
+
+
+def test_descriptors_closed_by_the_command(tmp_path):
+    """Its steps are recorded all the same, it is stopped, and nothing is written into a file of its own."""
+    process, output, (found,) = python(
+        tmp_path,
+        """
+        import os
+        os.closerange(3, 64)
+        own = open("own.txt", "w")
+        for i in range(100):
+            step(torch.ones(2, 4))
+        print("not reached")
+    """,
+        FLASHBIAS_PROBE_STEPS="5",
+    )
+    assert (process.returncode, len(found.steps), found.stopped) == (0, 5, True), output
+    assert (tmp_path / "own.txt").read_text() == "" and "not reached" not in output
+
+
+def test_steps_are_counted_where_nothing_can_be_written(tmp_path):
+    process, output, found = python(
+        tmp_path,
+        """
+        from flashbias_patch.ab import lines
+        def full(*_): raise OSError(28, "No space left on device")
+        lines.os = type("os", (), {"write": full, "fstat": lines.os.fstat, "close": lines.os.close})
+        for i in range(100):
+            step(torch.ones(2, 4))
+        print("not reached")
+    """,
+        FLASHBIAS_PROBE_STEPS="6",
+    )
+    assert process.returncode == 0 and "not reached" not in output and found[0].steps == []
+
+
+def test_a_line_cut_off_by_a_full_disk_costs_that_line(tmp_path, monkeypatch):
+    from flashbias_patch.ab import lines
+
+    file, write = lines.Lines(str(tmp_path / "x.jsonl")), os.write
+    file.write({"event": "step", "step": 0, "loss": float("nan")})
+    monkeypatch.setattr(lines.os, "write", lambda descriptor, data: write(descriptor, data[:10]))
+    with pytest.raises(OSError, match="10 of"):
+        file.write({"event": "step", "step": 1})
+    monkeypatch.setattr(lines.os, "write", write)
+    file.write({"event": "step", "step": 2, "loss": 1.0})
+    file.close()
+    first = (tmp_path / "x.jsonl").read_text().split("\n")[0]
+    assert json.loads(first, parse_constant=pytest.fail)["loss"] == "nan"
+    found = load_process(str(tmp_path / "x.jsonl"))
+    assert found.truncated and [line.get("step") for line in found.steps] == [0, None, 2]
+    assert Run("A", 0, processes=[found]).series("loss").tolist()[2] == 1.0
+
+
+def test_without_its_watcher_a_command_ends(tmp_path):
+    watcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    process, probes = python(
+        tmp_path,
+        """
+        for i in range(100000):
+            step(torch.ones(2, 4)); time.sleep(0.01)
+    """,
+        wait=False,
+        FLASHBIAS_PROBE_WATCHER=str(watcher.pid),
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not any(b'"step"' in p.read_bytes() for p in probes.glob("*.jsonl")):
+        time.sleep(0.05)
+    assert process.poll() is None
+    watcher.kill()
+    watcher.wait()
+    assert process.wait(timeout=30) == 0
+
+
+def test_flash_attn_for_the_unpatched_side(tmp_path):
+    """Only where none is installed; torch's own attention behind the names."""
+    body = """
+        from flash_attn.flash_attn_interface import flash_attn_unpadded_kvpacked_func
+        from flash_attn.bert_padding import unpad_input, pad_input
+        q, kv = torch.randn(6, 2, 8), torch.randn(10, 2, 2, 8)
+        out = flash_attn_unpadded_kvpacked_func(q, kv, torch.tensor([0, 6]), torch.tensor([0, 10]), 6, 10, 0.0)
+        k, v = kv.unbind(1)
+        wanted = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
+        print(float((out - wanted).abs().max()) < 1e-5)
+        step(torch.ones(2, 4))
+    """
+    (tmp_path / "with").mkdir()
+    process, output, (found,) = python(tmp_path / "with", body, FLASHBIAS_PROBE_STAND_IN="1", FLASHBIAS_BACKEND="sdpa")
+    assert process.returncode == 0 and output.strip() == "True", output
+    assert "calls" not in found.steps[0]
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        (tmp_path / "without").mkdir()
+        assert "No module named 'flash_attn'" in python(tmp_path / "without", body)[1]

@@ -14,7 +14,7 @@ import sys
 import pytest
 
 from flashbias_patch.ab import page, report, result, words
-from flashbias_patch.ab.statistics import judge
+from flashbias_patch.ab.verdict import judge
 
 from . import synthetic
 
@@ -37,16 +37,21 @@ def rich_experiment():
     found.runs[1].processes[0].fallbacks = [
         {"source": "triton", "call": "fp16 d32 <r8>", "reason": "a long reason " * 8, "count": 3}
     ]
-    found.runs[4].status, found.runs[4].message = "crashed", "exit status 1; 60 steps recorded"
-    found.runs[4].log_tail = "Traceback </pre><script>alert(1)</script>\n" + "x" * 400
     found.command = ["python", "tools/train.py", "projects/configs/" + "very_long_name_" * 8 + ".py"]
     return found
 
 
-def html_of(experiment=None, extra=None):
+def failing_experiment():
+    found = rich_experiment()
+    found.runs[4].status, found.runs[4].message = "crashed", "exit status 1; 60 steps recorded"
+    found.runs[4].log_tail = "Traceback </pre><script>alert(1)</script>\n" + "x" * 400
+    return found
+
+
+def html_of(experiment=None, detections=None):
     pytest.importorskip("jinja2")
     experiment = experiment or rich_experiment()
-    return report.html(experiment, judge(experiment), extra)
+    return report.html(experiment, judge(experiment, detections=detections))
 
 
 def test_sentence_and_cards_say_the_verdict():
@@ -54,20 +59,72 @@ def test_sentence_and_cards_say_the_verdict():
     verdict = judge(experiment)
     text = words.sentence(verdict)
     assert re.fullmatch(
-        r"Patched is 1\.3\d× as fast, needs 0\.41× the memory and does not train the same from step 40 on\.",
+        r"Patched takes 0\.7\d× the time \(faster\), needs 0\.41× the memory and does not train the same from step 40 on\.",
         text,
     )
     speed, memory, training = page.headlines(verdict)
     assert (speed["word"], memory["word"], training["big"]) == ("faster", "less memory", "Differs")
     assert speed["whisker"]["low"] < speed["whisker"]["value"] < speed["whisker"]["high"]
-    assert speed["whisker"]["one"] < speed["whisker"]["low"]  # 1x lies outside the interval: it is faster
+    assert speed["whisker"]["one"] > speed["whisker"]["high"]  # 1x lies outside the interval: it is faster
+
+
+def test_a_failure_is_the_headline_of_every_format():
+    experiment = failing_experiment()
+    verdict = judge(experiment)
+    says = "Unpatched fails: A5 crashed: exit status 1."
+    assert words.sentence(verdict) == says and verdict.parity_word == "fails"
+    assert [card["word"] for card in page.headlines(verdict)] == ["undecided", "undecided", "crashed"]
+    assert says in report.text(experiment, verdict) and says in report.markdown(experiment, verdict)
+    assert f'<h1 class="bad">{says}</h1>' in html_of(experiment)
+    assert result.compact(experiment, verdict)["headline"]["sentence"] == says
 
 
 def test_markdown_holds_the_figures():
     experiment = rich_experiment()
     text = report.markdown(experiment, judge(experiment))
     assert "| peak memory | 8.00\u00a0GiB | 3.28\u00a0GiB | 0.41× |" in text
-    assert "- triton, fp16 d32 <r8>" in text and "flashbias run --off -- python" in text
+    assert "- `triton`, `fp16 d32 <r8>`" in text and "flashbias run --off -- python" in text
+
+
+NASTY = "```\n# heading <img src=x onerror=alert(1)> @everyone | cell | `code` [link](https://example.org) ~~~"
+
+
+def outside_code(text):
+    """Markdown without its code blocks and code spans, as CommonMark reads them."""
+    kept, fence = [], None
+    for line in text.split("\n"):
+        opening = re.match(r"(`{3,})", line)
+        if fence is None and opening:
+            fence = opening.group(1)
+        elif fence is not None and re.fullmatch(f"`{{{len(fence)},}}", line):
+            fence = None
+        elif fence is None:
+            kept.append(line)
+    assert fence is None
+    # Spans, as CommonMark finds them: runs of ticks of equal length, none of them escaped.
+    return re.sub(r"(?<![`\\])(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", "\n".join(kept))
+
+
+def test_nothing_of_the_command_leaves_its_fence():
+    experiment = failing_experiment()
+    experiment.command = ["python", "-c", NASTY]
+    experiment.options = {**experiment.options, "env_b": {"X": NASTY}}
+    experiment.cwd = NASTY
+    run = experiment.runs[1]
+    run.processes[0].environment = {**run.processes[0].environment, "gpu": NASTY, "modules": {"mmcv": NASTY}}
+    experiment.runs[0].processes[0].environment = run.processes[0].environment
+    run.processes[0].fallbacks = [{"source": NASTY, "call": NASTY, "reason": NASTY, "count": 1}]
+    run.processes[0].notes, run.message = [f"probe: {NASTY}"], f"cannot be started: {NASTY}"
+    for each in experiment.runs:
+        for line in each.processes[0].steps:
+            line["loss_parts"][NASTY] = 5.0 if each.label == "A" else 7.0
+    verdict = judge(experiment)
+    rest = outside_code(report.markdown(experiment, verdict))
+    assert not re.search(r"(?<!\\)<img|(?<!\\)\[link\]|@everyone|https://", rest)
+    assert not re.search(r"^# ", rest, re.MULTILINE)
+    rows = [line for line in rest.split("\n") if line.startswith("|") and "run" not in line]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {6, 7}  # the cells of two tables
+    assert "<img" not in report.html(experiment, verdict)
 
 
 def test_result_holds_the_figures_and_no_path_of_the_machine():
@@ -89,8 +146,9 @@ def test_result_holds_the_figures_and_no_path_of_the_machine():
     assert found["runs"][0]["loss"][5] == pytest.approx(experiment.runs[0].series("loss")[5])
     assert found["backends"] == {"triton": 3 * 360, "sdpa": 3 * 60} and found["fallbacks"][0]["count"] == 3
     time, memory, loss = result.rows(found)
-    assert time[0] == "time a step" and time[3].endswith("faster") and memory[2] == "3359 MiB"
+    assert time[0] == "time per step" and time[3].endswith("faster") and memory[2] == "3359 MiB"
     assert loss[3].startswith("differs: A from A")
+    assert result.says(found).replace(" ", " ") == words.sentence(verdict).replace("\u00a0", " ")
     long = synthetic.trial(0, repeats=1, steps=5000)
     kept = result.compact(long, judge(long))
     assert all(len(run["loss"]) <= result.MOST_STEPS for run in kept["runs"])
@@ -98,7 +156,7 @@ def test_result_holds_the_figures_and_no_path_of_the_machine():
 
 
 def test_page_is_self_contained_and_escapes():
-    text = html_of()
+    text = html_of(failing_experiment())
     assert "<script>alert" not in text and "<b>loss</b>" not in text
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", text)
     assert not re.search(r"url\((?!#)", text.replace('"url(#" + clip', "url(#"))
@@ -272,6 +330,6 @@ def test_page_in_chromium(tmp_path, width, dark):
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 def test_page_of_a_failure_in_chromium(tmp_path):
-    experiment = synthetic.experiment(rich_experiment().runs[4:5])
+    experiment = synthetic.experiment(failing_experiment().runs[4:5])
     found = browse(tmp_path, html_of(experiment), 390)
     assert found["problems"] == [] and found["scroll"] <= 390

@@ -12,10 +12,11 @@ import time
 
 import pytest
 
-from flashbias_patch.ab import records, report, runner, statistics
+from flashbias_patch.ab import records, report, runner
+from flashbias_patch.ab import verdict as verdicts
 from flashbias_patch.ab import words as wording
 from flashbias_patch.ab.runner import Options, schedule
-from flashbias_patch.ab.statistics import judge
+from flashbias_patch.ab.verdict import judge
 
 # A training loop as far as the runner can tell, without the seconds that importing torch takes.
 STEPS = """
@@ -52,10 +53,11 @@ def compare(tmp_path, words, **options):
     experiment = records.load(out)
     verdict = judge(experiment)
     assert experiment.runs and all(run.message for run in experiment.runs)
-    for text in (report.text(experiment, verdict), report.markdown(experiment, verdict)):
-        assert wording.sentence(verdict) in text
+    for text, shown in ((report.text, str), (report.markdown, report.plain)):
+        text = text(experiment, verdict)
+        assert shown(wording.sentence(verdict)) in text
         for problem in verdict.problems:
-            assert problem in text
+            assert shown(problem) in text
     json.dumps(report.summary(experiment, verdict), allow_nan=False)
     pytest.importorskip("jinja2")
     assert "<html" in report.html(experiment, verdict)
@@ -100,18 +102,20 @@ def test_deterministic_command_that_differs_gets_a_nudged_run(tmp_path):
 @pytest.mark.parametrize("drawn", ("as A", "otherwise"))
 def test_another_draw_is_held_against_another_draw(tmp_path, drawn):
     body = """
-    patched, nudge = os.environ['FLASHBIAS_PATCH'] == '1', os.environ.get('FLASHBIAS_PROBE_NUDGE')
-    draw = 0.02 if patched else -0.02 if nudge == 'redraw' else 0.0
+    patched, nudge = os.environ['FLASHBIAS_PATCH'] == '1', os.environ.get('FLASHBIAS_PROBE_NUDGE') or ''
+    draw = 0.02 if patched else -0.02 if nudge.startswith('redraw') else 0.0
     train(100, loss=lambda i: 1.0 / (i + 1) * (1 + draw * (i > 0)), random="B" if patched and %r else "A")
     """ % (drawn == "otherwise")
     experiment, verdict = compare(tmp_path, command(tmp_path, body), noise_run=True)
-    assert [run.nudged for run in experiment.runs] == [False, False, False, True]
     loss = verdict.parities[0]
     if drawn == "otherwise":
+        assert [run.nudged for run in experiment.runs] == [False, False, False, True]
         assert experiment.runs[-1].redrawn and loss.word == "within noise" and loss.redrawn
         assert any("random numbers" in note for note in verdict.notes) and "redrawn A" in wording.parity_line(loss)
     else:
-        assert not experiment.runs[-1].redrawn and loss.word == "differs"
+        assert not any(run.redrawn for run in experiment.runs) and loss.word == "differs"
+        # Before "differs" is said: four nudged As, and a second B.
+        assert [(run.label, run.nudged) for run in experiment.runs[3:]] == [("A", True)] * 4 + [("B", False)]
         assert not any("random numbers" in note for note in verdict.notes)
 
 
@@ -133,7 +137,7 @@ for i in range(25):
 @pytest.mark.parametrize("slowdown,more_mib,part_at", [(0.0, 0, 99), (0.5, 0, 99), (0.0, 200, 99), (0.0, 0, 7)])
 def test_known_differences_of_real_processes_are_found(tmp_path, monkeypatch, slowdown, more_mib, part_at):
     """Time truly slept, memory truly held; what was not injected is not found."""
-    monkeypatch.setattr(statistics, "BUSY", float("inf"))  # other tests may run beside this one
+    monkeypatch.setattr(verdicts, "BUSY_SHARE", 2.0)  # other tests may run beside this one
     body = INJECTED.format(slowdown=slowdown, more_mib=more_mib, part_at=part_at)
     experiment, verdict = compare(tmp_path, command(tmp_path, body), repeats=2, steps=25)
     assert not verdict.problems and all(run.steps == 25 for run in experiment.runs)
@@ -158,11 +162,14 @@ def test_crash_of_the_patched_side_only(tmp_path):
     ]  # the crashed side is not repeated
     assert "exit status 3" in verdict.problems[0] and "B2 (patched)" in verdict.problems[0]
     assert "BOOM" in experiment.runs[1].log_tail and verdict.comparable
+    assert wording.sentence(verdict).endswith("Patched fails: B2 crashed: after 6 of 12 steps: exit status 3.")
+    assert verdict.parity_word == "fails" and verdict.speed_word == verdict.memory_word == "undecided"
 
 
 def test_crash_before_any_step(tmp_path):
     experiment, verdict = compare(tmp_path, command(tmp_path, "import no_such_module"))
-    assert not verdict.comparable and wording.sentence(verdict).startswith("Nothing to compare")
+    assert not verdict.comparable
+    assert wording.sentence(verdict).startswith("Unpatched and patched fail: A1 crashed: exit status 1. B2 crashed")
     assert "No module named 'no_such_module'" in experiment.runs[0].log_tail
 
 
@@ -303,7 +310,7 @@ def launch_env():
     return {**os.environ, "PYTHONPATH": home, "FLASHBIAS_PATCH": "0"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupt_ends_the_child_and_still_reports(tmp_path, number):
     words = command(tmp_path, "train(100000, seconds=0.05)")
     process = cli(tmp_path, "ab", "--steps", "90000", "--out", "out", "--", *words)
@@ -327,7 +334,7 @@ def test_fail_if_and_exit_statuses(tmp_path):
     )
     base = ["ab", "--repeats", "1", "--no-aa", "--steps", "12"]
     for extra, status, says in (
-        (["--fail-if", "differs"], 1, "failing, as asked to: differs"),
+        (["--fail-if", "differs"], 1, "--fail-if condition met: differs"),
         ([], 0, "does not train the same"),
     ):
         process = cli(tmp_path, *base, "--out", f"out{status}", *extra, "--", *words)
@@ -345,11 +352,16 @@ def test_fail_if_and_exit_statuses(tmp_path):
         (["ab", "--", "no-such-program"], "not a program on PATH"),
         (["ab", "--repeats", "0", "true"], "at least 1"),
         (["ab", "--env-a", "X", "true"], "NAME=VALUE"),
+        (["ab", "--seed", "5000000000", "true"], "at most 4294967295"),
+        (["ab", "--timeout", "inf", "true"], "at least 1"),
+        (["ab", "--out", "file/x", "--", "true"], "file/x cannot be made: Not a directory"),
+        (["ab", "--out", "x" * 300, "--", "true"], "cannot be made: File name too long"),
         (["ab", "--eval", "last.pth", "--", "true"], "no {predictions}"),
         (["report", "."], "holds no ab.json"),
     ],
 )
 def test_usage(tmp_path, words, says):
+    (tmp_path / "file").write_text("")
     process = cli(tmp_path, *words)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and says in errors
@@ -409,7 +421,7 @@ def test_eval_compares_predictions(tmp_path):
     kept = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert kept["detections"]["a_b"]["differences"]["centre (m)"]["largest"] == pytest.approx(0.25)
     assert "A against A" in (tmp_path / "out" / "report.html").read_text()
-    assert any("no attention call through flashbias_patch" in note for note in kept["notes"])
+    assert kept["sentence"].startswith("Zero attention calls went through the patch.") and kept["parity_word"] == "differs"
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")
@@ -435,4 +447,110 @@ def test_rich_terminal(tmp_path):
         shown += piece
     assert process.wait(timeout=60) == 0, process.stderr.read()
     text = shown.decode()
-    assert "A unpatched" in text and "12/12" in text and "time a step" in text and "identical" in text
+    assert "A unpatched" in text and "12/12" in text and "time per step" in text and "identical" in text
+
+
+def test_out_of_memory_unpatched_only_is_the_best_result(tmp_path):
+    body = """
+    if os.environ["FLASHBIAS_PATCH"] == "0":
+        print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 4 GiB"); sys.exit(1)
+    train(100)
+    """
+    process = cli(
+        tmp_path, "ab", "--steps", "12", "--out", "out", "--fail-if", "fails", "--", *command(tmp_path, body)
+    )
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, output + errors
+    assert "Unpatched runs out of memory; patched trains at 2" in output and "A1 (unpatched): out of memory" in output
+    kept = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert kept["failed"] is False and [run["status"] for run in kept["runs"]] == ["out of memory", "ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    "body", ["train(6 if B else 100)", "if B: train(6); os._exit(3)\ntrain(100)", "if B: import no_module\ntrain(100)"]
+)
+def test_a_failed_run_is_no_success_under_any_condition(tmp_path, body):
+    words = command(tmp_path, "B = os.environ['FLASHBIAS_PATCH'] == '1'\n" + body)
+    for extra, status in (["--fail-if", "slower"], 1), ([], 3):
+        process = cli(tmp_path, "ab", "--no-aa", "--steps", "12", "--out", f"out{status}", *extra, "--", *words)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == status, output + errors
+        assert "Patched fails: B2" in output
+
+
+def test_a_record_that_vanishes_ends_the_run_and_keeps_what_was_read(tmp_path):
+    body = """
+    import shutil
+    try:
+        train(8, seconds=0.1)
+    finally:
+        if os.environ["FLASHBIAS_PATCH"] == "1": shutil.rmtree("out")
+        time.sleep(60)
+    """
+    words = command(tmp_path, body)
+    begin = time.monotonic()
+    options = ["--steps", "90", "--no-aa", "--repeats", "1", "--timeout", "5", "--out", "out"]
+    process = cli(tmp_path, "ab", *options, "--", *words)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 3 and time.monotonic() - begin < 50, output + errors
+    assert "B2 (patched): record lost: it could not be watched and was ended (FileNotFoundError" in output
+    assert "8 steps recorded" in output and processes_with(words[-1]) == []
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["failed"]
+
+
+def test_a_full_disk_is_said_and_costs_files_only(tmp_path, monkeypatch):
+    experiment = records.build(str(tmp_path / "file" / "out"), {"command": ["true"]}, [])
+    (tmp_path / "file").write_text("")
+    runner._save(experiment, {"runs": []})
+    assert "Not a directory" in experiment.lost
+
+
+def test_pythonpath_of_one_side_keeps_the_probe(tmp_path):
+    """Two checkouts are compared so."""
+    for side in "ab":
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "plugin.py").write_text(f"loss = {ord(side)}")
+    body = "import plugin\ntrain(100, loss=lambda i: plugin.loss)"
+    experiment, verdict = compare(
+        tmp_path,
+        command(tmp_path, body),
+        env_a={"PYTHONPATH": str(tmp_path / "a")},
+        env_b={"PYTHONPATH": str(tmp_path / "b")},
+    )
+    assert [run.steps for run in experiment.runs] == [12, 12] and verdict.first_step == 0
+    assert [run.series("loss")[0] for run in experiment.runs] == [97, 98]
+
+
+def test_the_commands_own_work_is_not_others(tmp_path):
+    """Two seconds of one CPU's work in a child."""
+    body = "end = time.process_time() + 2\nwhile time.process_time() < end: pass\ntrain(12)"
+    machine = runner.Machine()
+    compare(tmp_path, command(tmp_path, body))
+    found = machine.since()
+    if found:  # /proc/stat can be read
+        whole, busy, own = (y - x for x, y in zip(machine.begin, machine._read()))
+        assert own >= 4 and found["others"] <= (busy - 4) / whole * (os.cpu_count() or 1) + 0.5
+
+
+def test_a_closed_terminal_does_not_end_the_runs(tmp_path):
+    words = command(tmp_path, "train(12)")
+    process = cli(tmp_path, "ab", "--repeats", "1", "--no-aa", "--steps", "12", "--out", "out", "--", *words)
+    process.stdout.close()
+    process.wait(timeout=60)
+    assert len(json.loads((tmp_path / "out" / "ab.json").read_text())["runs"]) == 2
+    assert (tmp_path / "out" / "report.md").exists()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux ends children with their parent")
+def test_killed_by_sigkill_its_child_ends(tmp_path):
+    words = command(tmp_path, "time.sleep(300)")
+    process = cli(tmp_path, "ab", "--steps", "12", "--out", "out", "--", *words)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(processes_with(words[-1])) < 2:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and processes_with(words[-1]):
+        time.sleep(0.05)
+    assert processes_with(words[-1]) == []

@@ -1,0 +1,320 @@
+"""The verdict on a comparison: failures first, then speed, memory and training; and what `--fail-if` fires on."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from . import parity, records, stand_in, statistics
+from .parity import Parity
+from .records import Experiment, Run
+from .statistics import MIN_STEPS, Ratio, Stalls
+
+FAIL_IF = ("slower", "differs", "more-memory", "fails")
+BUSY_SHARE, BUSY_OTHERS = 0.9, 0.1  # of all CPUs: both together are other work that slows a run
+MOST_CONFIRMATIONS = 4  # nudged runs of A, before "differs" is said
+STALLS_SHARE = 0.1  # of a side's time, from which stalls are worth a note
+SIDES = {"A": "unpatched", "B": "patched"}
+
+
+class Failure(NamedTuple):
+    """A run that did not come to the end that the others came to."""
+
+    run: str
+    side: str  # A or B
+    status: str  # crashed, hung, out of memory, ended early, ...
+    message: str
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.run} ({SIDES[self.side]}): {self.status}: {self.message}"
+
+
+class Timing(NamedTuple):
+    """Seconds of both sides, beside the time per step: NaN where unknown."""
+
+    startup: Tuple[float, float]  # from the start of the command to the end of its first step
+    total: Tuple[float, float]  # of a run
+    break_even: Optional[int]  # the step at which a faster B has made up for a longer start
+    stalls: Tuple[Stalls, Stalls]
+
+
+@dataclass
+class Verdict:
+    """The result of a comparison; its words are what a report shows and --fail-if asks for."""
+
+    speed: Optional[Ratio] = None
+    memory: Optional[Ratio] = None
+    memory_kind: str = ""
+    clock: str = ""
+    parities: List[Parity] = field(default_factory=list)
+    failures: List[Failure] = field(default_factory=list)
+    problems: List[str] = field(default_factory=list)
+    notes: List[str] = field(default_factory=list)
+    timing: Optional[Timing] = None
+    calls: Optional[int] = None  # attention calls of all patched runs; None: no patched run recorded any step
+    inference: bool = False  # no training steps: detections are compared instead
+    detections: Optional[Dict[str, Any]] = None
+    patched_peak: float = float("nan")  # bytes; also where there is nothing to compare it with
+    patched_step: float = float("nan")  # seconds
+
+    @property
+    def only_patched_fits(self) -> bool:
+        """The best result: unpatched runs out of memory, patched trains."""
+        return bool(self.failures) and all(f.side == "A" and f.status == records.OUT_OF_MEMORY for f in self.failures) \
+            and math.isfinite(self.patched_step)  # fmt: skip
+
+    @property
+    def failed(self) -> bool:
+        """Some run failed, and that is not the result."""
+        return bool(self.failures) and not self.only_patched_fits
+
+    @property
+    def nothing_patched(self) -> bool:
+        return self.calls == 0
+
+    @property
+    def speed_word(self) -> str:
+        return self._word(self.speed, "slower", "faster")
+
+    @property
+    def memory_word(self) -> str:
+        return self._word(self.memory, "more memory", "less memory")
+
+    def _word(self, ratio: Optional[Ratio], more: str, less: str) -> str:
+        if ratio is None:
+            return "not compared"
+        return "undecided" if self.failures else ratio.word(more, less)
+
+    @property
+    def parity_word(self) -> str:
+        if self.failed:
+            return "fails"
+        return self.detections["word"] if self.detections is not None else parity.worst(self.parities)
+
+    @property
+    def first_step(self) -> Optional[int]:
+        return min((p.first_step for p in self.parities if p.first_step is not None), default=None)
+
+    def fails(self, conditions: Sequence[str]) -> List[str]:
+        """Those of `conditions` (FAIL_IF) that came true; a failed run makes any of them true."""
+        not_finite = self.parity_word == "not finite"
+        true = {
+            "slower": self.speed_word == "slower",
+            "differs": self.parity_word == "differs" or not_finite,
+            "more-memory": self.memory_word == "more memory",
+            "fails": self.nothing_patched or not_finite,
+        }
+        if conditions and self.failed:
+            return ["fails"]
+        return [condition for condition in conditions if true[condition]]
+
+    @property
+    def comparable(self) -> bool:
+        if self.detections is not None:
+            return "error" not in self.detections
+        return self.speed is not None or any(p.word != parity.NOT_COMPARED for p in self.parities)
+
+
+def judge(
+    experiment: Experiment,
+    warmup: Optional[int] = None,
+    seed: int = 0,
+    detections: Optional[Dict[str, Any]] = None,
+) -> Verdict:
+    """The verdict on what `flashbias ab` recorded. Failed runs count for what they recorded, where their side has no
+    other: a run cut short would shorten all that is compared. `detections`: their comparison, of an inference.
+    """
+    a, b = (_whole(experiment.side(label)) for label in "AB")
+    verdict = Verdict(inference=bool(experiment.options.get("inference")), detections=detections)
+    verdict.failures = _failures(experiment)
+    verdict.problems = [str(failure) for failure in verdict.failures] + _other_problems(experiment, a, b)
+    verdict.notes = _notes(experiment, a + b)
+    patched = experiment.patched()
+    if patched:
+        verdict.calls = sum(sum(run.calls().values()) for run in patched)
+    if b:
+        done = [run for run in b if run.status == "ok"]
+        if done:
+            verdict.patched_peak = max(run.peak_memory() for run in done)
+            steps = [t[np.isfinite(t)] for t in (run.step_seconds() for run in done)]
+            warm_up = min(int(experiment.options.get("warmup", 0)), max(0, min(map(len, steps)) - 1))
+            kept = [t[warm_up:] for t in steps if t[warm_up:].size]
+            verdict.patched_step = float(np.mean([statistics.midmean(t) for t in kept])) if kept else float("nan")
+    if a and b:
+        _compare(verdict, experiment, a, b, warmup, seed)
+    return verdict
+
+
+def _compare(
+    verdict: Verdict, experiment: Experiment, a: List[Run], b: List[Run], warmup: Optional[int], seed: int
+) -> None:
+    plain, nudged = [r for r in a if not r.nudged] or a, [r for r in a if r.nudged]
+    warm = int(experiment.options.get("warmup", 0)) if warmup is None else warmup
+    fewest = min(run.steps for run in plain + b)
+    if fewest - warm < MIN_STEPS:
+        fitting = max(1, min(warm, fewest - MIN_STEPS))
+        verdict.notes.append(f"{fewest} steps are too few for a warm-up of {warm}: {fitting} left out instead")
+        warm = fitting
+    crowded = [run for run in plain + b if is_crowded(run, experiment)]
+    spread = statistics.CROWDED_SPREAD if crowded else statistics.TYPICAL_SPREAD["time"]
+    sides = [[run.step_seconds()[warm:] for run in side] for side in (plain, b)]
+    verdict.speed = statistics.compare_times(sides[0], sides[1], seed, spread)
+    kinds = {run.memory_kind() for run in plain + b}
+    verdict.memory_kind = "cuda" if kinds == {"cuda"} else "rss"
+    peaks = [[run.peak_memory() for run in side] for side in (plain, b)]
+    verdict.memory = statistics.compare_peaks(peaks[0], peaks[1], verdict.memory_kind)
+    clocks = {run.clock for run in plain + b}
+    verdict.clock = clocks.pop() if len(clocks) == 1 else "wall clock"
+    verdict.parities = parity.of_runs(plain, b, nudged if nudged != plain else [], any(run.half for run in a + b))
+    verdict.timing = _timing(plain, b, verdict.speed, sides)
+    verdict.notes += _notes_on_times(verdict, experiment, crowded, min(len(plain), len(b)))
+    if any(run.redrawn for run in nudged):
+        verdict.notes.append(
+            "patched, other random numbers are drawn (by dropout, say): training is held against more As that draw "
+            "others too. Without dropout it can be held against rounding"
+        )
+
+
+def next_run(experiment: Experiment, verdict: Verdict) -> Optional[Tuple[str, str]]:
+    """The run that the verdict still needs: (side, nudge); None: no more.
+
+    A nudged A, unless B is identical: where A differs from A hardly or not at all, that says nothing about rounding,
+    of which B's is another than A's. And before "differs" is said, up to four of them, and a second B: noise of two
+    kinds, or a decision that falls one way or the other late, is easily missing in two As.
+    """
+    a, b = experiment.side("A"), experiment.side("B")
+    if verdict.failures or verdict.inference or not a or not b:
+        return None
+    word, nudged = verdict.parity_word, [run for run in a if run.nudged]
+    if word in (parity.NOT_COMPARED, "identical", "not finite"):
+        return None
+    if not nudged or (word == "differs" and len(nudged) < MOST_CONFIRMATIONS):
+        kind = "redraw" if any(run.random != a[0].random for run in b) else ""
+        return "A", f"{kind}{len(nudged) + 1}"
+    if word == "differs" and len(b) < 2:
+        return "B", ""
+    return None
+
+
+def is_crowded(run: Run, experiment: Experiment) -> bool:
+    """Was the machine busy with other work than the command's own?"""
+    cpus = int(experiment.host.get("cpus") or 1)
+    return run.busy >= BUSY_SHARE and run.others >= BUSY_OTHERS * cpus
+
+
+def _whole(runs: List[Run]) -> List[Run]:
+    """Those that came to their end, where a plain one did; else all."""
+    longest = max((run.steps for run in runs if run.status == "ok"), default=0)
+    done = [run for run in runs if run.status == "ok" and run.steps == longest]
+    return done if any(not run.nudged for run in done) else runs
+
+
+def _failures(experiment: Experiment) -> List[Failure]:
+    inference = bool(experiment.options.get("inference"))
+    done = [run for run in experiment.runs if run.status == "ok"]
+    longest = max(done, key=lambda run: run.steps, default=None)
+    wanted = int(experiment.options.get("steps") or 0)
+    found = []
+    for run in experiment.runs:
+        status, message = run.status, run.message
+        if status == "ok" and not inference and longest is not None and run.steps < longest.steps:
+            status, message = "ended early", f"{run.steps} steps, where {longest.name} made {longest.steps}"
+            said = [note for p in run.ranks or run.processes for note in p.notes]
+            message += f"; {said[0]}" if said else ""
+        elif status == "ok":
+            continue
+        if status == "crashed" and run.steps and wanted and run.steps < wanted:
+            message = f"after {run.steps} of {wanted} steps: {message}"
+        if run.label == "A" and re.search(stand_in.MISSING, run.log_tail):
+            message += (
+                "; unpatched code imports flash_attn, which is not installed or not complete: `--stand-in-for-a` runs A "
+                "with functions of the same names, computed by torch's scaled_dot_product_attention"
+            )
+        found.append(Failure(run.name, run.label, status, message, run.steps))
+    return found
+
+
+def _other_problems(experiment: Experiment, a: List[Run], b: List[Run]) -> List[str]:
+    found = []
+    for label, runs in (("A (unpatched)", a), ("B (patched)", b)):
+        if not runs and not experiment.options.get("inference"):
+            found.append(f"{label} recorded no step, so there is nothing to compare")
+    for run in a + b:
+        missing = records.missing_ranks(run)
+        if missing:
+            found.append(f"{run.name}: {missing} of {missing + len(run.ranks)} ranks recorded no step")
+    return found
+
+
+def _notes(experiment: Experiment, runs: List[Run]) -> List[str]:
+    found = [f"{run.name}: a process was killed; what it had recorded is used" for run in runs if run.killed]
+    for run in runs:
+        said = list(dict.fromkeys(note for p in run.ranks for note in p.notes))
+        found += [f"{run.name}: {note}" for note in said[:2]]
+    many = max((records.trainings(run.processes) for run in runs), key=len, default=[])
+    if len(many) > 1:
+        chosen = runs[0].training or 0
+        names = ", ".join(f"{i + 1} {t.name} ({t.steps} steps)" for i, t in enumerate(many))
+        found.append(
+            f"the command runs {len(many)} trainings, in the order of their start: {names}; "
+            f"number {chosen + 1} is judged, --process NUMBER or NAME chooses"
+        )
+    if experiment.options.get("stand_in"):
+        found.append("A ran with a stand-in for flash_attn (--stand-in-for-a), not with flash-attn itself")
+    wanted = int(experiment.options.get("steps") or 0)
+    steps = {run.steps for run in runs}
+    if len(steps) == 1 and max(steps) < wanted and all(run.status == "ok" for run in runs):
+        found.append(f"every run ended by itself after {max(steps)} of {wanted} steps")
+    return found
+
+
+def _timing(a: List[Run], b: List[Run], speed: Optional[Ratio], sides: Sequence[Sequence[np.ndarray]]) -> Timing:
+    startup = tuple(float(np.mean([run.startup_seconds() for run in side])) for side in (a, b))
+    total = tuple(float(np.mean([run.seconds for run in side])) or float("nan") for side in (a, b))
+    later, gain = startup[1] - startup[0], speed.mean.a - speed.mean.b if speed and speed.mean else 0.0
+    break_even = math.ceil(later / gain) if gain > 0 and math.isfinite(later) and later > 0 else None
+    return Timing(startup, total, break_even, (statistics.stalls(sides[0]), statistics.stalls(sides[1])))  # type: ignore[arg-type]
+
+
+def _notes_on_times(verdict: Verdict, experiment: Experiment, crowded: List[Run], repeats: int) -> List[str]:
+    found = []
+    speed, timing = verdict.speed, verdict.timing
+    assert timing is not None
+    if speed and not speed.repeats:
+        assumed = statistics.UNREPEATED * statistics.TYPICAL_SPREAD["time"]
+        found.append(f"no run was repeated: a spread of {assumed:.1%} between runs is assumed")
+    if crowded:
+        worst = max(crowded, key=lambda run: run.others)
+        cpus = int(experiment.host.get("cpus") or 1)
+        found.append(
+            f"other work kept the machine busy ({worst.others:.1f} of {cpus} CPUs during {worst.name}): "
+            f"a spread of {statistics.CROWDED_SPREAD:.0%} between runs is assumed"
+        )
+    if speed and (speed.disagree or max(s.share for s in timing.stalls) > STALLS_SHARE):
+        sides = [
+            f"{s.slow} of {s.steps} steps {SIDES[label]}, {s.share:.0%} of the time"
+            for label, s in zip("BA", reversed(timing.stalls))
+        ]
+        found.append(f"stalls, steps that take more than {statistics.STALL:g} times the usual one: {'; '.join(sides)}")
+    if speed and speed.disagree and speed.mean:
+        found.append(
+            f"usual step and mean disagree: patched / unpatched is {speed.value:.2f} for the usual step and "
+            f"{speed.mean.value:.2f} for the mean of all, which is what the command takes"
+        )
+    needed = speed.repeats_needed() if speed and not crowded and not speed.decided else None
+    if needed is not None and needed > repeats:
+        found.append(f"a difference in speed of this size would take {needed} repeats, or more steps, to decide")
+    if timing.break_even is not None and verdict.speed_word == "faster":
+        later = timing.startup[1] - timing.startup[0]
+        found.append(f"patched, the first step ends {later:.1f} s later: made up for at step {timing.break_even}")
+    return found
+
+
+def step_times(runs: Sequence[Run], warmup: int) -> Tuple[np.ndarray, ...]:
+    """The step times that were judged, one array per run (for a report's histogram)."""
+    return tuple(t[np.isfinite(t)] for t in (run.step_seconds()[warmup:] for run in runs))
