@@ -4,13 +4,15 @@
     ... --petr DIR --streampetr DIR       these two as well (decoder, head and ResNet-50)
     ... --only 'B .*bias|A .*bias'        runs whose name matches; --list prints the names
     ... --parts train|batch|profile       some of the three parts
+    ... --repeats 3                       training runs of each kind (default 2), for intervals
     ... --quick                           4 steps a run
     ... --device cpu --tiny               a proof that it runs: 160x64, one frame, two layers, two steps
 
 DIRs are checkouts of junjie18/CMT, megvii-research/PETR and exiawsh/StreamPETR as they are, and the folder of one nuScenes
-frame in mmdet3d's info format. Every repository is run in a process of its own (real_worker.py); one that dies is
-started again for the runs that were left. Names: A unpatched, B patched; `cp` with_cp, `amp` mmcv's fp16, `bias` a learned
-bias on every cross attention (unpatched: dense, as attn_mask), `drop0` no dropout, `again` an A/A repetition.
+frame in mmdet3d's info format. Every run is a fresh process (real_worker.py). An unpatched run and the patched ones that
+are held against it are repeated in the order A B B A A B ... (A B C C B A ... for several), as `flashbias ab` does: a
+drift of the machine falls on both alike. Names: A unpatched, B patched; `cp` with_cp, `amp` mmcv's fp16, `bias` a learned
+bias on every cross attention (unpatched: dense, as attn_mask), `drop0` no dropout.
 """
 from __future__ import annotations
 
@@ -21,7 +23,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence
 
@@ -32,18 +33,35 @@ DETECTOR = ("CMT camera (junjie18/CMT {cmt}), ResNet-50, batch 2, one nuScenes f
             "PETR and StreamPETR from megvii-research/PETR {petr} and exiawsh/StreamPETR {streampetr}")
 
 
+ORDER = ("{repeats} runs of each kind, a fresh process each, in the order A B B A (of an unpatched run and those measured "
+         "against it, forwards and backwards in turn)")
+
+
 def run(name: str, **fields: Any) -> Dict[str, Any]:
     return {"name": name, "patch": name.startswith("B"), **fields}
 
 
+def counterpart(name: str) -> str:
+    """The unpatched run that a patched one is measured against."""
+    return name.replace("B flash amp", "A amp").replace("B flash", "A fp32").replace(" dtype=fp16", "").replace("B ", "A ")
+
+
+def in_order(runs: Sequence[Dict[str, Any]], repeats: int) -> List[Dict[str, Any]]:
+    """Each run `repeats` times: per unpatched run, it and those measured against it, forwards and backwards in turn."""
+    groups: Dict[str, List[Dict[str, Any]]] = {}
+    for fields in sorted(runs, key=lambda fields: bool(fields["patch"])):
+        groups.setdefault(counterpart(fields["name"]), []).append(fields)
+    return [{**fields, "repeat": repeat} for group in groups.values() for repeat in range(repeats)
+            for fields in (group if repeat % 2 == 0 else group[::-1])]
+
+
 def cmt_runs() -> List[Dict[str, Any]]:
-    """Unpatched runs first: see real_worker.py."""
     fp16: Dict[str, Any] = {"dtype": "fp16"}
     full = [
         run("A fp32"), run("A fp32 cp", with_cp=True), run("A amp", fp16=True, steps=6),
         run("A amp cp", fp16=True, with_cp=True, steps=6), run("A fp32 bias", bias=True, steps=6),
         run("A fp32 bias cp", bias=True, with_cp=True, steps=6),
-        run("A fp32 drop0", dropout=0.0), run("A fp32 drop0 again", dropout=0.0),
+        run("A fp32 drop0", dropout=0.0),
         run("A fp32 drop0 bias", dropout=0.0, bias=True, steps=6),
         run("B fp32"), run("B fp32 dtype=fp16", **fp16), run("B flash", attn=FLASH),
         run("B fp32 cp", with_cp=True, steps=6), run("B fp32 dtype=fp16 cp", with_cp=True, **fp16),
@@ -66,7 +84,7 @@ def cmt_runs() -> List[Dict[str, Any]]:
 
 def family_runs(size: str, flash: bool) -> List[Dict[str, Any]]:
     rest: Dict[str, Any] = {"size": size, "dropout": 0.0}
-    runs = [run("A fp32 drop0", **rest), run("A fp32 drop0 again", **rest), run("A fp32 drop0 cp", with_cp=True, **rest),
+    runs = [run("A fp32 drop0", **rest), run("A fp32 drop0 cp", with_cp=True, **rest),
             run("B fp32 drop0", **rest), run("B fp32 dtype=fp16 drop0", dtype="fp16", **rest),
             run("B fp32 dtype=fp16 drop0 cp", dtype="fp16", with_cp=True, **rest)]
     return runs + ([run("B flash drop0", attn=FLASH, **rest)] if flash else [])
@@ -90,35 +108,22 @@ def chosen(runs: Sequence[Dict[str, Any]], only: str, quick: bool, tiny: bool) -
 
 
 def work(plan: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
-    """Lines of the worker as it writes them, about the machine first. A worker that dies loses the run it was at."""
-    runs = list(plan["runs"])
-    while runs:
-        with tempfile.TemporaryDirectory() as folder:
+    """Lines of the workers as they end, about the machine first; one fresh process per run of plan["runs"]."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, fields in enumerate(plan["runs"]):
             given, out = Path(folder, "plan.json"), Path(folder, "out.jsonl")
-            given.write_text(json.dumps({**plan, "runs": runs}))
-            out.touch()
+            given.write_text(json.dumps({**plan, "runs": [fields], "gradients": folder}))
+            out.write_text("")
             environment = {**os.environ, "FLASHBIAS_PATCH": "0", "PYTHONPATH": os.pathsep.join(
                 [str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
-            process = subprocess.Popen([sys.executable, str(HERE / "real_worker.py"), str(given), str(out)], env=environment)
-            begun: List[str] = []
-            ended, seen, code = set(), 0, None
-            while code is None:
-                code = process.poll()
-                time.sleep(0.2 if code is None else 0.0)
-                lines = [json.loads(line) for line in out.read_text().splitlines(True) if line.endswith("\n")]
-                for line in lines[seen:]:
-                    if "begin" in line:
-                        begun.append(line["begin"])
-                        continue
-                    ended.add(line.get("name"))
-                    yield line
-                seen = len(lines)
-        for name in begun:
-            if name not in ended:
-                yield {"name": name, "family": plan["family"], "error": f"the process died: {code}"}
-        if not begun:
-            raise SystemExit(f"{plan['family']}: the worker did not start (exit code {code})")
-        runs = [fields for fields in runs if fields["name"] not in begun]
+            words = [sys.executable, str(HERE / "real_worker.py"), str(given), str(out)]
+            code = subprocess.run(words, env=environment).returncode
+            lines = [json.loads(line) for line in out.read_text().splitlines(True) if line.endswith("\n")]
+            if not lines:
+                raise SystemExit(f"{plan['family']}: the worker did not start (exit code {code})")
+            if all("about" in line for line in lines):
+                lines.append({**fields, "family": plan["family"], "error": f"the process died: {code}"})
+            yield from ({**line, "order": number} if "name" in line else line for line in lines)
 
 
 def commit_of(checkout: str, given: str) -> str:
@@ -154,6 +159,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="REGEX")
     parser.add_argument("--caps", type=float, nargs="+", default=CAPS, metavar="GiB")
     parser.add_argument("--limit", type=int, default=64, help="no larger batch is tried")
+    parser.add_argument("--repeats", type=int, default=2, metavar="R", help="training runs of each kind")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--list", action="store_true")
@@ -178,7 +184,8 @@ def main() -> None:
 
     def part(task: str, runs: Sequence[Dict[str, Any]], family: str, where: str) -> None:
         plan = {"family": family, "checkout": os.path.abspath(checkouts[family]), "frame": os.path.abspath(args.frame),
-                "device": args.device, "task": task, "runs": chosen(runs, args.only, args.quick, args.tiny),
+                "device": args.device, "task": task,
+                "runs": in_order(chosen(runs, args.only, args.quick, args.tiny), args.repeats if task == "train" else 1),
                 "caps": list(args.caps), "limit": 2 if args.tiny else args.limit, "profile_steps": 1 if args.tiny else 3}
         for line in work(plan):
             if "about" in line:
@@ -194,7 +201,8 @@ def main() -> None:
             words = "python " + " ".join(["benchmarks/real_models.py", *(os.path.basename(a.rstrip("/")) if "/" in a else a
                                                                         for a in sys.argv[1:])])
             Path(args.out).write_text(json.dumps(
-                {**about, "command": words, "detector": DETECTOR.format(**commits), **found}, indent=1) + "\n")
+                {**about, "command": words, "detector": DETECTOR.format(**commits),
+                 "order": ORDER.format(repeats=args.repeats), **found}, indent=1) + "\n")
 
     for each in parts:
         part(*each)

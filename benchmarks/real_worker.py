@@ -1,9 +1,9 @@
-"""One process of benchmarks/real_models.py: runs of one repository's detector, one JSON line each, as they end.
+"""One process of benchmarks/real_models.py: a run of one repository's detector, one JSON line.
 
-    real_worker.py PLAN.json OUT.jsonl        PLAN: {family, checkout, frame, device, task, runs: [Run as a dict], ...}
+    real_worker.py PLAN.json OUT.jsonl        PLAN: {family, checkout, frame, device, task, runs: [Run as a dict],
+                                              gradients: a folder that the runs of a benchmark share, ...}
 
-Started with FLASHBIAS_PATCH=0 and this package on PYTHONPATH: it is installed and uninstalled here, run by run.
-Unpatched runs must come first in a plan: what upstream's modules imported then is theirs throughout.
+Started with FLASHBIAS_PATCH=0 and this package on PYTHONPATH: it is installed here, for a patched run.
 """
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import statistics
 import sys
 import time
@@ -45,6 +46,7 @@ class Run(NamedTuple):
     bias: bool = False
     steps: int = 8
     layers: int = 6
+    repeat: int = 0
 
     def options(self, device: str) -> detectors.Options:
         width, height = map(int, self.size.split("x"))
@@ -159,7 +161,23 @@ class Trainer:
         return torch.cuda.max_memory_allocated() / 2 ** 20 if self.cuda else 0.0
 
 
-def train(run: Run, plan: Dict[str, Any], gradients: Dict[Any, Tensor]) -> Dict[str, Any]:
+class Gradients:
+    """The first gradients of runs that should compute the same, in a folder that their processes share."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def error(self, run: Run, found: Tensor) -> Optional[float]:
+        """Relative distance from the gradient of the first such run; None for that one, whose gradient is kept."""
+        path = os.path.join(self.folder, "-".join(str(value) for value in run.twin()) + ".pt")
+        if not os.path.exists(path):
+            torch.save(found, path)
+            return None
+        known = torch.load(path)
+        return float((found - known).norm() / known.norm())
+
+
+def train(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[str, Any]:
     """The record of a run; first gradients without dropout are compared with the first twin's, unpatched as a rule."""
     trainer = Trainer(run, plan)
     losses, norms, times, scales, peak = [], [], [], [], 0.0
@@ -179,12 +197,10 @@ def train(run: Run, plan: Dict[str, Any], gradients: Dict[Any, Tensor]) -> Dict[
             grad = trainer.bias.bias_scale.grad
             scales.append([trainer.bias.bias_scale.item(), None if grad is None else grad.item()])
         if i == 0 and run.dropout == 0.0:
-            found = trainer.decoder_gradient()
-            known = gradients.setdefault(run.twin(), found)
-            if known is not found:
-                error = float((found - known).norm() / known.norm())
+            error = gradients.error(run, trainer.decoder_gradient())
     result = {"losses": losses, "grad_norms": norms, "grad_norm": norms[-1], "peak_MiB": round(peak, 1),
-              "step_s": round(statistics.median(times[2:] or times), 4), "times": [round(t, 4) for t in times]}
+              "step_s": round(statistics.median(times[2:] or times), 4), "first_step_s": round(times[0], 3),
+              "times": [round(t, 4) for t in times]}
     if error is not None:
         result["gradient_error"] = error
     if scales:
@@ -208,7 +224,7 @@ def largest(fits: Callable[[int], bool], low: int, limit: int) -> int:
     return good
 
 
-def batch_search(run: Run, plan: Dict[str, Any], gradients: Dict[Any, Tensor]) -> Dict[str, Any]:
+def batch_search(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[str, Any]:
     """The largest batch that trains within each of plan["caps"] GiB, two steps a trial."""
     trainer = Trainer(run._replace(bs=1), plan)
     trainer.step(0)  # kernels are compiled and checked without a cap
@@ -244,7 +260,7 @@ def batch_search(run: Run, plan: Dict[str, Any], gradients: Dict[Any, Tensor]) -
     return {"batches": rows}
 
 
-def step_profile(run: Run, plan: Dict[str, Any], gradients: Dict[Any, Tensor]) -> Dict[str, Any]:
+def step_profile(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[str, Any]:
     trainer = Trainer(run, plan)
     for i in range(3):
         trainer.step(i)
@@ -298,10 +314,9 @@ def main() -> None:
             out.flush()
 
         write({"about": about(plan["device"])})
-        gradients: Dict[Any, Tensor] = {}
+        gradients = Gradients(plan["gradients"])
         for fields in plan["runs"]:
             run = Run(**fields)
-            write({"begin": run.name})
             start, before = time.perf_counter(), dict(flashbias_patch.status()["calls"])
             try:
                 with patched(run.dtype) if run.patch else contextlib.nullcontext():

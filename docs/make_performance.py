@@ -10,7 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, Iterable, List
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from real_models import counterpart  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 MARKS = ("<!-- measured -->", "<!-- /measured -->")
 
@@ -40,7 +45,8 @@ def source(name: str) -> str:
 
 def real_cmt_rows() -> List[List[str]]:
     """The same command on two machines, of which the second stopped early; ratios within each."""
-    runs, others = ({run["name"]: run for run in load(name)["runs"]} for name in ("real_cmt_h200", "real_cmt_again_h200"))
+    runs, others = ({run["name"]: run for run in merged(load(name)["runs"])}
+                    for name in ("real_cmt_h200", "real_cmt_again_h200"))
     words = {
         "A fp32": "unpatched", "B fp32": "patched, float32-grade",
         "B fp32 dtype=fp16": "patched, `FLASHBIAS_DTYPE=fp16`",
@@ -53,7 +59,7 @@ def real_cmt_rows() -> List[List[str]]:
         run, base = runs[name], runs[against]
         rows.append([
             word, *(cell for each in (runs, others)
-                    for cell in (f"{each[name]['step_s']:.3f}", f"{each[name]['step_s'] / each[against]['step_s']:.2f}x")),
+                    for cell in (f"{each[name]['step_s']:.3f}", ratio(each[name], each[against]))),
             f"{run['peak_MiB']:.0f}", f"{run['peak_MiB'] / base['peak_MiB']:.2f}x", f"{run['losses'][-1]:.1f}",
         ])
     return rows
@@ -74,11 +80,6 @@ def real_cmt() -> List[str]:
             *every_run(), *parity(), *batches(), *profiles(), *family()]
 
 
-def counterpart(name: str) -> str:
-    """The unpatched run that a patched one is measured against."""
-    return name.replace("B flash amp", "A amp").replace("B flash", "A fp32").replace(" dtype=fp16", "").replace("B ", "A ")
-
-
 def words_of(run: Dict[str, Any]) -> str:
     parts = ["patched" if run["patch"] else "unpatched"]
     parts += ["`PETRMultiheadFlashAttention`"] if "Flash" in run["attn"] else []
@@ -88,30 +89,80 @@ def words_of(run: Dict[str, Any]) -> str:
     return ", ".join(parts + ([] if run["dropout"] else ["no dropout"]) + (["again"] if "again" in run["name"] else []))
 
 
+def merged(runs: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """One run per name and family: that of the first repeat, step_s the mean of all, every repeat under "repeats"."""
+    found: Dict[Any, List[Dict[str, Any]]] = {}
+    for run in runs:
+        found.setdefault((run.get("family"), run["name"]), []).append(run)
+    kept = []
+    for repeats in found.values():
+        done = [run for run in repeats if "losses" in run]
+        first = dict(done[0] if len(done) == len(repeats) else next(run for run in repeats if "losses" not in run))
+        if "losses" in first:
+            first["step_s"] = sum(run["step_s"] for run in done) / len(done)
+            first["peak_MiB"] = max(run["peak_MiB"] for run in done)
+            later = [run["gradient_error"] for run in done if "gradient_error" in run]
+            first.update({"gradient_error": max(later)} if later else {})
+        kept.append({**first, "repeats": done})
+    return kept
+
+
+def ratio(run: Dict[str, Any], base: Dict[str, Any]) -> str:
+    """Time against the unpatched run, with the 95% interval that `flashbias ab` gives where runs were repeated."""
+    from flashbias_patch.ab.statistics import compare_times
+
+    text = f"{run['step_s'] / base['step_s']:.2f}x"
+    sides = [[np.array(each["times"][2:]) for each in side.get("repeats", ())] for side in (base, run)]
+    if run is base or min(map(len, sides)) < 2:
+        return text
+    found = compare_times(*sides)
+    return text if found is None or found.low is None else f"{text} ({found.low:.2f} to {found.high:.2f})"
+
+
 def cells(run: Dict[str, Any], base: Any) -> List[str]:
-    """s/step, ratio, MiB, ratio; or the error."""
+    """s/step, ratio, first step, MiB, ratio; or the error."""
     if "losses" not in run:
-        return [run["error"].partition("(")[0][:90], "", "", ""]
+        return [run["error"].partition("(")[0][:90], "", "", "", ""]
     known = base is not None and "losses" in base
-    return [f"{run['step_s']:.3f}", f"{run['step_s'] / base['step_s']:.2f}x" if known else "-", f"{run['peak_MiB']:.0f}",
+    return [f"{run['step_s']:.3f}", ratio(run, base) if known else "-", f"{run['times'][0]:.1f}", f"{run['peak_MiB']:.0f}",
             f"{run['peak_MiB'] / base['peak_MiB']:.2f}x" if known else "-"]
 
 
+COSTS = ("s/step", "time", "first step, s", "peak MiB", "memory")
+ONE_PROCESS = "every run once, in one process, unpatched runs first: no interval, and a drift of the machine is in the ratios"
+
+
+def ordered(result: Dict[str, Any]) -> str:
+    """How the runs of a result were ordered, and what the first step holds."""
+    order = result.get("order", ONE_PROCESS)
+    note = " (in one process, a kernel that an earlier run compiled is not compiled again)" if "order" not in result else ""
+    return f"Order: {order}. The first step holds what is done once: compiling, choosing kernels, self-checks{note}."
+
+
 def every_run() -> List[str]:
-    runs = [run for run in load("real_cmt_h200")["runs"] if "patch" in run and "dtype" in run]
-    if not runs:
-        return []
-    named = {run["name"]: run for run in runs}
+    lines = ["### Every run", "", "Ratios are patched / unpatched, to the unpatched run of the same kind in the same file.",
+             ""]
+    for name in ("real_cmt_h200", "real_cmt_again_h200", "real_fp16_h200"):
+        lines += runs_of(name)
+    return lines
+
+
+def runs_of(name: str) -> List[str]:
+    """The table of every training run of a result file."""
+    result = load(name)
+    runs = merged(run for run in (*result["runs"], *result.get("family", ())) if "patch" in run and "dtype" in run)
+    named = {(run.get("family"), run["name"]): run for run in runs}
 
     def scale(run: Dict[str, Any]) -> str:
         """bias_scale's gradient in the last step."""
         seen = run.get("bias_scale_and_gradient")
         return "" if not seen else "none" if seen[-1][1] is None else f"{seen[-1][1]:.3g}"
 
-    rows = [[run["size"], words_of(run), *cells(run, named.get(counterpart(run["name"]))), scale(run)]
-            for run in runs if run["dropout"]]
-    return ["### Every run", "", *table(("size", "run", "s/step", "time", "peak MiB", "memory", "bias_scale's gradient"),
-                                         rows), source("real_cmt_h200"), ""]
+    def base(run: Dict[str, Any]) -> Any:
+        return named.get((run.get("family"), counterpart(run["name"].replace(" again", ""))))
+
+    rows = [[f"{run['family']} {run['size']}", words_of(run), *cells(run, base(run)), scale(run)] for run in runs]
+    return [*table(("size", "run", *COSTS, "bias_scale's gradient"), rows), ordered(result) + " " + source(name), ""]
 
 
 def apart(run: Dict[str, Any], base: Dict[str, Any]) -> float:
@@ -134,7 +185,7 @@ def parity_rows(runs: List[Dict[str, Any]], half: bool = False) -> List[List[str
 
 
 def parity() -> List[str]:
-    rows = parity_rows([run for run in load("real_cmt_h200")["runs"] if "losses" in run])
+    rows = parity_rows(merged(run for run in load("real_cmt_h200")["runs"] if "losses" in run))
     return [
         "### Parity", "", "Without dropout, against an unpatched run from the same weights: the first step's gradient of the "
         "decoder, and the largest relative difference of the loss curves. `again` is the unpatched run repeated: the noise.",
@@ -143,7 +194,7 @@ def parity() -> List[str]:
 
 def half_parity() -> List[str]:
     found = load("real_fp16_h200")
-    rows = parity_rows([run for run in (*found["runs"], *found["family"]) if "losses" in run], half=True)
+    rows = parity_rows(merged(run for run in (*found["runs"], *found["family"]) if "losses" in run), half=True)
     return ["`FLASHBIAS_DTYPE=fp16` with gradients scaled on their way through (attention/narrow.py):", "",
             *table(("detector", "run", "gradient", "losses", "steps"), rows), source("real_fp16_h200"), ""]
 
@@ -165,7 +216,7 @@ def profiles() -> List[str]:
              *(f"{run['kind_ms'].get(kind, 0.0):.1f}" for kind in kinds)] for run in found]
     before, after = (next(run for run in found if run["name"] == name) for name in ("A fp32", "B fp32 dtype=fp16"))
     busy, rest = before["gpu_busy_ms"], after["gpu_busy_ms"] - after["kind_ms"]["attention"]
-    runs = {run["name"]: run for run in load("real_cmt_h200")["runs"]}
+    runs = {run["name"]: run for run in merged(load("real_cmt_h200")["runs"])}
     step, peak = (runs["B fp32 dtype=fp16"][key] for key in ("step_s", "peak_MiB"))
     kept = runs["B fp32 dtype=fp16 cp"]["peak_MiB"]
     return ["### Where a step goes", "", "Milliseconds a step under torch.profiler, which slows the CPU.", "",
@@ -179,14 +230,15 @@ def profiles() -> List[str]:
 
 
 def family() -> List[str]:
-    runs = load("real_family_h200")["family"]
+    result = load("real_family_h200")
+    runs = merged(result["family"])
     named = {(run["family"], run["name"]): run for run in runs}
     rows = [[run["family"], run["size"], words_of(run),
              *cells(run, named.get((run["family"], counterpart(run["name"].replace(" again", "")))))] for run in runs]
     return ["### PETR and StreamPETR", "", "Batch 2, ResNet-50, no dropout; StreamPETR streams, its memory filling step by "
-            "step.", "", *table(("detector", "size", "run", "s/step", "time", "peak MiB", "memory"), rows),
+            "step.", "", *table(("detector", "size", "run", *COSTS), rows),
             *table(("detector", "run", "gradient", "losses", "steps"), parity_rows([r for r in runs if "losses" in r])),
-            source("real_family_h200"), ""]
+            ordered(result) + " " + source("real_family_h200"), ""]
 
 
 def distributed() -> List[str]:

@@ -16,14 +16,30 @@ def beside_benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def test_unpatched_runs_come_first_under_unique_names():
+def test_runs_have_unique_names_and_a_counterpart():
     import real_models
 
     for runs in (*real_models.RUNS.values(), real_models.BATCH, real_models.PROFILE):
-        order = [fields["patch"] for fields in runs]
-        assert order == sorted(order)
         names = [fields["name"] for fields in runs]
         assert len(set(names)) == len(names)
+        assert {real_models.counterpart(name) for name in names} <= set(names)
+
+
+def test_runs_are_made_in_the_order_abba():
+    """Each unpatched run and those measured against it, forwards and backwards in turn."""
+    import real_models
+
+    for runs in real_models.RUNS.values():
+        order = real_models.in_order(runs, 2)
+        assert sorted(fields["name"] for fields in order) == sorted(2 * [fields["name"] for fields in runs])
+        places = {}
+        for place, fields in enumerate(order):
+            places.setdefault(fields["name"], []).append(place)
+        for name, (first, second) in places.items():
+            a_first, a_second = places[real_models.counterpart(name)]
+            assert first + second == a_first + a_second  # a drift of the machine falls on both alike
+    pair = [{"name": "B fp32", "patch": True}, {"name": "A fp32", "patch": False}]
+    assert [fields["name"][0] for fields in real_models.in_order(pair, 3)] == list("ABBAAB")
 
 
 def test_every_field_of_a_plan_is_one_of_a_run():
@@ -70,31 +86,40 @@ def test_the_largest_batch_is_found(best, low):
     assert len(tried) == len(set(tried)) <= 12
 
 
-def test_a_worker_that_dies_loses_one_run_only(monkeypatch):
+def test_each_run_is_a_process_and_one_that_dies_loses_its_run_only(monkeypatch):
     import real_models
 
-    class Ended:
-        def __init__(self, code):
-            self.code = code
+    folders = set()
 
-        def poll(self):
-            return self.code
-
-    def started(command, **kwargs):
+    def started(command, env):
         plan, out = (Path(part) for part in command[-2:])
+        given = json.loads(plan.read_text())
+        (fields,) = given["runs"]
+        folders.add(given["gradients"])
         with open(out, "a") as file:
-            for fields in json.loads(plan.read_text())["runs"]:
-                file.write(json.dumps({"begin": fields["name"]}) + "\n")
-                if fields["name"] == "two":
-                    return Ended(-9)
-                file.write(json.dumps({"name": fields["name"], "ok": True}) + "\n")
-        return Ended(0)
+            file.write(json.dumps({"about": {"torch": "2"}}) + "\n")
+            if fields["name"] != "two":
+                file.write(json.dumps({**fields, "ok": True}) + "\n")
+        return subprocess.CompletedProcess(command, -9 if fields["name"] == "two" else 0)
 
-    monkeypatch.setattr(real_models.subprocess, "Popen", started)
-    lines = list(real_models.work({"family": "cmt", "runs": [{"name": name} for name in ("one", "two", "three")]}))
-    assert [line["name"] for line in lines] == ["one", "two", "three"]
+    monkeypatch.setattr(real_models.subprocess, "run", started)
+    runs = [{"name": name, "patch": False, "repeat": 0} for name in ("one", "two", "three")]
+    lines = [line for line in real_models.work({"family": "cmt", "runs": runs}) if "about" not in line]
+    assert [(line["name"], line["order"]) for line in lines] == [("one", 0), ("two", 1), ("three", 2)]
     assert [("ok" in line, line.get("error")) for line in lines] == [
         (True, None), (False, "the process died: -9"), (True, None)]
+    assert len(folders) == 1
+
+
+def test_first_gradients_are_compared_across_processes(tmp_path):
+    import real_worker
+    import torch
+
+    run = real_worker.Run("A fp32 drop0", False, dropout=0.0)
+    assert real_worker.Gradients(str(tmp_path)).error(run, torch.ones(4)) is None
+    other = run._replace(name="B fp32 drop0", patch=True, with_cp=True, repeat=1)
+    assert real_worker.Gradients(str(tmp_path)).error(other, torch.ones(4) * 1.5) == pytest.approx(0.5)
+    assert real_worker.Gradients(str(tmp_path)).error(run._replace(bias=True), torch.ones(4)) is None
 
 
 def event(cat, name, start, duration, correlation=None):
@@ -151,3 +176,33 @@ def test_the_list_needs_no_checkout():
     done = subprocess.run([sys.executable, str(BENCHMARKS / "real_models.py"), "--list"], text=True, stdout=subprocess.PIPE,
                           check=True)
     assert "cmt: A fp32\n" in done.stdout and "streampetr: B flash drop0" in done.stdout
+
+
+def repeated(name, seconds, **more):
+    return [{"name": name, "family": "cmt", "patch": name[0] == "B", "repeat": i, "losses": [1.0], "peak_MiB": 100.0 + i,
+             "step_s": s, "times": [9.0, 2.0, *([s] * 6)], **more} for i, s in enumerate(seconds)]
+
+
+def test_repeated_runs_are_one_row_with_an_interval():
+    from tests.scripts import load
+
+    page = load("docs/make_performance.py")
+    a, b, lost = page.merged([*repeated("A fp32", [1.0, 1.02]), *repeated("B fp32", [0.5, 0.51]),
+                              {"name": "B flash", "family": "cmt", "error": "out of memory"}])
+    assert a["step_s"] == pytest.approx(1.01) and a["peak_MiB"] == 101.0
+    cells = page.cells(b, a)
+    assert cells[:1] == ["0.505"] and cells[1].startswith("0.50x (0.4") and cells[2] == "9.0"
+    assert page.cells(lost, a)[0] == "out of memory"
+    once = page.merged(repeated("A fp32", [1.0]) + repeated("B fp32", [0.5]))
+    assert page.cells(once[1], once[0])[1] == "0.50x"  # no interval from one run
+    assert "one process" in page.ordered({}) and page.ordered({"order": "A B B A"}).startswith("Order: A B B A.")
+
+
+def test_the_page_shows_every_run_of_its_files():
+    from tests.scripts import load
+
+    page = load("docs/make_performance.py")
+    for name in ("real_cmt_h200", "real_cmt_again_h200", "real_fp16_h200"):
+        result = page.load(name)
+        rows = [line for line in page.runs_of(name) if line.startswith("| ") and not line.startswith("| size")]
+        assert len(rows) == len(result["runs"]) + len(result.get("family", ()))
