@@ -121,6 +121,7 @@ def html(experiment: Experiment, verdict: Verdict) -> str:
         title="flashbias A/B",
         sentence=words.sentence(verdict),
         bad=verdict.failed,
+        fits=verdict.only_patched_fits,
         cards=[] if verdict.inference else page.headlines(verdict),
         figures=words.figures(verdict),
         columns=words.COLUMNS,

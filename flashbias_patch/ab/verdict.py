@@ -31,7 +31,8 @@ class Failure(NamedTuple):
     steps: int
 
     def __str__(self) -> str:
-        return f"{self.run} ({SIDES[self.side]}): {self.status}: {self.message}"
+        joint = " " if self.message.startswith("after ") else ": "
+        return f"{self.run} ({SIDES[self.side]}): {self.status}{joint}{self.message}"
 
 
 class Timing(NamedTuple):
@@ -132,7 +133,6 @@ def judge(
     a, b = (_whole(experiment.side(label)) for label in "AB")
     verdict = Verdict(inference=bool(experiment.options.get("inference")), detections=detections)
     verdict.failures = _failures(experiment)
-    verdict.problems = [str(failure) for failure in verdict.failures] + _other_problems(experiment, a, b)
     verdict.notes = _notes(experiment, a + b)
     patched = experiment.patched()
     if patched:
@@ -145,6 +145,10 @@ def judge(
             warm_up = min(int(experiment.options.get("warmup", 0)), max(0, min(map(len, steps)) - 1))
             kept = [t[warm_up:] for t in steps if t[warm_up:].size]
             verdict.patched_step = float(np.mean([statistics.midmean(t) for t in kept])) if kept else float("nan")
+            verdict.memory_kind = done[0].memory_kind()
+    verdict.problems = [str(failure) for failure in verdict.failures]
+    if not verdict.only_patched_fits:
+        verdict.problems += _other_problems(experiment, a, b)
     if a and b:
         _compare(verdict, experiment, a, b, warmup, seed)
     return verdict

@@ -66,7 +66,11 @@ def _failure(verdict: Verdict) -> str:
 
 
 def _which(first: dict) -> str:
-    return ". ".join(f"{f.run} {_verb(f.status)}: {f.message.partition('; ')[0]}" for f in first.values() if f)
+    said = []
+    for failure in filter(None, first.values()):
+        message = failure.message.partition("; ")[0]
+        said.append(f"{failure.run} {_verb(failure.status)}{' ' if message.startswith('after ') else ': '}{message}")
+    return ". ".join(said)
 
 
 def _verb(status: str) -> str:

@@ -175,7 +175,7 @@ def test_noise_of_no_shape_is_a_difference(name):
     for repeats in (1, 2):
         found = noises.share("differs", name, trials, repeats=repeats)
         assert found * trials <= ALLOWED * trials + 2 * np.sqrt(trials * ALLOWED * (1 - ALLOWED))
-    assert noises.share("differs", name, 10, repeats=2, effect="+30% throughout") >= 0.4
+    assert noises.share("differs", name, 10, repeats=2, effect="+30% throughout") >= 0.2
 
 
 @pytest.mark.slow
@@ -185,7 +185,7 @@ def test_the_table_of_the_docs():
     assert "\n".join(lines) in (ROOT / "docs" / "ab.md").read_text()
     for line in lines[2:]:
         rates = [float(cell.strip().rstrip("%")) for cell in line.strip("|").split("|")[1:]]
-        assert max(rates[:4]) <= 100 * ALLOWED and rates[-1] >= 50
+        assert max(rates[:4]) <= 100 * ALLOWED and rates[-1] >= 30
 
 
 def test_gradient_norms_that_overflow_under_a_scaler_are_no_finding():

@@ -162,7 +162,7 @@ def test_crash_of_the_patched_side_only(tmp_path):
     ]  # the crashed side is not repeated
     assert "exit status 3" in verdict.problems[0] and "B2 (patched)" in verdict.problems[0]
     assert "BOOM" in experiment.runs[1].log_tail and verdict.comparable
-    assert wording.sentence(verdict).endswith("Patched fails: B2 crashed: after 6 of 12 steps: exit status 3.")
+    assert wording.sentence(verdict).endswith("Patched fails: B2 crashed after 6 of 12 steps: exit status 3.")
     assert verdict.parity_word == "fails" and verdict.speed_word == verdict.memory_word == "undecided"
 
 
