@@ -457,7 +457,7 @@ def test_out_of_memory_unpatched_only_is_the_best_result(tmp_path):
     train(100)
     """
     process = cli(
-        tmp_path, "ab", "--steps", "12", "--out", "out", "--fail-if", "fails", "--", *command(tmp_path, body)
+        tmp_path, "ab", "--steps", "12", "--out", "out", "--fail-if", "differs", "--", *command(tmp_path, body)
     )
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, output + errors
