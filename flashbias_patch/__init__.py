@@ -49,9 +49,8 @@ def __dir__() -> List[str]:
 def _install_on_import() -> None:
     read = settings.current()
     journal.configure(read.log_level)
-    for problem in read.problems:
-        journal.once(problem, "error", problem)
     if read.patch:
+        journal.environment(read.problems + read.unknown)
         from .patching import trigger
 
         trigger.arm()

@@ -62,6 +62,15 @@ def rank() -> int:
     return int(text) if text.isdigit() else 0
 
 
+def environment(problems: List[str]) -> None:
+    """Log problems with the environment as errors: each once for a process and all that it starts."""
+    if problems:
+        from . import settings
+
+        for problem in settings.unnamed(problems):
+            once(problem, "error", "%s", problem)
+
+
 def fallback(source: str, call: str, reason: str, level: str = "warning") -> None:
     """Count that `source` (a backend or a seam) could not answer a class of `call`, and why; log it once."""
     key = (source, call, reason)

@@ -1,7 +1,8 @@
 """Every FLASHBIAS_* environment variable: its meaning, its default, what it accepts.
 
 Parsed once per process. A bad value never breaks an import: it is reported by variable name with the
-allowed values, and the default is used. The command line refuses to start instead (`Settings.problems`).
+allowed values, and the default is used. The command line refuses to start instead (`Settings.problems`). A variable
+whose name is not known is reported with the nearest known one (`Settings.unknown`). An empty variable counts as unset.
 """
 from __future__ import annotations
 
@@ -10,14 +11,35 @@ from collections import namedtuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+    from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 TRUE = ("1", "true", "on", "yes", "y", "enable", "enabled")
 FALSE = ("0", "false", "off", "no", "n", "none", "disable", "disabled")
 
 
+# Variables of this package that are no settings: of `flashbias ab` (see ab/probe.py), of the tests and benchmarks, and
+# the list of problems that this process or a parent of it has named.
+NAMED = "FLASHBIAS_NAMED"
+INTERNAL = (NAMED, "FLASHBIAS_PROBE", "FLASHBIAS_FUZZ", "FLASHBIAS_FRAME", "FLASHBIAS_TEST")
+
+
 class Bad(ValueError):
     """A value that a variable does not accept; the message says what it would accept."""
+
+
+def nearest(text: str, known: Iterable[str], cutoff: float = 0.6) -> Optional[str]:
+    """The one of `known` that `text` resembles most, whatever the case; None if there is none."""
+    from difflib import get_close_matches
+
+    by_lower = {name.lower(): name for name in known}
+    found = get_close_matches(text.lower(), list(by_lower), 1, cutoff)
+    return by_lower[found[0]] if found else None
+
+
+def _words(text: str, allowed: Sequence[str]) -> str:
+    """The allowed words, and which of them `text` may have meant."""
+    near = nearest(text, allowed)
+    return ", ".join(allowed) + (f"; the nearest is {near!r}" if near else "")
 
 
 def _switch(text: str) -> bool:
@@ -25,13 +47,13 @@ def _switch(text: str) -> bool:
         return True
     if text.lower() in FALSE:
         return False
-    raise Bad("one of " + ", ".join(TRUE + FALSE))
+    raise Bad("one of " + _words(text, TRUE + FALSE))
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text.lower() not in allowed:
-            raise Bad("one of " + ", ".join(allowed))
+            raise Bad("one of " + _words(text, allowed))
         return text.lower()
 
     return parse
@@ -92,21 +114,25 @@ VARIABLES: Tuple[Variable, ...] = (
     Variable("compat", ("all",), _names, "comma-separated compatibility patches, `all` or `none`"),
     Variable("tune", 0.0, _seconds,
              "time tile shapes for GPUs that the shipped table was not measured on: off, on, or seconds a class of call"),
+    Variable("summary", False, _switch,
+             "one line at exit: classes patched, calls, fallbacks, biases without effect; `flashbias run` sets it"),
     Variable("log_level", None, _choice("debug", "info", "warning", "error"),
              "log to stderr from this level on; unset: Python's own logging settings"),
 )
 
 
 class Settings:
-    """The parsed variables as attributes, and `problems`: one message for each bad value."""
+    """The parsed variables as attributes; `problems`, one message per bad value; `unknown`, one per unknown name."""
 
     problems: List[str]
+    unknown: List[str]
 
     def __init__(self, environ: Optional[Mapping[str, str]] = None) -> None:
         environ = os.environ if environ is None else environ
         self.problems = []
         for variable in VARIABLES:
             setattr(self, variable.field, self._value(variable, environ.get(variable.name, "").strip()))
+        self.unknown = [message for name in sorted(environ) for message in _unknown(name)]
 
     def _value(self, variable: Variable, text: str) -> Any:
         if not text:
@@ -116,7 +142,7 @@ class Settings:
         except Bad as allowed:
             self.problems.append(
                 f"{variable.name}={text!r} is not understood: expected {allowed}. "
-                f"Using the default, {variable.default!r}."
+                f"The default is {variable.default!r}."
             )
             return variable.default
 
@@ -125,6 +151,37 @@ class Settings:
 
     def as_dict(self) -> Dict[str, Any]:
         return {v.field: getattr(self, v.field) for v in VARIABLES}
+
+
+def _unknown(name: str) -> List[str]:
+    """The message if `name` is a variable that this package does not know and that was meant for it."""
+    upper = name.upper()
+    if not upper.startswith("FLASH") or name in _KNOWN or name.startswith(INTERNAL):
+        return []
+    if upper.startswith("FLASHBIAS_"):
+        field = nearest(upper[len("FLASHBIAS_"):], [variable.field for variable in VARIABLES])
+        near = field and "FLASHBIAS_" + field.upper()
+    else:
+        near = nearest(upper, _KNOWN, 0.85)
+        if near is None:  # FLASH_ATTENTION_SKIP_CUDA_BUILD and the like
+            return []
+    known = f"the nearest known is {near}" if near else f"known: {', '.join(_KNOWN)}"
+    return [f"{name} is not a variable of flashbias_patch and has no effect: {known}."]
+
+
+_KNOWN = tuple(variable.name for variable in VARIABLES)
+
+
+def unnamed(problems: Iterable[str]) -> List[str]:
+    """Those of `problems` that neither this process nor a parent of it has named yet; they count as named from now on."""
+    from zlib import crc32
+
+    named = os.environ.get(NAMED, "").split(",")
+    new = {f"{crc32(problem.encode()):08x}": problem for problem in problems}
+    new = {key: problem for key, problem in new.items() if key not in named}
+    if new:
+        os.environ[NAMED] = ",".join([*filter(None, named), *new])
+    return list(new.values())
 
 
 _current: Optional[Settings] = None

@@ -22,6 +22,7 @@ def clean_state(monkeypatch):
     for variable in settings.VARIABLES:
         if variable.field != "patch":
             monkeypatch.delenv(variable.name, raising=False)
+    monkeypatch.delenv(settings.NAMED, raising=False)
     settings.reload()
     journal.reset()
     yield

@@ -1,10 +1,35 @@
-"""Adaptive query routing: weights over modalities -> AttentionBias, scaled by a learned bias_scale."""
+"""Adaptive query routing: weights over modalities -> AttentionBias, scaled by a learned bias_scale.
+
+Names are loaded on first use (PEP 562): `options` is read before torch is imported.
+"""
 from __future__ import annotations
 
-from .geometry import Geometry, Places, places, provide_geometry
-from .options import Options
-from .router import AdaptiveQueryRouter, Locality, Routing, record_routing
-from .supervision import ModalityDrop, drop_modalities, supervision_loss
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .geometry import Geometry, Places, places, provide_geometry
+    from .options import Options
+    from .router import AdaptiveQueryRouter, Locality, Routing, record_routing
+    from .supervision import ModalityDrop, drop_modalities, supervision_loss
+
+_HOMES = {
+    "geometry": ("Geometry", "Places", "places", "provide_geometry"),
+    "options": ("Options",),
+    "router": ("AdaptiveQueryRouter", "Locality", "Routing", "record_routing"),
+    "supervision": ("ModalityDrop", "drop_modalities", "supervision_loss"),
+}
 
 __all__ = ["AdaptiveQueryRouter", "Geometry", "Locality", "ModalityDrop", "Options", "Places", "Routing",
            "drop_modalities", "places", "provide_geometry", "record_routing", "supervision_loss"]
+
+
+def __getattr__(name: str) -> Any:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value

@@ -72,18 +72,31 @@ def run(
     return found
 
 
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def fits_a_cpu(shape: str) -> bool:
+    """Whether a CPU measures the named shape in seconds."""
+    return _scores(shape) <= CPU_SCORES
+
+
+def _scores(shape: str) -> int:
+    sizes = SHAPES[shape]
+    return sizes["batch"] * sizes["heads"] * sizes["queries"] * sizes["keys"]
+
+
 def _measure_shape(
     shape: str, backends: Sequence[str], dtype: torch.dtype, device: torch.device, rows: List[Dict[str, Any]],
     progress: Callable[[int, int, str], None], total: int,
 ) -> None:  # fmt: skip
     """Add a row for each backend."""
     sizes = SHAPES[shape]
-    scores = sizes["batch"] * sizes["heads"] * sizes["queries"] * sizes["keys"]
-    inputs = make(sizes, dtype, device) if device.type == "cuda" or scores <= CPU_SCORES else None
+    inputs = make(sizes, dtype, device) if device.type == "cuda" or fits_a_cpu(shape) else None
     for name in backends:
         progress(len(rows), total, f"{shape} {name}")
         if inputs is None:
-            found: Dict[str, Any] = {"why_not": f"too large for a CPU ({scores:.0e} scores), needs a GPU"}
+            found: Dict[str, Any] = {"why_not": f"too large for a CPU ({_scores(shape):.0e} scores), needs a GPU"}
         else:
             found = measure(inputs, name)
         rows.append({"shape": shape, "sizes": sizes, "backend": name, "forward_ms": None, **found})

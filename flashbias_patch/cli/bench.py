@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="named shapes, e.g. cmt-800x320 cmt-1600x640 streampetr-r50; `list` lists them (default: all)",
     )
     parser.add_argument("--backends", nargs="+", default=[], metavar="NAME", help="default: all")
-    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16")
+    parser.add_argument(
+        "--dtype", choices=("fp16", "bf16", "fp32"), help="default: fp16; fp32 on a CPU, which computes half slowly or not"
+    )
     parser.add_argument("--out", metavar="DIR", help="write bench.json and bench.html there")
 
 
@@ -47,13 +49,19 @@ def main(args: argparse.Namespace) -> int:
     if problem:
         print(f"flashbias bench: {problem}", file=sys.stderr)
         return 2
+    shapes, dtype = args.shapes or list(benchmark.SHAPES), args.dtype or "fp16"
+    if not benchmark.has_gpu():
+        feasible = [name for name in shapes if benchmark.fits_a_cpu(name)]
+        if not feasible:
+            print(f"flashbias bench: {', '.join(shapes)}: needs a GPU, and torch sees none", file=sys.stderr)
+            return 3
+        if not args.shapes:
+            print(f"flashbias bench: torch sees no GPU: a CPU measures {', '.join(feasible)}; the other shapes need a GPU",
+                  file=sys.stderr)
+            shapes = feasible
+        dtype = args.dtype or "fp32"
     with progress() as say:
-        found = benchmark.run(
-            args.shapes or list(benchmark.SHAPES),
-            args.backends or list(benchmark.BACKENDS),
-            args.dtype,
-            say,
-        )
+        found = benchmark.run(shapes, args.backends or list(benchmark.BACKENDS), dtype, say)
     print(table(found["rows"]))
     if args.out:
         _write(args.out, found)

@@ -1,31 +1,49 @@
-"""`flashbias doctor --config FILE`: is a bias on, which layers will receive it, and what on the way would drop it.
+"""`flashbias doctor --config FILE`: whether a bias is on, which layers will receive it, and what on the way would drop it.
 
-Reads mmcv / mmengine Python configs without importing either: the file is executed as the plain assignments it is,
+mmcv / mmengine Python configs are read without importing either: the file is executed as the plain assignments it is,
 `_base_` files first. What that cannot read (lazy configs, YAML) goes to mmengine's or mmcv's own Config, if installed.
+`aqr` is judged by the code that builds the router in a run.
 """
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import runpy
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+import sys
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+from .. import settings
+from . import config_options
 
 KEYS = ("aqr", "enable_aqr", "attention_bias", "attn_bias")
 FLASH_CLASSES = ("PETRMultiheadFlashAttention",)
+EMBED_DIMS, NUM_HEADS = 8, 2  # of the router that is built to check its options; no option depends on them
 
 
 class ConfigError(ValueError):
     """A config file that cannot be read; the message says which and why."""
 
 
-def check(config_path: str) -> Dict[str, Any]:
+def check(config_path: str, cfg_options: Sequence[str] = ()) -> Dict[str, Any]:
     """A JSON-able report: switches (path, value, on), transformers with their layers, notes. ConfigError if unreadable.
 
-    Each attention of a decoder layer: its type, "cross" or "self", whether the bias reaches it patched and unpatched,
-    and what would drop it.
+    cfg_options: KEY=VALUE overrides, as mmcv's and mmengine's training scripts take them by --cfg-options. Each attention
+    of a decoder layer: its type, "cross" or "self", whether the bias reaches it patched and unpatched, and what would
+    drop it.
     """
     config, missing = load(config_path)
-    switches = [{"path": path, "value": value, "on": _is_on(value)} for path, value in _find(config, KEYS)]
+    try:
+        config_options.merge(config, config_options.parse(cfg_options))
+    except ValueError as error:
+        raise ConfigError(f"--cfg-options: {error}") from error
     transformers = [_transformer(path, node) for path, node in _dicts(config) if "decoder" in node and "type" in node]
+    routers = {item["path"]: item.pop("aqr") for item in transformers}
+    switches = [{"path": path, "value": plain(value), "on": _is_on(path, value, routers)}
+                for path, value in _find(config, KEYS)]
+    if settings.current().aqr:
+        on = any(state.built and state.from_environment for state in routers.values())
+        switches.append({"path": "FLASHBIAS_AQR", "value": settings.current().aqr, "on": on})
     return {"config": config_path, "switches": switches, "transformers": transformers,
             "notes": missing + _notes(switches, transformers, config)}
 
@@ -50,20 +68,28 @@ def text(report: Dict[str, Any]) -> str:
 
 
 def load(path: str) -> Tuple[Dict[str, Any], List[str]]:
-    """The config as nested dicts, `_base_` resolved, `_delete_` obeyed, and a note for each base that is missing."""
+    """The config as nested dicts, `_base_` resolved, `_delete_` obeyed, and a note for each base that is missing.
+
+    What the config prints goes to stderr.
+    """
     if not os.path.isfile(path):
         raise ConfigError(f"--config: {path!r} is not a file")
     missing: List[str] = []
     try:
-        return _load_python(os.path.abspath(path), (), missing), missing
+        with contextlib.redirect_stdout(sys.stderr):
+            return _load_python(os.path.abspath(path), (), missing), missing
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         config = _load_with_library(path)
         if config is None:
-            raise ConfigError(f"--config: {path!r} cannot be read without mmcv or mmengine: "
-                              f"{type(error).__name__}: {error}") from error
+            what = "SystemExit: it ends the program" if isinstance(error, SystemExit) else _first_line(error)
+            raise ConfigError(f"--config: {path!r} cannot be read without mmcv or mmengine: {what}") from error
         return config, []
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _load_python(path: str, above: Tuple[str, ...], missing: List[str]) -> Dict[str, Any]:
@@ -78,8 +104,8 @@ def _load_python(path: str, above: Tuple[str, ...], missing: List[str]) -> Dict[
     merged: Dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
         below = os.path.normpath(os.path.join(os.path.dirname(path), base))
-        _merge(merged, _load_python(below, (*above, path), missing))
-    _merge(merged, own)
+        config_options.merge(merged, _load_python(below, (*above, path), missing))
+    config_options.merge(merged, own)
     return merged
 
 
@@ -87,23 +113,13 @@ def _is_code(value: Any) -> bool:
     return callable(value) or type(value).__name__ == "module"
 
 
-def _merge(into: Dict[str, Any], new: Dict[str, Any]) -> None:
-    for key, value in new.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict) and not value.get("_delete_"):
-            into[key] = dict(into[key])
-            _merge(into[key], value)
-        elif isinstance(value, dict):
-            into[key] = {k: v for k, v in value.items() if k != "_delete_"}
-        else:
-            into[key] = value
-
-
 def _load_with_library(path: str) -> Optional[Dict[str, Any]]:
     for library in ("mmengine", "mmcv"):
         try:
             module = __import__(f"{library}.config" if library == "mmengine" else library, fromlist=["Config"])
-            return dict(module.Config.fromfile(path)._cfg_dict)
-        except Exception:  # this one is a courtesy: the caller reports why the plain reading failed
+            with contextlib.redirect_stdout(sys.stderr):
+                return dict(module.Config.fromfile(path)._cfg_dict)
+        except (Exception, SystemExit):  # this one is a courtesy: the caller reports why the plain reading failed
             continue
     return None
 
@@ -111,12 +127,28 @@ def _load_with_library(path: str) -> Optional[Dict[str, Any]]:
 # -- looking -----------------------------------------------------------------------------------------------------------
 
 
-def _dicts(node: Any, path: str = "") -> Iterator[Tuple[str, Dict[str, Any]]]:
+def _dicts(node: Any, path: str = "", above: Tuple[int, ...] = ()) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """Every dict in nested dicts, lists and tuples, with its path; one that holds itself is not entered again."""
+    if id(node) in above:
+        return
     items: Any = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
     if isinstance(node, dict):
         yield path, node
     for key, value in items:
-        yield from _dicts(value, f"{path}.{key}" if path else str(key))
+        yield from _dicts(value, f"{path}.{key}" if path else str(key), (*above, id(node)))
+
+
+def plain(value: Any, above: Tuple[int, ...] = ()) -> Any:
+    """`value` as JSON has it: keys are strings, other objects are written out, and a cycle ends in "..."."""
+    if id(value) in above:
+        return "..."
+    above = (*above, id(value))
+    if isinstance(value, dict):
+        return {str(key): plain(entry, above) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry, above) for entry in value]
+    is_json = value is None or isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value)
+    return value if is_json else str(value)
 
 
 def _find(config: Dict[str, Any], keys: Tuple[str, ...]) -> Iterator[Tuple[str, Any]]:
@@ -126,41 +158,92 @@ def _find(config: Dict[str, Any], keys: Tuple[str, ...]) -> Iterator[Tuple[str, 
                 yield (f"{path}.{key}" if path else key), node[key]
 
 
-def _is_on(value: Any) -> bool:
+def _is_on(path: str, value: Any, routers: Dict[str, Router]) -> bool:
+    owner, _, key = path.rpartition(".")
+    if key == "aqr" and owner in routers and routers[owner].judged:
+        return routers[owner].built
+    if key == "aqr" and isinstance(value, dict):
+        return bool(value.get("enable", False))
     return bool(value.get("enable", value.get("enabled", True))) if isinstance(value, dict) else bool(value)
+
+
+class Router(NamedTuple):
+    """What a run does with the `aqr` of one transformer."""
+
+    text: str
+    built: bool = False
+    from_environment: bool = False
+    judged: bool = True  # False where no class that is patched takes it: then only what the config says is known
+
+
+def _router(node: Dict[str, Any], name: Any, known: Dict[str, Any], num_layers: Any) -> Router:
+    takes = name in known and known[name].seam == "transformer" and not left_out(name)
+    given = node.get("aqr")
+    if not takes:
+        if "aqr" in node:
+            return Router("aqr is not a key of this class and not one that is patched: an error", judged=False)
+        return Router("takes no aqr")
+    try:
+        from ..aqr import options as aqr_options
+        from ..patching import transformers
+    except ImportError as error:  # without torch nothing is built
+        return Router(f"aqr is not checked: {error}", judged=False)
+    source = "FLASHBIAS_AQR" if given is None else "aqr"
+    try:
+        options = aqr_options.from_environment() if given is None else aqr_options.read(given)
+        if options is None:
+            return Router("takes aqr=dict(enable=True), off")
+        if not options.enable:
+            without = isinstance(given, dict) and "enable" not in given
+            return Router("off: aqr has no enable=True" if without else f"off by {source}")
+        layers = num_layers if isinstance(num_layers, int) and num_layers > 0 else 1
+        transformers.build_router(name, transformers.LAYOUTS[name], options, embed_dims=EMBED_DIMS, num_heads=NUM_HEADS,
+                                  num_layers=layers)
+    except (TypeError, ValueError) as error:
+        return Router(f"an error: {error}")
+    return Router(f"aqr is built ({source}), its bias goes to every cross attention", True, given is None)
+
+
+def left_out(name: str) -> str:
+    """Why a patched run with these settings leaves a class of the catalog alone; empty if it does not."""
+    read = settings.current()
+    return f"FLASHBIAS_TARGETS does not name {name}" if read.targets and name not in read.targets else ""
 
 
 def _transformer(path: str, node: Dict[str, Any]) -> Dict[str, Any]:
     from ..patching import catalog
 
+    known = catalog.targets()
+    name = node["type"] if isinstance(node["type"], str) else getattr(node["type"], "__name__", str(node["type"]))
     decoder = node["decoder"] if isinstance(node["decoder"], dict) else {}
     layer = decoder.get("transformerlayers", {})
     layer = layer[0] if isinstance(layer, (list, tuple)) and layer else layer
     layer = layer if isinstance(layer, dict) else {}
-    cfgs = layer.get("attn_cfgs", [])
-    cfgs = [cfgs] if isinstance(cfgs, dict) else cfgs
-    kinds = [name[:-5] for name in layer.get("operation_order", ()) if name.endswith("_attn")]
+    cfgs = layer.get("attn_cfgs") or []
+    cfgs = [cfg if isinstance(cfg, dict) else {} for cfg in ([cfgs] if isinstance(cfgs, dict) else cfgs)]
+    order = layer.get("operation_order") or ()
+    kinds = [step[:-5] for step in order if isinstance(step, str) and step.endswith("_attn")]
     kinds = kinds if len(kinds) == len(cfgs) else ["cross" if i else "self" for i in range(len(cfgs))]
-    known = catalog.targets()
-    takes = node["type"] in known and known[node["type"]].seam == "transformer"
-    router = ("aqr is built, its bias goes to every cross attention" if "aqr" in node and _is_on(node["aqr"]) and takes
-              else "aqr is not a key of this class and not one that is patched: an error" if "aqr" in node and not takes
-              else "takes aqr=dict(enable=True), off" if takes else "takes no aqr")
-    return {"path": path, "type": node["type"], "num_layers": decoder.get("num_layers", 1), "router": router,
-            "layer": layer.get("type"), "with_cp": bool(layer.get("with_cp", False)),
-            "attentions": [_attention(cfg.get("type"), kind, known) for cfg, kind in zip(cfgs, kinds)]}
+    num_layers = decoder.get("num_layers", 1)
+    router = _router(node, name, known, num_layers)
+    return {"path": path, "type": name, "num_layers": num_layers, "router": router.text, "aqr": router,
+            "layer": plain(layer.get("type")), "with_cp": bool(layer.get("with_cp", False)),
+            "attentions": [_attention(plain(cfg.get("type")), kind, known) for cfg, kind in zip(cfgs, kinds)]}
 
 
 def _attention(name: Any, kind: str, known: Dict[str, Any]) -> Dict[str, Any]:
-    patched = name in known and known[name].seam in ("outer", "core")
+    target = known.get(name) if isinstance(name, str) else None
+    patched = target is not None and target.seam in ("outer", "core") and not left_out(name)
     unpatched = name not in FLASH_CLASSES
-    why = ""
-    if not patched:
-        why = (f"{name} is no class that this package patches; a subclass of one is, under any name, and "
-               "third parties add theirs by an entry point")
-    elif not unpatched:
-        why = "the flash class drops every attn_mask"
-    return {"type": name, "kind": kind, "patched": patched, "unpatched": unpatched, "why": why}
+    dropped_by = []
+    if target is not None and left_out(name):
+        dropped_by.append(left_out(name))
+    elif not patched:
+        dropped_by.append(f"{name} is no class that this package patches; a subclass of one is, under any name, and "
+                       "third parties add theirs by an entry point")
+    if not unpatched:
+        dropped_by.append("the flash class drops every attn_mask")
+    return {"type": name, "kind": kind, "patched": patched, "unpatched": unpatched, "why": "; ".join(dropped_by)}
 
 
 def _notes(switches: List[Dict[str, Any]], transformers: List[Dict[str, Any]], config: Dict[str, Any]) -> List[str]:
@@ -173,7 +256,8 @@ def _notes(switches: List[Dict[str, Any]], transformers: List[Dict[str, Any]], c
     crossing = [a for item in transformers for a in item["attentions"] if a["kind"] == "cross"]
     if on and transformers and not any(a["patched"] for a in crossing):
         notes.append("a bias is on, and no cross attention here would receive it")
-    if any(s["path"].rpartition(".")[2] == "aqr" and s["on"] for s in switches) and not _monitored(config):
+    routed = any(s["path"].rpartition(".")[2] in ("aqr", "FLASHBIAS_AQR") and s["on"] for s in switches)
+    if routed and not _monitored(config):
         notes.append("custom_hooks=[dict(type='BiasScaleMonitorHook')] would watch bias_scale")
     return notes
 

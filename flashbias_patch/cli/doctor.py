@@ -1,4 +1,4 @@
-"""`flashbias doctor`: what is here, what would be patched, which backend would answer, and what stands in the way."""
+"""`flashbias doctor`: versions, settings, backends, what would be patched in a repository, and known problems."""
 from __future__ import annotations
 
 import argparse
@@ -8,8 +8,10 @@ import importlib.util
 import json
 import os
 import platform
+import stat
 import sys
-from typing import Any, Dict, Iterator, List, Optional
+import warnings
+from typing import Any, Dict, Iterable, Iterator, List, Optional
 
 from . import config_check
 
@@ -23,6 +25,8 @@ PACKAGES = ("torch", "triton", "wrapt", "mmcv-full", "mmcv", "mmengine", "mmdet"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repo", metavar="DIR", help="a repository: list its classes that would be patched")
     parser.add_argument("--config", metavar="FILE", help="an mmcv config: is a bias on, and which layers receive it")
+    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE",
+                        help="overrides of --config, as training scripts take them")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -30,14 +34,19 @@ def main(args: argparse.Namespace) -> int:
     if args.repo is not None and not os.path.isdir(args.repo):
         print(f"flashbias doctor: --repo: {args.repo!r} is not a directory", file=sys.stderr)
         return 2
+    if args.cfg_options and args.config is None:
+        print("flashbias doctor: --cfg-options needs --config", file=sys.stderr)
+        return 2
     report = examine(args.repo)
     if args.config is not None:
         try:
-            report["config"] = config_check.check(args.config)
+            report["config"] = config_check.check(args.config, args.cfg_options)
         except config_check.ConfigError as error:
             print(f"flashbias doctor: {error}", file=sys.stderr)
             return 2
-    print(json.dumps(report, indent=2, default=str) if args.json else _text(report))
+    page = json.dumps(config_check.plain(report), indent=2) if args.json else _text(report)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(page.encode(encoding, "backslashreplace").decode(encoding))  # file names need not be text
     return 0
 
 
@@ -96,28 +105,49 @@ def scan(root: str) -> List[Dict[str, Any]]:
 
     known = catalog.targets()
     found: List[Dict[str, Any]] = []
-    for path in _sources(root):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            text = file.read()
-        if not any(name in text for name in known):
-            continue
+    for path in _sources(root, found):
+        file, reason = os.path.relpath(path, root), None
         try:
-            tree = ast.parse(text)
-        except SyntaxError as error:
-            found.append({"class": None, "file": os.path.relpath(path, root), "reason": f"does not parse: {error}"})
+            tree = _parse(path, known)
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror or error}"
+        except (SyntaxError, ValueError) as error:  # UnicodeDecodeError and NUL bytes too
+            reason = f"does not parse: {error}"
+        except (RecursionError, MemoryError):
+            reason = "does not parse: it is nested too deeply"
+        if reason is not None:
+            found.append({"class": None, "file": file, "reason": reason})
             continue
-        for node in ast.walk(tree):
+        for node in ast.walk(tree) if tree is not None else ():
             if isinstance(node, ast.ClassDef) and node.name in known:
-                reason = _static_misfit(node, known[node.name])
-                found.append({
-                    "class": node.name, "file": os.path.relpath(path, root), "line": node.lineno,
-                    "seam": known[node.name].seam, "reason": reason,
-                })
+                reason = config_check.left_out(node.name) or _static_misfit(node, known[node.name])
+                found.append({"class": node.name, "file": file, "line": node.lineno, "seam": known[node.name].seam,
+                              "reason": reason})
     return found
 
 
-def _sources(root: str) -> Iterator[str]:
-    for folder, folders, files in os.walk(root):
+def _parse(path: str, known: Iterable[str]) -> Optional[ast.Module]:
+    """The module at `path`; None where it names no target. Links to nothing, pipes and devices are OSErrors."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")
+    with open(path, "rb") as file:
+        source = file.read()
+    if not any(name.encode() in source for name in known):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of invalid escapes and the like in other people's code
+        return ast.parse(importlib.util.decode_source(source))
+
+
+def _sources(root: str, found: List[Dict[str, Any]]) -> Iterator[str]:
+    """Python files below `root`; directories that cannot be read are added to `found`. Links to directories are not
+    followed, so that a loop of them ends."""
+
+    def unreadable(error: OSError) -> None:
+        found.append({"class": None, "file": os.path.relpath(error.filename or root, root),
+                      "reason": f"cannot be read: {error.strerror or error}"})
+
+    for folder, folders, files in os.walk(root, onerror=unreadable):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in ("build", "node_modules"))
         yield from (os.path.join(folder, f) for f in sorted(files) if f.endswith(".py"))
 
@@ -139,6 +169,8 @@ def _text(report: Dict[str, Any]) -> str:
     lines = [f"flashbias_patch {report['flashbias_patch']} on Python {report['python']}"]
     lines += ["packages:"] + [f"  {name:<13} {version or '-'}" for name, version in report["packages"].items()]
     lines += ["settings:"] + [f"  FLASHBIAS_{k.upper():<10} {v!r}" for k, v in report["settings"].items()]
+    if not report["settings"]["patch"]:
+        lines.append("  FLASHBIAS_PATCH is off: a run is not patched; below is what a patched one does")
     lines += [f"GPU: {report['gpu'] or 'none'}", "backends, in the order they are asked (for CMT's cross attention):"]
     for name, reasons in report["backends"].items():
         lines.append(f"  {name:<10} {'takes it' if not reasons else '; '.join(reasons)}")

@@ -1,17 +1,20 @@
-"""`flashbias`: one subcommand a module, each with NAME, HELP, add_arguments(parser) and main(args) -> exit status."""
+"""`flashbias`: one subcommand per module, each with NAME, HELP, add_arguments(parser) and main(args) -> exit status."""
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import os
 import sys
-from typing import List, Optional
+from typing import Callable, List, Optional
 
 COMMANDS = ("run", "doctor", "ab", "bench", "tune", "report")
+BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Entry point of the console script. Returns the exit status; 2 for a mistake in the command or environment."""
-    from .. import __version__, settings
+    from .. import __version__
 
     parser = argparse.ArgumentParser(
         prog="flashbias", description="Run, check and compare training commands patched by flashbias_patch."
@@ -28,12 +31,44 @@ def main(argv: Optional[List[str]] = None) -> int:
         )
         module.add_arguments(sub)
     args = parser.parse_args(argv)
-    problems = settings.current().problems
-    if problems:
-        for problem in problems:
-            print("flashbias:", problem.partition(" Using the default")[0], file=sys.stderr)
-        return 2
-    return modules[args.command].main(args)
+    return guarded(args.command, lambda: 2 if mistaken_environment() else modules[args.command].main(args))
+
+
+def mistaken_environment() -> bool:
+    """Name what is wrong with the FLASHBIAS_* variables; True if a value is, so that nothing may start."""
+    from .. import environment, settings
+
+    read = settings.current()
+    mistakes = read.problems + environment.problems()
+    for problem in settings.unnamed(mistakes + read.unknown):  # importing this package named some of them
+        print("flashbias:", problem, file=sys.stderr)
+    if mistakes:
+        print("flashbias: nothing was run; correct the variables named above", file=sys.stderr)
+    return bool(mistakes)
+
+
+def guarded(command: str, run: Callable[[], int]) -> int:
+    """run(), where an error that is no mistake of this package ends in one line instead of a traceback."""
+    try:
+        status = run()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of a pipe has gone, as in `flashbias doctor | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        problem, status = "interrupted", 130
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename!r}: "
+        problem, status = f"{where}{error.strerror or error}", 2
+    except UnicodeError as error:
+        problem, status = f"text that cannot be decoded or printed: {error}", 2
+    except json.JSONDecodeError as error:
+        problem, status = f"a file is not valid JSON: {error}", 2
+    except RecursionError:
+        problem, status = "the input is nested too deeply, or contains itself", 2
+    print(f"flashbias {command}: {problem}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

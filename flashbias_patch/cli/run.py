@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import re
 import shutil
 import sys
+from typing import List, Optional
 
-from .. import launch
+from .. import launch, settings
 
 NAME = "run"
 HELP = "run a command patched: bash scripts, python, python -m torch.distributed.run, spawned workers"
@@ -17,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD", help="the command, after an optional --")
 
 
-def command_of(args: argparse.Namespace) -> list[str]:
+def command_of(args: argparse.Namespace) -> List[str]:
     """The command's words, without the separating --."""
     return args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
 
@@ -32,7 +35,35 @@ def main(args: argparse.Namespace) -> int:
     if program is None:
         print(f"flashbias run: CMD: {command[0]!r} is not a program on PATH", file=sys.stderr)
         return 127
-    env = launch.prepare_environment(os.environ, patch=not args.off)
+    wanted = settings.current().patch
+    if not wanted and not args.off:
+        print("flashbias run: FLASHBIAS_PATCH is off: the command runs unpatched", file=sys.stderr)
+    option = ignores_path(command) if wanted and not args.off else None
+    if option:
+        print(f"flashbias run: Python's option {option} leaves out PYTHONPATH or sitecustomize: it runs unpatched",
+              file=sys.stderr)
+    summary = {} if os.environ.get("FLASHBIAS_SUMMARY", "").strip() else {"FLASHBIAS_SUMMARY": "1"}
+    env = launch.prepare_environment(os.environ, patch=wanted and not args.off, extra=summary)
     sys.stdout.flush()
-    os.execve(program, command, env)
+    try:
+        os.execve(program, command, env)
+    except OSError as error:
+        if error.errno != errno.ENOEXEC:
+            print(f"flashbias run: CMD: {program!r} cannot be executed: {error.strerror}", file=sys.stderr)
+            return 126
+    os.execve("/bin/sh", ["sh", program, *command[1:]], env)  # a script without a first line, as shells run it
     raise AssertionError("unreachable")
+
+
+def ignores_path(command: List[str]) -> Optional[str]:
+    """The option by which a Python on the command line does not see what PYTHONPATH holds; None if there is none."""
+    if not re.fullmatch(r"python[\d.]*", os.path.basename(command[0])):
+        return None
+    for word in command[1:]:
+        if not re.fullmatch(r"-[A-Za-z]+", word):
+            return None  # the script; -X and -W take their value along, or as the next word, which stops the search
+        options = re.split("[cmWX]", word[1:])[0]
+        found = next((letter for letter in options if letter in "IES"), None)
+        if found:
+            return f"-{found}"
+    return None

@@ -92,7 +92,7 @@ def _tune(args: argparse.Namespace, benchmark: Any) -> int:
     names = args.shapes or list(benchmark.SHAPES)
     groups = classes({name: benchmark.SHAPES[name] for name in names})
     device, dtype = torch.device("cuda"), benchmark.DTYPES[args.dtype]
-    cells = [("class", "kernel", "shipped", "tuned", "ratio")]
+    cells = [("class", "kernel", "shipped", "tuned", "time tuned / shipped")]
     interrupted = False
     try:
         with progress() as bar:
@@ -153,7 +153,7 @@ def with_features(inputs: Any, features: Sequence[str]) -> Any:
 def _cells(tune: Any, row: Any, call: str) -> Tuple[str, str, str, str, str]:
     shipped = tune.words(row.shipped) if row.shipped else "-"
     tuned = tune.words(row.tuned) if row.tuned else f"- ({row.why}; {row.tried} tried)"
-    return call, row.kernel, shipped, tuned, f"{row.ratio:.3f}" if row.tuned else "-"
+    return call, row.kernel, shipped, tuned, f"{row.ratio:.3f}x" if row.tuned else "-"
 
 
 def _show(cache: Any) -> int:

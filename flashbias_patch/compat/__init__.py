@@ -50,6 +50,9 @@ PATCHES: Tuple[Patch, ...] = (
           module="mmengine.logging.history_buffer"),
 )
 
+# Values of FLASHBIAS_COMPAT that are no names of patches.
+SWITCHES = ("all", *settings.TRUE, *settings.FALSE)
+
 MODULES: Tuple[str, ...] = tuple(patch.module for patch in PATCHES if patch.module)
 
 _MARK = "__flashbias_compat__"  # of a library's module: the patches it has seen
@@ -60,17 +63,12 @@ _compiled: Dict[str, Any] = {}
 
 
 def enabled() -> Tuple[Patch, ...]:
-    """The patches that FLASHBIAS_COMPAT leaves on."""
-    wanted = settings.current().compat
-    known = {patch.name for patch in PATCHES}
-    unknown = [name for name in wanted if name not in known and name not in ("all", "none")]
-    if unknown:
-        journal.once(("compat", tuple(unknown)), "warning",
-                     "FLASHBIAS_COMPAT: no patch is called %s; there are all, none, %s",
-                     ", ".join(unknown), ", ".join(sorted(known)))
-    if "none" in wanted:
+    """The patches that FLASHBIAS_COMPAT leaves on; names that are unknown are reported by environment.problems."""
+    wanted = tuple(name.lower() for name in settings.current().compat)
+    if any(name in settings.FALSE for name in wanted):
         return ()
-    return PATCHES if "all" in wanted else tuple(patch for patch in PATCHES if patch.name in wanted)
+    everything = any(name in SWITCHES for name in wanted)
+    return PATCHES if everything else tuple(patch for patch in PATCHES if patch.name in wanted)
 
 
 def needed_by(source: bytes) -> Tuple[Patch, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from typing import Any, NamedTuple, Optional
 
+import torch
 from torch import Tensor
 
 from .. import journal, settings
@@ -36,11 +37,14 @@ def low_rank(module: Any, given: Any, dense: DenseBias) -> AttentionBias:
     read = settings.current()
     last = _last.get(module)
     tensor = given if isinstance(given, Tensor) else dense.tensor
-    again = last is not None and last.tensor() is tensor and last.version == tensor._version
+    # Nothing is recomputed under inference_mode, and a state from there could not be used in training.
+    inference = tensor.is_inference() or torch.is_inference_mode_enabled()
+    again = not inference and last is not None and last.tensor() is tensor and last.version == tensor._version
     start = None if last is None else last.started_from if again else last.state
     # An explicitly lower energy implies its own error; factorize knows.
     limit = None if read.energy is not None and (1 - read.energy) ** 0.5 > read.max_error else read.max_error
     found = factorize(dense, read.rank, read.energy, warm_start=start, max_error=limit)
-    _last[module] = _Last(weakref.ref(tensor), tensor._version, start, found.state)
+    if not inference:
+        _last[module] = _Last(weakref.ref(tensor), tensor._version, start, found.state)
     journal.factorized(type(module).__qualname__, found.rank, found.relative_error, found.reason)
     return found.bias

@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import wrapt
 
-from .. import compat, journal, settings
+from .. import compat, environment, journal, settings, summary
 from ..monitor import hooks as monitor_hooks
 from . import catalog, repository, trigger
 
@@ -42,6 +42,7 @@ _claims: List[Claim] = []
 _refused: Dict[Tuple[str, str], str] = {}
 _installed = False
 _hooked = False
+_checked = False
 
 
 def installed() -> bool:
@@ -65,6 +66,9 @@ def install() -> None:
                 if module in sys.modules:
                     _on_import(sys.modules[module])
         repository.Finder.enable(_on_import, _HOOKS)
+        _check_environment()
+        if settings.current().summary:
+            summary.at_exit()
     if "torch" in sys.modules:
         for loaded in list(sys.modules.values()):
             _on_module(loaded)
@@ -72,9 +76,9 @@ def install() -> None:
 
 def uninstall() -> None:
     """Put the very same objects back. Classes imported later stay as they are."""
-    global _installed
+    global _installed, _checked
     with _lock:
-        _installed = False
+        _installed = _checked = False
         trigger.disarm()
         repository.Finder.disable()
         compat.uninstall()
@@ -96,9 +100,20 @@ def uninstall() -> None:
         _refused.clear()
 
 
+def _check_environment() -> None:
+    """Name unknown classes, patches and options in FLASHBIAS_* variables. Loading a third party's targets may import
+    torch, whose own import may be what this runs in: then it waits for the first module that is patched."""
+    global _checked
+    if not _checked and ("torch" in sys.modules or not environment.loads_third_parties()):
+        _checked = True
+        journal.environment(environment.problems())
+
+
 def _on_import(module: Any) -> None:
     """A module was executed: one of _HOOKS, or one that `repository.Finder` found. Never raises."""
-    name = getattr(module, "__name__", None)
+    if _installed:
+        _check_environment()
+    name = str(getattr(module, "__name__", None))
     for hook in _HOOKS.get(name, (_on_module,)) if _installed else ():
         try:
             hook(module)

@@ -106,29 +106,34 @@ class ConstructorSeam:
             module.aqr = self._router(module, options)
 
     def _router(self, module: Any, options: aqr.Options) -> AdaptiveQueryRouter:
-        cameras = self.layout.cameras if options.cameras is None else options.cameras
-        if not self.layout.lidar and not cameras or not self.layout.cameras and cameras:
-            raise ValueError(f"aqr.cameras: {cameras} does not fit {self.name}")
-        segments = int(self.layout.lidar) + cameras
-        if (options.drop or options.supervision) and not (self.layout.lidar and cameras):
-            raise ValueError(f"aqr.drop and aqr.supervision need lidar and cameras; {self.name} has one of them")
-        if options.supervision and not options.drop:
-            raise ValueError("aqr.supervision: needs aqr.drop > 0, it is the dropped sensor that it teaches")
-        if segments == 1 and not options.locality:
-            journal.once((self.name, "one segment"), "warning",
-                         "aqr: %s has one segment, a bias that is the same for all its keys does nothing; "
-                         "set locality=True", self.name)
-        router = AdaptiveQueryRouter(
-            module.embed_dims, segments, num_heads=_num_heads(module), num_layers=len(module.decoder.layers),
-            per=options.per, hidden_dims=options.hidden_dims, init_bias_scale=options.init_bias_scale,
-            locality=options.locality, eps=options.eps,
-        )
-        seed = torch.initial_seed() + journal.rank()
-        if options.drop:
-            router.drop = aqr.ModalityDrop(options.drop, seed)
-        router.supervision = float(options.supervision)
-        journal.once((self.name, "router"), "info", "aqr: %s has a router over %d segments", self.name, segments)
-        return router
+        return build_router(self.name, self.layout, options, embed_dims=module.embed_dims, num_heads=_num_heads(module),
+                            num_layers=len(module.decoder.layers))
+
+
+def build_router(name: str, layout: Layout, options: aqr.Options, **sizes: Any) -> AdaptiveQueryRouter:
+    """The router of a transformer class `name`; ValueError names an option that does not fit it. sizes: embed_dims,
+    num_heads and num_layers."""
+    cameras = layout.cameras if options.cameras is None else options.cameras
+    if not layout.lidar and not cameras or not layout.cameras and cameras:
+        raise ValueError(f"aqr.cameras: {cameras} does not fit {name}")
+    segments = int(layout.lidar) + cameras
+    if (options.drop or options.supervision) and not (layout.lidar and cameras):
+        raise ValueError(f"aqr.drop and aqr.supervision need lidar and cameras; {name} has one of them")
+    if options.supervision and not options.drop:
+        raise ValueError("aqr.supervision: needs aqr.drop > 0, it is the dropped sensor that it teaches")
+    if segments == 1 and not options.locality:
+        journal.once((name, "one segment"), "warning",
+                     "aqr: %s has one segment, a bias that is the same for all its keys does nothing; "
+                     "set locality=True", name)
+    router = AdaptiveQueryRouter(
+        num_segments=segments, per=options.per, hidden_dims=options.hidden_dims, init_bias_scale=options.init_bias_scale,
+        locality=options.locality, eps=options.eps, **sizes,
+    )
+    if options.drop:
+        router.drop = aqr.ModalityDrop(options.drop, torch.initial_seed() + journal.rank())
+    router.supervision = float(options.supervision)
+    journal.once((name, "router"), "info", "aqr: %s has a router over %d segments", name, segments)
+    return router
 
 
 def _num_heads(module: Any) -> Optional[int]:

@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from flashbias_patch.cli import config_check
+from flashbias_patch import settings
+from flashbias_patch.cli import config_check, config_options
+from flashbias_patch.patching import hooks
 
 BASE = """
 import os
@@ -87,6 +90,132 @@ def test_the_example_config(tmp_path):
     from flashbias_patch.aqr import options
 
     assert options.read(report["switches"][0]["value"]).supervision == 0.1
+
+
+# -- agreement with a run ----------------------------------------------------------------------------------------------
+
+FORMS = {
+    "none": ("", None, ()), "true": ("aqr=True", None, ()), "false": ("aqr=False", None, ()),
+    "empty": ("aqr=dict()", None, ()), "no enable": ("aqr=dict(per='head')", None, ()),
+    "enable": ("aqr=dict(enable=True)", None, ()), "disabled": ("aqr=dict(enable=False)", None, ()),
+    "enabled misspelt": ("aqr=dict(enabled=True)", None, ()), "unknown key": ("aqr=dict(enable=True, sale=1)", None, ()),
+    "a string": ("aqr='on'", None, ()), "a bad value": ("aqr=dict(enable=True, per='banana')", None, ()),
+    "cameras": ("aqr=dict(enable=True, cameras=0)", None, ()),
+    "drop alone": ("aqr=dict(enable=True, supervision=1.0)", None, ()),
+    "None": ("aqr=None", "1", ()), "variable": ("", "1", ()), "variable off": ("", "off", ()),
+    "variable with options": ("", "per=head,cameras=2", ()), "variable with a mistake": ("", "par=head", ()),
+    "the config wins": ("aqr=False", "1", ()), "option": ("", None, ["aqr.enable=True"]),
+    "option over a dict": ("aqr=dict(enable=True)", None, ["aqr.enable=false"]),
+    "option over none": ("aqr=None", None, ["aqr.per=head", "aqr.enable=True"]),
+    "option with a mistake": ("", None, ["aqr.enable=True", "aqr.pre=head"]),
+    "option of another name": ("", None, ["agr.enable=True"]),
+}
+
+
+class Decoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = torch.nn.Module()
+        layer.attentions = [torch.nn.MultiheadAttention(16, 2)]
+        self.layers = torch.nn.ModuleList([layer])
+
+
+def transformer_class():
+    class CmtTransformer(torch.nn.Module):
+        def __init__(self, decoder=None):
+            super().__init__()
+            self.embed_dims, self.decoder = 16, Decoder()
+
+        def forward(self, x, x_img, query_embed, bev_pos_embed=None, rv_pos_embed=None):
+            return x
+
+    return CmtTransformer
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_doctor_agrees_with_a_run(written, monkeypatch, installed, form):
+    """Whether a router is built, in every way of asking for one."""
+    key, variable, overrides = FORMS[form]
+    if variable is not None:
+        monkeypatch.setenv("FLASHBIAS_AQR", variable)
+        settings.reload()
+    path = written(f"transformer = dict(type='CmtTransformer', decoder=dict(type='D'), {key})")
+    report = config_check.check(path, ["transformer." + word for word in overrides])
+    said = report["transformers"][0]["router"]
+
+    config, _ = config_check.load(path)
+    config_options.merge(config, config_options.parse(["transformer." + word for word in overrides]))
+    arguments = {k: v for k, v in config["transformer"].items() if k not in ("type", "decoder")}
+    cls = transformer_class()
+    assert hooks.claim(cls)
+    try:
+        built = "aqr" in cls(**arguments)._modules
+    except (TypeError, ValueError) as error:
+        assert said.startswith("an error") or form == "option of another name", (said, error)
+        assert not any(switch["on"] for switch in report["switches"])
+        return
+    assert ("is built" in said) == built, said
+    assert any(switch["on"] for switch in report["switches"]) == built
+
+
+def test_a_class_that_targets_leave_out_takes_no_aqr(written, monkeypatch):
+    monkeypatch.setenv("FLASHBIAS_TARGETS", "PETRMultiheadFlashAttention")
+    settings.reload()
+    report = config_check.check(written(BASE), ["model.head.transformer.aqr=True"])
+    (transformer,) = report["transformers"]
+    own, cross = transformer["attentions"]
+    assert "an error" in transformer["router"] and not own["patched"] and cross["patched"]
+    assert "FLASHBIAS_TARGETS does not name MultiheadAttention" in own["why"]
+
+
+@pytest.mark.parametrize("words, parsed", [
+    (["a.b=1", "a.c=x"], {"a": {"b": 1, "c": "x"}}), (["a=1.5"], {"a": 1.5}),
+    (["a=True", "b=false"], {"a": True, "b": False}),
+    (["a=None"], {"a": None}), (["a=1,2"], {"a": [1, 2]}), (["a=[1,(2,x)]"], {"a": [1, (2, "x")]}), (["a=[]"], {"a": []}),
+    (["a='x'"], {"a": "x"}), (["a=b=c"], {"a": "b=c"}),
+])
+def test_overrides_are_read_as_by_mmcv(words, parsed):
+    assert config_options.parse(words) == parsed
+
+
+def test_overrides_index_lists_and_mistakes_are_named(written):
+    path = written(BASE)
+    layers = "model.head.transformer.decoder.transformerlayers.attn_cfgs"
+    report = config_check.check(path, [f"{layers}.1.type=PETRMultiheadAttention"])
+    assert [a["type"] for a in report["transformers"][0]["attentions"]] == ["MultiheadAttention", "PETRMultiheadAttention"]
+    mistakes = {f"{layers}.7.type=X": "none at 7", "model": "expected KEY=VALUE", "a..b=1": "expected KEY=VALUE"}
+    for word, part in mistakes.items():
+        with pytest.raises(config_check.ConfigError, match=f"--cfg-options: .*{part}"):
+            config_check.check(path, [word])
+
+
+@pytest.mark.parametrize("source", [
+    "m = dict(type=['a'], decoder=dict())", "m = dict(type='A', decoder=dict(transformerlayers=dict(operation_order=None)))",
+    "m = dict(type='A', decoder=dict(transformerlayers=dict(attn_cfgs=None)))", "m = {(1, 2): dict(aqr=dict(enable=True))}",
+    "m = dict(type='A', decoder=dict(transformerlayers=dict(attn_cfgs=[None])))", "m = {1: dict(aqr={(1, 2): float('nan')})}",
+    "m = {}\nm['m'] = m\nm['aqr'] = [m]", "m = dict(type='A', decoder=None)",
+    "m = dict(type=int, decoder=dict(num_layers='6'))",
+    "m = dict(type='CmtTransformer', aqr=True, decoder=dict(num_layers='six'))",
+])
+def test_odd_configs_are_read(written, source):
+    report = config_check.check(written(source))
+    json.dumps(config_check.plain(report), allow_nan=False)
+    config_check.text(report)
+
+
+@pytest.mark.parametrize("source, part", [
+    ("import sys; sys.exit(0)", "SystemExit"), ("raise KeyError('x')", "KeyError"), ("\0", "SyntaxError"),
+    ("def f(): f()\nf()", "RecursionError"),
+])
+def test_a_config_that_cannot_be_read_is_named(written, source, part):
+    with pytest.raises(config_check.ConfigError, match=part):
+        config_check.check(written(source))
+
+
+def test_json_is_json_whatever_a_config_prints(written):
+    command = [sys.executable, "-m", "flashbias_patch.cli.main", "doctor", "--json", "--config"]
+    done = subprocess.run([*command, written("print('hello')\n" + BASE)], text=True, capture_output=True, check=True)
+    assert json.loads(done.stdout)["config"]["transformers"] and "hello" in done.stderr
 
 
 def test_command_line(written):

@@ -46,9 +46,11 @@ def place(tmp_path, monkeypatch):
     sys.modules.pop("flash_bias_triton", None)
 
 
-def loaded(monkeypatch, home=None):
+def loaded(monkeypatch, home=None, backend=None):
     if home is not None:
         monkeypatch.setenv("FLASHBIAS_HOME", home)
+    if backend is not None:
+        monkeypatch.setenv("FLASHBIAS_BACKEND", backend)
     settings.reload()
     upstream_flashbias.backend._load()
     return upstream_flashbias.backend
@@ -60,7 +62,18 @@ def test_found_in_flashbias_home(place, monkeypatch):
 
 def test_found_in_external_of_the_working_directory(place, monkeypatch):
     place("external/FlashBias")
-    assert loaded(monkeypatch)._function is not None
+    assert loaded(monkeypatch, backend="upstream")._function is not None
+
+
+@pytest.mark.parametrize("folder, entry", [("external/FlashBias", None), (".", ""), (".", ".")])
+def test_code_of_the_working_directory_runs_only_when_asked_for(place, monkeypatch, folder, entry):
+    place(folder, "raise SystemExit('executed')")
+    if entry is not None:
+        monkeypatch.setattr(sys, "path", [entry, *sys.path])
+    missing = loaded(monkeypatch)._missing
+    assert "Set FLASHBIAS_HOME" in missing and loaded(monkeypatch, backend="auto")._function is None
+    with pytest.raises(SystemExit):
+        loaded(monkeypatch, backend="upstream")
 
 
 def test_found_on_sys_path(place, monkeypatch):
@@ -70,7 +83,7 @@ def test_found_on_sys_path(place, monkeypatch):
 
 def test_not_found_says_where_it_looked(place, monkeypatch, tmp_path):
     missing = loaded(monkeypatch, str(tmp_path / "nowhere"))._missing
-    for part in ("looked in: FLASHBIAS_HOME", "nowhere", "external", "sys.path", "Set FLASHBIAS_HOME"):
+    for part in ("looked in: FLASHBIAS_HOME", "nowhere", "sys.path", "Set FLASHBIAS_HOME"):
         assert part in missing
     monkeypatch.delenv("FLASHBIAS_HOME")
     assert "FLASHBIAS_HOME (not set)" in loaded(monkeypatch)._missing

@@ -64,6 +64,25 @@ def test_names_and_exit_status(capsys):
     assert status("--shapes", "tiny", "--backends", "flash") == 3, "nothing ran"
 
 
+def test_without_a_gpu_it_measures_what_a_cpu_can(monkeypatch, capsys):
+    """By default only small shapes, in float32; a shape that needs a GPU is one line."""
+    asked = []
+    monkeypatch.setattr(benchmark, "run", lambda *words: asked.append(words[:3]) or {"rows": [], "environment": {}})
+
+    def status(*words):
+        parser = argparse.ArgumentParser()
+        bench.add_arguments(parser)
+        return bench.main(parser.parse_args(words))
+
+    assert status("--shapes", "cmt-800x320", "cmt-camera") == 3 and not asked
+    assert capsys.readouterr().err == "flashbias bench: cmt-800x320, cmt-camera: needs a GPU, and torch sees none\n"
+    status("--backends", "sdpa")
+    assert asked == [(["tiny", "square-1024"], ["sdpa"], "fp32")]
+    assert "a CPU measures tiny, square-1024" in capsys.readouterr().err
+    status("--shapes", "tiny", "cmt-800x320", "--dtype", "bf16", "--backends", "sdpa")
+    assert asked[1] == (["tiny", "cmt-800x320"], ["sdpa"], "bf16") and capsys.readouterr().err == ""
+
+
 class Wrong:
     """A backend that raises, or answers with zeros."""
 

@@ -90,6 +90,7 @@ def test_one_name_switches_one_patch_on(write, without, monkeypatch):
 def test_an_unknown_name_is_told(monkeypatch, caplog):
     switch(monkeypatch, "turtles")
     assert compat.enabled() == ()
+    flashbias_patch.install()
     assert "no patch is called turtles" in caplog.text and "turtle" in caplog.text
 
 

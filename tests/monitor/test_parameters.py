@@ -172,3 +172,11 @@ def test_tensorboard_and_wrapped_models(tmp_path):
 def test_bad_arguments_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         ParameterMonitor(Model(), **bad)
+
+
+@pytest.mark.parametrize("text, number", [("", 0), (" ", 0), ("3", 3), ("x", 0), (None, 0)])
+def test_an_empty_rank_is_unset(monkeypatch, text, number):
+    from flashbias_patch.monitor import parameters
+
+    monkeypatch.delenv("RANK", raising=False) if text is None else monkeypatch.setenv("RANK", text)
+    assert parameters.rank() == journal.rank() == number

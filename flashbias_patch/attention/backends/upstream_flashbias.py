@@ -91,17 +91,24 @@ backend = Upstream()
 
 
 def find() -> Tuple[Optional[str], List[str]]:
-    """(path or None, the places looked in): FLASHBIAS_HOME, external/FlashBias/ of the cwd, sys.path."""
-    home = settings.current().home
-    places = [("FLASHBIAS_HOME", home)] if home else []
-    places.append(("the working directory's", os.path.join(os.getcwd(), "external", "FlashBias")))
-    places += [("sys.path", entry or os.getcwd()) for entry in sys.path]
+    """(path or None, the places looked in): FLASHBIAS_HOME, external/FlashBias/ of the working directory, sys.path.
+
+    Code of the working directory, which nobody may have asked for, is run only if FLASHBIAS_BACKEND=upstream does.
+    """
+    read, here = settings.current(), os.getcwd()
+    places = [("FLASHBIAS_HOME", read.home)] if read.home else []
+    if read.backend == "upstream":
+        places.append(("the working directory's", os.path.join(here, "external", "FlashBias")))
+    for entry in sys.path:
+        folder = os.path.abspath(entry or here)
+        if read.backend == "upstream" or os.path.realpath(folder) != os.path.realpath(here):
+            places.append(("sys.path", folder))
     for _, folder in places:
         path = os.path.join(os.path.expanduser(folder), FILE)
         if os.path.isfile(path):
             return path, []
     looked = [f"{label} ({folder})" for label, folder in places if label != "sys.path"]
-    return None, [*([] if home else ["FLASHBIAS_HOME (not set)"]), *looked, "sys.path"]
+    return None, [*([] if read.home else ["FLASHBIAS_HOME (not set)"]), *looked, "sys.path"]
 
 
 def load(path: str) -> Callable[..., Tensor]:
