@@ -9,11 +9,12 @@ import contextlib
 import contextvars
 import functools
 import weakref
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
 import torch
 from torch import Tensor
 
+from .. import journal
 from ..attention.recovery import replay
 from ..bias import AttentionBias
 from . import threads
@@ -23,12 +24,15 @@ Bias = Union[AttentionBias, Tensor]
 
 
 class Block:
-    """One `with attention_bias(...)`."""
+    """One `with attention_bias(...)`: whether it is open, which kinds of attention were called in it, and whether any
+    of them was given the bias."""
 
-    __slots__ = ("open",)
+    __slots__ = ("open", "kinds", "given")
 
     def __init__(self) -> None:
         self.open = True
+        self.kinds: Set[str] = set()
+        self.given = False
 
 
 class Scope(NamedTuple):
@@ -106,9 +110,23 @@ def attention_bias(
     try:
         with threads.handing_on(_for_thread, _for_task):
             yield
+        if not block.given:
+            _warn_unused(scope)
     finally:
         block.open = False
         _scopes.reset(token)
+
+
+def _warn_unused(scope: Scope) -> None:
+    """Say once why the bias of a block that ends was given to no attention."""
+    kinds = scope.block.kinds
+    if not kinds:
+        why = "no patched attention was called in the block; flashbias_patch.status() shows what is patched"
+    elif scope.kind not in (*kinds, "all"):
+        why = f"only {' and '.join(sorted(kinds))} attentions were called in the block"
+    else:
+        why = f"{len(scope.order)} attentions of this kind were called, and none has an index in layers={scope.layers}"
+    journal.once(("unused bias", scope.kind, why), "warning", "attention_bias(kind=%r) has no effect: %s", scope.kind, why)
 
 
 @contextlib.contextmanager
@@ -134,11 +152,13 @@ def biases_for(module: Any, kind: str) -> List[Bias]:
     global _out_of_reach
     found = []
     for scope in current_scopes():
+        scope.block.kinds.add(kind)
         if scope.kind not in (kind, "all"):
             continue
         index = scope.order.setdefault(module, len(scope.order))
         if scope.layers is None or index in scope.layers:
             found.append(scope.bias)
+            scope.block.given = True
     if found:
         if replay.in_function() and replay.current() is None:
             _out_of_reach = weakref.WeakSet() if _out_of_reach is None else _out_of_reach

@@ -123,8 +123,9 @@ def project(
     else:
         biases = (None, None, None) if bias is None else bias.chunk(3)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases))
-    q, k, v = (x.unflatten(-1, (num_heads, width // num_heads)) for x in (q, k, v))
-    return q, k, v
+    heads = (num_heads, width // num_heads)
+    sizes = (*key.shape[:2], *heads)
+    return q.view(*query.shape[:2], *heads), k.view(sizes), v.view(sizes)
 
 
 def compute_dtype(upstream: torch.dtype) -> torch.dtype:

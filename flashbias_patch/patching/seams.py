@@ -23,6 +23,8 @@ from .arguments import Bias
 from .inner_attention import FunctionalAttention, check_lengths, count_original, dense_mask, mentions_functional
 from .route import Route
 
+_NO_BIASES: Tuple[Bias, ...] = ()
+
 
 def _map_route(opened: Route, function: Callable[[Tensor], Tensor]) -> Route:
     """For a recomputation: a route of its own, with `function` applied to the tensors that may need a gradient."""
@@ -54,10 +56,11 @@ class OuterSeam:
 
     def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
         parameters = self.parameters
-        args, kwargs, biases = arguments.take_biases(parameters, args, kwargs)
-        opened = Route(
-            module, biases, parameters.get("attn_mask", args, kwargs), parameters.get("key_padding_mask", args, kwargs)
-        )
+        mask, biases = parameters.get("attn_mask", args, kwargs), _NO_BIASES
+        if parameters.accepts or "attention_bias" in kwargs or "attn_bias" in kwargs or isinstance(mask, AttentionBias):
+            args, kwargs, biases = arguments.take_biases(parameters, args, kwargs)
+            mask = parameters.get("attn_mask", args, kwargs)
+        opened = Route(module, biases, mask, parameters.get("key_padding_mask", args, kwargs))
         if replay.in_function():
             replay.current()  # a checkpoint around this call is to be known before anything is set for the call
         parent = route.current()
@@ -68,7 +71,8 @@ class OuterSeam:
             opened.biases = (*biases, *ambient.biases_for(module, arguments.kind_of(module, query, key)))
         if opened.biases and not _holds_core(module):
             args, kwargs = self._biases_as_mask(opened, args, kwargs)
-        opened.functional = self._functional(module)
+        functional = self.calls_functional.get(type(module._modules.get("attn")))
+        opened.functional = self._calls_functional(module) if functional is None else functional
         token = route.enter(opened)
         try:
             if opened.functional:
@@ -87,12 +91,11 @@ class OuterSeam:
             _check_used(self.name, opened)
         return out
 
-    def _functional(self, module: Any) -> bool:
+    def _calls_functional(self, module: Any) -> bool:
         """Whether F.multi_head_attention_forward may be called by other code than nn.MultiheadAttention."""
-        inner = type(module._modules.get("attn"))
-        if inner not in self.calls_functional:
-            self.calls_functional[inner] = mentions_functional({type(child) for child in module.modules()})
-        return self.calls_functional[inner]
+        found = mentions_functional({type(child) for child in module.modules()})
+        self.calls_functional[type(module._modules.get("attn"))] = found
+        return found
 
     def _biases_as_mask(
         self, opened: Route, args: Tuple[Any, ...], kwargs: Dict[str, Any]
@@ -167,8 +170,9 @@ class CoreSeam:
         self.options = self.parameters.defaults_without(_CORE_PARAMETERS)
 
     def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
-        parameters = self.parameters
-        args, kwargs, own = arguments.take_biases(parameters, args, kwargs)
+        parameters, own = self.parameters, _NO_BIASES
+        if len(args) > 4 or "attn_mask" in kwargs or "attention_bias" in kwargs or "attn_bias" in kwargs:
+            args, kwargs, own = arguments.take_biases(parameters, args, kwargs)
         q, k, v = (parameters.get(name, args, kwargs) for name in ("q", "k", "v"))
         opened = route.current()
         if opened is None:

@@ -230,7 +230,7 @@ def test_a_fully_masked_row_is_zero():
     assert not module.kept[:, 2].any() and torch.allclose(module.kept[:, 0].sum(-1), torch.ones(B))
 
 
-@pytest.mark.parametrize("reentrant", [True])
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_inside_a_checkpoint_of_the_inner_attention(reentrant):
     """Weights that are ignored do no harm. Used, they have the right gradient, or raise."""
     def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,

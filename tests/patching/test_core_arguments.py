@@ -239,6 +239,37 @@ def test_a_bias_that_no_core_adds_is_warned_of_once(caplog):
                      "nn.MultiheadAttention or FlashMHA"]
 
 
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("kind, layers, why", [
+    ("self", None, "attention_bias(kind='self') has no effect: only cross attentions were called in the block"),
+    ("cross", [1, 2], "attention_bias(kind='cross') has no effect: 1 attentions of this kind were called, and none has "
+                      "an index in layers=(1, 2)"),
+    ("cross", None, "attention_bias(kind='cross') has no effect: no patched attention was called in the block; "
+                    "flashbias_patch.status() shows what is patched"),
+])  # fmt: skip
+def test_a_block_whose_bias_nobody_takes_is_warned_of_once(caplog, kind, layers, why):
+    cls, original = outer(leaving)
+    module, (query, key) = cls(), sequences()
+    forward = original if "no patched" in why else cls.forward
+    for _ in range(2):
+        with flashbias_patch.attention_bias(torch.randn(M, N), kind=kind, layers=layers):
+            forward(module, query, key, key)
+    assert warnings_of(caplog) == [why]
+
+
+def test_a_block_whose_bias_is_taken_or_that_fails_is_not_warned_of(caplog):
+    cls, _ = outer(leaving)
+    module, (query, key) = cls(), sequences()
+    with flashbias_patch.attention_bias(torch.randn(M, N)):
+        module(query, key, key)
+    with pytest.raises(ZeroDivisionError), flashbias_patch.attention_bias(torch.randn(M, N)):
+        raise ZeroDivisionError
+    assert not warnings_of(caplog)
+
+
 # -- structured biases where a mask is expected ---------------------------------------------------------------------------
 
 
