@@ -10,7 +10,7 @@ import functools
 import inspect
 import sys
 import types
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from .route import Route
 _NO_BIASES: Tuple[Bias, ...] = ()
 NAME = "nn.MultiheadAttention"
 FUNCTION = "multi_head_attention_forward"
+_jit_tracing: Callable[[], Any] = getattr(torch._C, "_get_tracing_state", lambda: None)
 _backward_hooks_of_all: Dict[int, Any] = getattr(nn.modules.module, "_global_backward_hooks", {})
 
 
@@ -116,8 +117,11 @@ def _attend_module(
         finally:
             route.leave(token)
     weights = result[1]
-    if weights is not None and (module._backward_hooks or module._backward_pre_hooks or _backward_hooks_of_all):
-        return result[0], weights.computed()  # torch routes outputs through an autograd function of its own
+    if weights is not None and (
+        module._backward_hooks or module._backward_pre_hooks or _backward_hooks_of_all or _jit_tracing() is not None
+    ):
+        # Code in C++ receives the outputs: the autograd function of torch's backward hooks, or the tracer.
+        return result[0], weights.computed()
     return result
 
 

@@ -292,6 +292,18 @@ def test_under_autocast():
     torch.testing.assert_close(module.kept.detach(), theirs.detach(), rtol=0.05, atol=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_of_a_traced_module():
+    cls, original = outer(keeping(kept))
+    cls.forward_with_weights = lambda self, query, key: (self(query, key, key), self.kept)
+    module, (query, key) = cls().eval(), sequences(False)
+    with torch.no_grad():
+        traced = torch.jit.trace_module(module, {"forward_with_weights": (query, key)})
+        out, weights = traced.forward_with_weights(key[:M] * 2, key)
+        torch.testing.assert_close(out, original(module, key[:M] * 2, key, key))
+    torch.testing.assert_close(weights, module.kept)
+
+
 def test_of_a_compiled_module():
     torch._dynamo.reset()
     cls, original = outer(keeping(lambda self, out, probabilities: out + probabilities.square().mean()))

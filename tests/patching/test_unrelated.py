@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -31,8 +32,15 @@ def call(patched):
     return module, x, expected
 
 
-def test_torch_itself_is_untouched(installed):
-    assert not hooks._is_patched(vars(nn.MultiheadAttention)["forward"])
+def test_torch_itself_is_untouched_but_for_a_forward_that_is_put_back(repository):
+    before = vars(nn.MultiheadAttention)["forward"]
+    assert not hooks._is_patched(before)
+    flashbias_patch.install()
+    repository()
+    assert inspect.unwrap(vars(nn.MultiheadAttention)["forward"]) is before
+    assert inspect.signature(nn.MultiheadAttention.forward) == inspect.signature(before)
+    flashbias_patch.uninstall()
+    assert vars(nn.MultiheadAttention)["forward"] is before
     assert torch.nn.functional.multi_head_attention_forward.__module__ == "torch.nn.functional"
     assert torch.utils.checkpoint.checkpoint.__module__ == "torch.utils.checkpoint"
     assert not any(r["module"].startswith("torch.") for r in flashbias_patch.status()["refused"])
