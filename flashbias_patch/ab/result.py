@@ -134,6 +134,7 @@ def command(experiment: Experiment) -> str:
     options = experiment.options
     given = [f"--{name} {options[name]}" for name in ("repeats", "steps", "warmup", "seed") if name in options]
     given = ["--eval CHECKPOINT"] if options.get("inference") else given
+    given += ["--stand-in-for-a"] if options.get("stand_in") else []
     for side in "ab":
         given += [f"--env-{side} {k}={_local(str(v))}" for k, v in (options.get("env_" + side) or {}).items()]
     words_of = " ".join(shlex.quote(_local(word)) for word in experiment.command)

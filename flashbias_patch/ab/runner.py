@@ -266,7 +266,8 @@ def _watch(child: Any, signs: Signs, options: Options, on_steps: Callable[[int],
             signs.look()
             if signs.news:
                 on_steps(signs.steps)
-            if signs.stopped and asked_to_stop is None:
+            more = signs.grown if options.process else signs.news  # another training of the same command
+            if signs.stopped and (asked_to_stop is None or more):
                 asked_to_stop = time.monotonic()
             if asked_to_stop and time.monotonic() - asked_to_stop > GRACE_TO_END:
                 ending = "stopped"
@@ -358,7 +359,8 @@ class Signs:
         self.last = time.monotonic()
         self.size = -1
         self.steps = 0
-        self.stopped = self.torch = self.news = False
+        self.stopped = self.torch = False
+        self.news = self.grown = False  # more steps, more lines of any kind, at the last look
         self.processes = 0
         self._read: Dict[str, bytearray] = {}
         self._steps: Dict[str, int] = {}
@@ -368,7 +370,7 @@ class Signs:
         size = os.fstat(self.log.fileno()).st_size
         names = sorted(os.listdir(self.probes))
         self.processes = len(names)
-        before = self.steps
+        before, written = sum(self._steps.values()), sum(map(len, self._read.values()))
         for name in names:
             kept = self._read.setdefault(name, bytearray())
             with open(os.path.join(self.probes, name), "rb") as file:
@@ -380,7 +382,8 @@ class Signs:
             self.torch = self.torch or b'{"event": "torch"' in new
             self.steps = max(self.steps, self._steps[name])
             size += len(kept)
-        self.news = self.steps != before
+        self.news = sum(self._steps.values()) != before
+        self.grown = sum(map(len, self._read.values())) != written
         if size != self.size:
             self.size, self.last = size, time.monotonic()
 

@@ -134,7 +134,7 @@ def judge(
     verdict = Verdict(inference=bool(experiment.options.get("inference")), detections=detections)
     verdict.failures = _failures(experiment)
     verdict.notes = _notes(experiment, a + b)
-    patched = experiment.patched()
+    patched = [run for run in experiment.patched() if run.steps or run.status == "ok"]
     if patched:
         verdict.calls = sum(sum(run.calls().values()) for run in patched)
     if b:

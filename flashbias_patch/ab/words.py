@@ -62,7 +62,9 @@ def _failure(verdict: Verdict) -> str:
     who = " and ".join(names).capitalize()
     if all(f is None or f.status == records.OUT_OF_MEMORY for f in first.values()):
         return f"{who} run{'' if len(names) > 1 else 's'} out of memory: {_which(first)}."
-    return f"{who} fail{'' if len(names) > 1 else 's'}: {_which(first)}."
+    imports = any("--stand-in-for-a" in f.message for f in verdict.failures)
+    hint = " It imports flash_attn, which is not installed: `--stand-in-for-a` stands in for it." if imports else ""
+    return f"{who} fail{'' if len(names) > 1 else 's'}: {_which(first)}.{hint}"
 
 
 def _which(first: dict) -> str:

@@ -554,3 +554,15 @@ def test_killed_by_sigkill_its_child_ends(tmp_path):
     while time.monotonic() < deadline and processes_with(words[-1]):
         time.sleep(0.05)
     assert processes_with(words[-1]) == []
+
+
+@pytest.mark.parametrize("process,steps", [(None, 12), ("second", 9)])
+def test_a_second_training_of_the_command_may_come_to_its_end(tmp_path, monkeypatch, process, steps):
+    monkeypatch.setattr(runner, "GRACE_TO_END", 2.0)
+    for name, body in (("first", "train(100)"), ("second", "time.sleep(0.5)\ntrain(9, seconds=0.4)")):
+        words = command(tmp_path, body)
+        os.rename(words[1], tmp_path / f"{name}.py")
+    (tmp_path / "both.sh").write_text("".join(f"{sys.executable} {tmp_path}/{name}.py\n" for name in ("first", "second")))
+    experiment, verdict = compare(tmp_path, ["bash", str(tmp_path / "both.sh")], process=process)
+    assert [(run.status, run.steps) for run in experiment.runs] == [("ok", steps)] * 2
+    assert any("1 first.py (12 steps), 2 second.py (9 steps)" in note for note in verdict.notes)

@@ -110,7 +110,9 @@ def test_zero_attention_calls_are_the_headline():
 def test_unpatched_without_flash_attn_is_offered_the_stand_in():
     found = synthetic.trial(0)
     found.runs[0].status, found.runs[0].log_tail = "crashed", "ModuleNotFoundError: No module named 'flash_attn'"
-    assert "--stand-in-for-a" in judge(found).problems[0]
+    assert "--stand-in-for-a" in judge(found).problems[0] and "--stand-in-for-a" in words.sentence(judge(found))
+    found.runs[0].label, found.runs[1].label = "B", "A"
+    assert "--stand-in-for-a" not in judge(found).problems[0]  # patched, flash-attn is not needed
 
 
 def test_a_longer_start_is_made_up_for():
