@@ -37,7 +37,7 @@ def load():
     real = {name: sys.modules.get(name) for name in names}
     sys.modules.update(dict.fromkeys(names, torch))
     try:
-        files = ("forward", "backward", "sums", "concatenate", "configs")
+        files = ("forward", "backward", "sums", "concatenate", "configs", "window_tiles", "window_forward", "window_backward")
         return [importlib.import_module("flashbias_kernels." + name) for name in files]
     finally:
         for name, module in real.items():
@@ -46,16 +46,18 @@ def load():
                 sys.modules[name] = module
 
 
-forward, backward, sums, concatenate, configs = load()
+forward, backward, sums, concatenate, configs, window_tiles, window_forward, window_backward = load()
 configs._loaded = True  # no tiles that this machine has tuned
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448}  # bytes a program can have
 
 POINTERS = dict(
     LSE="fp32", PART_LSE="fp32", PARTS="fp32", ROWS="fp32", MASK="u8", BLOCKS="i32", ORDER="i32", COUNTS="i32",
-    ENDS="i32", SEED="i64", DQF="fp32", DW="fp32", DKF="fp32", DDENSE="fp32", DENSE="fp32",
+    FRAMES="i32", WIDTHS="fp32", LIST="i64", NUMBERS="i32", CENTRES="fp32", SHOWN="fp32", WINDOWS="fp32", PATCHES="i64",
+    OWNERS="i32", FLAGS="u8", WS="fp32", DWINDOWS="fp32", CODES="i64", ENDS="i32",
+    SEED="i64", DQF="fp32", DW="fp32", DKF="fp32", DDENSE="fp32", DENSE="fp32",
 )  # fmt: skip
-SIZES = ("B", "H", "M", "N", "L", "R")
-FLOATS = ("scale", "unit", "score_scale", "dropout_p", "keep_scale", "dq_scale", "dk_scale")
+SIZES = ("B", "H", "M", "N", "L", "R", "P")
+FLOATS = ("scale", "unit", "fold_unit", "score_scale", "dropout_p", "keep_scale", "dq_scale", "dk_scale")
 OLD = "constants" in inspect.signature(ASTSource.__init__).parameters
 BY_PLACE = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2)
 
@@ -108,6 +110,26 @@ VARIANTS = {
     "one key": ("fp16", dict(BLOCK_R=0, HAS_DENSE=True, N=1, splits=1, num_blocks=1), dict(DENSE="fp16")),
     "float32": ("fp32", dict(HAS_DENSE=True, DROPOUT=True), {}),
 }
+WINDOW = dict(F=2, MODE=1, MASKED=False, BLOCK_R=0)
+# Likewise, of calls with windows.
+WINDOW_VARIANTS = {
+    "box": ("fp16", {}, {}),
+    "gauss": ("bf16", dict(MODE=2), {}),
+    "box, dropout": ("fp16", dict(DROPOUT=True), {}),
+    "mask": ("fp16", dict(MODE=0, MASKED=True), {}),
+    "gauss and mask": ("fp16", dict(MODE=2, MASKED=True, SEGMENTS=2, DROPOUT=True, HAS_MASK=True), {}),
+    "box, segments, split": ("bf16", dict(SEGMENTS=2), {}),
+    "box, padding": ("fp16", dict(PAD_KIND=1, BLOCK_R=16), dict(PAD="u8")),
+    "box and everything": (
+        "fp16",
+        dict(D=40, BLOCK_D=64, SEGMENTS=2, HAS_DENSE=True, HAS_MASK=True, PAD_KIND=2, DROPOUT=True, BLOCK_R=16),
+        dict(PAD="fp32"),
+    ),
+    "wide heads": ("bf16", dict(D=128, BLOCK_D=128, BLOCK_R=64), {}),
+    "float32": ("fp32", dict(MODE=2), {}),
+    "float32, dropout": ("fp32", dict(DROPOUT=True, D=128, BLOCK_D=128), {}),
+    "float32 mask": ("fp32", dict(MODE=0, MASKED=True), {}),
+}
 DENSE_GRAD = {"dense": 1, "everything": 2, "float32": 3}
 KEYS = dict(R=8, NEED_KV=True, NEED_KF=True)
 QUERIES = dict(R=8, NEED_Q=True, NEED_QF=True)
@@ -127,13 +149,15 @@ def tiles(kind, arch, dtype, constants):
     pairs = constants["HAS_DENSE"] or constants["HAS_MASK"]
     plain = not (pairs or constants["PAD_KIND"] or constants["DROPOUT"])
     columns = constants["BLOCK_D"], constants["BLOCK_R"]
+    if "MODE" in constants:
+        kind = ("mask " if constants["MASKED"] else "window ") + kind
     key = configs.Key(kind, arch, dtype != "fp32", *columns, plain, constants["SEGMENTS"] > 0, pairs)
     return configs.candidates(key)
 
 
 def apart(constants):
     """As problem.apart has it, of the constants that a variant is compiled for."""
-    masked = constants["HAS_MASK"] or constants["PAD_KIND"] == 1
+    masked = constants["HAS_MASK"] or constants["PAD_KIND"] == 1 or constants.get("MASKED", False)
     return constants["HAS_DENSE"] or constants["PAD_KIND"] == 2 or constants["SEGMENTS"] > 0 and masked
 
 
@@ -156,6 +180,7 @@ def variants(arch):
             ("queries", backward.queries_kernel, dict(QUERIES, **fold, NEED_W=base["SEGMENTS"] > 0)),
         ):
             yield name, kernel, dict(base, **more), dtype, rows, tiles(kind, arch, dtype, base)
+    yield from window_variants(arch)
     exact = dict(PLAIN, PARTIAL=False, HAS_LOW=True, VECTOR=8, APART=False)
     for exp in (1, 2):
         chosen = [tiles("forward", arch, "fp16", PLAIN)[0]._replace(exp=exp)]
@@ -184,6 +209,33 @@ def variants(arch):
     columns = {f"{name}{i}": size for i in range(3) for name, size in SUM.items() if name not in ("SUM_B", "B")}
     parts = {f"PARTS{i}": "fp32" for i in range(3)}
     yield "sums of parts", sums.sum_kernel, dict(columns, ROWS=32), "fp16", parts, [ONE]
+
+
+def window_variants(arch):
+    for name, (dtype, changes, pointers) in WINDOW_VARIANTS.items():
+        base = dict(PLAIN, **{**WINDOW, **changes})
+        fold, apiece = folded(dtype, base), apart(base)
+        base.update(VECTOR=8, APART=apiece)
+        types = dict(pointers, ROWS=dtype if fold else "fp32")
+        keys = {key: value for key, value in base.items() if key != "F"}
+        grads = dict(R=8 if base["BLOCK_R"] else 0, FOLDED=fold)
+        rows = {key: base[key] for key in ("F", "MODE", "D", "BLOCK_D", "BLOCK_R", "SEGMENTS", "APART")}
+        for kind, kernel, constants, more in (
+            ("forward", window_forward.window_forward_kernel, base, dict(PARTIAL="split" in name, HAS_LOW=True)),
+            ("keys", window_backward.window_keys_kernel, keys, dict(grads, NEED_KV=True, NEED_KF=True, SHARED_KF=False)),
+            ("queries", window_backward.window_queries_kernel, base, dict(
+                grads, NEED_Q=True, NEED_QF=True, NEED_W=base["SEGMENTS"] > 0, NEED_WINDOWS=base["MODE"] > 0)),
+        ):  # fmt: skip
+            yield f"windows: {name}", kernel, dict(constants, **more), dtype, types, tiles(kind, arch, dtype, base)
+        more = dict(grads, HAS_LOW=dtype != "fp32", BLOCK_M=64)
+        yield f"windows: {name}", window_backward.window_rows_kernel, dict(rows, **more), dtype, types, [ONE]
+    centres = dict(CENTRES="i32")
+    yield "window places", window_tiles.places_kernel, dict(F=2, BLOCK=128), "fp32", centres, [ONE]
+    yield "window centres", window_tiles.centres_kernel, dict(F=2, BLOCK=128), "fp32", centres, [ONE]
+    for compact in (False, True):
+        made = dict(F=2, COMPACT=compact, BLOCK_M=64, CHUNK=64)
+        yield "window lists", window_tiles.lists_kernel, made, "fp32", {}, [ONE]
+    yield "window blocks", window_tiles.blocks_kernel, dict(BLOCK=64), "fp32", dict(BLOCKS="i32"), [ONE]
 
 
 def fitting(kernel, constants, dtype, arch, pointers, choices):

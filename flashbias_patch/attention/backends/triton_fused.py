@@ -35,6 +35,25 @@ def _capability(index: int) -> Tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def _why_not_windows(inputs: AttentionInputs) -> List[str]:
+    from ..kernels import patches
+
+    reasons = []
+    windows, mask = inputs.windows, inputs.window_mask
+    for parts in (windows, mask):
+        reason = None if parts is None else patches.why_not(parts.frames, parts.sides)
+        if reason is not None:
+            reasons.append(reason)
+    frames = mask.frames if windows is None else windows.frames  # type: ignore[union-attr]
+    if mask is not None and mask.frames != frames:
+        reasons.append("a bias and a mask of windows lie on different frames")
+    if inputs.dense is not None and inputs.dense.requires_grad:
+        reasons.append("windows beside a dense bias that requires a gradient")
+    if inputs.segment_weights is not None and not patches.aligned(inputs.segment_lengths or (), frames):
+        reasons.append("segments do not end where frames of windows end")
+    return reasons
+
+
 class TritonFused:
     name = "triton"
 
@@ -61,7 +80,7 @@ class TritonFused:
         if inputs.key_padding is not None and inputs.key_padding.requires_grad:
             reasons.append("key_padding requires a gradient")
         if inputs.windows is not None or inputs.window_mask is not None:
-            reasons.append("local windows are not supported yet")
+            reasons += _why_not_windows(inputs)
         return reasons
 
     def __call__(self, inputs: AttentionInputs, on_failure: Any = backward.of_fused) -> Tensor:
@@ -71,7 +90,7 @@ class TritonFused:
             from ..kernels import on_miss
 
             on_miss.tune(inputs, self.tune)
-        return fused_attention(*inputs[:12], on_failure=on_failure)  # all but the windows
+        return fused_attention(*inputs, on_failure=on_failure)
 
     def without_recovery(self, inputs: AttentionInputs) -> Tensor:
         """The same, but a backward pass that fails raises: what the self-check runs."""

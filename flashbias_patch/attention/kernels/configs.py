@@ -11,7 +11,7 @@ from . import cache
 
 log = logging.getLogger("flashbias_patch")
 
-KERNELS = ("forward", "keys", "queries")
+KERNELS = ("forward", "keys", "queries")  # with windows: "window " and, where they are a mask, "mask " before these
 
 
 class Config(NamedTuple):
@@ -85,6 +85,30 @@ TABLE: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("keys", 80, False): [(64, 64, Config(32, 32, 4, 2)), (128, 64, Config(16, 32, 4, 1))],
     ("queries", 80, False): [(64, 64, Config(32, 32, 4, 2)), (128, 64, Config(32, 16, 4, 1))],
 }
+# A tile of keys is one patch of 64, or two in the forward and queries kernels of a bias.
+WINDOWS: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
+    ("window forward", 90, True): [
+        (32, 0, Config(64, 128, 4, 3, registers=168)),
+        (128, 64, Config(64, 64, 4, 3)),
+    ],
+    ("window keys", 90, True): [(64, 64, Config(64, 64, 4, 3)), (128, 64, Config(64, 64, 4, 2))],
+    ("window queries", 90, True): [
+        (32, 16, Config(64, 64, 4, 3, registers=120)),
+        (128, 64, Config(64, 64, 4, 3)),
+    ],
+    ("mask forward", 90, True): [(32, 16, Config(16, 64, 1, 3)), (128, 64, Config(32, 64, 4, 3))],
+    ("mask keys", 90, True): [(32, 16, Config(16, 64, 4, 3)), (128, 64, Config(32, 64, 4, 2))],
+    ("mask queries", 90, True): [(32, 16, Config(16, 64, 1, 3)), (128, 64, Config(32, 64, 4, 3))],
+}
+for _kind in ("window", "mask"):
+    for _kernel in KERNELS:
+        for _arch in (90, 80):
+            _place = f"{_kind} {_kernel}", _arch, True
+            WINDOWS.setdefault(_place, [(64, 64, Config(64, 64, 4, 2)), (128, 64, Config(32, 64, 4, 2))])
+            WINDOWS[f"{_kind} {_kernel}", _arch, False] = [
+                (64, 64, Config(64 if _kernel == "forward" else 32, 64, 4, 1)), (128, 64, Config(16, 64, 4, 1)),
+            ]  # fmt: skip
+SMALLER_WINDOWS = [Config(32, 64, 4, 2), Config(32, 64, 4, 1), Config(16, 64, 4, 1)]
 # Asked before TABLE: PAIRS where there is a mask or dense bias, then BUSY where there is one of these, padding or dropout.
 PAIRS: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("forward", 90, True): [(32, 16, Config(64, 64, 4, 3))],
@@ -130,10 +154,11 @@ def shipped(key: Key) -> List[Config]:
     place = key.kernel, arch, key.half
     pairs = PAIRS.get(place, []) if key.pairs else []
     busy = [] if key.plain else BUSY.get(place, [])
-    for block_d, block_r, config in (*pairs, *busy, *TABLE[place]):
+    smaller = SMALLER_WINDOWS if place in WINDOWS else SMALLER
+    for block_d, block_r, config in (*pairs, *busy, *(WINDOWS.get(place) or TABLE[place])):
         if key.block_d <= block_d and key.block_r <= block_r:
-            return [config if key.plain or config.exp < 2 else config._replace(exp=1), *SMALLER]
-    return list(SMALLER)
+            return [config if key.plain or config.exp < 2 else config._replace(exp=1), *smaller]
+    return list(smaller)
 
 
 def candidates(key: Key) -> List[Config]:

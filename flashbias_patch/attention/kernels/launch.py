@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .configs import Config, first_working
-from .launch_backward import ByKeys, ByQueries, Made, Needs, Passed, Rows, shapes_of
+from .launch_backward import ByKeys, ByQueries, Made, Needs, Passed, Rows, differentiable, shapes_of
 from .launch_forward import Forward, Outputs, Prepare
 from .launch_sums import Sums
+from .launch_windows import WindowByKeys, WindowByQueries, WindowForward, WindowRows
 from .problem import Problem, on_device, scales_q, unit_last
 from .settled import Kept, signature
 
@@ -53,7 +54,8 @@ def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs
             return step(problem, seed)  # type: ignore[no-any-return]
 
         def attempt(config: Config) -> Outputs:
-            step = Forward(problem, training, config)
+            make: Any = Forward if problem.windows is None else WindowForward
+            step = make(problem, training, config)
             answer = step(problem, seed)
             _forwards.keep(key, step)
             return answer
@@ -62,7 +64,8 @@ def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs
 
 
 def backward(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Optional[Tensor], ...]:
-    """Gradients of q, k, v, q_factor, k_factor, weights, dense (None where not needed), shaped as these."""
+    """Gradients of q, k, v, q_factor, k_factor, weights, dense, the windows' weights (None where not needed), shaped as
+    these."""
     q, k, _ = problem[:3]
     N = k.shape[1]
     if not q.numel() or not k.numel():
@@ -93,7 +96,9 @@ def _gradients(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Optional
 
 def _settle(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Tuple[Rows, List[Any], Sums], List[Made]]:
     """One backward pass by the first tile shapes that work: what it consists of, and the parts it wrote."""
-    before = Rows(problem, passed)
+    windows = problem.windows is not None
+    kinds: Tuple[Any, Any, Any] = (WindowRows, WindowByKeys, WindowByQueries) if windows else (Rows, ByKeys, ByQueries)
+    before = kinds[0](problem, passed)
     rows = before(problem, passed)
 
     def attempt(make: Callable[..., Any], config: Config) -> Tuple[Any, Made]:
@@ -104,9 +109,9 @@ def _settle(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Tuple[Rows,
 
     done: List[Tuple[Any, Made]] = []
     if needs.by_keys:
-        done.append(first_working(problem.key("keys"), lambda config: attempt(ByKeys, config)))
+        done.append(first_working(problem.key("keys"), lambda config: attempt(kinds[1], config)))
     if needs.by_queries:
-        done.append(first_working(problem.key("queries"), lambda config: attempt(ByQueries, config)))
+        done.append(first_working(problem.key("queries"), lambda config: attempt(kinds[2], config)))
     steps = [step for step, _ in done]
     sums = Sums({place: total for step in steps for place, total in step.sums.items()})
     return (before, steps, sums), [made for _, made in done]
@@ -147,13 +152,13 @@ def _other_stream(device: torch.device) -> Any:
 def _class_of(problem: Problem, others: Tuple[Optional[Tensor], ...]) -> Tuple[Any, ...]:
     """All that a problem's launches depend on but the addresses of its tensors (and of `others`)."""
     tensors = (*problem[:6], *problem[7:10], *others)
-    return signature(tensors), problem.lengths, *problem[10:]  # type: ignore[return-value]
+    windows = None if problem.windows is None else problem.windows.signature()
+    return signature(tensors), problem.lengths, *problem[10:13], windows  # type: ignore[return-value]
 
 
 def _zeros(problem: Problem, needs: Needs) -> Tuple[Optional[Tensor], ...]:
-    tensors = (*problem[:6], problem.dense)
     return tuple(
         torch.zeros(shape, dtype=tensor.dtype, device=tensor.device) if need and tensor is not None else None
-        for need, shape, tensor in zip(needs, shapes_of(problem), tensors)
+        for need, shape, tensor in zip(needs, shapes_of(problem), differentiable(problem))
     )
 

@@ -31,6 +31,7 @@ class Needs(NamedTuple):
     k_factor: bool
     weights: bool
     dense: bool
+    windows: bool = False
 
     @property
     def by_keys(self) -> bool:
@@ -38,7 +39,7 @@ class Needs(NamedTuple):
 
     @property
     def by_queries(self) -> bool:
-        return self.q or self.q_factor or self.weights
+        return self.q or self.q_factor or self.weights or self.windows
 
 
 class Passed(NamedTuple):
@@ -55,9 +56,14 @@ class Passed(NamedTuple):
 Made = Tuple[Dict[int, Tensor], Tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
+def differentiable(problem: Problem) -> Tuple[Optional[Tensor], ...]:
+    """q, k, v, q_factor, k_factor, weights, dense, the windows' weights, as Needs has them."""
+    return (*problem[:6], problem.dense, None if problem.windows is None else problem.windows.weights)
+
+
 def shapes_of(problem: Problem) -> List[Any]:
-    """The shapes of q, k, v, q_factor, k_factor, weights, dense as the caller gave them."""
-    shapes: List[Any] = [None if t is None else tuple(t.shape) for t in (*problem[:6], problem.dense)]
+    """The shapes of differentiable, as the caller gave them."""
+    shapes: List[Any] = [None if t is None else tuple(t.shape) for t in differentiable(problem)]
     for place in (3, 4):
         if shapes[place] is not None:
             shapes[place] = (*shapes[place][:3], problem.rank)
@@ -105,13 +111,37 @@ class Step:
         return {place: total.make(q) for place, total in self.sums.items()}, self.keys(problem)
 
 
+def key_sums(problem: Problem, needs: Needs, splits: int) -> Tuple[Dict[int, Sum], bool, Tuple[int, ...]]:
+    """The sums of k, v and k_factor's gradients; whether all programs add to the last; and its parts' strides."""
+    B, _, N, H, D = problem.sizes
+    q, rank = problem.q, problem.rank
+    _, k_shape, v_shape, _, kf_shape, *_ = shapes_of(problem)
+    k = v = kf = None
+    if needs.k or needs.v:
+        kept = torch.float32 if splits > 1 else q.dtype
+        k = Sum((splits, B, N, H, D), k_shape, q.dtype, kept=kept)
+        v = Sum((splits, B, N, H, D), v_shape, q.dtype, kept=kept)
+
+    shared = False
+    kf_strides: Tuple[int, ...] = (0, 0, 0, 0)
+    if needs.k_factor:
+        assert problem.k_factor is not None
+        exact = torch.are_deterministic_algorithms_enabled()
+        separate = B * N * H * rank <= SEPARATE or exact or kf_shape[:1] + kf_shape[2:3] == (B, H)
+        shared = not separate
+        parts = (1, *kf_shape) if shared else (splits, B, N, H, rank)
+        kf = Sum(parts, kf_shape, problem.k_factor.dtype, zeros=shared)
+        kf_strides = (0 if shared else B * N * H * rank, *_contiguous(parts[1:]))
+    return needed({1: k, 2: v, 4: kf}), shared, kf_strides
+
+
 class ByKeys(Step):
     """Gradients of k, v, k_factor and dense."""
 
     def __init__(self, problem: Problem, needs: Needs, passed: Passed, padded: int, config: Config) -> None:
         B, M, N, H, D = problem.sizes
         q, rank = problem.q, problem.rank
-        _, k_shape, v_shape, _, kf_shape, _, dense_shape = shapes_of(problem)
+        dense_shape = shapes_of(problem)[6]
         exact = torch.are_deterministic_algorithms_enabled()
         self.keys = Keys(problem._replace(padding=None), config.block_n)
         count = self.keys.count
@@ -119,22 +149,7 @@ class ByKeys(Step):
         split_rows = cdiv(cdiv(M, config.block_m), splits) * config.block_m
         splits = cdiv(M, split_rows)
 
-        k = v = kf = None
-        if needs.k or needs.v:
-            kept = torch.float32 if splits > 1 else q.dtype
-            k = Sum((splits, B, N, H, D), k_shape, q.dtype, kept=kept)
-            v = Sum((splits, B, N, H, D), v_shape, q.dtype, kept=kept)
-
-        shared = False
-        kf_strides: Tuple[int, ...] = (0, 0, 0, 0)
-        if needs.k_factor:
-            assert problem.k_factor is not None
-            separate = B * N * H * rank <= SEPARATE or exact or kf_shape[:1] + kf_shape[2:3] == (B, H)
-            shared = not separate
-            parts = (1, *kf_shape) if shared else (splits, B, N, H, rank)
-            kf = Sum(parts, kf_shape, problem.k_factor.dtype, zeros=shared)
-            kf_strides = (0 if shared else B * N * H * rank, *_contiguous(parts[1:]))
-
+        sums, shared, kf_strides = key_sums(problem, needs, splits)
         dense = None
         mode = 0
         dd_strides: Tuple[int, ...] = (0, 0, 0, 0)
@@ -153,17 +168,17 @@ class ByKeys(Step):
                 dense = Sum(parts, dense_shape, dtype, zeros=True)
             dd_strides = (B * H * N if mode == 3 else 0, *_contiguous(parts[1:]))
 
-        self.sums = _needed({1: k, 2: v, 4: kf, 6: dense})
+        self.sums = needed({**sums, 6: dense})
         given = problem.strides()
         self.launch = Launch(
             bwd.keys_kernel, count * splits * B * H,
             (
-                *given[:15], *given[18:], *strides(passed.grad_out), B * N * H * D if k else 0,
+                *given[:15], *given[18:], *strides(passed.grad_out), B * N * H * D if 1 in sums else 0,
                 *kf_strides, *dd_strides,
                 B * H, H, M, N, splits, split_rows, count, padded, problem.score_scale,
                 1.0 if problem.scaled else problem.scale, problem.dropout_p, keep_scale(problem.dropout_p),
             ),
-            dict(R=rank, NEED_KV=k is not None, NEED_KF=needs.k_factor, DENSE_GRAD=mode, SHARED_KF=shared,
+            dict(R=rank, NEED_KV=1 in sums, NEED_KF=needs.k_factor, DENSE_GRAD=mode, SHARED_KF=shared,
                  FOLDED=problem.folded, VECTOR=pb.vector(*problem[:3], passed.grad_out), **problem.features(config)),
         )  # fmt: skip
 
@@ -195,7 +210,7 @@ class ByQueries(Step):
         if needs.weights:
             assert problem.weights is not None
             weights = Sum((splits, B, M, H, problem.segments), shapes[5], problem.weights.dtype, zeros=True)
-        self.sums = _needed({0: q, 3: qf, 5: weights})
+        self.sums = needed({0: q, 3: qf, 5: weights})
         part = B * M * H
         self.launch = Launch(
             bwd.queries_kernel, programs,
@@ -219,7 +234,7 @@ class ByQueries(Step):
         )  # fmt: skip
 
 
-def _needed(sums: Dict[int, Optional[Sum]]) -> Dict[int, Sum]:
+def needed(sums: Dict[int, Optional[Sum]]) -> Dict[int, Sum]:
     return {place: total for place, total in sums.items() if total is not None}
 
 

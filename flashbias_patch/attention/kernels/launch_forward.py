@@ -94,16 +94,48 @@ def split_over_keys(problem: Problem, config: Config, keys: Keys) -> Tuple[int, 
     return splits, split_keys, programs * splits
 
 
-class Forward:
-    """out, what it lost by being rounded to half (where `training` needs it), and its logsumexp."""
+class Outs:
+    """The memory of a forward pass: out, what it lost by being rounded to half (where `training` needs it), and its
+    logsumexp; where keys are split, the parts that `combined` sums."""
+
+    def __init__(self, problem: Problem, training: bool, splits: int) -> None:
+        B, M, _, H, D = problem.sizes
+        self.shape, self.rows, self.splits = (B, M, H, D), problem.lse_shape, splits
+        self.has_low = training and problem.q.dtype != torch.float32
+        per_program = 16
+        self.combine = Launch(
+            fwd.combine_kernel, cdiv(M, per_program) * B * H, (B, H, M, splits),
+            dict(HAS_LOW=self.has_low, APART=problem.apart, D=D, BLOCK_D=block_columns(D), BLOCK_M=per_program),
+        )  # fmt: skip
+
+    def allocate(self, problem: Problem) -> Tuple[Tensor, Optional[Tensor], Tensor, Tensor, Tensor]:
+        """out, low, lse, and where the kernel writes out and lse."""
+        dtype, device = problem.q.dtype, problem.q.device
+        out = pb.empty(self.shape, dtype=dtype, device=device)
+        low = pb.empty(self.shape, dtype=dtype, device=device) if self.has_low else None
+        lse = pb.empty(self.rows, dtype=torch.float32, device=device)
+        if self.splits == 1:
+            return out, low, lse, out, lse
+        parts = pb.empty((self.splits, *self.shape), dtype=torch.float32, device=device)
+        return out, low, lse, parts, pb.empty((self.splits, *self.rows), dtype=torch.float32, device=device)
+
+    def combined(
+        self, problem: Problem, out: Tensor, low: Optional[Tensor], lse: Tensor, parts: Tensor, part_lse: Tensor
+    ) -> Outputs:
+        if self.splits > 1:
+            self.combine(parts, part_lse, out, problem.q if low is None else low, lse)
+        return out, low, lse
+
+
+class Forward(Outs):
+    """The attention kernel on runs of keys."""
 
     def __init__(self, problem: Problem, training: bool, config: Config) -> None:
         B, M, N, H, D = problem.sizes
-        self.shape, self.rows = (B, M, H, D), problem.lse_shape
-        self.has_low = training and problem.q.dtype != torch.float32
         self.keys = Keys(problem, config.block_n)
-        self.splits, split_keys, programs = split_over_keys(problem, config, self.keys)
-        split = self.splits > 1
+        splits, split_keys, programs = split_over_keys(problem, config, self.keys)
+        super().__init__(problem, training, splits)
+        split = splits > 1
         self.attend = Launch(
             fwd.forward_kernel, programs,
             (
@@ -114,28 +146,13 @@ class Forward:
             dict(PARTIAL=split, HAS_LOW=self.has_low and not split, VECTOR=pb.vector(*problem[:3]),
                  **problem.features(config)),
         )  # fmt: skip
-        per_program = 16
-        self.combine = Launch(
-            fwd.combine_kernel, cdiv(M, per_program) * B * H, (B, H, M, self.splits),
-            dict(HAS_LOW=self.has_low, APART=problem.apart, D=D, BLOCK_D=block_columns(D), BLOCK_M=per_program),
-        )  # fmt: skip
 
     def __call__(self, problem: Problem, seed: Optional[Tensor]) -> Outputs:
         q, k, v = problem[:3]
-        dtype, device = q.dtype, q.device
-        out = pb.empty(self.shape, dtype=dtype, device=device)
-        low = pb.empty(self.shape, dtype=dtype, device=device) if self.has_low else None
-        lse = pb.empty(self.rows, dtype=torch.float32, device=device)
-        parts, part_lse = out, lse
-        if self.splits > 1:
-            parts = pb.empty((self.splits, *self.shape), dtype=torch.float32, device=device)
-            part_lse = pb.empty((self.splits, *self.rows), dtype=torch.float32, device=device)
+        out, low, lse, parts, part_lse = self.allocate(problem)
         blocks, ends, order, counts = self.keys(problem)
-        no_low = q if low is None else low
         self.attend(
             q, k, v, *problem.factors, ends, *problem.pairs, blocks, order, counts, q if seed is None else seed,
-            parts, no_low, part_lse,
+            parts, q if low is None else low, part_lse,
         )  # fmt: skip
-        if self.splits > 1:
-            self.combine(parts, part_lse, out, no_low, lse)
-        return out, low, lse
+        return self.combined(problem, out, low, lse, parts, part_lse)

@@ -9,7 +9,9 @@ from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ...bias.grids import WindowMaskParts, WindowParts
 from . import launch
+from . import windows as win
 from .problem import Problem, aligned_rows, as_bytes, block_columns, keeps_apart, scales_q, unit_last
 from .recompute import Call, plain_backward
 
@@ -17,7 +19,8 @@ log = logging.getLogger("flashbias_patch")
 _told = False
 Copies = Sequence[Optional[Tensor]]
 Made = Tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
-Inputs = Any  # the twelve arguments of _forward before `training`
+Inputs = Any  # the arguments of _forward: twelve, and seven more (windows.arguments) where there are windows
+PLAIN = 12
 
 
 def _recompute(call: Call, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:
@@ -30,7 +33,7 @@ def _recompute(call: Call, grad_out: Tensor, error: BaseException) -> Tuple[Any,
     return plain_backward(call, grad_out)
 
 
-# on_failure(call, grad_out, error) -> the seven gradients
+# on_failure(call, grad_out, error) -> the eight gradients
 OnFailure = Callable[[Call, Tensor, BaseException], Tuple[Any, ...]]
 
 
@@ -41,7 +44,7 @@ def _either(new: Optional[Tensor], old: Any) -> Any:
 def _problem(
     q: Tensor, k: Tensor, v: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], weights: Optional[Tensor],
     lengths: Sequence[int], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor],
-    dropout_p: float, scale: float, copies: Optional[Copies] = None,
+    dropout_p: float, scale: float, copies: Optional[Copies] = None, windows: Optional[win.Windows] = None,
 ) -> Problem:  # fmt: skip
     """The call as the kernels want it; `copies` are what forward made of q, q_factor, k_factor for that."""
     rank = 0 if q_factor is None else q_factor.shape[-1]
@@ -55,17 +58,18 @@ def _problem(
     dense = None if dense is None else aligned_rows(unit_last(dense))
     mask, padding = as_bytes(mask), as_bytes(padding)
     mask = None if mask is None else aligned_rows(mask)
-    return Problem(q, k, v, *factors, tuple(lengths), dense, mask, padding, dropout_p, scale, rank)  # type: ignore
+    return Problem(q, k, v, *factors, tuple(lengths), dense, mask, padding, dropout_p, scale, rank, windows)  # type: ignore
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], weights: Optional[Tensor],
-    lengths: Sequence[int], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor],
-    dropout_p: float, scale: float, training: bool,
-) -> Made:  # fmt: skip
+def _windows(inputs: Inputs) -> Optional[win.Windows]:
+    return win.make(*inputs[PLAIN:]) if any(t is not None for t in inputs[PLAIN : PLAIN + 3]) else None
+
+
+def _forward(inputs: Inputs, training: bool) -> Made:
     """out, what it lost by rounding, lse, the dropout seed, and the copies made of q, q_factor, k_factor; None for what
     was not made."""
-    problem = _problem(q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale)
+    q, q_factor, dropout_p = inputs[0], inputs[3], inputs[10]
+    problem = _problem(*inputs[:PLAIN], windows=_windows(inputs))
     seed = torch.randint(1 << 62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     out, low, lse = launch.forward(problem, seed, training)
     padded = q_factor is not None and block_columns(problem.rank) != problem.rank
@@ -76,14 +80,16 @@ def _forward(
 def _backward(
     grad_out: Tensor, made: Made, inputs: Inputs, needs: Sequence[bool], on_failure: OnFailure = _recompute
 ) -> Tuple[Optional[Tensor], ...]:
-    """The seven gradients, None for each that is not needed."""
+    """The eight gradients, None for each that is not needed."""
     out, low, lse, seed = made[:4]
+    windows = _windows(inputs)
     try:
-        problem = _problem(*inputs, made[4:])  # type: ignore[call-arg]
+        problem = _problem(*inputs[:PLAIN], made[4:], windows)
         return launch.backward(problem, launch.Needs(*needs), launch.Passed(grad_out, out, low, lse, seed))
     except Exception as error:
         seed = lse.new_empty(0, dtype=torch.int64) if seed is None else seed
-        return on_failure(Call(*inputs, seed, tuple(needs)), grad_out, error)  # type: ignore[call-arg]
+        parts = (None, None) if windows is None else win.parts(windows)
+        return on_failure(Call(*inputs[:PLAIN], seed, tuple(needs), *parts), grad_out, error)
 
 
 # As a registered operator: empty tensors for None, since an operator's outputs are tensors.
@@ -93,22 +99,16 @@ def _full(tensors: Iterable[Optional[Tensor]], like: Tensor) -> List[Tensor]:
     return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 
-def _registered_forward(
-    q: Tensor, k: Tensor, v: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], weights: Optional[Tensor],
-    lengths: Sequence[int], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor],
-    dropout_p: float, scale: float,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale
-    made = _forward(*inputs, True)
+def _registered_forward(*inputs: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q = inputs[0]
+    made = _forward(inputs, True)
     seed = q.new_empty(0, dtype=torch.int64) if made[3] is None else made[3]
     return (*_full(made[:3], q), seed, *_full(made[4:], q))  # type: ignore[return-value]
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], weights: Optional[Tensor],
-    lengths: Sequence[int], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor],
-    dropout_p: float, scale: float,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _forward_fake(*inputs: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k, _, q_factor, k_factor, *_ = inputs
+    dropout_p, scale = inputs[10:PLAIN]
     B, M, H, D = q.shape
     copies = [q.new_empty(q.shape) if scales_q(q_factor, scale) else q.new_empty(0)]
     for factor in (q_factor, k_factor):
@@ -118,7 +118,8 @@ def _forward_fake(
         else:
             copies.append(q.new_empty(0))
     seed = torch.empty(1 if dropout_p > 0 else 0, dtype=torch.int64, device=q.device)
-    lse = (B * H, M, 2) if keeps_apart(weights, dense, mask, padding) else (B * H, M)
+    masked = len(inputs) > PLAIN + 2 and inputs[PLAIN + 2] is not None
+    lse = (B * H, M, 2) if keeps_apart(inputs[5], *inputs[7:10], masked) else (B * H, M)
     return (
         q.new_empty(B, M, H, D),
         q.new_empty(B, M, H, D) if q.dtype != torch.float32 and q.numel() and k.numel() else q.new_empty(0),
@@ -130,60 +131,61 @@ def _forward_fake(
     )
 
 
-def _registered_backward(
-    grad_out: Tensor, out: Tensor, low: Tensor, lse: Tensor, seed: Tensor, new_q: Tensor, new_qf: Tensor, new_kf: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], weights: Optional[Tensor],
-    lengths: Sequence[int], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor],
-    dropout_p: float, scale: float, needs: Sequence[bool],
-) -> List[Tensor]:  # fmt: skip
-    made = (out, *[t if t.numel() else None for t in (low, lse, seed, new_q, new_qf, new_kf)])
-    inputs = q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale
-    grads = _backward(grad_out, made, inputs, needs)  # type: ignore[arg-type]
-    return [grad.contiguous() for grad in _full(grads, q)]
+def _registered_backward(grad_out: Tensor, *rest: Any) -> List[Tensor]:
+    made, inputs, needs = rest[:7], rest[7:-1], rest[-1]
+    given = (made[0], *[t if t.numel() else None for t in made[1:]])
+    grads = _backward(grad_out, given, inputs, needs)  # type: ignore[arg-type]
+    return [grad.contiguous() for grad in _full(grads, inputs[0])]
 
 
-def _backward_fake(grad_out: Tensor, out: Tensor, low: Tensor, lse: Tensor, seed: Tensor, new_q: Tensor, new_qf: Tensor,
-                   new_kf: Tensor, *rest: Any) -> List[Tensor]:  # fmt: skip
-    tensors = tuple(rest[:6]) + (rest[7],)
+def _backward_fake(grad_out: Tensor, *rest: Any) -> List[Tensor]:
+    inputs, needs = rest[7:-1], rest[-1]
+    tensors = [inputs[place] for place in LEARNED]
     return [
         t.new_empty(t.shape) if need and t is not None else grad_out.new_empty(0)
-        for need, t in zip(rest[-1], tensors)
+        for need, t in zip(needs, tensors)
     ]
 
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_factor, Tensor? k_factor, Tensor? weights, int[] lengths, "
-    "Tensor? dense, Tensor? mask, Tensor? padding, float dropout_p, float scale"
+    "Tensor? dense, Tensor? mask, Tensor? padding, float dropout_p, float scale, Tensor? window_weights{none}, "
+    "Tensor? window_centres{none}, Tensor? mask_centres{none}, int[] frames{empty}, int[] sides{empty}, "
+    "float[] sigmas{empty}, int[] mask_sides{empty}"
 )
+LEARNED = (0, 1, 2, 3, 4, 5, 7, 12)  # places of what can need a gradient, in the order of Needs
 
 
 def _save(ctx: Any, inputs: Inputs, output: Sequence[Optional[Tensor]]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs[:6], *inputs[7:10])
-    ctx.constants = (inputs[6], inputs[10], inputs[11])
+    ctx.save_for_backward(*output, *inputs[:6], *inputs[7:10], *inputs[12:15])
+    ctx.constants = (inputs[6], *inputs[10:12], *inputs[15:])
 
 
 def _gradients(run: Callable[..., Any], ctx: Any, grad_out: Optional[Tensor], first: int = 0) -> Tuple[Any, ...]:
-    """Of the twelve inputs; `first` is the place of q among the operator's arguments."""
-    needs = [ctx.needs_input_grad[first + place] for place in (0, 1, 2, 3, 4, 5, 7)]
+    """Of the inputs; `first` is the place of q among the operator's arguments."""
+    asked = ctx.needs_input_grad[first:]
+    needs = [asked[place] for place in LEARNED if place < len(asked)]
     if grad_out is None or not any(needs):
-        return (None,) * 12
+        return (None,) * len(asked)
     saved = ctx.saved_tensors
-    lengths, dropout_p, scale = ctx.constants
-    grads = run(grad_out, saved[:7], (*saved[7:13], lengths, *saved[13:], dropout_p, scale), needs)
-    return (*grads[:6], None, grads[6], None, None, None, None)
+    lengths, dropout_p, scale, *static = ctx.constants
+    inputs = (*saved[7:13], lengths, *saved[13:16], dropout_p, scale, *saved[16:], *static)
+    grads = run(grad_out, saved[:7], inputs, needs)
+    found = dict(zip(LEARNED, grads))
+    return tuple([found.get(place) for place in range(len(asked))])
 
 
 if hasattr(torch.library, "custom_op"):
     _names = ("flashbias_patch::fused_attention", "flashbias_patch::fused_attention_backward")
     _op = torch.library.custom_op(
         _names[0], _registered_forward, mutates_args=(),
-        schema="({}) -> ({})".format(_INPUTS, ", ".join(["Tensor"] * 7)),
+        schema="({}) -> ({})".format(_INPUTS.format(none="=None", empty="=[]"), ", ".join(["Tensor"] * 7)),
     )  # fmt: skip
     _op_backward = torch.library.custom_op(
         _names[1], _registered_backward, mutates_args=(),
         schema="(Tensor grad_out, Tensor out, Tensor low, Tensor lse, Tensor seed, Tensor new_q, Tensor new_qf, "
-               f"Tensor new_kf, {_INPUTS}, bool[] needs) -> Tensor[]",
+               "Tensor new_kf, {}, bool[] needs) -> Tensor[]".format(_INPUTS.format(none="", empty="")),
     )  # fmt: skip
     _op.register_fake(_forward_fake)
     _op_backward.register_fake(_backward_fake)
@@ -191,7 +193,8 @@ if hasattr(torch.library, "custom_op"):
     def _run_registered(
         grad_out: Tensor, made: Sequence[Tensor], inputs: Inputs, needs: Sequence[bool]
     ) -> List[Optional[Tensor]]:
-        grads = _op_backward(grad_out, *made, *inputs, needs)
+        extra = (None,) * 3 + ([],) * 4 if len(inputs) == PLAIN else ()
+        grads = _op_backward(grad_out, *made, *inputs, *extra, needs)
         return [grad if need else None for grad, need in zip(grads, needs)]
 
     _op.register_autograd(lambda ctx, grad, *unused: _gradients(_run_registered, ctx, grad), setup_context=_save)
@@ -202,7 +205,7 @@ else:
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, on_failure: OnFailure, *inputs: Any) -> Tensor:
-        made = _forward(*inputs, any(ctx.needs_input_grad))  # type: ignore[call-arg]
+        made = _forward(inputs, any(ctx.needs_input_grad))
         _save(ctx, inputs, made)
         ctx.on_failure = on_failure
         return made[0]
@@ -233,6 +236,8 @@ def fused_attention(
     key_padding: Optional[Tensor] = None,
     dropout_p: float = 0.0,
     scale: Optional[float] = None,
+    windows: Optional[WindowParts] = None,
+    window_mask: Optional[WindowMaskParts] = None,
     on_failure: OnFailure = _recompute,
 ) -> Tensor:
     """softmax(q k^T * scale + bias) v by the Triton kernels; differentiable in all but mask and key_padding.
@@ -241,11 +246,17 @@ def fused_attention(
     bfloat16 or float32; q_factor (B|1, M, H|1, R), k_factor (B|1, N, H|1, R) in q's dtype, R <= 64;
     segment_weights (B|1, M, H|1, S) with segment_lengths summing to N; dense (B|1, H|1, M|1, N) floating;
     mask (B|1, H|1, M|1, N) bool, True hides; key_padding (B, N) bool (True hides) or floating (added).
+    windows and window_mask as bias/grids.py has them, both on the same frames (patches.why_not: what there is no room
+    for), not with a dense that requires a gradient.
     A row that sees no key gives zeros. `on_failure` gives the gradients where the backward kernels fail (not in a
     compiled graph, where plain PyTorch gives them). Inputs are trusted: `flash_bias_attention` is the validating door.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lengths = list(segment_lengths or ()) if segment_weights is not None else []
+    local: Tuple[Any, ...] = ()
+    if windows is not None or window_mask is not None:
+        local = win.arguments(windows, window_mask)
     return _apply(  # type: ignore[no-any-return]
-        on_failure, q, k, v, q_factor, k_factor, segment_weights, lengths, dense, mask, key_padding, dropout_p, scale
+        on_failure, q, k, v, q_factor, k_factor, segment_weights, lengths, dense, mask, key_padding, dropout_p, scale,
+        *local,
     )

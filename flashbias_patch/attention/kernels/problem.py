@@ -8,13 +8,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from typing import Any, ContextManager, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, ContextManager, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from .configs import Config, Key
 from .recompute import dropout_shift
+
+if TYPE_CHECKING:
+    from .windows import Windows
 
 LOG2E = 1.4426950408889634
 COLUMNS = 16  # common.COLUMNS
@@ -39,6 +42,7 @@ class Problem(NamedTuple):
     dropout_p: float
     scale: float
     rank: int
+    windows: Optional[Windows] = None
 
     @property
     def sizes(self) -> Tuple[int, int, int, int, int]:
@@ -66,7 +70,8 @@ class Problem(NamedTuple):
     @property
     def apart(self) -> bool:
         """Whether a row's largest score and log2 of its sum are kept apart: see keeps_apart."""
-        return keeps_apart(self.weights, self.dense, self.mask, self.padding)
+        local = self.windows is not None and self.windows.masked
+        return keeps_apart(self.weights, self.dense, self.mask, self.padding, local)
 
     @property
     def lse_shape(self) -> Tuple[int, ...]:
@@ -131,6 +136,8 @@ class Problem(NamedTuple):
         """What the choice of a tile shape for that kernel depends on."""
         others = self.dense, self.mask, self.padding
         rank = 0 if self.q_factor is None else self.q_factor.shape[-1]
+        if self.windows is not None:
+            kernel = f"{'mask' if self.windows.masked else 'window'} {kernel}"
         return key_of(kernel, self.q, rank, self.weights is not None, others, self.dropout_p)
 
 
@@ -153,15 +160,17 @@ def scales_q(q_factor: Optional[Tensor], scale: float) -> bool:
 
 
 def keeps_apart(
-    weights: Optional[Tensor], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor]
-) -> bool:
+    weights: Optional[Tensor], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor],
+    window_mask: bool = False,
+) -> bool:  # fmt: skip
     """Must a row's largest score and log2 of its sum be kept apart? All keys of a row may be at -1e9 or finfo.min ("masked"
     without -inf), of which log2 of the sum is no more than a rounding error.
 
-    Segment weights alone are relative to the largest of a row, which some key has unless masks hide them all.
+    Segment weights alone are relative to the largest of a row, which some key has unless masks hide them all. Weights of
+    windows are bounded (window_tiles.LIMIT).
     """
     adds = padding is not None and padding.is_floating_point()
-    masked = mask is not None or padding is not None
+    masked = mask is not None or padding is not None or window_mask
     return dense is not None or adds or weights is not None and masked
 
 

@@ -7,7 +7,10 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
+from ...bias.grids import WindowMaskParts, WindowParts, dense_bias, hidden
+
 CHUNK_ELEMENTS = 1 << 26  # scores held at once
+BY_ROW = (0, 3, 5, 7)  # of Call.needs, those with a value for each query
 
 
 class Call(NamedTuple):
@@ -26,7 +29,9 @@ class Call(NamedTuple):
     dropout_p: float
     scale: float
     seed: Tensor
-    needs: Tuple[bool, ...]  # of q, k, v, q_factor, k_factor, segment_weights, dense
+    needs: Tuple[bool, ...]  # of q, k, v, q_factor, k_factor, segment_weights, dense, the weights of windows
+    windows: Optional[WindowParts] = None
+    window_mask: Optional[WindowMaskParts] = None
 
 
 def keep_threshold(dropout_p: float) -> int:
@@ -77,20 +82,35 @@ def counted_keys(lengths: Tuple[int, ...], N: int, device: torch.device) -> Tens
     return keys
 
 
+def counted(call: Call, N: int, device: torch.device) -> Tuple[Tensor, Tensor]:
+    """(M,) or (B|1, M) queries and (N,) keys as dropout counts them."""
+    if call.windows is None and call.window_mask is None:
+        rows = torch.arange(call.q.shape[1], device=device)
+        return rows, counted_keys(call.segment_lengths if call.segment_weights is not None else (), N, device)
+    from . import patches, windows  # windows.py imports Triton
+
+    local = windows.make(*windows.arguments(call.windows, call.window_mask))
+    order = windows.tables_of(local).order[:, : call.q.shape[1]].long()
+    return order.argsort(1), patches.counted_keys(local.frames, device)
+
+
 def plain_backward(call: Call, grad_out: Tensor, error: Optional[BaseException] = None) -> Tuple[Any, ...]:
-    """Gradients of q, k, v, q_factor, k_factor, segment_weights and dense, None where call.needs says so."""
+    """Gradients of q, k, v, q_factor, k_factor, segment_weights, dense and the weights of windows, None where call.needs
+    says so."""
     B, M, H, D = call.q.shape
     N = call.k.shape[1]
     real = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    tensors = [call.q, call.k, call.v, call.q_factor, call.k_factor, call.segment_weights, call.dense]
-    wanted = [t if t is not None and need else None for t, need in zip(tensors, call.needs)]
+    tensors = [call.q, call.k, call.v, call.q_factor, call.k_factor, call.segment_weights, call.dense,
+               None if call.windows is None else call.windows.weights]  # fmt: skip
+    needs = (*call.needs, False)[: len(tensors)]
+    wanted = [t if t is not None and need else None for t, need in zip(tensors, needs)]
     total: List[Any] = [None if t is None else torch.zeros(t.shape, dtype=real, device=t.device) for t in wanted]
     chunk = max(1, CHUNK_ELEMENTS // max(1, B * H * N))
     for lo in range(0, M if N else 0, chunk):
         hi = min(lo + chunk, M)
         pieces: List[Any] = []
         for place, tensor in enumerate(tensors):
-            if tensor is not None and place in (0, 3, 5):
+            if tensor is not None and place in BY_ROW:
                 tensor = tensor[:, lo:hi]
             elif place == 6 and tensor is not None and tensor.shape[2] > 1:
                 tensor = tensor[:, :, lo:hi]
@@ -107,7 +127,7 @@ def plain_backward(call: Call, grad_out: Tensor, error: Optional[BaseException] 
             grad = next(found)
             if grad is None:
                 continue
-            if place in (0, 3, 5):
+            if place in BY_ROW:
                 total[place][:, lo:hi] += grad
             elif place == 6 and total[6].shape[2] > 1:
                 total[6][:, :, lo:hi] += grad
@@ -117,7 +137,7 @@ def plain_backward(call: Call, grad_out: Tensor, error: Optional[BaseException] 
 
 
 def _attend(call: Call, pieces: List[Any], lo: int, hi: int) -> Tensor:
-    q, k, v, q_factor, k_factor, weights, dense = pieces
+    q, k, v, q_factor, k_factor, weights, dense, *held = pieces
     scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * call.scale
     if q_factor is not None:
         scores = scores + torch.matmul(q_factor.transpose(1, 2), k_factor.permute(0, 2, 3, 1))
@@ -127,6 +147,11 @@ def _attend(call: Call, pieces: List[Any], lo: int, hi: int) -> Tensor:
         scores = scores + weights.transpose(1, 2)[..., owner]
     if dense is not None:
         scores = scores + dense
+    if call.windows is not None:
+        windows = call.windows._replace(weights=held[0], centres=call.windows.centres[:, lo:hi])
+        scores = scores + dense_bias(windows)
+    if call.window_mask is not None:
+        scores = scores.masked_fill(hidden(call.window_mask._replace(centres=call.window_mask.centres[:, lo:hi])), -math.inf)
     if call.mask is not None:
         mask = call.mask if call.mask.shape[2] == 1 else call.mask[:, :, lo:hi]
         scores = scores.masked_fill(mask, -math.inf)
@@ -139,8 +164,8 @@ def _attend(call: Call, pieces: List[Any], lo: int, hi: int) -> Tensor:
         device = q.device
         B, H, _, N = p.shape
         heads = torch.arange(B * H, device=device).view(B, H, 1, 1)
-        rows = torch.arange(lo, hi, device=device)[:, None]
-        keys = counted_keys(call.segment_lengths if weights is not None else (), N, device)
+        rows, keys = counted(call, N, device)
+        rows = rows[..., lo:hi, None] if rows.dim() == 1 else rows[:, None, lo:hi, None]
         keep = keep_mask(call.seed, heads, rows, keys, call.dropout_p)
         p = p * keep * keep_scale(call.dropout_p)
     return torch.einsum("bhmn,bnhd->bmhd", p, v)

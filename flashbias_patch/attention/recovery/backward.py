@@ -66,7 +66,7 @@ def of_fused(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ..
 
     inputs = AttentionInputs(
         *call[:6], tuple(call.segment_lengths) or None, call.dense, call.mask, call.key_padding,
-        call.dropout_p, call.scale,
+        call.dropout_p, call.scale, call.windows, call.window_mask,
     )  # type: ignore[call-arg]  # fmt: skip
     short = _blame(error, "triton", inputs, key_of(inputs, grad=True), IN_CHUNKS)
     usual = recompute.CHUNK_ELEMENTS
