@@ -88,10 +88,10 @@ def fallbacks() -> List[Dict[str, Any]]:
 
 
 def unreached(where: str, reason: str) -> None:
-    """Count that a bias given to `where` had no effect, and why; log it once."""
+    """Count that a bias had no effect, and why; log it once. where: "attention_bias(...)", or the class it was given to."""
     with _lock:
         _unreached[where, reason] = _unreached.get((where, reason), 0) + 1
-    once(("unreached", where, reason), "warning", "the bias given to %s has no effect: %s", where, reason)
+    once(("unreached", where, reason), "warning", "%s has no effect: %s", where, reason)
 
 
 def unreached_biases() -> List[Dict[str, Any]]:

@@ -126,7 +126,7 @@ def _warn_unused(scope: Scope) -> None:
         why = f"only {' and '.join(sorted(kinds))} attentions were called in the block"
     else:
         why = f"{len(scope.order)} attentions of this kind were called, and none has an index in layers={scope.layers}"
-    journal.once(("unused bias", scope.kind, why), "warning", "attention_bias(kind=%r) has no effect: %s", scope.kind, why)
+    journal.unreached(f"attention_bias(kind={scope.kind!r})", why)
 
 
 @contextlib.contextmanager

@@ -132,7 +132,7 @@ def _check_used(name: str, opened: Route, first: int = 0) -> None:
     """Warn about biases, from the position `first` on, that no core added; raise the error of one that fits none."""
     if opened.unused(first):
         why = opened.unsupported or "the attention that it called has no place for it"
-        journal.once(("unused bias", name, why), "warning", "%s: attention_bias has no effect: %s", name, why)
+        journal.unreached(f"{name}: attention_bias", why)
 
 
 def _holds_core(module: nn.Module) -> bool:
@@ -194,7 +194,7 @@ class CoreSeam:
         count_original(self.name, why)
         opened.unsupported = why
         if own:
-            journal.once(("unused bias", self.name, why), "warning", "%s: attention_bias has no effect: %s", self.name, why)
+            journal.unreached(f"{self.name}: attention_bias", why)
         return wrapped(*args, **kwargs)
 
     def _unknown_option(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Optional[str]:

@@ -155,6 +155,20 @@ def test_the_line_names_fallbacks_and_biases(monkeypatch):
     assert summary.line().startswith("flashbias_patch: [rank 3] ")
 
 
+def test_the_line_counts_a_bias_that_no_attention_took(installed, caplog):
+    import torch
+
+    from flashbias_patch import summary
+
+    for _ in range(2):
+        with installed.attention_bias(torch.zeros(3, 4)):
+            pass
+    (entry,) = installed.status()["unreached"]
+    assert entry["where"] == "attention_bias(kind='cross')" and entry["count"] == 2
+    assert "biases without effect: 2 (attention_bias(kind='cross'): no patched attention" in summary.line()
+    assert caplog.text.count("has no effect") == 1
+
+
 @pytest.mark.parametrize("rank, calls, told", [("", 1, True), ("0", 0, True), ("1", 1, False)])
 def test_who_prints_the_line(monkeypatch, rank, calls, told):
     from flashbias_patch import journal, summary
