@@ -9,13 +9,14 @@ import contextlib
 import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]  # returns the function itself where there is nothing to hand on
 
 _lock = threading.Lock()
 _depth = 0
 _put_back: List[Callable[[], None]] = []
+_made: Dict[Tuple[Any, Wrap], Any] = {}  # wrappers by what they wrap
 
 
 @contextlib.contextmanager
@@ -41,7 +42,11 @@ def handing_on(wrap_run: Wrap, wrap_task: Wrap) -> Iterator[None]:
 def _replace(owner: Any, name: str, make: Callable[[Any, Wrap], Any], wrap: Wrap) -> Callable[[], None]:
     """Replace a method; returns what puts it back, unless somebody else has replaced it meanwhile."""
     original = getattr(owner, name)
-    made = functools.wraps(original)(make(original, wrap))
+    made = _made.get((original, wrap))
+    if made is None:
+        if len(_made) > 16:  # somebody wraps these methods anew, again and again
+            _made.clear()
+        made = _made[original, wrap] = functools.wraps(original)(make(original, wrap))
     setattr(owner, name, made)
 
     def put_back() -> None:

@@ -179,7 +179,8 @@ class restored:
 
 # -- inside the forward of a torch.autograd.Function -------------------------------------------------------------------
 
-_forward_gradients: Callable[[], bool] = getattr(torch._C, "_is_fwd_grad_enabled", lambda: True)
+# Switched off inside the forward of a Function, and not by no_grad. Without it, no_grad is taken for such a forward.
+_forward_gradients: Callable[[], bool] = getattr(torch._C, "_is_fwd_grad_enabled", torch.is_grad_enabled)
 _Context: Any = torch.autograd.function.BackwardCFunction
 _apply: Any = getattr(torch.autograd.Function.apply, "__func__", None)
 _APPLY = getattr(_apply, "__code__", None)
@@ -312,7 +313,7 @@ def watch() -> None:
         _watching = True
         saved_tensors_hooks.__enter__ = _enter_watched  # type: ignore[method-assign]
         saved_tensors_hooks.__exit__ = _exit_watched  # type: ignore[method-assign]
-        if _CheckpointFunction is not None:
+        if _CheckpointFunction is not None and _apply is not None:
             _CheckpointFunction.apply = classmethod(_apply_checkpoint)
 
 
