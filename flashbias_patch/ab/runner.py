@@ -7,27 +7,22 @@ OUT/runs/01-A/probe/     what its processes recorded (probe.py)
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
 import re
-import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from .. import launch
-from . import lines, probe, records, verdict
+from . import lines, probe, processes, records, verdict
 from .records import Experiment
 
 POLL = 0.05
 GRACE_TO_END = 20.0  # after its N steps, how long a command may take to come to its end by itself
-PR_SET_PDEATHSIG = 1
-GRACE_TO_DIE = 5.0  # between SIGTERM and SIGKILL
 
 INTERRUPTED = "interrupted"
 OUT_OF_MEMORY = re.compile(
@@ -101,9 +96,9 @@ def run_all(
         """Make one run; False if it was interrupted."""
         index = len(document["runs"])
         place = os.path.join(out, "runs", f"{index + 1:02d}-{label}")
-        entry, processes, tail = run_one(command, place, label, index, options, progress, nudge)
+        entry, recorded, tail = run_one(command, place, label, index, options, progress, nudge)
         document["runs"].append(entry)
-        experiment.runs.append(records.make_run(entry, processes, tail))
+        experiment.runs.append(records.make_run(entry, recorded, tail))
         _save(experiment, document)
         progress("done", entry)
         if entry["status"] != "ok":
@@ -168,7 +163,7 @@ def run_one(
         "redrawn": nudge.startswith("redraw"),
     }
     progress("start", run)
-    begin, machine = time.monotonic(), Machine()
+    begin, machine = time.monotonic(), processes.Machine()
     signs, child, tail = None, None, ""
     try:
         os.makedirs(probes, exist_ok=True)
@@ -181,7 +176,7 @@ def run_one(
                 stderr=subprocess.STDOUT,
                 env=_environment(label, probes, options, nudge),
                 start_new_session=True,
-                preexec_fn=_end_with_parent(),
+                preexec_fn=processes.end_with_parent(),
             )
             run.update(_watch(child, signs, options, lambda steps: progress("steps", {**run, "steps": steps})))
             tail = signs.tail()
@@ -189,21 +184,12 @@ def run_one(
         run.update(status="not started", message=f"cannot be started: {error}", exit_code=None)
     except KeyboardInterrupt:  # before it was watched
         run.update(status=INTERRUPTED, message="interrupted at its start", exit_code=None)
-        with _deaf_to_interrupts():
+        with processes.deaf_to_interrupts():
             if child is not None:
-                end_processes(child, probes)
+                processes.end(child, probes)
     run["seconds"] = time.monotonic() - begin
     run.update(machine.since())
     return run, [] if signs is None else signs.recorded(), tail
-
-
-def _end_with_parent() -> Optional[Callable[[], None]]:
-    """What makes Linux end the child if this process is killed by SIGKILL; its other processes end at their next step."""
-    try:
-        prctl = ctypes.CDLL(None, use_errno=True).prctl
-    except (OSError, AttributeError):  # no Linux
-        return None
-    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _environment(label: str, probes: str, options: Options, nudge: str) -> Dict[str, str]:
@@ -225,35 +211,6 @@ def _environment(label: str, probes: str, options: Options, nudge: str) -> Dict[
             **{name: value for name, value in overrides.items() if name != "PYTHONPATH"},
         },
     )
-
-
-class Machine:
-    """Work of this machine since the object was made: the command's own, and that of others."""
-
-    def __init__(self) -> None:
-        self.begin = self._read()
-
-    @staticmethod
-    def _read() -> Optional[Tuple[float, float, float]]:
-        """(all CPU seconds, those not idle, those of this process and the children that it has waited for)."""
-        try:
-            with open("/proc/stat", "rb") as file:
-                ticks = [int(word) for word in file.readline().split()[1:9]]
-        except (OSError, ValueError):
-            return None
-        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        unit = os.sysconf("SC_CLK_TCK")
-        idle = ticks[3] + ticks[4]
-        return sum(ticks) / unit, (sum(ticks) - idle) / unit, sum(u.ru_utime + u.ru_stime for u in usage)
-
-    def since(self) -> Dict[str, float]:
-        """`others`: CPUs that other work kept busy; `busy`: share of all CPUs that was; empty where unknown."""
-        end = self._read()
-        if self.begin is None or end is None or end[0] <= self.begin[0]:
-            return {}
-        whole, busy, own = (y - x for x, y in zip(self.begin, end))
-        others = max(0.0, busy - own) / whole * (os.cpu_count() or 1)
-        return {"others": round(others, 2), "busy": round(min(1.0, busy / whole), 3)}
 
 
 def _watch(child: Any, signs: Signs, options: Options, on_steps: Callable[[int], None]) -> Dict[str, Any]:
@@ -280,8 +237,8 @@ def _watch(child: Any, signs: Signs, options: Options, on_steps: Callable[[int],
     except Exception as error:  # its record was removed, this process is out of descriptors, ...
         ending = f"{type(error).__name__}: {error}"
     finally:
-        with _deaf_to_interrupts():
-            end_processes(child, signs.probes)
+        with processes.deaf_to_interrupts():
+            processes.end(child, signs.probes)
     if ending in (None, "stopped"):
         try:
             signs.look()
@@ -396,76 +353,6 @@ class Signs:
     def tail(self) -> str:
         """The end of the output."""
         return records.tail_of(self.log)
-
-
-def end_processes(child: Any, probes: str) -> None:
-    """End the command's processes: its group, and who left the group but has the run's environment."""
-    for number, grace in ((signal.SIGTERM, GRACE_TO_DIE), (signal.SIGKILL, GRACE_TO_DIE)):
-        deadline = time.monotonic() + grace
-        alive = _signal_all(child, probes, number)
-        while alive and time.monotonic() < deadline:
-            time.sleep(POLL)
-            child.poll()
-            alive = _signal_all(child, probes, 0)
-        if not alive:
-            break
-    child.poll()
-
-
-def _signal_all(child: Any, probes: str, number: int) -> bool:
-    """Signal every process of the run; True if there was one."""
-    found = False
-    for process in _marked(probes) - {os.getpid()}:
-        try:
-            os.kill(process, number)
-            found = True
-        except OSError:
-            pass
-    try:
-        os.killpg(child.pid, number)
-        # A zombie leader still has a group; poll() reaps it, and only others keep the group alive.
-        found = found or child.poll() is None or _group_alive(child.pid)
-    except OSError:
-        pass
-    return found
-
-
-def _group_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-        return True
-    except OSError:
-        return False
-
-
-def _marked(probes: str) -> set[int]:
-    """Processes whose environment names this run's probe directory (torchrun gives its workers sessions of
-    their own).
-    """
-    mark = f"{probe.DIRECTORY}={probes}".encode()
-    found = set()
-    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/environ", "rb") as file:
-                    if mark in file.read().split(b"\0"):
-                        found.add(int(name))
-            except OSError:
-                continue
-    return found
-
-
-class _deaf_to_interrupts:
-    """While children are being ended, a second Ctrl-C must not leave them behind."""
-
-    def __enter__(self) -> None:
-        main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ()
-        self.before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-
-    def __exit__(self, *exc: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def _save(experiment: Experiment, document: Dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from flashbias_patch.ab import records, report, runner
+from flashbias_patch.ab import processes, records, report, runner
 from flashbias_patch.ab import verdict as verdicts
 from flashbias_patch.ab import words as wording
 from flashbias_patch.ab.runner import Options, schedule
@@ -180,7 +180,7 @@ def test_killed_by_a_signal(tmp_path):
 
 
 def test_hang_is_ended_with_its_children(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "GRACE_TO_DIE", 1.0)
+    monkeypatch.setattr(processes, "GRACE_TO_DIE", 1.0)
     mark = f"hang-{os.getpid()}-{time.monotonic_ns()}"
     body = f"""
         import subprocess, signal
@@ -524,7 +524,7 @@ def test_pythonpath_of_one_side_keeps_the_probe(tmp_path):
 def test_the_commands_own_work_is_not_others(tmp_path):
     """Two seconds of one CPU's work in a child."""
     body = "end = time.process_time() + 2\nwhile time.process_time() < end: pass\ntrain(12)"
-    machine = runner.Machine()
+    machine = processes.Machine()
     compare(tmp_path, command(tmp_path, body))
     found = machine.since()
     if found:  # /proc/stat can be read
