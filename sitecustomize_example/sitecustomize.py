@@ -2,16 +2,14 @@
 
 Python imports only the first sitecustomize on its path. `flashbias run` and `flashbias ab` put a directory with this
 file in front of PYTHONPATH; sitecustomize_example holds the same file. It needs nothing but the standard library, since
-other interpreters of a command, which have no flashbias_patch, import it too.
+other interpreters of a command, which have no flashbias_patch, import it too, Python 2 among them.
 """
 import os
 import sys
 
 
-def _next(own):
-    """The spec of the sitecustomize that comes after the file `own`; one that is being executed already is left out."""
-    from importlib.machinery import PathFinder
-
+def _later(own):
+    """The entries of sys.path after that of the file `own`, and the files that are being executed."""
     folder = os.path.dirname(own)
     entries = [os.path.abspath(entry or os.curdir) for entry in sys.path]
     rest = sys.path[entries.index(folder) + 1:] if folder in entries else list(sys.path)
@@ -19,23 +17,32 @@ def _next(own):
     while frame is not None:
         running.add(os.path.realpath(frame.f_code.co_filename))
         frame = frame.f_back
-    for i in range(len(rest)):
-        spec = PathFinder.find_spec("sitecustomize", rest[i:i + 1])
-        if spec is not None and spec.loader is not None and os.path.realpath(spec.origin or "") not in running:
-            return spec
-    return None
+    return rest, running
 
 
 def _chain(own):
-    """Execute that file as the module `sitecustomize`. Its exception reaches Python as if this file were not there."""
-    spec = _next(own)
-    if spec is None:
-        return
-    from importlib.util import module_from_spec
+    """Execute the next file as the module `sitecustomize`. Its exception reaches Python as if this file were not there."""
+    rest, running = _later(own)
+    try:
+        from importlib.machinery import PathFinder
+        from importlib.util import module_from_spec
+    except ImportError:
+        return _chain_python2(rest, running)
+    for i in range(len(rest)):
+        spec = PathFinder.find_spec("sitecustomize", rest[i:i + 1])
+        if spec is not None and spec.loader is not None and os.path.realpath(spec.origin or "") not in running:
+            module = module_from_spec(spec)
+            sys.modules["sitecustomize"] = module  # `import sitecustomize` finds that one
+            return spec.loader.exec_module(module)
 
-    module = module_from_spec(spec)
-    sys.modules["sitecustomize"] = module  # `import sitecustomize` finds that one
-    spec.loader.exec_module(module)
+
+def _chain_python2(rest, running):
+    import imp
+
+    for entry in rest:
+        path = os.path.join(entry, "sitecustomize.py")
+        if os.path.isfile(path) and os.path.realpath(path) not in running:
+            return imp.load_source("sitecustomize", path)
 
 
 class _Missing:
@@ -47,8 +54,12 @@ class _Missing:
     def find_spec(self, name, path=None, target=None):
         if name == "torch" and self in sys.meta_path:
             sys.meta_path.remove(self)
-            error = f"{type(self.error).__name__}: {self.error}"
-            sys.stderr.write(f"flashbias_patch does not import in {sys.executable} ({error}): this process runs unpatched\n")
+            error = type(self.error).__name__ + ": " + str(self.error)
+            sys.stderr.write("flashbias_patch does not import in " + sys.executable + " (" + error
+                             + "): this process runs unpatched\n")
+
+    def find_module(self, name, path=None):  # Python 2
+        return self.find_spec(name)
 
 
 def _start():

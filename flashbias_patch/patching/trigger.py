@@ -45,6 +45,10 @@ def _install() -> None:
         from . import hooks
 
         hooks.install()
+    except ImportError as error:  # wrapt is missing: an interpreter that finds this package by PYTHONPATH alone
+        from .. import journal
+
+        journal.logger().error("not installed: this process runs unpatched: %s", error)
     except Exception:  # the one boundary where nothing may reach the user's import
         from .. import journal
 

@@ -123,6 +123,19 @@ def test_an_interpreter_without_the_package_keeps_its_own_sitecustomize(theirs, 
     assert python("-c", "import torch", path=[bare, theirs], FLASHBIAS_PATCH="0") == ["theirs"]
 
 
+def test_python_2_keeps_its_own_sitecustomize(theirs, copy):
+    """The file has no newer syntax, and its way without importlib's machinery runs the next one once."""
+    source = Path(launch.BOOTSTRAP, "sitecustomize.py").read_text()
+    newer = (ast.JoinedStr, ast.AnnAssign, ast.NamedExpr, ast.AsyncFunctionDef, ast.Nonlocal, ast.YieldFrom)
+    assert not any(isinstance(node, newer) or getattr(node, "returns", None) or getattr(node, "annotation", None)
+                   for node in ast.walk(ast.parse(source)))
+    python2 = shutil.which("python2") or shutil.which("python2.7")
+    if python2 is not None:
+        env = clean(PYTHONPATH=os.pathsep.join([launch.BOOTSTRAP, str(copy), str(theirs), str(ROOT)]), FLASHBIAS_PATCH="1")
+        done = subprocess.run([python2, "-c", "print(1)"], env=env, text=True, capture_output=True)
+        assert (done.stdout.split(), done.stderr) == (["theirs", "1"], "")
+
+
 # -- PYTHONPATH ------------------------------------------------------------------------------------------------------
 
 
