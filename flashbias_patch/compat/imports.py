@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import builtins
-import importlib
 import types
 from typing import Any, Callable, List, Optional
 
@@ -63,9 +62,6 @@ class NumPy(types.ModuleType):
         import numpy
 
         return dir(numpy)
-
-    def __reduce__(self) -> Any:
-        return importlib.import_module, ("numpy",)
 
 
 def numpy_with_aliases(name: str, fromlist: Any, usual: Callable[[], Any]) -> Optional[Any]:
