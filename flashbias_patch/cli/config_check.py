@@ -43,7 +43,8 @@ def check(config_path: str, cfg_options: Sequence[str] = ()) -> Dict[str, Any]:
                 for path, value in _find(config, KEYS)]
     if settings.current().aqr:
         on = any(state.built and state.from_environment for state in routers.values())
-        switches.append({"path": "FLASHBIAS_AQR", "value": settings.current().aqr, "on": on})
+        switches.append({"path": "FLASHBIAS_AQR", "value": settings.current().aqr,
+                         "on": on if transformers else _asks_for_a_router()})
     return {"config": config_path, "switches": switches, "transformers": transformers,
             "notes": missing + _notes(switches, transformers, config)}
 
@@ -149,6 +150,17 @@ def plain(value: Any, above: Tuple[int, ...] = ()) -> Any:
         return [plain(entry, above) for entry in value]
     is_json = value is None or isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value)
     return value if is_json else str(value)
+
+
+def _asks_for_a_router() -> bool:
+    """Whether FLASHBIAS_AQR is on, of transformers that the config does not show."""
+    from ..aqr import options as aqr_options
+
+    try:
+        options = aqr_options.from_environment()
+    except (TypeError, ValueError):
+        return False
+    return options is not None and bool(options.enable)
 
 
 def _find(config: Dict[str, Any], keys: Tuple[str, ...]) -> Iterator[Tuple[str, Any]]:

@@ -158,6 +158,14 @@ def test_doctor_agrees_with_a_run(written, monkeypatch, installed, form):
     assert any(switch["on"] for switch in report["switches"]) == built
 
 
+@pytest.mark.parametrize("text, on", [("per=head", True), ("0", False), ("par=head", False)])
+def test_the_variable_reaches_transformers_that_a_config_does_not_show(written, monkeypatch, text, on):
+    monkeypatch.setenv("FLASHBIAS_AQR", text)
+    settings.reload()
+    report = config_check.check(written("model = dict(type='Detector')"))
+    assert [(s["path"], s["on"]) for s in report["switches"]] == [("FLASHBIAS_AQR", on)]
+
+
 def test_a_class_that_targets_leave_out_takes_no_aqr(written, monkeypatch):
     monkeypatch.setenv("FLASHBIAS_TARGETS", "PETRMultiheadFlashAttention")
     settings.reload()
