@@ -7,7 +7,7 @@ from typing import Any, Dict, Optional, Tuple
 from torch import Tensor
 
 from ..attention.inputs import as_bias
-from ..bias import AttentionBias, DenseBias
+from ..bias import AttentionBias, BiasTensor, DenseBias
 from . import factoring
 from .arguments import Bias
 
@@ -86,5 +86,5 @@ leave = variable.reset
 
 
 def is_bias(mask: Any) -> bool:
-    """Whether what stands in a mask's place is a bias: an AttentionBias, or a floating tensor that requires a gradient."""
-    return isinstance(mask, AttentionBias) or (isinstance(mask, Tensor) and mask.requires_grad)
+    """Whether what stands in a mask's place is a bias: a description, or a floating tensor that requires a gradient."""
+    return isinstance(mask, (AttentionBias, BiasTensor)) or (isinstance(mask, Tensor) and mask.requires_grad)

@@ -8,7 +8,7 @@ from torch import nn
 
 import flashbias_patch
 from flashbias_patch import journal
-from flashbias_patch.bias import DenseBias, LowRankBias
+from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias, described
 from flashbias_patch.patching import hooks
 from tests import stand_ins
 
@@ -288,6 +288,29 @@ def test_a_structured_bias_is_never_handed_to_the_forward():
     for kwargs in (dict(attn_mask=DenseBias(dense[:, None])), dict(attention_bias=DenseBias(dense[:, None])),
                    dict(attention_bias=dense.transpose(0, 1)), dict(attn_bias=dense)):
         torch.testing.assert_close(module(query, key, key, **kwargs), wanted)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_bias_tensor_that_the_forward_reshapes_stays_a_description(grad):
+    """As one generation of forks does: (M, B, N) to (B*H, M, N), then the inner attention's mask."""
+    masks = []
+
+    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
+                key_padding_mask=None, attention_bias=None, **kwargs):
+        masks.append(attention_bias.transpose(0, 1).unsqueeze(1).expand(B, H, M, N).reshape(B * H, M, N))
+        return query + self.attn(query, key, value, attn_mask=masks[-1])[0]
+
+    cls, original = outer(forward)
+    module, (query, key) = cls(), sequences()
+    weights = torch.randn(B, M, 2, requires_grad=grad)
+    bias = ModalityBias(weights, (3, N - 3))
+    dense = bias.dense()[:, 0].transpose(0, 1)
+    leaves = [query, key] + [weights] * grad
+    theirs = original(module, query, key, key, attention_bias=dense)
+    their_grads = gradients(module, theirs, leaves)
+    ours = module(query, key, key, attention_bias=described(bias).transpose(0, 1))
+    assert_equal([ours, *gradients(module, ours, leaves)], [theirs, *their_grads])
+    assert masks[-1]._dense is None and journal.calls["original"] == 0
 
 
 # -- the original code, with a bias ---------------------------------------------------------------------------------------
