@@ -81,7 +81,7 @@ def call_times(repeats: int, calls: int) -> dict:
         with mock.patch.object(inner_attention, "F", SimpleNamespace(linear=lambda *a: x)), \
                 mock.patch.object(arguments, "project", lambda *a: (heads, heads, heads)), \
                 mock.patch.object(dispatch, "_loaded", {"triton": Constant()}), \
-                mock.patch.object(dispatch.breakers, "_verdicts", {}), \
+                mock.patch.object(dispatch.breakers, "by_class", {}), \
                 mock.patch.object(dispatch, "_earns_trust", lambda *a: True):
             if patched:
                 return timed()

@@ -36,21 +36,21 @@ class CircuitBreaker:
     """Verdicts by class of call and backend. A backend without a verdict has not been tried for that class."""
 
     def __init__(self) -> None:
-        self._verdicts: Dict[Key, Dict[str, Verdict]] = {}
+        self.by_class: Dict[Key, Dict[str, Verdict]] = {}
         # Opened by a backward pass: they wait for the next forward, since what is recomputed until then must take
         # the backend that its forward took.
         self.pending: List[Tuple[Key, str, str]] = []
 
     def verdicts(self, key: Key) -> Dict[str, Verdict]:
         """{backend: verdict} of one class of call; what is written to it is kept."""
-        found = self._verdicts.get(key)
+        found = self.by_class.get(key)
         if found is None:
-            found = self._verdicts[key] = {}
+            found = self.by_class[key] = {}
         return found
 
     def reason(self, key: Key, name: str) -> str:
         """Why that backend is out for the class; empty if it is not."""
-        verdict = self._verdicts.get(key, {}).get(name)
+        verdict = self.by_class.get(key, {}).get(name)
         return "" if verdict is None else verdict.reason
 
     def open(self, key: Key, name: str, reason: str, phase: Phase = Phase.FORWARD) -> None:
@@ -74,14 +74,14 @@ class CircuitBreaker:
         """(class, backend, reason) of every backend that is out."""
         return [
             (key, name, verdict.reason)
-            for key, found in self._verdicts.items()
+            for key, found in self.by_class.items()
             for name, verdict in found.items()
             if verdict.state is State.OUT
         ]
 
     def close(self) -> None:
         """Forget every verdict."""
-        self._verdicts.clear()
+        self.by_class.clear()
         self.pending.clear()
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Optional, Tuple
 import torch
 from torch import Tensor
 
+from .._torch_internals import deterministic
+
 if TYPE_CHECKING:
     from .inputs import AttentionInputs
 
@@ -60,7 +62,7 @@ def key_of(inputs: AttentionInputs, grad: Optional[bool] = None) -> Key:
         )  # fmt: skip
     return (
         q.device, q.dtype, D, Dv, not (M % ALIGNMENT or N % ALIGNMENT), dropout_p > 0, grad, scale > 0,
-        torch.are_deterministic_algorithms_enabled(), factors, segments, added, masked, padded,
+        deterministic(), factors, segments, added, masked, padded,
         local, local_mask,
     )  # fmt: skip
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any, Dict, Optional, Tuple
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import journal
-from . import ending, random_state, selection, selfcheck
+from .._torch_internals import current_transform
+from . import differentiable, ending, random_state, selection, selfcheck
 from .breaker import TRUSTED, State, Verdict, breakers
 from .call_class import Key, key_of
 from .inputs import AttentionInputs
@@ -19,7 +21,7 @@ from .recovery import forward, replay
 from .selection import LAST_RESORT, Candidates, NoBackendError, Unavailable, backend, explain, reasons_against
 
 __all__ = [
-    "LAST_RESORT", "NoBackendError", "attend", "backend", "breakers", "explain",
+    "LAST_RESORT", "NoBackendError", "attend", "attend_traced", "backend", "breakers", "explain",
     "is_compiling", "reasons_against", "reset",
 ]  # fmt: skip
 
@@ -33,8 +35,9 @@ def attend(inputs: AttentionInputs, pinned: Optional[str] = None) -> Tensor:
     Raises NoBackendError when none does, or, under FLASHBIAS_STRICT, as soon as one fails;
     torch.cuda.OutOfMemoryError when memory does not even suffice for the last resort.
     """
-    if is_compiling():
-        return _traced(inputs, pinned)
+    if current_transform() is not None or forward_ad._current_level >= 0:
+        journal.calls[LAST_RESORT] += 1
+        return differentiable.attend(inputs)
     if breakers.pending:
         breakers.open_pending()
     checkpointed = replay.current()
@@ -63,7 +66,10 @@ def _replayed(checkpointed: replay.Replay, inputs: AttentionInputs, key: Key, ca
 
 def _take(inputs: AttentionInputs, key: Key, candidates: Candidates, replayed: str = "") -> Tuple[Tensor, str]:
     """(output, name of the backend that computed it). `replayed` is used whatever its verdict says."""
-    verdicts = breakers.verdicts(key)
+    verdicts = breakers.by_class.get(key)
+    if verdicts is None:
+        verdicts = breakers.verdicts(key)
+    failure: Optional[Exception] = None
     for name in candidates.names:
         verdict = verdicts.get(name)
         if verdict is not None and verdict.state is State.OUT and name != replayed:
@@ -71,27 +77,31 @@ def _take(inputs: AttentionInputs, key: Key, candidates: Candidates, replayed: s
                 selection.refuse_if_strict(inputs, key, name)
             continue
         candidate = _loaded.get(name) or backend(name)
-        state = None
+        state, checking = None, False
         try:
             if candidate.why_not(inputs):
                 if type(candidate) is Unavailable:
                     verdicts[name] = Verdict(State.OUT, candidate.reason)
                 continue
-            if verdict is None and not _earns_trust(candidate, name, inputs, key, verdicts):
-                continue
+            if verdict is None:
+                checking = True
+                if not _earns_trust(candidate, name, inputs, key, verdicts):
+                    continue
+                checking = False
             if inputs.dropout_p:
                 state = random_state.now(inputs.q.device)
             out = forward.run(candidate, name, inputs, key, state) if key[6] else candidate(inputs)
         except Exception as error:
-            out = forward.recover(error, candidate, name, inputs, key, state)
+            out = forward.recover(error, forward.Attempt(candidate, name, inputs, key, state, checking))
             if out is None:
+                failure = error
                 continue
         else:
             journal.calls[name] += 1
         if candidates.chosen:
             selection.tell_pinned(name, inputs, key)
         return out, name
-    selection.refuse(inputs, key, candidates.names)
+    selection.refuse(inputs, key, candidates.names, failure)
 
 
 def _earns_trust(
@@ -114,8 +124,8 @@ def _earns_trust(
     return True
 
 
-def _traced(inputs: AttentionInputs, pinned: Optional[str]) -> Tensor:
-    """Inside torch.compile: no self-check, breaker or fallback; what can be wrong unchecked is left out."""
+def attend_traced(inputs: AttentionInputs, pinned: Optional[str]) -> Tensor:
+    """As attend, inside torch.compile: no self-check, breaker or fallback; what can be wrong unchecked is left out."""
     if _load_all():
         for name in selection.chosen(pinned).names:
             if name != "upstream" and not _loaded[name].why_not(inputs):

@@ -6,8 +6,10 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from .._torch_internals import any_autocast, autocast_off
 from ..bias import AttentionBias, BiasTensor
 from . import dispatch, narrow, observe
+from .dispatch import is_compiling
 from .inputs import build_in, read_descriptions
 
 
@@ -36,7 +38,8 @@ def flash_bias_attention(
         dropout_p: probability of dropping an attention weight, in [0, 1).
         scale: factor on q k^T; default 1/sqrt(D).
         backend: "triton", "flash", "upstream", "sdpa" or "reference"; default: the fastest that takes the call.
-        dtype: what is computed in; default: q's. In float16 under a wider q, gradients are scaled on their way through,
+        dtype: compute dtype, whatever autocast is open; default: q's. In float16 under a wider q, gradients are scaled on
+            their way through,
             so that small ones are not lost (narrow.py).
 
     Returns:
@@ -46,10 +49,21 @@ def flash_bias_attention(
         TypeError, ValueError: an argument does not fit; the message names it.
         flashbias_patch.attention.dispatch.NoBackendError: no backend takes the call; lists why.
     """
-    if type(bias) is BiasTensor or type(attn_mask) is BiasTensor:
-        bias, attn_mask = read_descriptions(q, k, bias, attn_mask)
-    inputs, power = build_in(dtype, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale)
-    out = dispatch.attend(inputs, backend)
+    if is_compiling():
+        with torch.autocast(q.device.type, enabled=False):
+            inputs, power = build_in(dtype, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale)
+            out = dispatch.attend_traced(inputs, backend)
+    elif any_autocast():  # it would change the precision inside backends
+        with autocast_off():
+            return flash_bias_attention(
+                q, k, v, bias, attn_mask=attn_mask, key_padding_mask=key_padding_mask, dropout_p=dropout_p, scale=scale,
+                backend=backend, dtype=dtype,
+            )  # fmt: skip
+    else:
+        if type(bias) is BiasTensor or type(attn_mask) is BiasTensor:
+            bias, attn_mask = read_descriptions(q, k, bias, attn_mask)
+        inputs, power = build_in(dtype, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale)
+        out = dispatch.attend(inputs, backend)
     out = out if out.dtype is q.dtype else narrow.widened(out, q.dtype, power)
     if isinstance(bias, AttentionBias) and bias._sources:
         out = observe.observed(out, inputs, bias)

@@ -17,6 +17,8 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from .. import _torch_internals as internals
+
 POWER = torch.float32  # whatever torch's default dtype is
 EXPONENT = 0x7F800000  # the bits of a float32's exponent: without the others it is a power of two
 ONE = 1 << 23  # what doubles it
@@ -84,11 +86,14 @@ def power_for(grad: Tensor) -> Tensor:
 def narrowed(
     narrow: Sequence[Tensor], others: Sequence[Optional[Tensor]]
 ) -> Tuple[List[Tensor], List[Optional[Tensor]], Optional[Tensor]]:
-    """`narrow` in float16, `others` (what else may have a gradient) as they are, and what `widened` needs."""
+    """`narrow` in float16, `others` (what else may have a gradient) as they are, and what `widened` needs.
+
+    Inside transforms of torch.func, plain casts: not every transform takes an autograd.Function.
+    """
     tensors = [*narrow, *others]
     places = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad] if torch.is_grad_enabled() else []
     power = None
-    if places:
+    if places and not internals.transformed():
         asked = [tensors[place] for place in places]
         *found, power = _Narrowed.apply(sum(place < len(narrow) for place in places), *asked)
         for place, tensor in zip(places, found):

@@ -11,6 +11,7 @@ from typing import Any, List, Optional
 import torch
 from torch import Tensor
 
+from .. import _torch_internals as internals
 from ..bias import AttentionBias
 from ..bias.tensor import layout as layouts
 from ..bias.tensor.core import BiasTensor, no_functions
@@ -25,7 +26,7 @@ DROPOUT = (
 
 def observed(out: Tensor, inputs: AttentionInputs, bias: AttentionBias) -> Tensor:
     """`out`, and where a BiasTensor is behind `bias` a node that can tell the gradient of that tensor."""
-    if not (torch.is_grad_enabled() and out.requires_grad):
+    if not (torch.is_grad_enabled() and out.requires_grad) or internals.transformed():
         return out
     handles = [handle for tensor, _ in bias._sources for handle in tensor.handle()]
     return _Observed.apply(inputs.static(), bias._sources, out, len(handles), *handles, *inputs.tensors())  # type: ignore

@@ -120,9 +120,11 @@ def tell_pinned(name: str, inputs: AttentionInputs, key: Key) -> None:
         journal.fallback(pinned, describe(key), reason)
 
 
-def refuse(inputs: AttentionInputs, key: Key, names: Iterable[str]) -> NoReturn:
-    """Raise NoBackendError: none of `names` takes the call."""
-    raise NoBackendError(_message(inputs, key, names))
+def refuse(
+    inputs: AttentionInputs, key: Key, names: Iterable[str], failure: Optional[Exception] = None
+) -> NoReturn:
+    """Raise NoBackendError: none of `names` takes the call. `failure` is what the last of them raised, if one did."""
+    raise NoBackendError(_message(inputs, key, names)) from failure
 
 
 def refuse_if_strict(

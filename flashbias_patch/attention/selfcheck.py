@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .. import _torch_internals as internals
 from .. import journal
 from ..bias import Grid, WindowMaskParts, WindowParts
 from .backends import reference
@@ -46,10 +47,10 @@ COLUMNS = 7  # of the grids that windows lie on: every number of keys above is a
 
 
 def possible(inputs: AttentionInputs) -> bool:
-    """Whether a check can run now: not while a call is traced, captured into a CUDA graph or transformed."""
+    """Whether a check can run now: not while a call is traced, captured into a CUDA graph or transformed, nor on meta."""
     if type(inputs.q) not in (Tensor, torch.nn.Parameter) or torch.jit.is_tracing():
         return False
-    if inputs.q.is_cuda and torch.cuda.is_current_stream_capturing():
+    if inputs.q.is_meta or inputs.q.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     return torch._C._functorch.peek_interpreter_stack() is None
 
@@ -84,7 +85,8 @@ def undisturbed(device: torch.device) -> Iterator[None]:
             enter(torch.autocast(kind, enabled=False))
         enter(torch.autograd.set_detect_anomaly(False))
         # Inside a checkpoint, its hooks would take the check's tensors for the layer's own.
-        enter(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved))
+        if internals.saved_tensor_hooks_allowed():
+            enter(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved))
         yield
 
 

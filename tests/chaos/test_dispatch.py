@@ -154,7 +154,7 @@ def test_mistakes_of_the_caller_are_raised_and_nobody_is_blamed(monkeypatch):
                          (lambda: flash_bias_attention(q, k, v, backend="fast"), "must be one of")):
         with pytest.raises((ValueError, TypeError), match=match):
             wrong()
-    assert not journal.fallbacks() and not dispatch.breakers._verdicts
+    assert not journal.fallbacks() and not dispatch.breakers.by_class
 
 
 def test_errors_of_the_users_own_hooks_come_through(monkeypatch):
@@ -317,7 +317,7 @@ def test_nothing_is_checked_or_trusted_while_a_call_is_traced(monkeypatch):
     q, k, v = tensors(grad=False)
     traced = torch.jit.trace(lambda q: flash_bias_attention(q, k, v), q, check_trace=False)
     assert not upstream.answered and not journal.fallbacks()  # known to go wrong, it is passed over unchecked
-    assert all("sdpa" not in found for found in dispatch.breakers._verdicts.values())
+    assert all("sdpa" not in found for found in dispatch.breakers.by_class.values())
     torch.testing.assert_close(traced(q), flash_bias_attention(q, k, v, backend="sdpa"))
 
 

@@ -108,7 +108,7 @@ def test_guarding_changes_no_bit(monkeypatch, name, features):
     for least in (0, 1 << 40):
         monkeypatch.setattr(guard, "LARGE", least)
         out = dispatch.attend(inputs, name)
-        assert is_guarded(out) is (least == 0)
+        assert is_guarded(out) is (least == 0 or name == "sdpa" and "dense" in features)
         found.append([out, *gradients(out, leaves)])
     for ours, bare in zip(*found):
         assert torch.equal(ours, bare) and ours.stride() == bare.stride()
@@ -313,7 +313,7 @@ def test_with_dropout_failing_twice_is_told_not_guessed(monkeypatch):
         flash_bias_attention(q, k, v, dropout_p=0.5).sum().backward()
 
 
-def test_once_more_is_under_the_autocast_of_the_forward(monkeypatch):
+def test_once_more_is_away_from_autocast_as_the_forward(monkeypatch):
     seen = []
 
     class Noting(Plain):
@@ -326,7 +326,7 @@ def test_once_more_is_under_the_autocast_of_the_forward(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = flash_bias_attention(q, k, v, dropout_p=0.5)
     out.sum().backward()
-    assert seen[-2:] == [True, True]
+    assert seen[-2:] == [False, False]
 
 
 @pytest.mark.parametrize("error", (KeyboardInterrupt(), RuntimeError("CUDA error: an illegal memory access was encountered")),

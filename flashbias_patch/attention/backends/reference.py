@@ -1,12 +1,15 @@
 """Plain PyTorch, chunked over queries: never holds (B, H, M, N), takes every call, on any device."""
 from __future__ import annotations
 
+import functools
 from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from ... import _torch_internals as internals
 from ...bias import grids
+from .. import differentiable
 from ..inputs import TENSORS, AttentionInputs
 from ..values import bounded, relative_weights
 
@@ -118,11 +121,21 @@ class _Chunked(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Tuple[Optional[Tensor], ...]:
         inputs = ctx.static.with_tensors(ctx.saved_tensors)
-        grads = gradients(inputs, grad_out, ctx.needs_input_grad[2:], *ctx.drawn)
-        return (None, None, *grads)
+        needs = ctx.needs_input_grad[2:]
+        if differentiable.needed_in_backward():
+            again = functools.partial(attend_in_chunks, seed=ctx.drawn[0], rows=ctx.drawn[1])
+            return (None, None, *differentiable.gradients(inputs, needs, grad_out, again))
+        return (None, None, *gradients(inputs, grad_out, needs, *ctx.drawn))
+
+
+def attend_in_chunks(inputs: AttentionInputs, seed: Optional[int], rows: int) -> Tensor:
+    """What the backend computes, in differentiable operators, with the same dropout."""
+    chunks = _chunks(inputs, rows) or [(0, 0)]
+    return torch.cat([
+        attend_dense(cut(inputs, start, stop), _generator(inputs, seed, start)) for start, stop in chunks
+    ], 1)  # fmt: skip
 
 
 def gradients(
@@ -140,7 +153,7 @@ def gradients(
         part: List[Any] = cut(inputs, start, stop).tensors()
         for i in wanted:
             part[i] = part[i].detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), internals.autocast_off():
             out = attend_dense(inputs.with_tensors(part), _generator(inputs, seed, start))
             found = torch.autograd.grad(out, [part[i] for i in wanted], grad_out[:, start:stop], allow_unused=True)
         for i, grad in zip(wanted, found):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...bias import grids
+from .. import differentiable
 from ..inputs import AttentionInputs
 from ..selfcheck import possible
 from ..values import LEAST_WEIGHT, any_far, bounded, relative_weights, rows_without_keys, shift_of
@@ -62,11 +63,14 @@ class Sdpa:
         head_dim = v.shape[-1]
         if pad_v and q.shape[-1] > head_dim:
             v = F.pad(v, (0, q.shape[-1] - head_dim))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         with kernel:
             out = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                attn_mask=attn_mask, dropout_p=inputs.dropout_p, scale=scale,
+                q, k, v, attn_mask=attn_mask, dropout_p=inputs.dropout_p, scale=scale
             )
+        node = out.grad_fn
+        if node is not None and not inputs.dropout_p:
+            differentiable.allow_again(node, q, k, v, attn_mask, inputs.scale if scale is None else scale)
         if dead is not None:
             out = out.masked_fill(dead, 0.0)
         return out[..., :head_dim].transpose(1, 2)

@@ -18,16 +18,17 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_TRITON = (3, 0)
 
 
-def _missing() -> List[str]:
+@functools.lru_cache(maxsize=None)
+def _missing() -> Tuple[str, ...]:
     """What keeps the kernels from being imported at all."""
     if importlib.util.find_spec("triton") is None:
-        return ["triton is not installed"]
+        return ("triton is not installed",)
     import triton
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < LEAST_TRITON:
-        return ["triton {} is older than {}.{}".format(triton.__version__, *LEAST_TRITON)]
-    return []
+        return ("triton {} is older than {}.{}".format(triton.__version__, *LEAST_TRITON),)
+    return ()
 
 
 @functools.lru_cache(maxsize=64)
@@ -61,7 +62,7 @@ class TritonFused:
         self.tune = settings.current().tune  # seconds; 0: never
 
     def why_not(self, inputs: AttentionInputs) -> List[str]:
-        reasons = _missing()
+        reasons = list(_missing())
         q, v = inputs.q, inputs.v
         if q.device.type != "cuda":
             reasons.append(f"tensors are on {q.device.type}, not on a CUDA device")

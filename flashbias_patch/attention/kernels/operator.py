@@ -9,11 +9,12 @@ from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ... import _torch_internals as internals
 from ...bias.grids import WindowMaskParts, WindowParts
 from . import launch
 from . import windows as win
 from .problem import Problem, aligned_rows, as_bytes, block_columns, keeps_apart, scales_q, unit_last
-from .recompute import Call, plain_backward
+from .recompute import Call, differentiable_backward, plain_backward
 
 log = logging.getLogger("flashbias_patch")
 _told = False
@@ -87,9 +88,22 @@ def _backward(
         problem = _problem(*inputs[:PLAIN], made[4:], windows)
         return launch.backward(problem, launch.Needs(*needs), launch.Passed(grad_out, out, low, lse, seed))
     except Exception as error:
-        seed = lse.new_empty(0, dtype=torch.int64) if seed is None else seed
-        parts = (None, None) if windows is None else win.parts(windows)
-        return on_failure(Call(*inputs[:PLAIN], seed, tuple(needs), *parts), grad_out, error)
+        return on_failure(_call(made, inputs, needs), grad_out, error)
+
+
+def _differentiable_backward(
+    grad_out: Tensor, made: Made, inputs: Inputs, needs: Sequence[bool]
+) -> Tuple[Optional[Tensor], ...]:
+    """As _backward, for create_graph=True and batches of gradients: by plain PyTorch."""
+    return differentiable_backward(_call(made, inputs, needs), grad_out)
+
+
+def _call(made: Made, inputs: Inputs, needs: Sequence[bool]) -> Call:
+    """What plain PyTorch needs to know."""
+    lse, seed, windows = made[2], made[3], _windows(inputs)
+    seed = lse.new_empty(0, dtype=torch.int64) if seed is None else seed
+    parts = (None, None) if windows is None else win.parts(windows)
+    return Call(*inputs[:PLAIN], seed, tuple(needs), *parts)
 
 
 # As a registered operator: empty tensors for None, since an operator's outputs are tensors.
@@ -211,8 +225,9 @@ class _FusedAttention(torch.autograd.Function):
         return made[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Optional[Tensor]) -> Any:
+        if torch.is_grad_enabled() or internals.current_transform() is not None:
+            return (None, *_gradients(_differentiable_backward, ctx, grad_out, 1))
         backward = functools.partial(_backward, on_failure=ctx.on_failure)
         return (None, *_gradients(backward, ctx, grad_out, 1))
 

@@ -7,6 +7,7 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
+from ... import _torch_internals as internals
 from ...bias.grids import WindowMaskParts, WindowParts, dense_bias, hidden
 
 CHUNK_ELEMENTS = 1 << 26  # scores held at once
@@ -94,14 +95,19 @@ def counted(call: Call, N: int, device: torch.device) -> Tuple[Tensor, Tensor]:
     return order.argsort(1), patches.counted_keys(local.frames, device)
 
 
+def _operands(call: Call) -> List[Optional[Tensor]]:
+    """The tensors that can have a gradient, in the order of Call.needs."""
+    windows = None if call.windows is None else call.windows.weights
+    return [call.q, call.k, call.v, call.q_factor, call.k_factor, call.segment_weights, call.dense, windows]
+
+
 def plain_backward(call: Call, grad_out: Tensor, error: Optional[BaseException] = None) -> Tuple[Any, ...]:
     """Gradients of q, k, v, q_factor, k_factor, segment_weights, dense and the weights of windows, None where call.needs
     says so."""
     B, M, H, D = call.q.shape
     N = call.k.shape[1]
     real = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    tensors = [call.q, call.k, call.v, call.q_factor, call.k_factor, call.segment_weights, call.dense,
-               None if call.windows is None else call.windows.weights]  # fmt: skip
+    tensors = _operands(call)
     needs = (*call.needs, False)[: len(tensors)]
     wanted = [t if t is not None and need else None for t, need in zip(tensors, needs)]
     total: List[Any] = [None if t is None else torch.zeros(t.shape, dtype=real, device=t.device) for t in wanted]
@@ -117,10 +123,10 @@ def plain_backward(call: Call, grad_out: Tensor, error: Optional[BaseException] 
             if tensor is not None:
                 tensor = tensor.detach().to(real).requires_grad_(wanted[place] is not None)
             pieces.append(tensor)
-        with torch.enable_grad():
+        with torch.enable_grad(), internals.autocast_off():
             out = _attend(call, pieces, lo, hi)
-        leaves = [piece for piece in pieces if piece is not None and piece.requires_grad]
-        found = iter(torch.autograd.grad(out, leaves, grad_out[:, lo:hi].to(real), allow_unused=True))
+            leaves = [piece for piece in pieces if piece is not None and piece.requires_grad]
+            found = iter(torch.autograd.grad(out, leaves, grad_out[:, lo:hi].to(real), allow_unused=True))
         for place, piece in enumerate(pieces):
             if piece is None or not piece.requires_grad:
                 continue
@@ -134,6 +140,21 @@ def plain_backward(call: Call, grad_out: Tensor, error: Optional[BaseException] 
             else:
                 total[place] += grad
     return tuple(None if t is None or w is None else t.to(w.dtype) for t, w in zip(total, wanted))
+
+
+def differentiable_backward(call: Call, grad_out: Tensor) -> Tuple[Any, ...]:
+    """As plain_backward, all queries at once; the gradients can be differentiated again if grad mode is on."""
+    again = torch.is_grad_enabled()
+    real = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    tensors = _operands(call)
+    needs = (*call.needs, False)[: len(tensors)]
+    with torch.enable_grad(), internals.autocast_off():
+        # An operand that was made of another one must not count for both.
+        leaves = [t.view_as(t) if t is not None and need else t for t, need in zip(tensors, needs)]
+        out = _attend(call, [None if t is None else t.to(real) for t in leaves], 0, call.q.shape[1])
+        wanted = [t for t, need in zip(leaves, needs) if t is not None and need]
+        found = iter(torch.autograd.grad(out, wanted, grad_out.to(real), create_graph=again, allow_unused=True))
+    return tuple(next(found) if t is not None and need else None for t, need in zip(leaves, needs))
 
 
 def _attend(call: Call, pieces: List[Any], lo: int, hi: int) -> Tensor:

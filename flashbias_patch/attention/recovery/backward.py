@@ -6,7 +6,7 @@ more from it, and if that fails too there is no right answer left.
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from ..backends import reference
 from ..breaker import Phase, breakers
 from ..call_class import Key, describe, key_of
 from ..inputs import TENSORS, AttentionInputs
-from . import errors
+from . import blame, errors
+from .blame import Blame
 
 if TYPE_CHECKING:
     from .guard import Call
@@ -40,7 +41,11 @@ def of_guarded(
 ) -> Sequence[Optional[Tensor]]:
     """The gradients of a guarded call (guard.py) whose backward raised `error`, in the order of its operands."""
     dropout = inputs.dropout_p > 0
-    short = _blame(error, call.name, inputs, call.key, ONCE_MORE if dropout else IN_CHUNKS)
+
+    def repeat(plain: AttentionInputs) -> Any:
+        return call.once_more(call.operands(plain), needs, grad_out.detach())
+
+    short = _judge(error, call.backend, call.name, inputs, call.key, ONCE_MORE if dropout else IN_CHUNKS, repeat)
     if dropout:
         try:
             return call.once_more(call.operands(inputs), needs, grad_out)
@@ -68,7 +73,14 @@ def of_fused(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ..
         *call[:6], tuple(call.segment_lengths) or None, call.dense, call.mask, call.key_padding,
         call.dropout_p, call.scale, call.windows, call.window_mask,
     )  # type: ignore[call-arg]  # fmt: skip
-    short = _blame(error, "triton", inputs, key_of(inputs, grad=True), IN_CHUNKS)
+    candidate = selection.backend("triton")
+
+    def repeat(plain: AttentionInputs) -> Any:
+        out = getattr(candidate, "without_recovery", candidate)(plain)
+        leaves = [t for t in plain.tensors() if t is not None and t.requires_grad]
+        return torch.autograd.grad(out, leaves, grad_out.detach(), allow_unused=True)
+
+    short = _judge(error, candidate, "triton", inputs, key_of(inputs, grad=True), IN_CHUNKS, repeat)
     usual = recompute.CHUNK_ELEMENTS
     if short:
         recompute.CHUNK_ELEMENTS = min(usual, LEAST_BYTES // 4)
@@ -85,10 +97,14 @@ def raised(call: Any, grad_out: Tensor, error: BaseException) -> NoReturn:
     raise error
 
 
-def _blame(error: BaseException, name: str, inputs: AttentionInputs, key: Key, if_short: str) -> bool:
-    """Whether memory ran out. Raises what is not survived; for the rest the breaker opens.
+def _judge(
+    error: BaseException, candidate: Any, name: str, inputs: AttentionInputs, key: Key, if_short: str,
+    repeat: Callable[[AttentionInputs], Any],
+) -> bool:  # fmt: skip
+    """Whether memory ran out. Raises what is not survived or is the caller's; for the rest the breaker opens.
 
     It waits for the next forward: layers still to be recomputed in this pass take the backend that their forward took.
+    `repeat` repeats the pass on the inputs that it is given.
     """
     if not errors.survivable(error):
         if errors.sticky(error):
@@ -99,7 +115,14 @@ def _blame(error: BaseException, name: str, inputs: AttentionInputs, key: Key, i
         make_room(error, inputs)
         journal.fallback(name, describe(key), if_short)
     else:
-        breakers.open(key, name, errors.first_line(error), Phase.BACKWARD)
+        found = blame.of(error, candidate, inputs, key, repeat)
+        if found is Blame.CALLER:
+            raise error
+        if found is Blame.CONTEXT:
+            reason = f"backward: {errors.first_line(error)} (this call only: {found.value})"
+            journal.fallback(name, describe(key), reason)
+        else:
+            breakers.open(key, name, errors.first_line(error), Phase.BACKWARD)
     selection.refuse_if_strict(inputs, key, name, error)
     errors.forget_frames(error)
     return short

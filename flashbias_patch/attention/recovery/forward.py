@@ -1,53 +1,84 @@
 """After a backend failed in a forward pass: the same again, small chunks, or the next backend."""
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from torch import Tensor
 
 from ... import journal, settings
-from .. import random_state, selection
+from .. import differentiable, random_state, selection
 from ..backends import reference
 from ..breaker import breakers
 from ..call_class import Key, describe
 from ..inputs import AttentionInputs
-from . import backward, errors, guard, replay
+from . import backward, blame, errors, guard, replay
+from .blame import Blame
+
+
+class Attempt(NamedTuple):
+    """One backend's try at a call."""
+
+    candidate: Any
+    name: str
+    inputs: AttentionInputs
+    key: Key
+    state: Any = None  # the random state before the backend ran, if there is dropout
+    checking: bool = False  # it failed in its self-check
 
 
 def run(candidate: Any, name: str, inputs: AttentionInputs, key: Key, state: Any) -> Tensor:
     """A backend's output for a call that may want gradients, its backward guarded where that is worth it (guard.py)."""
     hooked = replay.hooked()
-    if not guard.wanted(name, inputs, hooked is not None):
-        return candidate(inputs)  # type: ignore[no-any-return]
-    return guard.Call(candidate, name, key, inputs, state, hooked).answer(inputs)
+    if guard.wanted(name, inputs, hooked is not None):
+        return guard.Call(candidate, name, key, inputs, state, hooked).answer(inputs)
+    out: Tensor = candidate(inputs)
+    if out.requires_grad and name not in differentiable.OWN and not inputs.dropout_p:
+        return differentiable.attach(out, inputs)
+    return out
 
 
-def recover(
-    error: Exception, candidate: Any, name: str, inputs: AttentionInputs, key: Key, state: Any
-) -> Optional[Tensor]:
-    """After a failure: the last resort's output if memory ran out, None if the next is to try. Raises what is not
-    survived; `state` is the random state before the backend ran, if there is dropout."""
+def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
+    """After a failure: the last resort's output if memory ran out, None if the next backend is to try.
+
+    Raises the error itself where it is the caller's (blame.py), torch's own or not survived.
+    """
+    candidate, name, inputs, key, state, checking = attempt
     if isinstance(error, selection.NoBackendError) or errors.steering(error):
         raise error
     if errors.sticky(error):
         journal.once("sticky", "error", errors.CULPRIT)
         raise error
+    short = errors.out_of_memory(error)
+    found = Blame.BACKEND if short else blame.of(error, candidate, inputs, key, _nothing if checking else candidate)
+    if found is Blame.CALLER:
+        raise error
     random_state.restore(state)
     checkpointed = replay.current()
     if state is not None and checkpointed is not None and checkpointed.replays(name):
-        return _same_again(error, candidate, name, inputs, key, state)
-    if errors.out_of_memory(error):
+        return _same_again(error, attempt)
+    if short:
         return _least_memory(error, name, inputs, key)
-    breakers.open(key, name, errors.first_line(error))
+    reason = errors.first_line(error)
+    if found is Blame.CONTEXT:
+        journal.fallback(name, describe(key), f"{reason} (this call only: {found.value})")
+    elif name == selection.LAST_RESORT:
+        journal.fallback(name, describe(key), reason)
+    else:
+        breakers.open(key, name, reason)
     selection.refuse_if_strict(inputs, key, name, error)
+    if found is Blame.CONTEXT and name == selection.LAST_RESORT:
+        raise error
     errors.forget_frames(error)
     return None
 
 
-def _same_again(
-    error: Exception, candidate: Any, name: str, inputs: AttentionInputs, key: Key, state: Any
-) -> Tensor:
+def _nothing(inputs: AttentionInputs) -> None:
+    """In place of the call, where it is the self-check that failed."""
+
+
+def _same_again(error: Exception, attempt: Attempt) -> Tensor:
     """A recomputation with dropout failed. Only the backend of the forward drops the same: it tries once more."""
+    candidate, name, inputs, key, state, _ = attempt
     backward.make_room(error, inputs)
     reason = f"recomputation with dropout, tried once more: {errors.first_line(error)}"
     journal.fallback(name, describe(key), reason)

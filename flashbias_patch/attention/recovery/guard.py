@@ -18,9 +18,9 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import random_state
+from ... import _torch_internals as internals
+from .. import differentiable, random_state
 from ..inputs import TENSORS, AttentionInputs
 from . import backward
 
@@ -29,14 +29,8 @@ OWN_RESCUE = ("triton",)  # backends that guard themselves
 PLAIN = (Tensor, torch.nn.Parameter)
 Graph = Tuple[Tensor, List[Tensor]]  # the backend's output, and the detached operands that it was computed from
 # The saved-tensor hooks in force, which older torch (before 2.8) does not tell: there, large calls stay unguarded.
-_hooks_in_force: Optional[Callable[[bool], Any]] = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", None
-)
-_autocast_by_device = hasattr(torch, "get_autocast_dtype")  # since torch 2.4
-_interpreter = torch._C._functorch.peek_interpreter_stack
-_keeps_graph: Callable[[], bool] = getattr(
-    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: False
-)
+_hooks_in_force = internals.saved_tensor_hooks
+_keeps_graph = internals.keeps_graph
 
 
 def wanted(name: str, inputs: AttentionInputs, hooked: bool) -> bool:
@@ -44,18 +38,24 @@ def wanted(name: str, inputs: AttentionInputs, hooked: bool) -> bool:
     q = inputs.q
     if not hooked:
         B, M, H, _ = q.shape
-        if name in OWN_RESCUE or B * M * H * inputs.k.shape[1] < LARGE:
+        if name in OWN_RESCUE or B * M * H * inputs.k.shape[1] < LARGE and not _reached_by_autocast(name, inputs):
             return False
         # Someone's hooks would see the graph's tensors beside ours: twice the offloading or recomputing.
         if _hooks_in_force is None or _hooks_in_force(True) is not None:
             return False
     if type(q) not in PLAIN or not torch.is_grad_enabled() or torch.jit.is_tracing():
         return False
-    if _interpreter() is not None or forward_ad._current_level >= 0:
-        return False
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     return q.requires_grad or inputs.holds_grad
+
+
+def _reached_by_autocast(name: str, inputs: AttentionInputs) -> bool:
+    """Whether an autocast that is open in the backward pass would change a backend's precision: on the CPU, where sdpa
+    is made of matrix products if there is dropout or a gradient of the dense bias."""
+    if inputs.q.is_cuda or name in differentiable.OWN:
+        return False
+    return inputs.dropout_p > 0 or inputs.dense is not None and inputs.dense.requires_grad
 
 
 class Call:
@@ -65,15 +65,13 @@ class Call:
     checkpoint.
     """
 
-    __slots__ = ("backend", "name", "key", "places", "static", "state", "autocast", "script", "place",
-                 "graph")  # fmt: skip
+    __slots__ = ("backend", "name", "key", "places", "static", "state", "script", "place", "graph")  # fmt: skip
 
     def __init__(self, backend: Any, name: str, key: Any, inputs: AttentionInputs, state: Any,
                  script: Any = None) -> None:  # fmt: skip
         self.backend, self.name, self.key, self.state = backend, name, key, state
         self.places = [place for place, tensor in enumerate(inputs.tensors()) if tensor is not None]  # in TENSORS
         self.static = inputs.static()
-        self.autocast = _autocast(inputs.q)
         self.script, self.place = script, None if script is None else script.place
         self.graph: Optional[Graph] = None
 
@@ -125,28 +123,36 @@ class Call:
         self, tensors: Sequence[Tensor], needs: Sequence[bool], grad_out: Tensor
     ) -> Sequence[Optional[Tensor]]:
         """Forward and backward of the same backend, from the random state of the first time."""
-        with self.as_then(tensors[0]), torch.enable_grad():
+        with self.as_then(), torch.enable_grad():
             graph = self.run(tensors)
         return differentiate(graph, needs, grad_out)
 
     def differentiable_gradients(
         self, tensors: Sequence[Tensor], needs: Sequence[bool], grad_out: Tensor
     ) -> Sequence[Optional[Tensor]]:
-        """Under create_graph: unguarded, and as differentiable as the backend is."""
+        """Under create_graph, or for a batch of gradients: by plain PyTorch (differentiable.py).
+
+        With dropout as differentiable as the backend is, since no other way drops the same.
+        """
+        if self.state is None:
+            inputs, every = self.inputs(tensors), [False] * len(TENSORS)
+            for place, need in zip(self.places, needs):
+                every[place] = need
+            found = differentiable.gradients(inputs, every, grad_out)
+            return [found[place] for place in self.places]
         aliases = [t.view_as(t) for t in tensors]  # an operand made of another one must not count for both
-        with self.as_then(tensors[0]):
-            out = self.backend(self.inputs(aliases))
-        return differentiate((out, aliases), needs, grad_out, create_graph=True)
+        with self.as_then():
+            with torch.enable_grad():
+                out = self.backend(self.inputs(aliases))
+        return differentiate((out, aliases), needs, grad_out, create_graph=torch.is_grad_enabled())
 
     @contextlib.contextmanager
-    def as_then(self, q: Tensor) -> Any:
-        """Autocast and random state as they were at the forward; put back afterwards."""
+    def as_then(self) -> Any:
+        """Random state as at the forward, put back afterwards; without autocast, as at the forward."""
         now = None if self.state is None else random_state.now(self.state[2])
         random_state.restore(self.state)
         try:
-            with contextlib.ExitStack() as stack:
-                if self.autocast is not None:
-                    stack.enter_context(torch.autocast("cuda" if q.is_cuda else "cpu", self.autocast))
+            with internals.autocast_off():
                 yield
         finally:
             random_state.restore(now)
@@ -157,7 +163,8 @@ def differentiate(
 ) -> List[Optional[Tensor]]:
     out, leaves = graph
     asked = tuple(compress(leaves, needs))
-    found = iter(_run_backward((out,), (grad_out,), keep or create_graph, create_graph, asked, True, False))
+    with internals.autocast_off():
+        found = iter(_run_backward((out,), (grad_out,), keep or create_graph, create_graph, asked, True, False))
     return [next(found) if need else None for need in needs]
 
 
@@ -176,13 +183,14 @@ class _Guarded(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         tensors = ctx.saved_tensors  # in a checkpoint this recomputes, which leaves the graph with the script
         needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
+        if differentiable.needed_in_backward():
             return (None, None, *ctx.call.differentiable_gradients(tensors, needs, grad_out))
         return (None, None, *ctx.call.gradients(tensors, needs, grad_out))
 
 
 # Called without the Python that torch wraps them in, six microseconds that are not needed here: Function.apply looks
-# for transforms, which wanted() excludes, and autograd.grad checks a gradient that the pass around ours has checked.
+# for transforms, inside which differentiable.py computes, and autograd.grad checks a gradient that the pass around ours
+# has checked.
 _apply: Callable[..., Any] = getattr(super(torch.autograd.Function, _Guarded), "apply", _Guarded.apply)
 _engine = getattr(torch.autograd.Variable, "_execution_engine", None)
 _run_backward: Callable[..., Any] = getattr(_engine, "run_backward", _by_grad)
@@ -194,13 +202,3 @@ def _forget(tensor: Tensor) -> None:
 
 def _same(saved: Any) -> Any:
     return saved
-
-
-def _autocast(q: Tensor) -> Optional[torch.dtype]:
-    """The dtype of the autocast that is in force, if one is."""
-    if _autocast_by_device:
-        device = "cuda" if q.is_cuda else "cpu"
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if q.is_cuda:
-        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
-    return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None

@@ -1,0 +1,161 @@
+"""Attention in plain differentiable operators, where fused kernels cannot be differentiated as asked.
+
+That is inside transforms of torch.func (grad, vmap, jvp, jacrev, hessian, ...), under forward-mode differentiation, in a
+backward pass that is itself to be differentiated (create_graph=True), and in one over a batch of gradients
+(is_grads_batched). The scores are materialised, as torch.nn.MultiheadAttention does.
+"""
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any, Callable, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from .. import _torch_internals as internals
+from .inputs import TENSORS, AttentionInputs
+
+Attend = Callable[[AttentionInputs], Tensor]
+
+OWN = ("triton", "sdpa", "reference")  # backends that see to it themselves
+_transform = internals.current_transform
+_tracing = internals.tracing_state
+_hooks = internals.saved_tensor_hooks
+
+
+def needed_in_backward() -> bool:
+    """Whether the backward pass that runs now must be computed here."""
+    return torch.is_grad_enabled() or _transform() is not None
+
+
+def attend(inputs: AttentionInputs) -> Tensor:
+    """The output of a call, (B, M, H, Dv)."""
+    from .backends.reference import attend_dense  # which imports this module
+
+    return attend_dense(inputs)
+
+
+def gradients(
+    inputs: AttentionInputs, needs: Sequence[bool], grad_out: Tensor, compute: Attend = attend
+) -> List[Optional[Tensor]]:
+    """Gradients of the tensors of a call, in the order of TENSORS, None where `needs` says so.
+
+    They are differentiable if grad mode is on, as it is under create_graph. `compute` repeats the forward.
+    """
+    again = torch.is_grad_enabled()
+    aliases: List[Optional[Tensor]] = []
+    for tensor, need in zip(inputs.tensors(), needs):
+        # An operand that was made of another one must not count for both.
+        aliases.append(tensor.view_as(tensor) if need and tensor is not None else tensor)
+    with torch.enable_grad(), internals.autocast_off():
+        out = compute(inputs.with_tensors(aliases))
+        wanted = [alias for alias, need in zip(aliases, needs) if need and alias is not None]
+        found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=again, allow_unused=True))
+    return [next(found) if need and alias is not None else None for alias, need in zip(aliases, needs)]
+
+
+def allow_again(
+    node: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], scale: float
+) -> None:
+    """Let the gradients of torch's scaled_dot_product_attention be differentiated again; `node` made its output.
+
+    Its fused kernels have no second derivative. Their operands, (B, H, L, D), are alive as long as the node has them
+    saved: a weak reference holds no memory. Under saved-tensor hooks, as of a checkpoint, the node has something else
+    saved: there it stays as torch has it.
+    """
+    if _tracing() is not None or not type(node).__name__.startswith("ScaledDotProduct"):
+        return
+    if _hooks is None or _hooks(True) is None:
+        reference = weakref.ref
+        # torch saves a copy of the mask.
+        node.register_hook(
+            functools.partial(_gradients_again, reference(q), reference(k), reference(v), [attn_mask], scale)
+        )
+
+
+def _gradients_again(
+    q: Any, k: Any, v: Any, kept: List[Optional[Tensor]], scale: float, found: Tuple[Optional[Tensor], ...],
+    grads: Tuple[Optional[Tensor], ...],
+) -> Optional[Tuple[Optional[Tensor], ...]]:  # fmt: skip
+    """In place of the gradients `found`, those that can be differentiated. None, which leaves them, if not asked to."""
+    if not torch.is_grad_enabled():
+        if not internals.keeps_graph():
+            kept.clear()
+        return None
+    operands = [_alive(reference) for reference in (q, k, v)]
+    if grads[0] is None or not kept or any(operand is None for operand in operands):
+        return None
+    operands += kept
+    wanted = [gradient is not None for gradient in found] + [False] * (len(operands) - len(found))
+    if wanted[3] and found[3].shape != kept[0].shape:  # type: ignore[union-attr]
+        return None  # it was widened in between
+    aliases = [t.view_as(t) if t is not None and need else t for t, need in zip(operands, wanted)]
+    with internals.autocast_off():
+        out = _plain(*aliases, scale)  # type: ignore[arg-type]
+        asked = [alias for alias, need in zip(aliases, wanted) if need]
+        again = iter(torch.autograd.grad(out, asked, grads[0], create_graph=True, allow_unused=True))
+    return tuple(next(again) if need else None for need in wanted[: len(found)])
+
+
+def _alive(reference: Any) -> Optional[Tensor]:
+    tensor = reference()
+    if tensor is not None:
+        getattr(tensor, "_fix_weakref", lambda: None)()  # torch.utils.weak.TensorWeakRef
+    return tensor  # type: ignore[no-any-return]
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], scale: float) -> Tensor:
+    """scaled_dot_product_attention in differentiable operators, (B, H, L, D)."""
+    dtype = torch.promote_types(torch.float32, q.dtype)
+    scores = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * scale
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            scores = scores.masked_fill(~attn_mask, float("-inf"))
+        else:
+            scores = scores + attn_mask.to(dtype)
+    return (torch.softmax(scores, -1) @ v.to(dtype)).to(q.dtype)
+
+
+def attach(out: Tensor, inputs: AttentionInputs) -> Tensor:
+    """`out` of a backend, without dropout, such that its gradients can be differentiated again.
+
+    An ordinary backward pass goes through the backend's own graph. Only one under create_graph is computed here.
+    """
+    if _tracing() is not None or type(out) is not Tensor:
+        return out
+    if _hooks is not None:
+        hooks = _hooks(True)
+        # Those of the user's would see the operands a second time, and save_on_cpu copy them.
+        if hooks is not None and getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
+            return out
+    if inputs[12] is None and inputs[13] is None:
+        q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, _, scale, _, _ = inputs
+        return _apply(out, (lengths, scale), q, k, v, q_factor, k_factor, weights, dense, mask, padding, None, None, None)
+    return _apply(out, inputs.static(), *inputs.tensors())
+
+
+class _Attached(torch.autograd.Function):
+    """The identity in `out`, which remembers what `out` was computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, static: Any, *tensors: Optional[Tensor]) -> Tensor:
+        ctx.static = static
+        ctx.save_for_backward(*tensors)
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Tuple[Optional[Tensor], ...]:
+        if not torch.is_grad_enabled() and _transform() is None:
+            return (grad_out, *_NOTHING)
+        static = ctx.static
+        if not isinstance(static, AttentionInputs):
+            lengths, scale = static
+            static = AttentionInputs(None, None, None, segment_lengths=lengths, scale=scale)  # type: ignore[arg-type]
+        inputs = static.with_tensors(ctx.saved_tensors)
+        return (None, None, *gradients(inputs, ctx.needs_input_grad[2:], grad_out))
+
+
+_NOTHING = (None,) * (1 + len(TENSORS))
+# Function.apply without the Python that looks for transforms, inside which nothing is attached.
+_apply: Callable[..., Any] = getattr(super(torch.autograd.Function, _Attached), "apply", _Attached.apply)

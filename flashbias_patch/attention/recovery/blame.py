@@ -1,0 +1,112 @@
+"""Whose failure is an error that came out of a backend: the backend's, or that of the caller's code and context?
+
+Code of the caller runs inside a backend's call: saved-tensor hooks, dispatch and function modes, signal handlers, tensor
+subclasses. Its exceptions must reach the caller, and no breaker may open for them. So where such code can have played a
+part, the self-check's problem and then the call itself are repeated away from all that: if both pass, the backend is
+not to blame.
+"""
+from __future__ import annotations
+
+import enum
+import sys
+from types import TracebackType
+from typing import Any, Callable, Iterator, Optional, Set
+
+import torch
+from torch import Tensor
+
+from ... import _torch_internals as internals
+from .. import random_state, selfcheck
+from ..call_class import Key
+from ..inputs import AttentionInputs
+
+PLAIN = (Tensor, torch.nn.Parameter)
+# Top-level packages that backends are made of; exceptions from other code are the caller's until shown otherwise.
+BACKENDS = {
+    "flashbias_patch", "torch", "triton", "flash_attn", "flash_attn_interface", "flash_bias_triton", "cutlass", "quack",
+}  # fmt: skip
+# Modules that call backends.
+CALLERS = (f"{__package__}.forward", f"{__package__}.guard", __package__.rsplit(".", 1)[0] + ".dispatch")
+# Modules of torch whose functions run as the caller's hooks.
+HOOKS = ("torch.utils.checkpoint", "torch.autograd.graph")
+
+
+class Blame(enum.Enum):
+    BACKEND = "the backend fails away from the caller's context too"
+    CALLER = "the caller's own code raised"
+    CONTEXT = "the backend fails only in the caller's modes or on tensors of the caller's kind"
+
+
+def of(
+    error: BaseException, candidate: Any, inputs: AttentionInputs, key: Key, again: Callable[[AttentionInputs], Any]
+) -> Blame:
+    """Whose failure `error` is. `again` repeats what failed, on the inputs that it is given."""
+    foreign = any(_foreign(module, candidate) for module in _modules(error.__traceback__))
+    if not foreign and not _unusual(inputs):
+        return Blame.BACKEND
+    state = random_state.now(inputs.q.device)
+    try:
+        with selfcheck.undisturbed(inputs.q.device):
+            if selfcheck.check(candidate, key, inputs.rank):
+                return Blame.BACKEND
+            plain = _plain(inputs)
+            if plain is not None:
+                again(plain)
+    except Exception:
+        return Blame.BACKEND
+    finally:
+        random_state.restore(state)
+    return Blame.CALLER if foreign else Blame.CONTEXT
+
+
+def _modules(trace: Optional[TracebackType]) -> Iterator[str]:
+    """The names of the modules that an exception went through, from the backend's call on.
+
+    An exception object that was raised before carries the frames of that time behind the new ones: they do not count.
+    """
+    inside = False
+    while trace is not None:
+        module = trace.tb_frame.f_globals.get("__name__") or ""
+        ours = module in CALLERS
+        if inside and ours:
+            return
+        inside = not ours
+        yield module
+        trace = trace.tb_next
+
+
+def _foreign(module: str, candidate: Any) -> bool:
+    """Whether code of that module is not a backend's."""
+    top = module.split(".")[0]
+    if module in HOOKS:
+        return True
+    if top in BACKENDS or top in _standard_library() or not module:
+        return False
+    return all(module != cls.__module__ for cls in type(candidate).__mro__)
+
+
+def _standard_library() -> Set[str]:
+    names = getattr(sys, "stdlib_module_names", None)  # since Python 3.10
+    return set(sys.builtin_module_names) | {"contextlib", "functools", "importlib"} if names is None else names
+
+
+def _unusual(inputs: AttentionInputs) -> bool:
+    """Whether modes are in force, or an operand is no plain tensor or one of inference mode."""
+    if internals.dispatch_modes() or internals.function_modes():
+        return True
+    tensors = [tensor for tensor in inputs.tensors() if tensor is not None]
+    return any(type(tensor) not in PLAIN or tensor.is_inference() for tensor in tensors)
+
+
+def _plain(inputs: AttentionInputs) -> Optional[AttentionInputs]:
+    """The same call on detached operands; None where they are of a kind of the caller's own."""
+    tensors = []
+    for tensor in inputs.tensors():
+        if tensor is not None:
+            if type(tensor) not in PLAIN:
+                return None
+            needs = tensor.requires_grad
+            tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
+            tensor.requires_grad_(needs)
+        tensors.append(tensor)
+    return inputs.with_tensors(tensors)
