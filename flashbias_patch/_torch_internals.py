@@ -21,6 +21,7 @@ def _zero() -> int:
     return 0
 
 
+is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", lambda: False)  # since torch 2.3
 # The id of the backward pass that runs in this thread; -1: none does.
 current_graph_task: Callable[[], int] = _C._current_graph_task_id
 # Whether that pass keeps its graph (torch 2.8 and later; without it: no).
@@ -29,6 +30,8 @@ keeps_graph: Callable[[], bool] = getattr(
 )
 # The innermost transform of torch.func in force, or None.
 current_transform: Callable[[], Any] = _C._functorch.peek_interpreter_stack
+# Whether a tensor is a batch of gradients of torch.autograd.grad(..., is_grads_batched=True), which is no transform.
+is_batch: Callable[[torch.Tensor], bool] = getattr(_C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 # The tracer of torch.jit.trace, or None.
 tracing_state: Callable[[], Any] = _C._get_tracing_state
 deterministic: Callable[[], bool] = _C._get_deterministic_algorithms

@@ -24,9 +24,9 @@ _tracing = internals.tracing_state
 _hooks = internals.saved_tensor_hooks
 
 
-def needed_in_backward() -> bool:
-    """Whether the backward pass that runs now must be computed here."""
-    return torch.is_grad_enabled() or _transform() is not None
+def needed_in_backward(grad_out: Tensor) -> bool:
+    """Whether a backward pass with that gradient must be computed here."""
+    return torch.is_grad_enabled() or _transform() is not None or internals.is_batch(grad_out)
 
 
 def attend(inputs: AttentionInputs) -> Tensor:
@@ -45,10 +45,10 @@ def gradients(
     """
     again = torch.is_grad_enabled()
     aliases: List[Optional[Tensor]] = []
-    for tensor, need in zip(inputs.tensors(), needs):
-        # An operand that was made of another one must not count for both.
-        aliases.append(tensor.view_as(tensor) if need and tensor is not None else tensor)
     with torch.enable_grad(), internals.autocast_off():
+        for tensor, need in zip(inputs.tensors(), needs):
+            # An operand that was made of another one must not count for both.
+            aliases.append(tensor.view_as(tensor) if need and tensor is not None else tensor)
         out = compute(inputs.with_tensors(aliases))
         wanted = [alias for alias, need in zip(aliases, needs) if need and alias is not None]
         found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=again, allow_unused=True))
@@ -90,9 +90,9 @@ def _gradients_again(
     wanted = [gradient is not None for gradient in found] + [False] * (len(operands) - len(found))
     if wanted[3] and found[3].shape != kept[0].shape:  # type: ignore[union-attr]
         return None  # it was widened in between
-    aliases = [t.view_as(t) if t is not None and need else t for t, need in zip(operands, wanted)]
+    aliases: List[Any] = [t.view_as(t) if t is not None and need else t for t, need in zip(operands, wanted)]
     with internals.autocast_off():
-        out = _plain(*aliases, scale)  # type: ignore[arg-type]
+        out = _plain(aliases[0], aliases[1], aliases[2], aliases[3], scale)
         asked = [alias for alias, need in zip(aliases, wanted) if need]
         again = iter(torch.autograd.grad(out, asked, grads[0], create_graph=True, allow_unused=True))
     return tuple(next(again) if need else None for need in wanted[: len(found)])
@@ -146,7 +146,7 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Tuple[Optional[Tensor], ...]:
-        if not torch.is_grad_enabled() and _transform() is None:
+        if not needed_in_backward(grad_out):
             return (grad_out, *_NOTHING)
         static = ctx.static
         if not isinstance(static, AttentionInputs):

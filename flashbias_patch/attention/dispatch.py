@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import journal
-from .._torch_internals import current_transform
+from .._torch_internals import current_transform, is_compiling
 from . import differentiable, ending, random_state, selection, selfcheck
 from .breaker import TRUSTED, State, Verdict, breakers
 from .call_class import Key, key_of
@@ -25,7 +25,6 @@ __all__ = [
     "is_compiling", "reasons_against", "reset",
 ]  # fmt: skip
 
-is_compiling = selfcheck.is_compiling
 _loaded = selection._loaded
 
 
@@ -92,7 +91,9 @@ def _take(inputs: AttentionInputs, key: Key, candidates: Candidates, replayed: s
                 state = random_state.now(inputs.q.device)
             out = forward.run(candidate, name, inputs, key, state) if key[6] else candidate(inputs)
         except Exception as error:
-            out = forward.recover(error, forward.Attempt(candidate, name, inputs, key, state, checking))
+            out = forward.recover(error, forward.Attempt(
+                candidate, name, inputs, key, state, checking, name == candidates.names[-1]
+            ))  # fmt: skip
             if out is None:
                 failure = error
                 continue
@@ -129,7 +130,8 @@ def attend_traced(inputs: AttentionInputs, pinned: Optional[str]) -> Tensor:
     if _load_all():
         for name in selection.chosen(pinned).names:
             if name != "upstream" and not _loaded[name].why_not(inputs):
-                return _loaded[name](inputs)  # type: ignore[no-any-return]
+                candidate = _loaded[name]
+                return getattr(candidate, "traced", candidate)(inputs)  # type: ignore[no-any-return]
     raise NoBackendError("no backend takes this call under torch.compile; call it uncompiled to see why")
 
 

@@ -93,7 +93,7 @@ def narrowed(
     tensors = [*narrow, *others]
     places = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad] if torch.is_grad_enabled() else []
     power = None
-    if places and not internals.transformed():
+    if places and (internals.is_compiling() or not internals.transformed()):
         asked = [tensors[place] for place in places]
         *found, power = _Narrowed.apply(sum(place < len(narrow) for place in places), *asked)
         for place, tensor in zip(places, found):

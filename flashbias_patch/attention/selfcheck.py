@@ -40,7 +40,6 @@ LIBRARY = (12, 64), (1, 65)  # keys % 128 == 64 and % 32 == 1, and one query: wh
 USUAL, LOW, LEAST = range(3)  # additive terms of a problem: around 0, some rows at -200, some at finfo.min
 DROPOUT_P = 0.3
 CPU = torch.device("cpu")
-is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)  # since torch 2.3
 LEAVES = ("q", "k", "v", "q_factor", "k_factor", "segment_weights", "dense", "window_weights")
 PLACES = {name: TENSORS.index(name) for name in LEAVES}
 COLUMNS = 7  # of the grids that windows lie on: every number of keys above is a multiple of it, or of 8

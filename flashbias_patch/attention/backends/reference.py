@@ -124,7 +124,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> Tuple[Optional[Tensor], ...]:
         inputs = ctx.static.with_tensors(ctx.saved_tensors)
         needs = ctx.needs_input_grad[2:]
-        if differentiable.needed_in_backward():
+        if differentiable.needed_in_backward(grad_out):
             again = functools.partial(attend_in_chunks, seed=ctx.drawn[0], rows=ctx.drawn[1])
             return (None, None, *differentiable.gradients(inputs, needs, grad_out, again))
         return (None, None, *gradients(inputs, grad_out, needs, *ctx.drawn))

@@ -42,7 +42,11 @@ class Sdpa:
                 reasons.append(f"windows written out are {entries} entries, more than {WINDOW_ENTRIES}")
         return reasons
 
-    def __call__(self, inputs: AttentionInputs) -> Tensor:
+    def traced(self, inputs: AttentionInputs) -> Tensor:
+        """The same for torch.compile, where gradients are differentiated once."""
+        return self(inputs, again=False)
+
+    def __call__(self, inputs: AttentionInputs, again: bool = True) -> Tensor:
         given, inputs = inputs, windows_to_dense(inputs)
         additive, masked = merge_terms(inputs)
         top = None if additive is None else additive.detach().amax(-1, keepdim=True)
@@ -53,7 +57,7 @@ class Sdpa:
         attn_mask, dead = merge_masks(inputs, additive, masked, top, exact)
         inputs = segments_to_factors(inputs)
         q, k, v = inputs.q, inputs.k, inputs.v
-        scale: Optional[float] = inputs.scale
+        scale = inputs.scale
         if inputs.q_factor is not None:
             q, k = concatenate(inputs)
             scale = 1.0
@@ -68,9 +72,8 @@ class Sdpa:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=attn_mask, dropout_p=inputs.dropout_p, scale=scale
             )
-        node = out.grad_fn
-        if node is not None and not inputs.dropout_p:
-            differentiable.allow_again(node, q, k, v, attn_mask, inputs.scale if scale is None else scale)
+        if again and out.requires_grad and not inputs.dropout_p:
+            differentiable.allow_again(out.grad_fn, q, k, v, attn_mask, scale)
         if dead is not None:
             out = out.masked_fill(dead, 0.0)
         return out[..., :head_dim].transpose(1, 2)

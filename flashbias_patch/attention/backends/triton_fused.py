@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ... import settings
+from ..._torch_internals import is_compiling
 from ..inputs import AttentionInputs
 from ..recovery import backward
-from ..selfcheck import is_compiling
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_TRITON = (3, 0)

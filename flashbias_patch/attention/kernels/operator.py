@@ -226,7 +226,9 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Optional[Tensor]) -> Any:
-        if torch.is_grad_enabled() or internals.current_transform() is not None:
+        if torch.is_grad_enabled() or internals.current_transform() is not None or (
+            grad_out is not None and internals.is_batch(grad_out)
+        ):
             return (None, *_gradients(_differentiable_backward, ctx, grad_out, 1))
         backward = functools.partial(_backward, on_failure=ctx.on_failure)
         return (None, *_gradients(backward, ctx, grad_out, 1))

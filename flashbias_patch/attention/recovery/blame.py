@@ -41,8 +41,10 @@ def of(
     error: BaseException, candidate: Any, inputs: AttentionInputs, key: Key, again: Callable[[AttentionInputs], Any]
 ) -> Blame:
     """Whose failure `error` is. `again` repeats what failed, on the inputs that it is given."""
-    foreign = any(_foreign(module, candidate) for module in _modules(error.__traceback__))
-    if not foreign and not _unusual(inputs):
+    callers = any(_foreign(module, candidate) for module in _modules(error.__traceback__)) or any(
+        tensor is not None and tensor.is_inference() for tensor in inputs.tensors()
+    )
+    if not callers and not _unusual(inputs):
         return Blame.BACKEND
     state = random_state.now(inputs.q.device)
     try:
@@ -56,7 +58,7 @@ def of(
         return Blame.BACKEND
     finally:
         random_state.restore(state)
-    return Blame.CALLER if foreign else Blame.CONTEXT
+    return Blame.CALLER if callers else Blame.CONTEXT
 
 
 def _modules(trace: Optional[TracebackType]) -> Iterator[str]:
@@ -91,11 +93,10 @@ def _standard_library() -> Set[str]:
 
 
 def _unusual(inputs: AttentionInputs) -> bool:
-    """Whether modes are in force, or an operand is no plain tensor or one of inference mode."""
+    """Whether modes are in force, or an operand is no plain tensor."""
     if internals.dispatch_modes() or internals.function_modes():
         return True
-    tensors = [tensor for tensor in inputs.tensors() if tensor is not None]
-    return any(type(tensor) not in PLAIN or tensor.is_inference() for tensor in tensors)
+    return any(tensor is not None and type(tensor) not in PLAIN for tensor in inputs.tensors())
 
 
 def _plain(inputs: AttentionInputs) -> Optional[AttentionInputs]:

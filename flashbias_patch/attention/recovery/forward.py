@@ -24,6 +24,7 @@ class Attempt(NamedTuple):
     key: Key
     state: Any = None  # the random state before the backend ran, if there is dropout
     checking: bool = False  # it failed in its self-check
+    last: bool = False  # no other backend is to try
 
 
 def run(candidate: Any, name: str, inputs: AttentionInputs, key: Key, state: Any) -> Tensor:
@@ -42,7 +43,7 @@ def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
 
     Raises the error itself where it is the caller's (blame.py), torch's own or not survived.
     """
-    candidate, name, inputs, key, state, checking = attempt
+    candidate, name, inputs, key, state, checking, last = attempt
     if isinstance(error, selection.NoBackendError) or errors.steering(error):
         raise error
     if errors.sticky(error):
@@ -50,7 +51,7 @@ def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
         raise error
     short = errors.out_of_memory(error)
     found = Blame.BACKEND if short else blame.of(error, candidate, inputs, key, _nothing if checking else candidate)
-    if found is Blame.CALLER:
+    if found is Blame.CALLER or found is Blame.CONTEXT and last:
         raise error
     random_state.restore(state)
     checkpointed = replay.current()
@@ -66,8 +67,6 @@ def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
     else:
         breakers.open(key, name, reason)
     selection.refuse_if_strict(inputs, key, name, error)
-    if found is Blame.CONTEXT and name == selection.LAST_RESORT:
-        raise error
     errors.forget_frames(error)
     return None
 
@@ -78,7 +77,7 @@ def _nothing(inputs: AttentionInputs) -> None:
 
 def _same_again(error: Exception, attempt: Attempt) -> Tensor:
     """A recomputation with dropout failed. Only the backend of the forward drops the same: it tries once more."""
-    candidate, name, inputs, key, state, _ = attempt
+    candidate, name, inputs, key, state, _, _ = attempt
     backward.make_room(error, inputs)
     reason = f"recomputation with dropout, tried once more: {errors.first_line(error)}"
     journal.fallback(name, describe(key), reason)

@@ -38,8 +38,14 @@ def wanted(name: str, inputs: AttentionInputs, hooked: bool) -> bool:
     q = inputs.q
     if not hooked:
         B, M, H, _ = q.shape
-        if name in OWN_RESCUE or B * M * H * inputs.k.shape[1] < LARGE and not _reached_by_autocast(name, inputs):
+        if name in OWN_RESCUE:
             return False
+        if B * M * H * inputs.k.shape[1] < LARGE:
+            # On the CPU, sdpa with dropout or a gradient of the dense bias is made of matrix products, which an autocast
+            # that is open in the backward pass would compute in half precision.
+            dense = inputs.dense
+            if q.is_cuda or name != "sdpa" or not (inputs.dropout_p or dense is not None and dense.requires_grad):
+                return False
         # Someone's hooks would see the graph's tensors beside ours: twice the offloading or recomputing.
         if _hooks_in_force is None or _hooks_in_force(True) is not None:
             return False
@@ -48,14 +54,6 @@ def wanted(name: str, inputs: AttentionInputs, hooked: bool) -> bool:
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     return q.requires_grad or inputs.holds_grad
-
-
-def _reached_by_autocast(name: str, inputs: AttentionInputs) -> bool:
-    """Whether an autocast that is open in the backward pass would change a backend's precision: on the CPU, where sdpa
-    is made of matrix products if there is dropout or a gradient of the dense bias."""
-    if inputs.q.is_cuda or name in differentiable.OWN:
-        return False
-    return inputs.dropout_p > 0 or inputs.dense is not None and inputs.dense.requires_grad
 
 
 class Call:
@@ -183,7 +181,7 @@ class _Guarded(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         tensors = ctx.saved_tensors  # in a checkpoint this recomputes, which leaves the graph with the script
         needs = ctx.needs_input_grad[2:]
-        if differentiable.needed_in_backward():
+        if differentiable.needed_in_backward(grad_out):
             return (None, None, *ctx.call.differentiable_gradients(tensors, needs, grad_out))
         return (None, None, *ctx.call.gradients(tensors, needs, grad_out))
 
