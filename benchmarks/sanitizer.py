@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # so that a tensor's end is an allocation's end
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
 import torch
+import window_cases
 
-from flashbias_patch.attention.kernels import launch_backward, operator, problem
+from flashbias_patch.attention.kernels import launch_backward, problem
 from flashbias_patch.attention.kernels.operator import fused_attention
 
 # lengths, head dim, rank, dtype, which of segments, dense, mask, padding, dropout
@@ -27,6 +29,10 @@ CASES = [
     ((70, 90), 32, 2, "float32", "added dropout"),
     ((40, 61), 128, 33, "float16", "dense"),
 ]
+
+
+def fail(call: object, grad_out: object, error: BaseException) -> NoReturn:
+    raise error
 
 
 def run(lengths: tuple, D: int, R: int, dtype: str, features: str, device: str = "cuda") -> None:
@@ -52,20 +58,20 @@ def run(lengths: tuple, D: int, R: int, dtype: str, features: str, device: str =
         padding = torch.zeros(B, N, device=device)
     p = 0.1 if "dropout" in features else 0.0
     split = [N // 3, N // 3, N - N // 3 * 2]
-    out = fused_attention(*tensors[:6], split, tensors[6], mask, padding, p)
+    out = fused_attention(*tensors[:6], split, tensors[6], mask, padding, p, on_failure=fail)
     torch.autograd.grad(out, [t for t in tensors if t is not None], torch.randn_like(out))
 
 
 def main() -> None:
-    def fail(call: object, grad: object, error: BaseException) -> None:
-        raise error
-
-    operator.on_backward_failure = fail
     for place, case in enumerate(CASES):
         launch_backward.SEPARATE = (1 << 20) * (place % 2)  # gradients of shared factors both ways
         run(*case)
         torch.cuda.synchronize()
         print("ran", *case, flush=True)
+    for name, options in window_cases.CASES.items():
+        window_cases.Case(**options, device="cuda").fused()
+        torch.cuda.synchronize()
+        print("ran", name, flush=True)
     print("multiprocessors", problem.arch_of(torch.empty(0, device="cuda"))[1])
 
 

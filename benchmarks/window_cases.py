@@ -86,8 +86,9 @@ class Case:
 
     def inputs(self, leaves, dtype=None):
         rest = dict(self.rest)
-        if dtype is not None and "dense" in rest:
-            rest["dense"] = rest["dense"].to(dtype)
+        for name in ("dense", "key_padding"):
+            if dtype is not None and name in rest and rest[name].is_floating_point():
+                rest[name] = rest[name].to(dtype)
         local = None if self.windows is None else self.windows._replace(weights=leaves["windows"])
         named = {name: tensor for name, tensor in leaves.items() if name != "windows"}
         return AttentionInputs(**named, **rest, windows=local, window_mask=self.window_mask)

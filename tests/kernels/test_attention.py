@@ -24,13 +24,13 @@ HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 def strict(monkeypatch):
     """Backward may not quietly fall back, and memory comes poisoned."""
 
-    def fail(call, grad_out, error):
-        raise error
+    def fail(*unused):
+        raise  # the error that is being handled
 
     def poisoned(*size, **options):
         return torch.full(*size, float("nan"), **options)
 
-    monkeypatch.setattr(operator, "on_backward_failure", fail)
+    monkeypatch.setattr(operator, "plain_backward", fail)
     monkeypatch.setattr(problem_module, "empty", poisoned)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", minversion="3.0")
-from flashbias_patch.attention.kernels import launch_backward, operator, settled
+from flashbias_patch.attention.kernels import launch_backward, settled, windows
 from flashbias_patch.attention.kernels.operator import fused_attention
 from tests.scripts import load
 
@@ -75,14 +75,22 @@ def span_of(tensor):
 @pytest.mark.parametrize("lengths, D, R, dtype, features", CASES)
 @pytest.mark.parametrize("separate", [True, False])
 def test_inside_the_tensors(monkeypatch, watched, separate, lengths, D, R, dtype, features):
-    def fail(call, grad, error):
-        raise error
-
-    monkeypatch.setattr(operator, "on_backward_failure", fail)
     if not separate:  # gradients of shared factors added up by the kernels
         monkeypatch.setattr(launch_backward, "SEPARATE", 0)
     load("benchmarks/sanitizer.py").run(lengths, D, R, dtype, features, device="cpu")
     assert watched[0] > 6 * 2 * 2 * lengths[0] * D  # batch 2, 2 heads
+
+
+@pytest.mark.parametrize("name", [
+    "half", *[pytest.param(name, marks=pytest.mark.slow) for name in (
+        "everything", "grids below a patch", "mask on grids below a patch", "one query, mask", "many queries")],
+])  # fmt: skip
+def test_windows_inside_the_tensors(watched, name):
+    windows._kept.clear()
+    cases = load("benchmarks/window_cases.py")
+    case = cases.Case(**cases.CASES[name])
+    case.fused()
+    assert watched[0] > 6 * case.grad.numel()
 
 
 def test_what_lies_outside_is_found(watched, monkeypatch):

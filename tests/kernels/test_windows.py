@@ -18,7 +18,14 @@ from tests.scripts import load
 cases = load("benchmarks/window_cases.py")
 Case, CASES, WIDE, SMALL, fail = cases.Case, cases.CASES, cases.WIDE, cases.SMALL, cases.fail
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
-TILES = {"wide": (32, 128), "narrow": (16, 64)}
+# Block sizes, and into how many parts the loops are cut.
+TILES = {"pairs of patches, split": (32, 128, 3), "small": (16, 64, 0), "small, split": (16, 64, 3)}
+# Of CASES, those that run by default; the others are slow ones.
+QUICK = ("half, dropout", "gauss and the same mask", "mask on grids below a patch", "segments, half")
+
+
+def quick(names, chosen):
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -43,33 +50,39 @@ def tile(monkeypatch, block_m, block_n, splits=0):
     configs.generation += 1
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, QUICK))
 def test_against_float64(name):
     check(Case(**CASES[name]))
 
 
-@pytest.mark.parametrize("case", ["box", "gauss", "mask", "segments, half", "half, dropout", "everything", "factors",
-                                  "grids below a patch"])  # fmt: skip
-@pytest.mark.parametrize("splits", [0, 3])
+def test_pairs_of_patches(monkeypatch):
+    tile(monkeypatch, *TILES["pairs of patches, split"])
+    check(Case(**CASES["half"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["gauss", "mask", "segments, half", "half, dropout", "everything", "grids below a patch"])
 @pytest.mark.parametrize("size", TILES)
-def test_tiles_and_splits(monkeypatch, case, splits, size):
-    tile(monkeypatch, *TILES[size], splits)
+def test_tiles_and_splits(monkeypatch, case, size):
+    tile(monkeypatch, *TILES[size])
     check(Case(**CASES[case]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["half", "half, dropout", "half mask"])
 def test_bfloat16(bfloat16_products, case):  # noqa: F811
     check(Case(**{**CASES[case], "dtype": BRAIN}))
 
 
+@pytest.mark.slow
 def test_large_weights():
     """1e4 as exact as it is to float32, and beyond: the softmax of what is far above the rest."""
-    case = Case(dtype=FULL)
+    case = Case(dtype=FULL, B=1)
     case.leaves["windows"] *= 5e3
     check(case)
-    for value in (1e9, -1e9, torch.finfo(FULL).max, -math.inf):
+    for value, dtypes in ((1e9, (FULL, HALF)), (-1e9, (FULL,)), (torch.finfo(FULL).max, (HALF,)), (-math.inf, (FULL,))):
         case.leaves["windows"] = torch.full_like(case.leaves["windows"], value)
-        for dtype in (FULL, HALF):
+        for dtype in dtypes:
             got, want = cast(case, dtype).fused(), cast(case, dtype).plain(torch.float64)
             for ours, exact in zip(got, want):
                 exact = exact.nan_to_num(0.0)  # the weights' own gradient, of -inf
@@ -92,8 +105,9 @@ def test_a_row_that_sees_nothing():
     assert torch.isfinite(dk).all() and torch.isfinite(dv).all()
 
 
-def test_twice_the_same(monkeypatch):
-    for case in (Case(dtype=HALF, p=0.1, R=5, segments=True), Case(bias="", mask=True)):
+@pytest.mark.slow
+def test_twice_the_same():
+    for case in (Case(dtype=HALF, p=0.1, R=5, segments=True, B=1), Case(bias="", mask=True, B=1)):
         for one, two in zip(case.fused(), case.fused()):
             assert torch.equal(one, two)
         torch.use_deterministic_algorithms(True)
@@ -132,8 +146,9 @@ def test_tables_are_shared_and_follow_the_centres():
     assert len(windows._kept) == 1
 
 
+@pytest.mark.slow
 def test_recomputed_gradients(monkeypatch):
-    for case in (Case(p=0.2, centre_batch=1), Case(mask=True, bias="gauss")):
+    for case in (Case(p=0.2, centre_batch=1), Case(mask=True, bias="gauss", B=1)):
         leaves = {name: t.clone().requires_grad_() for name, t in case.leaves.items()}
         want = case.fused()
 
@@ -159,7 +174,7 @@ def test_counted_keys_number_each_key_once():
 
 
 @pytest.mark.skipif(not hasattr(torch.library, "custom_op"), reason="torch < 2.4")
-@pytest.mark.parametrize("case", ["box", "segments and mask", "gauss and the same mask"])
+@pytest.mark.parametrize("case", quick(["box", "segments and mask", "gauss and the same mask"], ["box"]))
 def test_compiles_into_one_graph(case):
     case = Case(**{**CASES[case], "dtype": FULL})
     want = case.fused()

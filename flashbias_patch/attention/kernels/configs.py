@@ -91,7 +91,11 @@ WINDOWS: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
         (32, 0, Config(64, 128, 4, 3, registers=168)),
         (128, 64, Config(64, 64, 4, 3)),
     ],
-    ("window keys", 90, True): [(64, 64, Config(64, 64, 4, 3)), (128, 64, Config(64, 64, 4, 2))],
+    ("window keys", 90, True): [
+        (32, 16, Config(64, 64, 4, 3, registers=168)),
+        (64, 64, Config(64, 64, 4, 3)),
+        (128, 64, Config(64, 64, 4, 2)),
+    ],
     ("window queries", 90, True): [
         (32, 16, Config(64, 64, 4, 3, registers=120)),
         (128, 64, Config(64, 64, 4, 3)),

@@ -207,8 +207,8 @@ if hasattr(torch.library, "custom_op"):
     def _run_registered(
         grad_out: Tensor, made: Sequence[Tensor], inputs: Inputs, needs: Sequence[bool]
     ) -> List[Optional[Tensor]]:
-        extra = (None,) * 3 + ([],) * 4 if len(inputs) == PLAIN else ()
-        grads = _op_backward(grad_out, *made, *inputs, *extra, needs)
+        rest: Tuple[Any, ...] = (None, None, None, [], [], [], [])  # the arguments after PLAIN, where they were left out
+        grads = _op_backward(grad_out, *made, *inputs, *rest[len(inputs) - PLAIN :], needs)
         return [grad if need else None for grad, need in zip(grads, needs)]
 
     _op.register_autograd(lambda ctx, grad, *unused: _gradients(_run_registered, ctx, grad), setup_context=_save)

@@ -2,8 +2,9 @@
 
 A patch is one word of 64 bits, from the lowest: its first key (28), rows at its beginning that the patch above has too
 (3), whether a window touches it (1), row (16) and column (12) of its first cell, columns at its beginning that the patch
-to the left has too (4; PADDING: no patch, SMALL: none, in a frame of fewer than 8 rows or columns). At a grid's edge a patch
-begins earlier than its place, so that all its keys exist. Rows of view v are counted from v * spacing.
+to the left has too (4; PADDING: no patch). At a grid's edge a patch
+begins earlier than its place, so that it ends with the grid. Rows of view v are counted from v * spacing + EDGE, columns
+from EDGE: in a grid of fewer than 8 rows or columns a patch begins before the grid, and its keys there are the grid's first.
 """
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from ...bias.grids import Grid, key_count
 
 EDGE = 8
 SIZE = EDGE * EDGE
-PADDING, SMALL = 8, 9  # common to window_tiles.py
-KEYS, ROWS, COLUMNS = 1 << 28, 1 << 16, 1 << 12
+PADDING = 8  # as in window_tiles.py
+KEYS, ROWS, COLUMNS = 1 << 28, (1 << 16) - EDGE, (1 << 12) - EDGE
 LOG2E = 1.4426950408889634
 
 
@@ -38,7 +39,7 @@ def why_not(frames: Sequence[Grid], sides: Sequence[int]) -> Optional[str]:
 
 def _cuts(length: int) -> List[Tuple[int, int]]:
     """(first, how many of the patch before) of the patches along an edge."""
-    last = max(length - EDGE, 0)
+    last = length - EDGE
     return [(min(first, last), first - min(first, last)) for first in range(0, length, EDGE)]
 
 
@@ -57,12 +58,11 @@ def tables(
     first_key = 0
     for place, frame in enumerate(frames):
         first, spacing = len(words), frame.rows + max(sides[place], mask_sides[place])
-        small = SMALL if min(frame.rows, frame.columns) < EDGE else 0
         for view in range(frame.views):
             for row, above in _cuts(frame.rows):
                 for column, left in _cuts(frame.columns):
-                    key = first_key + (view * frame.rows + row) * frame.columns + column
-                    words.append(_word(key, above, view * spacing + row, column, left or small))
+                    key = first_key + (view * frame.rows + max(row, 0)) * frame.columns + max(column, 0)
+                    words.append(_word(key, above, view * spacing + row + EDGE, column + EDGE, left))
         if len(words) % 2:
             words.append(_word(first_key, 0, 0, 0, PADDING))
         owners += [place] * (len(words) - first)
@@ -124,4 +124,4 @@ def _counted(length: int, device: torch.device) -> Tuple[Tensor, Tensor]:
     """The patch along an edge of each cell, and the place in it."""
     cell = torch.arange(length, device=device)
     patch = cell // EDGE
-    return patch, cell - (patch * EDGE).clamp(max=max(length - EDGE, 0))
+    return patch, cell - (patch * EDGE).clamp(max=length - EDGE)

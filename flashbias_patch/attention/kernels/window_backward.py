@@ -163,8 +163,8 @@ def window_keys_kernel(
     low = words.to(tl.int32)
     high = (words >> 32).to(tl.int32)
     lanes = tl.arange(0, BLOCK_N)
-    place_r, place_c, offsets, exists = frame_offsets(FRAME, lanes)
-    mine = own_keys(low, high, low, high, lanes, place_r, place_c, exists, False)
+    place_r, place_c, offsets = frame_offsets(FRAME, lanes)
+    mine = own_keys(low, high, low, high, lanes, place_r, place_c, False)
     keys = patch_keys(low, low, offsets, lanes, False)
     half = half_side(FRAME, 5)
     mask_half = half_side(FRAME, 6)
@@ -225,6 +225,7 @@ def window_keys_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     lanes_m = tl.arange(0, BLOCK_M)
+    square = lanes_m[:, None] * BLOCK_D + cols[None, :]
     # The block or flag of the next step, loaded in this one; both tables have one more than they need.
     following = 0
     if MASKED:
@@ -240,16 +241,16 @@ def window_keys_kernel(
         elif MODE > 0:
             following = tl.load(FLAGS + wide(index + 1) * P).to(tl.int32)
         rows = first_row + lanes_m
-        q = tl.load(QS + rows[:, None] * BLOCK_D + cols[None, :])
+        q = tl.load(QS + first_row * BLOCK_D + square)
         s = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         if FOLDED:
-            qf = tl.load(ROWS + rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+            qf = tl.load(ROWS + first_row * COLUMNS + (lanes_m[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]))
         elif BLOCK_R > 0:
-            qf = tl.load(QFS + rows[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :])
+            qf = tl.load(QFS + first_row * BLOCK_R + (lanes_m[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]))
         if FOLDED or BLOCK_R > 0:
             s = dot(kf, tl.trans(qf), s)
         s = dot(k, tl.trans(q), s)
-        do = tl.load(DOS + rows[:, None] * BLOCK_D + cols[None, :])
+        do = tl.load(DOS + first_row * BLOCK_D + square)
         dp = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         if FOLDED:
             dp = dot(of_delta, tl.trans(qf), dp)
@@ -431,7 +432,7 @@ def window_queries_kernel(
         share = (tl.cdiv(count, splits) + 1) // 2 * 2
         lo = tl.load(FRAME) + tl.minimum(split * share, count)
         hi = tl.minimum(lo + share, tl.load(FRAME) + count)
-        place_r, place_c, offsets, exists = frame_offsets(FRAME, lanes)
+        place_r, place_c, offsets = frame_offsets(FRAME, lanes)
         k_offsets = offsets * k_n
         v_offsets = offsets * v_n
         half = half_side(FRAME, 5)
@@ -503,7 +504,7 @@ def window_queries_kernel(
                 dr, dc = distances(low, high, low2, high2, lanes, place_r, place_c, mask_row, mask_column, PAIR)
                 x = tl.where((tl.abs(dr) <= mask_half) & (tl.abs(dc) <= mask_half), x, float("-inf"))
             if is_cut(low, high, low2, high2, PAIR) != 0:
-                mine = own_keys(low, high, low2, high2, lanes, place_r, place_c, exists, PAIR)
+                mine = own_keys(low, high, low2, high2, lanes, place_r, place_c, PAIR)
                 x = tl.where(mine[None, :], x, float("-inf"))
             p = exp2(x, EXP)
             if HAS_MASK:
@@ -538,6 +539,7 @@ def window_queries_kernel(
             # Its own rows and nobody else's: an atomic only because several frames may be in a segment.
             tl.atomic_add(DW + places * (H * SEGMENTS) + segment, row_sum, mask=inside, sem="relaxed")
 
+    places = tl.load(ORDER + own * padded + rows, volatile=True)  # again: not kept in registers in the loop
     if NEED_Q:
         base = wide(split) * dq_s + (wide(b) * M * H + h) * D
         store_rows(DQ + base, H * D, places, inside, dq * dq_scale, D, BLOCK_D)

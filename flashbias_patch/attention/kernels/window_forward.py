@@ -106,7 +106,7 @@ def window_forward_kernel(
         share = (tl.cdiv(count, splits) + 1) // 2 * 2
         lo = tl.load(FRAME) + tl.minimum(split * share, count)
         hi = tl.minimum(lo + share, tl.load(FRAME) + count)
-        place_r, place_c, offsets, exists = frame_offsets(FRAME, lanes)
+        place_r, place_c, offsets = frame_offsets(FRAME, lanes)
         k_offsets = offsets * k_n
         v_offsets = offsets * v_n
         half = half_side(FRAME, 5)
@@ -174,7 +174,7 @@ def window_forward_kernel(
                 dr, dc = distances(low, high, low2, high2, lanes, place_r, place_c, mask_row, mask_column, PAIR)
                 s = tl.where((tl.abs(dr) <= mask_half) & (tl.abs(dc) <= mask_half), s, float("-inf"))
             if is_cut(low, high, low2, high2, PAIR) != 0:
-                mine = own_keys(low, high, low2, high2, lanes, place_r, place_c, exists, PAIR)
+                mine = own_keys(low, high, low2, high2, lanes, place_r, place_c, PAIR)
                 s = tl.where(mine[None, :], s, float("-inf"))
 
             row_max = tl.max(s, 1)
@@ -208,6 +208,7 @@ def window_forward_kernel(
     if DROPOUT:
         kept = kept / keep_scale
     acc = acc / kept[:, None]
+    places = tl.load(ORDER + own * padded + rows, volatile=True)  # again: not kept in registers in the loop
     store_lse(LSE, (wide(split) * B * H + bh) * M, places, peak, total, empty, inside, PARTIAL, APART)
     cols = tl.arange(0, BLOCK_D)
     base = wide(split) * out_s + wide(b) * out_b + wide(h) * out_h

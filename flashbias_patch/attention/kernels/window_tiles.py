@@ -12,19 +12,20 @@ FAR = tl.constexpr(-1e6)  # the centre of a window that reaches no cell
 LIMIT = tl.constexpr(32768.0)  # window weights keep within it, from 0 and from each other: see window_lift
 VALUES = tl.constexpr(9)  # of a frame in FRAMES: patches.tables
 PADDING = tl.constexpr(8)
-SMALL = tl.constexpr(9)
+EDGE = tl.constexpr(8)
 
 
 @triton.jit
 def frame_offsets(FRAME, lanes):
-    """Row and column in the patch of each lane, what that adds to the patch's key, and whether the cell exists in a frame
-    of fewer than 8 rows or columns (where it doesn't, a neighbour's key stands for it)."""
+    """Row and column in the patch of each lane, and what that adds to the patch's key. A frame of fewer than 8 rows or
+    columns ends with its patch: in place of cells before it come its first."""
     place_r = lanes % 64 // 8
     place_c = lanes % 8
     columns = tl.load(FRAME + 2)
     rows = tl.load(FRAME + 3)
-    offsets = tl.minimum(place_r, rows - 1) * columns + tl.minimum(place_c, columns - 1)
-    return place_r, place_c, offsets, (place_r < rows) & (place_c < columns)
+    row = tl.maximum(place_r - tl.maximum(EDGE - rows, 0), 0)
+    offsets = row * columns + tl.maximum(place_c - tl.maximum(EDGE - columns, 0), 0)
+    return place_r, place_c, offsets
 
 
 @triton.jit
@@ -64,11 +65,10 @@ def is_cut(low, high, low2, high2, PAIR: tl.constexpr):
 
 
 @triton.jit
-def own_keys(low, high, low2, high2, lanes, place_r, place_c, exists, PAIR: tl.constexpr):
+def own_keys(low, high, low2, high2, lanes, place_r, place_c, PAIR: tl.constexpr):
     """Whether each lane's key is its patch's own."""
     _, _, above, left = unpack(low, high, low2, high2, lanes, PAIR)
-    left = tl.where(left == SMALL, 0, left)
-    return (place_r >= above) & (place_c >= left) & exists
+    return (place_r >= above) & (place_c >= left)
 
 
 @triton.jit
@@ -260,10 +260,10 @@ def centres_kernel(
         column = tl.load(pointers + 2)
         there = _reaches(view, row, column, FRAME, which) & (rows < M)
         skew = middle_skew(FRAME, which)
-        row = row.to(tl.float32) + (view * tl.load(FRAME + 7)).to(tl.float32) + skew
+        row = row.to(tl.float32) + (view * tl.load(FRAME + 7) + EDGE).to(tl.float32) + skew
         target = OUT + ((wide(f) * B + b) * padded + rows) * 2
         tl.store(target, tl.where(there, row, FAR))
-        tl.store(target + 1, tl.where(there, column.to(tl.float32) + skew, FAR))
+        tl.store(target + 1, tl.where(there, (column + EDGE).to(tl.float32) + skew, FAR))
 
 
 @triton.jit
@@ -295,7 +295,6 @@ def lists_kernel(
         high = (words >> 32).to(tl.int32)
         top, left, above, before = unpack(low, high, low, high, place, False)
         exists = inside & (before != PADDING)
-        before = tl.where(before >= PADDING, 0, before)
         begins = (top + above.to(tl.float32))[None, :]
         touched = (row + half >= begins) & (row - half <= (top + 7.0)[None, :])
         begins = (left + before.to(tl.float32))[None, :]

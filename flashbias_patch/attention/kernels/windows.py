@@ -68,9 +68,10 @@ class Windows(NamedTuple):
 
 def make(
     weights: Optional[Tensor], centres: Optional[Tensor], mask_centres: Optional[Tensor], frames: Tuple[int, ...],
-    sides: Tuple[int, ...], sigmas: Tuple[float, ...], mask_sides: Tuple[int, ...],
+    sides: Tuple[int, ...] = (), sigmas: Tuple[float, ...] = (), mask_sides: Tuple[int, ...] = (),
 ) -> Windows:  # fmt: skip
-    """Of the operator's arguments; frames: rows, columns, views of each, one after the other."""
+    """Of the operator's arguments, of which torch leaves out the last where they are the schema's defaults; frames: rows,
+    columns, views of each, one after the other."""
     grids = tuple(Grid(*frames[place : place + 3]) for place in range(0, len(frames), 3))
     none = (0,) * len(grids)
     return Windows(
