@@ -120,9 +120,12 @@ def scan(root: str) -> List[Dict[str, Any]]:
             continue
         for node in ast.walk(tree) if tree is not None else ():
             if isinstance(node, ast.ClassDef) and node.name in known:
-                reason = config_check.left_out(node.name) or _static_misfit(node, known[node.name])
-                found.append({"class": node.name, "file": file, "line": node.lineno, "seam": known[node.name].seam,
-                              "reason": reason})
+                target, reason = known[node.name], config_check.left_out(node.name)
+                misfit = _static_misfit(node, target)
+                if misfit is not None and target.otherwise is not None and not _static_misfit(node, target.otherwise):
+                    target, misfit = target.otherwise, None
+                found.append({"class": node.name, "file": file, "line": node.lineno, "seam": target.seam,
+                              "reason": reason or misfit})
     return found
 
 

@@ -18,6 +18,7 @@ class Target(NamedTuple):
     leading: Tuple[str, ...]
     having: Tuple[str, ...] = ()
     others: Tuple[Tuple[str, str], ...] = ()  # further methods, wrapped where the class has them: (name, seam)
+    otherwise: Any = None  # the target of another generation of the class, by the same name
 
 
 _QKV = ("query", "key", "value")
@@ -32,12 +33,15 @@ TARGETS: Tuple[Target, ...] = (
     Target("GroupMultiheadAttention", "outer", _QKV, _POSITIONS),
     Target("MDHAMultiheadAttention", "outer", _QKV, _POSITIONS),
     Target("MultiheadAttention", "outer", _QKV, _POSITIONS),
-    Target("FlashMHA", "core", ("q", "k", "v"), ("key_padding_mask",)),
+    Target("FlashMHA", "core", ("q", "k", "v"), ("key_padding_mask",),
+           otherwise=Target("FlashMHA", "dual core", _QKV, ("q", "k", "v", "attn_bias"))),
     Target("PETRTransformerDecoderLayer", "layer", ("query",), ("attn_masks",)),
     Target("PETRTemporalDecoderLayer", "layer", ("query",), ("attn_masks",)),
     Target("Detr3DTemporalDecoderLayer", "layer", ("query",), ("attn_masks",)),
     Target("MV2DFusionTransformerDecoderLayer", "layer", ("query",), ("attn_masks",)),
     Target("MDHATemporalDecoderLayer", "layer", ("query",), ("attn_masks",)),
+    Target("AttentionBiasGenerator", "bias generator", ("lidar_weights", "camera_weights"),
+           ("pts_bev_indices", "pts_pers_indices")),
     Target("CmtTransformer", "transformer", ("x", "x_img", "query_embed"), (), _BUILT),
     Target("CmtLidarTransformer", "transformer", ("x", "mask", "query_embed"), (), _BUILT),
     Target("CmtImageTransformer", "transformer", ("x_img", "query_embed"), ("bs",), _BUILT),
@@ -52,6 +56,7 @@ _UTILS = "projects.mmdet3d_plugin.models.utils"
 MODULES: Tuple[str, ...] = (
     "mmcv.cnn.bricks.transformer",
     f"{_UTILS}.attention",
+    f"{_UTILS}.attention_bias_generator",
     f"{_UTILS}.petr_transformer",
     f"{_UTILS}.cmt_transformer",
     f"{_UTILS}.pme_transformer",
@@ -99,6 +104,14 @@ def target_of(cls: type) -> Optional[Target]:
     """The target that `cls`, or a class it inherits from, is named as."""
     known = targets()
     return next((known[base.__name__] for base in cls.__mro__ if base.__name__ in known), None)
+
+
+def fitting(cls: type, target: Target) -> Tuple[Target, Optional[str]]:
+    """(the generation of `target` that `cls` is, None), or (target, why it is none)."""
+    why = misfit(cls, target)
+    if why is not None and target.otherwise is not None and misfit(cls, target.otherwise) is None:
+        return target.otherwise, None
+    return target, why
 
 
 def misfit(cls: type, target: Target) -> Optional[str]:

@@ -180,7 +180,7 @@ def _claim(cls: type) -> bool:
     if narrowed and target.name not in narrowed:
         return False
     with _lock:
-        why = catalog.misfit(cls, target)
+        target, why = catalog.fitting(cls, target)
         if why is not None:
             _refused[cls.__module__, cls.__qualname__] = why
             return False

@@ -49,7 +49,7 @@ class Route:
         total: Optional[AttentionBias] = None
         for index, bias in enumerate((*self.biases, *own)):
             try:
-                term = as_bias(bias, B, H, M, N)
+                term = as_bias(batch_first(bias, B, M, N), B, H, M, N)
             except ValueError as error:
                 if index >= len(self.biases):
                     raise
@@ -77,6 +77,13 @@ class Route:
             if index in self.misfits:
                 raise self.misfits[index]
         return unused
+
+
+def batch_first(bias: Bias, B: int, M: int, N: int) -> Bias:
+    """A bias that came length first, (M, B, N), as (B, M, N). Where M is B it is read as (B, M, N)."""
+    if isinstance(bias, Tensor) and bias.dim() == 3 and bias.shape == (M, B, N) and M != B:
+        return bias.transpose(0, 1)
+    return bias
 
 
 variable: contextvars.ContextVar[Optional[Route]] = contextvars.ContextVar("flashbias_route", default=None)

@@ -18,7 +18,7 @@ from .. import journal, settings
 from ..attention import dispatch, flash_bias_attention
 from ..attention.recovery import replay
 from ..bias import AttentionBias
-from . import ambient, arguments, route, transformers
+from . import ambient, arguments, generators, route, transformers
 from .arguments import Bias
 from .inner_attention import FunctionalAttention, check_lengths, count_original, dense_mask, mentions_functional
 from .route import Route
@@ -60,6 +60,8 @@ class OuterSeam:
         if parameters.accepts or "attention_bias" in kwargs or "attn_bias" in kwargs or isinstance(mask, AttentionBias):
             args, kwargs, biases = arguments.take_biases(parameters, args, kwargs)
             mask = parameters.get("attn_mask", args, kwargs)
+            if biases and getattr(module, "operation_name", None) == "self_attn":
+                biases = _of_self_attention(biases, parameters.get("query", args, kwargs))
         opened = Route(module, biases, mask, parameters.get("key_padding_mask", args, kwargs))
         if replay.in_function():
             replay.current()  # a checkpoint around this call is to be known before anything is set for the call
@@ -111,6 +113,11 @@ class OuterSeam:
         assert bias is not None
         mask = dense_mask(bias, opened.attn_mask, B, H, M, N, query)
         return self.parameters.with_value("attn_mask", mask, args, kwargs)
+
+
+def _of_self_attention(biases: Tuple[Bias, ...], query: Tensor) -> Tuple[Bias, ...]:
+    """Without those of other keys: decoders that know `attention_bias` hand it to every attention of a layer."""
+    return tuple(bias for bias in biases if bias.shape[-1] in query.shape[:-1])
 
 
 def _parents_forward(parent: Route, opened: Route, wrapped: Any, args: Any, kwargs: Any) -> Any:
@@ -293,6 +300,13 @@ def _learned(masks: Any) -> List[Tensor]:
     return found
 
 
+def _dual_core(cls: type) -> Any:
+    from .dual_core import DualCoreSeam
+
+    return DualCoreSeam(cls)
+
+
 SEAMS: Dict[str, Callable[[type], Any]] = {
-    "outer": OuterSeam, "core": CoreSeam, "layer": LayerSeam, **transformers.SEAMS
-}
+    "outer": OuterSeam, "core": CoreSeam, "dual core": _dual_core, "layer": LayerSeam, **transformers.SEAMS,
+    **generators.SEAMS,
+}  # fmt: skip

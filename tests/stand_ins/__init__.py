@@ -23,6 +23,7 @@ REPOSITORIES = {
     "streampetr": "MultiheadAttentionWrapper with half and float32 routes, temporal decoder layer of its own (Far3D too)",
     "petr": "no flash class, torch's checkpoint bound by name",
     "mome": "CMT's classes and the PME decoder: a floating, learned mask (MEFormer too)",
+    "aqr": "AQR on CMT: a generator of dense window biases, both generations of attention that take them",
     "mmdet3d": "projects/PETR of mmdet3d >= 1.1, registered with mmengine",
     "isfusion": "FlashMHA in a package of another name, called without an outer class, for flash-attn 2.x",
     "internvl": "classes of the same names that have another shape: to be left alone",

@@ -1,0 +1,180 @@
+"""The seam of FlashMHA's later generation: query/key/value or q/k/v, a dense bias as `attn_bias`, torch's SDPA inside.
+
+    forward(query=None, key=None, value=None, q=None, k=None, v=None, attn_mask=None, key_padding_mask=None,
+            attn_bias=None, **kwargs)
+
+Batch first; biases are (B, M, N), (B*H, M, N), (B, H, M, N) or, as such repositories hand them on, (M, B, N). How a fork
+reads boolean masks, and what it returns beside its output, is not known. So calls with boolean masks or key padding run
+the original, and before the first other one a small call is compared with it.
+"""
+from __future__ import annotations
+
+import weakref
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import journal, settings
+from ..attention import dispatch, flash_bias_attention
+from ..attention.recovery import errors, replay
+from ..attention.selfcheck import undisturbed
+from . import ambient, arguments, route, seams
+from .arguments import Bias
+from .inner_attention import check_lengths, count_original
+
+NAMES = (("query", "q"), ("key", "k"), ("value", "v"))
+MASKS = ("attn_mask", "attn_bias")
+QUERIES, KEYS = 3, 5  # of the small call
+Result = Callable[[Tensor], Any]
+# Of each module: what it returns, made of the output, or why it is left alone.
+_verdicts: weakref.WeakKeyDictionary[nn.Module, Dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+class DualCoreSeam(seams.CoreSeam):
+    def __init__(self, cls: type) -> None:
+        super().__init__(cls)
+        known = (*(name for pair in NAMES for name in pair), *MASKS, "key_padding_mask", "attention_bias")
+        self.options = self.parameters.defaults_without(known)
+        self.checking = False
+
+    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+        if self.checking:
+            return wrapped(*args, **kwargs)
+        args, kwargs, own = arguments.take_biases(self.parameters, args, kwargs)
+        sequences = self._sequences(args, kwargs)
+        opened = route.current()
+        if opened is None:
+            if replay.in_function():
+                replay.current()
+            opened = route.Route(module, ())
+            if ambient.active():
+                own = (*own, *ambient.biases_for(module, arguments.kind_of(module, *sequences[:2])))
+        opened.reached = True
+        masks = [self.parameters.get(name, args, kwargs) for name in MASKS]
+        why = self._unsupported(module, sequences, masks, args, kwargs)
+        result = self._result(wrapped, module, sequences) if why is None else why
+        if not isinstance(result, str):
+            biases = (*own, *(mask for mask in masks if mask is not None))
+            try:
+                return result(self._output(module, sequences, opened, biases))
+            except dispatch.NoBackendError as error:
+                if own or opened.biases or settings.current().strict:
+                    raise
+                result = str(error)
+        count_original(self.name, result)
+        opened.unsupported = result
+        if own:
+            journal.unreached(f"{self.name}: attention_bias", result)
+        return wrapped(*args, **kwargs)
+
+    def _sequences(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tuple[Any, ...]:
+        found = []
+        for long, short in NAMES:
+            given = self.parameters.get(long, args, kwargs)
+            found.append(self.parameters.get(short, args, kwargs) if given is None else given)
+        return tuple(found)
+
+    def _unsupported(
+        self, module: Any, sequences: Tuple[Any, ...], masks: List[Any], args: Tuple[Any, ...], kwargs: Dict[str, Any]
+    ) -> Optional[str]:
+        if not all(isinstance(sequence, Tensor) and sequence.dim() == 3 for sequence in sequences):
+            return "its query, key and value are not all given as (B, L, E)"
+        if self.parameters.get("key_padding_mask", args, kwargs) is not None:
+            return "key padding of this generation is not supported"
+        if any(mask is not None and not mask.is_floating_point() for mask in masks if isinstance(mask, Tensor)):
+            return "boolean masks of this generation are not supported"
+        if set(kwargs) - set(self.parameters.position):
+            return f"{', '.join(sorted(set(kwargs) - set(self.parameters.position)))} is not supported"
+        return self._unknown_option(args, kwargs) or seams._unsupported(module, sequences[0])
+
+    def _output(self, module: Any, sequences: Tuple[Any, ...], opened: route.Route, biases: Tuple[Bias, ...]) -> Tensor:
+        q, k, v = sequences
+        check_lengths(q, k, v, batch_first=True)
+        heads = arguments.project(q, k, v, module.in_proj_weight, module.in_proj_bias, module.num_heads)
+        B, M, H, D = heads[0].shape
+        N = k.shape[1]
+        bias = opened.total_bias(biases, B, H, M, N) if biases or opened.biases else None
+        out = flash_bias_attention(
+            *heads, bias, dropout_p=_dropout_of(module), dtype=arguments.compute_dtype(heads[0].dtype)
+        )
+        return module.out_proj(out.reshape(B, M, H * D))
+
+    # -- the check -----------------------------------------------------------------------------------------------------
+
+    def _result(self, wrapped: Callable[..., Any], module: Any, sequences: Tuple[Any, ...]) -> Any:
+        query = sequences[0]
+        key = query.dtype, query.device.type, torch.is_autocast_enabled()
+        verdicts = _verdicts.setdefault(module, {})
+        if key not in verdicts:
+            if query.is_cuda and torch.cuda.is_current_stream_capturing():
+                return "a CUDA graph is captured"
+            verdicts[key] = self._judge(wrapped, module, query)
+        return verdicts[key]
+
+    def _judge(self, wrapped: Callable[..., Any], module: Any, query: Tensor) -> Any:
+        modes = [(each, each.training) for each in module.modules()]
+        autocast = torch.is_autocast_enabled()
+        self.checking = True
+        try:
+            for each, _ in modes:
+                each.training = False
+            with undisturbed(query.device), torch.no_grad(), torch.autocast(query.device.type, enabled=autocast):
+                return self._compare(wrapped, module, query)
+        except Exception as error:
+            if not errors.survivable(error):
+                raise
+            return f"its check failed: {errors.first_line(error)}"
+        finally:
+            self.checking = False
+            for each, mode in modes:
+                each.training = mode
+
+    def _compare(self, wrapped: Callable[..., Any], module: Any, like: Tensor) -> Any:
+        draw = torch.Generator().manual_seed(0)
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=draw).to(like.device, like.dtype)
+
+        width = module.in_proj_weight.shape[1]
+        sequences = drawn(2, QUERIES, width), drawn(2, KEYS, width), drawn(2, KEYS, width)
+        result: Any = None
+        for bias in (None, drawn(2, QUERIES, KEYS)):
+            more = {} if bias is None else {"attn_bias": bias}
+            given, again = (
+                wrapped(**{pair[form]: sequence for pair, sequence in zip(NAMES, sequences)}, **more) for form in (0, 1)
+            )
+            ours = self._output(module, sequences, route.Route(module, ()), () if bias is None else (bias,))
+            if isinstance(given, Tensor):
+                result, theirs, also = _as_it_is, given, again
+            elif isinstance(given, tuple) and isinstance(given[0], Tensor) and all(one is None for one in given[1:]):
+                result, theirs, also = _Beside(len(given) - 1), given[0], again[0]
+            else:
+                return f"it returns {type(given).__name__}"
+            half = 2e-2 if ours.dtype in (torch.float16, torch.bfloat16) else 1e-4
+            for other in (theirs, also):
+                gap = (ours.double() - other.double()).abs().amax()
+                if other.dtype != ours.dtype or not bool(gap <= half * (1 + other.double().abs().amax())):
+                    return f"its output is not that of attention (off by {float(gap):.2g})"
+        return result
+
+
+def _as_it_is(out: Tensor) -> Tensor:
+    return out
+
+
+class _Beside:
+    """An output and as many None."""
+
+    def __init__(self, count: int) -> None:
+        self.rest = (None,) * count
+
+    def __call__(self, out: Tensor) -> Tuple[Any, ...]:
+        return (out, *self.rest)
+
+
+def _dropout_of(module: Any) -> float:
+    dropout = getattr(module, "dropout", 0.0)
+    if isinstance(dropout, nn.Module):
+        return float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
+    return float(dropout) if module.training else 0.0
