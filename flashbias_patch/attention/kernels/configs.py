@@ -92,6 +92,7 @@ WINDOWS: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
         (128, 64, Config(64, 64, 4, 3)),
     ],
     ("window keys", 90, True): [
+        (32, 0, Config(64, 64, 4, 3, registers=152)),  # one program beside three of the queries kernel
         (32, 16, Config(64, 64, 4, 3, registers=168)),
         (64, 64, Config(64, 64, 4, 3)),
         (128, 64, Config(64, 64, 4, 2)),
