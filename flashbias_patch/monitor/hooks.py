@@ -34,7 +34,8 @@ def make(base: type, mmengine: bool) -> type:
         """See monitor.ParameterMonitor. Scalars go to the runner's own log and TensorBoard too.
 
         names: patterns of parameters; jsonl: a file, relative to the runner's work_dir, or None. At the default
-        priority it comes after the optimizer's hook and before the loggers.
+        priority it comes after the optimizer's hook and before the loggers. Iterations without a step of the optimizer
+        (accumulation) repeat the scalars of the last step.
         """
 
         def __init__(
@@ -56,7 +57,7 @@ def make(base: type, mmengine: bool) -> type:
 
         def before_train(self, runner: Any) -> None:
             if mmengine:  # built between before_run and here
-                self._start(runner, getattr(runner.optim_wrapper, "optimizer", None))
+                self._start(runner, runner.optim_wrapper)
 
         def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
             self.monitor.update(runner.iter + 1)
