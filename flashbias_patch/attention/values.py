@@ -20,8 +20,7 @@ LEAST_WEIGHT = -3e4  # of a segment relative to the row's largest, as a factor: 
 def bounded(term: Tensor) -> Tensor:
     """`term` with finite numbers within +-LARGEST, so that a sum of two does not overflow; its gradient passes."""
     beyond = (term.abs() > LARGEST) & ~term.isinf()
-    excess = (term - term.clamp(-LARGEST, LARGEST)).detach()
-    return torch.where(beyond, term - excess, term)
+    return torch.where(beyond, term.detach().clamp(-LARGEST, LARGEST) + (term - term.detach()), term)
 
 
 def relative_weights(weights: Tensor) -> Tensor:

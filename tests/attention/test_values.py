@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from flashbias_patch.attention import flash_bias_attention
+from flashbias_patch.attention import flash_bias_attention, values
 from flashbias_patch.attention.backends import reference, sdpa
 from flashbias_patch.attention.inputs import AttentionInputs, build
 from flashbias_patch.bias import AlibiBias, DenseBias, LowRankBias, ModalityBias, SquaredDistanceBias
@@ -112,6 +112,17 @@ def test_rows_far_from_zero(backend, dtype, needs):
 def _qkv(dtype):
     draw = torch.Generator().manual_seed(5)
     return [torch.randn(B, n, H, D, generator=draw).half().to(dtype) for n in (M, N, N)]
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, FULL, DOUBLE])
+def test_a_bound_passes_the_gradient(dtype):
+    least = torch.finfo(dtype).min
+    term = torch.tensor([least, -least, 3.0, -1e4, -math.inf, math.inf, math.nan], dtype=dtype).requires_grad_()
+    found = values.bounded(term)
+    size = min(values.LARGEST, -least)
+    wanted = torch.tensor([-size, size, 3.0, -1e4, -math.inf, math.inf, math.nan], dtype=dtype)
+    assert torch.allclose(found, wanted, equal_nan=True, rtol=1e-2)
+    assert torch.equal(torch.autograd.grad(found[:4].sum(), term)[0][:4], torch.ones(4, dtype=dtype))
 
 
 def test_a_sum_of_finfo_min_hides_nothing():

@@ -156,10 +156,14 @@ def merge_terms(inputs: AttentionInputs) -> Tuple[Optional[Tensor], Optional[Ten
         if padding.dtype is torch.bool:
             masked = padding if masked is None else masked | padding
         else:
-            additive = padding if additive is None else bounded(additive.float()) + bounded(padding.float())
+            additive = padding if additive is None else bounded(_wide(additive)) + bounded(_wide(padding))
     if additive is not None and masked is not None:
         additive, masked = additive.masked_fill(masked, float("-inf")), None
     return additive, masked
+
+
+def _wide(term: Tensor) -> Tensor:
+    return term.to(torch.promote_types(torch.float32, term.dtype))
 
 
 def merge_masks(
