@@ -277,7 +277,9 @@ def keys_kernel(
             dense = s
             padding = s
             if HAS_DENSE:
-                dense = _load_pairs_by_key(DENSE, dense_m, first_row, row_hi, start, end, whole, 0.0, BLOCK_M, BLOCK_N)
+                dense = _load_pairs_by_key(
+                    DENSE, dense_m, first_row, row_hi, start, end, whole, float("-inf"), BLOCK_M, BLOCK_N
+                )
             if PAD_KIND == 2:
                 padding = pad[:, None]
             x = add_terms(s, score_scale, dense, padding, weight[None, :], HAS_DENSE, PAD_KIND == 2, SEGMENTS > 0)
@@ -359,7 +361,7 @@ def _queries_step(
         dense = s
         padding = s
         if HAS_DENSE:
-            dense = load_pairs(DENSE, dense_m, first_row, M, start, end, 0.0, BLOCK_M, BLOCK_N, EDGE)
+            dense = load_pairs(DENSE, dense_m, first_row, M, start, end, float("-inf"), BLOCK_M, BLOCK_N, EDGE)
         if PAD_KIND == 2:
             padding = (bounded(load_keys(PAD, keys, end, float("-inf"), EDGE)) * LOG2E)[None, :]
         x = add_terms(s, score_scale, dense, padding, weight[:, None], HAS_DENSE, PAD_KIND == 2, SEGMENTS > 0)
