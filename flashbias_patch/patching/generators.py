@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import journal
+from .._torch_internals import is_compiling
 from ..attention.recovery import errors as faults
-from ..attention.selfcheck import is_compiling, undisturbed
+from ..attention.selfcheck import undisturbed
 from ..bias import AttentionBias, Grid, ModalityBias, WindowBias, described
 from ..bias.tensor.core import traced
 
