@@ -413,12 +413,12 @@ def main():
             report["layers"] = step_of_layers(found, args.repeats)
         del found
         torch.cuda.empty_cache()
-        print(name, json.dumps(report[name], indent=1), f"{time.time() - began:.0f} s", file=sys.stderr, flush=True)
-    report["seconds"] = round(time.time() - began)
+        report["seconds"] = round(time.time() - began)
+        print(name, json.dumps(report[name], indent=1), f"{report['seconds']} s", file=sys.stderr, flush=True)
+        if args.out:  # after each precision: time may be short
+            with open(args.out, "w") as file:
+                json.dump(report, file, indent=1)
     print(json.dumps(report, indent=1))
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump(report, file, indent=1)
     return 0
 
 
