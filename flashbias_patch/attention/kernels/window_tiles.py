@@ -144,21 +144,23 @@ def middle_skew(FRAME, which):
 
 @triton.jit
 def window_lift(WEIGHTS, stride, places, CENTRES, frame_stride, rows, F: tl.constexpr):
-    """What is subtracted of a row's window weights, that the largest may be LIMIT: with keys that are so far below it,
-    attention gives the same, and lse keeps its digits."""
+    """A row's largest window weight, at least 0. Where it is beyond LIMIT, window_weight shifts the row's weights so that it
+    is LIMIT: with keys that are so far below it, attention gives the same, and lse keeps its digits."""
     top = tl.zeros([rows.shape[0]], dtype=tl.float32)
     for f in tl.static_range(F):
         there = tl.load(CENTRES + f * frame_stride + 2 * rows) > FAR
         weight = tl.load(WEIGHTS + places * stride + f).to(tl.float32)
         top = tl.where(there & (weight > top), weight, top)
-    return tl.maximum(top - LIMIT, 0.0)
+    return top
 
 
 @triton.jit
 def window_weight(WEIGHTS, stride, places, lift, unit):
     """The weight of each row's window, in units of the scores' products."""
-    weight = tl.load(WEIGHTS + places * stride).to(tl.float32) - lift
-    return tl.where(weight < -LIMIT, -LIMIT, weight) * unit
+    weight = tl.load(WEIGHTS + places * stride).to(tl.float32)
+    weight = tl.where(lift > LIMIT, weight - lift + LIMIT, weight)
+    weight = tl.where(weight < -LIMIT, -LIMIT, weight)
+    return tl.where(weight > LIMIT, LIMIT, weight) * unit  # of a window that is nowhere
 
 
 @triton.jit
