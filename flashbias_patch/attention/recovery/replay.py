@@ -27,6 +27,8 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..._torch_internals import is_compiling
+
 LEARNED_ADVICE = (
     "checkpoint without reentrance (torch.utils.checkpoint.checkpoint(..., use_reentrant=False)), or pass the bias as "
     "a tensor argument of the checkpointed function and open attention_bias(...) inside it"
@@ -301,7 +303,6 @@ _CheckpointFunction: Any = getattr(torch.utils.checkpoint, "CheckpointFunction",
 _CheckpointHooks: Any = getattr(torch.utils.checkpoint, "_checkpoint_hook", ())
 _RecomputationHooks: Any = getattr(torch.utils.checkpoint, "_recomputation_hook", ())
 _BEFORE = "_flashbias_before"
-_is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)  # since torch 2.3
 
 
 def watch() -> None:
@@ -337,7 +338,7 @@ def unwatch() -> None:
 def _enter_watched(self: Any) -> Any:
     unpack = self.unpack_hook
     # torch.compile puts hooks that are modules into its graphs. A recomputation's own hooks belong to its Replay.
-    if _is_compiling() or isinstance(unpack, torch.nn.Module) or isinstance(self, _RecomputationHooks):
+    if is_compiling() or isinstance(unpack, torch.nn.Module) or isinstance(self, _RecomputationHooks):
         return _enter(self)
     before = _replay.get()
     replay = Replay(before, isinstance(self, _CheckpointHooks))
@@ -353,7 +354,7 @@ def _enter_watched(self: Any) -> Any:
 
 @functools.wraps(_exit)
 def _exit_watched(self: Any, *args: Any) -> Any:
-    if not _is_compiling() and self.__dict__.get(_BEFORE):
+    if not is_compiling() and self.__dict__.get(_BEFORE):
         _replay.set(self.__dict__[_BEFORE].pop())
     return _exit(self, *args)
 
