@@ -11,7 +11,7 @@ from .bench import BENCHMARK
 from .terminal import aligned, progress, unknown
 
 NAME = "tune"
-HELP = "time tile shapes of the fused kernels on this GPU and keep those that beat the shipped ones"
+HELP = "time tile shapes of the fused kernels on this GPU and keep those that beat the shipped ones (ratio: tuned / shipped)"
 KERNELS = "flashbias_patch.attention.kernels"
 FEATURES = ("factors", "segments", "dropout", "padding", "mask")
 DROPOUT = 0.1
@@ -92,7 +92,7 @@ def _tune(args: argparse.Namespace, benchmark: Any) -> int:
     names = args.shapes or list(benchmark.SHAPES)
     groups = classes({name: benchmark.SHAPES[name] for name in names})
     device, dtype = torch.device("cuda"), benchmark.DTYPES[args.dtype]
-    cells = [("class", "kernel", "shipped", "tuned", "time tuned / shipped")]
+    cells = [("class", "kernel", "shipped", "tuned", "ratio")]
     interrupted = False
     try:
         with progress() as bar:
@@ -153,7 +153,7 @@ def with_features(inputs: Any, features: Sequence[str]) -> Any:
 def _cells(tune: Any, row: Any, call: str) -> Tuple[str, str, str, str, str]:
     shipped = tune.words(row.shipped) if row.shipped else "-"
     tuned = tune.words(row.tuned) if row.tuned else f"- ({row.why}; {row.tried} tried)"
-    return call, row.kernel, shipped, tuned, f"{row.ratio:.3f}x" if row.tuned else "-"
+    return call, row.kernel, shipped, tuned, f"{row.ratio:.3f}" if row.tuned else "-"
 
 
 def _show(cache: Any) -> int:

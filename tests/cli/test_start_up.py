@@ -130,7 +130,7 @@ def test_python_2_keeps_its_own_sitecustomize(theirs, copy):
     assert not any(isinstance(node, newer) or getattr(node, "returns", None) or getattr(node, "annotation", None)
                    for node in ast.walk(ast.parse(source)))
     python2 = shutil.which("python2") or shutil.which("python2.7")
-    if python2 is not None:
+    if python2 is not None and subprocess.run([python2, "-c", ""], capture_output=True).returncode == 0:
         env = clean(PYTHONPATH=os.pathsep.join([launch.BOOTSTRAP, str(copy), str(theirs), str(ROOT)]), FLASHBIAS_PATCH="1")
         done = subprocess.run([python2, "-c", "print(1)"], env=env, text=True, capture_output=True)
         assert (done.stdout.split(), done.stderr) == (["theirs", "1"], "")
