@@ -215,7 +215,7 @@ def check_sigmas(sigma: Optional[Sigmas], count: int) -> Optional[Tuple[float, .
 
 def check_centres(centres: Tensor, count: int, visible: Optional[Tensor]) -> Tensor:
     """`centres` as int32 (B|1, M, S, 3), where not `visible` at OUTSIDE. Not differentiable."""
-    if not isinstance(centres, Tensor) or centres.dtype is torch.bool or centres.is_complex():
+    if not isinstance(centres, Tensor) or centres.dtype is torch.bool or centres.dtype.is_complex:
         got = centres.dtype if isinstance(centres, Tensor) else type(centres).__name__
         raise TypeError(f"centres: expected a tensor of integers or whole floating numbers, got {got}")
     if centres.dim() != 4 or centres.shape[2:] != (count, 3):
@@ -227,7 +227,8 @@ def check_centres(centres: Tensor, count: int, visible: Optional[Tensor]) -> Ten
     if centres.is_floating_point():
         centres = centres.float().nan_to_num(OUTSIDE)
     if centres.dtype is not torch.int32:
-        centres = (centres if centres.element_size() > 2 else centres.int()).clamp(OUTSIDE, -OUTSIDE).int()
+        small = centres.dtype in (torch.uint8, torch.int8, torch.int16)
+        centres = centres.int() if small else centres.clamp(OUTSIDE, -OUTSIDE).int()
     if visible is not None:
         _check_visible(visible, centres)
         centres = torch.where(visible[..., None], centres, centres.new_full((), OUTSIDE))

@@ -9,7 +9,6 @@ the original, and before the first other one a small call is compared with it.
 """
 from __future__ import annotations
 
-import weakref
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
@@ -19,7 +18,7 @@ from .. import journal, settings
 from ..attention import dispatch, flash_bias_attention
 from ..attention.recovery import errors, replay
 from ..attention.selfcheck import undisturbed
-from . import ambient, arguments, route, seams
+from . import ambient, arguments, generators, route, seams
 from .arguments import Bias
 from .inner_attention import check_lengths, count_original
 
@@ -27,8 +26,6 @@ NAMES = (("query", "q"), ("key", "k"), ("value", "v"))
 MASKS = ("attn_mask", "attn_bias")
 QUERIES, KEYS = 3, 5  # of the small call
 Result = Callable[[Tensor], Any]
-# Of each module: what it returns, made of the output, or why it is left alone.
-_verdicts: weakref.WeakKeyDictionary[nn.Module, Dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 class DualCoreSeam(seams.CoreSeam):
@@ -37,6 +34,8 @@ class DualCoreSeam(seams.CoreSeam):
         known = (*(name for pair in NAMES for name in pair), *MASKS, "key_padding_mask", "attention_bias")
         self.options = self.parameters.defaults_without(known)
         self.checking = False
+        # By kind of module and call: what it returns, made of the output, or why it is left alone.
+        self.verdicts: Dict[Any, Any] = {}
 
     def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
         if self.checking:
@@ -104,13 +103,16 @@ class DualCoreSeam(seams.CoreSeam):
 
     def _result(self, wrapped: Callable[..., Any], module: Any, sequences: Tuple[Any, ...]) -> Any:
         query = sequences[0]
-        key = query.dtype, query.device.type, torch.is_autocast_enabled()
-        verdicts = _verdicts.setdefault(module, {})
-        if key not in verdicts:
+        key = (
+            type(module), generators.plain_attributes(module), module.in_proj_weight.shape, module.num_heads,
+            module.in_proj_bias is None, module.in_proj_weight.dtype, query.dtype, query.device.type,
+            torch.is_autocast_enabled(),
+        )  # fmt: skip
+        if key not in self.verdicts:
             if query.is_cuda and torch.cuda.is_current_stream_capturing():
                 return "a CUDA graph is captured"
-            verdicts[key] = self._judge(wrapped, module, query)
-        return verdicts[key]
+            self.verdicts[key] = self._judge(wrapped, module, query)
+        return self.verdicts[key]
 
     def _judge(self, wrapped: Callable[..., Any], module: Any, query: Tensor) -> Any:
         modes = [(each, each.training) for each in module.modules()]

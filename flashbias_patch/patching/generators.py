@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import weakref
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
@@ -34,7 +33,6 @@ QUERIES = 24  # of the synthetic call
 LEAST_PERIOD = 50  # of calls, from which on a number in its code may be that of its debug prints
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 _Verdict = Union["Recipe", str]
-_verdicts: weakref.WeakKeyDictionary[nn.Module, Dict[Any, _Verdict]] = weakref.WeakKeyDictionary()
 
 
 class Recipe(NamedTuple):
@@ -52,6 +50,7 @@ class GeneratorSeam:
     def __init__(self, cls: type) -> None:
         self.name = cls.__qualname__
         self.checking = False
+        self.verdicts: Dict[Any, _Verdict] = {}
 
     def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
         given = dict(zip(NAMES, args), **kwargs)
@@ -68,22 +67,23 @@ class GeneratorSeam:
 
     def _recipe(self, wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> _Verdict:
         scale = getattr(module, SCALE, None)
-        settings = tuple(getattr(module, name, None) for name in ATTRIBUTES)
+        # Not by module: nn.DataParallel makes new ones in every step.
+        settings = (type(module), *(getattr(module, name, None) for name in ATTRIBUTES), *plain_attributes(module))
         dtypes = (*(tensor.dtype for tensor in tensors), getattr(scale, "dtype", None))
         device = tensors[0].device
-        key = settings, dtypes, device, torch.is_autocast_enabled(), module.training
-        verdicts = _verdicts.setdefault(module, {})
-        if key not in verdicts:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                return "a CUDA graph is captured"
-            verdicts[key] = self._judge(wrapped, module, tensors)
-            if isinstance(verdicts[key], str):
-                journal.once((self.name, verdicts[key]), "warning",
-                             "%s keeps its dense bias: %s", self.name, verdicts[key])  # fmt: skip
-            else:
-                journal.once((self.name, "described"), "info",
-                             "%s returns its bias as windows, not as a dense tensor", self.name)  # fmt: skip
-        return verdicts[key]
+        key = settings, dtypes, device.type, torch.is_autocast_enabled()
+        verdict = self.verdicts.get(key)
+        if verdict is not None:
+            return verdict
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "a CUDA graph is captured"
+        verdict = self.verdicts[key] = self._judge(wrapped, module, tensors)
+        if isinstance(verdict, str):
+            journal.once((self.name, verdict), "warning", "%s keeps its dense bias: %s", self.name, verdict)
+        else:
+            journal.once((self.name, "described"), "info",
+                         "%s returns its bias as windows, not as a dense tensor", self.name)  # fmt: skip
+        return verdict
 
     def _judge(self, wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> _Verdict:
         self.checking = True
@@ -116,6 +116,12 @@ class GeneratorSeam:
             finally:
                 self.checking = False
         setattr(module, recipe.counter, count + 1)
+
+
+def plain_attributes(module: nn.Module) -> Tuple[Tuple[str, Any], ...]:
+    """What a module's forward may depend on beside its class and tensors. Ints may be counts of calls."""
+    held = module.__dict__.items()
+    return tuple(pair for pair in held if type(pair[1]) in (bool, float, str) and pair[0] != "_is_replica")
 
 
 def describe(

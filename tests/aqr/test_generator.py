@@ -133,6 +133,22 @@ def test_the_check_leaves_nothing_behind(generators):
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
+def test_modules_of_one_kind_are_checked_once(generators, monkeypatch):
+    """nn.DataParallel makes new modules in every step."""
+    from flashbias_patch.patching import generators as seam
+
+    checked, judge = [], seam._judge
+    monkeypatch.setattr(seam, "_judge", lambda *args: checked.append(1) or judge(*args))
+    _, patched = generators
+    for options in ({}, {}, dict(window_size=4), dict(window_size=4)):
+        module = patched(**options)
+        replica = module._replicate_for_data_parallel()
+        replica.bias_scale = module.bias_scale * 1.0
+        replica._parameters = {}
+        assert type(module(**call())) is BiasTensor and type(replica(**call())) is BiasTensor
+    assert len(checked) == 2
+
+
 @pytest.mark.parametrize("twist", (
     lambda out, module: out * 1.01,
     lambda out, module: out.roll(1, -1),

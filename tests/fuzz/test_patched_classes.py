@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import flashbias_patch
 from flashbias_patch import journal
 from flashbias_patch.attention.recovery import guard
-from flashbias_patch.bias import LowRankBias
+from flashbias_patch.bias import Grid, LowRankBias, WindowBias, described
 from tests import stand_ins
 
 CALLS = int(os.environ.get("FLASHBIAS_FUZZ", "300"))
@@ -38,6 +38,7 @@ NONSENSE = ("no query", "text", "integers", "other dtype", "other width", "two d
             "meta device", "numpy")
 STRIDES = ("plain", "transposed", "sliced", "expanded", "negative-free view")
 VALUES = (float("-inf"),) * 3 + (-1e4, -1e9, "least", 1e9)  # of what a float mask hides
+BIASES = (0, 0, 0, 1, 3, "windows", "window tensor")  # a number is the rank of a LowRankBias
 seen: Counter = Counter()
 
 
@@ -51,7 +52,8 @@ def calls(draw):
         dtype=draw(st.sampled_from(("float32", "float32", *DTYPES))), batch_first=draw(st.booleans()),
         training=draw(st.booleans()), grad=draw(st.booleans()), mask=draw(st.sampled_from(MASKS)),
         padding=draw(st.sampled_from(PADDINGS)), key=draw(st.sampled_from(("given", "query", "none", "shared"))),
-        positions=draw(st.booleans()), strides=draw(st.sampled_from(STRIDES)), bias=draw(st.sampled_from((0, 0, 1, 3))),
+        positions=draw(st.booleans()), strides=draw(st.sampled_from(STRIDES)),
+        bias=draw(st.sampled_from(BIASES)),
         nonsense=draw(st.sampled_from((None,) * 40 + NONSENSE)), masked=draw(st.sampled_from((0.0, 0.3, 1.0))),
         value=draw(st.sampled_from(VALUES)),
         size=draw(st.sampled_from((1.0, 1.0, 8.0))), seed=draw(st.integers(0, 2**20)), guarded=draw(st.booleans()),
@@ -79,7 +81,9 @@ class Case:
         if c["positions"]:
             self.call.update(query_pos=self.sequence(self.M, E), key_pos=self.sequence(self.N, E))
         self.bias = None
-        if c["bias"]:
+        if c["bias"] in ("windows", "window tensor"):
+            self.bias = self.windows() if self.M and self.N else None
+        elif c["bias"]:
             R = c["bias"]
             self.bias = LowRankBias(torch.randn(1, self.M, c["H"], R, generator=self.g),
                                     torch.randn(c["B"], self.N, 1, R, generator=self.g))
@@ -123,6 +127,23 @@ class Case:
                 self.leaves.append(mask.requires_grad_(c["grad"]))
             return mask
         return hidden.to({"byte": torch.uint8, "integer": torch.int64}.get(kind, torch.bool))
+
+    def windows(self):
+        """On one grid or two, some clipped, some outside."""
+        c, g = self.c, self.g
+        first = self.N // 3 * 2
+        sizes = [(rows, columns) for rows, columns in ((first // 2, 2), (self.N - first, 1)) if rows]
+        frames = [Grid(*size) for size in sizes]
+        centres = torch.randint(-1, 6, (c["B"], self.M, len(frames), 3), generator=g)
+        centres[..., 0] = 0
+        weights = torch.randn(c["B"], self.M, len(frames), generator=g)
+        return WindowBias(weights, centres, frames, 1 + c["seed"] % 5, None if c["seed"] % 2 else 1.5)
+
+    def given_bias(self):
+        """The bias, or the same as a tensor (B*H, M, N) that is a description."""
+        if self.c["bias"] != "window tensor":
+            return self.bias
+        return described(self.bias).unsqueeze(1).expand(-1, self.c["H"], -1, -1).reshape(-1, self.M, self.N)
 
     def padding(self):
         kind, c = self.c["padding"], self.c
@@ -236,7 +257,7 @@ def test_generated_calls(classes, caplog, monkeypatch):
         more, dense = {}, {}
         if case.bias is not None:
             assume(c["mask"] in ("none", "float", "bool", "heads float", "heads bool"))
-            more["attention_bias"] = case.bias
+            more["attention_bias"] = case.given_bias()
             dense["attn_mask"] = _dense(case)
         monkeypatch.setattr(guard, "LARGE", 0 if c["guarded"] else 1 << 40)
         ours, our_grads = case.run(cls.forward, module, **more)
