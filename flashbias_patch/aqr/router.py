@@ -14,9 +14,10 @@ from .. import journal
 from ..bias import AttentionBias, LowRankBias, ModalityBias, SquaredDistanceBias
 from ..bias.base import full_precision
 from .geometry import Places
+from .options import PER
 from .supervision import ModalityDrop
 
-PER = ("scalar", "head", "layer")
+EXTRA = "_extra_state"  # the name that torch gives to what is no tensor of the module
 
 
 class Locality(NamedTuple):
@@ -64,7 +65,8 @@ class AdaptiveQueryRouter(nn.Module):
 
     logits: a hidden layer on the query, then a linear layer over the segments; plus, where `features` are given,
     the product of that hidden layer with a projection of each segment's mean feature (a zeroed sensor shows);
-    plus a learned gain where `places` show the query inside a segment's view.
+    plus a learned gain where `places` show the query inside a segment's view (without places `visible_gain` gets a
+    gradient of 0: a CMT head provides them with `locality` only, see geometry.provide_geometry).
 
     Args:
         embed_dims: C, width of the queries.
@@ -127,6 +129,8 @@ class AdaptiveQueryRouter(nn.Module):
             self.register_parameter("locality_raw", None)
         else:  # softplus of it is the scale
             self.locality_raw = nn.Parameter(torch.tensor([math.log(math.expm1(value)) for value in scales]))
+
+        self._register_state_dict_hook(_save_drop)  # and not get_extra_state: without `drop` there is no such key
 
     @property
     def locality_scales(self) -> Optional[Tensor]:
@@ -219,10 +223,23 @@ class AdaptiveQueryRouter(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if prefix + EXTRA in unexpected_keys:
+            unexpected_keys.remove(prefix + EXTRA)
+        if self.drop is not None and prefix + EXTRA in state_dict:
+            try:
+                self.drop.restore(state_dict[prefix + EXTRA])
+            except ValueError as error:
+                error_msgs.append(f"{prefix}{EXTRA}: {error}")
 
     def extra_repr(self) -> str:
         locality = "" if self.locality_raw is None else ", locality"
         return f"{self.embed_dims}, segments={self.num_segments}, per={self.per!r}{locality}"
+
+
+def _save_drop(router: AdaptiveQueryRouter, state_dict: Dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """State dict hook, which mmcv 1.x calls too: a resumed run goes on with the random sequence of `drop`."""
+    if router.drop is not None:
+        state_dict[prefix + EXTRA] = router.drop.state()
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:

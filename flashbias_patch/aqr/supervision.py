@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import random
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -13,22 +13,41 @@ LIDAR, CAMERA = "lidar", "camera"
 class ModalityDrop:
     """Chooses, sample by sample, whether a sensor is dropped: lidar or cameras, each with probability / 2.
 
-    Draws from a generator of its own: other random numbers of a run do not change.
+    Draws from a generator of its own: other random numbers of a run do not change. Each `rank` has its own sequence.
     """
 
-    def __init__(self, probability: float, seed: int = 0) -> None:
+    def __init__(self, probability: float, seed: int = 0, rank: int = 0) -> None:
         if not 0.0 <= probability <= 1.0:
             raise ValueError(f"probability: expected a number from 0 to 1, got {probability!r}")
         self.probability = probability
-        self._random = random.Random(seed)
+        self.rank = rank
+        self._start(seed)
+
+    def _start(self, seed: int) -> None:
+        self.seed, self.drawn = seed % 2 ** 63, 0
+        self._random = random.Random(self.seed + self.rank)
 
     def draw(self, batch: int) -> List[Optional[str]]:
         """For each of `batch` samples "lidar", "camera" or None."""
         chosen: List[Optional[str]] = []
+        self.drawn += batch
         for _ in range(batch):
             dropped, sensor = self._random.random() < self.probability, self._random.choice((LIDAR, CAMERA))
             chosen.append(sensor if dropped else None)
         return chosen
+
+    def state(self) -> Tensor:
+        """(2,) int64: the seed, and how many samples were drawn for. The same on every rank."""
+        return torch.tensor([self.seed, self.drawn], dtype=torch.int64)
+
+    def restore(self, state: Any) -> None:
+        """Go on, on this rank, where a run of this `state` was. ValueError for anything but a `state()`."""
+        if not isinstance(state, Tensor) or tuple(state.shape) != (2,) or state.is_floating_point():
+            got = f"{tuple(state.shape)} {state.dtype}" if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(f"the state of aqr.drop: expected two integers, got {got}")
+        seed, drawn = state.tolist()
+        self._start(seed)
+        self.draw(drawn)
 
 
 def drop_modalities(x: Tensor, x_img: Tensor, dropped: Sequence[Optional[str]]) -> Tuple[Tensor, Tensor]:

@@ -10,10 +10,11 @@ import contextlib
 import contextvars
 import inspect
 import weakref
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import aqr, journal
 from ..aqr import options as aqr_options
@@ -30,11 +31,12 @@ PETR_CAMERAS = 6  # nuScenes; how many there are is only seen in forward, and a 
 _constructing: contextvars.ContextVar[Any] = contextvars.ContextVar("flashbias_constructing", default=None)
 _running: contextvars.ContextVar[Any] = contextvars.ContextVar("flashbias_running", default=None)
 
-# router -> its options; and (logits, dropped) of the last forward, until the head's loss has taken it. Beside the
-# modules, so that they pickle and deep-copy as ever.
-_pending: weakref.WeakKeyDictionary[AdaptiveQueryRouter, Tuple[Tensor, List[Optional[str]]]] = (
-    weakref.WeakKeyDictionary()
-)
+# router -> the supervision losses of forwards, oldest first, until the head's loss takes each; and outputs of a head ->
+# the loss of the forward that made them, None where it has none. Beside the modules, so that they pickle and deep-copy
+# as ever.
+MOST = 16  # forwards without a loss that are remembered
+_pending: weakref.WeakKeyDictionary[AdaptiveQueryRouter, List[Tensor]] = weakref.WeakKeyDictionary()
+_of_output: Any = WeakIdKeyDictionary()
 
 
 class Keys(NamedTuple):
@@ -130,7 +132,7 @@ def build_router(name: str, layout: Layout, options: aqr.Options, **sizes: Any) 
         locality=options.locality, eps=options.eps, **sizes,
     )
     if options.drop:
-        router.drop = aqr.ModalityDrop(options.drop, torch.initial_seed() + journal.rank())
+        router.drop = aqr.ModalityDrop(options.drop, torch.initial_seed(), journal.rank())
     router.supervision = float(options.supervision)
     journal.once((name, "router"), "info", "aqr: %s has a router over %d segments", name, segments)
     return router
@@ -180,8 +182,12 @@ class TransformerSeam:
                 _mean_features(keys, router.num_segments, self.layout).detach(),
                 self._places(keys),
             )
-        if supervised and not replay.recomputing():
-            _pending[router] = (routing.logits, dropped)  # type: ignore[assignment]
+            # A recomputation computes it too: checkpoints compare the tensors that were saved.
+            loss = aqr.supervision_loss(routing.logits, dropped) if supervised else None  # type: ignore[arg-type]
+        if loss is not None and not replay.recomputing():
+            losses = _pending.setdefault(router, [])
+            losses.append(loss)
+            del losses[:-MOST]
         if module.training and torch.is_grad_enabled():
             query = query + router.zero().to(query.dtype)
             args, kwargs = self._with(args, kwargs, {self.layout.query: query})
@@ -274,17 +280,28 @@ def _mean_features(keys: Keys, wanted: int, layout: Layout) -> Tensor:
 
 
 class HeadSeam:
-    """forward of a head: geometry and supervision of an earlier, aborted call are forgotten."""
+    """forward of a head: its outputs keep their supervision; geometry and supervision of an aborted call are forgotten."""
 
     def __init__(self, cls: type) -> None:
         pass
 
     def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
         router = router_of(module)
-        if router is not None and not replay.recomputing():
-            take_geometry()
-            _pending.pop(router, None)
-        return wrapped(*args, **kwargs)
+        if router is None or replay.recomputing():
+            return wrapped(*args, **kwargs)
+        take_geometry()
+        if not router.supervision:
+            return wrapped(*args, **kwargs)
+        awaited = {id(loss) for loss in _of_output.values()}  # outputs that nobody holds have no loss to come
+        earlier = [loss for loss in _pending.pop(router, ()) if id(loss) in awaited]
+        outputs = wrapped(*args, **kwargs)
+        own = _pending.get(router, [])
+        if len(own) > 1:  # a transformer that is called for each of several levels
+            own = [torch.stack(own).mean()]
+        _pending[router] = earlier + own
+        for tensor in _tensors(outputs):
+            _of_output[tensor] = own[0] if own else None
+        return outputs
 
 
 class QueryEmbedSeam:
@@ -317,10 +334,28 @@ class LossSeam:
     def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
         losses = wrapped(*args, **kwargs)
         router = router_of(module)
-        pending = None if router is None else _pending.pop(router, None)
-        if pending is not None and isinstance(losses, dict) and "loss_aqr" not in losses:
-            losses["loss_aqr"] = router.supervision * aqr.supervision_loss(*pending)  # type: ignore[union-attr]
+        if router is not None and _pending.get(router) and isinstance(losses, dict) and "loss_aqr" not in losses:
+            supervision = _take(_pending[router], (args, kwargs))
+            if supervision is not None:
+                losses["loss_aqr"] = router.supervision * supervision
         return losses
+
+
+def _take(pending: List[Tensor], given: Any) -> Optional[Tensor]:
+    """The loss of the forward that made a tensor of `given`; where no forward is known to have, the oldest. Once each."""
+    made = [_of_output[tensor] for tensor in _tensors(given) if tensor in _of_output]
+    wanted = made[0] if made else pending[0]
+    index = next((i for i, loss in enumerate(pending) if loss is wanted), None)
+    return None if index is None else pending.pop(index)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def router_of(head: nn.Module) -> Optional[AdaptiveQueryRouter]:

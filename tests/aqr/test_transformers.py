@@ -123,24 +123,28 @@ def test_environment_variable_off(claimed, monkeypatch, text):
     assert not hasattr(family.CmtTransformer(), "aqr")
 
 
-@pytest.mark.parametrize("text", ["yess", "enable=1,lokality=1"])
+@pytest.mark.parametrize("text", ["yess", "enable=1,lokality=1", "enable=2"])
 def test_environment_variable_misspelt(claimed, monkeypatch, text):
     monkeypatch.setenv("FLASHBIAS_AQR", text)
     settings.reload()
-    with pytest.raises(ValueError, match="FLASHBIAS_AQR"):
+    with pytest.raises((ValueError, TypeError), match="FLASHBIAS_AQR"):
         family.CmtTransformer()
 
 
 @pytest.mark.parametrize("options, words", [
     (dict(scale=1), "unknown option scale"), (dict(drop="a"), "aqr.drop"), (dict(supervision=1.0), "aqr.drop"),
-    (dict(per="query"), "per"), (dict(cameras=0), None),
+    (dict(per="query"), "per"), (dict(cameras=0), None), (dict(lokality=True), "the nearest is locality"),
+    (dict(per="haed"), "nearest is 'head'"), (dict(cameras="2"), "aqr.cameras"), (dict(cameras=True), "aqr.cameras"),
+    (dict(cameras=-1), "aqr.cameras"), (dict(hidden_dims=0), "aqr.hidden_dims"), (dict(enable=2), "aqr.enable"),
+    (dict(init_bias_scale=float("nan")), "aqr.init_bias_scale"), (dict(drop=float("nan")), "aqr.drop"),
+    (dict(drop=0.5, supervision=-1.0), "aqr.supervision"), (dict(drop=1.5), "aqr.drop"),
 ])
 def test_options_are_checked(claimed, options, words):
     if words is None:
         assert family.CmtTransformer(aqr=dict(enable=True, **options)).aqr.num_segments == 1
         return
     with pytest.raises((ValueError, TypeError), match=words):
-        family.CmtTransformer(aqr=dict(enable=True, **options))
+        family.CmtTransformer(aqr={"enable": True, **options})
 
 
 def test_wrong_number_of_cameras_says_what_to_set(claimed):
@@ -248,6 +252,74 @@ def test_drop_and_supervision_need_no_edit(claimed):
     assert set(module.loss(outs)) == {"loss_cls"}  # once a forward
     module.eval()
     assert set(module.loss(module(given["x"], given["x_img"], metas, reference))) == {"loss_cls"}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_forwards_before_their_losses_keep_their_supervision(claimed, order):
+    given, _, _ = family.inputs("CmtTransformer")
+    reference, metas = family.geometry()
+    module = head(drop=1.0, supervision=0.5).train()
+    with torch.no_grad():
+        module.transformer.aqr.segment_proj.mul_(50)
+    batches = [(given["x"], given["x_img"], metas, reference), (given["x"].flip(1), given["x_img"] * 3, metas, reference)]
+    expected = [module.loss(module(*batch))["loss_aqr"].item() for batch in batches]
+    assert abs(expected[0] - expected[1]) > 1e-4
+    module.transformer.aqr.drop = aqr.ModalityDrop(1.0, torch.initial_seed())
+    module(*batches[0])  # nobody asks for its loss
+    module.transformer.aqr.drop = aqr.ModalityDrop(1.0, torch.initial_seed())
+    outs = [module(*batch) for batch in batches]
+    module.eval()
+    assert set(module.loss(module(*batches[0]))) == {"loss_cls"}
+    for i in order:
+        assert module.loss(outs[i])["loss_aqr"].item() == pytest.approx(expected[i], rel=1e-6)
+        assert set(module.loss(outs[i])) == {"loss_cls"}
+
+
+def test_losses_of_unknown_outputs_are_taken_in_order(claimed):
+    given, _, _ = family.inputs("CmtTransformer")
+    module = head(drop=1.0, supervision=0.5).train()
+    for _ in range(2):
+        module.transformer(**given)
+    outs = torch.ones(2)
+    assert [set(module.loss(outs)) for _ in range(3)] == [{"loss_cls", "loss_aqr"}] * 2 + [{"loss_cls"}]
+
+
+def test_a_resumed_run_goes_on_with_the_drops(claimed, monkeypatch):
+    module = build("CmtTransformer", drop=0.5)
+    drop = module.aqr.drop
+    drop.draw(7)
+    saved = module.state_dict()
+    after = drop.draw(20)
+    resumed = build("CmtTransformer", drop=0.5)
+    resumed.aqr.drop = aqr.ModalityDrop(0.5, seed=2 ** 64 - 1)
+    resumed.load_state_dict(saved)
+    assert resumed.aqr.drop.draw(20) == after
+    other = aqr.ModalityDrop(0.5, torch.initial_seed(), rank=1)
+    other.draw(7)
+    resumed.aqr.drop = aqr.ModalityDrop(0.5, rank=1)
+    resumed.load_state_dict(saved)
+    assert resumed.aqr.drop.draw(20) == other.draw(20) != after
+
+    plain = build("CmtTransformer")
+    assert set(saved) - set(plain.state_dict()) == {"aqr._extra_state"}
+    plain.load_state_dict(saved)  # strict
+    resumed.load_state_dict(plain.state_dict())
+    with pytest.raises(RuntimeError, match="expected two integers"):
+        resumed.load_state_dict({**saved, "aqr._extra_state": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("provided, locality", [(False, False), (True, False), (False, True)])
+def test_visible_gain_learns_where_the_geometry_is_known(claimed, provided, locality):
+    given, _, _ = family.inputs("CmtTransformer")
+    reference, metas = family.geometry()
+    module = head(locality=locality)
+    if provided:
+        matrices = torch.stack([torch.as_tensor(m) for m in metas[0]["lidar2img"]]).expand(family.B, -1, -1, -1)
+        aqr.provide_geometry(reference, module.pc_range, matrices, (20, 30))
+        module.transformer(**given)[0].pow(2).sum().backward()
+    else:
+        module(given["x"], given["x_img"], metas, reference).pow(2).sum().backward()
+    assert (module.transformer.aqr.visible_gain.grad != 0).any() == (provided or locality)
 
 
 def test_uninstall_restores_constructor_and_forward():
