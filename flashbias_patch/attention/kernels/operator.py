@@ -70,7 +70,7 @@ def _forward(inputs: Inputs, training: bool) -> Made:
     """out, what it lost by rounding, lse, the dropout seed, and the copies made of q, q_factor, k_factor; None for what
     was not made."""
     q, q_factor, dropout_p = inputs[0], inputs[3], inputs[10]
-    problem = _problem(*inputs[:PLAIN], windows=_windows(inputs))
+    problem = _problem(*inputs[:PLAIN], None, _windows(inputs))  # type: ignore[call-arg]
     seed = torch.randint(1 << 62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     out, low, lse = launch.forward(problem, seed, training)
     padded = q_factor is not None and block_columns(problem.rank) != problem.rank
@@ -85,7 +85,7 @@ def _backward(
     out, low, lse, seed = made[:4]
     windows = _windows(inputs)
     try:
-        problem = _problem(*inputs[:PLAIN], made[4:], windows)
+        problem = _problem(*inputs[:PLAIN], made[4:], windows)  # type: ignore[call-arg]
         return launch.backward(problem, launch.Needs(*needs), launch.Passed(grad_out, out, low, lse, seed))
     except Exception as error:
         return on_failure(_call(made, inputs, needs), grad_out, error)
@@ -103,7 +103,7 @@ def _call(made: Made, inputs: Inputs, needs: Sequence[bool]) -> Call:
     lse, seed, windows = made[2], made[3], _windows(inputs)
     seed = lse.new_empty(0, dtype=torch.int64) if seed is None else seed
     parts = (None, None) if windows is None else win.parts(windows)
-    return Call(*inputs[:PLAIN], seed, tuple(needs), *parts)
+    return Call(*inputs[:PLAIN], seed, tuple(needs), *parts)  # type: ignore[call-arg]
 
 
 # As a registered operator: empty tensors for None, since an operator's outputs are tensors.
@@ -133,7 +133,7 @@ def _forward_fake(*inputs: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor,
             copies.append(q.new_empty(0))
     seed = torch.empty(1 if dropout_p > 0 else 0, dtype=torch.int64, device=q.device)
     masked = len(inputs) > PLAIN + 2 and inputs[PLAIN + 2] is not None
-    lse = (B * H, M, 2) if keeps_apart(inputs[5], *inputs[7:10], masked) else (B * H, M)
+    lse = (B * H, M, 2) if keeps_apart(inputs[5], *inputs[7:10], masked) else (B * H, M)  # type: ignore[call-arg]
     return (
         q.new_empty(B, M, H, D),
         q.new_empty(B, M, H, D) if q.dtype != torch.float32 and q.numel() and k.numel() else q.new_empty(0),

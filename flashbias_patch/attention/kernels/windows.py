@@ -126,8 +126,8 @@ class Tables:
         self.which = windows.which
         self.order = self._order(first)
         place = [None if t is None else self._centres(t, which) for t, which in zip(windows[1:3], (5, 6))]
-        self.centres: Tensor = place[1] if place[0] is None else place[0]
-        self.mask_centres: Tensor = place[0] if place[1] is None else place[1]
+        self.centres: Tensor = place[1] if place[0] is None else place[0]  # type: ignore[assignment]  # one of the two is a tensor
+        self.mask_centres: Tensor = place[0] if place[1] is None else place[1]  # type: ignore[assignment]  # one of the two is a tensor
         self._lists: Dict[int, Tuple[Tensor, ...]] = {}
         self._blocks: Dict[int, Tuple[Tensor, Tensor]] = {}
 
