@@ -5,7 +5,7 @@ Seen on torch 2.1 to 2.13, except where a line says otherwise.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, ContextManager, Optional
+from typing import Any, Callable, ContextManager, List, Optional
 
 import torch
 from torch.autograd import forward_ad as _forward_ad
@@ -65,3 +65,16 @@ autocast_off: Callable[[], ContextManager[Any]] = getattr(_C, "_DisableAutocast"
 def transformed() -> bool:
     """Whether a transform of torch.func, or a level of forward-mode differentiation, is in force."""
     return current_transform() is not None or _forward_ad._current_level >= 0
+
+
+def modes() -> List[Any]:
+    """The dispatch and function modes that are in force."""
+    from torch import overrides
+    from torch.utils import _python_dispatch
+
+    found: List[Any] = []
+    for module, name in (
+        (_python_dispatch, "_get_current_dispatch_mode_stack"), (overrides, "_get_current_function_mode_stack"),
+    ):  # fmt: skip
+        found += getattr(module, name, list)()
+    return found

@@ -8,9 +8,11 @@ not to blame.
 from __future__ import annotations
 
 import enum
+import functools
+import signal
 import sys
-from types import TracebackType
-from typing import Any, Callable, Iterator, Optional, Set
+from types import CodeType, FrameType, TracebackType
+from typing import Any, Callable, Iterator, List, Optional, Set
 
 import torch
 from torch import Tensor
@@ -41,9 +43,11 @@ def of(
     error: BaseException, candidate: Any, inputs: AttentionInputs, key: Key, again: Callable[[AttentionInputs], Any]
 ) -> Blame:
     """Whose failure `error` is. `again` repeats what failed, on the inputs that it is given."""
-    callers = any(_foreign(module, candidate) for module in _modules(error.__traceback__)) or any(
-        tensor is not None and tensor.is_inference() for tensor in inputs.tensors()
-    )
+    callbacks = _callbacks(inputs)
+    callers = any(
+        frame.f_code in callbacks or _foreign(frame.f_globals.get("__name__") or "", candidate)
+        for frame in _frames(error.__traceback__)
+    ) or any(tensor is not None and tensor.is_inference() for tensor in inputs.tensors())
     if not callers and not _unusual(inputs):
         return Blame.BACKEND
     state = random_state.now(inputs.q.device)
@@ -61,8 +65,8 @@ def of(
     return Blame.CALLER if callers else Blame.CONTEXT
 
 
-def _modules(trace: Optional[TracebackType]) -> Iterator[str]:
-    """The names of the modules that an exception went through, from the backend's call on.
+def _frames(trace: Optional[TracebackType]) -> Iterator[FrameType]:
+    """The frames that an exception went through, from the backend's call on.
 
     An exception object that was raised before carries the frames of that time behind the new ones: they do not count.
     """
@@ -73,8 +77,25 @@ def _modules(trace: Optional[TracebackType]) -> Iterator[str]:
         if inside and ours:
             return
         inside = not ours
-        yield module
+        yield trace.tb_frame
         trace = trace.tb_next
+
+
+def _callbacks(inputs: AttentionInputs) -> Set[CodeType]:
+    """The code of the caller's functions that torch or Python may call inside a backend's call."""
+    found: List[Any] = [signal.getsignal(number) for number in signal.valid_signals()]
+    if internals.saved_tensor_hooks is not None:
+        found += internals.saved_tensor_hooks(True) or ()
+    owners: List[Any] = [type(mode) for mode in internals.modes()]
+    owners += [type(tensor) for tensor in inputs.tensors() if tensor is not None and type(tensor) not in PLAIN]
+    found += [getattr(owner, name, None) for owner in owners for name in ("__torch_dispatch__", "__torch_function__")]
+    for function in tuple(found):
+        if isinstance(function, functools.partial):  # as replay.py wraps hooks
+            found += [function.func, *function.args]
+        elif not isinstance(function, type):
+            found.append(vars(type(function)).get("__call__"))  # an object that can be called
+    codes = [getattr(function, "__code__", None) for function in found]
+    return {code for code in codes if isinstance(code, CodeType)}
 
 
 def _foreign(module: str, candidate: Any) -> bool:
