@@ -389,3 +389,21 @@ def test_a_recomputation_takes_the_backend_of_its_forward(patched):
     expected = make(None, False)
     for kind in MAKES:
         assert_equal(make(kind, True), expected)
+
+
+def test_hooks_that_stay_open_over_several_steps_replay_nothing():
+    """save_on_cpu around a whole training loop: a forward after a backward is no recomputation."""
+    from flashbias_patch.attention.recovery import replay
+
+    replay.watch()
+    try:
+        with torch.autograd.graph.save_on_cpu():
+            chosen = []
+            for step in range(3):
+                x = torch.randn(3, requires_grad=True)
+                assert not replay.recomputing()
+                chosen.append(replay.once(lambda step=step: step))
+                (x * x).sum().backward()
+            assert chosen == [0, 1, 2]
+    finally:
+        replay.unwatch()

@@ -31,6 +31,7 @@ BACKENDS = {
 CALLERS = (f"{__package__}.forward", f"{__package__}.guard", __package__.rsplit(".", 1)[0] + ".dispatch")
 # Modules of torch whose functions run as the caller's hooks.
 HOOKS = ("torch.utils.checkpoint", "torch.autograd.graph")
+ENGINE = "_engine_run_backward"  # the function of torch.autograd.graph that every backward pass goes through: no hook
 
 
 class Blame(enum.Enum):
@@ -77,7 +78,8 @@ def _frames(trace: Optional[TracebackType]) -> Iterator[FrameType]:
         if inside and ours:
             return
         inside = not ours
-        yield trace.tb_frame
+        if trace.tb_frame.f_code.co_name != ENGINE:
+            yield trace.tb_frame
         trace = trace.tb_next
 
 

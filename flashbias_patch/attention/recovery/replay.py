@@ -61,6 +61,15 @@ def carry(
     _carried.append(Carried(variable, mapped, reopen, variable.get if read is None else read))
 
 
+class Progress(NamedTuple):
+    """How far a run of a checkpointed function is: see the attributes of Replay."""
+
+    outer: Optional[Replay]
+    recording: bool
+    place: int
+    next_chosen: int
+
+
 class Replay:
     """One checkpointed function: what it found when it began, and what was chosen while it ran.
 
@@ -83,11 +92,15 @@ class Replay:
         self._chosen: List[Any] = []
         self._next_chosen = 0
 
-    def begin_again(self) -> None:
-        self.outer = None
-        self.recording = False
-        self.place = -1
-        self._next_chosen = 0
+    def begin_again(self) -> Progress:
+        """Start a recomputation. `resume` gets the result when it is over: the first run may not be, where hooks stay open
+        over several forward and backward passes."""
+        progress = Progress(self.outer, self.recording, self.place, self._next_chosen)
+        self.resume(Progress(None, False, -1, 0))
+        return progress
+
+    def resume(self, progress: Progress) -> None:
+        self.outer, self.recording, self.place, self._next_chosen = progress
 
     def begin_call(self) -> str:
         """A new attention call: the name of the backend that computed it the first time, or ""."""
@@ -152,7 +165,7 @@ def _mapped(values: Iterable[Any], function: Callable[[Tensor], Tensor]) -> Tupl
 class restored:
     """Context manager: the carried values, and the record of choices, of a Replay."""
 
-    __slots__ = ("replay", "values", "_before", "_stack")
+    __slots__ = ("replay", "values", "_before", "_stack", "_progress")
 
     def __init__(self, replay: Replay, values: Optional[Tuple[Any, ...]] = None) -> None:
         self.replay = replay
@@ -162,7 +175,7 @@ class restored:
         self._before = [item.variable.get() for item in _carried]
         self._before.append(_replay.get())
         self._stack: Optional[contextlib.ExitStack] = None
-        self.replay.begin_again()
+        self._progress = self.replay.begin_again()
         _replay.set(self.replay)
         for item, value in zip(_carried, self.values):
             item.variable.set(value)
@@ -174,6 +187,7 @@ class restored:
     def __exit__(self, *error: Any) -> None:
         if self._stack is not None:
             self._stack.close()
+        self.replay.resume(self._progress)
         _replay.set(self._before.pop())
         for item, value in zip(_carried, self._before):
             item.variable.set(value)
