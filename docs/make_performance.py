@@ -403,15 +403,15 @@ def windows() -> List[str]:
     def cell(value: Any) -> str:
         return f"{value:.3f}" if isinstance(value, float) else "-"
 
-    def mode_ran(got: Any) -> bool:
-        return isinstance(got.get("MiB forward+backward"), float)
+    def memory(value: Any) -> str:
+        return f"{value:.0f}" if isinstance(value, float) else "-"
 
     lines = ["## Local windows on grids", "",
              "Batch 2, 1490 queries, 8 heads of 32, 180 x 180 + 6 x 40 x 100 keys, windows of 15 x 15 in both frames; "
              "MiB beyond the operands. Each way takes what its user has: a generator paints a dense bias in every call.", ""]
     modes = ("forward", "forward+backward")
     for dtype in ("float16", "bfloat16", "float32"):
-        rows = [[way, *(cell(got.get(mode)) for mode in modes), f"{got['MiB forward+backward']:.0f}" if mode_ran(got) else "-"]
+        rows = [[way, *(cell(got.get(mode)) for mode in modes), memory(got.get("MiB forward+backward"))]
                 for way, got in result.get(dtype, {}).items()]
         lines += [f"{dtype}, ms", "", *table(("way", *modes, "MiB"), rows)] if rows else []
     rows = [[way, f"{got['milliseconds']:.2f}", f"{got['MiB']:.0f}"] for way, got in result["layers"].items()]
