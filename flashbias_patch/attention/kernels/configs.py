@@ -247,7 +247,8 @@ def _sensible(config: Config) -> Config:
     powers = config.block_m, config.block_n, config.warps
     good = all(type(number) is int for number in config) and all(n > 0 and not n & n - 1 for n in powers)
     sizes = min(powers[:2]) >= 16 and max(powers) <= 256 and config.warps <= 16 and 1 <= config.stages <= 8
-    if not good or not sizes or min(config[4:]) < 0:
+    extras = 0 <= config.exp <= 2 and 0 <= config.splits <= 256 and 0 <= config.registers <= 255
+    if not good or not sizes or not extras or config.block_m * config.block_n * config.stages > 1 << 17:
         raise ValueError(config)
     return config
 
