@@ -72,9 +72,19 @@ def run(feature, context, backward, given_dtype=torch.float32, **options):
         return [out, *torch.autograd.grad(out, leaves, grad)]
 
 
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+
+
+def skip_where_old_sdpa_is_not_float32(backend, feature):
+    """Known gap: autograd of old SDPA's math path, which a dense bias and dropout take, obeys autocast in backward."""
+    if OLD and backend == "sdpa" and feature in ("dense", "dropout"):
+        pytest.skip("backward inside autocast is in half precision before torch 2.13 (docs/reliability.md)")
+
+
 @pytest.mark.parametrize("backend", ("sdpa", "reference"))
 @pytest.mark.parametrize("feature", FEATURES)
 def test_float32_is_float32_in_every_autocast(backend, feature):
+    skip_where_old_sdpa_is_not_float32(backend, feature)
     expected = run(feature, contextlib.nullcontext, False, backend=backend)
     for context in CONTEXTS.values():
         for backward in (False, True):
@@ -86,6 +96,7 @@ def test_float32_is_float32_in_every_autocast(backend, feature):
 @pytest.mark.parametrize("feature", ("low rank", "dense", "dropout"))
 def test_backward_alone_in_autocast(backend, feature):
     """The forward is outside, the backward inside."""
+    skip_where_old_sdpa_is_not_float32(backend, feature)
     given, leaves = problem(feature)
     expected = run(feature, contextlib.nullcontext, False, backend=backend)
     torch.manual_seed(5)
