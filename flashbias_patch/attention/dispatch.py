@@ -18,6 +18,7 @@ from .breaker import TRUSTED, State, Verdict, breakers
 from .call_class import Key, key_of
 from .inputs import AttentionInputs
 from .recovery import forward, replay
+from .recovery.blame import Stage
 from .selection import LAST_RESORT, Candidates, NoBackendError, Unavailable, backend, explain, reasons_against
 
 __all__ = [
@@ -76,23 +77,23 @@ def _take(inputs: AttentionInputs, key: Key, candidates: Candidates, replayed: s
                 selection.refuse_if_strict(inputs, key, name)
             continue
         candidate = _loaded.get(name) or backend(name)
-        state, checking = None, False
+        state, stage = None, Stage.ASKED
         try:
             if candidate.why_not(inputs):
                 if type(candidate) is Unavailable:
                     verdicts[name] = Verdict(State.OUT, candidate.reason)
                 continue
             if verdict is None:
-                checking = True
+                stage = Stage.CHECKED
                 if not _earns_trust(candidate, name, inputs, key, verdicts):
                     continue
-                checking = False
+            stage = Stage.RUN
             if inputs.dropout_p:
                 state = random_state.now(inputs.q.device)
             out = forward.run(candidate, name, inputs, key, state) if key[6] else candidate(inputs)
         except Exception as error:
             out = forward.recover(error, forward.Attempt(
-                candidate, name, inputs, key, state, checking, name == candidates.names[-1]
+                candidate, name, inputs, key, state, stage, name == candidates.names[-1]
             ))  # fmt: skip
             if out is None:
                 failure = error

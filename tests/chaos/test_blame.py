@@ -188,6 +188,42 @@ def test_whatever_a_signal_handler_raises(error):
     untouched(None)
 
 
+class Asked(Faulty):
+    """Refuses every call; a handler of the caller's interrupts it while it is asked."""
+
+    def __init__(self):
+        super().__init__("triton")
+        self.interrupt = None
+
+    def why_not(self, inputs):
+        if self.interrupt is not None:
+            interrupt, self.interrupt = self.interrupt, None
+            interrupt()
+        return ["not on this device"]
+
+
+@pytest.mark.parametrize("first", (True, False))
+def test_an_error_while_a_backend_is_asked(monkeypatch, first):
+    backend = Asked()
+    only(monkeypatch, backend)
+    if not first:
+        call()
+
+    def handler(*args):
+        raise Mine()
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        backend.interrupt = lambda: signal.raise_signal(signal.SIGALRM)
+        with pytest.raises(Mine):
+            call()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not dispatch.breakers.failures() and not journal.fallbacks()
+    call()
+    assert journal.calls["sdpa"] >= 1
+
+
 def test_inference_tensors_in_training():
     q, _, _ = tensors()
     with torch.inference_mode():

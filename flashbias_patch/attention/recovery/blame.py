@@ -40,10 +40,19 @@ class Blame(enum.Enum):
     CONTEXT = "the backend fails only in the caller's modes or on tensors of the caller's kind"
 
 
+class Stage(enum.Enum):
+    """What a backend was doing when it failed."""
+
+    ASKED = "why_not"
+    CHECKED = "self-check"
+    RUN = "the call"
+
+
 def of(
-    error: BaseException, candidate: Any, inputs: AttentionInputs, key: Key, again: Callable[[AttentionInputs], Any]
-) -> Blame:
-    """Whose failure `error` is. `again` repeats what failed, on the inputs that it is given."""
+    error: BaseException, candidate: Any, inputs: AttentionInputs, key: Key, again: Callable[[AttentionInputs], Any],
+    stage: Stage = Stage.RUN,
+) -> Blame:  # fmt: skip
+    """Whose failure `error` is. `again` repeats the call, on the inputs that it is given."""
     callbacks = _callbacks(inputs)
     callers = any(
         frame.f_code in callbacks or _foreign(frame.f_globals.get("__name__") or "", candidate)
@@ -54,10 +63,12 @@ def of(
     state = random_state.now(inputs.q.device)
     try:
         with selfcheck.undisturbed(inputs.q.device):
-            if selfcheck.check(candidate, key, inputs.rank):
-                return Blame.BACKEND
             plain = _plain(inputs)
-            if plain is not None:
+            if stage is Stage.ASKED:  # it may well refuse the call
+                candidate.why_not(inputs if plain is None else plain)
+            elif selfcheck.check(candidate, key, inputs.rank):
+                return Blame.BACKEND
+            elif stage is Stage.RUN and plain is not None:
                 again(plain)
     except Exception:
         return Blame.BACKEND

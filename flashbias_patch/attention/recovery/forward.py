@@ -12,7 +12,7 @@ from ..breaker import breakers
 from ..call_class import Key, describe
 from ..inputs import AttentionInputs
 from . import backward, blame, errors, guard, replay
-from .blame import Blame
+from .blame import Blame, Stage
 
 
 class Attempt(NamedTuple):
@@ -23,7 +23,7 @@ class Attempt(NamedTuple):
     inputs: AttentionInputs
     key: Key
     state: Any = None  # the random state before the backend ran, if there is dropout
-    checking: bool = False  # it failed in its self-check
+    stage: Stage = Stage.RUN  # what it failed in
     last: bool = False  # no other backend is to try
 
 
@@ -43,14 +43,14 @@ def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
 
     Raises the error itself where it is the caller's (blame.py), torch's own or not survived.
     """
-    candidate, name, inputs, key, state, checking, last = attempt
+    candidate, name, inputs, key, state, stage, last = attempt
     if isinstance(error, selection.NoBackendError) or errors.steering(error):
         raise error
     if errors.sticky(error):
         journal.once("sticky", "error", errors.CULPRIT)
         raise error
     short = errors.out_of_memory(error)
-    found = Blame.BACKEND if short else blame.of(error, candidate, inputs, key, _nothing if checking else candidate)
+    found = Blame.BACKEND if short else blame.of(error, candidate, inputs, key, candidate, stage)
     if found is Blame.CALLER or found is Blame.CONTEXT and last:
         raise error
     random_state.restore(state)
@@ -69,10 +69,6 @@ def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
     selection.refuse_if_strict(inputs, key, name, error)
     errors.forget_frames(error)
     return None
-
-
-def _nothing(inputs: AttentionInputs) -> None:
-    """In place of the call, where it is the self-check that failed."""
 
 
 def _same_again(error: Exception, attempt: Attempt) -> Tensor:
