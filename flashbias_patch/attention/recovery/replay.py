@@ -10,7 +10,8 @@ the name under which a checkpoint was called, and who wrote it, do not matter:
 - Saved-tensor hooks (torch's non-reentrant checkpoint and copies of it): the Replay is in force while tensors are
   unpacked. `saved_tensors_hooks.__enter__` is wrapped for this (`watch`).
 
-Private handles of torch, seen on 2.13: `_is_fwd_grad_enabled`, the engine's call of `ctx.apply`, `CheckpointFunction`.
+Private handles of torch, seen on 2.6 to 2.14: `_is_fwd_grad_enabled`, the engine's call of `ctx.apply`,
+`CheckpointFunction`.
 """
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ import functools
 import sys
 import threading
 import weakref
+from types import CodeType
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -198,9 +200,10 @@ class restored:
 # Switched off inside the forward of a Function, and not by no_grad. Without it, no_grad is taken for such a forward.
 _forward_gradients: Callable[[], bool] = getattr(torch._C, "_is_fwd_grad_enabled", torch.is_grad_enabled)
 _Context: Any = torch.autograd.function.BackwardCFunction
-_apply: Any = getattr(torch.autograd.Function.apply, "__func__", None)
-_APPLY = getattr(_apply, "__code__", None)
+# Function.apply has a frame on the stack while it is written in Python, as it is before torch 2.14.
+_APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
 _ATTRIBUTE = "_flashbias_replay"
+_forwards: Dict[CodeType, bool] = {}
 
 
 def in_function() -> bool:
@@ -238,12 +241,32 @@ def _contexts() -> List[Any]:
     inner, frame = None, sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code is _APPLY and inner is not None:
-            found += _context_in(inner)
-        elif code is _backward.__code__:  # what is further out belongs to the forward of another pass
+        if code is _backward.__code__:  # what is further out belongs to the forward of another pass
             break
+        if _APPLY is not None:
+            forward = inner if code is _APPLY else None
+        else:
+            forward = frame if _is_forward(code) else None
+        if forward is not None:
+            found += [context for context in _context_in(forward) if context not in found]
         inner, frame = frame, frame.f_back  # type: ignore[assignment]
     return found
+
+
+def _is_forward(code: CodeType) -> bool:
+    """Whether that is code of some Function's forward. Looking at other frames' locals would keep these alive."""
+    known = _forwards.get(code)
+    if known is None:
+        codes, classes = set(), [torch.autograd.Function]
+        while classes:
+            cls = classes.pop()
+            classes += cls.__subclasses__()
+            function = cls.forward
+            while function is not None:
+                codes.add(getattr(function, "__code__", None))
+                function = getattr(function, "__wrapped__", None)  # type: ignore[assignment]
+        known = _forwards[code] = code in codes
+    return known
 
 
 def _context_in(frame: Any) -> List[Any]:
@@ -328,7 +351,7 @@ def watch() -> None:
         _watching = True
         saved_tensors_hooks.__enter__ = _enter_watched  # type: ignore[method-assign]
         saved_tensors_hooks.__exit__ = _exit_watched  # type: ignore[method-assign]
-        if _CheckpointFunction is not None and _apply is not None:
+        if _CheckpointFunction is not None:
             _CheckpointFunction.apply = classmethod(_apply_checkpoint)
 
 
@@ -384,7 +407,7 @@ def _apply_checkpoint(cls: Any, function: Any, preserve_rng_state: Any, *args: A
     one tensor that was two arguments as two tensors, and attention of key and value then saves others than before."""
     if torch.is_grad_enabled() and hooked() is None and any(tensor.requires_grad for tensor in _tensors_in_force()):
         return _checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
-    return _apply(cls, function, preserve_rng_state, *args)
+    return super(_CheckpointFunction, cls).apply(function, preserve_rng_state, *args)
 
 
 def _tensors_in_force() -> List[Tensor]:
