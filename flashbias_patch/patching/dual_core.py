@@ -14,13 +14,13 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .. import journal, settings
+from .. import settings
 from ..attention import dispatch, flash_bias_attention
-from ..attention.recovery import errors, replay
+from ..attention.recovery import errors
 from ..attention.selfcheck import undisturbed
-from . import ambient, arguments, generators, route, seams
+from . import arguments, generators, route, seams
 from .arguments import Bias
-from .inner_attention import check_lengths, count_original
+from .inner_attention import check_lengths
 
 NAMES = (("query", "q"), ("key", "k"), ("value", "v"))
 MASKS = ("attn_mask", "attn_bias")
@@ -44,11 +44,7 @@ class DualCoreSeam(seams.CoreSeam):
         sequences = self._sequences(args, kwargs)
         opened = route.current()
         if opened is None:
-            if replay.in_function():
-                replay.current()
-            opened = route.Route(module, ())
-            if ambient.active():
-                own = (*own, *ambient.biases_for(module, arguments.kind_of(module, *sequences[:2])))
+            opened, own = seams.new_route(module, own, *sequences[:2])
         opened.reached = True
         masks = [self.parameters.get(name, args, kwargs) for name in MASKS]
         why = self._unsupported(module, sequences, masks, args, kwargs)
@@ -61,10 +57,7 @@ class DualCoreSeam(seams.CoreSeam):
                 if own or opened.biases or settings.current().strict:
                     raise
                 result = str(error)
-        count_original(self.name, result)
-        opened.unsupported = result
-        if own:
-            journal.unreached(f"{self.name}: attention_bias", result)
+        seams.note_original(self.name, result, opened, own)
         return wrapped(*args, **kwargs)
 
     def _sequences(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tuple[Any, ...]:

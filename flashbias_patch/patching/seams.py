@@ -168,6 +168,23 @@ def _sizes(module: Any, query: Tensor, key: Tensor, bias: Bias) -> Tuple[int, in
 _CORE_PARAMETERS = ("q", "k", "v", "key_padding_mask", "attn_mask", *arguments.BIAS_KEYWORDS)
 
 
+def new_route(module: Any, own: Tuple[Bias, ...], query: Any, key: Any) -> Tuple[Route, Tuple[Bias, ...]]:
+    """The route of a core that no patched outer forward is around, and `own` biases with the ambient ones."""
+    if replay.in_function():
+        replay.current()
+    if ambient.active():
+        own = (*own, *ambient.biases_for(module, arguments.kind_of(module, query, key)))
+    return Route(module, ()), own
+
+
+def note_original(name: str, why: str, opened: Route, own: Tuple[Bias, ...]) -> None:
+    """Record that the core `name` runs its original code, which does not see the biases of this call."""
+    count_original(name, why)
+    opened.unsupported = why
+    if own:
+        journal.unreached(f"{name}: attention_bias", why)
+
+
 class CoreSeam:
     """FlashMHA.forward(q, k, v, key_padding_mask=None): batch first, packed in_proj_weight, returns (out, None)."""
 
@@ -183,11 +200,7 @@ class CoreSeam:
         q, k, v = (parameters.get(name, args, kwargs) for name in ("q", "k", "v"))
         opened = route.current()
         if opened is None:
-            if replay.in_function():
-                replay.current()
-            opened = Route(module, ())
-            if ambient.active():
-                own = (*own, *ambient.biases_for(module, arguments.kind_of(module, q, k)))
+            opened, own = new_route(module, own, q, k)
         opened.reached = True
         why = _unsupported(module, q) or self._unknown_option(args, kwargs)
         if why is None:
@@ -198,10 +211,7 @@ class CoreSeam:
                 if own or opened.biases or settings.current().strict:
                     raise
                 why = str(error)
-        count_original(self.name, why)
-        opened.unsupported = why
-        if own:
-            journal.unreached(f"{self.name}: attention_bias", why)
+        note_original(self.name, why, opened, own)
         return wrapped(*args, **kwargs)
 
     def _unknown_option(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Optional[str]:
