@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from flashbias_patch import flash_bias_attention, settings
 from flashbias_patch.attention.kernels import recompute
 from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias, SquaredDistanceBias
-from tests import stand_ins
+from tests import capabilities, stand_ins
 
 B, M, N, H, D = 2, 7, 13, 2, 16
 
@@ -18,13 +19,16 @@ def autocast(dtype=torch.bfloat16, enabled=True):
     return torch.autocast("cpu", dtype=dtype, enabled=enabled)
 
 
+HALVES = [torch.bfloat16, *[torch.float16] * capabilities.float16_has_autocast()]
+
+
 @contextlib.contextmanager
 def nested():
-    with autocast(torch.float16), autocast(enabled=False), autocast():
+    with autocast(HALVES[-1]), autocast(enabled=False), autocast():
         yield
 
 
-CONTEXTS = {"bfloat16": autocast, "float16": lambda: autocast(torch.float16), "nested": nested}
+CONTEXTS = {**{str(dtype): functools.partial(autocast, dtype) for dtype in HALVES}, "nested": nested}
 FEATURES = ("none", "low rank", "modality", "distance", "dense", "mask", "padding", "dropout")
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import flashbias_patch
 from flashbias_patch.patching import hooks
-from tests import stand_ins
+from tests import capabilities, stand_ins
 
 E, H, B, M, N = 16, 2, 2, 5, 9
 PETR = stand_ins.UTILS + ".petr_transformer"
@@ -275,18 +275,10 @@ def test_two_classes_of_one_name_are_each_patched():
         assert "__wrapped__" not in vars(module.ReturnsFeature.forward)
 
 
-def half_runs_here():
-    try:
-        F.linear(torch.zeros(2, 2).half(), torch.zeros(2, 2).half())
-    except RuntimeError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_the_half_wrapper(training):
     """StreamPETR's inner attention: in half through auto_fp16 when training, in float32 when not."""
-    if training and not half_runs_here():
+    if training and not capabilities.half_runs_here():
         pytest.skip("this torch has no half arithmetic on the CPU")
     with stand_in(("streampetr", PETR, "PETRMultiheadAttention", {"fp16": True})) as module:
         if training:

@@ -145,10 +145,6 @@ def gradients(
     whole = inputs.tensors()
     wanted = [i for i, need in enumerate(needed) if need]
     totals: List[Optional[Tensor]] = [None] * len(whole)
-    for i in wanted:
-        tensor = whole[i]
-        assert tensor is not None
-        totals[i] = torch.zeros_like(tensor, dtype=torch.promote_types(torch.float32, tensor.dtype))
     for start, stop in _chunks(inputs, rows):
         part: List[Any] = cut(inputs, start, stop).tensors()
         for i in wanted:
@@ -159,12 +155,18 @@ def gradients(
         for i, grad in zip(wanted, found):
             if grad is None:
                 continue
-            total, axis = totals[i], AXES[i]
+            tensor, axis = whole[i], AXES[i]
+            assert tensor is not None
+            if totals[i] is None:  # made from the gradient: under vmap it has the gradient's own batch
+                totals[i] = grad.new_zeros(tensor.shape, dtype=torch.promote_types(torch.float32, tensor.dtype))
+            total = totals[i]
             assert total is not None
             if axis is not None and total.shape[axis] == inputs.q.shape[1]:
                 total = total.narrow(axis, start, stop - start)
             total += grad
-    return [None if t is None else t.to(like.dtype) for t, like in zip(totals, whole)]  # type: ignore[union-attr]
+    for i in wanted:  # what no chunk reached
+        totals[i] = torch.zeros_like(whole[i]) if totals[i] is None else totals[i].to(whole[i].dtype)  # type: ignore
+    return totals
 
 
 def _chunks(inputs: AttentionInputs, rows: int) -> List[Tuple[int, int]]:
