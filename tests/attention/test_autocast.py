@@ -76,12 +76,13 @@ def run(feature, context, backward, given_dtype=torch.float32, **options):
         return [out, *torch.autograd.grad(out, leaves, grad)]
 
 
-OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+MATH_PATH = (("dense", "dropout") if VERSION < (2, 13) else ()) + (("mask", "padding") if VERSION < (2, 4) else ())
 
 
 def skip_where_old_sdpa_is_not_float32(backend, feature):
-    """Known gap: autograd of old SDPA's math path, which a dense bias and dropout take, obeys autocast in backward."""
-    if OLD and backend == "sdpa" and feature in ("dense", "dropout"):
+    """Known gap: autograd of old SDPA's math path, which these features take on the CPU, obeys autocast in backward."""
+    if backend == "sdpa" and feature in MATH_PATH:
         pytest.skip("backward inside autocast is in half precision before torch 2.13 (docs/reliability.md)")
 
 
