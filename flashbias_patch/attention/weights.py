@@ -110,7 +110,7 @@ class LazyWeights(Tensor):
         kwargs = kwargs or {}
         # torch's reentrant checkpoint asks each output of a recomputation whether it requires a gradient, and would then
         # differentiate this object.
-        if func in _METADATA or (func is _REQUIRES_GRAD and _graph_task() != -1):
+        if func in _METADATA or (func == _REQUIRES_GRAD and _graph_task() != -1):
             with _without_torch_function():
                 return func(*args, **kwargs)
         return func(*_computed(args), **_computed(kwargs))

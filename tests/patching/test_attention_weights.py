@@ -233,8 +233,6 @@ def test_a_fully_masked_row_is_zero():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_inside_a_checkpoint_of_the_inner_attention(reentrant):
     """Weights that are ignored do no harm. Used, they have the right gradient, or raise."""
-    if reentrant and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-        pytest.skip("known gap: before torch 2.13 this checkpoint raises in backward (docs/reliability.md)")
 
     def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
                 key_padding_mask=None, **kwargs):
