@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -262,6 +263,39 @@ def test_a_closed_pipe_ends_it_quietly(words):
     command = f"{sys.executable} -m flashbias_patch.cli.main {words} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], env=env, text=True, capture_output=True)
     assert done.returncode == 141 and done.stderr == ""
+
+
+@pytest.mark.parametrize("words", ["bench --shapes list", "report nowhere", "ab --help"])
+@pytest.mark.parametrize("end", [">&-", "> /dev/full"])
+def test_standard_output_that_takes_nothing_costs_no_traceback(words, end):
+    env = {**{k: v for k, v in os.environ.items() if not k.startswith("FLASHBIAS_")}, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m flashbias_patch.cli.main {words} {end}"], env=env, text=True,
+                          capture_output=True)
+    assert done.returncode in (0, 2) and len(done.stderr.splitlines()) == done.returncode // 2, done.stderr
+
+
+INTERRUPTS = """
+import signal, sys
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+"""
+
+
+@pytest.mark.parametrize("words, importing", [
+    ("doctor", "argparse"), ("run -- true", "flashbias_patch.cli.bench"), ("tune --show", "torch"),
+    ("report nowhere", "numpy"), ("ab -- true", "flashbias_patch.ab.report"),
+])
+def test_an_interrupt_while_it_starts_is_one_line(tmp_path, words, importing):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTS.format(name=importing))
+    env = {**{k: v for k, v in os.environ.items() if not k.startswith("FLASHBIAS_")},
+           "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-m", "flashbias_patch.cli.main", *words.split()], env=env, cwd=tmp_path, text=True,
+                          capture_output=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    command = "" if words.startswith("-") else " " + words.split()[0]
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"flashbias{command}: interrupted\n")
 
 
 # -- doctor on any tree --------------------------------------------------------------------------------------------------
