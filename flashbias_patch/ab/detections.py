@@ -306,7 +306,8 @@ def sentence(found: Dict[str, Any]) -> str:
         return f"Patched detects the same {pair['matched']} boxes: {within}, every label equal."
     lost = f"{missing} of {pair['samples'] + missing} samples are on one side only; " if missing else ""
     head = "Patched does not detect the same" if word == "differs" else "Patched detects the same within A's own noise"
-    return f"{head}: {lost}{matched}; {within}, {pair['labels_changed']} labels changed."
+    apart = f"; {within}, {pair['labels_changed']} labels changed" if pair["matched"] else ""
+    return f"{head}: {lost}{matched}{apart}."
 
 
 def text(found: Dict[str, Any]) -> str:
@@ -316,16 +317,21 @@ def text(found: Dict[str, Any]) -> str:
     out = []
     for title, side in (("A against B", found["a_b"]), ("A against A", found["a_a"])):
         if side:
-            out.append(
-                f"detections, {title}: {side['matched']} matched, "
-                f"{side['only_a']} and {side['only_b']} unmatched, "
-                f"{side['labels_changed']} labels changed over {side['samples']} samples, "
-                f"{side['missing_a'] + side['missing_b']} samples on one side only; at most: "
-                + ", ".join(f"{name} {value['largest']:.2g}" for name, value in side["differences"].items())
-            )
+            out.append(pair_text(title, side))
     for side, value in found["accuracy"].items():
         out.append(f"  {side}: {_accuracy_line(value)}")
     return "\n".join([*out, *(f"  problem: {p}" for p in found["problems"])])
+
+
+def pair_text(title: str, pair: Dict[str, Any]) -> str:
+    """Counts of a comparison, and the largest differences of boxes that match, if any do."""
+    largest = ", ".join(f"{name} {value['largest']:.2g}" for name, value in pair["differences"].items())
+    at_most = f"; at most: {largest}" if pair["matched"] else ""
+    return (
+        f"detections, {title}: {pair['matched']} matched, {pair['only_a']} and {pair['only_b']} unmatched, "
+        f"{pair['labels_changed']} labels changed over {pair['samples']} samples, "
+        f"{pair['missing_a'] + pair['missing_b']} samples on one side only{at_most}"
+    )
 
 
 def _accuracy_line(value: Dict[str, Optional[Any]]) -> str:

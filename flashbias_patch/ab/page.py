@@ -66,7 +66,8 @@ def headlines(verdict: Verdict) -> List[Dict[str, Any]]:
             else f"parts at step {verdict.first_step}" if word == "differs" and verdict.first_step is not None
             else ", ".join(dict.fromkeys(f.status for f in verdict.failures)) if word == "fails" else word,
             "tone": "good" if fits else tone(word),
-            "lines": [words.parity_line(p).replace("e-", "e\u2011") for p in shown],  # no break in a number
+            # no break in a number
+            "lines": [(words.until_then(verdict) + words.parity_line(p)).replace("e-", "e\u2011") for p in shown],
         }
     )  # fmt: skip
     return cards
@@ -160,15 +161,7 @@ def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
         _lines(
             "Memory",
             "MiB",
-            [
-                (
-                    run,
-                    np.nanmax(np.atleast_2d(run.per_step("memory", held)), axis=0) / 2**20
-                    if run.steps
-                    else np.zeros(0),
-                )
-                for run in runs
-            ],
+            [(run, run.memory(held) / 2**20) for run in runs],
             unit="MiB",
             warmup=warmup,
             note={"cuda": "Peak GPU memory allocated so far.", "rss": "Resident memory of the process."}[

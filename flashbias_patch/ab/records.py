@@ -180,9 +180,9 @@ class Run:
         values = self.per_step("memory", f"{self.memory_kind()}_{of}")
         return float(np.nanmax(values)) if np.isfinite(values).any() else float("nan")
 
-    def memory(self) -> np.ndarray:
-        """(steps,) bytes held at the end of each step, the fullest rank's."""
-        return _reduce(np.nanmax, self.per_step("memory", self.memory_kind()))
+    def memory(self, name: str) -> np.ndarray:
+        """(steps,) bytes that a step's line has under `name` (rss, cuda_peak), the fullest rank's."""
+        return _reduce(np.nanmax, self.per_step("memory", name))
 
     def named(self, section: str) -> Dict[str, np.ndarray]:
         """{name: (steps,)} of a section of names: loss_parts, params, param_grads."""

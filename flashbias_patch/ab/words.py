@@ -186,7 +186,7 @@ def figures(verdict: Verdict) -> List[Figure]:
     if speed is not None:
         rows.append(_figure("time per step, usual", speed, seconds, verdict.speed_word))
         if speed.mean is not None:
-            word = {1: "slower", -1: "faster"}.get(speed.mean.excludes_one, "")
+            word = "" if verdict.failures else {1: "slower", -1: "faster"}.get(speed.mean.excludes_one, "")
             row = _figure("time per step, mean", speed.mean, seconds, word)
             rows.append(row._replace(interval=f"{row.interval} ({MEAN_LEVEL:.0f}%)" if row.interval != "-" else "-"))
     if timing is not None:
@@ -245,4 +245,9 @@ def parity_lines(verdict: Verdict) -> List[str]:
     found += [f"part of the loss, {parity_line(p)}" for p in bad]
     if len(bad) < len(parts):
         found.append(f"{len(parts) - len(bad)} of {len(parts)} parts of the loss: within rounding or noise")
-    return found
+    return [until_then(verdict) + line for line in found]
+
+
+def until_then(verdict: Verdict) -> str:
+    """Before a word on training: beside a failure it holds only for what both sides had recorded."""
+    return "until then, " if verdict.failures else ""

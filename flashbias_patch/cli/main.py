@@ -21,7 +21,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # its descriptor is closed
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     return guarded(next((word for word in words[:1] if word in COMMANDS), ""), lambda: _main(argv))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -50,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
         if args.tensorboard:
             tensorboard.write(experiment, args.tensorboard)
             print(f"TensorBoard: tensorboard --logdir {args.tensorboard}")
-    except (records.NotARecord, report.MissingExtra, OSError) as error:
+    except (records.NotARecord, report.MissingExtra) as error:
         print(f"flashbias report: {error}", file=sys.stderr)
         return 2
     if "-" not in (args.markdown, args.json, args.html):
@@ -66,7 +67,8 @@ def _write(path: str, text: str) -> None:
         return
     folder = os.path.dirname(path)
     if folder:
-        os.makedirs(folder, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # no directory: open() says so, with the whole path
+            os.makedirs(folder, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
     print(f"written: {path}")

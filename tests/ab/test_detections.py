@@ -139,6 +139,16 @@ def test_map_and_nds_by_the_devkit():
     assert accuracy(worse)["NDS"] < perfect["NDS"]
 
 
+def test_nothing_in_common_has_no_differences():
+    a, b = document(samples=1), document(samples=1)
+    for box in b["samples"][0]["boxes"]:
+        box[0] += 500
+    pair = detections.compare(a, b)
+    found = {"a_b": pair, "word": detections.judge(pair, None)}
+    assert detections.sentence(found) == "Patched does not detect the same: 0 boxes in common, 24 not."
+    assert "within" not in detections.pair_text("A against B", pair) and "at most" not in detections.pair_text("", pair)
+
+
 def test_comparison_of_runs(tmp_path):
     runs = []
     for index, label in enumerate("ABA"):

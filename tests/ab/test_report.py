@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -184,6 +185,36 @@ def test_non_finite_values_leave_gaps():
     data = json.loads(re.search(r'id="charts">(.*?)</script>', html_of(experiment), re.DOTALL).group(1))
     series = {s["name"]: s["values"] for s in data[0]["series"]}
     assert series["B2"][20] is None and series["A1"][20] is not None
+
+
+def test_steps_without_figures_leave_gaps_and_no_warning():
+    experiment = synthetic.trial(0, repeats=1, steps=20)
+    for run in experiment.runs:
+        for line in run.processes[0].steps[:12]:
+            line["memory"] = None
+    for line in experiment.runs[1].processes[0].steps:
+        line["memory"] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = html_of(experiment)
+    charts = json.loads(re.search(r'id="charts">(.*?)</script>', text, re.DOTALL).group(1))
+    (memory,) = (chart for chart in charts if chart["title"] == "Memory")
+    assert {s["name"]: [v is None for v in s["values"]] for s in memory["series"]} == {
+        name: [True] * 12 + [False] * 8 for name in ("A1", "A3")}
+
+
+@pytest.mark.parametrize("option", ["--json", "--markdown", "--html", "--tensorboard"])
+def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys, option):
+    from flashbias_patch.ab import tensorboard
+    from flashbias_patch.cli import main
+
+    monkeypatch.setattr(tensorboard, "write", lambda experiment, folder: os.makedirs(folder))
+    (tmp_path / "ab.json").write_text(json.dumps({"command": ["x"], "options": {}, "runs": []}))
+    (tmp_path / "file").write_text("")
+    for path, says in ((tmp_path / "file" / "x", "Not a directory"), (tmp_path, "s a directory|exists")):
+        assert main.main(["report", str(tmp_path), option, str(path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.fullmatch(f"flashbias report: '{path}': .*({says})", line), line
 
 
 def test_long_runs_are_thinned():

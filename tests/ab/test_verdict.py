@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flashbias_patch.ab import words
+from flashbias_patch.ab import page, words
 from flashbias_patch.ab.verdict import FAIL_IF, judge, next_run
 
 from . import synthetic
@@ -63,6 +63,19 @@ def test_a_failed_run_beats_every_word_and_every_condition(status, condition):
     assert verdict.failed and verdict.fails([condition]) == ["fails"] and verdict.parity_word == "fails"
     assert words.sentence(verdict).startswith("Patched ") and "B2" in words.sentence(verdict)
     assert verdict.fails([]) == []
+
+
+def test_beside_a_failure_nothing_is_a_verdict():
+    found = synthetic.trial(0, slowdown=0.3, repeats=1)
+    found.runs[1].status, found.runs[1].message = "crashed", "exit status 1"
+    found.runs[1].processes[0].steps[20]["wall_s"] = 5.0
+    verdict = judge(found)
+    assert {row.word for row in words.figures(verdict)} <= {"", "undecided"}
+    assert all(line.startswith("until then, ") for line in words.parity_lines(verdict))
+    assert page.headlines(verdict)[2]["lines"][0].startswith("until then, ")
+    whole = judge(synthetic.trial(0, slowdown=0.3, repeats=1))
+    assert "slower" in {row.word for row in words.figures(whole)}
+    assert not any("until then" in line for line in words.parity_lines(whole))
 
 
 @pytest.mark.parametrize("label", ["A", "B"])

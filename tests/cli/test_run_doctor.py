@@ -292,8 +292,9 @@ def test_an_interrupt_while_it_starts_is_one_line(tmp_path, words, importing):
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTS.format(name=importing))
     env = {**{k: v for k, v in os.environ.items() if not k.startswith("FLASHBIAS_")},
            "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    done = subprocess.run([sys.executable, "-m", "flashbias_patch.cli.main", *words.split()], env=env, cwd=tmp_path, text=True,
-                          capture_output=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    done = subprocess.run([sys.executable, "-m", "flashbias_patch.cli.main", *words.split()], env=env, cwd=tmp_path,
+                          text=True, capture_output=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     command = "" if words.startswith("-") else " " + words.split()[0]
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"flashbias{command}: interrupted\n")
 
