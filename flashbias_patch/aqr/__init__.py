@@ -12,16 +12,18 @@ if TYPE_CHECKING:
     from .options import Options
     from .router import AdaptiveQueryRouter, Locality, Routing, record_routing
     from .supervision import ModalityDrop, drop_modalities, supervision_loss
+    from .window_router import WindowRouter
 
 _HOMES = {
     "geometry": ("Geometry", "Places", "places", "provide_geometry"),
     "options": ("Options",),
     "router": ("AdaptiveQueryRouter", "Locality", "Routing", "record_routing"),
     "supervision": ("ModalityDrop", "drop_modalities", "supervision_loss"),
+    "window_router": ("WindowRouter",),
 }
 
 __all__ = ["AdaptiveQueryRouter", "Geometry", "Locality", "ModalityDrop", "Options", "Places", "Routing",
-           "drop_modalities", "places", "provide_geometry", "record_routing", "supervision_loss"]
+           "WindowRouter", "drop_modalities", "places", "provide_geometry", "record_routing", "supervision_loss"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import contextvars
-from typing import Any, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Places(NamedTuple):
     valid: Tensor
     lengths: Tuple[int, ...]
     bev: bool  # whether the first frame is the BEV grid
+    grids: Tuple[Tuple[int, int], ...] = ()  # rows and columns of each frame
+    extents: Tuple[Tuple[float, float, float, float], ...] = ()  # of each frame, in units of xy: x, y, width, height
 
     def kinds(self, device: Any) -> Tensor:
         """(F,) long: 0 for the BEV frame, 1 for a camera."""
@@ -47,6 +49,16 @@ class Places(NamedTuple):
             return self.valid
         cameras = self.valid[..., int(self.bev):].any(-1, keepdim=True)
         return torch.cat([self.valid[..., :1], cameras], -1) if self.bev else cameras
+
+    def cells(self) -> Tensor:
+        """(B, M, F, 2) floating whole numbers: row, column of the cell of each query in each frame's grid.
+
+        A query outside a frame has the nearest cell of its edge there; NaN stays NaN.
+        """
+        extents = self.query_xy.new_tensor(self.extents)
+        grids = self.query_xy.new_tensor(self.grids).flip(-1)  # columns, rows
+        cell = ((self.query_xy - extents[:, :2]) / extents[:, 2:] * grids).floor()
+        return torch.minimum(cell.clamp(min=0.0), grids - 1).flip(-1)
 
 
 def provide_geometry(
@@ -94,11 +106,16 @@ def places(
     low, high = (geometry.reference.new_tensor(geometry.pc_range[i:i + 3]) for i in (0, 3))
     points = geometry.reference * (high - low) + low
     query, keys, valid, lengths = [], [], [], []
+    grids: List[Tuple[int, int]] = []
+    extents: List[Tuple[float, float, float, float]] = []
     if bev is not None:
         query.append(points[..., None, :2])
         keys.append(low[:2] + _cells(*bev, points) * (high - low)[:2])
         valid.append(torch.ones_like(points[..., :1], dtype=torch.bool))
         lengths.append(bev[0] * bev[1])
+        x, y, _, end_x, end_y, _ = geometry.pc_range
+        grids.append(bev)
+        extents.append((x, y, end_x - x, end_y - y))
     if views is not None:
         if geometry.lidar2img is None or geometry.img_shape is None or geometry.lidar2img.shape[1] != views[0]:
             got = "none" if geometry.lidar2img is None else geometry.lidar2img.shape[1]
@@ -110,10 +127,13 @@ def places(
         cells = _cells(views[1], views[2], points) * points.new_tensor((1.0, height / width))
         keys.append(cells.repeat(views[0], 1))
         lengths += [views[1] * views[2]] * views[0]
+        grids += [views[1:]] * views[0]
+        extents += [(0.0, 0.0, 1.0, height / width)] * views[0]
     batch = max(part.shape[0] for part in query)
     return Places(
         torch.cat([part.expand(batch, -1, -1, -1) for part in query], 2), torch.cat(keys)[None],
         torch.cat([part.expand(batch, -1, -1) for part in valid], 2), tuple(lengths), bev is not None,
+        tuple(grids), tuple(extents),
     )
 
 

@@ -7,10 +7,22 @@ from typing import Any, Dict, NamedTuple, Optional
 
 from .. import settings
 
+MODALITY, WINDOW = "modality", "window"
+# Options with a fixed set of values.
 PER = ("scalar", "head", "layer")
+CAMERA_WINDOWS = ("first", "all")
+CHOICES = {"bias": (MODALITY, WINDOW), "per": PER, "camera_windows": CAMERA_WINDOWS}
+# bias -> options that have no meaning for the other one
+ONLY = {
+    MODALITY: ("cameras", "locality", "eps"),
+    WINDOW: ("window", "lidar_window", "gaussian", "camera_windows", "min_scale", "max_scale"),
+}
+INIT_BIAS_SCALE = {MODALITY: 1.0, WINDOW: 2.5}
 # option -> least, largest, the same in words
 NUMBERS = {
     "init_bias_scale": (-math.inf, math.inf, "a finite number"),
+    "min_scale": (0.0, math.inf, "a finite number of at least 0"),
+    "max_scale": (0.0, math.inf, "a finite number of at least 0"),
     "drop": (0.0, 1.0, "a number from 0 to 1"),
     "supervision": (0.0, math.inf, "a finite number of at least 0"),
 }
@@ -20,14 +32,21 @@ class Options(NamedTuple):
     """What `aqr=dict(enable=True, ...)` may hold."""
 
     enable: bool = False
+    bias: str = MODALITY
     per: str = "scalar"
-    init_bias_scale: float = 1.0
+    init_bias_scale: float = INIT_BIAS_SCALE[MODALITY]  # `read` has the default of the given bias
     cameras: Optional[int] = None  # camera segments: 1 = all as one, V = one each; None: as the transformer has it
     locality: Any = False
     hidden_dims: Optional[int] = None
     eps: float = 1e-6
     drop: float = 0.0  # probability of dropping a sensor, in training
     supervision: float = 0.0  # weight of the cross entropy against the dropped sensor
+    window: int = 15  # cells along the edge of a window in a camera, and on the BEV grid
+    lidar_window: Optional[int] = None  # on the BEV grid where it is another number
+    gaussian: Optional[float] = None  # sigma of the profile in cells; None or False: a box
+    camera_windows: str = "first"  # a window in the first camera that sees the query, or in "all" that do
+    min_scale: float = 0.5  # bias_scale is clamped to [min_scale, max_scale]
+    max_scale: float = 5.0
 
 
 def read(given: Any, source: str = "aqr") -> Options:
@@ -47,22 +66,48 @@ def read(given: Any, source: str = "aqr") -> Options:
     if not isinstance(options.enable, int) or options.enable not in (0, 1):
         raise TypeError(f"{source}.enable: expected True or False, got {options.enable!r}")
     options = options._replace(enable=bool(options.enable))
-    if options.per not in PER:
-        near_per = settings.nearest(str(options.per), PER)
-        raise ValueError(f"{source}.per: expected one of {', '.join(PER)}, got {options.per!r}"
-                         + (f"; the nearest is {near_per!r}" if near_per else ""))
+    for name, choices in CHOICES.items():
+        value = getattr(options, name)
+        if value not in choices:
+            nearest = settings.nearest(str(value), choices)
+            raise ValueError(f"{source}.{name}: expected one of {', '.join(choices)}, got {value!r}"
+                             + (f"; the nearest is {nearest!r}" if nearest else ""))
+    if "init_bias_scale" not in given:
+        options = options._replace(init_bias_scale=INIT_BIAS_SCALE[options.bias])
+    if options.gaussian is False:
+        options = options._replace(gaussian=None)
     for name, (low, high, words) in NUMBERS.items():
         value = getattr(options, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{source}.{name}: expected a number, got {value!r}")
         if not math.isfinite(value) or not low <= value <= high:
             raise ValueError(f"{source}.{name}: expected {words}, got {value!r}")
-    for name, least in (("cameras", 0), ("hidden_dims", 1)):
+    for name, least in (("cameras", 0), ("hidden_dims", 1), ("lidar_window", 1)):
         value = getattr(options, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{source}.{name}: expected an integer or None, got {value!r}")
         if value is not None and value < least:
             raise ValueError(f"{source}.{name}: expected an integer of at least {least}, got {value!r}")
+    return _checked(options, source)
+
+
+def _checked(options: Options, source: str) -> Options:
+    """What options say of each other."""
+    for bias, names in ONLY.items():
+        for name in names:
+            if bias != options.bias and getattr(options, name) != Options._field_defaults[name]:
+                raise ValueError(f"{source}.{name}: an option of bias={bias!r}, got bias={options.bias!r}")
+    if isinstance(options.window, bool) or not isinstance(options.window, int) or options.window < 1:
+        raise ValueError(f"{source}.window: expected an integer of at least 1, got {options.window!r}")
+    sigma = options.gaussian
+    if sigma is not None:
+        if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
+            raise TypeError(f"{source}.gaussian: expected False or the width sigma in cells, got {sigma!r}")
+        if not 0.0 < sigma < math.inf:
+            raise ValueError(f"{source}.gaussian: expected a positive width sigma in cells, got {sigma!r}")
+    if options.bias == WINDOW and not options.min_scale <= options.init_bias_scale <= options.max_scale:
+        raise ValueError(f"{source}.init_bias_scale: expected a number from min_scale to max_scale, "
+                         f"{options.min_scale!r} to {options.max_scale!r}, got {options.init_bias_scale!r}")
     return options
 
 

@@ -156,25 +156,42 @@ class AdaptiveQueryRouter(nn.Module):
                 logits = logits + hidden @ content.transpose(1, 2) * hidden.shape[-1] ** -0.5
             if places is not None:
                 logits = logits + places.visible(self.num_segments).float() * self.visible_gain.float()
-            routing = Routing(logits, logits.softmax(-1), places)
+            routing = Routing(logits, self._weights(logits), places)
         seen = _recorder.get()
         if seen is not None and torch._C._current_graph_task_id() == -1:  # not in a recomputation
             seen.append(Routing(logits.detach(), routing.weights.detach(), places))
         return routing
+
+    def _weights(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)
+
+    @property
+    def needs_places(self) -> bool:
+        """Whether `bias` needs to know where the queries are."""
+        return self.locality_raw is not None
+
+    def biases(self, routing: Routing, segments: Sequence[int]) -> List[Tuple[AttentionBias, Optional[Tuple[int, ...]]]]:
+        """Each bias with the layers that it is for, None: all."""
+        if self.per != "layer":
+            return [(self.bias(routing, segments), None)]
+        return [(self.bias(routing, segments, layer), (layer,)) for layer in range(len(self.bias_scale))]
+
+    def _scale(self, layer: Optional[int]) -> Tensor:
+        """bias_scale of all layers or of one, float32: (1,) or (H,)."""
+        if (layer is None) == (self.per == "layer"):
+            raise ValueError(f"layer: expected an index with per='layer' and None otherwise, got {layer!r} "
+                             f"with per={self.per!r}")
+        scale = (self.bias_scale if layer is None else self.bias_scale[layer]).float()
+        return scale if self.per == "head" else scale.reshape(1)
 
     def bias(self, routing: Routing, segments: Sequence[int], layer: Optional[int] = None) -> AttentionBias:
         """The bias over keys whose S segments have these lengths; `layer` picks its scale with per="layer".
 
         (B|1, H|1, M, N): rank S, exact, and 4 more ranks a frame (BEV, each camera) with locality.
         """
-        if (layer is None) == (self.per == "layer"):
-            raise ValueError(f"layer: expected an index with per='layer' and None otherwise, got {layer!r} "
-                             f"with per={self.per!r}")
+        scale = self._scale(layer)
         if len(segments) != self.num_segments:
             raise ValueError(f"segments: expected {self.num_segments} lengths, got {tuple(segments)}")
-        scale = (self.bias_scale if layer is None else self.bias_scale[layer]).float()
-        if self.per != "head":
-            scale = scale.reshape(1)
         log_weights = (routing.weights + self.eps).log()
         modality = ModalityBias(log_weights.unsqueeze(2) * scale[:, None], segments)
         if self.locality_raw is None:

@@ -18,6 +18,7 @@ from . import config_options
 
 KEYS = ("aqr", "enable_aqr", "attention_bias", "attn_bias")
 FLASH_CLASSES = ("PETRMultiheadFlashAttention",)
+HANDING_OVER = ("Cmt",)  # transformers whose heads tell where the queries are
 EMBED_DIMS, NUM_HEADS = 8, 2  # of the router that is built to check its options; no option depends on them
 
 
@@ -213,7 +214,12 @@ def _router(node: Dict[str, Any], name: Any, known: Dict[str, Any], num_layers: 
                                   num_layers=layers)
     except (TypeError, ValueError) as error:
         return Router(f"an error: {error}")
-    return Router(f"aqr is built ({source}), its bias goes to every cross attention", True, given is None)
+    what = "its bias goes to every cross attention"
+    if options.bias == aqr_options.WINDOW:
+        what = "its windows go to every cross attention"
+        if not name.startswith(HANDING_OVER):
+            what += "; its head needs flashbias_patch.aqr.provide_geometry(...) before the transformer is called"
+    return Router(f"aqr is built ({source}), {what}", True, given is None)
 
 
 def left_out(name: str) -> str:

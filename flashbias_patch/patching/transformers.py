@@ -19,12 +19,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import aqr, journal
 from ..aqr import options as aqr_options
 from ..aqr.geometry import Places, places, take_geometry
-from ..aqr.router import AdaptiveQueryRouter, Routing
+from ..aqr.options import ONLY, WINDOW
+from ..aqr.router import AdaptiveQueryRouter
+from ..aqr.window_router import WindowRouter
 from ..attention.recovery import replay
 from . import ambient
 from .arguments import Parameters
 
 KEY = "aqr"
+BOTH = ("per", "hidden_dims", "init_bias_scale")  # options of every router
 PETR_CAMERAS = 6  # nuScenes; how many there are is only seen in forward, and a router is built before
 
 # What a module is being constructed, or run, by one of these wrappers: an inner call of the same one passes through.
@@ -66,6 +69,7 @@ class Layout(NamedTuple):
     keys: Callable[[Callable[[str], Any]], Keys]
     lidar: bool = False  # the first segment is the lidar BEV
     cameras: int = 0  # camera segments unless the options say otherwise
+    grid: bool = True  # whether rows and columns of the keys are known
 
 
 LAYOUTS: Dict[str, Layout] = {
@@ -75,7 +79,7 @@ LAYOUTS: Dict[str, Layout] = {
     "PETRTransformer": Layout("query_embed", lambda get: Keys(len(get("x")), cameras=get("x")), cameras=PETR_CAMERAS),
     "PETRDNTransformer": Layout("query_embed", lambda get: Keys(len(get("x")), cameras=get("x")), cameras=PETR_CAMERAS),
     "PETRTemporalTransformer": Layout("query_pos", lambda get: Keys(len(get("memory")), flat=get("memory")),
-                                      cameras=PETR_CAMERAS),
+                                      cameras=PETR_CAMERAS, grid=False),
 }
 
 
@@ -115,26 +119,37 @@ class ConstructorSeam:
 def build_router(name: str, layout: Layout, options: aqr.Options, **sizes: Any) -> AdaptiveQueryRouter:
     """The router of a transformer class `name`; ValueError names an option that does not fit it. sizes: embed_dims,
     num_heads and num_layers."""
+    windows = options.bias == WINDOW
     cameras = layout.cameras if options.cameras is None else options.cameras
     if not layout.lidar and not cameras or not layout.cameras and cameras:
         raise ValueError(f"aqr.cameras: {cameras} does not fit {name}")
+    if windows and not layout.grid:
+        raise ValueError(f"aqr.bias: 'window' needs rows and columns of the keys, which {name} is not given; "
+                         "use bias='modality'")
+    if windows:
+        cameras = min(layout.cameras, 1)  # one weight for all cameras
     segments = int(layout.lidar) + cameras
     if (options.drop or options.supervision) and not (layout.lidar and cameras):
         raise ValueError(f"aqr.drop and aqr.supervision need lidar and cameras; {name} has one of them")
     if options.supervision and not options.drop:
         raise ValueError("aqr.supervision: needs aqr.drop > 0, it is the dropped sensor that it teaches")
-    if segments == 1 and not options.locality:
-        journal.once((name, "one segment"), "warning",
-                     "aqr: %s has one segment, a bias that is the same for all its keys does nothing; "
-                     "set locality=True", name)
-    router = AdaptiveQueryRouter(
-        num_segments=segments, per=options.per, hidden_dims=options.hidden_dims, init_bias_scale=options.init_bias_scale,
-        locality=options.locality, eps=options.eps, **sizes,
-    )
+    if windows:
+        router: AdaptiveQueryRouter = WindowRouter(
+            num_segments=segments, **{name: getattr(options, name) for name in (*BOTH, *ONLY[WINDOW])}, **sizes
+        )
+    else:
+        if segments == 1 and not options.locality:
+            journal.once((name, "one segment"), "warning",
+                         "aqr: %s has one segment, a bias that is the same for all its keys does nothing; "
+                         "set locality=True", name)
+        router = AdaptiveQueryRouter(
+            num_segments=segments, locality=options.locality, eps=options.eps,
+            **{name: getattr(options, name) for name in BOTH}, **sizes,
+        )
     if options.drop:
         router.drop = aqr.ModalityDrop(options.drop, torch.initial_seed(), journal.rank())
     router.supervision = float(options.supervision)
-    journal.once((name, "router"), "info", "aqr: %s has a router over %d segments", name, segments)
+    journal.once((name, "router"), "info", "aqr: %s has a router over %d segments (bias=%r)", name, segments, options.bias)
     return router
 
 
@@ -194,7 +209,7 @@ class TransformerSeam:
         token = _running.set(module)
         try:
             with contextlib.ExitStack() as stack:
-                for bias, layers in _biases(router, routing, segments):
+                for bias, layers in router.biases(routing, segments):
                     stack.enter_context(ambient.attention_bias(bias, "cross", layers))
                 return wrapped(*args, **kwargs)
         finally:
@@ -233,14 +248,6 @@ def _draw(drop: aqr.ModalityDrop, batch: int) -> List[Optional[str]]:
             "recomputation could not drop the same; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
         )
     return replay.once(lambda: drop.draw(batch))  # type: ignore[no-any-return]
-
-
-def _biases(
-    router: AdaptiveQueryRouter, routing: Routing, segments: Tuple[int, ...]
-) -> List[Tuple[Any, Optional[Tuple[int, ...]]]]:
-    if router.per != "layer":
-        return [(router.bias(routing, segments), None)]
-    return [(router.bias(routing, segments, layer), (layer,)) for layer in range(len(router.bias_scale))]
 
 
 def _segments(keys: Keys, wanted: int, layout: Layout, name: str) -> Tuple[int, ...]:
@@ -312,7 +319,7 @@ class QueryEmbedSeam:
 
     def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
         router = router_of(module)
-        if router is not None and router.locality_raw is not None:
+        if router is not None and router.needs_places:
             points = args[0] if args else kwargs["ref_points"]
             metas = args[1] if len(args) > 1 else kwargs["img_metas"]
             matrices = shape = None

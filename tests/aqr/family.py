@@ -165,10 +165,11 @@ def inputs(name, seed=0):
     }[name]
 
 
-def geometry(seed=0):
-    """reference (B, M, 3) and metas as a CMT head gets them: V cameras looking along the axes."""
+def geometry(seed=0, focal=20.0):
+    """reference (B, M, 3) and metas as a CMT head gets them: V cameras looking along the axes, which overlap where the
+    focal length is below 15."""
     torch.manual_seed(seed)
-    focal, size = 20.0, (20, 30)
+    size = (20, 30)
     turns = ([[0, -1, 0], [0, 0, -1], [1, 0, 0]], [[0, 1, 0], [0, 0, -1], [-1, 0, 0]],
              [[1, 0, 0], [0, 0, -1], [0, 1, 0]])
     intrinsics = torch.tensor([[focal, 0, size[1] / 2], [0, focal, size[0] / 2], [0, 0, 1.0]])

@@ -18,6 +18,7 @@ OPTIONS = {
     "locality": dict(locality=True),
     "drop": dict(drop=0.7, supervision=0.5),
     "drop, locality": dict(drop=0.7, supervision=0.5, locality=True, cameras=family.V),
+    "drop, windows": dict(drop=0.7, supervision=0.5, bias="window", window=3, camera_windows="all", per="layer"),
 }
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -86,7 +87,7 @@ def train(head, steps=2):
 
 
 @pytest.mark.parametrize("kind, place, options", [
-    pytest.param(*case, marks=() if case[2] == "drop, locality" else pytest.mark.slow)
+    pytest.param(*case, marks=() if case[2].startswith("drop, ") else pytest.mark.slow)
     for case in itertools.product(KINDS, PLACES, OPTIONS)
 ])
 def test_as_without_a_checkpoint(claimed, kind, place, options):

@@ -101,6 +101,13 @@ FORMS = {
     "enabled misspelt": ("aqr=dict(enabled=True)", None, ()), "unknown key": ("aqr=dict(enable=True, sale=1)", None, ()),
     "a string": ("aqr='on'", None, ()), "a bad value": ("aqr=dict(enable=True, per='banana')", None, ()),
     "cameras": ("aqr=dict(enable=True, cameras=0)", None, ()),
+    "windows": ("aqr=dict(enable=True, bias='window', window=7)", None, ()),
+    "windows by variable": ("", "bias=window,lidar_window=9,gaussian=2.5,camera_windows=all", ()),
+    "windows by option": ("", None, ["aqr.enable=True", "aqr.bias=window", "aqr.per=layer", "aqr.gaussian=3"]),
+    "windows misspelt": ("aqr=dict(enable=True, bias='windows')", None, ()),
+    "windows with an option of modality": ("aqr=dict(enable=True, bias='window', locality=True)", None, ()),
+    "window without windows": ("aqr=dict(enable=True, window=7)", None, ()),
+    "scale beyond its bounds": ("aqr=dict(enable=True, bias='window', init_bias_scale=9.0)", None, ()),
     "drop alone": ("aqr=dict(enable=True, supervision=1.0)", None, ()),
     "None": ("aqr=None", "1", ()), "variable": ("", "1", ()), "variable off": ("", "off", ()),
     "variable with options": ("", "per=head,cameras=2", ()), "variable with a mistake": ("", "par=head", ()),
@@ -156,6 +163,16 @@ def test_doctor_agrees_with_a_run(written, monkeypatch, installed, form):
         return
     assert ("is built" in said) == built, said
     assert any(switch["on"] for switch in report["switches"]) == built
+
+
+@pytest.mark.parametrize("name, said", [
+    ("CmtTransformer", "its windows go to every cross attention"),
+    ("PETRTransformer", "needs flashbias_patch.aqr.provide_geometry"),
+    ("PETRTemporalTransformer", "an error: aqr.bias: 'window' needs rows and columns of the keys"),
+])
+def test_windows_say_what_a_class_needs(written, name, said):
+    path = written(f"transformer = dict(type='{name}', decoder=dict(type='D'), aqr=dict(enable=True, bias='window'))")
+    assert said in config_check.check(path)["transformers"][0]["router"]
 
 
 @pytest.mark.parametrize("text, on", [("per=head", True), ("0", False), ("par=head", False)])
