@@ -9,7 +9,7 @@ DEMO ?= runs/demo
 CORE := tests/attention tests/bias tests/chaos tests/family tests/kernels tests/patching
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-slow test-openmmlab test-py38 test-torch test-triton lint package clean
+.PHONY: help demo test test-slow test-openmmlab test-py38 test-torch test-triton lint package docs clean
 
 help:
 	@echo "make demo            unpatched against patched: trains examples/mini_cmt both ways, writes $(DEMO)/report.html"
@@ -19,17 +19,24 @@ help:
 	@echo "make test-py38       the core under Python 3.8, torch 2.1 and wrapt 1.14"
 	@echo "make test-torch      the core under torch 2.6 (Python 3.13) and the newest"
 	@echo "make test-triton     the kernels compiled by several versions of Triton, without a GPU"
-	@echo "make lint            ruff and mypy"
-	@echo "make package         wheel and sdist, installed in a fresh environment and smoke-tested"
+	@echo "make lint            ruff, mypy and the import contract"
+	@echo "make package         wheel and sdist, checked, installed in a fresh environment and smoke-tested"
+	@echo "make docs            the site, into site/: fails on a dead link or an undocumented public name"
 
 $(VENV)/ready: setup.py
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -e ".[demo,test,lint]" triton
-	touch $@
+	@echo "Setting up $(VENV), once: 2 to 10 minutes, most of it for the download of PyTorch. 1 of 4: a new environment"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	@echo "2 of 4: $(TORCH)"
+	@$(BIN)/pip install --disable-pip-version-check $(TORCH)
+	@echo "3 of 4: this package, and what its tests and its demo need"
+	@$(BIN)/pip install --quiet -e ".[demo,test,lint]"
+	@echo "4 of 4: Triton"
+	@$(BIN)/pip install --quiet triton
+	@touch $@
 
 demo: $(VENV)/ready
+	@echo "Demo: examples/mini_cmt is trained four times for 40 steps: 2 to 5 minutes on two cores"
 	$(if $(filter runs/demo,$(DEMO)),rm -rf runs/demo)
 	$(BIN)/flashbias ab --repeats 1 --steps 40 --warmup 8 --out $(DEMO) -- \
 		$(BIN)/python examples/mini_cmt/tools/train.py --steps 40 --dropout 0 --no-cp $(if $(FRAME),--frame $(FRAME))
@@ -61,9 +68,19 @@ test-torch:
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tools/check_imports.py
 
 package: $(VENV)/ready
 	tools/check_package.sh $(BIN)/python
 
+# An environment of its own, without PyTorch: the reference is read from the source.
+.venv-docs/ready: setup.py
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
+
+docs: .venv-docs/ready
+	FLASHBIAS_PATCH=0 NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) .venv-openmmlab .venv-triton build dist *.egg-info runs
+	rm -rf $(VENV) .venv-docs .venv-openmmlab .venv-triton build dist site *.egg-info runs

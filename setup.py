@@ -2,14 +2,35 @@
 import pathlib
 import re
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(
-    r'^__version__ = "([^"]+)"', (ROOT / "flashbias_patch" / "__init__.py").read_text(), re.MULTILINE
+    r'^__version__ = "([^"]+)"', (ROOT / "flashbias_patch" / "_version.py").read_text(), re.MULTILINE
 ).group(1)
 
 REPORT = ["rich>=12", "jinja2>=3", "numpy", "scipy"]
+TEST = REPORT + ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis", "opencv-python-headless", "matplotlib",
+                 "tensorboard"]
+LINT = ["ruff", "mypy"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
+
+# What README.md links to, beside the package: a wheel puts it into share/doc/flashbias-patch of the environment.
+DOCUMENTS = ("LICENSE", "*.md", "CITATION.cff", "docs/**/*.md", "docs/**/*.png", "docs/**/*.svg",
+             "sitecustomize_example/*", "examples/**/*.md", "examples/**/*.py", "examples/**/*.sh",
+             "benchmarks/results/order_h200.json")
+
+
+def documents():
+    """(folder in the environment, files) for each folder that holds one of DOCUMENTS."""
+    folders = {}
+    for pattern in DOCUMENTS:
+        for path in sorted(ROOT.glob(pattern)):
+            if path.is_file() and path.suffix != ".pyc":
+                place = path.relative_to(ROOT)
+                folders.setdefault(pathlib.PurePosixPath("share/doc/flashbias-patch", place.parent), []).append(place)
+    return [(str(folder), [str(place) for place in places]) for folder, places in folders.items()]
+
 
 setup(
     name="flashbias-patch",
@@ -19,24 +40,27 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.8",
-    packages=find_packages(include=["flashbias_patch", "flashbias_patch.*"]) + ["flashbias_patch.bootstrap"],
-    include_package_data=True,
-    package_data={"flashbias_patch": ["py.typed"], "flashbias_patch.ab": ["templates/*"]},
+    packages=find_namespace_packages(include=["flashbias_patch", "flashbias_patch.*"], exclude=["*.__pycache__"]),
+    package_data={"flashbias_patch": ["py.typed"], "flashbias_patch.ab.templates": ["*.j2", "*.js", "*.css"]},
+    data_files=documents(),
     install_requires=["wrapt>=1.14"],
     extras_require={
-        "triton": ["triton>=3.0"],
-        "fa4": ["flash-attn-4>=4.0.0b36; python_version>='3.10'"],
-        "report": REPORT,
-        "tensorboard": ["tensorboard"],
-        "nuscenes": ["nuscenes-devkit"],
-        "demo": REPORT + ["opencv-python-headless"],
-        "test": REPORT + ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis",
-                          "opencv-python-headless", "matplotlib", "tensorboard"],
-        "lint": ["ruff", "mypy"],
+        "triton": ["triton>=3.0"],  # the fused kernel, where torch came without Triton
+        "fa4": ["flash-attn-4>=4.0.0b36; python_version>='3.10'"],  # FlashAttention-4 as a further backend
+        "report": REPORT,  # `flashbias ab`: tables and HTML reports
+        "tensorboard": ["tensorboard"],  # export of reports and of the parameter monitor
+        "nuscenes": ["nuscenes-devkit"],  # mAP and NDS in `flashbias ab --eval`
+        "demo": REPORT + ["opencv-python-headless"],  # examples/mini_cmt
+        "test": TEST,
+        "lint": LINT,
+        "docs": DOCS,
+        "dev": TEST + LINT + ["pre-commit"],
     },
     entry_points={"console_scripts": ["flashbias = flashbias_patch.cli.main:main"]},
     classifiers=[
-        "License :: OSI Approved :: MIT License",
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",

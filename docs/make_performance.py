@@ -1,4 +1,4 @@
-"""Writes docs/performance.md, and README.md's table, from benchmarks/results/*.json: no figure is typed by hand.
+"""Writes docs/performance.md, and the figures of both READMEs, from benchmarks/results/*.json: none is typed by hand.
 
     python docs/make_performance.py [--check]
 """
@@ -48,7 +48,7 @@ def real_cmt_rows() -> List[List[str]]:
     runs, others = ({run["name"]: run for run in merged(load(name)["runs"])}
                     for name in ("real_cmt_h200", "real_cmt_again_h200"))
     words = {
-        "A fp32": "unpatched", "B fp32": "patched, float32-grade",
+        "A fp32": "unpatched", "B fp32": "patched, float32",
         "B fp32 dtype=fp16": "patched, `FLASHBIAS_DTYPE=fp16`",
         "B flash": "patched, `PETRMultiheadFlashAttention`", "A fp32 cp": "unpatched, checkpointing",
         "B fp32 dtype=fp16 cp": "patched, checkpointing, `FLASHBIAS_DTYPE=fp16`",
@@ -60,21 +60,30 @@ def real_cmt_rows() -> List[List[str]]:
         rows.append([
             word, *(cell for each in (runs, others)
                     for cell in (f"{each[name]['step_s']:.3f}", ratio(each[name], each[against]))),
-            f"{run['peak_MiB']:.0f}", f"{run['peak_MiB'] / base['peak_MiB']:.2f}x", f"{run['losses'][-1]:.1f}",
+            f"{run['peak_MiB']:.0f}", f"{run['peak_MiB'] / base['peak_MiB']:.2f}x",
         ])
     return rows
 
 
 def real_head() -> List[str]:
-    steps = len(next(run for run in load("real_cmt_h200")["runs"] if run["name"] == "A fp32")["losses"])
-    return ["CMT camera, 1600x640, batch 2", "s/step", "time", "other machine, s/step", "time", "peak MiB", "memory",
-            f"loss, step {steps}"]
+    return ["CMT camera, 1600x640, batch 2", "s/step", "time", "other machine, s/step", "time", "peak MiB", "memory"]
+
+
+def how_to_read(page: str) -> str:
+    """Notes under the table: precision, and what dropout means for losses and memory. `page`: in front of an anchor."""
+    runs = {run["name"]: run for run in merged(load("real_cmt_h200")["runs"])}
+    bare, patched, without = runs["A fp32"], runs["B fp32"], (runs["A fp32 drop0"], runs["B fp32 drop0"])
+    return ("`float32`: results have the error of PyTorch's own float32. Losses are not in this table: attention dropout "
+            "draws other random numbers in every run, so that losses differ; they are compared without dropout under "
+            f"[Parity]({page}#parity). Memory is {patched['peak_MiB'] / bare['peak_MiB']:.2f}x with dropout and "
+            f"{without[1]['peak_MiB'] / without[0]['peak_MiB']:.2f}x without, because the unpatched model also stores "
+            f"dropout masks ({bare['peak_MiB']:.0f} MiB with, {without[0]['peak_MiB']:.0f} MiB without).")
 
 
 def real_cmt() -> List[str]:
-    return ["## The real CMT", "", load("real_cmt_h200")["detector"] + ". Attention dropout 0.1, so that loss curves "
-            "part by the random draw. Ratios are to the unpatched run above each.", "",
-            *table(real_head(), real_cmt_rows()), source("real_cmt_h200"), "",
+    return ["## The real CMT", "", load("real_cmt_h200")["detector"] + ". Attention dropout 0.1. Ratios are to the "
+            "unpatched run above each.", "",
+            *table(real_head(), real_cmt_rows()), how_to_read(""), "", source("real_cmt_h200"), "",
             "The other machine's host was faster, and what a step's launches cost weighs on the patched runs most. "
             + source("real_cmt_again_h200"), "",
             *every_run(), *parity(), *batches(), *profiles(), *family()]
@@ -425,8 +434,9 @@ def performance() -> str:
     return "\n".join([*lines, *(line for section in sections for line in section())])
 
 
-def readme() -> str:
-    text = (ROOT / "README.md").read_text()
+def readme(name: str = "README.md") -> str:
+    """README.md, or a translation of it, with the table and the sentences that the JSON files give."""
+    text = (ROOT / name).read_text(encoding="utf-8")
     before, _, rest = text.partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     from flashbias_patch.ab.result import says
@@ -441,18 +451,20 @@ def readme() -> str:
         for size in ("1600x640", "800x320"))
     batch = ("**The largest batch that fits, unpatched -> patched** with `FLASHBIAS_DTYPE=fp16` "
              f"([times](docs/performance.md#the-largest-batch-that-fits)): {fits}.")
-    measured = "\n".join([*table(real_head(), real_cmt_rows()), batch, "", verdict])
+    notes = how_to_read("docs/performance.md")
+    measured = "\n".join([*table(real_head(), real_cmt_rows()), notes, "", batch, "", verdict])
     return f"{before}{MARKS[0]}\n{measured}\n{MARKS[1]}{after}"
 
 
 def main() -> int:
-    wanted = {ROOT / "docs" / "performance.md": performance(), ROOT / "README.md": readme()}
-    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    wanted = {ROOT / "docs" / "performance.md": performance(),
+              **{ROOT / name: readme(name) for name in ("README.md", "README.zh-CN.md")}}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv:
         print("\n".join(f"{path.name} is not what its JSON files say: run docs/make_performance.py" for path in stale))
         return 1 if stale else 0
     for path, text in wanted.items():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -4,6 +4,7 @@ unless FLASHBIAS_PATCH is 0, false, off, no, none or disabled. Imports neither t
 from __future__ import annotations
 
 from . import journal, settings
+from ._version import __version__
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from .patching.ambient import attention_bias
     from .patching.hooks import install, uninstall
     from .status import status
-
-__version__ = "0.1.0"
 
 # Public name -> where it lives. Loaded on first use (PEP 562), so that importing this package stays cheap.
 _FUNCTIONS = {

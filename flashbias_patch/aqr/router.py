@@ -249,6 +249,7 @@ class AdaptiveQueryRouter(nn.Module):
                 error_msgs.append(f"{prefix}{EXTRA}: {error}")
 
     def extra_repr(self) -> str:
+        """The options that differ between routers, for `print(model)`."""
         locality = "" if self.locality_raw is None else ", locality"
         return f"{self.embed_dims}, segments={self.num_segments}, per={self.per!r}{locality}"
 

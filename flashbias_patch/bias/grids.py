@@ -68,6 +68,7 @@ class WindowMaskParts(NamedTuple):
 
     @property
     def place(self) -> Tuple[object, ...]:
+        """What must be equal (centres by `same_tensor`) for two masks to be one."""
         return self.frames, self.sides
 
 

@@ -122,6 +122,7 @@ class WindowBias(_Windows):
         return self.frames, self.sides, self.sigmas
 
     def windows(self) -> WindowParts:
+        """The weights, centres and grids, as attention reads them."""
         return WindowParts(self.weights, self.centres, self.frames, self.sides, self.sigmas)
 
     def parts(self) -> BiasParts:
@@ -164,6 +165,7 @@ class WindowMask(_Windows):
         return batch, 1, queries, key_count(self.frames)
 
     def windows(self) -> WindowMaskParts:
+        """The centres and grids, as attention reads them."""
         return WindowMaskParts(self.centres, self.frames, self.sides)
 
     def parts(self) -> BiasParts:

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_at_least(int, 1),
         default=2,
         metavar="R",
-        help="runs of each side, in the order A B B A A B ... (default 2; 1 adds one A for A/A)",
+        help="runs of each side, in the order A B B A A B ... (default 2; with 1, a second A is run to compare A with A)",
     )
     parser.add_argument(
         "--steps",

@@ -40,7 +40,7 @@ def here() -> Tuple[str, str, str]:
     import torch
     import triton
 
-    from ... import __version__
+    from ..._version import __version__
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return gpu, triton.__version__, __version__
