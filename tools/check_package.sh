@@ -15,7 +15,8 @@ if grep -i -A 12 "warning: package\|deprecat\|absent from" "$WORK/build.log"; th
     exit 1
 fi
 "$WORK/tools/bin/twine" check --strict "$WORK"/dist/*
-"$WORK/tools/bin/check-wheel-contents" --toplevel flashbias_patch "$WORK"/dist/*.whl
+# W002, duplicate files: the licence and the example sitecustomize.py lie in share/doc, too, where README.md points to.
+"$WORK/tools/bin/check-wheel-contents" --ignore W002 --toplevel flashbias_patch "$WORK"/dist/*.whl
 
 tar tzf "$WORK"/dist/*.tar.gz > "$WORK/contents"
 for file in sitecustomize_example/sitecustomize.py sitecustomize_example/README.md LICENSE README.md CHANGELOG.md docs/quickstart.md \
