@@ -162,7 +162,8 @@ def _compare(
     fewest = min(run.steps for run in plain + b)
     if fewest - warm < MIN_STEPS:
         fitting = max(1, min(warm, fewest - MIN_STEPS))
-        verdict.notes.append(f"{fewest} steps are too few for a warm-up of {warm}: {fitting} left out instead")
+        steps = "1 step is" if fewest == 1 else f"{fewest} steps are"
+        verdict.notes.append(f"{steps} too few for a warm-up of {warm}: {fitting} left out instead")
         warm = fitting
     crowded = [run for run in plain + b if is_crowded(run, experiment)]
     spread = statistics.CROWDED_SPREAD if crowded else statistics.TYPICAL_SPREAD["time"]

@@ -189,13 +189,14 @@ def figures(verdict: Verdict) -> List[Figure]:
             word = "" if verdict.failures else {1: "slower", -1: "faster"}.get(speed.mean.excludes_one, "")
             row = _figure("time per step, mean", speed.mean, seconds, word)
             rows.append(row._replace(interval=f"{row.interval} ({MEAN_LEVEL:.0f}%)" if row.interval != "-" else "-"))
+    elif math.isfinite(verdict.patched_step):
+        rows.append(Figure("time per step, usual", "-", seconds(verdict.patched_step), "-", "-", ""))
     if timing is not None:
         rows.append(_plain("start to first step", timing.startup))
         rows.append(_plain("whole run", timing.total))
     if verdict.memory is not None:
         rows.append(_figure("peak memory", verdict.memory, size, verdict.memory_word))
     elif math.isfinite(verdict.patched_peak):
-        rows.append(Figure("time per step, usual", "-", seconds(verdict.patched_step), "-", "-", ""))
         rows.append(Figure("peak memory", "-", size(verdict.patched_peak), "-", "-", ""))
     return rows
 

@@ -46,7 +46,10 @@ def make(base: type, mmengine: bool) -> type:
             jsonl: Optional[str] = "bias_scale.jsonl",
             tensorboard: Optional[str] = None,
         ) -> None:
+            from .parameters import check_counts
+
             super().__init__()
+            check_counts(interval=interval, patience=patience)  # while the runner is built, not when it starts to train
             self.settings: Dict[str, Any] = {"names": names, "interval": interval, "patience": patience,
                                              "jsonl": jsonl, "tensorboard": tensorboard}
             self.monitor: Any = None

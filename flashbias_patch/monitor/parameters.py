@@ -59,9 +59,7 @@ class ParameterMonitor:
         tensorboard: Optional[str] = None,
         log: bool = True,
     ) -> None:
-        for name, value in (("interval", interval), ("patience", patience)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        check_counts(interval=interval, patience=patience)
         self.names = (names,) if isinstance(names, str) else tuple(names)
         self.interval, self.patience, self.log = interval, patience, log
         self.optimizer = optimizer
@@ -72,15 +70,16 @@ class ParameterMonitor:
         self.last: Dict[str, Dict[str, Any]] = {}
         self._step = 0
         self._pending: List[Row] = []
-        self._previous = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._previous: Dict[str, Tensor] = {}
         self._stuck: Dict[str, Dict[str, int]] = {name: dict.fromkeys(CAUSES, 0) for name in self.parameters}
         self._broken = False
+        self._steps = Steps(optimizer, self._current, self._previous)
+        self._guarded(lambda: self._previous.update({name: p.detach().clone() for name, p in self.parameters.items()}))
         self._sinks = Sinks(jsonl if self.writes else None, tensorboard if self.writes else None, self._say)
         if not self.parameters:
             known = [n for n, _ in self.model.named_parameters() if "aqr" in n or "bias" in n.rsplit(".", 1)[-1]]
             self._say(("none", self.names), "monitor: no parameter is called %s%s", ", ".join(self.names),
                       f"; there are {', '.join(known[:5])}, ..." if known else "")
-        self._steps = Steps(optimizer, self._current, self._previous)
 
     def update(self, step: Optional[int] = None, grad_scale: float = 1.0) -> None:
         """One training step, or one iteration of gradient accumulation, is over.
@@ -111,6 +110,7 @@ class ParameterMonitor:
             work()
         except Exception as error:
             self._broken = True
+            self._steps.close()
             self._say(("broken",), "monitor: stopped at step %s: %s: %s", self._step, type(error).__name__, error,
                       level="error")
 
@@ -245,6 +245,13 @@ CAUSES = {
                                                   "for longer than that, or GradScaler leaves every step out"),
 }
 PATIENCE = {"no step": 4}  # times patience: long accumulations are in order
+
+
+def check_counts(**counts: Any) -> None:
+    """ValueError for the first of `counts` that is not a positive integer, by its name."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
 def at(model: nn.Module, name: str) -> Optional[nn.Parameter]:

@@ -15,9 +15,9 @@ class Sinks:
         self._jsonl, self._say = jsonl, say
         self._board: Any = None
         if tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             try:
+                from torch.utils.tensorboard import SummaryWriter
+
                 self._board = SummaryWriter(tensorboard)
             except Exception as error:
                 self._failed("tensorboard", tensorboard, error)

@@ -94,7 +94,7 @@ def test_all_runs_equally_short_are_no_failure():
     assert not verdict.failed and any("every run ended by itself after 30 of 60 steps" in note for note in verdict.notes)
 
 
-@pytest.mark.parametrize("steps", [0, 6])
+@pytest.mark.parametrize("steps", [0, 1, 6])
 def test_only_patched_fits_is_the_best_result(steps):
     found = synthetic.trial(0)
     found.runs = found.runs[:3]  # A B B
@@ -103,9 +103,11 @@ def test_only_patched_fits_is_the_best_result(steps):
     verdict = judge(found)
     assert verdict.only_patched_fits and not verdict.failed and verdict.fails(FAIL_IF) == []
     says = words.sentence(verdict)
-    after = f" after {steps} steps" if steps else ""
+    after = {0: "", 1: " after 1 step"}.get(steps, f" after {steps} steps")
+    assert not any("1 steps" in note for note in verdict.notes)
     assert says.startswith(f"Unpatched runs out of memory{after}; patched trains at 9")
     assert says.endswith("8.00\u00a0GiB.")
+    assert [row.b[0] for row in words.figures(verdict) if row.name == "time per step, usual"] == ["9"]
     found.runs[1].status = "crashed"
     assert judge(found).failed
 

@@ -102,6 +102,58 @@ def test_importing_the_registration_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("bad", [dict(interval=0), dict(patience=True)])
+def test_a_bad_count_is_refused_when_the_hook_is_built(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected a positive integer"):
+        hooks.make(Hook, mmengine=False)(**bad)
+
+
+@pytest.mark.openmmlab
+@pytest.mark.parametrize("kind, taken", [
+    ("OptimizerHook", [1, 2, 3, 4, 5]), ("GradientCumulativeOptimizerHook", [2, 4, 5]), ("Fp16OptimizerHook", [2, 3, 4, 5])])
+def test_real_mmcv_steps(tmp_path, kind, taken):
+    """Iterations of mmcv's own runner and optimizer hooks: accumulated over two, and left out by GradScaler."""
+    pytest.importorskip("mmcv.runner")
+    code = textwrap.dedent("""
+        import logging, sys, flashbias_patch, torch
+        from torch import nn
+        from mmcv.runner import EpochBasedRunner
+        from mmcv.runner.hooks import optimizer as hooks
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.bias_scale = nn.Parameter(torch.tensor(2.0))
+            def train_step(self, data, optimizer, **kwargs):
+                loss = (self.bias_scale * data).sum()
+                return {"loss": loss, "log_vars": {"loss": loss.item()}, "num_samples": 1}
+
+        config = {"type": sys.argv[2]}
+        if "Cumulative" in sys.argv[2]:
+            config["cumulative_iters"] = 2
+        if "Fp16" in sys.argv[2]:
+            scaler = getattr(torch.amp, "GradScaler", None)
+            if scaler is None:
+                sys.exit(77)
+            hooks.GradScaler = lambda **given: scaler("cpu", init_scale=2.0 ** 127, growth_interval=1000)
+        model = Model()
+        runner = EpochBasedRunner(model, optimizer=torch.optim.SGD(model.parameters(), 0.1), work_dir=sys.argv[1], meta={},
+                                  logger=logging.getLogger("run"), max_epochs=1)
+        runner.register_training_hooks(
+            dict(policy="fixed"), config, None, dict(interval=2, hooks=[dict(type="TextLoggerHook")]),
+            custom_hooks_config=[dict(type="BiasScaleMonitorHook", interval=2, patience=2)])
+        runner.run([torch.utils.data.DataLoader(torch.ones(5, 3))], [("train", 1)])
+    """)
+    environment = {"PATH": "/usr/bin:/bin", "FLASHBIAS_PATCH": "1", "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), kind], env=environment)
+    if done.returncode == 77:
+        pytest.skip("this torch has no GradScaler for the CPU")
+    assert done.returncode == 0
+    found = [json.loads(line) for line in (tmp_path / "bias_scale.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in found] == [1, 2, 3, 4, 5] and [r["step"] for r in found if r["stepped"]] == taken
+    assert {r["grad_norm"] for r in found if r["stepped"]} == {3.0}
+
+
 @pytest.mark.openmmlab
 def test_real_mmcv_runner(tmp_path):
     pytest.importorskip("mmcv.runner")

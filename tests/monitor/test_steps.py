@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -224,6 +225,30 @@ def test_a_failure_ends_the_watching_and_an_interrupt_passes(monkeypatch, caplog
             monitor.update()
             monitor.update()
     assert [r.levelname for r in caplog.records] == ["ERROR"] and "stopped at step 2: RuntimeError: no" in caplog.text
+
+
+def test_a_parameter_without_a_shape_ends_the_watching(caplog):
+    class Lazy(Model):
+        def __init__(self):
+            super().__init__()
+            self.lazy_bias_scale = torch.nn.parameter.UninitializedParameter()
+
+    model = Lazy()
+    optimizer = torch.optim.SGD([model.aqr.bias_scale], 0.1)
+    monitor = ParameterMonitor(model, optimizer=optimizer)
+    model(X).backward()
+    optimizer.step()
+    monitor.update()
+    monitor.close()
+    (line,) = caplog.messages
+    assert line.startswith("monitor: stopped at step 0: ValueError")
+
+
+def test_tensorboard_that_is_not_installed_costs_one_warning(tmp_path, monkeypatch, warnings):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    watched(Model(), tensorboard=str(tmp_path)).close()
+    (line,) = warnings()
+    assert "cannot be written, nothing more goes there: ModuleNotFoundError" in line
 
 
 def test_closing_takes_the_hooks_back():
