@@ -78,3 +78,22 @@ def modes() -> List[Any]:
     ):  # fmt: skip
         found += getattr(module, name, list)()
     return found
+
+
+def outside_of_dynamo(dynamo: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, at which torch.compile breaks its graph, and inside which it compiles nothing.
+
+    `dynamo.disable` does this with eight function calls around each call. They are needed only while dynamo is in force
+    in this thread (seen on torch 2.13); where that cannot be told, always.
+    """
+    disabled: Callable[..., Any] = dynamo.disable(function)
+    callback = getattr(getattr(getattr(_C, "_dynamo", None), "eval_frame", None), "get_eval_frame_callback", None)
+    skip = getattr(getattr(dynamo, "decorators", None), "skip", None)
+    if callback is None or skip is None:
+        return disabled
+
+    def shielded(*args: Any) -> Any:
+        return function(*args) if callback() is None else disabled(*args)
+
+    skip(shielded)
+    return shielded

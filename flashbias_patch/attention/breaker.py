@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import enum
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
 
@@ -40,9 +40,11 @@ class CircuitBreaker:
         # Opened by a backward pass: they wait for the next forward, since what is recomputed until then must take
         # the backend that its forward took.
         self.pending: List[Tuple[Key, str, str]] = []
+        self.plans: Dict[Any, Any] = {}  # made of verdicts (plans.py): forgotten when these may change
 
     def verdicts(self, key: Key) -> Dict[str, Verdict]:
         """{backend: verdict} of one class of call; what is written to it is kept."""
+        self.plans.clear()
         found = self.by_class.get(key)
         if found is None:
             found = self.by_class[key] = {}
@@ -66,6 +68,7 @@ class CircuitBreaker:
     def open_pending(self) -> None:
         """Open those that a backward pass left, unless one is still running in this thread."""
         if _current_graph_task() == -1:
+            self.plans.clear()
             while self.pending:
                 key, name, reason = self.pending.pop()
                 self.verdicts(key)[name] = Verdict(State.OUT, reason)
@@ -81,6 +84,7 @@ class CircuitBreaker:
 
     def close(self) -> None:
         """Forget every verdict."""
+        self.plans.clear()
         self.by_class.clear()
         self.pending.clear()
 

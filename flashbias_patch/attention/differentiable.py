@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ OWN = ("triton", "sdpa", "reference")  # backends that see to it themselves
 _transform = internals.current_transform
 _tracing = internals.tracing_state
 _hooks = internals.saved_tensor_hooks
+_fused_nodes: Dict[type, bool] = {}  # whether an autograd node of that kind is one of SDPA's fused kernels
 
 
 def needed_in_backward(grad_out: Tensor) -> bool:
@@ -64,7 +65,10 @@ def allow_again(
     saved: a weak reference holds no memory. Under saved-tensor hooks, as of a checkpoint, the node has something else
     saved: there it stays as torch has it.
     """
-    if _tracing() is not None or not type(node).__name__.startswith("ScaledDotProduct"):
+    kind = type(node)
+    if kind not in _fused_nodes:
+        _fused_nodes[kind] = kind.__name__.startswith("ScaledDotProduct")
+    if not _fused_nodes[kind] or _tracing() is not None:
         return
     if _hooks is None or _hooks(True) is None:
         reference = weakref.ref

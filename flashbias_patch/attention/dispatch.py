@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from .. import journal
 from .._torch_internals import current_transform, is_compiling
-from . import differentiable, ending, random_state, selection, selfcheck
+from . import differentiable, ending, plans, random_state, selection, selfcheck
 from .breaker import TRUSTED, State, Verdict, breakers
 from .call_class import Key, key_of
 from .inputs import AttentionInputs
@@ -43,34 +43,69 @@ def attend(inputs: AttentionInputs, pinned: Optional[str] = None) -> Tensor:
     checkpointed = replay.current()
     # A checkpointed forward runs without grad, but its backend must be able to run in the recomputation too.
     key = key_of(inputs) if checkpointed is None else key_of(inputs, grad=True)
-    candidates = selection.candidates(inputs, key[6], pinned)
     if checkpointed is None:
-        return _take(inputs, key, candidates)[0]
-    return _replayed(checkpointed, inputs, key, candidates)
+        return _settled(inputs, key, pinned)[0]
+    return _replayed(checkpointed, inputs, key, pinned)
 
 
-def _replayed(checkpointed: replay.Replay, inputs: AttentionInputs, key: Key, candidates: Candidates) -> Tensor:
+def _replayed(checkpointed: replay.Replay, inputs: AttentionInputs, key: Key, pinned: Optional[str]) -> Tensor:
     """The call of a checkpointed function: recomputed by the backend that computed it in the forward."""
-    name = first = checkpointed.begin_call()
+    name = checkpointed.begin_call()
     try:
         if name == replay.SMALL_CHUNKS:
             return forward.in_small_chunks(inputs)
-        if name:
-            names = (name, *(other for other in candidates.names if other != name))
-            candidates = candidates._replace(names=names)
-        out, name = _take(inputs, key, candidates, first)
+        out, name = _settled(inputs, key, pinned, name)
         return out
     finally:
         checkpointed.end_call(name)
 
 
-def _take(inputs: AttentionInputs, key: Key, candidates: Candidates, replayed: str = "") -> Tuple[Tensor, str]:
-    """(output, name of the backend that computed it). `replayed` is used whatever its verdict says."""
+def _settled(inputs: AttentionInputs, key: Key, pinned: Optional[str], replayed: str = "") -> Tuple[Tensor, str]:
+    """(output, name of the backend that computed it): by the plan that an earlier call settled, else the long way.
+
+    `replayed` names the backend that computed the call the first time.
+    """
+    place = plans.key_of(inputs, key, pinned)
+    plan = plans.find(place)
+    if plan is not None and (not replayed or replayed == plan.name):
+        return _follow(plan, inputs, key)
+    candidates = selection.candidates(inputs, key[6], pinned)
+    if replayed:
+        names = (replayed, *(other for other in candidates.names if other != replayed))
+        return _take(inputs, key, candidates._replace(names=names), replayed)
+    return _take(inputs, key, candidates, place=place)
+
+
+def _follow(plan: plans.Plan, inputs: AttentionInputs, key: Key) -> Tuple[Tensor, str]:
+    """The backend of a plan, or those after it if it fails."""
+    name, candidate, state = plan.name, plan.backend, None
+    try:
+        if inputs.dropout_p:
+            state = random_state.now(inputs.q.device)
+        out = forward.run(candidate, name, inputs, key, state) if key[6] else candidate(inputs)
+    except Exception as error:
+        names = plan.candidates.names
+        attempt = forward.Attempt(candidate, name, inputs, key, state, Stage.RUN, name == names[-1])
+        recovered = forward.recover(error, attempt)
+        if recovered is None:
+            return _take(inputs, key, plan.candidates, start=plan.place + 1, failure=error)
+        return recovered, name
+    journal.calls[name] += 1
+    return out, name
+
+
+def _take(
+    inputs: AttentionInputs, key: Key, candidates: Candidates, replayed: str = "", start: int = 0,
+    failure: Optional[Exception] = None, place: Any = None,
+) -> Tuple[Tensor, str]:  # fmt: skip
+    """(output, name of the backend that computed it). `replayed` is used whatever its verdict says.
+
+    The candidates from `start` on, after `failure` of the one before. Where none fails, a plan is kept under `place`.
+    """
     verdicts = breakers.by_class.get(key)
     if verdicts is None:
         verdicts = breakers.verdicts(key)
-    failure: Optional[Exception] = None
-    for name in candidates.names:
+    for name in candidates.names[start:]:
         verdict = verdicts.get(name)
         if verdict is not None and verdict.state is State.OUT and name != replayed:
             if type(_loaded.get(name)) is not Unavailable:
@@ -100,6 +135,8 @@ def _take(inputs: AttentionInputs, key: Key, candidates: Candidates, replayed: s
                 continue
         else:
             journal.calls[name] += 1
+            if place is not None and failure is None:
+                plans.settle(place, inputs, candidates, name)
         if candidates.chosen:
             selection.tell_pinned(name, inputs, key)
         return out, name

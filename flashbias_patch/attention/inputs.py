@@ -19,6 +19,7 @@ TENSORS = (
     "window_centres", "window_mask_centres",
 )  # fmt: skip
 DTYPES_IN_WORDS = "torch.float16, bfloat16, float32 or float64"
+_new: Any = tuple.__new__  # AttentionInputs(...) without the Python function around it
 
 
 class AttentionInputs(NamedTuple):
@@ -149,12 +150,13 @@ def build_in(
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if q_factor is not None and k_factor is not None:
         q_factor, k_factor = _cast_factors(q_factor, k_factor, q)
-    padding = _key_padding(key_padding_mask, B, N)
-    return AttentionInputs(
-        q, k, v, q_factor, k_factor, weights, lengths, dense, mask,
-        None if padding is None else padding.to(q.device), float(dropout_p),
-        _scale(scale, D), windows, window_mask,
-    ), power
+    padding = key_padding_mask
+    if padding is not None:
+        padding = _key_padding(padding, B, N, q.device)
+    scale = _scale(scale, D) if scale is not None or not D else D**-0.5
+    return _new(AttentionInputs, (
+        q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, float(dropout_p), scale, windows, window_mask,
+    )), power  # fmt: skip
 
 
 def _scale(scale: Any, D: int) -> float:
@@ -305,15 +307,13 @@ def mask_4d(
     return ("bool" if four.dtype is torch.bool else "float"), four
 
 
-def _key_padding(mask: Optional[Tensor], B: int, N: int) -> Optional[Tensor]:
-    if mask is None:
-        return None
+def _key_padding(mask: Tensor, B: int, N: int, device: torch.device) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"key_padding_mask must be a Tensor, got {type(mask).__name__}")
-    if tuple(mask.shape) != (B, N):
+    if mask.shape != (B, N):
         raise ValueError(f"key_padding_mask must have shape (B, N) = ({B}, {N}), got {tuple(mask.shape)}")
     if mask.dtype == torch.uint8:
-        return mask.bool()
-    if mask.dtype is not torch.bool and not mask.is_floating_point():
+        mask = mask.bool()
+    elif mask.dtype not in DTYPES and mask.dtype is not torch.bool and not mask.is_floating_point():
         raise TypeError(f"key_padding_mask must be boolean, byte or floating point, got {mask.dtype}")
-    return mask
+    return mask if mask.device == device else mask.to(device)

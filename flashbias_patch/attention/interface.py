@@ -1,7 +1,7 @@
 """The public function: flash_bias_attention."""
 from __future__ import annotations
 
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -51,20 +51,27 @@ def flash_bias_attention(
     """
     if is_compiling():
         with torch.autocast(q.device.type, enabled=False):
-            inputs, power = build_in(dtype, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale)
-            out = dispatch.attend_traced(inputs, backend)
-    elif any_autocast():  # it would change the precision inside backends
+            return _attend(q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale, backend, dtype, traced=True)
+    if any_autocast():  # it would change the precision inside backends
         with autocast_off():
-            return flash_bias_attention(
-                q, k, v, bias, attn_mask=attn_mask, key_padding_mask=key_padding_mask, dropout_p=dropout_p, scale=scale,
-                backend=backend, dtype=dtype,
-            )  # fmt: skip
+            return _attend(q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale, backend, dtype)
+    return _attend(q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale, backend, dtype)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Any, attn_mask: Optional[Tensor], key_padding_mask: Optional[Tensor],
+    dropout_p: float, scale: Optional[float], backend: Optional[str], dtype: Optional[torch.dtype], traced: bool = False,
+) -> Tensor:  # fmt: skip
+    """flash_bias_attention outside autocast."""
+    if traced:
+        inputs, power = build_in(dtype, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale)
+        out = dispatch.attend_traced(inputs, backend)
     else:
         if type(bias) is BiasTensor or type(attn_mask) is BiasTensor:
             bias, attn_mask = read_descriptions(q, k, bias, attn_mask)
         inputs, power = build_in(dtype, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale)
         out = dispatch.attend(inputs, backend)
     out = out if out.dtype is q.dtype else narrow.widened(out, q.dtype, power)
-    if isinstance(bias, AttentionBias) and bias._sources:
+    if bias is not None and isinstance(bias, AttentionBias) and bias._sources:
         out = observe.observed(out, inputs, bias)
     return out

@@ -54,6 +54,7 @@ _learned: contextvars.ContextVar[Tuple[Tensor, ...]] = contextvars.ContextVar("f
 # Modules that had a bias where its recomputation cannot be reached; None while there is none.
 _out_of_reach: Optional[weakref.WeakSet[Any]] = None
 _graph_task: Callable[[], int] = torch._C._current_graph_task_id
+ever_opened = False  # any `with attention_bias(...)` in this process
 
 
 def map_bias(bias: Bias, function: Callable[[Tensor], Tensor]) -> Bias:
@@ -102,6 +103,8 @@ def attention_bias(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not isinstance(bias, (AttentionBias, Tensor)):
         raise TypeError(f"bias must be an AttentionBias or a Tensor, got {type(bias).__name__}")
+    global ever_opened
+    ever_opened = True
     replay.watch()
     replay.current()  # a checkpoint around this block does not need the bias: it opens the block again
     block = Block()
@@ -142,7 +145,7 @@ def learned(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def active() -> bool:
-    """Whether any `with attention_bias(...)` may concern a call here."""
+    """Whether any `with attention_bias(...)` may concern a call here. Not before one was opened (`ever_opened`)."""
     scopes = _scopes.get()
     return bool(_inherited.get() if scopes is None else scopes) or _out_of_reach is not None
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
@@ -33,6 +34,10 @@ class Parameters:
         """(name, default) of the parameters other than the `known` ones, *args and **kwargs."""
         empty = inspect.Parameter.empty
         return tuple((n, None if d is empty else d) for n, d in list(self.defaults.items())[1:] if n not in known)
+
+    def places(self, *names: str) -> Tuple[int, ...]:
+        """Positions of parameters; beyond every call's arguments for those that have none."""
+        return tuple(self.position.get(name, sys.maxsize) for name in names)
 
     def get(self, name: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
         if name in kwargs:
@@ -121,8 +126,9 @@ def project(
             q = F.linear(query, weight[:width], None if bias is None else bias[:width])
             k, v = F.linear(key, weight[width:], None if bias is None else bias[width:]).chunk(2, -1)
     else:
-        biases = (None, None, None) if bias is None else bias.chunk(3)
-        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases))
+        wq, wk, wv = weight.chunk(3)
+        bq, bk, bv = (None, None, None) if bias is None else bias.chunk(3)
+        q, k, v = F.linear(query, wq, bq), F.linear(key, wk, bk), F.linear(value, wv, bv)
     heads = (num_heads, width // num_heads)
     sizes = (*key.shape[:2], *heads)
     return q.view(*query.shape[:2], *heads), k.view(sizes), v.view(sizes)
@@ -130,4 +136,5 @@ def project(
 
 def compute_dtype(upstream: torch.dtype) -> torch.dtype:
     """FLASHBIAS_DTYPE, or what the patched class computes in."""
-    return DTYPES.get(settings.current().dtype, upstream)
+    name = settings.current().dtype
+    return upstream if name == "auto" else DTYPES[name]

@@ -249,7 +249,9 @@ def _call(seam: Callable[..., Any], original: Any, instance: Any, args: Any, kwa
 def _shield_from_dynamo(dynamo: Any) -> None:
     """torch.compile breaks its graph at a patched call and leaves what is inside to run as it is."""
     global _call
-    _call = dynamo.disable(_call)
+    from .._torch_internals import outside_of_dynamo
+
+    _call = outside_of_dynamo(dynamo, _call)
 
 
 def patched() -> List[Dict[str, str]]:

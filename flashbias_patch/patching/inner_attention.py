@@ -80,7 +80,6 @@ class InnerCall(NamedTuple):
     key_padding_mask: Optional[Tensor]
     need_weights: bool
     average_attn_weights: bool
-    unsupported: Optional[str]
 
 
 def _attend_module(
@@ -97,16 +96,20 @@ def _attend_module(
     out_weight = outs["weight"] if "weight" in outs else out_proj.weight  # noqa: SIM401
     out_offset = outs["bias"] if "bias" in outs else out_proj.bias  # noqa: SIM401
     dropout_p = module.dropout if module.training else 0.0
-    unsupported = _unsupported(
-        query, dropout_p, is_causal, not module._qkv_same_embed_dim, module.bias_k is not None, module.add_zero_attn
-    )
-    call = InnerCall(
+    unsupported = None
+    if not (module._qkv_same_embed_dim and module.bias_k is None and query.ndim == 3 and dropout_p < 1.0) or (
+        module.add_zero_attn or is_causal or query.is_nested
+    ):
+        unsupported = _unsupported(
+            query, dropout_p, is_causal, not module._qkv_same_embed_dim, module.bias_k is not None, module.add_zero_attn
+        )
+    arguments_ = (
         query, key, value, module.batch_first, module.num_heads, weight, offset, out_weight, out_offset, dropout_p,
-        attn_mask, key_padding_mask, need_weights, average_attn_weights, unsupported,
-    )
-    result = _attend(open_route, call)
+        attn_mask, key_padding_mask, need_weights, average_attn_weights,
+    )  # fmt: skip
+    result = _attend(open_route, unsupported, arguments_)
     if result is None:
-        masks = _masks_with_biases(open_route, call)
+        masks = _masks_with_biases(open_route, InnerCall(*arguments_))
         if masks is not None:
             (attn_mask, key_padding_mask), is_causal = masks, False  # is_causal only describes the mask given
         token = route.enter(None)  # the functional below it is not to be computed here either
@@ -143,32 +146,36 @@ def _unsupported(
     return None if query.dim() in (2, 3) else f"input of {query.dim()} dimensions is not supported"
 
 
-def _attend(open_route: Route, call: InnerCall) -> Optional[Tuple[Tensor, Optional[LazyWeights]]]:
-    """(output, weights or None); None where the original code must run."""
+def _attend(
+    open_route: Route, unsupported: Optional[str], arguments_: Tuple[Any, ...]
+) -> Optional[Tuple[Tensor, Optional[LazyWeights]]]:
+    """(output, weights or None) of a call with the arguments of InnerCall; None where the original code must run."""
     open_route.reached = True
-    why = call.unsupported
-    if why is None:
+    if unsupported is None:
         try:
-            return _compute(open_route, call)
+            return _compute(open_route, *arguments_)
         except dispatch.NoBackendError as error:
             if settings.current().strict:
                 raise
-            why = str(error)
-    count_original(NAME, why)
+            unsupported = str(error)
+    count_original(NAME, unsupported)
     return None
 
 
-def _compute(open_route: Route, call: InnerCall) -> Tuple[Tensor, Optional[LazyWeights]]:
-    query, key, value, padding = call.query, call.key, call.value, call.key_padding_mask
-    batched = query.dim() == 3
-    batch_first = call.batch_first or not batched
+def _compute(
+    open_route: Route, query: Tensor, key: Tensor, value: Tensor, batch_first: bool, num_heads: int, weight: Tensor,
+    offset: Optional[Tensor], out_weight: Tensor, out_offset: Optional[Tensor], dropout_p: float,
+    attn_mask: Optional[Tensor], padding: Optional[Tensor], need_weights: bool, average: bool,
+) -> Tuple[Tensor, Optional[LazyWeights]]:  # fmt: skip
+    batched = query.ndim == 3
+    batch_first = batch_first or not batched
     if not batched:
         query, key, value, padding = _batch_of_one(query, key, value, padding)
     check_lengths(query, key, value, batch_first)
-    q, k, v = arguments.project(query, key, value, call.in_proj_weight, call.in_proj_bias, call.num_heads)
+    q, k, v = arguments.project(query, key, value, weight, offset, num_heads)
     if not batch_first:
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-    attn_mask, own = call.attn_mask, _NO_BIASES
+    own = _NO_BIASES
     if attn_mask is not None and route.is_bias(attn_mask):
         own, attn_mask = (attn_mask,), None
     bias = None
@@ -176,15 +183,15 @@ def _compute(open_route: Route, call: InnerCall) -> Tuple[Tensor, Optional[LazyW
         B, M, H, _ = q.shape
         bias = open_route.total_bias(own, B, H, M, k.shape[1])
     out = flash_bias_attention(
-        q, k, v, bias, attn_mask=attn_mask, key_padding_mask=padding, dropout_p=call.dropout_p,
+        q, k, v, bias, attn_mask=attn_mask, key_padding_mask=padding, dropout_p=dropout_p,
         dtype=arguments.compute_dtype(q.dtype),
     )
     if not batch_first:
         out = out.transpose(0, 1)
-    out = F.linear(out.reshape(query.shape), call.out_proj_weight, call.out_proj_bias)
+    out = F.linear(out.reshape(query.shape), out_weight, out_offset)
     weights = None
-    if call.need_weights:
-        weights = LazyWeights.of(q, k, bias, attn_mask, padding, call.average_attn_weights, batched)
+    if need_weights:
+        weights = LazyWeights.of(q, k, bias, attn_mask, padding, average, batched)
     return (out if batched else out[0]), weights
 
 
@@ -281,14 +288,14 @@ def _attend_function(open_route: Route, original: Any, args: Tuple[Any, ...], kw
         given["query"], dropout_p, given.get("is_causal", False), given["use_separate_proj_weight"],
         given["bias_k"] is not None or given["bias_v"] is not None, given["add_zero_attn"],
     )
-    call = InnerCall(
+    arguments_ = (
         given["query"], given["key"], given["value"], False, given["num_heads"], given["in_proj_weight"],
         given["in_proj_bias"], given["out_proj_weight"], given["out_proj_bias"], dropout_p, given["attn_mask"],
-        given["key_padding_mask"], given["need_weights"], given.get("average_attn_weights", True), unsupported,
-    )
-    result = _attend(open_route, call)
+        given["key_padding_mask"], given["need_weights"], given.get("average_attn_weights", True),
+    )  # fmt: skip
+    result = _attend(open_route, unsupported, arguments_)
     if result is None:
-        masks = _masks_with_biases(open_route, call)
+        masks = _masks_with_biases(open_route, InnerCall(*arguments_))
         if masks is not None:
             given["attn_mask"], given["key_padding_mask"] = masks
             if "is_causal" in given:

@@ -51,30 +51,38 @@ class OuterSeam:
     def __init__(self, cls: type) -> None:
         self.name = cls.__qualname__
         self.parameters = arguments.Parameters(cls)
-        self.calls_functional: Dict[type, bool] = {}  # by the class of the inner attention
+        self.calls_functional: Dict[Optional[type], bool] = {}  # by the class of the inner attention
         self.reached_once = False  # whether any call has reached its core
+        self.mask_at, self.padding_at = self.parameters.places("attn_mask", "key_padding_mask")
 
     def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
-        parameters = self.parameters
-        mask, biases = parameters.get("attn_mask", args, kwargs), _NO_BIASES
+        parameters, given, biases = self.parameters, len(args), _NO_BIASES
+        # As parameters.get, which every call of every attention would call twice.
+        mask = kwargs["attn_mask"] if "attn_mask" in kwargs else args[self.mask_at] if self.mask_at < given else None
+        if "key_padding_mask" in kwargs:
+            padding = kwargs["key_padding_mask"]
+        else:
+            padding = args[self.padding_at] if self.padding_at < given else None
         if parameters.accepts or "attention_bias" in kwargs or "attn_bias" in kwargs or isinstance(mask, AttentionBias):
             args, kwargs, biases = arguments.take_biases(parameters, args, kwargs)
             mask = parameters.get("attn_mask", args, kwargs)
             if biases and getattr(module, "operation_name", None) == "self_attn":
                 biases = _of_self_attention(biases, parameters.get("query", args, kwargs))
-        opened = Route(module, biases, mask, parameters.get("key_padding_mask", args, kwargs))
-        if replay.in_function():
+        opened = Route(module, biases, mask, padding)
+        if not replay.forward_gradients():
             replay.current()  # a checkpoint around this call is to be known before anything is set for the call
         parent = route.current()
         if parent is not None and parent.module is module:  # a subclass' forward calling its parent's
             return _parents_forward(parent, opened, wrapped, args, kwargs)
-        if ambient.active():
+        if ambient.ever_opened and ambient.active():
             query, key = parameters.get("query", args, kwargs), parameters.get("key", args, kwargs)
             opened.biases = (*biases, *ambient.biases_for(module, arguments.kind_of(module, query, key)))
         if opened.biases and not _holds_core(module):
             args, kwargs = self._biases_as_mask(opened, args, kwargs)
-        functional = self.calls_functional.get(type(module._modules.get("attn")))
-        opened.functional = self._calls_functional(module) if functional is None else functional
+        below = module._modules
+        core = type(below["attn"]) if "attn" in below else None
+        known = self.calls_functional
+        opened.functional = known[core] if core in known else self._calls_functional(module, core)
         token = route.enter(opened)
         try:
             if opened.functional:
@@ -93,10 +101,10 @@ class OuterSeam:
             _check_used(self.name, opened)
         return out
 
-    def _calls_functional(self, module: Any) -> bool:
+    def _calls_functional(self, module: Any, core: Optional[type]) -> bool:
         """Whether F.multi_head_attention_forward may be called by other code than nn.MultiheadAttention."""
         found = mentions_functional({type(child) for child in module.modules()})
-        self.calls_functional[type(module._modules.get("attn"))] = found
+        self.calls_functional[core] = found
         return found
 
     def _biases_as_mask(
@@ -170,9 +178,9 @@ _CORE_PARAMETERS = ("q", "k", "v", "key_padding_mask", "attn_mask", *arguments.B
 
 def new_route(module: Any, own: Tuple[Bias, ...], query: Any, key: Any) -> Tuple[Route, Tuple[Bias, ...]]:
     """The route of a core that no patched outer forward is around, and `own` biases with the ambient ones."""
-    if replay.in_function():
+    if not replay.forward_gradients():
         replay.current()
-    if ambient.active():
+    if ambient.ever_opened and ambient.active():
         own = (*own, *ambient.biases_for(module, arguments.kind_of(module, query, key)))
     return Route(module, ()), own
 

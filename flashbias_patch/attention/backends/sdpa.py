@@ -20,6 +20,7 @@ from . import reference
 
 HALF = (torch.float16, torch.bfloat16)
 MOST_KEYS = 65535  # of a masked call on CUDA: kernels of several torch versions crash beyond (pytorch #145040)
+FEW = 64  # rows of additive terms on the CPU, whose maxima Python looks at
 ALIGN = 8  # every fused SDPA kernel wants head dims in multiples of eight
 WINDOW_ENTRIES = 1 << 25  # of a window bias or mask written out, up to which it is: 64 MiB in half precision
 
@@ -47,39 +48,63 @@ class Sdpa:
         return self(inputs, again=False)
 
     def __call__(self, inputs: AttentionInputs, again: bool = True) -> Tensor:
-        given, inputs = inputs, windows_to_dense(inputs)
-        additive, masked = merge_terms(inputs)
-        top = None if additive is None else additive.detach().amax(-1, keepdim=True)
-        # Else a kernel's running maximum is enough.
-        exact = inputs.needs_grad or inputs.q.dtype in HALF or inputs.segment_weights is not None
-        if top is not None and exact and possible(inputs) and any_far(top):
-            return reference.backend(given)
-        attn_mask, dead = merge_masks(inputs, additive, masked, top, exact)
-        inputs = segments_to_factors(inputs)
-        q, k, v = inputs.q, inputs.k, inputs.v
-        scale = inputs.scale
+        given = inputs
+        if inputs.windows is not None or inputs.window_mask is not None:
+            inputs = windows_to_dense(inputs)
+        dropout_p, attn_mask, dead = inputs.dropout_p, None, None
+        if not (inputs.dense is inputs.mask is inputs.key_padding is inputs.segment_weights is None):
+            masks = _masks(inputs)
+            if masks is None:
+                return reference.backend(given)
+            attn_mask, dead = masks
+            if inputs.segment_weights is not None:
+                inputs = segments_to_factors(inputs)
+        q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
         if inputs.q_factor is not None:
             q, k = concatenate(inputs)
             scale = 1.0
-        if q.is_cuda:
-            q, k, v = for_cuda(q, k, v, attn_mask)
-        kernel, pad_v = _kernel(q, k, v, attn_mask, inputs.dropout_p)
+        kernel, pad_v = None, True
+        if not q.is_cpu:
+            if q.is_cuda:
+                q, k, v = for_cuda(q, k, v, attn_mask)
+            kernel, pad_v = _kernel(q, k, v, attn_mask, dropout_p)
         head_dim = v.shape[-1]
         if pad_v and q.shape[-1] > head_dim:
             v = F.pad(v, (0, q.shape[-1] - head_dim))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        with kernel:
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=attn_mask, dropout_p=inputs.dropout_p, scale=scale
-            )
-        if again and out.requires_grad and not inputs.dropout_p:
+        if kernel is None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
+        else:
+            with kernel:
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
+        if again and not dropout_p and out.requires_grad:
             differentiable.allow_again(out.grad_fn, q, k, v, attn_mask, scale)
         if dead is not None:
             out = out.masked_fill(dead, 0.0)
-        return out[..., :head_dim].transpose(1, 2)
+        if out.shape[-1] != head_dim:
+            out = out[..., :head_dim]
+        return out.transpose(1, 2)
 
 
 backend = Sdpa()
+
+
+def _masks(inputs: AttentionInputs) -> Optional[Tuple[Optional[Tensor], Optional[Tensor]]]:
+    """(SDPA's attn_mask, rows whose keys are all masked); None where plain PyTorch must compute the call (values.py)."""
+    additive, masked = merge_terms(inputs)
+    if additive is None:
+        return merge_masks(inputs, None, masked, None, False)
+    q = inputs.q
+    top = (additive.detach() if additive.requires_grad else additive).amax(-1, keepdim=True)
+    if top.is_cpu and inputs.segment_weights is None and top.numel() <= FEW and possible(inputs):
+        peaks = top.view(-1).tolist()
+        if not any(peaks):  # every row's largest term is 0, as of a padding that hides some keys, or none
+            return additive.to(q.dtype), None
+    # Else a kernel's running maximum is enough.
+    exact = inputs.needs_grad or q.dtype in HALF or inputs.segment_weights is not None
+    if exact and possible(inputs) and any_far(top):
+        return None
+    return merge_masks(inputs, additive, masked, top, exact)
 
 
 def segments_to_factors(inputs: AttentionInputs) -> AttentionInputs:
@@ -152,7 +177,8 @@ def merge_terms(inputs: AttentionInputs) -> Tuple[Optional[Tensor], Optional[Ten
     additive, masked = inputs.dense, inputs.mask
     padding = inputs.key_padding
     if padding is not None:
-        padding = padding[:, None, None]
+        batch, length = padding.shape
+        padding = padding.view(batch, 1, 1, length) if padding.is_contiguous() else padding[:, None, None]
         if padding.dtype is torch.bool:
             masked = padding if masked is None else masked | padding
         else:
@@ -215,23 +241,23 @@ def _is_masked(inputs: AttentionInputs) -> bool:
 
 def _kernel(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], dropout_p: float
-) -> Tuple[ContextManager[Any], bool]:
-    """(context that picks the SDPA kernel, whether v must be padded to q's head dim).
+) -> Tuple[Optional[ContextManager[Any]], bool]:
+    """(context that picks the SDPA kernel, if any is needed; whether v must be padded to q's head dim).
 
     On CUDA in half precision cuDNN takes unequal head dims, flash does not (it would end in the math kernel,
-    which holds the scores); on the CPU the fused kernel wants equal ones too. cuDNN is left out where there is a mask and
-    a gradient, which it may answer with NaN (pytorch #196678), and for a single query.
+    which holds the scores). The CPU's fused kernel wants equal ones, and is not selected here. cuDNN is left out where
+    there is a mask and a gradient, which it may answer with NaN (pytorch #196678), and for a single query.
     """
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, attn_mask))
     if q.is_cuda and (attn_mask is not None and grad or q.shape[1] == 1):
         return _without_cudnn(), False
     if q.shape[-1] == v.shape[-1] or attn_mask is not None:
-        return contextlib.nullcontext(), q.device.type == "cpu"
+        return None, False
     if q.device.type == "cuda" and q.dtype in HALF and _cudnn_takes(q, k, v, dropout_p):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]), False
-    return contextlib.nullcontext(), not (q.device.type == "cuda" and q.dtype not in HALF)
+    return None, not (q.device.type == "cuda" and q.dtype not in HALF)
 
 
 def _without_cudnn() -> ContextManager[Any]:

@@ -198,7 +198,7 @@ class restored:
 # -- inside the forward of a torch.autograd.Function -------------------------------------------------------------------
 
 # Switched off inside the forward of a Function, and not by no_grad. Without it, no_grad is taken for such a forward.
-_forward_gradients: Callable[[], bool] = getattr(torch._C, "_is_fwd_grad_enabled", torch.is_grad_enabled)
+forward_gradients: Callable[[], bool] = getattr(torch._C, "_is_fwd_grad_enabled", torch.is_grad_enabled)
 _Context: Any = torch.autograd.function.BackwardCFunction
 # Function.apply has a frame on the stack while it is written in Python, as it is before torch 2.14.
 _APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
@@ -208,7 +208,7 @@ _forwards: Dict[CodeType, bool] = {}
 
 def in_function() -> bool:
     """Whether this code runs inside the forward of a torch.autograd.Function. no_grad alone does not count."""
-    return not _forward_gradients() and not torch.is_inference_mode_enabled()
+    return not forward_gradients() and not torch.is_inference_mode_enabled()
 
 
 def current() -> Optional[Replay]:
@@ -216,7 +216,7 @@ def current() -> Optional[Replay]:
 
     To be called before any carried variable changes: inside the forward of a Function, the first call takes the values.
     """
-    if not _forward_gradients() and in_function():
+    if not forward_gradients() and in_function():
         found = _of_functions()
         if found is not None:
             return found
