@@ -197,21 +197,29 @@ def dense_bias(router: Any, x: Any, x_img: Any, query: Any) -> Any:
     x (B, C, h, w) or None, x_img (B, V, C, h, w); the cameras are one segment, or one each where the router has as many.
     """
     import torch
-    import torch.nn.functional as F
 
     batch, views, _, height, width = x_img.shape
     cameras = router.num_segments - (x is not None)
-    features = x_img.mean((-2, -1)).unflatten(1, (cameras, -1)).mean(2)
     lengths = [views // cameras * height * width] * cameras
     if x is not None:
-        features = torch.cat([x.mean((-2, -1))[:, None], features], 1)
         lengths = [x.shape[-2] * x.shape[-1], *lengths]
+    scores = router.bias_scale * (logits_of(router, x, x_img, query).softmax(-1) + router.eps).log()
+    return torch.cat([scores[..., s:s + 1].expand(-1, -1, length) for s, length in enumerate(lengths)], -1)
+
+
+def logits_of(router: Any, x: Any, x_img: Any, query: Any) -> Any:
+    """The router's logits (B, M, S) but for `visible_gain`, by their formula in plain PyTorch."""
+    import torch
+    import torch.nn.functional as F
+
+    cameras = router.num_segments - (x is not None)
+    features = x_img.mean((-2, -1)).unflatten(1, (cameras, -1)).mean(2)
+    if x is not None:
+        features = torch.cat([x.mean((-2, -1))[:, None], features], 1)
     hidden = F.gelu(F.linear(F.layer_norm(query, query.shape[-1:]), router.query_proj, router.query_proj_bias))
     content = F.linear(F.layer_norm(features, features.shape[-1:]), router.feature_proj)
     logits = F.linear(hidden, router.segment_proj, router.segment_bias)
-    logits = logits + hidden @ content.transpose(1, 2) * hidden.shape[-1] ** -0.5
-    scores = router.bias_scale * (logits.softmax(-1) + router.eps).log()
-    return torch.cat([scores[..., s:s + 1].expand(-1, -1, length) for s, length in enumerate(lengths)], -1)
+    return logits + hidden @ content.transpose(1, 2) * hidden.shape[-1] ** -0.5
 
 
 def operands(args: Any, kwargs: Any) -> Any:
@@ -225,11 +233,83 @@ def operands(args: Any, kwargs: Any) -> Any:
 
 def give_dense_bias(transformer: Any) -> None:
     """Without a patch: the bias as the mask of every cross attention."""
+    _give(transformer, lambda args, kwargs: dense_bias(transformer.aqr, *operands(args, kwargs)))
+
+
+def give_dense_windows(head: Any) -> None:
+    """Without a patch: the windows of head.transformer.aqr painted into a dense bias, as the mask of every cross attention.
+
+    This is how repositories with such a router do it: (B, M, N), repeated over the heads.
+    """
+    own = head.query_embed
+    given: Dict[str, Any] = {}
+
+    def query_embed(ref_points: Any, img_metas: Any) -> Any:
+        given.update(ref_points=ref_points.detach(), img_metas=img_metas)
+        return own(ref_points, img_metas)
+
+    head.query_embed = query_embed
+    router = head.transformer.aqr
+    _give(head.transformer, lambda args, kwargs: paint(router, head.pc_range, *operands(args, kwargs), **given))
+
+
+def paint(router: Any, pc_range: Any, x: Any, x_img: Any, query: Any, ref_points: Any, img_metas: Any) -> Any:
+    """The window router's bias (B, M, N) in plain PyTorch: a weight scattered onto the cells of each window."""
+    import torch
+
+    batch, views, _, height, width = x_img.shape
+    low, high = (ref_points.new_tensor(list(pc_range[i:i + 3])) for i in (0, 3))
+    points = ref_points * (high - low) + low
+    matrices = torch.stack([torch.stack([torch.as_tensor(m) for m in meta["lidar2img"]]) for meta in img_metas]).to(points)
+    seen = torch.einsum("bvij,bmj->bmvi", matrices, torch.cat([points, torch.ones_like(points[..., :1])], -1))
+    pixels = seen[..., :2] / seen[..., 2:3].clamp(min=0.1)
+    size = pixels.new_tensor(img_metas[0]["pad_shape"][0][1::-1])  # width, height
+    visible = (seen[..., 2] > 0.1) & (pixels >= 0).all(-1) & (pixels < size).all(-1)
+    cells = (pixels / size * pixels.new_tensor([width, height])).long()
+    logits = logits_of(router, x, x_img, query)
+    on_bev = [] if x is None else [torch.ones_like(visible[..., 0])]
+    logits = logits + torch.stack([*on_bev, visible.any(-1)], -1) * router.visible_gain
+    weights = logits.tanh() * router.bias_scale.clamp(router.min_scale, router.max_scale)
+    if router.camera_windows == "first":  # one window in the first camera that sees the query
+        first = (visible.cumsum(-1) == 1).int().cumsum(-1).eq(0).sum(-1).clamp(max=views - 1)
+        cells = cells.gather(2, first[..., None, None].expand(-1, -1, 1, 2))
+        shown = [(visible.any(-1), first, cells[:, :, 0])]
+    else:
+        shown = [(visible[..., view], view, cells[:, :, view]) for view in range(views)]
+    bias = weights.new_zeros(batch, query.shape[1], views * height * width)
+    for seen_there, view, cell in shown:
+        place = cell[..., 1], cell[..., 0]
+        bias = scatter(bias, weights[..., -1], seen_there, place, router.window, router.gaussian, (height, width), view)
+    if x is None:
+        return bias
+    rows, columns = x.shape[-2:]
+    column, row = ((ref_points[..., i] * n).long().clamp(0, n - 1) for i, n in ((0, columns), (1, rows)))
+    bev = weights.new_zeros(batch, query.shape[1], rows * columns)
+    everywhere = torch.ones_like(row, dtype=torch.bool)
+    bev = scatter(bev, weights[..., 0], everywhere, (row, column), router.lidar_window, router.gaussian, (rows, columns), 0)
+    return torch.cat([bev, bias], -1)
+
+
+def scatter(bias: Any, weights: Any, visible: Any, place: Any, side: int, sigma: Any, grid: Any, view: Any) -> Any:
+    """`bias` (B, M, views * rows * columns) with each query's weight added in its window at `place`, row and column."""
+    import torch
+
+    offsets = torch.arange(side, device=bias.device) - (side - 1) // 2
+    dy, dx = (t.flatten() for t in torch.meshgrid(offsets, offsets, indexing="ij"))
+    y, x = place[0][..., None] + dy, place[1][..., None] + dx
+    inside = visible[..., None] & (y >= 0) & (y < grid[0]) & (x >= 0) & (x < grid[1])
+    profile = 1.0 if sigma is None else torch.exp(-(dy * dy + dx * dx) / (2.0 * sigma ** 2))
+    view = view[..., None] if torch.is_tensor(view) else view
+    keys = (view * grid[0] + y.clamp(0, grid[0] - 1)) * grid[1] + x.clamp(0, grid[1] - 1)
+    return bias.scatter_add(2, keys, torch.where(inside, weights[..., None] * profile, weights.new_zeros(())))
+
+
+def _give(transformer: Any, bias_of: Any) -> None:
     heads = transformer.decoder.layers[0].attentions[1].num_heads
     masks = {}
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
-        masks["cross"] = dense_bias(module.aqr, *operands(args, kwargs)).repeat_interleave(heads, 0)
+        masks["cross"] = bias_of(args, kwargs).repeat_interleave(heads, 0)
 
     def before_decoder(module: Any, args: Any, kwargs: Any) -> Any:
         return args, {**kwargs, "attn_masks": [kwargs["attn_masks"][0], masks["cross"]]}

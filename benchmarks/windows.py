@@ -1,7 +1,12 @@
 """Attention with local windows on grids, every way side by side, in one process.
 
-    python benchmarks/windows.py [--quick] [--repeats N] [--out FILE]
+    python benchmarks/windows.py [--groups NAME ...] [--repeats N] [--out FILE [--merge]]
     python benchmarks/windows.py --check [--jobs N]
+
+Groups, each of them less than three minutes on one GPU and with its own rows without bias: float16, bfloat16, float32
+(this package's ways), generators (dense biases and masks, and SDPA), flex (flex_attention), layers (a bias and six
+layers) and errors (against float64, each precision). --merge keeps the other groups that FILE has, if they were measured
+on the same device and versions.
 
 Batch 2, 1490 queries, 8 heads of 32, 180 x 180 + 6 x 40 x 100 keys, windows of 15 x 15 in both frames, cameras placed as
 a rig has them. Medians of CUDA events, the ways interleaved. --check runs window_cases.py on the GPU instead: error
@@ -36,6 +41,8 @@ SIDE, MASK_SIDES, MASK_HEADS = 15, (5, 15), 4
 LAYERS = 6
 PAUSE = 3_000_000  # clock cycles, in which the host queues what comes next
 SOME = 24  # queries whose results are compared with float64
+PRECISIONS = ("float16", "bfloat16", "float32")
+GROUPS = (*PRECISIONS, "generators", "flex", "layers", "errors")
 YAWS = (55, 0, -55, 110, 180, -110)
 
 
@@ -92,8 +99,8 @@ def attention(bias_of, leaves, heads=H, **options):
     return run
 
 
-def ways(dtype, quick):
-    """name -> (function, leaves): forward as called, backward to the leaves."""
+def ways(dtype, group="own"):
+    """name -> (function, leaves): forward as called, backward to the leaves. group: own, generators or flex."""
     generator = torch.Generator("cuda").manual_seed(1)
 
     def draw(*size):
@@ -131,25 +138,28 @@ def ways(dtype, quick):
             attention(lambda: WindowMask(centres.clone(), FRAMES, MASK_SIDES), short), short,
         ),
     }  # fmt: skip
-    if not quick:
-        make = Generator(centres)
-        dense_leaves = [q, k, v, weights, make.bias_scale]
-        hidden = mask.dense() < 0
-        own = attention(lambda: make(weights)[:, None], leaves)
-        found.update({
-            "own, dense bias of a generator": (own, dense_leaves),
-            "the generator alone": (lambda: make(weights), [weights, make.bias_scale]),
-            "own, dense mask, 4 heads": (attention(lambda: hidden, short), short),
-        })  # fmt: skip
-        found.update(peers(q, k, v, weights, make, centres, short, hidden))
-    return found
+    if group == "own":
+        return found
+    found = {name: found[name] for name in ("own, no bias", "own, windows", "own, no mask, 4 heads",
+                                            "own, window mask, 4 heads")}  # fmt: skip
+    if group == "flex":
+        return {**found, **flex(q, k, v, weights, scale, centres, short)}
+    make = Generator(centres)
+    dense_leaves = [q, k, v, weights, make.bias_scale]
+    hidden = mask.dense() < 0
+    found.update({
+        "own, dense bias of a generator": (attention(lambda: make(weights)[:, None], leaves), dense_leaves),
+        "the generator alone": (lambda: make(weights), [weights, make.bias_scale]),
+        "own, dense mask, 4 heads": (attention(lambda: hidden, short), short),
+    })  # fmt: skip
+    return {**found, **peers(q, k, v, weights, make, short, hidden)}
 
 
 def first(t):
     return t.transpose(1, 2)
 
 
-def peers(q, k, v, weights, make, centres, short, hidden):
+def peers(q, k, v, weights, make, short, hidden):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     leaves = [q, k, v, weights, make.bias_scale]
@@ -169,24 +179,23 @@ def peers(q, k, v, weights, make, centres, short, hidden):
             seen = ~hidden.expand(B, MASK_HEADS, M, N)
             return first(F.scaled_dot_product_attention(*map(first, short), seen))
 
-    found = {
+    return {
         "SDPA efficient, dense bias of a generator": (efficient, leaves),
         "SDPA math, dense bias over heads": (expanded, leaves),
         "SDPA efficient, dense mask, 4 heads": (masked, short),
     }
-    try:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    except ImportError:
-        return found
-    flex = torch.compile(flex_attention, dynamic=False)
-    key = torch.arange(N, device="cuda")
+
+
+def flex(q, k, v, weights, scale, centres, short):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
     inside = torch.zeros(N, dtype=torch.int32, device="cuda")
     cells = torch.cat([torch.stack(torch.meshgrid(
         torch.arange(f.views, device="cuda"), torch.arange(f.rows, device="cuda"), torch.arange(f.columns, device="cuda"),
         indexing="ij"), -1).reshape(-1, 3) for f in FRAMES]).int()  # fmt: skip
     inside[FRAMES[0].size :] = 1
     view, row, column = (cells[:, place].contiguous() for place in range(3))
-    del key
 
     def near(b, m, n, sides):
         frame = inside[n]
@@ -195,17 +204,18 @@ def peers(q, k, v, weights, make, centres, short, hidden):
         return by_row & ((column[n] - centres[b, m, frame, 2]).abs() <= half) & (view[n] == centres[b, m, frame, 0])
 
     def flexed():
-        held = (weights * make.bias_scale).detach()
+        held = (weights * scale).detach()
 
         def score(s, b, h, m, n):
             return s + torch.where(near(b, m, n, (SIDE, SIDE)), held[b, m, inside[n]], 0.0)
 
-        return first(flex(*map(first, (q, k, v)), score_mod=score))
+        return first(compiled(*map(first, (q, k, v)), score_mod=score))
 
     blocks = create_block_mask(lambda b, h, m, n: near(b, m, n, MASK_SIDES), B, None, M, N, device="cuda", _compile=True)
-    found["flex_attention, windows in score_mod"] = (flexed, [q, k, v])
-    found["flex_attention, block mask, 4 heads"] = (lambda: first(flex(*map(first, short), block_mask=blocks)), short)
-    return found
+    return {
+        "flex_attention, windows in score_mod": (flexed, [q, k, v]),
+        "flex_attention, block mask, 4 heads": (lambda: first(compiled(*map(first, short), block_mask=blocks)), short),
+    }
 
 
 def measure(found, repeats, seconds):
@@ -260,12 +270,12 @@ def measure(found, repeats, seconds):
     return results
 
 
-def step_of_layers(found, repeats):
+def step_of_layers(repeats):
     """A bias made once and LAYERS layers, forward and backward together: milliseconds, and MiB at the peak."""
     results = {}
     generator = torch.Generator("cuda").manual_seed(2)
     centres = scene(generator)
-    q, k, v = (t.detach() for t in found["own, windows"][1][:3])
+    q, k, v = (t.detach() for t in ways(torch.float16)["own, windows"][1][:3])
     layers = [[(t * (1 + layer / 8)).requires_grad_() for t in (q, k, v)] for layer in range(LAYERS)]
     weights = torch.randn(B, M, 2, device="cuda", generator=generator).tanh().requires_grad_()
     make = Generator(centres)
@@ -303,7 +313,7 @@ def errors(dtype):
     """Relative L2 errors at the full size, of the output and the gradients of SOME queries, against float64; the same of
     plain PyTorch in `dtype`; and whether a repeat is bit-equal."""
     results = {}
-    found = ways(dtype, True)
+    found = ways(dtype)
     for name in ("own, windows", "own, windows, Gaussian", "own, windows per head", "own, window mask, 4 heads"):
         function, leaves = found[name]
         grad = torch.randn(function().shape, device="cuda", generator=torch.Generator("cuda").manual_seed(5)).to(dtype)
@@ -393,33 +403,56 @@ def check(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="this package's ways in float16 only")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="default: all")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--jobs", type=int, default=14, help="processes for --check, which mostly compiles")
-    parser.add_argument("--out", help="where the JSON goes")
+    parser.add_argument("--out", help="where the JSON goes, after each group")
+    parser.add_argument("--merge", action="store_true", help="keep the groups that --out has already")
     args = parser.parse_args()
     if args.check:
         return check(args)
-    began = time.time()
     report = about(args.out)
-    dtypes = ("float16",) if args.quick else ("float16", "bfloat16", "float32")
-    for name in dtypes:
-        dtype = getattr(torch, name)
-        found = ways(dtype, args.quick or name != "float16")
-        report[name] = measure(found, args.repeats, 90)
-        report[name + ", errors"] = errors(dtype)
-        if name == "float16":
-            report["layers"] = step_of_layers(found, args.repeats)
-        del found
+    earlier = load(args.out, report) if args.merge and args.out and os.path.exists(args.out) else {}
+    for group in args.groups:
+        began = time.time()
+        found = run_group(group, args.repeats)
         torch.cuda.empty_cache()
-        report["seconds"] = round(time.time() - began)
-        print(name, json.dumps(report[name], indent=1), f"{report['seconds']} s", file=sys.stderr, flush=True)
-        if args.out:  # after each precision: time may be short
+        seconds = round(time.time() - began)
+        report.update(found)
+        report.setdefault("seconds", {})[group] = seconds
+        print(group, json.dumps(found, indent=1), f"{seconds} s", file=sys.stderr, flush=True)
+        if args.out:
             with open(args.out, "w") as file:
-                json.dump(report, file, indent=1)
+                json.dump(merged(earlier, report), file, indent=1)
     print(json.dumps(report, indent=1))
     return 0
+
+
+def run_group(group, repeats):
+    """Entries of the report."""
+    if group == "layers":
+        return {group: step_of_layers(repeats)}
+    if group == "errors":
+        return {name + ", errors": errors(getattr(torch, name)) for name in PRECISIONS}
+    if group in PRECISIONS:
+        return {group: measure(ways(getattr(torch, group)), repeats, 120)}
+    return {group: measure(ways(torch.float16, group), repeats, 120)}
+
+
+def load(path, report):
+    """An earlier report of the same device and versions."""
+    with open(path) as file:
+        earlier = json.load(file)
+    other = [name for name in ("device", "torch", "triton", "python") if earlier.get(name) != report[name]]
+    if other:
+        raise SystemExit(f"--merge: {path} has another {', '.join(other)}; choose another --out")
+    return earlier
+
+
+def merged(earlier, report):
+    seconds = {**(earlier["seconds"] if isinstance(earlier.get("seconds"), dict) else {}), **report["seconds"]}
+    return {**earlier, **report, "seconds": seconds}
 
 
 if __name__ == "__main__":

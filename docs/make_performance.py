@@ -419,10 +419,12 @@ def windows() -> List[str]:
              "Batch 2, 1490 queries, 8 heads of 32, 180 x 180 + 6 x 40 x 100 keys, windows of 15 x 15 in both frames; "
              "MiB beyond the operands. Each way takes what its user has: a generator paints a dense bias in every call.", ""]
     modes = ("forward", "forward+backward")
-    for dtype in ("float16", "bfloat16", "float32"):
+    groups = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32",
+              "generators": "Dense biases and masks, float16", "flex": "flex_attention, float16"}
+    for group, title in groups.items():
         rows = [[way, *(cell(got.get(mode)) for mode in modes), memory(got.get("MiB forward+backward"))]
-                for way, got in result.get(dtype, {}).items()]
-        lines += [f"{dtype}, ms", "", *table(("way", *modes, "MiB"), rows)] if rows else []
+                for way, got in result.get(group, {}).items()]
+        lines += [f"{title}, ms", "", *table(("way", *modes, "MiB"), rows)] if rows else []
     rows = [[way, f"{got['milliseconds']:.2f}", f"{got['MiB']:.0f}"] for way, got in result["layers"].items()]
     lines += ["A bias made once and six layers, forward and backward:", "", *table(("bias", "ms", "MiB"), rows)]
     return [*lines, source(name), ""]

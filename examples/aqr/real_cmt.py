@@ -6,7 +6,8 @@
 CMT_CHECKOUT is a working tree of junjie18/CMT, FRAME_DIR a nuScenes frame in mmdet3d's info format. The backbones are
 left out: BEV features (512, 128, 128) are made from the lidar points and camera features (256, 20, 50) from the images
 by fixed random projections, so that neither spconv nor compiled OpenMMLab operators are needed. A process for each head,
-patched and unpatched; in each: AQR off and on, checkpointing off and on. Unpatched, the bias is a dense mask.
+patched and unpatched; in each: AQR off and on, checkpointing off and on. Unpatched, the bias is a dense mask. With
+`--windows window=15` the router's bias is windows (bias='window'), with `--windows ''` those by default.
 """
 from __future__ import annotations
 
@@ -47,6 +48,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--queries", type=int, default=900)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--locality", action="store_true")
+    parser.add_argument("--windows", metavar="KEY=VALUE,...", help="bias='window' with these options of `aqr`; '' for none")
+    parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=("off", "on"))
     parser.add_argument("--out", metavar="FILE.json")
     parser.add_argument("--table", nargs=2, metavar=("FILE.json", "PAGE.md"), help="write the table into a page, stop")
     parser.add_argument("--child", choices=("0", "1"), help=argparse.SUPPRESS)  # patched or not
@@ -110,7 +113,7 @@ def run_cases(args: argparse.Namespace, head: str, patched: bool) -> Dict[str, A
     sys.path.insert(0, os.path.abspath(args.cmt))
     os.chdir(args.cmt)
     cases: Dict[str, Any] = {}
-    for with_cp in (False, True):
+    for with_cp in (word == "on" for word in args.checkpointing):
         for aqr in (False, True):
             name = f"{'on' if aqr else 'off'}, {'patched' if patched else 'unpatched'}"
             name += ", checkpointed" if with_cp else ""
@@ -137,8 +140,10 @@ def run_case(args: argparse.Namespace, head_name: str, aqr: bool, patched: bool,
     import flashbias_patch
 
     options = {"model.pts_bbox_head.transformer.aqr.enable": True} if aqr and patched else {}
-    if options and args.locality:
-        options["model.pts_bbox_head.transformer.aqr.locality"] = True
+    windows = None if args.windows is None else window_options(args.windows)
+    given = {"locality": True} if args.locality else {} if windows is None else {"bias": "window", **windows}
+    if options:
+        options.update({f"model.pts_bbox_head.transformer.aqr.{name}": value for name, value in given.items()})
     config = Config.fromfile(CONFIGS[head_name])
     config.merge_from_dict(options)  # what --cfg-options does
     head_config = config.model.pts_bbox_head
@@ -164,9 +169,15 @@ def run_case(args: argparse.Namespace, head_name: str, aqr: bool, patched: bool,
     if aqr and not patched:
         import aqr as benchmark  # benchmarks/aqr.py
 
-        segments = 2 if head_name == "fusion" else CAMERAS
-        head.transformer.aqr = flashbias_patch.aqr.AdaptiveQueryRouter(head.transformer.embed_dims, segments)
-        benchmark.give_dense_bias(head.transformer)
+        dims = head.transformer.embed_dims
+        if windows is None:
+            segments = 2 if head_name == "fusion" else CAMERAS
+            head.transformer.aqr = flashbias_patch.aqr.AdaptiveQueryRouter(dims, segments)
+            benchmark.give_dense_bias(head.transformer)
+        else:
+            segments = 2 if head_name == "fusion" else 1
+            head.transformer.aqr = flashbias_patch.aqr.WindowRouter(dims, segments, **windows)
+            benchmark.give_dense_windows(head)
     head = head.to(args.device).train()
     x, x_img, metas, boxes, labels = inputs(args, torch, np)
     x = x if head_name == "fusion" else None
@@ -200,6 +211,14 @@ def run_case(args: argparse.Namespace, head_name: str, aqr: bool, patched: bool,
             "step_s": statistics.median(times[2:] or times), "peak_mib": peak,
             "bias_scale": scales,  # value and gradient at each step, before it
             "calls": {name: count - before.get(name, 0) for name, count in after.items() if count > before.get(name, 0)}}
+
+
+def window_options(text: str) -> Dict[str, Any]:
+    """Options of `aqr` as FLASHBIAS_AQR takes them, without `bias` and `enable`."""
+    import ast
+
+    pairs = [part.split("=", 1) for part in text.split(",") if part]
+    return {key: value if value in ("first", "all") else ast.literal_eval(value) for key, value in pairs}
 
 
 def compare(cases: Dict[str, Any]) -> None:

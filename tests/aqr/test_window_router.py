@@ -14,6 +14,7 @@ from flashbias_patch.aqr.geometry import take_geometry
 from flashbias_patch.aqr.window_router import window_places
 from flashbias_patch.bias import Grid, WindowBias
 from flashbias_patch.patching import hooks
+from tests.scripts import load
 
 from . import family
 
@@ -133,6 +134,24 @@ def test_output_and_every_gradient_are_those_of_the_dense_bias(claimed, options,
     for name, grad in true.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
     assert (true["transformer.aqr.bias_scale"] != 0).all()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_dense_stand_in_of_the_benchmark_has_the_same_bias(claimed, options):
+    options = {name: value for name, value in OPTIONS[options].items() if name != "per"}
+    benchmark = load("benchmarks/aqr.py")
+    given = inputs()
+    head = head_of(**options)
+    out = head(*given)
+    found = gradients(head, out, *given[:2])
+    hooks.uninstall()
+    exact, given = copy.deepcopy(head), inputs()
+    exact.zero_grad()
+    benchmark.give_dense_windows(exact)
+    expected = exact(*given)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    for name, grad in gradients(exact, expected, *given[:2]).items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_the_windows_are_passed_on_as_windows(claimed, monkeypatch):
