@@ -24,6 +24,9 @@ def _zero() -> int:
 is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", lambda: False)  # since torch 2.3
 # The id of the backward pass that runs in this thread; -1: none does.
 current_graph_task: Callable[[], int] = _C._current_graph_task_id
+# Whether that pass will still come to a node of the graph, or has come to it; and to call a function when it ends.
+will_execute: Callable[[Any], bool] = _C._will_engine_execute_node
+queue_callback: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
 # Whether that pass keeps its graph (torch 2.8 and later; without it: no).
 keeps_graph: Callable[[], bool] = getattr(
     _C._autograd, "_get_current_graph_task_keep_graph", lambda: False

@@ -8,16 +8,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import weakref
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
-import torch
 from torch import Tensor
 
 from .. import journal
 from ..attention.recovery import replay
 from ..bias import AttentionBias
-from . import threads
+from . import threads, unreachable
 
 KINDS = ("cross", "self", "all")
 Bias = Union[AttentionBias, Tensor]
@@ -25,12 +23,13 @@ Bias = Union[AttentionBias, Tensor]
 
 class Block:
     """One `with attention_bias(...)`: whether it is open, which kinds of attention were called in it, and whether any
-    of them was given the bias."""
+    of them was given the bias. A block in a generator may end in another thread than it began in."""
 
-    __slots__ = ("open", "kinds", "given")
+    __slots__ = ("open", "ended_elsewhere", "kinds", "given")
 
     def __init__(self) -> None:
         self.open = True
+        self.ended_elsewhere = False
         self.kinds: Set[str] = set()
         self.given = False
 
@@ -51,9 +50,6 @@ _scopes: contextvars.ContextVar[Optional[Scopes]] = contextvars.ContextVar("flas
 _inherited: contextvars.ContextVar[Scopes] = contextvars.ContextVar("flashbias_inherited_scopes", default=())
 # Tensors that need a gradient and are in force in another way: in a list of masks, where no checkpoint looks for them.
 _learned: contextvars.ContextVar[Tuple[Tensor, ...]] = contextvars.ContextVar("flashbias_learned", default=())
-# Modules that had a bias where its recomputation cannot be reached; None while there is none.
-_out_of_reach: Optional[weakref.WeakSet[Any]] = None
-_graph_task: Callable[[], int] = torch._C._current_graph_task_id
 ever_opened = False  # any `with attention_bias(...)` in this process
 
 
@@ -63,9 +59,9 @@ def map_bias(bias: Bias, function: Callable[[Tensor], Tensor]) -> Bias:
 
 def current_scopes() -> Scopes:
     scopes = _scopes.get()
-    if scopes is not None:
-        return scopes
-    return tuple(scope for scope in _inherited.get() if scope.block.open)
+    if scopes is None:
+        return tuple(scope for scope in _inherited.get() if scope.block.open)
+    return tuple(scope for scope in scopes if not scope.block.ended_elsewhere) if scopes else scopes
 
 
 def _map_scopes(scopes: Scopes, function: Callable[[Tensor], Tensor]) -> Scopes:
@@ -109,15 +105,20 @@ def attention_bias(
     replay.current()  # a checkpoint around this block does not need the bias: it opens the block again
     block = Block()
     scope = Scope(bias, kind, None if layers is None else tuple(layers), block, {})
-    token = _scopes.set((*current_scopes(), scope))
+    before = _scopes.get()
+    _scopes.set((*current_scopes(), scope))
     try:
         with threads.handing_on(_for_thread, _for_task):
             yield
         if not block.given:
             _warn_unused(scope)
     finally:
-        block.open = False
-        _scopes.reset(token)
+        # Blocks in generators may end in another order than they began in, or in another thread: each ends only itself.
+        now = _scopes.get() or ()
+        others = tuple(other for other in now if other.block is not block)
+        block.open, block.ended_elsewhere = False, len(others) == len(now)
+        if not block.ended_elsewhere:
+            _scopes.set(others if others or before is not None else None)
 
 
 def _warn_unused(scope: Scope) -> None:
@@ -147,12 +148,11 @@ def learned(tensors: Iterable[Tensor]) -> Iterator[None]:
 def active() -> bool:
     """Whether any `with attention_bias(...)` may concern a call here. Not before one was opened (`ever_opened`)."""
     scopes = _scopes.get()
-    return bool(_inherited.get() if scopes is None else scopes) or _out_of_reach is not None
+    return bool(_inherited.get() if scopes is None else scopes) or bool(unreachable.modules)
 
 
 def biases_for(module: Any, kind: str) -> List[Bias]:
     """The ambient biases that concern one attention module."""
-    global _out_of_reach
     found = []
     for scope in current_scopes():
         scope.block.kinds.add(kind)
@@ -163,16 +163,9 @@ def biases_for(module: Any, kind: str) -> List[Bias]:
             found.append(scope.bias)
             scope.block.given = True
     if found:
-        if replay.in_function() and replay.current() is None:
-            _out_of_reach = weakref.WeakSet() if _out_of_reach is None else _out_of_reach
-            _out_of_reach.add(module)
-    elif _out_of_reach is not None and module in _out_of_reach and _graph_task() != -1 and replay.current() is None:
-        raise RuntimeError(
-            f"attention_bias: {type(module).__name__} is recomputed in a backward pass without the bias that its "
-            "forward had: the torch.autograd.Function around it does not hand its ctx to forward() (setup_context), or "
-            "is not written in Python. Open attention_bias(...) inside the checkpointed function, or use "
-            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-        )
+        unreachable.remember(module)
+    else:
+        unreachable.check(module)
     return found
 
 

@@ -18,7 +18,7 @@ from .. import settings
 from ..attention import dispatch, flash_bias_attention
 from ..attention.recovery import errors
 from ..attention.selfcheck import undisturbed
-from . import arguments, generators, route, seams
+from . import arguments, generators, route, seams, unreachable
 from .arguments import Bias
 from .inner_attention import check_lengths
 
@@ -45,6 +45,8 @@ class DualCoreSeam(seams.CoreSeam):
         opened = route.current()
         if opened is None:
             opened, own = seams.new_route(module, own, *sequences[:2])
+        elif opened.biases:
+            unreachable.remember(module)
         opened.reached = True
         masks = [self.parameters.get(name, args, kwargs) for name in MASKS]
         why = self._unsupported(module, sequences, masks, args, kwargs)

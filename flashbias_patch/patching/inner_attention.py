@@ -21,7 +21,7 @@ from .. import journal, settings
 from ..attention import dispatch, flash_bias_attention
 from ..attention.weights import LazyWeights
 from ..bias import AttentionBias
-from . import arguments, route
+from . import arguments, route, unreachable
 from .arguments import Bias
 from .route import Route
 
@@ -40,6 +40,7 @@ def wrap_forward(original: Any) -> Any:
     the original's too.
     """
     _route, _original, _attend = route.current, original, _attend_module
+    _unreachable, _check = unreachable.modules, unreachable.check
 
     def forward(
         self: Any, query: Any, key: Any, value: Any, key_padding_mask: Any, need_weights: Any, attn_mask: Any,
@@ -47,6 +48,8 @@ def wrap_forward(original: Any) -> Any:
     ) -> Any:  # fmt: skip
         open_route = _route()
         if open_route is None:
+            if _unreachable:
+                _check(self)
             return _original(
                 self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -88,6 +91,8 @@ def _attend_module(
     is_causal: bool,
 ) -> Any:  # fmt: skip
     """A call of nn.MultiheadAttention.forward inside an outer forward."""
+    if open_route.biases:
+        unreachable.remember(module)
     out_proj = module._modules["out_proj"]
     own, outs = module._parameters, out_proj._parameters  # quicker than attributes of a module
     # A parametrised parameter, or one of a replica of nn.DataParallel, is an attribute only.
@@ -279,6 +284,8 @@ _FUNCTION_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 def _attend_function(open_route: Route, original: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
     """A call of F.multi_head_attention_forward inside an outer forward."""
+    if open_route.biases:
+        unreachable.refuse(open_route.module)
     bound = _FUNCTION_SIGNATURE.bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments

@@ -7,6 +7,7 @@ from typing import Any, Dict, Optional, Tuple
 from torch import Tensor
 
 from ..attention.inputs import as_bias
+from ..attention.recovery import replay
 from ..bias import AttentionBias, BiasTensor, DenseBias
 from . import factoring
 from .arguments import Bias
@@ -60,6 +61,9 @@ class Route:
             if isinstance(term, DenseBias) and factoring.enabled():
                 term = factoring.low_rank(self.module, bias, term)
             total = term if total is None else total + term
+        checkpointed = None if total is None else replay.current()
+        if checkpointed is not None:
+            checkpointed.note_bias()
         return total
 
     def absorb(self, inner: Route) -> None:

@@ -18,7 +18,7 @@ from .. import journal, settings
 from ..attention import dispatch, flash_bias_attention
 from ..attention.recovery import replay
 from ..bias import AttentionBias
-from . import ambient, arguments, generators, route, transformers
+from . import ambient, arguments, generators, route, transformers, unreachable
 from .arguments import Bias
 from .inner_attention import FunctionalAttention, check_lengths, count_original, dense_mask, mentions_functional
 from .route import Route
@@ -182,6 +182,8 @@ def new_route(module: Any, own: Tuple[Bias, ...], query: Any, key: Any) -> Tuple
         replay.current()
     if ambient.ever_opened and ambient.active():
         own = (*own, *ambient.biases_for(module, arguments.kind_of(module, query, key)))
+    elif unreachable.modules:
+        unreachable.check(module)
     return Route(module, ()), own
 
 
@@ -209,10 +211,12 @@ class CoreSeam:
         opened = route.current()
         if opened is None:
             opened, own = new_route(module, own, q, k)
+        elif opened.biases:
+            unreachable.remember(module)
         opened.reached = True
         why = _unsupported(module, q) or self._unknown_option(args, kwargs)
         if why is None:
-            masks = self._masks(opened, args, kwargs)
+            masks = self._masks(module, opened, args, kwargs)
             try:
                 return self._attend(module, q, k, v, opened, own, *masks), None
             except dispatch.NoBackendError as error:
@@ -230,7 +234,7 @@ class CoreSeam:
         return None
 
     def _masks(
-        self, opened: Route, args: Tuple[Any, ...], kwargs: Dict[str, Any]
+        self, module: Any, opened: Route, args: Tuple[Any, ...], kwargs: Dict[str, Any]
     ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         """(attn_mask, key_padding_mask) in torch's convention: what the core is handed, else what the outer forward was.
 
@@ -244,6 +248,7 @@ class CoreSeam:
         outer_padding = opened.key_padding_mask if padding is None else None
         if outer_mask is not None and outer_mask.is_floating_point():
             mask, outer_mask = outer_mask, None
+            unreachable.remember(module)
         if outer_mask is None and outer_padding is None:
             return mask, padding
         if settings.current().masks == "upstream":
@@ -251,6 +256,7 @@ class CoreSeam:
                          "flash attention classes drop boolean attn_mask and key_padding_mask, as upstream; "
                          "FLASHBIAS_MASKS=honour applies them")
             return mask, padding
+        unreachable.remember(module)
         return (mask if outer_mask is None else outer_mask), (padding if outer_padding is None else outer_padding)
 
     def _attend(

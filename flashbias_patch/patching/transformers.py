@@ -242,7 +242,7 @@ class TransformerSeam:
 
 def _draw(drop: aqr.ModalityDrop, batch: int) -> List[Optional[str]]:
     """What is dropped in this forward, and in every recomputation of it."""
-    if replay.in_function() and replay.current() is None:
+    if replay.out_of_reach():
         raise RuntimeError(
             "aqr.drop: the torch.autograd.Function around this transformer does not hand its ctx to forward(), so that a "
             "recomputation could not drop the same; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"

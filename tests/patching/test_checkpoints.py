@@ -293,21 +293,21 @@ def test_the_bias_as_an_argument_of_the_checkpointed_function(patched, kind):
 
 class WithSetupContext(torch.autograd.Function):
     @staticmethod
-    def forward(function, query):
-        return function(query)
+    def forward(function, *args):
+        return function(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.function = inputs[0]
-        ctx.save_for_backward(inputs[1])
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, grad):
-        query = ctx.saved_tensors[0].detach().requires_grad_()
+        args = [saved.detach().requires_grad_() for saved in ctx.saved_tensors]
         with torch.enable_grad():
-            out = ctx.function(query)
+            out = ctx.function(*args)
         torch.autograd.backward(out, grad)
-        return None, query.grad
+        return (None, *(arg.grad for arg in args))
 
 
 def test_a_function_without_ctx_is_an_error_at_the_recomputation(patched):
@@ -407,3 +407,124 @@ def test_hooks_that_stay_open_over_several_steps_replay_nothing():
             assert chosen == [0, 1, 2]
     finally:
         replay.unwatch()
+
+
+# -- Functions without ctx, several checkpoints that share a learned bias, uninstall -----------------------------------
+
+
+def within(kind, function):
+    return lambda *args: KINDS[kind](function, *args)
+
+
+@pytest.mark.parametrize("way", ("scope", "keyword"))
+def test_a_function_without_ctx_around_an_inner_attention_is_an_error_at_the_recomputation(patched, way):
+    decoder, inputs = decoder_of(), Inputs()
+    for layer in decoder.layers:
+        layer.attentions[1].checkpoint = WithSetupContext.apply
+    out = run(decoder, inputs, way)
+    with pytest.raises(RuntimeError, match="MultiheadAttention is recomputed.*without the bias.*use_reentrant=False"):
+        out.sum().backward()
+    other = decoder_of()  # no bias, no error
+    other.layers[0].attentions[1].checkpoint = WithSetupContext.apply
+    other(inputs.query, inputs.memory, inputs.memory).sum().backward()
+
+
+@pytest.mark.parametrize("outer, inner", [("fairscale", None), ("non-reentrant", None), (None, "fairscale")])
+def test_a_function_without_ctx_among_others_is_right_or_an_error(patched, outer, inner):
+    expected_inputs, inputs = Inputs(), Inputs()
+    plain = decoder_of()
+    expected = gradients(plain, expected_inputs, run(plain, expected_inputs, "scope"))
+    decoder = decoder_of()
+
+    def function(query, key, value):
+        called = decoder if inner is None else within(inner, decoder)
+        return called(query, key, value)
+
+    def without_ctx(*args):
+        return WithSetupContext.apply(function, *args)
+
+    with flashbias_patch.attention_bias(inputs.bias()):
+        called = without_ctx if outer is None else within(outer, without_ctx)
+        out = called(inputs.query, inputs.memory, inputs.memory)
+    try:
+        found = gradients(decoder, inputs, out)
+    except RuntimeError as error:
+        assert outer != "fairscale", error
+        assert "recomputed in a backward pass without the bias" in str(error)
+        return
+    assert_equal(found, expected)
+
+
+def shared_bias(checkpointed_layers, kind, learned, observe=None):
+    """Gradients, and how often the leaf behind the bias received one."""
+    decoder, inputs = decoder_of(), Inputs(learned)
+    for index in checkpointed_layers:
+        decoder.layers[index] = checkpointed(decoder.layers[index], kind)
+    counted = []
+    leaf = inputs.scale if learned == "shared" else inputs.a
+    leaf.register_post_accumulate_grad_hook(counted.append)
+    bias = inputs.bias()
+    if observe == "hook":
+        bias.q_factor.register_hook(lambda grad: grad.abs())  # not linear: the sum, and once
+    if observe == "retain_grad" and learned == "shared":
+        bias.q_factor.retain_grad()
+    with flashbias_patch.attention_bias(bias):
+        out = decoder(inputs.query, inputs.memory, inputs.memory)
+    loss = loss_of(out, 0)
+    if observe == "loss":
+        loss = loss + bias.q_factor.pow(2).sum()
+    found = gradients(decoder, inputs, loss)
+    if observe == "retain_grad" and learned == "shared":
+        found["q_factor"] = bias.q_factor.grad
+    return found, len(counted)
+
+
+@pytest.mark.parametrize("observe", (None, "loss", "hook", "retain_grad"))
+@pytest.mark.parametrize("layers", ((0,), (1,), (0, 1)))
+@pytest.mark.parametrize("kind", ("fairscale", "megatron"))
+def test_a_learned_bias_of_several_layers_receives_its_gradient_once(patched, kind, layers, observe):
+    """DistributedDataParallel reduces what arrives first."""
+    expected, once = shared_bias((), None, "shared", observe)
+    found, times = shared_bias(layers, kind, "shared", observe)
+    assert_equal(found, expected)
+    assert times == once == 1
+
+
+@pytest.mark.parametrize("layers", ((0,), (1,), (0, 1)))
+def test_a_leaf_as_bias_of_several_layers(patched, layers):
+    expected, _ = shared_bias((), None, "leaf")
+    found, times = shared_bias(layers, "fairscale", "leaf")
+    assert_equal(found, expected)
+    if 0 not in layers or 1 in layers:
+        assert times == 1
+
+
+def test_a_pass_that_fails_leaves_no_gradient_for_the_next(patched):
+    decoder, inputs = decoder_of("layer", "fairscale"), Inputs("shared")
+
+    def fail(grad):
+        raise KeyError("the user's own")
+
+    hook = inputs.query.register_hook(fail)
+    with pytest.raises(KeyError, match="the user's own"):
+        run(decoder, inputs, "scope").sum().backward()
+    hook.remove()
+    assert inputs.scale.grad is None
+    decoder.zero_grad()
+    inputs.memory.grad = None
+    plain, expected_inputs = decoder_of(), Inputs("shared")
+    expected = gradients(plain, expected_inputs, run(plain, expected_inputs, "scope"))
+    assert_equal(gradients(decoder, inputs, run(decoder, inputs, "scope")), expected)
+
+
+@pytest.mark.parametrize("way", ("scope", "keyword"))
+@pytest.mark.parametrize("kind", ("fairscale", "megatron", "non-reentrant"))
+def test_uninstall_before_a_recomputation_is_an_error(patched, kind, way):
+    decoder, inputs = decoder_of("module", kind), Inputs()
+    out = run(decoder, inputs, way)
+    without_bias = decoder_of("module", kind)(inputs.query, inputs.memory, inputs.memory)
+    flashbias_patch.uninstall()
+    with pytest.raises(RuntimeError, match=r"uninstalled after a checkpoint's forward.*uninstall\(\) after"):
+        out.sum().backward()
+    if kind != "non-reentrant":  # torch's own compares what both passes save
+        without_bias.sum().backward()

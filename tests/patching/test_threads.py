@@ -196,3 +196,45 @@ def test_what_others_wrap_meanwhile_stays(patched, monkeypatch):  # noqa: F811
         torch.testing.assert_close(in_thread(call), call.with_bias)
     torch.testing.assert_close(in_thread(call), call.without)
     assert len(seen) == 4
+
+
+# -- blocks in generators: they end in another order than they began in, or in another thread ---------------------------
+
+
+def generated(call, factor):
+    with flashbias_patch.attention_bias(call.inputs.bias() * factor):
+        while True:
+            yield call()
+
+
+@pytest.mark.parametrize("around", (False, True), ids=("alone", "in a block"))
+@pytest.mark.parametrize("first", (0, 1))
+def test_interleaved_blocks_end_only_themselves(patched, first, around):  # noqa: F811
+    call = Call()
+    outer = flashbias_patch.attention_bias(call.inputs.bias() * 0.5)
+    if around:
+        outer.__enter__()
+    expected = call()
+    blocks = generated(call, 1.0), generated(call, -2.0)
+    for block in blocks:
+        next(block)
+    blocks[first].close()
+    with flashbias_patch.attention_bias(call.inputs.bias() * (1.0, -2.0)[first]):
+        everything = call()
+    blocks[1 - first].close()
+    torch.testing.assert_close(call(), expected)
+    with flashbias_patch.attention_bias(call.inputs.bias() * -1.0):
+        torch.testing.assert_close(call(), everything)  # the one that was left had been in force
+    if around:
+        outer.__exit__(None, None, None)
+    torch.testing.assert_close(call(), call.without)
+
+
+def test_a_block_that_ends_in_another_thread(patched):  # noqa: F811
+    call = Call()
+    block = generated(call, 1.0)
+    torch.testing.assert_close(next(block), call.with_bias)
+    in_thread(block.close)
+    torch.testing.assert_close(call(), call.without)
+    with call.block():
+        torch.testing.assert_close(call(), call.with_bias)

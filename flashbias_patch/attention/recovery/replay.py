@@ -29,12 +29,8 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..._torch_internals import is_compiling
-
-LEARNED_ADVICE = (
-    "checkpoint without reentrance (torch.utils.checkpoint.checkpoint(..., use_reentrant=False)), or pass the bias as "
-    "a tensor argument of the checkpointed function and open attention_bias(...) inside it"
-)
+from ... import _torch_internals as internals
+from . import learned
 
 
 class Carried(NamedTuple):
@@ -52,6 +48,7 @@ class Carried(NamedTuple):
 
 SMALL_CHUNKS = "small chunks"  # stands for a backend among the recorded names
 _carried: List[Carried] = []
+_uninstalls = 0
 _replay: contextvars.ContextVar[Optional[Replay]] = contextvars.ContextVar("flashbias_replay", default=None)
 
 
@@ -89,6 +86,8 @@ class Replay:
         self.recording = True
         self.place = -1  # of the current attention call
         self.graphs: Dict[int, Any] = {}  # of guarded calls, from the recomputation to their backward
+        self.biased = False  # whether a patched class added a bias in it
+        self._uninstalls = _uninstalls
         self._names: List[str] = []  # of the backends, in the order of the calls
         self._small_chunks = False
         self._chosen: List[Any] = []
@@ -136,6 +135,19 @@ class Replay:
             self._chosen.append(choose() if self.outer is None else self.outer.once(choose))
         self._next_chosen += 1
         return self._chosen[self._next_chosen - 1]
+
+    def note_bias(self) -> None:
+        """A patched class adds a bias: without the patches, a recomputation would be without it."""
+        self.biased = True
+        if self.outer is not None:
+            self.outer.note_bias()
+
+    def check_patches(self) -> None:
+        if self.biased and self._uninstalls != _uninstalls:
+            raise RuntimeError(
+                "attention_bias: flashbias_patch was uninstalled after a checkpoint's forward pass, so that its "
+                "recomputation would be without the bias; call uninstall() after the backward pass"
+            )
 
     def repeats(self) -> bool:
         """Whether this run is a recomputation."""
@@ -223,9 +235,24 @@ def current() -> Optional[Replay]:
     return _replay.get()
 
 
+def out_of_reach() -> bool:
+    """Whether this code runs inside a Function that does not hand its ctx to forward(): the recomputation in its backward
+    would find nothing of what is in force now."""
+    if not in_function():
+        return False
+    contexts, complete = _contexts()
+    return not complete or not contexts
+
+
+def repeating() -> bool:
+    """Whether what a forward found is in force again, for a recomputation."""
+    replay = _replay.get()
+    return replay is not None and replay.repeats()
+
+
 def _of_functions() -> Optional[Replay]:
     replay = _replay.get()
-    for context in reversed(_contexts()):
+    for context in reversed(_contexts()[0]):
         parent, replay = replay, context.__dict__.get(_ATTRIBUTE)
         if replay is None:
             replay = Replay(parent)
@@ -235,9 +262,10 @@ def _of_functions() -> Optional[Replay]:
     return replay
 
 
-def _contexts() -> List[Any]:
-    """The `ctx` of each Function whose forward is on the stack, the innermost first."""
+def _contexts() -> Tuple[List[Any], bool]:
+    """(the `ctx` of each Function whose forward is on the stack, the innermost first; whether each of them has one)."""
     found: List[Any] = []
+    complete = True
     inner, frame = None, sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -248,9 +276,11 @@ def _contexts() -> List[Any]:
         else:
             forward = frame if _is_forward(code) else None
         if forward is not None:
-            found += [context for context in _context_in(forward) if context not in found]
+            contexts = _context_in(forward)
+            found += [context for context in contexts if context not in found]
+            complete = complete and bool(contexts)
         inner, frame = frame, frame.f_back  # type: ignore[assignment]
-    return found
+    return found, complete
 
 
 def _is_forward(code: CodeType) -> bool:
@@ -283,51 +313,16 @@ def _backward(reference: Any, *grads: Any) -> Any:
     """The backward of a Function whose forward contained an attention."""
     context = reference()
     replay = context.__dict__[_ATTRIBUTE]
-    values, learned = replay.values, None
+    replay.check_patches()
+    values, leaves = replay.values, None
     if not torch.is_grad_enabled():
-        learned = _Learned()
-        values = _mapped(values, learned.leaf)
-    try:
-        with restored(replay, values):
-            result = type(context).apply(context, *grads)
-        if learned is not None:
-            learned.deliver()
-    except RuntimeError as error:
-        if "a second time" not in str(error) or LEARNED_ADVICE in str(error):
-            raise
-        raise RuntimeError(
-            f"{error}\nIf a learned attention bias is used in several checkpoints that run a backward pass of their own, "
-            f"or outside them too: {LEARNED_ADVICE}"
-        ) from error
+        leaves = learned.Leaves()
+        values = _mapped(values, leaves.of)
+    with learned.advising(), restored(replay, values):
+        result = type(context).apply(context, *grads)
+    if leaves is not None:
+        leaves.deliver()
     return result
-
-
-class _Learned:
-    """Gradients of carried tensors, from a recomputation that differentiates itself (a backward inside a backward).
-
-    The recomputation sees leaves instead, so that it does not free the graph behind the tensors, which others need.
-    """
-
-    def __init__(self) -> None:
-        self._leaves: Dict[int, Tuple[Tensor, Tensor]] = {}
-
-    def leaf(self, tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        if id(tensor) not in self._leaves:
-            self._leaves[id(tensor)] = tensor, tensor.detach().requires_grad_()
-        return self._leaves[id(tensor)][1]
-
-    def deliver(self) -> None:
-        pairs = [(tensor, leaf.grad) for tensor, leaf in self._leaves.values() if leaf.grad is not None]
-        if not pairs:
-            return
-        if not torch.autograd._is_checkpoint_valid():
-            raise RuntimeError(
-                "attention_bias: the gradient of a learned bias inside this checkpoint is only known to "
-                f"loss.backward() without `inputs`, not to torch.autograd.grad; {LEARNED_ADVICE}"
-            )
-        torch.autograd.backward([t for t, _ in pairs], [grad for _, grad in pairs], retain_graph=True)
 
 
 # -- saved-tensor hooks, and torch's reentrant checkpoint --------------------------------------------------------------
@@ -356,9 +351,10 @@ def watch() -> None:
 
 
 def unwatch() -> None:
-    """Put torch's own back. Hooks that are in force keep their Replay."""
-    global _watching
+    """The patches are off: put torch's own back. Hooks that are in force keep their Replay."""
+    global _watching, _uninstalls
     with _watch_lock:
+        _uninstalls += 1
         if not _watching:
             return
         _watching = False
@@ -375,7 +371,7 @@ def unwatch() -> None:
 def _enter_watched(self: Any) -> Any:
     unpack = self.unpack_hook
     # torch.compile puts hooks that are modules into its graphs. A recomputation's own hooks belong to its Replay.
-    if is_compiling() or isinstance(unpack, torch.nn.Module) or isinstance(self, _RecomputationHooks):
+    if internals.is_compiling() or isinstance(unpack, torch.nn.Module) or isinstance(self, _RecomputationHooks):
         return _enter(self)
     before = _replay.get()
     replay = Replay(before, isinstance(self, _CheckpointHooks))
@@ -391,12 +387,14 @@ def _enter_watched(self: Any) -> Any:
 
 @functools.wraps(_exit)
 def _exit_watched(self: Any, *args: Any) -> Any:
-    if not is_compiling() and self.__dict__.get(_BEFORE):
+    if not internals.is_compiling() and self.__dict__.get(_BEFORE):
         _replay.set(self.__dict__[_BEFORE].pop())
     return _exit(self, *args)
 
 
 def _unpack(replay: Replay, unpack: Callable[[Any], Any], saved: Any) -> Any:
+    if replay.hooked:  # others' hooks may as well only have moved what was saved
+        replay.check_patches()
     with restored(replay):
         return unpack(saved)
 

@@ -1,0 +1,127 @@
+"""Gradients of the learned biases inside checkpoints that run a backward pass of their own.
+
+Such a checkpoint is a torch.autograd.Function, and a bias that its function finds in a context variable is none of its
+arguments: nothing in the graph leads from its output to the bias. replay.py hands the recomputation leaves, and what
+these receive is added to the bias' own gradient.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import weakref
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ... import _torch_internals as internals
+
+LEARNED_ADVICE = (
+    "checkpoint without reentrance (torch.utils.checkpoint.checkpoint(..., use_reentrant=False)), or pass the bias as "
+    "a tensor argument of the checkpointed function and open attention_bias(...) inside it"
+)
+
+
+@contextlib.contextmanager
+def advising() -> Any:
+    """Add the cure to torch's error about a graph that is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "a second time" not in str(error) or LEARNED_ADVICE in str(error):
+            raise
+        raise RuntimeError(
+            f"{error}\nIf a learned attention bias is used in several checkpoints that run a backward pass of their own, "
+            f"or outside them too: {LEARNED_ADVICE}"
+        ) from error
+
+
+class Leaves:
+    """Gradients of carried tensors, from a recomputation that differentiates itself (a backward inside a backward).
+
+    The recomputation sees leaves instead, so that it does not free the graph behind the tensors, which others need.
+    """
+
+    def __init__(self) -> None:
+        self._leaves: Dict[int, Tuple[Tensor, Tensor]] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        if id(tensor) not in self._leaves:
+            self._leaves[id(tensor)] = tensor, tensor.detach().requires_grad_()
+        return self._leaves[id(tensor)][1]
+
+    def deliver(self) -> None:
+        pairs = [(tensor, leaf.grad) for tensor, leaf in self._leaves.values() if leaf.grad is not None]
+        if not pairs:
+            return
+        if not torch.autograd._is_checkpoint_valid():
+            raise RuntimeError(
+                "attention_bias: the gradient of a learned bias inside this checkpoint is only known to "
+                f"loss.backward() without `inputs`, not to torch.autograd.grad; {LEARNED_ADVICE}"
+            )
+        gradients = PassGradients.of_this_pass()
+        for tensor, gradient in pairs:
+            gradients.add(tensor, gradient)
+
+
+class PassGradients:
+    """What the checkpoints of one backward pass have found for tensors that are no arguments of theirs.
+
+    Each tensor gets the sum once: with what the pass itself finds for the tensor, or else when the pass ends.
+    DistributedDataParallel reduces a gradient when it first arrives, and does not notice what is added later.
+    """
+
+    def __init__(self) -> None:
+        self._found: Dict[int, Tuple[Tensor, Tensor]] = {}
+        self._hooks: List[Any] = []
+
+    @staticmethod
+    def of_this_pass() -> PassGradients:
+        task = internals.current_graph_task()
+        with _gradients_lock:
+            gradients = _gradients.get(task)
+            if gradients is None:
+                gradients = _gradients[task] = PassGradients()
+                internals.queue_callback(gradients.deliver)  # the pass keeps it, and so `gradients`
+        return gradients
+
+    def add(self, tensor: Tensor, gradient: Tensor) -> None:
+        if id(tensor) in self._found:
+            self._found[id(tensor)] = tensor, self._found[id(tensor)][1] + gradient
+            return
+        self._found[id(tensor)] = tensor, gradient
+        if internals.will_execute(_node(tensor)):
+            hook = tensor.register_hook(functools.partial(self._join, tensor))
+            others = tensor._backward_hooks or {}
+            for key in [key for key in others if key != hook.id]:
+                others[key] = others.pop(key)  # they come later, and see the sum
+            self._hooks.append(hook)
+
+    def _join(self, tensor: Tensor, own: Optional[Tensor]) -> Optional[Tensor]:
+        """Add what was found to the gradient that the pass has for `tensor`."""
+        _, found = self._found.pop(id(tensor), (tensor, None))
+        return found if own is None or found is None else own + found
+
+    def deliver(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self._found:
+            tensors, gradients = zip(*self._found.values())
+            self._found.clear()
+            with advising():
+                torch.autograd.backward(tensors, gradients, retain_graph=True)
+
+
+_gradients: weakref.WeakValueDictionary[int, PassGradients] = weakref.WeakValueDictionary()  # by backward pass
+_gradients_lock = threading.Lock()
+
+
+def _node(tensor: Tensor) -> Any:
+    """The node of the graph that the gradient of `tensor` goes to."""
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn
+    with torch.enable_grad():
+        return tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
