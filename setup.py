@@ -13,7 +13,7 @@ REPORT = ["rich>=12", "jinja2>=3", "numpy", "scipy"]
 TEST = REPORT + ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis", "opencv-python-headless", "matplotlib",
                  "tensorboard"]
 LINT = ["ruff", "mypy"]
-DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff"]  # ruff wraps the signatures
 
 # What README.md links to, beside the package: a wheel puts it into share/doc/flashbias-patch of the environment.
 DOCUMENTS = ("LICENSE", "*.md", "CITATION.cff", "docs/**/*.md", "docs/**/*.png", "docs/**/*.svg",

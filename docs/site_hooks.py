@@ -13,6 +13,7 @@ import importlib
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
@@ -59,9 +60,10 @@ def command_page() -> str:
         module = importlib.import_module(f"flashbias_patch.cli.{name}")
         parser = argparse.ArgumentParser(prog=f"flashbias {name}", description=module.HELP)
         module.add_arguments(parser)
-        usage = re.sub(r"\s+", " ", parser.format_usage()).strip()
+        usage = textwrap.fill(re.sub(r"\s+", " ", parser.format_usage()).strip().replace("usage: ", ""), 76,
+                              subsequent_indent="    ", break_on_hyphens=False)
         lines += [f"## flashbias {name}", "", f"{module.HELP[:1].upper()}{module.HELP[1:]}.", "", "```text",
-                  usage.replace("usage: ", ""), "```", "", "| argument | meaning |", "|---|---|"]
+                  usage, "```", "", "| argument | meaning |", "|---|---|"]
         for action in parser._actions:
             if isinstance(action, argparse._HelpAction):
                 continue
