@@ -12,6 +12,7 @@ from . import journal
 
 BOOTSTRAP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bootstrap")
 PROBE = "FLASHBIAS_PROBE"
+WHY = "FLASHBIAS_PROBE_WHY"
 
 
 def prepare_environment(
@@ -40,15 +41,21 @@ def _entries(pythonpath: str) -> List[str]:
 
 
 def start_process(*_: str) -> None:
-    """Called by the sitecustomize: start the probe of `flashbias ab` if there is one. Importing this package has
+    """Called by the sitecustomize: start the probe of `flashbias ab`, or the observer of
+    `flashbias why`, if there is one. Importing this package has
     installed the patches already.
 
     Never raises: a process must start, whatever is wrong here.
     """
     try:
         if os.environ.get(PROBE):
-            from .ab import probe
+            if os.environ.get(WHY):
+                from .why import observer
 
-            probe.start()
+                observer.start()
+            else:
+                from .ab import probe
+
+                probe.start()
     except Exception:
         journal.logger().exception("this process starts without all of flashbias_patch")

@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Callable, List, Optional
 
-COMMANDS = ("run", "doctor", "ab", "bench", "tune", "report")
+COMMANDS = ("run", "doctor", "why", "ab", "bench", "tune", "report")
 BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended
 INTERRUPTED = 130
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import journal
+from ..why import causes
 from .sinks import Sinks
 from .steps import Steps, distance
 
@@ -207,18 +208,18 @@ class ParameterMonitor:
                 counts[reason] = counts[reason] + 1 if present else 0
             if present and counts[reason] == limit:
                 what, cause = CAUSES[reason]
-                self._say((name, reason), "monitor: %s %s for %d steps: %s", name, what, limit,
-                          self._likely(reason, parameter) or cause)
+                self._say((name, reason), "monitor: %s %s for %d steps: %s; link by link: flashbias why %s -- CMD",
+                          name, what, limit, self._likely(reason, parameter) or cause, name)
 
     def _likely(self, reason: str, parameter: nn.Parameter) -> Optional[str]:
         if not parameter.requires_grad:
-            return "it does not require a gradient (frozen)"
+            return _words("frozen")
         if reason == "unchanged" and (self._steps.given or self._steps.stepping):
             groups = self._steps.holders(parameter)
             if not groups:
-                return "the optimizer does not hold it; it was built before the parameter, or filters by name"
+                return _words("not held")
             if all(g.get("lr") == 0 for g in groups):
-                return "its learning rate is 0"
+                return _words("lr 0", key="", how="")
         if reason == "none" and not journal.calls:
             return ("no attention went through flashbias_patch; is it installed in this process "
                     "(python -c 'import flashbias_patch; print(flashbias_patch.status())', flashbias doctor)?")
@@ -252,6 +253,12 @@ def check_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def _words(cause: str, **values: str) -> str:
+    """Finding and change of a cause that `flashbias why` names too."""
+    found = causes.describe(cause, **values)
+    return f"{found['finding']} ({found['change']})"
 
 
 def at(model: nn.Module, name: str) -> Optional[nn.Parameter]:

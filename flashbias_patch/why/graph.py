@@ -1,0 +1,103 @@
+"""The autograd graph between a loss and a parameter: whether there is a path, and where the gradient on it ends."""
+from __future__ import annotations
+
+from typing import Any, Dict, Iterable, List, Optional, Set, Tuple
+
+import torch
+from torch import Tensor
+
+MOST_HOOKED = 400  # nodes nearest to the parameter whose gradients are measured
+_no_functions = torch._C.DisableTorchFunction
+
+
+class Node:
+    """A node of the path: its distance from the parameter, and the sizes of the gradients that enter and leave it.
+
+    Sizes are (largest absolute value, sum of absolute values) as tensors; None where there was no gradient.
+    """
+
+    def __init__(self, node: Any, distance: int, towards: Tuple[int, ...]) -> None:
+        self.name, self.distance, self.towards = node.name().replace("torch::autograd::", ""), distance, towards
+        self.site: Optional[Dict[str, Any]] = None
+        self.entering: Optional[Tuple[Tensor, Tensor]] = None
+        self.leaving: Optional[Tuple[Tensor, Tensor]] = None
+        self.dtype = ""
+        self.called = False
+
+    def hook(self, leaving: Any, entering: Any) -> None:
+        with torch.no_grad(), _no_functions():
+            self.called = True
+            self.entering = size_of(entering)
+            towards = [leaving[index] for index in self.towards if index < len(leaving)]
+            self.leaving = size_of(towards)
+            found = [g for g in towards if isinstance(g, Tensor)]
+            self.dtype = str(found[0].dtype)[6:] if found else ""
+
+    def as_dict(self) -> Dict[str, Any]:
+        return {"name": self.name, "distance": self.distance, "called": self.called, "dtype": self.dtype,
+                "site": self.site, "entering": _floats(self.entering), "leaving": _floats(self.leaving)}
+
+
+def size_of(gradients: Iterable[Any]) -> Optional[Tuple[Tensor, Tensor]]:
+    """(largest absolute value, sum of absolute values); None without a gradient."""
+    found = [g.detach().abs() for g in gradients if isinstance(g, Tensor) and g.numel() and g.layout == torch.strided]
+    if not found:
+        return None
+    largest = torch.stack([g.amax().double() for g in found]).amax()
+    return largest, torch.stack([g.double().sum() for g in found]).sum()
+
+
+def _floats(size: Optional[Tuple[Tensor, Tensor]]) -> Optional[List[float]]:
+    return None if size is None else [float(number) for number in size]
+
+
+def roots_of(tensors: Any) -> List[Any]:
+    tensors = tensors if isinstance(tensors, (list, tuple)) else (tensors,)
+    return [t.grad_fn for t in tensors if isinstance(t, Tensor) and t.grad_fn is not None]
+
+
+def parents_of(roots: List[Any]) -> Dict[Any, List[Tuple[Any, int]]]:
+    """Every node below the roots -> the nodes that use its result, with the index of that input."""
+    parents: Dict[Any, List[Tuple[Any, int]]] = {root: [] for root in roots}
+    waiting = list(parents)
+    while waiting:
+        node = waiting.pop()
+        for index, (child, _) in enumerate(node.next_functions):
+            if child is None:
+                continue
+            if child not in parents:
+                parents[child] = []
+                waiting.append(child)
+            parents[child].append((node, index))
+    return parents
+
+
+def path(parents: Dict[Any, List[Tuple[Any, int]]], parameter: Tensor) -> List[Tuple[Any, Node]]:
+    """The nodes between `parameter` and the loss, nearest first; empty if the loss does not depend on it."""
+    leaf = next((node for node in parents if getattr(node, "variable", None) is parameter), None)
+    if leaf is None:
+        return []
+    distances, order, towards = {leaf: 0}, [leaf], {leaf: ()}  # type: Dict[Any, int], List[Any], Dict[Any, Any]
+    for node in order:
+        for parent, index in parents[node]:
+            towards[parent] = (*towards.get(parent, ()), index)
+            if parent not in distances:
+                distances[parent] = distances[node] + 1
+                order.append(parent)
+    return [(node, Node(node, distances[node], towards[node])) for node in order[1: MOST_HOOKED + 1]]
+
+
+def depends(tensors: Iterable[Tensor], parameters: List[Tensor], most: int = 20000) -> bool:
+    """Whether the graph of any of `tensors` holds one of `parameters`."""
+    seen: Set[Any] = set()
+    waiting = roots_of(list(tensors))
+    while waiting and len(seen) < most:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and any(variable is parameter for parameter in parameters):
+            return True
+        waiting += [child for child, _ in node.next_functions if child is not None]
+    return False
