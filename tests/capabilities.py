@@ -1,7 +1,20 @@
 """What the installed torch can do on the CPU, for tests that run under many versions of it."""
 from __future__ import annotations
 
+import inspect
+
 import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+
+RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+TRANSFORMS = hasattr(torch, "func")  # torch.func: torch 2.0 and later
+COMPILES = hasattr(torch, "compile")
+FASTEST = "sdpa" if hasattr(F, "scaled_dot_product_attention") else "reference"  # the usual backend on the CPU
+# Torch's reentrant checkpoint is the only one, and has no keyword, before 1.11.
+_EXPLICIT = "use_reentrant" in inspect.signature(torch.utils.checkpoint.checkpoint).parameters
+REENTRANT = {"use_reentrant": True} if _EXPLICIT else {}
+
 
 
 def half_runs_here() -> bool:
@@ -15,6 +28,8 @@ def half_runs_here() -> bool:
 
 def float16_has_autocast() -> bool:
     """False before torch 2.4."""
+    if not hasattr(torch, "get_autocast_cpu_dtype"):  # before torch 1.10
+        return False
     before = torch.get_autocast_cpu_dtype()
     try:
         torch.set_autocast_cpu_dtype(torch.float16)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import journal
+from .._torch_internals import current_graph_task
 from ..bias import AttentionBias, LowRankBias, ModalityBias, SquaredDistanceBias
 from ..bias.base import full_precision
 from .geometry import Places
@@ -158,7 +159,7 @@ class AdaptiveQueryRouter(nn.Module):
                 logits = logits + places.visible(self.num_segments).float() * self.visible_gain.float()
             routing = Routing(logits, self._weights(logits), places)
         seen = _recorder.get()
-        if seen is not None and torch._C._current_graph_task_id() == -1:  # not in a recomputation
+        if seen is not None and current_graph_task() == -1:  # not in a recomputation
             seen.append(Routing(logits.detach(), routing.weights.detach(), places))
         return routing
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 import enum
 from typing import Any, Dict, List, NamedTuple, Tuple
 
-import torch
-
 from .. import journal
+from .._torch_internals import current_graph_task
 from .call_class import Key, describe
 
-_current_graph_task = torch._C._current_graph_task_id
+_current_graph_task = current_graph_task
 
 
 class State(enum.Enum):

@@ -35,7 +35,7 @@ class _Narrowed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(count: int, *tensors: Tensor) -> Tuple[Tensor, ...]:
+    def forward(count: int, *tensors: Tensor) -> Any:
         narrow = [tensor.to(torch.float16) for tensor in tensors[:count]]
         same = [tensor.view_as(tensor) for tensor in tensors[count:]]
         return (*narrow, *same, torch.empty(1, dtype=POWER, device=tensors[0].device))  # its gradient is read
@@ -72,6 +72,23 @@ class _Widened(torch.autograd.Function):
             return grad.to(torch.float16), torch.ones(1, dtype=POWER, device=grad.device), None
         power = power_for(grad)
         return (grad / power).to(torch.float16), power, None
+
+
+def _with_context(cls: Any) -> Any:
+    """A Function for torch before 2.0, whose forward takes ctx."""
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = cls.forward(*inputs)
+        cls.setup_context(ctx, inputs, output)
+        return output
+
+    return type(cls.__name__, (torch.autograd.Function,), {
+        "forward": staticmethod(forward), "backward": staticmethod(cls.backward)
+    })  # fmt: skip
+
+
+if not internals.SETUP_CONTEXT:
+    _Narrowed, _Widened = _with_context(_Narrowed), _with_context(_Widened)  # type: ignore[misc]
 
 
 def power_for(grad: Tensor) -> Tensor:

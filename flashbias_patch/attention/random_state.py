@@ -6,13 +6,15 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+from .._torch_internals import stream_capturing
+
 State = Tuple[Tensor, Optional[Tensor], Optional[torch.device]]
 
 
 def now(device: Optional[torch.device] = None) -> State:
     """Of the CPU and of one CUDA device (default: the current one)."""
     cpu = torch.get_rng_state()
-    if not torch.cuda.is_initialized() or torch.cuda.is_current_stream_capturing():
+    if not torch.cuda.is_initialized() or stream_capturing():
         return cpu, None, None
     device = device if device is not None and device.type == "cuda" else torch.device("cuda")
     return cpu, torch.cuda.get_rng_state(device), device

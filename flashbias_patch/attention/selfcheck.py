@@ -22,7 +22,6 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _torch_internals as internals
 from .. import journal
@@ -49,9 +48,9 @@ def possible(inputs: AttentionInputs) -> bool:
     """Whether a check can run now: not while a call is traced, captured into a CUDA graph or transformed, nor on meta."""
     if type(inputs.q) not in (Tensor, torch.nn.Parameter) or torch.jit.is_tracing():
         return False
-    if inputs.q.is_meta or inputs.q.is_cuda and torch.cuda.is_current_stream_capturing():
+    if inputs.q.is_meta or inputs.q.is_cuda and internals.stream_capturing():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None
+    return internals.current_transform() is None
 
 
 def check(backend: Any, key: Key, rank: int) -> Optional[str]:
@@ -72,20 +71,17 @@ def check(backend: Any, key: Key, rank: int) -> Optional[str]:
 
 @contextlib.contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    from torch.utils._python_dispatch import _disable_current_modes
-
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        enter(_disable_current_modes())
-        enter(torch._C.DisableTorchFunction())
+        enter(internals.without_modes())
+        enter(internals.all_functions_off())
         enter(torch.inference_mode(False))
         enter(torch.enable_grad())
         for kind in {"cpu", "cuda"} & {"cpu", device.type}:
-            enter(torch.autocast(kind, enabled=False))
+            enter(internals.without_autocast(kind))
         enter(torch.autograd.set_detect_anomaly(False))
         # Inside a checkpoint, its hooks would take the check's tensors for the layer's own.
-        if internals.saved_tensor_hooks_allowed():
-            enter(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved))
+        enter(internals.own_saved_tensors(Tensor.detach, lambda saved: saved))
         yield
 
 
@@ -99,17 +95,18 @@ def own_random_numbers(device: torch.device) -> Iterator[None]:
     On a GPU, kernels draw from the default generator: its state is put back, and one thread at a time may borrow it. The
     state of the CPU's generator is not touched on the CPU, where other threads (augmentation, other replicas) draw too.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" and _OwnGenerator is not None:
         with _OwnGenerator():
             yield
         return
-    with _random_lock, torch.random.fork_rng([device]):
+    with _random_lock, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(0)  # not torch.manual_seed, which seeds every device there is
-        torch.cuda.default_generators[device.index].manual_seed(0)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index].manual_seed(0)
         yield
 
 
-class _OwnGenerator(TorchDispatchMode):
+class _OwnGeneratorMode(internals.TorchDispatchMode or object):  # type: ignore[misc]
     """Gives operators that draw random numbers on the CPU a generator."""
 
     def __init__(self) -> None:
@@ -122,6 +119,10 @@ class _OwnGenerator(TorchDispatchMode):
         if drawing is None:
             return func(*args, **kwargs)
         return drawing(*args, **{**kwargs, "generator": self.generator})
+
+
+# Before torch 1.13 the default generator is borrowed on the CPU too.
+_OwnGenerator: Any = None if internals.TorchDispatchMode is None else _OwnGeneratorMode
 
 
 @functools.lru_cache(maxsize=None)

@@ -2,19 +2,20 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, List, Optional, Tuple, Union
+from typing import Any, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 
+from .. import _torch_internals as internals
 from ..bias import AttentionBias
 from .backends import reference
 from .inputs import build
 
 _HALF = (torch.float16, torch.bfloat16)
-_make_wrapper_subclass = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-_without_torch_function = torch._C.DisableTorchFunctionSubclass
-_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+_make_wrapper_subclass = internals.wrapper_subclass
+_without_torch_function = internals.no_functions
+_graph_task = internals.current_graph_task
 
 
 def attention_weights(
@@ -148,7 +149,7 @@ def _versions(bias: Optional[AttentionBias], *masks: Optional[Tensor]) -> List[T
     """(argument, tensor, version) of what a caller may change in place before the weights are computed."""
     named = list(zip(("attn_mask", "key_padding_mask"), masks))
     named += [] if bias is None else [("attention_bias", tensor) for tensor in bias.tensors()]
-    return [(name, t, t._version) for name, t in named if t is not None and not t.is_inference()]
+    return [(name, t, t._version) for name, t in named if t is not None and not internals.is_inference(t)]
 
 
 class _NoGradient(torch.autograd.Function):
@@ -167,4 +168,4 @@ class _NoGradient(torch.autograd.Function):
 
 
 def _no_autocast(device_type: str) -> Any:
-    return torch.autocast(device_type, enabled=False) if device_type in ("cpu", "cuda") else contextlib.nullcontext()
+    return internals.without_autocast(device_type) if device_type in ("cpu", "cuda") else contextlib.nullcontext()

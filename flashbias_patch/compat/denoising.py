@@ -9,12 +9,13 @@ import functools
 from typing import Any, Callable, Iterable, List, Optional
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from .._torch_internals import TorchFunctionMode
 
 METHODS = ("_dn_loss_single_task", "prepare_for_loss")
 
 
-class IndexFromAnyDevice(TorchFunctionMode):
+class IndexFromAnyDevice(TorchFunctionMode or object):  # type: ignore[misc]
     """While open, indices of a CPU tensor may live elsewhere: they are copied to it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,6 +47,8 @@ def devices(values: Iterable[Any]) -> List[str]:
 
 def wrap(module: Any) -> Optional[Callable[[], None]]:
     """Wrap those methods on the classes that `module` defines; returns what puts them back."""
+    if TorchFunctionMode is None:  # before torch 1.13, which does this itself
+        return None
     wrapped = [
         (cls, name, vars(cls)[name])
         for cls in list(vars(module).values())

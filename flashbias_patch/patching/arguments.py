@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import settings
+from .._torch_internals import current_transform
 from ..bias import AttentionBias
 
 BIAS_KEYWORDS = ("attention_bias", "attn_bias")
@@ -100,15 +101,9 @@ def kind_of(module: Any, query: Any, key: Any) -> str:
 
 
 def _same_memory(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.is_meta or _is_transformed():
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.is_meta or current_transform() is not None:
         return False  # such tensors have no memory of their own
     return a.shape == b.shape and a.is_set_to(b)
-
-
-def _is_transformed() -> bool:
-    """Whether a transform of torch.func is open."""
-    functorch = getattr(torch._C, "_functorch", None)
-    return functorch is not None and functorch.peek_interpreter_stack() is not None
 
 
 def project(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import journal, settings
+from .._torch_internals import is_inference
 from ..bias import AttentionBias, DenseBias, factorize
 from ..bias.factorize import FactorState
 
@@ -38,7 +39,7 @@ def low_rank(module: Any, given: Any, dense: DenseBias) -> AttentionBias:
     last = _last.get(module)
     tensor = given if isinstance(given, Tensor) else dense.tensor
     # Nothing is recomputed under inference_mode, and a state from there could not be used in training.
-    inference = tensor.is_inference() or torch.is_inference_mode_enabled()
+    inference = is_inference(tensor) or torch.is_inference_mode_enabled()
     again = not inference and last is not None and last.tensor() is tensor and last.version == tensor._version
     start = None if last is None else last.started_from if again else last.state
     # An explicitly lower energy implies its own error; factorize knows.

@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 import types
 from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .. import journal, settings
+from .._torch_internals import RELEASE, TorchFunctionMode
 from ..attention import dispatch, flash_bias_attention
 from ..attention.weights import LazyWeights
 from ..bias import AttentionBias
@@ -41,6 +42,8 @@ def wrap_forward(original: Any) -> Any:
     """
     _route, _original, _attend = route.current, original, _attend_module
     _unreachable, _check = unreachable.modules, unreachable.check
+    if RELEASE < (2, 0):
+        return _wrap_earlier_forward(original)
 
     def forward(
         self: Any, query: Any, key: Any, value: Any, key_padding_mask: Any, need_weights: Any, attn_mask: Any,
@@ -58,12 +61,54 @@ def wrap_forward(original: Any) -> Any:
             average_attn_weights, is_causal,
         )  # fmt: skip
 
+    return _in_place_of(original, forward)
+
+
+def _in_place_of(original: Any, forward: Any) -> Any:
     wrapper = types.FunctionType(
         forward.__code__, original.__globals__, "forward", original.__defaults__, forward.__closure__
     )
     functools.update_wrapper(wrapper, original)
     wrapper._torchdynamo_inline = original  # type: ignore[attr-defined]
     return wrapper
+
+
+def _wrap_earlier_forward(original: Any) -> Any:
+    """The same before torch 2.0, whose forward has no is_causal, or 1.11, where it has no average_attn_weights either."""
+    averages = RELEASE >= (1, 11)
+    _route, _original, _attend = route.current, original, _attend_module
+    _unreachable, _check = unreachable.modules, unreachable.check
+
+    def usual(*arguments: Any) -> Any:
+        return original(*arguments[: 8 if averages else 7])
+
+    def forward(
+        self: Any, query: Any, key: Any, value: Any, key_padding_mask: Any, need_weights: Any, attn_mask: Any,
+        average_attn_weights: Any,
+    ) -> Any:  # fmt: skip
+        open_route = _route()
+        if open_route is None:
+            if _unreachable:
+                _check(self)
+            return _original(self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights)
+        return _attend(
+            open_route, usual, self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
+            False,
+        )  # fmt: skip
+
+    def averaged(
+        self: Any, query: Any, key: Any, value: Any, key_padding_mask: Any, need_weights: Any, attn_mask: Any
+    ) -> Any:
+        open_route = _route()
+        if open_route is None:
+            if _unreachable:
+                _check(self)
+            return _original(self, query, key, value, key_padding_mask, need_weights, attn_mask)
+        return _attend(
+            open_route, usual, self, query, key, value, key_padding_mask, need_weights, attn_mask, True, False
+        )  # fmt: skip
+
+    return _in_place_of(original, forward if averages else averaged)
 
 
 class InnerCall(NamedTuple):
@@ -126,7 +171,8 @@ def _attend_module(
             route.leave(token)
     weights = result[1]
     if weights is not None and (
-        module._backward_hooks or module._backward_pre_hooks or _backward_hooks_of_all or _jit_tracing() is not None
+        module._backward_hooks or getattr(module, "_backward_pre_hooks", None) or _backward_hooks_of_all
+        or _jit_tracing() is not None
     ):
         # Code in C++ receives the outputs: the autograd function of torch's backward hooks, or the tracer.
         return result[0], weights.computed()
@@ -146,7 +192,7 @@ def _unsupported(
         return "is_causal is not supported"
     if dropout_p >= 1.0:
         return "dropout of 1 is not supported"
-    if query.is_nested:
+    if getattr(query, "is_nested", False):
         return "nested tensors is not supported"
     return None if query.dim() in (2, 3) else f"input of {query.dim()} dimensions is not supported"
 
@@ -242,6 +288,12 @@ def _masks_with_biases(open_route: Route, call: InnerCall) -> Optional[Tuple[Ten
     bias = open_route.total_bias(own, B, call.num_heads, M, N)
     if bias is None:
         return None
+    if padding is not None and RELEASE < (2, 0):  # which takes a floating mask beside a boolean padding, and no other pair
+        dense = dense_mask(bias, None if own else mask, B, call.num_heads, M, N, query)
+        if not padding.is_floating_point():
+            return dense, padding.bool()
+        rows = padding.view(-1, 1, 1, N).expand(B, call.num_heads, 1, N).reshape(-1, 1, N)
+        return dense + rows.to(dense.dtype), None
     if padding is not None and not padding.is_floating_point():  # torch wants both masks of one kind
         padding = torch.zeros_like(padding, dtype=query.dtype).masked_fill(padding.bool(), float("-inf"))
     return dense_mask(bias, None if own else mask, B, call.num_heads, M, N, query), padding
@@ -263,7 +315,7 @@ def dense_mask(
 # -- forwards that call the functional themselves ---------------------------------------------------------------------
 
 
-class FunctionalAttention(TorchFunctionMode):
+class _FunctionalMode(TorchFunctionMode or object):  # type: ignore[misc]
     """Inside an outer forward, F.multi_head_attention_forward is computed through FlashBias.
 
     A torch function mode is thread-local and open only during that forward. It sees every torch function of the forward,
@@ -277,6 +329,37 @@ class FunctionalAttention(TorchFunctionMode):
             if open_route is not None:
                 return _attend_function(open_route, func, args, kwargs)
         return func(*args, **kwargs)
+
+
+class _FunctionReplaced:
+    """The same before torch 1.13, which has no function modes: torch.nn.functional's attribute is replaced while any
+    such forward runs, and acts in those only. Names that were imported from there keep the original code."""
+
+    _count, _lock = 0, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not _FunctionReplaced._count:
+                F.multi_head_attention_forward = _replacement
+            _FunctionReplaced._count += 1
+
+    def __exit__(self, *error: Any) -> None:
+        with self._lock:
+            _FunctionReplaced._count -= 1
+            if not _FunctionReplaced._count and F.multi_head_attention_forward is _replacement:
+                F.multi_head_attention_forward = _FUNCTION
+
+
+FunctionalAttention: Any = _FunctionReplaced if TorchFunctionMode is None else _FunctionalMode
+_FUNCTION = F.multi_head_attention_forward
+
+
+@functools.wraps(_FUNCTION)
+def _replacement(*args: Any, **kwargs: Any) -> Any:
+    open_route = route.current()
+    if open_route is None or not open_route.functional:
+        return _FUNCTION(*args, **kwargs)
+    return _attend_function(open_route, _FUNCTION, args, kwargs)
 
 
 _FUNCTION_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
@@ -324,7 +407,7 @@ def mentions_functional(classes: Any) -> bool:
 
 
 def _names_functional(value: Any) -> bool:
-    if value is F.multi_head_attention_forward:
+    if value is _FUNCTION or value is _replacement:
         return True
     if type(value) in (staticmethod, classmethod):
         value = value.__func__

@@ -14,9 +14,9 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import aqr, journal
+from .._torch_internals import WeakIdKeyDictionary
 from ..aqr import options as aqr_options
 from ..aqr.geometry import Places, places, take_geometry
 from ..aqr.options import ONLY, WINDOW

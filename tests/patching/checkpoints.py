@@ -6,8 +6,14 @@ import functools
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint as bound_before_install
+
+from tests.capabilities import REENTRANT
+
+try:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+except ImportError:  # before torch 1.12
+    CheckpointImpl = ()
 
 
 def detached(args):
@@ -39,7 +45,7 @@ class FunctionOnContext(torch.autograd.Function):
         return (None, *gradients_of(args))
 
 
-if hasattr(torch.amp, "custom_fwd"):  # since torch 2.4
+if hasattr(torch, "amp") and hasattr(torch.amp, "custom_fwd"):  # since torch 2.4
     custom_fwd = functools.partial(torch.amp.custom_fwd, device_type="cuda")
 else:
     custom_fwd = torch.cuda.amp.custom_fwd
@@ -102,19 +108,21 @@ def hooks(function, *args):
 
 
 def reentrant(function, *args):
-    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True)
+    return torch.utils.checkpoint.checkpoint(function, *args, **REENTRANT)
 
 
 KINDS = {
     "reentrant": reentrant,
-    "non-reentrant": functools.partial(bound_before_install, use_reentrant=False),
-    "reentrant, bound": functools.partial(bound_before_install, use_reentrant=True),
+    "reentrant, bound": functools.partial(bound_before_install, **REENTRANT),
     "fairscale": FunctionOnContext.apply,
     "megatron": lambda function, *args: megatron(function, False, *args),
-    "hooks": hooks,
-    "wrapper, reentrant": CheckpointImpl.REENTRANT,
-    "wrapper, non-reentrant": CheckpointImpl.NO_REENTRANT,
 }
+if REENTRANT:  # torch 1.11, which has the other kind too
+    KINDS["non-reentrant"] = functools.partial(bound_before_install, use_reentrant=False)
+    KINDS["hooks"] = hooks
+if CheckpointImpl:
+    KINDS["wrapper, reentrant"] = CheckpointImpl.REENTRANT
+    KINDS["wrapper, non-reentrant"] = CheckpointImpl.NO_REENTRANT
 OWN_BACKWARD = ("reentrant", "reentrant, bound", "fairscale", "megatron", "wrapper, reentrant")
 
 
@@ -130,6 +138,6 @@ class Checkpointed(nn.Module):
 
 
 def checkpointed(module, kind):
-    if isinstance(KINDS.get(kind), CheckpointImpl):
+    if CheckpointImpl and isinstance(KINDS.get(kind), CheckpointImpl):
         return checkpoint_wrapper(module, checkpoint_impl=KINDS[kind])
     return Checkpointed(module, KINDS[kind])

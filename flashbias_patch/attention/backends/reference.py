@@ -73,9 +73,8 @@ def scores(inputs: AttentionInputs) -> Tensor:
     if inputs.q_factor is not None:
         s = s + heads_first(inputs.q_factor) @ heads_first(inputs.k_factor).transpose(-1, -2)
     if inputs.segment_weights is not None:
-        lengths = torch.tensor(inputs.segment_lengths, device=s.device)
         weights = relative_weights(heads_first(inputs.segment_weights))
-        s = s + weights.repeat_interleave(lengths, -1, output_size=s.shape[-1])
+        s = s + internals.repeat_interleave(weights, inputs.segment_lengths, s.shape[-1])
     padding = None if inputs.key_padding is None else inputs.key_padding[:, None, None]
     if inputs.dense is not None:
         dense = inputs.dense.to(dtype)

@@ -30,6 +30,8 @@ class Sdpa:
     library = True  # its kernels are compiled already
 
     def why_not(self, inputs: AttentionInputs) -> List[str]:
+        if not hasattr(F, "scaled_dot_product_attention"):
+            return [f"torch {torch.__version__} is older than 2.0, which has scaled_dot_product_attention"]
         reasons = []
         if 0 in inputs.q.shape or 0 in inputs.k.shape:
             reasons.append(f"empty: q {tuple(inputs.q.shape)}, k {tuple(inputs.k.shape)}")

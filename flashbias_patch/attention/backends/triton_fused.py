@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from ... import settings
-from ..._torch_internals import is_compiling
+from ..._torch_internals import RELEASE, is_compiling
 from ..inputs import AttentionInputs
 from ..recovery import backward
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_TRITON = (3, 0)
+LEAST_TORCH = (2, 1)
 
 
 @functools.lru_cache(maxsize=None)
 def _missing() -> Tuple[str, ...]:
     """What keeps the kernels from being imported at all."""
+    if RELEASE < LEAST_TORCH:
+        return ("torch {} is older than {}.{}".format(torch.__version__, *LEAST_TORCH),)
     if importlib.util.find_spec("triton") is None:
         return ("triton is not installed",)
     import triton

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import journal
+from ..._torch_internals import OutOfMemoryError
 from .. import selection
 from ..backends import reference
 from ..breaker import Phase, breakers
@@ -146,5 +147,5 @@ def raise_with_advice(error: Exception, inputs: AttentionInputs) -> NoReturn:
     """The error itself, or if memory ran out for good, one that says what would help."""
     if not errors.out_of_memory(error):
         raise error
-    kind = MemoryError if isinstance(error, MemoryError) else torch.cuda.OutOfMemoryError
+    kind = MemoryError if isinstance(error, MemoryError) else OutOfMemoryError
     raise kind(errors.memory_advice(error, inputs)) from error

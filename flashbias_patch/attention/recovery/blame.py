@@ -57,7 +57,7 @@ def of(
     callers = any(
         frame.f_code in callbacks or _foreign(frame.f_globals.get("__name__") or "", candidate)
         for frame in _frames(error.__traceback__)
-    ) or any(tensor is not None and tensor.is_inference() for tensor in inputs.tensors())
+    ) or any(tensor is not None and internals.is_inference(tensor) for tensor in inputs.tensors())
     if not callers and not _unusual(inputs):
         return Blame.BACKEND
     state = random_state.now(inputs.q.device)
@@ -141,7 +141,7 @@ def _plain(inputs: AttentionInputs) -> Optional[AttentionInputs]:
             if type(tensor) not in PLAIN:
                 return None
             needs = tensor.requires_grad
-            tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
+            tensor = tensor.clone() if internals.is_inference(tensor) else tensor.detach()
             tensor.requires_grad_(needs)
         tensors.append(tensor)
     return inputs.with_tensors(tensors)

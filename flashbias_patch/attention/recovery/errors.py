@@ -7,6 +7,7 @@ from typing import Optional
 
 import torch
 
+from ..._torch_internals import OutOfMemoryError
 from ..inputs import AttentionInputs
 
 # After one of these the CUDA context is wrecked: every later call fails.
@@ -42,7 +43,7 @@ def survivable(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException) -> bool:
     """Device or host memory ran out. Triton's OutOfResources, a kernel's shared memory, is something else."""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
 

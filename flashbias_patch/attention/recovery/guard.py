@@ -51,7 +51,7 @@ def wanted(name: str, inputs: AttentionInputs, hooked: bool) -> bool:
             return False
     if type(q) not in PLAIN or not torch.is_grad_enabled() or torch.jit.is_tracing():
         return False
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+    if q.is_cuda and internals.stream_capturing():
         return False
     return q.requires_grad or inputs.holds_grad
 

@@ -62,6 +62,11 @@ class Leaves:
                 "attention_bias: the gradient of a learned bias inside this checkpoint is only known to "
                 f"loss.backward() without `inputs`, not to torch.autograd.grad; {LEARNED_ADVICE}"
             )
+        if internals.will_execute is None:  # torch does not tell what else the pass has for them
+            tensors, found = zip(*pairs)
+            with advising():
+                torch.autograd.backward(tensors, found, retain_graph=True)
+            return
         gradients = PassGradients.of_this_pass()
         for tensor, gradient in pairs:
             gradients.add(tensor, gradient)
@@ -93,6 +98,7 @@ class PassGradients:
             self._found[id(tensor)] = tensor, self._found[id(tensor)][1] + gradient
             return
         self._found[id(tensor)] = tensor, gradient
+        assert internals.will_execute is not None
         if internals.will_execute(_node(tensor)):
             hook = tensor.register_hook(functools.partial(self._join, tensor))
             others = tensor._backward_hooks or {}

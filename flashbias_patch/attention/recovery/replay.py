@@ -27,9 +27,11 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tu
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map
 
 from ... import _torch_internals as internals
+from ..._torch_internals import RELEASE, saved_tensors_hooks
+from ...bias import AttentionBias
 from . import learned
 
 
@@ -329,12 +331,18 @@ def _backward(reference: Any, *grads: Any) -> Any:
 
 _watching = False
 _watch_lock = threading.Lock()
-_enter, _exit = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
+# Torch before 1.10 has no such hooks, and so no checkpoint without reentrance.
+_enter: Any = getattr(saved_tensors_hooks, "__enter__", None)
+_exit: Any = getattr(saved_tensors_hooks, "__exit__", None)
 _checkpoint = torch.utils.checkpoint.checkpoint
 _CheckpointFunction: Any = getattr(torch.utils.checkpoint, "CheckpointFunction", None)
 _CheckpointHooks: Any = getattr(torch.utils.checkpoint, "_checkpoint_hook", ())
 _RecomputationHooks: Any = getattr(torch.utils.checkpoint, "_recomputation_hook", ())
 _BEFORE = "_flashbias_before"
+
+
+def _none(*args: Any) -> None:
+    return None
 
 
 def watch() -> None:
@@ -344,8 +352,9 @@ def watch() -> None:
         return
     with _watch_lock:
         _watching = True
-        saved_tensors_hooks.__enter__ = _enter_watched  # type: ignore[method-assign]
-        saved_tensors_hooks.__exit__ = _exit_watched  # type: ignore[method-assign]
+        if saved_tensors_hooks is not None:
+            saved_tensors_hooks.__enter__ = _enter_watched  # type: ignore[method-assign]
+            saved_tensors_hooks.__exit__ = _exit_watched  # type: ignore[method-assign]
         if _CheckpointFunction is not None:
             _CheckpointFunction.apply = classmethod(_apply_checkpoint)
 
@@ -358,16 +367,16 @@ def unwatch() -> None:
         if not _watching:
             return
         _watching = False
-        if saved_tensors_hooks.__enter__ is _enter_watched:
-            saved_tensors_hooks.__enter__ = _enter  # type: ignore[method-assign]
-        if saved_tensors_hooks.__exit__ is _exit_watched:
-            saved_tensors_hooks.__exit__ = _exit  # type: ignore[method-assign]
+        if getattr(saved_tensors_hooks, "__enter__", None) is _enter_watched:
+            saved_tensors_hooks.__enter__ = _enter  # type: ignore
+        if getattr(saved_tensors_hooks, "__exit__", None) is _exit_watched:
+            saved_tensors_hooks.__exit__ = _exit  # type: ignore
         mine = vars(_CheckpointFunction or object).get("apply")
         if getattr(mine, "__func__", None) is _apply_checkpoint:
             del _CheckpointFunction.apply
 
 
-@functools.wraps(_enter)
+@functools.wraps(_enter or _none)
 def _enter_watched(self: Any) -> Any:
     unpack = self.unpack_hook
     # torch.compile puts hooks that are modules into its graphs. A recomputation's own hooks belong to its Replay.
@@ -385,7 +394,7 @@ def _enter_watched(self: Any) -> Any:
     return result
 
 
-@functools.wraps(_exit)
+@functools.wraps(_exit or _none)
 def _exit_watched(self: Any, *args: Any) -> Any:
     if not internals.is_compiling() and self.__dict__.get(_BEFORE):
         _replay.set(self.__dict__[_BEFORE].pop())
@@ -404,8 +413,55 @@ def _apply_checkpoint(cls: Any, function: Any, preserve_rng_state: Any, *args: A
     learned bias is in force, the other kind of checkpoint is made. Not inside one of that kind: nested, these hand on
     one tensor that was two arguments as two tensors, and attention of key and value then saves others than before."""
     if torch.is_grad_enabled() and hooked() is None and any(tensor.requires_grad for tensor in _tensors_in_force()):
+        if RELEASE < (2, 1):
+            return _with_learned_arguments(cls, function, preserve_rng_state, args)
         return _checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
     return super(_CheckpointFunction, cls).apply(function, preserve_rng_state, *args)
+
+
+def _with_learned_arguments(cls: Any, function: Any, preserve_rng_state: Any, args: Tuple[Any, ...]) -> Any:
+    """torch's reentrant checkpoint with more arguments: the tensors that need a gradient and are in force, or in lists
+    among its arguments. For torch before 2.1, whose other kind of checkpoint is not there or keeps no order."""
+    values = tuple(item.read() for item in _carried)
+    learned: Dict[int, Tensor] = {}
+
+    def note(tensor: Any) -> Any:
+        if tensor.requires_grad:
+            learned[id(tensor)] = tensor
+        return tensor
+
+    _mapped(values, note)
+    for argument in args:
+        if not isinstance(argument, Tensor):
+            tree_map(functools.partial(_each_tensor, note), argument)
+    names, count = tuple(learned), len(args)
+
+    def run(*given: Any) -> Any:
+        if not torch.is_grad_enabled():  # the forward
+            return function(*given[:count])
+        leaves = dict(zip(names, given[count:]))
+
+        def leaf(tensor: Any) -> Any:
+            return leaves.get(id(tensor), tensor)
+
+        swapped = [g if isinstance(g, Tensor) else tree_map(functools.partial(_each_tensor, leaf), g) for g in given[:count]]
+        before = [item.variable.get() for item in _carried]
+        for item, value in zip(_carried, _mapped(values, leaf)):
+            item.variable.set(value)
+        try:
+            return function(*swapped)
+        finally:
+            for item, value in zip(_carried, before):
+                item.variable.set(value)
+
+    return super(_CheckpointFunction, cls).apply(run, preserve_rng_state, *args, *learned.values())
+
+
+def _each_tensor(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`function` of a tensor, or of those of a bias."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return value._map(function) if isinstance(value, AttentionBias) else value
 
 
 def _tensors_in_force() -> List[Tensor]:

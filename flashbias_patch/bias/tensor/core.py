@@ -19,12 +19,13 @@ import logging
 import sys
 import threading
 import weakref
-from typing import Any, Callable, ContextManager, List, Optional, Sequence, Set, Tuple
+from typing import Any, ContextManager, List, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ... import _torch_internals as internals
 from ..base import AttentionBias
 from . import layout as layouts
 from . import terms
@@ -37,9 +38,9 @@ log = logging.getLogger("flashbias_patch")
 run: Any = None  # dispatch.run, put here by the package
 _told: Set[Tuple[str, str]] = set()
 _lock = threading.RLock()
-graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
-_interpreter: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
-no_functions = getattr(torch._C, "DisableTorchFunctionSubclass", torch._C.DisableTorchFunction)
+graph_task = internals.current_graph_task
+_interpreter = internals.current_transform
+no_functions = internals.no_functions
 # Inside the package's directory and torch's, nobody is told where: the line of the user's code is.
 _OURS = (torch.__file__.rpartition("/")[0], __file__.rpartition("/bias/")[0])
 
@@ -82,7 +83,7 @@ class BiasTensor(Tensor):
         if _interpreter() is not None:  # what a transform makes is not to outlive it
             return self._make() if self._dense is None else self._dense
         with _lock:
-            if self._dense is None or (self._dense.is_inference() and not torch.is_inference_mode_enabled()):
+            if self._dense is None or (internals.is_inference(self._dense) and not torch.is_inference_mode_enabled()):
                 with torch.enable_grad(), no_functions(), _uncounted(), _without_modes():
                     self._dense = self._make()
             return self._dense
@@ -226,7 +227,7 @@ def new(
 
 def _wrapper(bias: Optional[AttentionBias], layout: Layout, dtype: torch.dtype) -> BiasTensor:
     assert bias is not None
-    made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    made = internals.wrapper_subclass(
         BiasTensor, layouts.shape_of(layout), dtype=dtype, device=bias.tensors()[0].device
     )
     made._bias, made._layout, made._replay, made._parents = bias, layout, None, ()
@@ -321,7 +322,7 @@ class LearnedGradient(Tensor):
 
 
 def learned_gradient(like: Tensor, gradients: Tuple[Optional[Tensor], ...], dense: Optional[Tensor]) -> LearnedGradient:
-    made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    made = internals.wrapper_subclass(
         LearnedGradient, like.shape, dtype=like.dtype, device=like.device
     )
     made._gradients, made._dense = gradients, dense
@@ -352,19 +353,12 @@ def _without_grad(tensor: Tensor) -> Tensor:
 
 def _uncounted() -> ContextManager[Any]:
     """What is made once must not count among the tensors that a checkpoint saves, in its forward only."""
-    enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
-    if not enabled():
-        return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _as_it_is)  # type: ignore[no-any-return]
+    return internals.own_saved_tensors(Tensor.detach, _as_it_is)
 
 
 def _without_modes() -> ContextManager[Any]:
     """A mode's own tensors must not be kept."""
-    if not torch._C._len_torch_dispatch_stack():
-        return contextlib.nullcontext()
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    return _disable_current_modes()  # type: ignore[no-any-return]
+    return internals.without_modes() if internals.dispatch_modes() else contextlib.nullcontext()
 
 
 def _as_it_is(value: Any) -> Any:
@@ -381,9 +375,9 @@ def _to_plain_numbers(value: Any) -> Any:
 
 def traced() -> bool:
     """Whether what is computed here becomes a graph: descriptions are nothing that a graph could hold."""
-    if torch._C._get_tracing_state() is not None:
+    if internals.tracing_state() is not None:
         return True
-    if not torch._C._len_torch_dispatch_stack():
+    if not internals.dispatch_modes():
         return False
     from torch.utils import _python_dispatch
 

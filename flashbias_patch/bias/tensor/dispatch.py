@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ... import _torch_internals as internals
 from ..base import AttentionBias
 from .core import BiasTensor, new, no_functions, rebind, tell, to_numbers, traced
 from .layout import Layout
@@ -27,7 +28,7 @@ def run(func: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
     if name in METADATA or name[:4] in ("get ", "set ") and name[4:] not in NUMBERS and name not in HANDLERS:
         with no_functions():
             return func(*args, **kwargs)
-    if torch._C._get_tracing_state() is not None:  # torch.jit.trace records below, where numbers are put in
+    if internals.tracing_state() is not None:  # torch.jit.trace records below, where numbers are put in
         with no_functions():
             return func(*args, **kwargs)
     handler = HANDLERS.get(name)

@@ -26,7 +26,7 @@ def auto_fp16(apply_to=None, out_fp32=False):
             if not getattr(self, "fp16_enabled", False):
                 return function(self, *args, **kwargs)
             args, kwargs = _cast((args, kwargs), torch.float32, torch.float16)
-            with torch.autocast("cuda", enabled=torch.cuda.is_available()):
+            with torch.cuda.amp.autocast(enabled=torch.cuda.is_available()):
                 out = function(self, *args, **kwargs)
             return _cast(out, torch.float16, torch.float32) if out_fp32 else out
 
