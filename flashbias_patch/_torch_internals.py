@@ -99,17 +99,18 @@ def _any_autocast() -> bool:
     return torch.is_autocast_enabled() or getattr(torch, "is_autocast_cpu_enabled", _no)()
 
 
-def without_autocast(kind: str) -> ContextManager[Any]:
-    """Autocast off for "cpu" or "cuda"; for the CPU there is none before torch 1.10."""
-    if hasattr(torch, "autocast"):
-        return torch.autocast(kind, enabled=False)
-    return torch.cuda.amp.autocast(enabled=False) if kind == "cuda" else contextlib.nullcontext()  # type: ignore
+def _autocast_of_gpu_alone(kind: str, enabled: bool = True) -> ContextManager[Any]:
+    return torch.cuda.amp.autocast(enabled=enabled) if kind == "cuda" else contextlib.nullcontext()  # type: ignore
+
+
+# torch.autocast(kind, enabled=): before torch 1.10 there is none for the CPU.
+autocast: Callable[..., ContextManager[Any]] = getattr(torch, "autocast", _autocast_of_gpu_alone)
 
 
 def _autocast_off() -> ContextManager[Any]:
     stack = contextlib.ExitStack()
     for kind in ("cpu", "cuda"):
-        stack.enter_context(without_autocast(kind))
+        stack.enter_context(autocast(kind, enabled=False))
     return stack
 
 

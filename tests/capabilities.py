@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import inspect
 
+import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -14,6 +15,17 @@ FASTEST = "sdpa" if hasattr(F, "scaled_dot_product_attention") else "reference" 
 # Torch's reentrant checkpoint is the only one, and has no keyword, before 1.11.
 _EXPLICIT = "use_reentrant" in inspect.signature(torch.utils.checkpoint.checkpoint).parameters
 REENTRANT = {"use_reentrant": True} if _EXPLICIT else {}
+
+
+def since(major, minor, what):
+    """Mark of a test that needs what torch has from that version on."""
+    return pytest.mark.skipif((major, minor) > RELEASE, reason=f"{what} came with torch {major}.{minor}")
+
+
+needs_compile = since(2, 1, "torch.compile of what the package makes")
+needs_transforms = since(2, 0, "torch.func")
+needs_hooks = since(1, 10, "saved-tensor hooks")
+needs_two_kinds_of_mask = since(2, 0, "a floating mask beside a floating padding")
 
 
 

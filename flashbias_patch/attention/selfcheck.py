@@ -78,7 +78,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         enter(torch.inference_mode(False))
         enter(torch.enable_grad())
         for kind in {"cpu", "cuda"} & {"cpu", device.type}:
-            enter(internals.without_autocast(kind))
+            enter(internals.autocast(kind, enabled=False))
         enter(torch.autograd.set_detect_anomaly(False))
         # Inside a checkpoint, its hooks would take the check's tensors for the layer's own.
         enter(internals.own_saved_tensors(Tensor.detach, lambda saved: saved))

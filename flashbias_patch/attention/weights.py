@@ -168,4 +168,4 @@ class _NoGradient(torch.autograd.Function):
 
 
 def _no_autocast(device_type: str) -> Any:
-    return internals.without_autocast(device_type) if device_type in ("cpu", "cuda") else contextlib.nullcontext()
+    return internals.autocast(device_type, enabled=False) if device_type in ("cpu", "cuda") else contextlib.nullcontext()

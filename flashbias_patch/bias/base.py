@@ -15,6 +15,7 @@ from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Se
 import torch
 from torch import Tensor
 
+from .._torch_internals import autocast
 from . import grids
 from .checks import as_four, check_device, check_floating, collapse_expanded, head_last
 
@@ -434,7 +435,7 @@ def multiply_out(q_factor: Tensor, k_factor: Tensor) -> Tensor:
 def full_precision(device: torch.device) -> ContextManager[object]:
     """Autocast off: digits of a bias are not to be lost in a matrix product."""
     if device.type in ("cpu", "cuda"):
-        return torch.autocast(device.type, enabled=False)
+        return autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 

@@ -176,8 +176,8 @@ class _Project(torch.autograd.Function):
         with full_precision(left.device):
             by_right = q_grad.to(left.dtype).permute(0, 2, 1, 3) * inverse  # G V
             by_left = k_grad.to(left.dtype).permute(0, 2, 1, 3) * inverse  # G^T U
-            outside = by_right - left @ (left.mT @ by_right)  # (1 - U U^T) G V
-            grad = outside @ right.mT + left @ by_left.mT
+            outside = by_right - left @ (left.transpose(-2, -1) @ by_right)  # (1 - U U^T) G V
+            grad = outside @ right.transpose(-2, -1) + left @ by_left.transpose(-2, -1)
         if masked is not None:
             grad = grad.masked_fill(masked, 0.0)
         return grad.to(ctx.dtype), None, None, None, None
@@ -194,7 +194,7 @@ def _search(problem: _Problem, warm: Optional[FactorState]) -> Tuple[_Svd, str]:
         # The CUDA default (Jacobi) leaves the factors orthonormal to some 1e-4 only, QR iteration to 1e-6.
         driver = "gesvd" if matrix.is_cuda else None
         left, values, right = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
-        return _cut(_Svd(left, values, right.mT), problem, cap)
+        return _cut(_Svd(left, values, right.transpose(-2, -1)), problem, cap)
 
     limit = min(short, cap + _OVERSAMPLE)
     fixed = problem.energy is None
@@ -222,9 +222,9 @@ def _iterate(matrix: Tensor, basis: Tensor, width: int, passes: int, generator: 
         if step:
             right = torch.linalg.qr(right).Q
         left = torch.linalg.qr(matrix @ right).Q
-        right = matrix.mT @ left
+        right = matrix.transpose(-2, -1) @ left
     # The SVD of the tall thin `right` through its Gram matrix, in float64, where squaring costs no digits.
-    gram = right.double().mT @ right.double()
+    gram = right.double().transpose(-2, -1) @ right.double()
     squares, turn = torch.linalg.eigh(gram.cpu())  # some 16 x 16: not worth a GPU solver's start
     squares = squares.flip(-1).clamp(min=0).to(matrix.device)
     turn = turn.flip(-1).to(matrix)
@@ -261,7 +261,7 @@ def _residual(problem: _Problem, svd: _Svd) -> float:
     left = svd.left * svd.values.unsqueeze(-2)
     missing = torch.zeros_like(problem.squares)
     for block, left_block in zip(matrix.split(rows, dim=2), left.split(rows, dim=2)):
-        missing += _squares(block - left_block @ svd.right.mT)
+        missing += _squares(block - left_block @ svd.right.transpose(-2, -1))
     share = torch.where(problem.squares > 0, missing / problem.squares, torch.zeros_like(missing))
     return math.sqrt(float(share.max()))
 

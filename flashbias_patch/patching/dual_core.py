@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import settings
+from .._torch_internals import autocast
 from ..attention import dispatch, flash_bias_attention
 from ..attention.recovery import errors
 from ..attention.selfcheck import undisturbed
@@ -111,12 +112,12 @@ class DualCoreSeam(seams.CoreSeam):
 
     def _judge(self, wrapped: Callable[..., Any], module: Any, query: Tensor) -> Any:
         modes = [(each, each.training) for each in module.modules()]
-        autocast = torch.is_autocast_enabled()
+        casting = torch.is_autocast_enabled()
         self.checking = True
         try:
             for each, _ in modes:
                 each.training = False
-            with undisturbed(query.device), torch.no_grad(), torch.autocast(query.device.type, enabled=autocast):
+            with undisturbed(query.device), torch.no_grad(), autocast(query.device.type, enabled=casting):
                 return self._compare(wrapped, module, query)
         except Exception as error:
             if not errors.survivable(error):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import journal
-from .._torch_internals import is_compiling
+from .._torch_internals import autocast, is_compiling
 from ..attention.recovery import errors as faults
 from ..attention.selfcheck import undisturbed
 from ..bias import AttentionBias, Grid, ModalityBias, WindowBias, described
@@ -88,9 +88,9 @@ class GeneratorSeam:
     def _judge(self, wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> _Verdict:
         self.checking = True
         try:
-            autocast = torch.is_autocast_enabled()
+            casting = torch.is_autocast_enabled()
             with undisturbed(tensors[0].device), contextlib.redirect_stdout(io.StringIO()):
-                with torch.autocast(tensors[0].device.type, enabled=autocast):
+                with autocast(tensors[0].device.type, enabled=casting):
                     return _judge(wrapped, module, tensors)
         except Exception as error:
             if not faults.survivable(error):

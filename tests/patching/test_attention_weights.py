@@ -14,8 +14,9 @@ import flashbias_patch
 from flashbias_patch import journal
 from flashbias_patch.attention import weights as weights_module
 from flashbias_patch.bias import LowRankBias
+from tests.capabilities import REENTRANT, needs_compile, needs_transforms, since
 
-from .test_core_arguments import B, E, H, M, N, added, given_masks, gradients, outer, sequences
+from .test_core_arguments import FLOATING_PADDING, B, E, H, M, N, added, given_masks, gradients, outer, sequences
 from .test_parity import assert_equal
 
 
@@ -47,7 +48,9 @@ def kept(self, out, probabilities):
     return out
 
 
-@pytest.mark.parametrize("options", [{}, dict(average_attn_weights=False), dict(need_weights=True)])
+@pytest.mark.parametrize("options", [
+    {}, pytest.param(dict(average_attn_weights=False), marks=since(1, 11, "average_attn_weights")), dict(need_weights=True)
+])  # fmt: skip
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("inner", [{}, dict(batch_first=True)])
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
@@ -64,7 +67,7 @@ def test_weights_are_torchs_with_every_mask(options, biased, inner):
         masks = dict(kwargs)
         if biased:
             masks["attn_mask"] = added(bias, mask).flatten(0, 1)
-        if padding is not None and padding.dtype == torch.bool and (mask is None) is biased:
+        if FLOATING_PADDING and padding is not None and padding.dtype == torch.bool and (mask is None) is biased:
             masks["key_padding_mask"] = torch.zeros(padding.shape).masked_fill(padding, float("-inf"))
         original(module, query, key, key, **masks)
         theirs = module.kept
@@ -142,7 +145,10 @@ def test_every_use_computes_them(way, computed):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["forward hook", "always calling", "pre hook and kwargs"])
+@pytest.mark.parametrize("name", [
+    "forward hook", pytest.param("always calling", marks=since(2, 1, "always_call")),
+    pytest.param("pre hook and kwargs", marks=since(2, 0, "with_kwargs")),
+])
 def test_a_hook_on_the_inner_module(name, computed):
     """How attention maps of CMT and PETR are drawn."""
     cls, original = outer(keeping(lambda self, out, _: out))
@@ -227,16 +233,17 @@ def test_a_fully_masked_row_is_zero():
     mask = torch.zeros(M, N, dtype=torch.bool)
     mask[2] = True
     module(query, key, key, attn_mask=mask)
-    assert not module.kept[:, 2].any() and torch.allclose(module.kept[:, 0].sum(-1), torch.ones(B))
+    assert not module.kept[:, 2].detach().any() and torch.allclose(module.kept[:, 0].sum(-1), torch.ones(B))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [pytest.param(False, marks=since(1, 11, "use_reentrant")), True])
 def test_inside_a_checkpoint_of_the_inner_attention(reentrant):
     """Weights that are ignored do no harm. Used, they have the right gradient, or raise."""
 
     def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
                 key_padding_mask=None, **kwargs):
-        out, probabilities = checkpoint(self.attn, query, key, value, use_reentrant=reentrant)
+        options = {"use_reentrant": False} if not reentrant else REENTRANT
+        out, probabilities = checkpoint(self.attn, query, key, value, **options)
         self.kept = probabilities
         return query + out + (probabilities.square().mean() if self.in_loss else 0)
 
@@ -263,7 +270,9 @@ def gradients_by_backward(module, out, leaves):
     return [leaf.grad for leaf in leaves]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [
+    pytest.param(torch.bfloat16, marks=since(1, 10, "softmax in bfloat16 on the CPU")), torch.float64
+])  # fmt: skip
 def test_dtypes(dtype):
     cls, original = outer(keeping(kept))
     module = cls().to(dtype)
@@ -282,6 +291,7 @@ def test_dtypes(dtype):
     torch.testing.assert_close((module.kept + 0).double(), truth, **tolerance)
 
 
+@since(1, 10, "autocast on the CPU")
 def test_under_autocast():
     cls, original = outer(keeping(kept))
     module, (query, key) = cls(), sequences()
@@ -305,6 +315,7 @@ def test_of_a_traced_module():
     torch.testing.assert_close(weights, module.kept)
 
 
+@needs_compile
 def test_of_a_compiled_module():
     torch._dynamo.reset()
     cls, original = outer(keeping(lambda self, out, probabilities: out + probabilities.square().mean()))
@@ -313,6 +324,7 @@ def test_of_a_compiled_module():
     torch.testing.assert_close(torch.compile(module, backend="eager")(query, key, key), theirs)
 
 
+@needs_transforms
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_under_vmap_and_grad():
     cls, original = outer(keeping(lambda self, out, probabilities: out + probabilities.square().mean()))

@@ -15,6 +15,7 @@ from torch import nn
 
 import flashbias_patch
 from flashbias_patch.bias import DenseBias, LowRankBias
+from tests.capabilities import REENTRANT, needs_hooks
 
 B, M, N, E, H, LAYERS = 2, 6, 9, 16, 2, 2
 WAYS = ("keyword", "attn_masks", "ambient")
@@ -154,6 +155,7 @@ def test_what_a_block_wraps_is_put_back_after_an_error(patched):
     assert threading.Thread.start is start and ThreadPoolExecutor.submit is submit
 
 
+@needs_hooks
 def test_uninstall_puts_torchs_checkpoints_back(repository):
     from torch.autograd.graph import saved_tensors_hooks
     from torch.utils.checkpoint import CheckpointFunction
@@ -169,12 +171,12 @@ def test_uninstall_puts_torchs_checkpoints_back(repository):
 
 def test_names_bound_by_from_import_are_reached(installed):
     """`from torch.utils.checkpoint import checkpoint` in the module of a layer."""
-    namespace = {}
+    namespace = {"options": REENTRANT}
     exec(
         "import torch\nfrom torch import nn\nfrom torch.utils.checkpoint import checkpoint\n"
         "class PETRTransformerDecoderLayer(nn.Module):\n"
         "    def forward(self, query, attn_masks=None, **kwargs):\n"
-        "        return checkpoint(self.inner, query, attn_masks, use_reentrant=True)\n"
+        "        return checkpoint(self.inner, query, attn_masks, **options)\n"
         "    def inner(self, query, attn_masks):\n"
         "        return query * attn_masks[1]\n", namespace)
     from flashbias_patch.patching import hooks

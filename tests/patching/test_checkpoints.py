@@ -11,6 +11,7 @@ from torch import nn
 
 import flashbias_patch
 from flashbias_patch.bias import LowRankBias
+from tests.capabilities import needs_hooks, since
 
 from .checkpoints import KINDS, OWN_BACKWARD, checkpointed, reentrant
 
@@ -310,6 +311,7 @@ class WithSetupContext(torch.autograd.Function):
         return (None, *(arg.grad for arg in args))
 
 
+@since(2, 0, "setup_context")
 def test_a_function_without_ctx_is_an_error_at_the_recomputation(patched):
     decoder, inputs = decoder_of(), Inputs()
     with flashbias_patch.attention_bias(inputs.bias()):
@@ -391,6 +393,7 @@ def test_a_recomputation_takes_the_backend_of_its_forward(patched):
         assert_equal(make(kind, True), expected)
 
 
+@needs_hooks
 def test_hooks_that_stay_open_over_several_steps_replay_nothing():
     """save_on_cpu around a whole training loop: a forward after a backward is no recomputation."""
     from flashbias_patch.attention.recovery import replay

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import flashbias_patch
+from tests.capabilities import RELEASE, needs_compile, since
 
 from .conftest import MINI_CMT, MODULE
 from .test_bias_ways import B, BiasModule, assert_same, decoder_of, gradients, inputs, reference, run_biased
@@ -59,16 +60,18 @@ def test_eval_and_no_grad(patched):
         torch.testing.assert_close(model(tensors).clone(), expected, rtol=1e-4, atol=1e-5)
 
 
+@since(1, 10, "autocast on the CPU")
 @pytest.mark.parametrize("with_cp", [False, True])
 def test_autocast(repository, with_cp):
     """bfloat16 autocast: the gradient of bias_scale is the dense float64 one, to that precision."""
     truth = reference(repository, False)
     flashbias_patch.install()
     decoder, maker, tensors = decoder_of(repository(), "PETRMultiheadAttention", with_cp), BiasModule(), inputs(False)
+    rtol = 0.05 if RELEASE >= (2, 0) else 0.07  # plain PyTorch errs by 0.011 and, before 2.0, 0.020
     with torch.autocast("cpu", torch.bfloat16):
         out = run_biased(decoder, maker, tensors, "ambient", True)
     found = gradients(decoder, maker, tensors, out.float())
-    assert_same({k: found[k] for k in ("out", "bias_scale")}, {k: truth[k] for k in ("out", "bias_scale")}, rtol=0.05)
+    assert_same({k: found[k] for k in ("out", "bias_scale")}, {k: truth[k] for k in ("out", "bias_scale")}, rtol)
 
 
 @pytest.mark.skipif(not hasattr(getattr(torch, "amp", None), "GradScaler"), reason="torch.amp.GradScaler came with torch 2.3")
@@ -85,6 +88,7 @@ def test_grad_scaler(patched):
             torch.testing.assert_close(parameter.grad / 1024, plain[name], rtol=1e-3, atol=1e-5)
 
 
+@needs_compile
 def test_compiled_with_a_bias(patched):
     """A compiled decoder: right results; the graph breaks are where the routes open."""
     torch._dynamo.reset()

@@ -10,6 +10,7 @@ from torch import nn
 
 import flashbias_patch
 from flashbias_patch.patching import hooks
+from tests.capabilities import needs_compile
 
 
 class Unrelated(nn.Module):
@@ -59,12 +60,14 @@ def test_scripted(call):
     torch.testing.assert_close(torch.jit.script(module)(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@needs_compile
 def test_exported(call):
     module, x, expected = call
     program = torch.export.export(module, (x,))
     torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@needs_compile
 def test_compiled_in_one_graph(call):
     module, x, expected = call
     torch._dynamo.reset()
@@ -72,6 +75,7 @@ def test_compiled_in_one_graph(call):
     torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@needs_compile
 def test_a_patched_layer_compiles_to_the_right_result(patched):
     torch._dynamo.reset()
     module = patched.PETRMultiheadAttention(16, 2)

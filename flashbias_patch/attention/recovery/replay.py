@@ -413,7 +413,7 @@ def _apply_checkpoint(cls: Any, function: Any, preserve_rng_state: Any, *args: A
     learned bias is in force, the other kind of checkpoint is made. Not inside one of that kind: nested, these hand on
     one tensor that was two arguments as two tensors, and attention of key and value then saves others than before."""
     if torch.is_grad_enabled() and hooked() is None and any(tensor.requires_grad for tensor in _tensors_in_force()):
-        if RELEASE < (2, 1):
+        if RELEASE < (1, 11):
             return _with_learned_arguments(cls, function, preserve_rng_state, args)
         return _checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
     return super(_CheckpointFunction, cls).apply(function, preserve_rng_state, *args)
@@ -421,7 +421,7 @@ def _apply_checkpoint(cls: Any, function: Any, preserve_rng_state: Any, *args: A
 
 def _with_learned_arguments(cls: Any, function: Any, preserve_rng_state: Any, args: Tuple[Any, ...]) -> Any:
     """torch's reentrant checkpoint with more arguments: the tensors that need a gradient and are in force, or in lists
-    among its arguments. For torch before 2.1, whose other kind of checkpoint is not there or keeps no order."""
+    among its arguments. For torch before 1.11, which has no other kind of checkpoint."""
     values = tuple(item.read() for item in _carried)
     learned: Dict[int, Tensor] = {}
 
