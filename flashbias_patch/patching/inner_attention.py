@@ -29,6 +29,7 @@ from .route import Route
 _NO_BIASES: Tuple[Bias, ...] = ()
 NAME = "nn.MultiheadAttention"
 FUNCTION = "multi_head_attention_forward"
+_NESTED = hasattr(Tensor, "is_nested")  # since torch 1.12
 _jit_tracing: Callable[[], Any] = getattr(torch._C, "_get_tracing_state", lambda: None)
 _backward_hooks_of_all: Dict[int, Any] = getattr(nn.modules.module, "_global_backward_hooks", {})
 
@@ -148,7 +149,7 @@ def _attend_module(
     dropout_p = module.dropout if module.training else 0.0
     unsupported = None
     if not (module._qkv_same_embed_dim and module.bias_k is None and query.ndim == 3 and dropout_p < 1.0) or (
-        module.add_zero_attn or is_causal or query.is_nested
+        module.add_zero_attn or is_causal or _NESTED and query.is_nested
     ):
         unsupported = _unsupported(
             query, dropout_p, is_causal, not module._qkv_same_embed_dim, module.bias_k is not None, module.add_zero_attn
@@ -192,7 +193,7 @@ def _unsupported(
         return "is_causal is not supported"
     if dropout_p >= 1.0:
         return "dropout of 1 is not supported"
-    if getattr(query, "is_nested", False):
+    if _NESTED and query.is_nested:
         return "nested tensors is not supported"
     return None if query.dim() in (2, 3) else f"input of {query.dim()} dimensions is not supported"
 
