@@ -153,6 +153,7 @@ CASES = {
     "shared centres of the mask": dict(bias="gauss", mask=True, shared=True),
     "grids below a patch": dict(frames=SMALL, bias="gauss"),
     "mask on grids below a patch": dict(frames=SMALL, bias="", mask=True),
+    "a frame for each camera": dict(frames=(Grid(9, 10), *[Grid(3, 7)] * 6), bias="gauss", dtype=HALF),
     "one query": dict(M=1, frames=(Grid(20, 9),)),
     "one query, mask": dict(M=1, bias="", mask=True),
     "many queries": dict(M=131, B=1, H=1),

@@ -31,7 +31,9 @@ CONFIGS = {"fusion": "projects/configs/fusion/cmt_voxel0100_r50_800x320_cbgs.py"
 CAMERAS = 6
 CLASSES = ("car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
            "traffic_cone")
-BEGIN, END = "<!-- real CMT: examples/aqr/real_cmt.py --table -->", "<!-- end of real CMT -->"
+# of the page, without and with --windows
+MARKS = (("<!-- real CMT: examples/aqr/real_cmt.py --table -->", "<!-- end of real CMT -->"),
+         ("<!-- real CMT with windows: examples/aqr/real_cmt.py --windows --table -->", "<!-- end of windows -->"))
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -56,9 +58,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parser.parse_args(argv)
     if args.table:
         page = Path(args.table[1])
-        before, _, rest = page.read_text().partition(BEGIN)
-        table = tables(json.loads(Path(args.table[0]).read_text()))
-        page.write_text(before + BEGIN + "\n" + table + "\n" + END + rest.partition(END)[2])
+        report = json.loads(Path(args.table[0]).read_text())
+        begin, end = MARKS[report.get("windows") is not None]
+        before, _, rest = page.read_text().partition(begin)
+        page.write_text(before + begin + "\n" + tables(report) + "\n" + end + rest.partition(end)[2])
         return
     if args.frame is None:
         parser.error("CMT_CHECKOUT and FRAME_DIR are needed")
@@ -87,7 +90,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             compare(results[head])
             if args.out:  # what is known already, should time run out
                 report.update(steps=args.steps, bs=args.bs, bev=args.bev, camera=args.camera, layers=args.layers,
-                              command=command_of(args, given), heads=results)
+                              windows=args.windows, command=command_of(args, given), heads=results)
                 Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -140,7 +143,7 @@ def run_case(args: argparse.Namespace, head_name: str, aqr: bool, patched: bool,
     import flashbias_patch
 
     options = {"model.pts_bbox_head.transformer.aqr.enable": True} if aqr and patched else {}
-    windows = None if args.windows is None else window_options(args.windows)
+    windows = None if args.windows is None else flashbias_patch.aqr.options.pairs(args.windows, "--windows")
     given = {"locality": True} if args.locality else {} if windows is None else {"bias": "window", **windows}
     if options:
         options.update({f"model.pts_bbox_head.transformer.aqr.{name}": value for name, value in given.items()})
@@ -213,14 +216,6 @@ def run_case(args: argparse.Namespace, head_name: str, aqr: bool, patched: bool,
             "calls": {name: count - before.get(name, 0) for name, count in after.items() if count > before.get(name, 0)}}
 
 
-def window_options(text: str) -> Dict[str, Any]:
-    """Options of `aqr` as FLASHBIAS_AQR takes them, without `bias` and `enable`."""
-    import ast
-
-    pairs = [part.split("=", 1) for part in text.split(",") if part]
-    return {key: value if value in ("first", "all") else ast.literal_eval(value) for key, value in pairs}
-
-
 def compare(cases: Dict[str, Any]) -> None:
     """bias_scale's gradient in the first step, where the weights are the same, against the unpatched dense bias'."""
     dense = cases.get("on, unpatched", {}).get("bias_scale")
@@ -233,10 +228,11 @@ def compare(cases: Dict[str, Any]) -> None:
 
 def tables(report: Dict[str, Any]) -> str:
     camera = "{} x {}".format(*report["camera"])
+    windows = "" if report.get("windows") is None else f" `aqr`: bias='window', {report['windows'] or 'by default'}."
     lines = [f"{report['steps']} steps on one nuScenes frame, batch {report['bs']}, {report['layers']} layers, "
              f"{report['bev']} x {report['bev']} lidar tokens and {CAMERAS} x {camera} camera tokens, float32; on a GPU, "
              "time: median step of head, loss and optimiser, memory: peak of tensors. "
-             f"{report['device']}, torch {report['torch']}.",
+             f"{report['device']}, torch {report['torch']}.{windows}",
              "", "| head | AQR | loss, first and last | ms a step | MiB | bias_scale, first and last "
              "| gradient against the dense bias |", "|---|---|---|---|---|---|---|"]
     for head, cases in report["heads"].items():

@@ -118,13 +118,18 @@ def from_environment() -> Optional[Options]:
         return None
     if text.lower() in settings.TRUE + settings.FALSE:
         return Options(enable=text.lower() in settings.TRUE)
-    given: Dict[str, Any] = {"enable": True}
-    for part in text.split(","):
+    return read({"enable": True, **pairs(text, f"FLASHBIAS_AQR={text!r}")}, "FLASHBIAS_AQR")
+
+
+def pairs(text: str, source: str) -> Dict[str, Any]:
+    """The options of "key=value,..."; ValueError where a part has no "="."""
+    given: Dict[str, Any] = {}
+    for part in text.split(",") if text else ():
         key, separator, value = part.partition("=")
         if not separator:
-            raise ValueError(f"FLASHBIAS_AQR={text!r}: expected 1, 0 or key=value,..., got {part!r}")
+            raise ValueError(f"{source}: expected 1, 0 or key=value,..., got {part!r}")
         given[key.strip()] = _value(value.strip())
-    return read(given, "FLASHBIAS_AQR")
+    return given
 
 
 def _value(text: str) -> Any:
