@@ -13,6 +13,7 @@ from ..patching.checkpoints import KINDS, checkpointed
 from . import family
 
 PLACES = ("transformer", "decoder", "layers")
+QUICK = [(place, "drop, locality") for place in PLACES] + [("layers", "drop, windows")]
 OPTIONS = {
     "per layer": dict(per="layer"),
     "locality": dict(locality=True),
@@ -87,7 +88,7 @@ def train(head, steps=2):
 
 
 @pytest.mark.parametrize("kind, place, options", [
-    pytest.param(*case, marks=() if case[2] == "drop, locality" or case[1:] == ("layers", "drop, windows") else pytest.mark.slow)
+    pytest.param(*case, marks=() if case[1:] in QUICK else pytest.mark.slow)
     for case in itertools.product(KINDS, PLACES, OPTIONS)
 ])
 def test_as_without_a_checkpoint(claimed, kind, place, options):
