@@ -30,7 +30,7 @@ $(VENV)/ready: setup.py
 	@echo "2 of 4: $(TORCH)"
 	@$(BIN)/pip install --disable-pip-version-check $(TORCH)
 	@echo "3 of 4: this package, and what its tests and its demo need"
-	@$(BIN)/pip install --quiet -e ".[demo,test,lint]"
+	@PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[demo,test,lint]"  # `make package` fails on a build's warnings
 	@echo "4 of 4: Triton"
 	@$(BIN)/pip install --quiet triton
 	@touch $@
@@ -76,7 +76,7 @@ package: $(VENV)/ready
 # An environment of its own, without PyTorch: the reference is read from the source.
 .venv-docs/ready: setup.py
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	PYTHONWARNINGS=ignore .venv-docs/bin/pip install --quiet --disable-pip-version-check -e ".[docs]"
 	touch $@
 
 docs: .venv-docs/ready

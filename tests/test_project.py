@@ -34,7 +34,7 @@ def test_workflow_runs_what_the_ci_script_runs():
     script = {re.sub(r' PYTHON="\$PYTHON"', "", line).strip() for line in script}
     text = WORKFLOW.read_text()
     quoted = re.findall(r"command: (?:'([^']*)'|\"([^\"]*)\")", text)
-    steps = {line.strip() for line in re.findall(r"run: ((?:make|tools/).*)", text)}
+    steps = {line.strip() for line in re.findall(r"run: ((?:make|tools/)[^#\n]*)", text)}
     steps |= {single or double for single, double in quoted}
     assert steps == script - {"make .venv/ready"}
 
@@ -140,3 +140,17 @@ def test_window_example_is_the_same_without_the_patch():
         assert done.returncode == 0, done.stderr
         losses.append([float(loss) for loss in re.findall(r" loss: (\S+)", done.stdout)])
     assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_documented_entry_point_is_what_the_catalog_reads():
+    from flashbias_patch.patching.catalog import ENTRY_POINT_GROUP, Target
+    from flashbias_patch.patching.seams import SEAMS
+
+    page = read("docs/guides/own-targets.md")
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), names)
+    targets = [Target(*item) for item in names["TARGETS"]]
+    assert [target.name for target in targets] == ["MyCrossAttention", "MyDecoderLayer"]
+    assert f'entry-points."{ENTRY_POINT_GROUP}"' in page
+    documented = set(re.findall(r"^\| `([\w ]+)` \|", page.partition("## Seams")[2], re.MULTILINE))
+    assert {target.seam for target in targets} <= documented <= set(SEAMS)
