@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import settings
-from ..._torch_internals import RELEASE, is_compiling
+from ..._torch_internals import RELEASE
 from ..inputs import AttentionInputs
 from ..recovery import backward
 
@@ -63,6 +63,7 @@ class TritonFused:
 
     def __init__(self) -> None:
         self.tune = settings.current().tune  # seconds; 0: never
+        self.attend: Any = None  # kernels.operator.attend, imported with the first call
 
     def why_not(self, inputs: AttentionInputs) -> List[str]:
         reasons = list(_missing())
@@ -88,13 +89,21 @@ class TritonFused:
         return reasons
 
     def __call__(self, inputs: AttentionInputs, on_failure: Any = backward.of_fused) -> Tensor:
-        from ..kernels.operator import fused_attention
+        if self.attend is None:
+            from ..kernels import operator
 
-        if self.tune and not is_compiling():
+            self.attend = operator.attend
+        if self.tune:
             from ..kernels import on_miss
 
             on_miss.tune(inputs, self.tune)
-        return fused_attention(*inputs, on_failure=on_failure)
+        return self.attend(inputs, on_failure)  # type: ignore[no-any-return]
+
+    def traced(self, inputs: AttentionInputs) -> Tensor:
+        """The same for torch.compile: a registered operator."""
+        from ..kernels.operator import fused_attention
+
+        return fused_attention(*inputs, on_failure=backward.of_fused)
 
     def without_recovery(self, inputs: AttentionInputs) -> Tensor:
         """The same, but a backward pass that fails raises: what the self-check runs."""

@@ -36,6 +36,26 @@ def prepare(
         return copy(*given)  # type: ignore[no-any-return]
 
 
+def prepared(q: Tensor, q_factor: Tensor, k_factor: Tensor, scale: float) -> Optional[Prepare]:
+    """The step that `prepare` keeps for such tensors, if these are taken as they are."""
+    step: Optional[Prepare] = _prepared.find((signature((q, q_factor, k_factor)), scale))
+    return step
+
+
+def forward_step(problem: Problem, seed: Optional[Tensor], training: bool) -> Any:
+    """The step that `forward` keeps for such a call."""
+    return _forwards.find((_class_of(problem, (seed,)), training))
+
+
+def backward_steps(problem: Problem, needs: Needs, passed: Passed) -> Any:
+    """(the steps that `backward` keeps for such a call, what is passed to them); None where others run, or on two streams."""
+    passed = passed._replace(grad_out=unit_last(passed.grad_out))
+    kept = _backwards.find(_backward_class(problem, needs, passed))
+    if kept is None or problem.k.shape[1] == 1 or len(kept[1]) > 1 and _streams(problem) is not None:
+        return None
+    return kept, passed
+
+
 def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs:
     """out (B, M, H, D); what it lost by being rounded to half, where `training` needs it; its logsumexp
     (problem.lse_shape), float32, in log2 units, +inf for a row without keys. `seed` (1,) int64 where there is dropout.
@@ -82,7 +102,7 @@ def backward(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Optional[T
 
 def _gradients(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Optional[Tensor], ...]:
     passed = passed._replace(grad_out=unit_last(passed.grad_out))
-    key = _class_of(problem, passed), needs, torch.are_deterministic_algorithms_enabled()
+    key = _backward_class(problem, needs, passed)
     kept = _backwards.find(key)
     with on_device(problem.q):
         if kept is None:
@@ -154,6 +174,10 @@ def _class_of(problem: Problem, others: Tuple[Optional[Tensor], ...]) -> Tuple[A
     tensors = (*problem[:6], *problem[7:10], *others)
     windows = None if problem.windows is None else problem.windows.signature()
     return signature(tensors), problem.lengths, *problem[10:13], windows  # type: ignore[return-value]
+
+
+def _backward_class(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Any, ...]:
+    return _class_of(problem, passed), needs, torch.are_deterministic_algorithms_enabled()
 
 
 def _zeros(problem: Problem, needs: Needs) -> Tuple[Optional[Tensor], ...]:

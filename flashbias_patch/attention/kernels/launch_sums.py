@@ -59,6 +59,21 @@ class Sums:
             launch(*pairs, *pairs[:2] * (AT_ONCE - len(places)))
         return done
 
+    def at(self, made: Dict[int, Tensor], stream: int) -> Dict[int, Tensor]:
+        """The same on that stream, once its launches are compiled."""
+        done = {}
+        for place in self.plain:
+            total = self.sums[place]
+            done[place] = made[place] if total.whole else total.plain(made[place])
+        for places, launch in self.launches:
+            pairs: List[int] = []
+            for place in places:
+                total, parts = self.sums[place], made[place]
+                done[place] = torch.empty(total.shape, dtype=total.dtype, device=parts.device)
+                pairs += [parts.data_ptr(), done[place].data_ptr()]
+            launch.at(stream, *pairs, *pairs[:2] * (AT_ONCE - len(places)))
+        return done
+
 
 def _launch(sums: Dict[int, Sum], places: List[int]) -> Tuple[List[int], Launch]:
     numbers: List[int] = []

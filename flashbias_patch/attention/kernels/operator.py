@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ... import _torch_internals as internals
 from ...bias.grids import WindowMaskParts, WindowParts
-from . import launch
+from . import direct, launch
 from . import windows as win
 from .problem import Problem, aligned_rows, as_bytes, block_columns, keeps_apart, scales_q, unit_last
 from .recompute import Call, differentiable_backward, plain_backward
+from .settled import Kept
 
 log = logging.getLogger("flashbias_patch")
 _told = False
@@ -22,6 +23,7 @@ Copies = Sequence[Optional[Tensor]]
 Made = Tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 Inputs = Any  # the arguments of _forward: twelve, and seven more (windows.arguments) where there are windows
 PLAIN = 12
+_forward_plans, _backward_plans = Kept(), Kept()  # direct.py, by the signatures of the tensors
 
 
 def _recompute(call: Call, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:
@@ -70,11 +72,23 @@ def _forward(inputs: Inputs, training: bool) -> Made:
     """out, what it lost by rounding, lse, the dropout seed, and the copies made of q, q_factor, k_factor; None for what
     was not made."""
     q, q_factor, dropout_p = inputs[0], inputs[3], inputs[10]
+    place, plan = None, None
+    stream = direct.stream_of(q) if len(inputs) == PLAIN else None
+    if stream is not None:
+        signature, addresses = direct.signed((*inputs[:6], *inputs[7:10]))
+        place = signature, tuple(inputs[6]), dropout_p, inputs[11], training
+        plan = _forward_plans.find(place)
+        if plan:
+            return plan(inputs, addresses, stream)  # type: ignore[no-any-return]
     problem = _problem(*inputs[:PLAIN], None, _windows(inputs))  # type: ignore[call-arg]
     seed = torch.randint(1 << 62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     out, low, lse = launch.forward(problem, seed, training)
     padded = q_factor is not None and block_columns(problem.rank) != problem.rank
     factors = (problem.q_factor, problem.k_factor) if padded else (None, None)
+    if place is not None and plan is None:
+        prepare = None if q_factor is None else launch.prepared(q, q_factor, inputs[4], inputs[11])
+        plan = direct.ForwardPlan.of(inputs, problem, launch.forward_step(problem, seed, training), prepare)
+        _forward_plans.keep(place, plan or False)  # False: always the long way
     return (out, low, lse, seed, problem.q if problem.scaled else None, *factors)  # type: ignore[return-value]
 
 
@@ -83,10 +97,32 @@ def _backward(
 ) -> Tuple[Optional[Tensor], ...]:
     """The eight gradients, None for each that is not needed."""
     out, low, lse, seed = made[:4]
-    windows = _windows(inputs)
     try:
-        problem = _problem(*inputs[:PLAIN], made[4:], windows)  # type: ignore[call-arg]
-        return launch.backward(problem, launch.Needs(*needs), launch.Passed(grad_out, out, low, lse, seed))
+        plain = not any(t is not None for t in inputs[PLAIN : PLAIN + 3]) if len(inputs) > PLAIN else True
+        place, plan = None, None
+        stream = direct.stream_of(grad_out) if plain else None
+        if stream is not None:
+            new_q, new_qf, new_kf = made[4:]
+            given = (
+                inputs[0] if new_q is None else new_q, *inputs[1:3], inputs[3] if new_qf is None else new_qf,
+                inputs[4] if new_kf is None else new_kf, inputs[5], *inputs[7:10],
+            )  # fmt: skip
+            signature, addresses = direct.signed((*given, grad_out, out, low, lse, seed))
+            rank = 0 if inputs[3] is None else inputs[3].shape[-1]
+            place = (
+                signature, tuple(inputs[6]), *inputs[10:12], rank, tuple(needs), internals.deterministic()
+            )  # fmt: skip
+            plan = _backward_plans.find(place)
+            if plan:
+                return plan(given[0], addresses, stream)  # type: ignore[no-any-return]
+        problem = _problem(*inputs[:PLAIN], made[4:], _windows(inputs))  # type: ignore[call-arg]
+        wanted, passed = launch.Needs(*needs), launch.Passed(grad_out, out, low, lse, seed)
+        grads = launch.backward(problem, wanted, passed)
+        if place is not None and plan is None:
+            kept = launch.backward_steps(problem, wanted, passed)
+            plan = kept and direct.BackwardPlan.of(given, grad_out, problem, kept[1], wanted, kept[0])
+            _backward_plans.keep(place, plan or False)
+        return grads
     except Exception as error:
         return on_failure(_call(made, inputs, needs), grad_out, error)
 
@@ -179,15 +215,19 @@ def _save(ctx: Any, inputs: Inputs, output: Sequence[Optional[Tensor]]) -> None:
 def _gradients(run: Callable[..., Any], ctx: Any, grad_out: Optional[Tensor], first: int = 0) -> Tuple[Any, ...]:
     """Of the inputs; `first` is the place of q among the operator's arguments."""
     asked = ctx.needs_input_grad[first:]
-    needs = [asked[place] for place in LEARNED if place < len(asked)]
-    if grad_out is None or not any(needs):
-        return (None,) * len(asked)
+    count = len(asked)
+    needs = [asked[place] for place in LEARNED if place < count]
+    if grad_out is None or True not in needs:
+        return (None,) * count
     saved = ctx.saved_tensors
     lengths, dropout_p, scale, *static = ctx.constants
     inputs = (*saved[7:13], lengths, *saved[13:16], dropout_p, scale, *saved[16:], *static)
     grads = run(grad_out, saved[:7], inputs, needs)
-    found = dict(zip(LEARNED, grads))
-    return tuple([found.get(place) for place in range(len(asked))])
+    found: List[Optional[Tensor]] = [None] * count
+    for place, grad in zip(LEARNED, grads):
+        if place < count:
+            found[place] = grad
+    return tuple(found)
 
 
 if hasattr(torch.library, "custom_op"):
@@ -238,6 +278,27 @@ def _apply(on_failure: OnFailure, *inputs: Any) -> Any:
     # Small problems wait for the processor: outside a compiled graph the registered operator's layers only cost.
     compiling = _op is not None and torch.compiler.is_compiling()
     return _op(*inputs)[0] if compiling else _FusedAttention.apply(on_failure, *inputs)
+
+
+# Function.apply without the Python that looks for transforms, inside which dispatch.py computes otherwise.
+_apply_untransformed: Callable[..., Any] = getattr(
+    super(torch.autograd.Function, _FusedAttention), "apply", _FusedAttention.apply
+)
+
+
+def attend(inputs: Any, on_failure: OnFailure) -> Tensor:
+    """`fused_attention` of AttentionInputs, outside compiled graphs and transforms; no autograd node without gradients."""
+    q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale, windows, window_mask = inputs
+    local: Tuple[Any, ...] = ()
+    if windows is not None or window_mask is not None:
+        local = win.arguments(windows, window_mask)
+    given = (
+        q, k, v, q_factor, k_factor, weights, () if weights is None else lengths, dense, mask, padding, dropout_p, scale,
+        *local,
+    )  # fmt: skip
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or inputs.holds_grad):
+        return _apply_untransformed(on_failure, *given)  # type: ignore[no-any-return]
+    return _forward(given, False)[0]
 
 
 def fused_attention(

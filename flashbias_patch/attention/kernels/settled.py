@@ -6,6 +6,7 @@ signature determines is worked out once; later calls hand their tensors and the 
 """
 from __future__ import annotations
 
+import inspect
 from typing import Any, Callable, Dict, Iterable, Optional, Tuple, TypeVar
 
 import triton
@@ -17,31 +18,68 @@ from . import configs
 Step = TypeVar("Step")
 # Since 3.3 a compiled kernel is handed the constants too, and skips them.
 TAKES_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+# Where the functions are that a user has Triton call around every launch.
+HOOKS: Any = getattr(getattr(triton, "knobs", None), "runtime", CompiledKernel)
+_Chain: Any = getattr(getattr(triton, "knobs", None), "HookChain", None)
+
+
+def _takes_launcher() -> bool:
+    """Whether a compiled kernel hands its arguments to its launcher as seen on Triton 3.0 to 3.9."""
+    try:
+        source = "".join(inspect.getsource(CompiledKernel.__getitem__).split())
+    except (OSError, TypeError):
+        return False
+    given = "self.run(grid[0],grid[1],grid[2],stream,self.function,self.packed_metadata,"
+    return given in source and "_hook,*args)" in source
+
+
+LAUNCHER = _takes_launcher() and hasattr(HOOKS, "launch_enter_hook") and hasattr(HOOKS, "launch_exit_hook")
 
 
 class Launch:
     """kernel[programs](*tensors, *numbers, **options), time and again with tensors of one signature.
 
-    The first time goes through Triton, which compiles; so does every time in the interpreter.
+    The first time goes through Triton, which compiles; so does every time in the interpreter. Afterwards the compiled
+    kernel's launcher is called, without what Triton prepares for launch hooks where there are none.
     """
 
-    __slots__ = ("kernel", "grid", "numbers", "options", "run", "rest")
+    __slots__ = ("kernel", "grid", "numbers", "options", "run", "rest", "launcher", "own")
 
     def __init__(self, kernel: Any, programs: int, numbers: Tuple[Any, ...], options: Dict[str, Any]) -> None:
         self.kernel, self.grid, self.numbers, self.options = kernel, (programs, 1, 1), numbers, options
         self.run: Optional[Callable[..., Any]] = None
         self.rest: Tuple[Any, ...] = ()
+        self.launcher: Optional[Callable[..., Any]] = None
+        self.own: Tuple[Any, ...] = ()  # what the launcher takes between the stream and the kernel's arguments
 
     def __call__(self, *tensors: Tensor, stream: Optional[int] = None) -> None:
         """On the current stream, or on that one once there is a compiled kernel."""
         if self.run is not None:
             # Addresses: of a tensor, Triton asks the driver whether the GPU can read it, every time.
             self.run(*[tensor.data_ptr() for tensor in tensors], *self.rest, stream=stream)
-            return
+        else:
+            self.first(tensors)
+
+    def at(self, stream: int, *addresses: int) -> None:
+        """On that stream, with tensors at these addresses; for a compiled kernel."""
+        if self.launcher is not None:
+            enter, leave = HOOKS.launch_enter_hook, HOOKS.launch_exit_hook
+            if (enter is None or enter.__class__ is _Chain and not enter.calls) and (
+                leave is None or leave.__class__ is _Chain and not leave.calls
+            ):
+                self.launcher(*self.grid, stream, *self.own, *addresses, *self.rest)
+                return
+        self.run(*addresses, *self.rest, stream=stream)  # type: ignore[misc]
+
+    def first(self, tensors: Tuple[Tensor, ...]) -> None:
+        """Launch through Triton, and keep what it compiled."""
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.options)
         if isinstance(compiled, CompiledKernel):
             constants = [self.options[p.name] for p in self.kernel.params if p.is_constexpr] if TAKES_CONSTANTS else []
             self.rest, self.run = (*self.numbers, *constants), compiled[self.grid]
+            if LAUNCHER:
+                self.launcher = compiled.run
+                self.own = (compiled.function, compiled.packed_metadata, None, None, None)
 
 
 def signature(tensors: Iterable[Optional[Tensor]]) -> Tuple[Any, ...]:

@@ -1,0 +1,56 @@
+"""The host's work per call is held: a patched call makes few more function calls than an unpatched one, and no more
+operators. Counts have no noise; they are those of benchmarks/host_calls.py."""
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import stand_ins
+
+pytestmark = pytest.mark.skipif(
+    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13),
+    reason="how many functions torch's own attention calls differs between versions",
+)
+# patched / unpatched function calls, with a margin of a few calls
+LARGEST = {
+    ("auto", "eval"): 1.2, ("auto", "training"): 1.3, ("auto", "backward"): 1.2,
+    ("fused", "eval"): 1.35, ("fused", "training"): 1.45, ("fused", "backward"): 3.3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def host_calls(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    import host_calls
+
+    return host_calls
+
+
+def counted(host_calls, call):
+    for _ in range(host_calls.WARM_UP):
+        call()
+    python, c, _ = host_calls.function_calls(call)
+    return python + c, len(host_calls.operators(call))
+
+
+@pytest.mark.parametrize("path", ("auto", "fused"))
+@pytest.mark.parametrize("name", ("CMT", "StreamPETR"))
+def test_a_patched_call_makes_few_more_calls(host_calls, name, path):
+    if path == "fused":
+        pytest.importorskip("triton", minversion="3.0")
+    target = host_calls.TARGETS[name]
+    without = host_calls.fused_without_launches() if path == "fused" else contextlib.nullcontext()
+    with stand_ins.repository(target.repository) as load_module, without:
+        module = host_calls.attention(host_calls.load(target, load_module), target, "cpu")
+        given = host_calls.operands("cpu", False)
+        found = {}
+        for way in (contextlib.nullcontext, host_calls.patched):
+            with way():
+                for case in host_calls.cases(module, given, False):
+                    found.setdefault(case.name, []).append(counted(host_calls, case.prepare()))
+    for case, ((calls, operators), (patched_calls, patched_operators)) in found.items():
+        assert patched_calls <= LARGEST[path, case] * calls, (case, calls, patched_calls)
+        assert patched_operators <= operators, (case, operators, patched_operators)
