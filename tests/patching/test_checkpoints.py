@@ -531,3 +531,20 @@ def test_uninstall_before_a_recomputation_is_an_error(patched, kind, way):
         out.sum().backward()
     if kind != "non-reentrant":  # torch's own compares what both passes save
         without_bias.sum().backward()
+
+
+@pytest.mark.parametrize("dense", (False, True), ids=("factors", "dense"))
+@pytest.mark.parametrize("place", ("layer", "inner"))
+@pytest.mark.parametrize("kind", MAKES)
+def test_a_bias_changed_in_place_before_a_recomputation_is_an_error(patched, kind, place, dense):
+    decoder, inputs = decoder_of(place, kind), Inputs()
+    bias = inputs.bias(dense)
+    with flashbias_patch.attention_bias(bias):
+        outs = [decoder(inputs.query, inputs.memory, inputs.memory) for _ in range(2)]
+    outs[0].sum().backward()
+    with torch.no_grad():
+        (bias if dense else bias.q_factor).mul_(-1.0)
+    with pytest.raises(RuntimeError, match="changed in place after a checkpoint's forward.*change a copy"):
+        outs[1].sum().backward()
+    with flashbias_patch.attention_bias(bias):  # as it is now
+        decoder(inputs.query, inputs.memory, inputs.memory).sum().backward()

@@ -48,6 +48,7 @@ class Carried(NamedTuple):
     read: Callable[[], Any]
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
 SMALL_CHUNKS = "small chunks"  # stands for a backend among the recorded names
 _carried: List[Carried] = []
 _uninstalls = 0
@@ -90,6 +91,7 @@ class Replay:
         self.graphs: Dict[int, Any] = {}  # of guarded calls, from the recomputation to their backward
         self.biased = False  # whether a patched class added a bias in it
         self._uninstalls = _uninstalls
+        self._versions = _versions(self.values)
         self._names: List[str] = []  # of the backends, in the order of the calls
         self._small_chunks = False
         self._chosen: List[Any] = []
@@ -141,8 +143,19 @@ class Replay:
     def note_bias(self) -> None:
         """A patched class adds a bias: without the patches, a recomputation would be without it."""
         self.biased = True
+        if not self.recording:
+            self._check_unchanged()
         if self.outer is not None:
             self.outer.note_bias()
+
+    def _check_unchanged(self) -> None:
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                raise RuntimeError(
+                    "attention_bias: a bias was changed in place after a checkpoint's forward pass, so that its "
+                    f"recomputation would add another one (a tensor of shape {tuple(tensor.shape)} is at version "
+                    f"{tensor._version}, expected version {version}); change a copy of it"
+                )
 
     def check_patches(self) -> None:
         if self.biased and self._uninstalls != _uninstalls:
@@ -176,6 +189,19 @@ def hooked() -> Optional[Replay]:
 
 def _mapped(values: Iterable[Any], function: Callable[[Tensor], Tensor]) -> Tuple[Any, ...]:
     return tuple(item.mapped(value, function) if value else value for item, value in zip(_carried, values))
+
+
+def _versions(values: Iterable[Any]) -> List[Tuple[Tensor, int]]:
+    """Every tensor in carried values, with the number that torch counts up at each change in place."""
+    found: List[Tuple[Tensor, int]] = []
+
+    def look(tensor: Tensor) -> Tensor:
+        if type(tensor) in PLAIN and not tensor.is_inference():
+            found.append((tensor, tensor._version))
+        return tensor
+
+    _mapped(values, look)
+    return found
 
 
 class restored:
