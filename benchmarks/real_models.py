@@ -5,6 +5,7 @@
     ... --only 'B .*bias|A .*bias'        runs whose name matches; --list prints the names
     ... --parts train|batch|profile       some of the three parts
     ... --repeats 3                       training runs of each kind (default 2), for intervals
+    ... --timeout 1800                    seconds after which a run is ended and the next one begun
     ... --quick                           4 steps a run
     ... --device cpu --tiny               a proof that it runs: 160x64, one frame, two layers, two steps
 
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 HERE = Path(__file__).resolve().parent
 FLASH = "PETRMultiheadFlashAttention"
@@ -37,8 +38,30 @@ ORDER = ("{repeats} runs of each kind, a fresh process each, in the order A B B 
          "against it, forwards and backwards in turn)")
 
 
+class Run(NamedTuple):
+    """A training run. Names begin with A (unpatched) or B (patched); `dtype` is FLASHBIAS_DTYPE; `bias`: a learned one."""
+
+    name: str
+    patch: bool
+    dtype: str = "auto"
+    attn: str = "PETRMultiheadAttention"
+    size: str = "1600x640"
+    bs: int = 2
+    with_cp: bool = False
+    fp16: bool = False
+    dropout: float = 0.1
+    bias: bool = False
+    steps: int = 8
+    layers: int = 6
+    repeat: int = 0
+
+    def twin(self) -> Tuple[Any, ...]:
+        """Runs that start from the same weights and should compute the same."""
+        return (self.attn, self.size, self.bs, self.dropout, self.bias, self.layers)
+
+
 def run(name: str, **fields: Any) -> Dict[str, Any]:
-    return {"name": name, "patch": name.startswith("B"), **fields}
+    return Run(name, name.startswith("B"), **fields)._asdict()
 
 
 def counterpart(name: str) -> str:
@@ -117,12 +140,15 @@ def work(plan: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
             environment = {**os.environ, "FLASHBIAS_PATCH": "0", "PYTHONPATH": os.pathsep.join(
                 [str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
             words = [sys.executable, str(HERE / "real_worker.py"), str(given), str(out)]
-            code = subprocess.run(words, env=environment).returncode
+            try:
+                died = f"the process died: {subprocess.run(words, env=environment, timeout=plan['timeout']).returncode}"
+            except subprocess.TimeoutExpired:
+                died = f"no end after {plan['timeout']:g} s"
             lines = [json.loads(line) for line in out.read_text().splitlines(True) if line.endswith("\n")]
-            if not lines:
-                raise SystemExit(f"{plan['family']}: the worker did not start (exit code {code})")
+            if not lines and number == 0:  # as all others would
+                raise SystemExit(f"{plan['family']}: the first worker did not start ({died})")
             if all("about" in line for line in lines):
-                lines.append({**fields, "family": plan["family"], "error": f"the process died: {code}"})
+                lines.append({**fields, "family": plan["family"], "error": died})
             yield from ({**line, "order": number} if "name" in line else line for line in lines)
 
 
@@ -160,6 +186,7 @@ def main() -> None:
     parser.add_argument("--caps", type=float, nargs="+", default=CAPS, metavar="GiB")
     parser.add_argument("--limit", type=int, default=64, help="no larger batch is tried")
     parser.add_argument("--repeats", type=int, default=2, metavar="R", help="training runs of each kind")
+    parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds after which a run is ended")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--list", action="store_true")
@@ -184,7 +211,7 @@ def main() -> None:
 
     def part(task: str, runs: Sequence[Dict[str, Any]], family: str, where: str) -> None:
         plan = {"family": family, "checkout": os.path.abspath(checkouts[family]), "frame": os.path.abspath(args.frame),
-                "device": args.device, "task": task,
+                "device": args.device, "task": task, "timeout": args.timeout,
                 "runs": in_order(chosen(runs, args.only, args.quick, args.tiny), args.repeats if task == "train" else 1),
                 "caps": list(args.caps), "limit": 2 if args.tiny else args.limit, "profile_steps": 1 if args.tiny else 3}
         for line in work(plan):

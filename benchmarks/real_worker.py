@@ -16,11 +16,12 @@ import statistics
 import sys
 import time
 import warnings
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import detectors
 import torch
 from installed import patched
+from real_models import Run
 from step_profile import marked, profile
 from torch import Tensor, nn
 
@@ -31,31 +32,9 @@ PHASES = ("backbone", "neck", "head", "transformer", "loss", "backward", "clip",
 GIB = 2 ** 30
 
 
-class Run(NamedTuple):
-    """A training run. Names begin with A (unpatched) or B (patched); `dtype` is FLASHBIAS_DTYPE; `bias`: a learned one."""
-
-    name: str
-    patch: bool
-    dtype: str = "auto"
-    attn: str = "PETRMultiheadAttention"
-    size: str = "1600x640"
-    bs: int = 2
-    with_cp: bool = False
-    fp16: bool = False
-    dropout: float = 0.1
-    bias: bool = False
-    steps: int = 8
-    layers: int = 6
-    repeat: int = 0
-
-    def options(self, device: str) -> detectors.Options:
-        width, height = map(int, self.size.split("x"))
-        return detectors.Options(device, self.bs, (width, height), self.attn, self.dropout, self.with_cp, self.fp16,
-                                 self.layers)
-
-    def twin(self) -> Tuple[Any, ...]:
-        """Runs that start from the same weights and should compute the same."""
-        return (self.attn, self.size, self.bs, self.dropout, self.bias, self.layers)
+def options(run: Run, device: str) -> detectors.Options:
+    width, height = map(int, run.size.split("x"))
+    return detectors.Options(device, run.bs, (width, height), run.attn, run.dropout, run.with_cp, run.fp16, run.layers)
 
 
 class _Shapes(Exception):
@@ -124,7 +103,7 @@ class Trainer:
 
     def __init__(self, run: Run, plan: Dict[str, Any]) -> None:
         self.run, self.cuda = run, plan["device"].startswith("cuda")
-        self.detector = detectors.build(plan["family"], plan["checkout"], plan["frame"], run.options(plan["device"]))
+        self.detector = detectors.build(plan["family"], plan["checkout"], plan["frame"], options(run, plan["device"]))
         self.batch = self.detector.batch
         self.bias: Optional[LearnedBias] = None
         if run.bias:
@@ -168,17 +147,18 @@ class Gradients:
         self.folder = folder
 
     def error(self, run: Run, found: Tensor) -> Optional[float]:
-        """Relative distance from the gradient of the first such run; None for that one, whose gradient is kept."""
+        """Relative distance from the gradient of the first such unpatched run, which is kept; None without one."""
         path = os.path.join(self.folder, "-".join(str(value) for value in run.twin()) + ".pt")
         if not os.path.exists(path):
-            torch.save(found, path)
+            if not run.patch:
+                torch.save(found, path)
             return None
         known = torch.load(path)
         return float((found - known).norm() / known.norm())
 
 
 def train(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[str, Any]:
-    """The record of a run; first gradients without dropout are compared with the first twin's, unpatched as a rule."""
+    """The record of a run; first gradients without dropout are compared with those of the first unpatched twin."""
     trainer = Trainer(run, plan)
     losses, norms, times, scales, peak = [], [], [], [], 0.0
     error = None

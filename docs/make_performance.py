@@ -112,7 +112,7 @@ def merged(runs: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
             first["peak_MiB"] = max(run["peak_MiB"] for run in done)
             later = [run["gradient_error"] for run in done if "gradient_error" in run]
             first.update({"gradient_error": max(later)} if later else {})
-        kept.append({**first, "repeats": done})
+        kept.append({**first, "repeats": done, "failed": len(repeats) - len(done), "made": len(repeats)})
     return kept
 
 
@@ -120,18 +120,19 @@ def ratio(run: Dict[str, Any], base: Dict[str, Any]) -> str:
     """Time against the unpatched run, with the 95% interval that `flashbias ab` gives where runs were repeated."""
     from flashbias_patch.ab.statistics import compare_times
 
-    text = f"{run['step_s'] / base['step_s']:.2f}x"
+    text = f"{run['step_s'] / base['step_s']:.2f}x"  # of the medians
     sides = [[np.array(each["times"][2:]) for each in side.get("repeats", ())] for side in (base, run)]
     if run is base or min(map(len, sides)) < 2:
         return text
     found = compare_times(*sides)
-    return text if found is None or found.low is None else f"{text} ({found.low:.2f} to {found.high:.2f})"
+    return text if found is None or found.low is None else f"{found.value:.2f}x ({found.low:.2f} to {found.high:.2f})"
 
 
 def cells(run: Dict[str, Any], base: Any) -> List[str]:
     """s/step, ratio, first step, MiB, ratio; or the error."""
     if "losses" not in run:
-        return [run["error"].partition("(")[0][:90], "", "", "", ""]
+        some = f" ({run['failed']} of {run['made']} runs)" if run.get("failed", 1) < run.get("made", 1) else ""
+        return [run["error"].partition("(")[0][:90].strip() + some, "", "", "", ""]
     known = base is not None and "losses" in base
     return [f"{run['step_s']:.3f}", ratio(run, base) if known else "-", f"{run['times'][0]:.1f}", f"{run['peak_MiB']:.0f}",
             f"{run['peak_MiB'] / base['peak_MiB']:.2f}x" if known else "-"]

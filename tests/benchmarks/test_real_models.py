@@ -48,8 +48,8 @@ def test_every_field_of_a_plan_is_one_of_a_run():
 
     for runs in real_models.RUNS.values():
         for fields in real_models.chosen(runs, "", quick=True, tiny=True):
-            run = real_worker.Run(**fields)
-            assert run.options("cpu").size == (160, 64) and run.patch == run.name.startswith("B")
+            run = real_models.Run(**fields)
+            assert real_worker.options(run, "cpu").size == (160, 64) and run.patch == run.name.startswith("B")
 
 
 @pytest.mark.parametrize("words", (["--only", "petr|PETR"], ["--parts", "batch"]))
@@ -91,7 +91,7 @@ def test_each_run_is_a_process_and_one_that_dies_loses_its_run_only(monkeypatch)
 
     folders = set()
 
-    def started(command, env):
+    def started(command, env, timeout):
         plan, out = (Path(part) for part in command[-2:])
         given = json.loads(plan.read_text())
         (fields,) = given["runs"]
@@ -104,22 +104,80 @@ def test_each_run_is_a_process_and_one_that_dies_loses_its_run_only(monkeypatch)
 
     monkeypatch.setattr(real_models.subprocess, "run", started)
     runs = [{"name": name, "patch": False, "repeat": 0} for name in ("one", "two", "three")]
-    lines = [line for line in real_models.work({"family": "cmt", "runs": runs}) if "about" not in line]
+    plan = {"family": "cmt", "runs": runs, "timeout": 9}
+    lines = [line for line in real_models.work(plan) if "about" not in line]
     assert [(line["name"], line["order"]) for line in lines] == [("one", 0), ("two", 1), ("three", 2)]
     assert [("ok" in line, line.get("error")) for line in lines] == [
         (True, None), (False, "the process died: -9"), (True, None)]
     assert len(folders) == 1
 
 
+WORKER = """
+import json, sys, time
+plan = json.load(open(sys.argv[1]))
+(run,) = plan["runs"]
+name = run["name"]
+if name == "B flash":
+    sys.exit(7)  # before a line is written
+with open(sys.argv[2], "a") as out:
+    out.write(json.dumps({"about": {"device": "CPU", "torch": "2"}}) + "\\n")
+    out.flush()
+    if name == "B fp32 cp":
+        time.sleep(60)
+    line = {**run, "family": plan["family"], "calls": {}}
+    if name == "B fp32 bias" and run["repeat"] == 1:
+        line["error"] = "OutOfMemoryError: CUDA out of memory. (a lot)"
+    else:
+        usual = (0.5 if run["patch"] else 1.0) * (1 + 0.01 * run["repeat"])
+        line.update(losses=[2.0, 1.0], peak_MiB=100.0, step_s=usual, times=[9.0, 3.0] + 6 * [usual])
+    out.write(json.dumps(line) + "\\n")
+if name == "B fp32":
+    sys.exit(1)  # after its line
+"""
+
+
+def test_every_run_of_a_benchmark_reaches_the_page(tmp_path, monkeypatch, capsys):
+    """Order, intervals and statuses, with a worker that computes nothing."""
+    import real_models
+
+    from tests.scripts import load
+
+    (tmp_path / "real_worker.py").write_text(WORKER)
+    monkeypatch.setattr(real_models, "HERE", tmp_path)
+    names = "A fp32( bias| cp)?$|B fp32( bias| cp)?$|B flash$"
+    monkeypatch.setattr(sys, "argv", [
+        "real_models.py", "--cmt", str(tmp_path), "--frame", str(tmp_path), "--parts", "train", "--only", names,
+        "--timeout", "2", "--out", str(tmp_path / "made.json")])
+    real_models.main()
+    made = json.loads((tmp_path / "made.json").read_text())
+    order = [line["name"] for line in made["runs"]]
+    assert order[:6] == ["A fp32", "B fp32", "B flash", "B flash", "B fp32", "A fp32"]
+    assert [line["order"] for line in made["runs"]] == list(range(len(order))) and len(order) == 14
+    page = load("docs/make_performance.py")
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    text = page.runs_of("made")
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text if line.startswith("| cmt")]
+    shown = {row[1]: row[2:] for row in rows}
+    assert len(rows) == len(shown) == 7 == len(set(order))
+    assert shown["unpatched"][:2] == ["1.005", "1.00x"] and shown["patched"][1].startswith("0.50x (0.4")
+    assert shown["patched, `PETRMultiheadFlashAttention`"][0] == "the process died: 7"
+    assert shown["patched, checkpointing"][0] == "no end after 2 s"
+    assert shown["patched, learned bias"][0] == "OutOfMemoryError: CUDA out of memory. (1 of 2 runs)"
+    assert "Order: 2 runs of each kind, a fresh process each, in the order A B B A" in "\n".join(text)
+
+
 def test_first_gradients_are_compared_across_processes(tmp_path):
+    import real_models
     import real_worker
     import torch
 
-    run = real_worker.Run("A fp32 drop0", False, dropout=0.0)
+    run = real_models.Run("A fp32 drop0", False, dropout=0.0)
     assert real_worker.Gradients(str(tmp_path)).error(run, torch.ones(4)) is None
     other = run._replace(name="B fp32 drop0", patch=True, with_cp=True, repeat=1)
     assert real_worker.Gradients(str(tmp_path)).error(other, torch.ones(4) * 1.5) == pytest.approx(0.5)
-    assert real_worker.Gradients(str(tmp_path)).error(run._replace(bias=True), torch.ones(4)) is None
+    flash = other._replace(name="B flash drop0", attn=real_models.FLASH)
+    for repeat in range(2):  # no unpatched one to be held against: another patched one is not its stand-in
+        assert real_worker.Gradients(str(tmp_path)).error(flash._replace(repeat=repeat), torch.ones(4)) is None
 
 
 def event(cat, name, start, duration, correlation=None):
@@ -205,4 +263,5 @@ def test_the_page_shows_every_run_of_its_files():
     for name in ("real_cmt_h200", "real_cmt_again_h200", "real_fp16_h200"):
         result = page.load(name)
         rows = [line for line in page.runs_of(name) if line.startswith("| ") and not line.startswith("| size")]
-        assert len(rows) == len(result["runs"]) + len(result.get("family", ()))
+        runs = [*result["runs"], *result.get("family", ())]
+        assert len(rows) == len({(run["family"], run["name"]) for run in runs})  # repeats are one row
