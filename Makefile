@@ -40,7 +40,6 @@ demo: $(VENV)/ready
 	$(if $(filter runs/demo,$(DEMO)),rm -rf runs/demo)
 	$(BIN)/flashbias ab --repeats 1 --steps 40 --warmup 8 --out $(DEMO) -- \
 		$(BIN)/python examples/mini_cmt/tools/train.py --steps 40 --dropout 0 --no-cp $(if $(FRAME),--frame $(FRAME))
-	@echo "report: $(DEMO)/report.html"
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not browser and not openmmlab"

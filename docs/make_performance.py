@@ -131,8 +131,8 @@ def ratio(run: Dict[str, Any], base: Dict[str, Any]) -> str:
 def cells(run: Dict[str, Any], base: Any) -> List[str]:
     """s/step, ratio, first step, MiB, ratio; or the error."""
     if "losses" not in run:
-        some = f" ({run['failed']} of {run['made']} runs)" if run.get("failed", 1) < run.get("made", 1) else ""
-        return [run["error"].partition("(")[0][:90].strip() + some, "", "", "", ""]
+        some = f"({run['failed']} of {run['made']} runs)" if run.get("failed", 1) < run.get("made", 1) else ""
+        return [run["error"].partition("(")[0][:90] + some, "", "", "", ""]
     known = base is not None and "losses" in base
     return [f"{run['step_s']:.3f}", ratio(run, base) if known else "-", f"{run['times'][0]:.1f}", f"{run['peak_MiB']:.0f}",
             f"{run['peak_MiB'] / base['peak_MiB']:.2f}x" if known else "-"]

@@ -67,7 +67,7 @@ class AdaptiveQueryRouter(nn.Module):
     logits: a hidden layer on the query, then a linear layer over the segments; plus, where `features` are given,
     the product of that hidden layer with a projection of each segment's mean feature (a zeroed sensor shows);
     plus a learned gain where `places` show the query inside a segment's view (without places `visible_gain` gets a
-    gradient of 0: a CMT head provides them with `locality` only, see geometry.provide_geometry).
+    gradient of 0: a CMT head provides them with `locality` or windows only, see geometry.provide_geometry).
 
     Args:
         embed_dims: C, width of the queries.
