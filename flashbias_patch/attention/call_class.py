@@ -69,7 +69,7 @@ def key_of(inputs: AttentionInputs, grad: Optional[bool] = None) -> Key:
 
 def rank_bucket(rank: int) -> int:
     """The power of two that holds `rank`."""
-    return 1 << (rank - 1).bit_length() if rank else 0
+    return 1 << (int(rank) - 1).bit_length() if rank else 0  # torch.jit.trace makes sizes tensors
 
 
 def _wants_grad(tensor: Optional[Tensor]) -> bool:

@@ -21,10 +21,12 @@ from ..attention.recovery import errors
 from ..attention.selfcheck import undisturbed
 from . import arguments, generators, route, seams, unreachable
 from .arguments import Bias
+from .exporting import exporting
 from .inner_attention import check_lengths
 
 NAMES = (("query", "q"), ("key", "k"), ("value", "v"))
 MASKS = ("attn_mask", "attn_bias")
+BIASED = "a bias of flashbias_patch cannot be exported through this generation of FlashMHA: hand it on as attn_bias"
 QUERIES, KEYS = 3, 5  # of the small call
 Result = Callable[[Tensor], Any]
 
@@ -50,6 +52,10 @@ class DualCoreSeam(seams.CoreSeam):
             unreachable.remember(module)
         opened.reached = True
         masks = [self.parameters.get(name, args, kwargs) for name in MASKS]
+        if exporting():
+            if own or opened.biases:
+                raise NotImplementedError(BIASED)
+            return wrapped(*args, **kwargs)
         why = self._unsupported(module, sequences, masks, args, kwargs)
         result = self._result(wrapped, module, sequences) if why is None else why
         if not isinstance(result, str):

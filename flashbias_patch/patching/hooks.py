@@ -224,15 +224,22 @@ def _wrap_inner_attention() -> None:
 
 
 def _patched_function(original: Any, seam: Callable[..., Any]) -> Any:
-    """A function that hands a call of the method `original` to `seam`.
+    """A function that hands a call of the method `original` to `seam`; under a strict torch.export, to nobody.
 
     Not a wrapt.FunctionWrapper: torch.compile takes that for the function it wraps and runs the original code.
     """
+
+    from . import exporting  # imports torch, as whoever defines such a class
 
     @functools.wraps(original)
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _call(seam, original, self, args, kwargs)
 
+    def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _traced_call(seam, original, self, args, kwargs)
+
+    if exporting.CAN_TELL:
+        patched._torchdynamo_inline = traced  # type: ignore[attr-defined]  # read by torch.compile in its place
     patched.__flashbias_seam__ = seam  # type: ignore[attr-defined]
     return patched
 
@@ -244,6 +251,15 @@ def _is_patched(function: Any) -> bool:
 def _call(seam: Callable[..., Any], original: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     # Bound here, where torch.compile does not look: it cannot trace __get__ before torch 2.7.
     return seam(original.__get__(instance, type(instance)), instance, args, kwargs)
+
+
+def _traced_call(seam: Callable[..., Any], original: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """A patched method as torch.compile and torch.export(strict=True) read it."""
+    from . import exporting
+
+    if exporting.is_exporting():
+        return exporting.original_alone(original, instance, args, kwargs)
+    return _call(seam, original, instance, args, kwargs)
 
 
 def _shield_from_dynamo(dynamo: Any) -> None:

@@ -24,6 +24,7 @@ from ..attention.weights import LazyWeights
 from ..bias import AttentionBias
 from . import arguments, route, unreachable
 from .arguments import Bias
+from .exporting import is_exporting
 from .route import Route
 
 _NO_BIASES: Tuple[Bias, ...] = ()
@@ -203,6 +204,8 @@ def _attend(
 ) -> Optional[Tuple[Tensor, Optional[LazyWeights]]]:
     """(output, weights or None) of a call with the arguments of InnerCall; None where the original code must run."""
     open_route.reached = True
+    if _jit_tracing() is not None or is_exporting():
+        return None
     if unsupported is None:
         try:
             return _compute(open_route, *arguments_)
