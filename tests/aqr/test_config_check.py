@@ -80,16 +80,17 @@ def test_a_missing_base_is_noted_and_a_missing_file_refused(written, tmp_path):
         config_check.check(written("model = dict(("))
 
 
-def test_the_example_config(tmp_path):
-    root = os.path.join(os.path.dirname(__file__), "..", "..", "examples", "aqr", "cmt_aqr.py")
+@pytest.mark.parametrize("name, option", [("cmt_aqr.py", ("supervision", 0.1)), ("cmt_aqr_windows.py", ("window", 8))])
+def test_the_example_configs(tmp_path, name, option):
+    root = os.path.join(os.path.dirname(__file__), "..", "..", "examples", "aqr", name)
     with open(root) as file:
-        (tmp_path / "cmt_aqr.py").write_text(file.read())
+        (tmp_path / name).write_text(file.read())
     (tmp_path / "cmt_voxel0100_r50_800x320_cbgs.py").write_text(BASE.replace("head=", "pts_bbox_head="))
-    report = config_check.check(str(tmp_path / "cmt_aqr.py"))
+    report = config_check.check(str(tmp_path / name))
     assert report["switches"][0]["on"] and "is built" in report["transformers"][0]["router"]
     from flashbias_patch.aqr import options
 
-    assert options.read(report["switches"][0]["value"]).supervision == 0.1
+    assert getattr(options.read(report["switches"][0]["value"]), option[0]) == option[1]
 
 
 # -- agreement with a run ----------------------------------------------------------------------------------------------
