@@ -96,7 +96,7 @@ class Variable(namedtuple("Variable", "field default parse help")):
 VARIABLES: Tuple[Variable, ...] = (
     Variable("patch", True, _switch, "install on import; off touches nothing"),
     Variable("backend", "auto", _choice("auto", "triton", "flash", "upstream", "sdpa", "reference"),
-             "pin one backend instead of the fastest that fits"),
+             "the backend to try first; where it cannot take a call, the others do; auto: the first that takes the call"),
     Variable("strict", False, _switch, "a fallback raises, with every backend's reasons"),
     Variable("targets", (), _names, "comma-separated class names to patch; empty: all of the catalog"),
     Variable("home", None, str, "a checkout of FlashBias (holds flash_bias_triton.py)"),
