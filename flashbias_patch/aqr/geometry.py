@@ -28,16 +28,27 @@ class Places(NamedTuple):
     """Queries and keys in the frames of their segments, as SquaredDistanceBias takes them.
 
     A frame is the BEV grid (metres) or one camera (units of the image's width, from its upper left corner).
-    query_xy (B, M, F, 2), key_xy (1, N, 2), valid (B, M, F) bool, lengths: keys in each of the F frames.
+    query_xy (B, M, F, 2), valid (B, M, F) bool, lengths: keys in each of the F frames.
     """
 
     query_xy: Tensor
-    key_xy: Tensor
     valid: Tensor
     lengths: Tuple[int, ...]
     bev: bool  # whether the first frame is the BEV grid
     grids: Tuple[Tuple[int, int], ...] = ()  # rows and columns of each frame
     extents: Tuple[Tuple[float, float, float, float], ...] = ()  # of each frame, in units of xy: x, y, width, height
+
+    @property
+    def key_xy(self) -> Tensor:
+        """(1, N, 2): the middle of each key's cell in its frame."""
+        found: List[Tensor] = []
+        for place, (grid, (x, y, width, height)) in enumerate(zip(self.grids, self.extents)):
+            if place and (grid, self.extents[place]) == (self.grids[place - 1], self.extents[place - 1]):
+                found.append(found[-1])  # cameras are alike
+                continue
+            xy = _cells(*grid, self.query_xy) * self.query_xy.new_tensor((width, height))
+            found.append(xy + self.query_xy.new_tensor((x, y)) if x or y else xy)
+        return torch.cat(found)[None]
 
     def kinds(self, device: Any) -> Tensor:
         """(F,) long: 0 for the BEV frame, 1 for a camera."""
@@ -55,10 +66,11 @@ class Places(NamedTuple):
 
         A query outside a frame has the nearest cell of its edge there; NaN stays NaN.
         """
-        extents = self.query_xy.new_tensor(self.extents)
-        grids = self.query_xy.new_tensor(self.grids).flip(-1)  # columns, rows
-        cell = ((self.query_xy - extents[:, :2]) / extents[:, 2:] * grids).floor()
-        return torch.minimum(cell.clamp(min=0.0), grids - 1).flip(-1)
+        numbers = [(-x, -y, columns / width, rows / height, columns - 1, rows - 1)
+                   for (x, y, width, height), (rows, columns) in zip(self.extents, self.grids)]
+        shift, scale, last = self.query_xy.new_tensor(numbers).split(2, -1)
+        cell = ((self.query_xy + shift) * scale).floor()
+        return torch.minimum(cell.clamp(min=0.0), last).flip(-1)
 
 
 def provide_geometry(
@@ -103,14 +115,13 @@ def places(
 
     ValueError where the geometry lacks cameras, or has another number of them.
     """
-    low, high = (geometry.reference.new_tensor(geometry.pc_range[i:i + 3]) for i in (0, 3))
+    low, high = geometry.reference.new_tensor(geometry.pc_range).split(3)
     points = geometry.reference * (high - low) + low
-    query, keys, valid, lengths = [], [], [], []
+    query, valid, lengths = [], [], []
     grids: List[Tuple[int, int]] = []
     extents: List[Tuple[float, float, float, float]] = []
     if bev is not None:
         query.append(points[..., None, :2])
-        keys.append(low[:2] + _cells(*bev, points) * (high - low)[:2])
         valid.append(torch.ones_like(points[..., :1], dtype=torch.bool))
         lengths.append(bev[0] * bev[1])
         x, y, _, end_x, end_y, _ = geometry.pc_range
@@ -124,14 +135,12 @@ def places(
         xy, seen = _project(points, geometry.lidar2img, height, width)
         query.append(xy)
         valid.append(seen)
-        cells = _cells(views[1], views[2], points) * points.new_tensor((1.0, height / width))
-        keys.append(cells.repeat(views[0], 1))
         lengths += [views[1] * views[2]] * views[0]
         grids += [views[1:]] * views[0]
         extents += [(0.0, 0.0, 1.0, height / width)] * views[0]
     batch = max(part.shape[0] for part in query)
     return Places(
-        torch.cat([part.expand(batch, -1, -1, -1) for part in query], 2), torch.cat(keys)[None],
+        torch.cat([part.expand(batch, -1, -1, -1) for part in query], 2),
         torch.cat([part.expand(batch, -1, -1) for part in valid], 2), tuple(lengths), bev is not None,
         tuple(grids), tuple(extents),
     )
@@ -152,5 +161,5 @@ def _project(points: Tensor, lidar2img: Tensor, height: int, width: int) -> Tupl
     seen = seen + lidar2img[:, None, :, :3, 3]
     depth = seen[..., 2]
     pixels = seen[..., :2] / depth.clamp(min=NEAREST)[..., None]
-    inside = (pixels >= 0) & (pixels < pixels.new_tensor((width, height)))
-    return pixels / width, (depth > NEAREST) & inside.all(-1)
+    below = (pixels[..., 0] < width) & (pixels[..., 1] < height)
+    return pixels / width, (depth > NEAREST) & (pixels >= 0).all(-1) & below

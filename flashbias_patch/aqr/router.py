@@ -227,7 +227,7 @@ class AdaptiveQueryRouter(nn.Module):
 
     def zero(self) -> Tensor:
         """0 with a gradient path to every parameter: none is ever unused, whatever a batch lacks (DDP)."""
-        return torch.stack([(parameter.float() * 0.0).sum() for parameter in self.parameters()]).sum()
+        return (torch.cat([parameter.float().reshape(-1) for parameter in self.parameters()]) * 0.0).sum()
 
     def _load_from_state_dict(
         self, state_dict: Dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
