@@ -548,3 +548,19 @@ def test_a_bias_changed_in_place_before_a_recomputation_is_an_error(patched, kin
         outs[1].sum().backward()
     with flashbias_patch.attention_bias(bias):  # as it is now
         decoder(inputs.query, inputs.memory, inputs.memory).sum().backward()
+
+
+@pytest.mark.parametrize("layers", ((0,), (1,), (0, 1)))
+@pytest.mark.parametrize("kind", ("fairscale", "megatron"))
+def test_a_pass_that_also_differentiates_what_the_bias_is_made_of(patched, kind, layers):
+    """As the supervision of a router: the pass frees the graph behind the bias."""
+    results = []
+    for around in (None, kind):
+        decoder, inputs = decoder_of(), Inputs("shared")
+        for index in layers if around else ():
+            decoder.layers[index] = checkpointed(decoder.layers[index], around)
+        weights = torch.sin(inputs.scale)
+        with flashbias_patch.attention_bias(LowRankBias(weights * inputs.a, inputs.b)):
+            out = decoder(inputs.query, inputs.memory, inputs.memory)
+        results.append(gradients(decoder, inputs, loss_of(out, 0) + weights.exp()))
+    assert_equal(results[1], results[0])

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -63,9 +63,7 @@ class Leaves:
                 f"loss.backward() without `inputs`, not to torch.autograd.grad; {LEARNED_ADVICE}"
             )
         if internals.will_execute is None:  # torch does not tell what else the pass has for them
-            tensors, found = zip(*pairs)
-            with advising():
-                torch.autograd.backward(tensors, found, retain_graph=True)
+            _differentiate(*zip(*pairs))
             return
         gradients = PassGradients.of_this_pass()
         for tensor, gradient in pairs:
@@ -76,7 +74,8 @@ class PassGradients:
     """What the checkpoints of one backward pass have found for tensors that are no arguments of theirs.
 
     Each tensor gets the sum once: with what the pass itself finds for the tensor, or else when the pass ends.
-    DistributedDataParallel reduces a gradient when it first arrives, and does not notice what is added later.
+    DistributedDataParallel reduces a gradient when it first arrives, and does not notice what is added later. Only where
+    the pass differentiates part of the graph behind the tensor, but not the tensor, is each part added at once.
     """
 
     def __init__(self) -> None:
@@ -97,14 +96,18 @@ class PassGradients:
         if id(tensor) in self._found:
             self._found[id(tensor)] = tensor, self._found[id(tensor)][1] + gradient
             return
-        self._found[id(tensor)] = tensor, gradient
         assert internals.will_execute is not None
-        if internals.will_execute(_node(tensor)):
+        node = _node(tensor)
+        if internals.will_execute(node):
             hook = tensor.register_hook(functools.partial(self._join, tensor))
             others = tensor._backward_hooks or {}
             for key in [key for key in others if key != hook.id]:
                 others[key] = others.pop(key)  # they come later, and see the sum
             self._hooks.append(hook)
+        elif _shared_with_this_pass(node, internals.will_execute):
+            _differentiate([tensor], [gradient])  # now: the pass frees what the graph behind the tensor needs
+            return
+        self._found[id(tensor)] = tensor, gradient
 
     def _join(self, tensor: Tensor, own: Optional[Tensor]) -> Optional[Tensor]:
         """Add what was found to the gradient that the pass has for `tensor`."""
@@ -117,8 +120,7 @@ class PassGradients:
         if self._found:
             tensors, gradients = zip(*self._found.values())
             self._found.clear()
-            with advising():
-                torch.autograd.backward(tensors, gradients, retain_graph=True)
+            _differentiate(tensors, gradients)
 
 
 _gradients: weakref.WeakValueDictionary[int, PassGradients] = weakref.WeakValueDictionary()  # by backward pass
@@ -131,3 +133,22 @@ def _node(tensor: Tensor) -> Any:
         return tensor.grad_fn
     with torch.enable_grad():
         return tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+
+def _shared_with_this_pass(node: Any, will_execute: Callable[[Any], bool]) -> bool:
+    """Whether the backward pass that runs comes to any node behind `node`, leaves apart."""
+    seen, left = {node}, [node]
+    while left:
+        for behind, _ in left.pop().next_functions:
+            if behind is None or behind in seen or not behind.next_functions:
+                continue
+            if will_execute(behind):
+                return True
+            seen.add(behind)
+            left.append(behind)
+    return False
+
+
+def _differentiate(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    with advising():
+        torch.autograd.backward(tensors, gradients, retain_graph=True)
