@@ -18,6 +18,7 @@ FAIL_IF = ("slower", "differs", "more-memory", "fails")
 BUSY_SHARE, BUSY_OTHERS = 0.9, 0.1  # of all CPUs: both together are other work that slows a run
 MOST_CONFIRMATIONS = 4  # nudged runs of A, before "differs" is said
 STALLS_SHARE = 0.1  # of a side's time, from which stalls are worth a note
+CUT_SHORT = ("crashed", "hung", "record lost", records.OUT_OF_MEMORY)  # of these the headline says after how many steps
 SIDES = {"A": "unpatched", "B": "patched"}
 
 
@@ -31,8 +32,12 @@ class Failure(NamedTuple):
     steps: int
 
     def __str__(self) -> str:
-        joint = " " if self.message.startswith("after ") else ": "
-        return f"{self.run} ({SIDES[self.side]}): {self.status}{joint}{self.message}"
+        return f"{self.run} ({SIDES[self.side]}): {self.status}{self.joint}{self.message}"
+
+    @property
+    def joint(self) -> str:
+        """Between the status and the message."""
+        return " " if self.message.startswith(("after ", "before ")) else ": "
 
 
 class Timing(NamedTuple):
@@ -233,8 +238,9 @@ def _failures(experiment: Experiment) -> List[Failure]:
             message += f"; {said[0]}" if said else ""
         elif status == "ok":
             continue
-        if status == "crashed" and run.steps and wanted and run.steps < wanted:
-            message = f"after {run.steps} of {wanted} steps: {message}"
+        if status in CUT_SHORT and not inference and run.steps < wanted:
+            reached = f"after {run.steps} of {wanted} steps" if run.steps else "before its first step"
+            message = f"{reached}: {message}"
         if run.label == "A" and re.search(stand_in.MISSING, run.log_tail):
             message += (
                 "; unpatched code imports flash_attn, which is not installed or not complete: `--stand-in-for-a` runs A "

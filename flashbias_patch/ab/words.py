@@ -61,18 +61,18 @@ def _failure(verdict: Verdict) -> str:
     names = [SIDES[side] for side in "AB" if first[side] is not None]
     who = " and ".join(names).capitalize()
     if all(f is None or f.status == records.OUT_OF_MEMORY for f in first.values()):
-        return f"{who} run{'' if len(names) > 1 else 's'} out of memory: {_which(first)}."
+        return f"{who} run{'' if len(names) > 1 else 's'} out of memory: {_which(first)}"
     imports = any("--stand-in-for-a" in f.message for f in verdict.failures)
     hint = " It imports flash_attn, which is not installed: `--stand-in-for-a` stands in for it." if imports else ""
-    return f"{who} fail{'' if len(names) > 1 else 's'}: {_which(first)}.{hint}"
+    return f"{who} fail{'' if len(names) > 1 else 's'}: {_which(first)}{hint}"
 
 
 def _which(first: dict) -> str:
     said = []
     for failure in filter(None, first.values()):
         message = failure.message.partition("; ")[0]
-        said.append(f"{failure.run} {_verb(failure.status)}{' ' if message.startswith('after ') else ': '}{message}")
-    return ". ".join(said)
+        said.append(f"{failure.run} {_verb(failure.status)}{failure.joint}{message}" + ("" if message.endswith("?") else "."))
+    return " ".join(said)
 
 
 def _verb(status: str) -> str:

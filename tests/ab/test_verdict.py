@@ -65,6 +65,28 @@ def test_a_failed_run_beats_every_word_and_every_condition(status, condition):
     assert verdict.fails([]) == []
 
 
+@pytest.mark.parametrize("status, verb", [
+    ("crashed", "crashed"), ("hung", "hung"), ("out of memory", "ran out of memory"), ("record lost", "lost its record")])
+@pytest.mark.parametrize("steps, reached", [(0, "before its first step"), (13, "after 13 of 60 steps")])
+def test_the_headline_says_how_far_a_failed_run_came(status, verb, steps, reached):
+    found = synthetic.trial(0, repeats=1)
+    found.runs[1].status, found.runs[1].message = status, "exit status 1; so many recorded"
+    del found.runs[1].processes[0].steps[steps:]
+    verdict = judge(found)
+    assert words.sentence(verdict).endswith(f": B2 {verb} {reached}: exit status 1.")
+    assert f"B2 (patched): {status} {reached}: exit status 1; so many recorded" in verdict.problems
+
+
+def test_a_question_needs_no_full_stop():
+    found = synthetic.trial(0, repeats=1)
+    for run in found.runs:
+        run.status, run.message = "no steps", "is this the training command?"
+        run.processes = []
+    assert words.sentence(judge(found)) == (
+        "Unpatched and patched fail: A1 made no step: is this the training command? B2 made no step: is this the training "
+        "command?")
+
+
 def test_beside_a_failure_nothing_is_a_verdict():
     found = synthetic.trial(0, slowdown=0.3, repeats=1)
     found.runs[1].status, found.runs[1].message = "crashed", "exit status 1"
