@@ -169,7 +169,8 @@ def test_crash_of_the_patched_side_only(tmp_path):
 def test_crash_before_any_step(tmp_path):
     experiment, verdict = compare(tmp_path, command(tmp_path, "import no_such_module"))
     assert not verdict.comparable
-    assert wording.sentence(verdict).startswith("Unpatched and patched fail: A1 crashed before its first step: exit status 1. B2 crashed")
+    says = wording.sentence(verdict)
+    assert says.startswith("Unpatched and patched fail: A1 crashed before its first step: exit status 1. B2 crashed")
     assert "No module named 'no_such_module'" in experiment.runs[0].log_tail
 
 
