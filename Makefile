@@ -79,7 +79,7 @@ package: $(VENV)/ready
 	touch $@
 
 docs: .venv-docs/ready
-	FLASHBIAS_PATCH=0 NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	FLASHBIAS_PATCH=0 NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) .venv-docs .venv-openmmlab .venv-triton build dist site *.egg-info runs

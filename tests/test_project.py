@@ -59,6 +59,12 @@ def test_templates_ask_for_what_doctor_prints():
         assert "flashbias doctor --repo . --markdown" in read(name)
 
 
+def test_the_site_is_built_strictly():
+    recipe = read("Makefile").partition("\ndocs:")[2].partition("\n\n")[0]
+    assert "mkdocs build --strict" in recipe
+    assert "--quiet" not in recipe.partition("mkdocs build")[2], "mkdocs counts no warnings then: dead links pass"
+
+
 def test_every_public_name_is_documented():
     assert list(load("docs/site_hooks.py").undocumented()) == []
 
