@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._torch_internals import RELEASE
 from .base import AttentionBias, DenseBias, Factors, LowRankBias, MaskBias, add_terms, full_precision
 
 METHODS = ("auto", "svd", "randomized")
@@ -192,8 +193,8 @@ def _search(problem: _Problem, warm: Optional[FactorState]) -> Tuple[_Svd, str]:
     cap = widest if problem.rank is None else min(problem.rank, short)
     if problem.method == "svd" or (problem.method == "auto" and short <= _SMALL):
         # The CUDA default (Jacobi) leaves the factors orthonormal to some 1e-4 only, QR iteration to 1e-6.
-        driver = "gesvd" if matrix.is_cuda else None
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
+        driver = {"driver": "gesvd"} if matrix.is_cuda and RELEASE >= (1, 11) else {}
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False, **driver)
         return _cut(_Svd(left, values, right.transpose(-2, -1)), problem, cap)
 
     limit = min(short, cap + _OVERSAMPLE)

@@ -5,6 +5,8 @@ import torch
 import torch.utils.checkpoint as cp
 from torch import nn
 
+from tests.capabilities import REENTRANT
+
 C, H, L = 16, 2, 2
 
 
@@ -41,7 +43,7 @@ class PETRTransformerDecoderLayer(nn.Module):
     def forward(self, query, key=None, value=None, query_pos=None, key_pos=None, attn_masks=None, **kwargs):
         given = (query, key, value, query_pos, key_pos, attn_masks or [None, None])
         if self.use_checkpoint and self.training:
-            return cp.checkpoint(self._forward, *given, use_reentrant=True)
+            return cp.checkpoint(self._forward, *given, **REENTRANT)
         return self._forward(*given)
 
 

@@ -72,6 +72,8 @@ def test_switched_off_the_import_fails_as_ever(write, without, monkeypatch, name
     without("turtle", "tkinter", "IPython")
     switch(monkeypatch, setting)
     flashbias_patch.install()
+    if name == "numpy_aliases" and hasattr(numpy, "object"):
+        pytest.skip("this NumPy still has the aliases")
     with pytest.raises((ImportError, AttributeError)):
         write(SOURCES[name][0])()
     assert compat.applied() == {}
@@ -157,6 +159,7 @@ def mask_dict():
     return {"batch_idx": torch.tensor([5, 6, 7]), "known_indice": torch.tensor([2, 0]).as_subclass(Elsewhere)}
 
 
+@pytest.mark.skipif(denoising.TorchFunctionMode is None, reason="torch does this itself before 1.13")
 def test_indices_from_another_device(installed, write, mask_dict):
     module = write(HEAD)()
     assert module.Head().prepare_for_loss(mask_dict).tolist() == [7, 5] and Elsewhere.moved == 1

@@ -79,6 +79,7 @@ def test_weights_are_torchs_with_every_mask(options, biased, inner):
         assert_equal([ours.clone(), *gradients(module, ours * 1, leaves)], [theirs, *gradients(module, theirs, leaves)])
 
 
+@since(1, 11, "attention of unbatched sequences")
 def test_weights_of_unbatched_queries():
     for options in ({}, dict(average_attn_weights=False)):
         cls, original = outer(keeping(kept, **options))

@@ -11,7 +11,7 @@ from torch import nn
 
 import flashbias_patch
 from flashbias_patch.bias import LowRankBias
-from tests.capabilities import needs_hooks, since
+from tests.capabilities import RELEASE, needs_hooks, since
 
 from .checkpoints import KINDS, OWN_BACKWARD, checkpointed, reentrant
 
@@ -419,6 +419,7 @@ def within(kind, function):
     return lambda *args: KINDS[kind](function, *args)
 
 
+@since(2, 0, "setup_context")
 @pytest.mark.parametrize("way", ("scope", "keyword"))
 def test_a_function_without_ctx_around_an_inner_attention_is_an_error_at_the_recomputation(patched, way):
     decoder, inputs = decoder_of(), Inputs()
@@ -432,6 +433,7 @@ def test_a_function_without_ctx_around_an_inner_attention_is_an_error_at_the_rec
     other(inputs.query, inputs.memory, inputs.memory).sum().backward()
 
 
+@since(2, 0, "setup_context")
 @pytest.mark.parametrize("outer, inner", [("fairscale", None), ("non-reentrant", None), (None, "fairscale")])
 def test_a_function_without_ctx_among_others_is_right_or_an_error(patched, outer, inner):
     expected_inputs, inputs = Inputs(), Inputs()
@@ -458,6 +460,9 @@ def test_a_function_without_ctx_among_others_is_right_or_an_error(patched, outer
     assert_equal(found, expected)
 
 
+counts_gradients = since(2, 1, "register_post_accumulate_grad_hook")
+
+
 def shared_bias(checkpointed_layers, kind, learned, observe=None):
     """Gradients, and how often the leaf behind the bias received one."""
     decoder, inputs = decoder_of(), Inputs(learned)
@@ -482,6 +487,7 @@ def shared_bias(checkpointed_layers, kind, learned, observe=None):
     return found, len(counted)
 
 
+@counts_gradients
 @pytest.mark.parametrize("observe", (None, "loss", "hook", "retain_grad"))
 @pytest.mark.parametrize("layers", ((0,), (1,), (0, 1)))
 @pytest.mark.parametrize("kind", ("fairscale", "megatron"))
@@ -493,6 +499,7 @@ def test_a_learned_bias_of_several_layers_receives_its_gradient_once(patched, ki
     assert times == once == 1
 
 
+@counts_gradients
 @pytest.mark.parametrize("layers", ((0,), (1,), (0, 1)))
 def test_a_leaf_as_bias_of_several_layers(patched, layers):
     expected, _ = shared_bias((), None, "leaf")
@@ -512,7 +519,9 @@ def test_a_pass_that_fails_leaves_no_gradient_for_the_next(patched):
     with pytest.raises(KeyError, match="the user's own"):
         run(decoder, inputs, "scope").sum().backward()
     hook.remove()
-    assert inputs.scale.grad is None
+    if RELEASE >= (2, 1):  # before, each checkpoint delivers what it has found at once
+        assert inputs.scale.grad is None
+    inputs.scale.grad = None
     decoder.zero_grad()
     inputs.memory.grad = None
     plain, expected_inputs = decoder_of(), Inputs("shared")
@@ -521,7 +530,7 @@ def test_a_pass_that_fails_leaves_no_gradient_for_the_next(patched):
 
 
 @pytest.mark.parametrize("way", ("scope", "keyword"))
-@pytest.mark.parametrize("kind", ("fairscale", "megatron", "non-reentrant"))
+@pytest.mark.parametrize("kind", [kind for kind in ("fairscale", "megatron", "non-reentrant") if kind in KINDS])
 def test_uninstall_before_a_recomputation_is_an_error(patched, kind, way):
     decoder, inputs = decoder_of("module", kind), Inputs()
     out = run(decoder, inputs, way)

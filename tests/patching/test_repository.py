@@ -8,6 +8,7 @@ import sys
 import types
 import weakref
 
+import numpy
 import pytest
 import torch
 
@@ -156,10 +157,9 @@ def test_an_import_function_of_the_users_is_called(installed, write, monkeypatch
     assert "flash_attn" in seen and "json" in seen and module.flash_attn_func is stand_ins.flash_attn_func
 
 
+@pytest.mark.skipif(hasattr(numpy, "object"), reason="this NumPy still has the aliases")
 def test_numpy_is_mended_for_third_parties(installed, write, monkeypatch):
     """`np.float = float` reaches NumPy itself, and names set on NumPy later are seen."""
-    import numpy
-
     for name in ("float", "new_name"):
         monkeypatch.delattr(numpy, name, raising=False)
         monkeypatch.setattr(numpy, name, None, raising=False)

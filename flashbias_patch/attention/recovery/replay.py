@@ -408,8 +408,13 @@ def _enter_watched(self: Any) -> Any:
     # torch.compile puts hooks that are modules into its graphs. A recomputation's own hooks belong to its Replay.
     if internals.is_compiling() or isinstance(unpack, torch.nn.Module) or isinstance(self, _RecomputationHooks):
         return _enter(self)
+    checkpoints = isinstance(self, _CheckpointHooks)
+    if RELEASE < (2, 1) and getattr(unpack, "__module__", "") == "torch.utils.checkpoint":  # functions of no class
+        if unpack.__name__ == "inner_unpack":
+            return _enter(self)
+        checkpoints = True
     before = _replay.get()
-    replay = Replay(before, isinstance(self, _CheckpointHooks))
+    replay = Replay(before, checkpoints)
     self.unpack_hook = functools.partial(_unpack, replay, unpack)
     try:
         result = _enter(self)

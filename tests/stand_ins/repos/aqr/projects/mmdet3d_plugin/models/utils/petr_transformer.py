@@ -1,4 +1,6 @@
 """Two generations of CMT's attention with a bias that the head's generator makes, and a decoder that hands it on."""
+import inspect
+
 import torch
 import torch.utils.checkpoint as cp
 from mmcv.cnn.bricks.registry import ATTENTION, TRANSFORMER_LAYER
@@ -8,6 +10,9 @@ from torch import nn
 
 from .attention import FlashMHA
 from .attention_bias_generator import AttentionBiasGenerator
+
+# The keyword came with torch 1.11.
+REENTRANT = {"use_reentrant": True} if "use_reentrant" in inspect.signature(cp.checkpoint).parameters else {}
 
 
 class _Outer(BaseModule):
@@ -83,7 +88,7 @@ class PETRTransformerDecoderLayer(BaseTransformerLayer):
         given = (query, key, value, query_pos, key_pos, attn_masks, query_key_padding_mask, key_padding_mask,
                  attention_bias)
         if self.use_checkpoint and self.training:
-            return cp.checkpoint(self._forward, *given, use_reentrant=True)
+            return cp.checkpoint(self._forward, *given, **REENTRANT)
         return self._forward(*given)
 
 
