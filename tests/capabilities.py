@@ -24,9 +24,15 @@ def since(major, minor, what):
 
 needs_compile = since(2, 1, "torch.compile of what the package makes")
 needs_transforms = since(2, 0, "torch.func")
+needs_autocast = since(1, 10, "autocast on the CPU")
+needs_sdpa = since(2, 0, "scaled_dot_product_attention")
 needs_hooks = since(1, 10, "saved-tensor hooks")
-needs_two_kinds_of_mask = since(2, 0, "a floating mask beside a floating padding")
 
+
+
+def storage_bytes(tensor):
+    storage = tensor.untyped_storage if hasattr(tensor, "untyped_storage") else tensor.storage  # torch 2.0
+    return storage().nbytes()
 
 
 def half_runs_here() -> bool:

@@ -18,6 +18,7 @@ from flashbias_patch.bias import (
     SquaredDistanceBias,
     SumBias,
 )
+from tests.capabilities import needs_autocast
 
 B, M, N, H = 2, 5, 7, 3
 F64 = torch.float64
@@ -169,6 +170,7 @@ def test_tensors_and_to(kind):
         bias.to(dtype=torch.int64)
 
 
+@needs_autocast
 def test_autocast_does_not_touch_digits():
     bias = make("low", 0).to(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

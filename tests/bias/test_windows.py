@@ -22,6 +22,7 @@ from flashbias_patch.bias import (
     WindowMask,
     factorize,
 )
+from tests.capabilities import needs_sdpa
 
 FRAMES = (Grid(5, 4), Grid(3, 6, views=2))
 B, M, H, N, S = 2, 7, 2, 20 + 36, 2
@@ -247,7 +248,7 @@ def call(bias, dtype, seed=5, v_dim=4, **more):
     return q, k, v, inputs.build(q, k, v, bias, **more)
 
 
-@pytest.mark.parametrize("backend", ("reference", "sdpa"))
+@pytest.mark.parametrize("backend", ("reference", pytest.param("sdpa", marks=needs_sdpa)))
 @pytest.mark.parametrize("dtype", (torch.float32, F64))
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("batches", ((B, B), (1, B), (B, 1), (1, 1)), ids=str)
@@ -288,6 +289,7 @@ def test_the_reference_holds_no_more_than_a_chunk(monkeypatch):
     assert max(seen) == 2 and sum(seen) == 2 * M
 
 
+@needs_sdpa
 def test_sdpa_takes_windows_up_to_a_size(monkeypatch):
     *_, given = call(WindowBias(torch.randn(B, M, H, S), places(), FRAMES, 3), torch.float32)
     assert sdpa.window_entries(given) == B * H * M * N

@@ -42,7 +42,8 @@ def run(func: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
 def name_of(func: Any) -> str:
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__"):  # of a property
-        return f"{name[2:5]} {func.__self__.__name__}"
+        owner = func.__self__
+        return f"{name[2:5]} {getattr(owner, 'fget', owner).__name__}"  # written in Python, as `grad` in torch 1.9
     return name
 
 
