@@ -13,14 +13,15 @@ import torch
 from torch.autograd import forward_ad as _forward_ad
 
 _C: Any = torch._C
+VERSION = str(torch.__version__)
 RELEASE: Tuple[int, int] = tuple(int(part) for part in torch.__version__.split(".")[:2])  # type: ignore[assignment]
 # (feature, the torch that has it, what is done without it) of what users notice.
 FEATURES = (
     ("scaled_dot_product_attention", (2, 0), "plain matrix products, in chunks, compute every attention"),
     ("the fused Triton kernels", (2, 1), "scaled_dot_product_attention or plain matrix products compute every attention"),
-    ("torch function modes", (1, 13), "F.multi_head_attention_forward is replaced in its module instead, while patched"),
-    ("tensor subclasses without storage", (1, 11), "a bias given as a tensor becomes dense where it is made"),
-    ("saved-tensor hooks", (1, 10), "only reentrant checkpoints exist; a learned bias goes through them"),
+    ("torch function modes", (1, 13), "code that imported multi_head_attention_forward by name is left as it is"),
+    ("use_reentrant=False", (1, 11), "checkpoints are reentrant, and a learned bias becomes one of their arguments"),
+    ("tensor subclasses without storage", (1, 11), "C++ code that reads a described bias, which torch has none of, meets NaN"),
 )
 MISSING = tuple(feature for feature in FEATURES if feature[1] > RELEASE)
 
@@ -39,7 +40,7 @@ def _no(*args: Any) -> bool:
 
 def missing() -> List[str]:
     """What this torch lacks that users may notice, a line each."""
-    return [f"{name} (torch {major}.{minor} has them): {instead}" for name, (major, minor), instead in MISSING]
+    return [f"{name} (since torch {major}.{minor}): {instead}" for name, (major, minor), instead in MISSING]
 
 
 is_compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", _no)  # since torch 2.3

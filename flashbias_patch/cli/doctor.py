@@ -60,10 +60,14 @@ def examine(repo: Optional[str] = None) -> Dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "settings": settings.current().as_dict(),
         "unmendable": [{"what": what, "cure": cure} for what, cure in compat.unmendable()],
+        "missing": [],
         "gpu": None,
         "backends": {},
     }
     if importlib.util.find_spec("torch") is not None:
+        from .. import _torch_internals
+
+        report["missing"] = _torch_internals.missing()
         report["gpu"], report["backends"] = _backends()
     if repo is not None:
         report["repository"] = scan(repo)
@@ -179,6 +183,8 @@ def _text(report: Dict[str, Any]) -> str:
         lines.append(f"  {name:<10} {'takes it' if not reasons else '; '.join(reasons)}")
     if not report["backends"]:
         lines.append("  torch is not installed: nothing can be computed")
+    if report["missing"]:
+        lines += ["this torch lacks:"] + [f"  {line}" for line in report["missing"]]
     lines += [f"in the way: {entry['what']}\n  cure: {entry['cure']}" for entry in report["unmendable"]]
     if "repository" in report:
         lines.append("repository:")

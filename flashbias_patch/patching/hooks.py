@@ -195,7 +195,16 @@ def _claim(cls: type) -> bool:
             _wrap_inner_attention()
         _refused.pop((cls.__module__, cls.__qualname__), None)
     journal.once(("patched", cls.__module__, cls.__qualname__), "info", "patched %s.%s", cls.__module__, cls.__qualname__)
+    _tell_missing()
     return True
+
+
+def _tell_missing() -> None:
+    """Say once what an old torch lacks."""
+    from .. import _torch_internals as internals
+
+    if internals.MISSING:
+        journal.once("torch lacks", "info", "torch %s lacks %s", internals.VERSION, "; ".join(internals.missing()))
 
 
 def _wrap(owner: Any, attribute: str, wrapper: Callable[..., Any], seam: str) -> None:
