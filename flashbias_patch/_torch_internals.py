@@ -21,7 +21,7 @@ FEATURES = (
     ("the fused Triton kernels", (2, 1), "scaled_dot_product_attention or plain matrix products compute every attention"),
     ("torch function modes", (1, 13), "code that imported multi_head_attention_forward by name is left as it is"),
     ("use_reentrant=False", (1, 11), "checkpoints are reentrant, and a learned bias becomes one of their arguments"),
-    ("tensor subclasses without storage", (1, 11), "C++ code that reads a described bias, which torch has none of, meets NaN"),
+    ("tensor subclasses without storage", (1, 11), "C++ code that reads a described bias meets NaN"),
 )
 MISSING = tuple(feature for feature in FEATURES if feature[1] > RELEASE)
 
