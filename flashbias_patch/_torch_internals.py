@@ -234,6 +234,12 @@ def repeat_interleave(tensor: torch.Tensor, lengths: Any, output_size: int) -> t
     return tensor.repeat_interleave(repeats, -1, output_size=output_size)
 
 
+def meshgrid(*axes: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    """torch.meshgrid(..., indexing="ij"), which is what torch before 1.10 does without being told."""
+    options = {} if RELEASE < (1, 10) else {"indexing": "ij"}
+    return tuple(torch.meshgrid(*axes, **options))  # type: ignore[arg-type]
+
+
 class _WeakIdKeyDictionary(MutableMapping):  # type: ignore[type-arg]
     """torch.utils.weak.WeakIdKeyDictionary, as far as it is used here: torch 2.0 and later have it."""
 

@@ -17,6 +17,13 @@ _EXPLICIT = "use_reentrant" in inspect.signature(torch.utils.checkpoint.checkpoi
 REENTRANT = {"use_reentrant": True} if _EXPLICIT else {}
 
 
+def checkpoint_options(reentrant):
+    """Keywords of torch's checkpoint; skips the test where there is no other kind than the reentrant one."""
+    if not reentrant and not _EXPLICIT:
+        pytest.skip("use_reentrant came with torch 1.11")
+    return REENTRANT if reentrant else {"use_reentrant": False}
+
+
 def since(major, minor, what):
     """Mark of a test that needs what torch has from that version on."""
     return pytest.mark.skipif((major, minor) > RELEASE, reason=f"{what} came with torch {major}.{minor}")

@@ -7,6 +7,8 @@ from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from .._torch_internals import meshgrid
+
 NEAREST = 0.1  # metres: points closer to a camera's plane than this, or behind it, are out of view
 
 _geometry: contextvars.ContextVar[Optional[Geometry]] = contextvars.ContextVar(
@@ -150,7 +152,7 @@ def _cells(rows: int, columns: int, like: Tensor) -> Tensor:
     """(rows * columns, 2): x, y of the cells' middles in 0..1, row by row."""
     y = (torch.arange(rows, device=like.device) + 0.5) / rows
     x = (torch.arange(columns, device=like.device) + 0.5) / columns
-    grid = torch.meshgrid(y, x, indexing="ij")
+    grid = meshgrid(y, x)
     return torch.stack([grid[1], grid[0]], -1).flatten(0, 1)
 
 

@@ -15,8 +15,9 @@ from ..bias import AttentionBias
 from . import ambient
 
 # Since torch 2.7. Before, the code that runs while torch.export traces sees is_compiling() alone.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", is_compiling)
-CAN_TELL = hasattr(torch.compiler, "is_exporting")  # torch.export from torch.compile, while dynamo reads code
+_compiler = getattr(torch, "compiler", None)  # since torch 2.1
+is_exporting: Callable[[], bool] = getattr(_compiler, "is_exporting", is_compiling)
+CAN_TELL = hasattr(_compiler, "is_exporting")  # torch.export from torch.compile, while dynamo reads code
 
 REFUSED = (
     "a bias or a router of flashbias_patch cannot be exported with torch.export.export(strict=True): export with strict=False"

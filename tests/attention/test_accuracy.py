@@ -6,6 +6,9 @@ import torch
 
 from flashbias_patch.attention import flash_bias_attention
 from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias
+from tests.capabilities import FASTEST
+
+BACKENDS = ("sdpa", "reference")[FASTEST != "sdpa":]
 
 LENGTHS = [(1, 1), (1, 257), (113, 203), (128, 128), (257, 1)]
 
@@ -130,7 +133,7 @@ def test_masks(backend, shape, kind, padding):
     )
     t = leaves(tensors, torch.float32)
     out = flash_bias_attention(t["q"], t["k"], t["v"], attn_mask=mask, key_padding_mask=given, backend=backend)
-    assert not out[:, 3].any(), "a fully masked row must be zero"
+    assert not out[:, 3].detach().any(), "a fully masked row must be zero"
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
@@ -199,13 +202,13 @@ def test_dropout_is_the_same_in_backward(backend):
 def test_empty(lengths):
     t = leaves(make(*lengths), torch.float32)
     out = flash_bias_attention(t["q"], t["k"], t["v"], LowRankBias(t["a"], t["b"]))
-    assert out.shape == t["q"].shape and not out.any()
+    assert out.shape == t["q"].shape and not out.detach().any()
     out.sum().backward()
 
 
 def test_unequal_value_dimension():
     t = make(11, 13)
     v = torch.randn(2, 13, 3, 5)
-    for backend in ("sdpa", "reference"):
+    for backend in BACKENDS:
         out = flash_bias_attention(t["q"], t["k"], v, LowRankBias(t["a"], t["b"]), backend=backend)
         torch.testing.assert_close(out, dense_attention(t["q"], t["k"], v, dense_of(t)), rtol=1e-4, atol=1e-5)

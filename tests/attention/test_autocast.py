@@ -12,6 +12,8 @@ from flashbias_patch.attention.kernels import recompute
 from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias, SquaredDistanceBias
 from tests import capabilities, stand_ins
 
+pytestmark = capabilities.needs_autocast
+
 B, M, N, H, D = 2, 7, 13, 2, 16
 
 

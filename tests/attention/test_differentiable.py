@@ -11,6 +11,7 @@ from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.inputs import build
 from flashbias_patch.attention.recovery import guard
 from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias
+from tests.capabilities import FASTEST, checkpoint_options, needs_transforms, since
 
 B, M, N, H, D = 2, 3, 5, 2, 4
 FEATURES = ("none", "low rank", "modality", "dense", "dense with gradient", "mask", "padding", "all masked")
@@ -87,6 +88,7 @@ def ordinary_calls_are_as_before(dtype, expected):
     assert dict(journal.calls) == {expected: 1} and not journal.fallbacks() and not dispatch.breakers.failures()
 
 
+@needs_transforms
 @pytest.mark.parametrize("dtype", EPS, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -95,9 +97,10 @@ def test_transforms(name, feature, dtype):
     exact_operands, exact = problem(feature)
     ours = TRANSFORMS[name](attention(given), *operands)
     close(ours.detach(), TRANSFORMS[name](textbook(exact), *exact_operands).detach(), dtype)
-    ordinary_calls_are_as_before(dtype, "reference" if dtype is torch.bfloat16 else "sdpa")
+    ordinary_calls_are_as_before(dtype, "reference" if dtype is torch.bfloat16 else FASTEST)
 
 
+@needs_transforms
 def test_transforms_with_half_inside_float32():
     operands, given = problem("low rank", torch.float32)
     for name in ("jvp", "hessian", "vmap of grad"):
@@ -106,15 +109,17 @@ def test_transforms_with_half_inside_float32():
         assert float((ours - exact).norm() / exact.norm()) < 2e-2
 
 
+@needs_transforms
 def test_a_transform_that_refuses_says_so_itself():
     (q, k, v), _ = problem("none")
     flash_bias_attention(q, k, v, dropout_p=0.5)
     with pytest.raises(RuntimeError, match="randomness"):
         torch.func.vmap(lambda x: flash_bias_attention(x, k, v, dropout_p=0.5))(torch.stack([q, q]))
     assert not journal.fallbacks() and not dispatch.breakers.failures()
-    ordinary_calls_are_as_before(torch.float64, "sdpa")
+    ordinary_calls_are_as_before(torch.float64, FASTEST)
 
 
+@needs_transforms
 def test_random_vmap():
     (q, k, v), _ = problem("none")
     ours = torch.func.vmap(lambda x: flash_bias_attention(x, k, v, dropout_p=0.5), randomness="different")
@@ -143,7 +148,7 @@ def test_double_backward(monkeypatch, feature, backend, guarded):
         found.append([out, *first, *second, *third])
     for ours, exact in zip(*found):
         torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
-    ordinary_calls_are_as_before(torch.float64, "sdpa")
+    ordinary_calls_are_as_before(torch.float64, FASTEST)
 
 
 @pytest.mark.parametrize("backend", ("sdpa", "reference"))
@@ -171,6 +176,7 @@ def test_double_backward_of_the_reference_drops_the_same():
     assert torch.autograd.grad(first.square().sum(), q)[0].abs().sum() > 0
 
 
+@since(2, 0, "functorch's batches of gradients")
 @pytest.mark.parametrize("guarded", (False, True), ids=("bare", "guarded"))
 @pytest.mark.parametrize("backend", ("sdpa", "reference"))
 def test_a_batch_of_gradients(monkeypatch, backend, guarded):
@@ -213,6 +219,6 @@ def test_checkpoints_are_as_before(reentrant):
     ours = torch.autograd.grad(attention(given)(*operands).sum(), leaves)
     for tensor in leaves:
         tensor.grad = None
-    checkpoint(attention(given), *operands, use_reentrant=reentrant).sum().backward()
+    checkpoint(attention(given), *operands, **checkpoint_options(reentrant)).sum().backward()
     for one, tensor in zip(ours, leaves):
         torch.testing.assert_close(tensor.grad, one)

@@ -19,7 +19,7 @@ class AttentionBiasGenerator(nn.Module):
             self.register_buffer("bias_scale", scale)
         first = -(window_size // 2) if window_size % 2 else -(window_size // 2) + 1
         steps = torch.arange(first, window_size // 2 + 1)
-        y, x = torch.meshgrid(steps, steps, indexing="ij")
+        y, x = steps[:, None].expand(-1, len(steps)), steps[None].expand(len(steps), -1)
         self.register_buffer("y_offsets", y.flatten())
         self.register_buffer("x_offsets", x.flatten())
         self.calls = 0
