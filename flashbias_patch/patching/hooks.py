@@ -204,7 +204,7 @@ def _tell_missing() -> None:
     from .. import _torch_internals as internals
 
     if internals.MISSING:
-        journal.once("torch lacks", "info", "torch %s lacks %s", internals.VERSION, "; ".join(internals.missing()))
+        journal.once(("torch lacks",), "info", "torch %s lacks %s", internals.VERSION, "; ".join(internals.missing()))
 
 
 def _wrap(owner: Any, attribute: str, wrapper: Callable[..., Any], seam: str) -> None:
