@@ -10,8 +10,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, List
 
-    from . import aqr, bias, monitor
+    from . import aqr, bias, maps, monitor
     from .attention import flash_bias_attention
+    from .maps import attention_map
     from .patching.ambient import attention_bias
     from .patching.hooks import install, uninstall
     from .status import status
@@ -22,12 +23,13 @@ _FUNCTIONS = {
     "uninstall": ".patching.hooks",
     "status": ".status",
     "attention_bias": ".patching.ambient",
+    "attention_map": ".maps",
     "flash_bias_attention": ".attention",
 }
-_MODULES = ("aqr", "bias", "monitor")
+_MODULES = ("aqr", "bias", "maps", "monitor")
 
-__all__ = ["__version__", "aqr", "attention_bias", "bias", "flash_bias_attention", "install", "monitor", "status",
-           "uninstall"]
+__all__ = ["__version__", "aqr", "attention_bias", "attention_map", "bias", "flash_bias_attention", "install", "maps",
+           "monitor", "status", "uninstall"]
 
 
 def __getattr__(name: str) -> Any:

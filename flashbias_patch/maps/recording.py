@@ -1,0 +1,183 @@
+"""attention_map(...): the attention weights of chosen queries, recomputed from the arguments of each patched attention."""
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import attention
+from .._torch_internals import current_graph_task
+from ..attention import inputs as attention_inputs
+from ..attention.backends import reference
+
+
+class AttentionMap(NamedTuple):
+    """The attention weights of one call of one attention.
+
+    Attributes:
+        name: of the attention module below the module given.
+        call: 0 for the first call of that module in the block, 1 for the second, ...
+        kind: "self" where there are as many keys as queries, else "cross".
+        queries: the positions of the rows, k of them.
+        heads: the heads of the columns, h of them.
+        weights: (B, h, k, N), float32 or wider, detached, on the attention's device; before dropout. A row whose keys are
+            all masked is zero; every other row sums to 1.
+    """
+
+    name: str
+    call: int
+    kind: str
+    queries: Tuple[int, ...]
+    heads: Tuple[int, ...]
+    weights: Tensor
+
+
+class _Recording:
+    """One open block."""
+
+    def __init__(self, root: nn.Module, queries: Tuple[int, ...], heads: Optional[Tuple[int, ...]]) -> None:
+        self.names = {module: name for name, module in root.named_modules()}
+        self.queries, self.heads = queries, heads
+        self.maps: List[AttentionMap] = []
+        self.running: List[nn.Module] = []
+        self.calls: Dict[str, int] = {}
+
+    def add(self, inputs: attention_inputs.AttentionInputs, is_self: bool) -> None:
+        name = self.names[self.running[0]]  # the outer module, where its core is patched too
+        call = self.calls.get(name, 0)
+        self.calls[name] = call + 1
+        M, H = inputs.q.shape[1:3]
+        heads = tuple(range(H)) if self.heads is None else tuple(_position(h, H, "heads", name) for h in self.heads)
+        queries = tuple(_position(row, M, "queries", name) for row in self.queries)
+        weights = rows(inputs, queries)[:, list(heads)]
+        self.maps.append(AttentionMap(name, call, "self" if is_self else "cross", queries, heads, weights))
+
+
+def _position(index: int, size: int, argument: str, name: str) -> int:
+    if not -size <= index < size:
+        raise IndexError(f"{argument}: {index} is out of range: {name or 'the attention'} has {size}")
+    return index % size
+
+
+def rows(inputs: attention_inputs.AttentionInputs, queries: Sequence[int]) -> Tensor:
+    """softmax of the scores of these queries, (B, H, k, N); nothing of size M x N is made."""
+    M = inputs.q.shape[1]
+    index = torch.tensor(list(queries), dtype=torch.long, device=inputs.q.device)
+    chosen = [
+        tensor if tensor is None or axis is None or (tensor.shape[axis] == 1 and M != 1)
+        else tensor.index_select(axis, index.to(tensor.device))
+        for tensor, axis in zip(inputs.tensors(), reference.AXES)
+    ]  # fmt: skip
+    scores = reference.scores(inputs.with_tensors(chosen))
+    if not scores.shape[-1] or not scores.shape[-2]:
+        return scores
+    masked = scores.amax(-1, keepdim=True) == float("-inf")
+    return scores.masked_fill(masked, 0.0).softmax(-1).masked_fill(masked, 0.0)
+
+
+_open: contextvars.ContextVar[Tuple[_Recording, ...]] = contextvars.ContextVar("flashbias_attention_maps", default=())
+_blocks = 0
+
+
+@contextlib.contextmanager
+def attention_map(
+    module: nn.Module, queries: Sequence[int], heads: Optional[Sequence[int]] = None
+) -> Iterator[List[AttentionMap]]:
+    """Record the attention weights of some queries in every patched attention below `module`.
+
+        with flashbias_patch.attention_map(model, queries=[3, 17]) as maps:
+            model(**batch)
+        maps[0].weights        # (B, H, 2, N) of the first attention that ran
+
+    Args:
+        module: a layer or a whole model, in training or evaluation. A wrapper such as DistributedDataParallel is fine.
+        queries: positions along M; negative ones count from the end. In training the queries of denoising come first.
+        heads: heads to keep; None: all.
+
+    The weights are recomputed exactly from the arguments that the attention was called with - masks, key padding and biases
+    included, before dropout: k x N numbers per layer and head, never M x N. The outputs and gradients of the model are
+    unchanged. What a checkpoint recomputes in a backward pass is not recorded again. Attention whose original code
+    runs (status() counts it as "original") has no map.
+
+    Raises:
+        TypeError: module is no nn.Module, or queries or heads are no integers.
+        ValueError: nothing below `module` is patched.
+        IndexError: an attention has fewer queries or heads.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    recording = _Recording(module, _integers("queries", queries), None if heads is None else _integers("heads", heads))
+    watched = [each for each in recording.names if _is_patched(each)]
+    if not watched:
+        raise ValueError(f"module: no attention below {type(module).__name__} is patched; "
+                         "flashbias_patch.status() shows what is")
+    handles: List[Any] = []
+    for each in watched:
+        handles.append(each.register_forward_pre_hook(lambda module, args: recording.running.append(module)))
+        handles.append(each.register_forward_hook(lambda module, args, out: _left(recording, module)))
+    token = _open.set((*_open.get(), recording))
+    try:
+        with _listening():
+            yield recording.maps
+    finally:
+        _open.reset(token)
+        for handle in handles:
+            handle.remove()
+
+
+def _left(recording: _Recording, module: nn.Module) -> None:
+    while recording.running and recording.running.pop() is not module:
+        pass  # of a forward that raised
+
+
+def _integers(argument: str, values: Any) -> Tuple[int, ...]:
+    found = values.tolist() if isinstance(values, Tensor) else list(values) if hasattr(values, "__iter__") else None
+    if found is None or not all(isinstance(value, int) and not isinstance(value, bool) for value in found):
+        raise TypeError(f"{argument} must be a sequence of integers, got {values!r}")
+    return tuple(found)
+
+
+def _is_patched(module: nn.Module) -> bool:
+    from ..patching import seams
+
+    seam = getattr(type(module).forward, "__flashbias_seam__", None)
+    return isinstance(seam, (seams.OuterSeam, seams.CoreSeam))
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[None]:
+    """While a block is open, the seams call `_attend` in place of flash_bias_attention: no cost outside."""
+    global _blocks
+    from ..patching import dual_core, inner_attention, seams
+
+    _blocks += 1
+    if _blocks == 1:
+        for file in (dual_core, inner_attention, seams):
+            file.flash_bias_attention = _attend  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        _blocks -= 1
+        if _blocks == 0:
+            for file in (dual_core, inner_attention, seams):
+                file.flash_bias_attention = attention.flash_bias_attention  # type: ignore[attr-defined]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, **options: Any) -> Tensor:
+    """flash_bias_attention, and the rows for every open recording that this attention belongs to."""
+    out = attention.flash_bias_attention(q, k, v, bias, **options)
+    if current_graph_task() == -1:
+        for recording in _open.get():
+            if recording.running:
+                with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+                    _record(recording, q, k, v, bias, options)
+    return out
+
+
+def _record(recording: _Recording, q: Tensor, k: Tensor, v: Tensor, bias: Any, options: Dict[str, Any]) -> None:
+    masks: Dict[str, Any] = {name: options.get(name) for name in ("attn_mask", "key_padding_mask", "scale")}
+    bias, masks["attn_mask"] = attention_inputs.read_descriptions(q, k, bias, masks["attn_mask"])
+    recording.add(attention_inputs.build(q, k, v, bias, **masks), q.shape[1] == k.shape[1])
