@@ -23,7 +23,8 @@ Bias = Union[AttentionBias, Tensor]
 
 class Block:
     """One `with attention_bias(...)`: whether it is open, which kinds of attention were called in it, and whether any
-    of them was given the bias. A block in a generator may end in another thread than it began in."""
+    of them was given the bias. A block in a generator may end in another thread or task than it
+    began in."""
 
     __slots__ = ("open", "ended_elsewhere", "kinds", "given")
 
@@ -61,7 +62,9 @@ def current_scopes() -> Scopes:
     scopes = _scopes.get()
     if scopes is None:
         return tuple(scope for scope in _inherited.get() if scope.block.open)
-    return tuple(scope for scope in scopes if not scope.block.ended_elsewhere) if scopes else scopes
+    if not scopes or replay.repeating():  # a recomputation has what its forward had
+        return scopes
+    return tuple(scope for scope in scopes if not scope.block.ended_elsewhere)
 
 
 def _map_scopes(scopes: Scopes, function: Callable[[Tensor], Tensor]) -> Scopes:
@@ -106,19 +109,21 @@ def attention_bias(
     block = Block()
     scope = Scope(bias, kind, None if layers is None else tuple(layers), block, {})
     before = _scopes.get()
-    _scopes.set((*current_scopes(), scope))
+    token = _scopes.set((*current_scopes(), scope))
     try:
         with threads.handing_on(_for_thread, _for_task):
             yield
         if not block.given:
             _warn_unused(scope)
     finally:
-        # Blocks in generators may end in another order than they began in, or in another thread: each ends only itself.
-        now = _scopes.get() or ()
-        others = tuple(other for other in now if other.block is not block)
-        block.open, block.ended_elsewhere = False, len(others) == len(now)
-        if not block.ended_elsewhere:
+        # Blocks in generators may end in another order than they began in, or in another context: each ends only itself.
+        block.open = False
+        others = tuple(other for other in _scopes.get() or () if other.block is not block)
+        try:
+            _scopes.reset(token)
             _scopes.set(others if others or before is not None else None)
+        except ValueError:  # of another thread or task, whose value cannot be set from here
+            block.ended_elsewhere = True
 
 
 def _warn_unused(scope: Scope) -> None:

@@ -444,3 +444,29 @@ def test_kinds_of_a_bare_flash_core(kind):
                 torch.testing.assert_close(core(q, key, key)[0], wanted)
         with pytest.raises(ValueError, match="does not fit"):
             core(q, other, other, attention_bias=torch.zeros(M, M + 1))
+
+
+def test_a_flash_core_in_a_function_without_ctx_is_an_error_at_the_recomputation():
+    """What the outer forward adds to it, a floating mask that the flash class drops too, cannot be found again."""
+    from .test_checkpoints import WithSetupContext
+
+    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
+                key_padding_mask=None, **kwargs):
+        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+        return WithSetupContext.apply(lambda *given: self.attn(*given, key_padding_mask=None)[0], q, k, v)
+
+    with stand_ins.repository("isfusion") as load:
+        core = load("projects.isfusion.ops.flash").FlashMHA(E, H)
+        cls = type("PETRMultiheadFlashAttention", (nn.Module,), dict(forward=forward))
+        assert hooks.claim(cls)
+        query, key, bias = *sequences(), torch.randn(M, N)
+        for given in (dict(attention_bias=bias), dict(attn_mask=bias)):
+            module = cls()
+            module.attn = core
+            out = module(query, key, key, **given)
+            with pytest.raises(RuntimeError, match="FlashMHA is recomputed.*without the bias"):
+                out.sum().backward()
+        with flashbias_patch.attention_bias(bias):  # the block is seen by the core itself
+            out = module(query, key, key)
+        with pytest.raises(RuntimeError, match="FlashMHA is recomputed.*without the bias"):
+            out.sum().backward()

@@ -114,3 +114,22 @@ def test_without_an_attention_inside():
 
     same_as_original(forward, {}, want_core=False)
     same_as_original(forward, {"attn_mask": given_masks()["bool"]["attn_mask"]}, want_core=False)
+
+
+def test_a_bias_in_a_function_without_ctx_around_the_call_is_an_error():
+    """Nothing could tell its recomputation from another call."""
+    from .test_checkpoints import WithSetupContext
+
+    class Checkpointed(Direct):
+        def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
+                    key_padding_mask=None, **kwargs):
+            return WithSetupContext.apply(lambda q, k: call(q, k, k, self.attn, attn_mask=attn_mask)[0], query, key)
+
+    cls = type("PETRMultiheadAttention", (Checkpointed,), {})
+    original = cls.forward
+    assert hooks.claim(cls)
+    module, (query, key) = cls(), sequences()
+    with pytest.raises(RuntimeError, match="a recomputation of PETRMultiheadAttention would be without it"):
+        module(query, key, key, attention_bias=torch.randn(M, N))
+    mask = torch.rand(M, N) < 0.3
+    torch.testing.assert_close(module(query, key, key, attn_mask=mask), original(module, query, key, key, attn_mask=mask))

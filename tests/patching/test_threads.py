@@ -1,6 +1,7 @@
 """Threads started inside `with attention_bias(...)` have its bias; others never do."""
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -239,3 +240,39 @@ def test_a_block_that_ends_in_another_thread(patched):  # noqa: F811
     torch.testing.assert_close(call(), call.without)
     with call.block():
         torch.testing.assert_close(call(), call.with_bias)
+
+
+def test_a_block_that_ends_in_another_task(patched):  # noqa: F811
+    call = Call()
+
+    async def block():
+        with call.block():
+            while True:
+                yield call()
+
+    async def use():
+        opened = block()
+        torch.testing.assert_close(await opened.__anext__(), call.with_bias)
+        await asyncio.create_task(opened.aclose())
+        torch.testing.assert_close(call(), call.without)
+
+    asyncio.run(use())
+    torch.testing.assert_close(call(), call.without)
+
+
+@pytest.mark.parametrize("kind", ("fairscale", "non-reentrant", "hooks"))
+def test_a_recomputation_after_a_block_that_ended_in_another_thread(patched, kind):  # noqa: F811
+    results = []
+    for around in (None, kind):
+        inputs = Inputs("shared")
+        decoder = decoder_of() if around is None else decoder_of("layer", kind)
+
+        def block(inputs=inputs, decoder=decoder):
+            with flashbias_patch.attention_bias(inputs.bias()):
+                yield decoder(inputs.query, inputs.memory, inputs.memory)
+
+        opened = block()
+        out = next(opened)
+        in_thread(opened.close)
+        results.append(gradients(decoder, inputs, out))
+    assert_equal(results[1], results[0])
