@@ -17,7 +17,8 @@ def problems() -> List[str]:
     if read.targets:
         from .patching import catalog
 
-        found += _unknown("FLASHBIAS_TARGETS", "class to patch", read.targets, catalog.targets())
+        names = [name[1:] if name.startswith("-") else name for name in read.targets]
+        found += _unknown("FLASHBIAS_TARGETS", "class to patch", names, catalog.targets())
     if read.compat != ("all",):
         from . import compat
 

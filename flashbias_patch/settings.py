@@ -98,7 +98,8 @@ VARIABLES: Tuple[Variable, ...] = (
     Variable("backend", "auto", _choice("auto", "triton", "flash", "upstream", "sdpa", "reference"),
              "the backend to try first; where it cannot take a call, the others do; auto: the first that takes the call"),
     Variable("strict", False, _switch, "a fallback raises, with every backend's reasons"),
-    Variable("targets", (), _names, "comma-separated class names to patch; empty: all of the catalog"),
+    Variable("targets", (), _names,
+             "comma-separated class names to patch, or -ClassName to leave one alone; empty: all of the catalog"),
     Variable("home", None, str, "a checkout of FlashBias (holds flash_bias_triton.py)"),
     Variable("dtype", "auto", _choice("auto", "fp16", "bf16", "fp32"),
              "precision inside attention; auto: as the patched class does"),
@@ -148,6 +149,13 @@ class Settings:
 
     def __getattr__(self, name: str) -> Any:  # only reached for unknown names; typed access for mypy
         raise AttributeError(f"no setting {name!r}; known: {', '.join(v.field for v in VARIABLES)}")
+
+    def leaves_out(self, name: str) -> str:
+        """Why FLASHBIAS_TARGETS leaves the class `name` of the catalog alone; empty if it does not."""
+        if "-" + name in self.targets:
+            return f"FLASHBIAS_TARGETS leaves {name} out"
+        named = [target for target in self.targets if not target.startswith("-")]
+        return f"FLASHBIAS_TARGETS does not name {name}" if named and name not in named else ""
 
     def as_dict(self) -> Dict[str, Any]:
         return {v.field: getattr(self, v.field) for v in VARIABLES}

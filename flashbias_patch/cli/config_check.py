@@ -224,8 +224,7 @@ def _router(node: Dict[str, Any], name: Any, known: Dict[str, Any], num_layers: 
 
 def left_out(name: str) -> str:
     """Why a patched run with these settings leaves a class of the catalog alone; empty if it does not."""
-    read = settings.current()
-    return f"FLASHBIAS_TARGETS does not name {name}" if read.targets and name not in read.targets else ""
+    return settings.current().leaves_out(name)
 
 
 def _transformer(path: str, node: Dict[str, Any]) -> Dict[str, Any]:

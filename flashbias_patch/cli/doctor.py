@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -13,13 +12,10 @@ import sys
 import warnings
 from typing import Any, Dict, Iterable, Iterator, List, Optional
 
-from . import config_check
+from . import config_check, system
 
 NAME = "doctor"
 HELP = "show versions, settings, backends with their reasons and, for a repository, which classes would be patched"
-
-PACKAGES = ("torch", "triton", "wrapt", "mmcv-full", "mmcv", "mmengine", "mmdet", "mmdet3d", "flash-attn",
-            "flash-attn-4", "numpy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE",
                         help="overrides of --config, as training scripts take them")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of text, to paste in an issue")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -44,7 +41,10 @@ def main(args: argparse.Namespace) -> int:
         except config_check.ConfigError as error:
             print(f"flashbias doctor: {error}", file=sys.stderr)
             return 2
-    page = json.dumps(config_check.plain(report), indent=2) if args.json else _text(report)
+    if args.json:
+        page = json.dumps(config_check.plain(report), indent=2)
+    else:
+        page = _markdown(report) if args.markdown else _text(report)
     encoding = sys.stdout.encoding or "utf-8"
     print(page.encode(encoding, "backslashreplace").decode(encoding))  # file names need not be text
     return 0
@@ -57,7 +57,8 @@ def examine(repo: Optional[str] = None) -> Dict[str, Any]:
     report: Dict[str, Any] = {
         "flashbias_patch": __version__,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "system": system.facts(),
+        "packages": system.packages(),
         "settings": settings.current().as_dict(),
         "unmendable": [{"what": what, "cure": cure} for what, cure in compat.unmendable()],
         "missing": [],
@@ -72,13 +73,6 @@ def examine(repo: Optional[str] = None) -> Dict[str, Any]:
     if repo is not None:
         report["repository"] = scan(repo)
     return report
-
-
-def _version(name: str) -> Optional[str]:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _backends() -> Any:
@@ -172,8 +166,47 @@ def _static_misfit(node: ast.ClassDef, target: Any) -> Optional[str]:
     return None
 
 
+SYSTEM = {"os": "OS", "machine": "machine", "libc": "libc", "driver": "NVIDIA driver", "cuda": "torch's CUDA",
+          "cudnn": "cuDNN", "numpy_abi": "NumPy, torch"}  # fmt: skip
+PRIVATE = ("home",)  # settings that hold a path: an issue shows only that they are set
+
+
+def _markdown(report: Dict[str, Any]) -> str:
+    """Made for an issue: what is installed and set, folded; no path of the machine but those of --repo and --config."""
+    from .. import settings
+
+    def table(rows: Iterable[Any]) -> List[str]:
+        return ["| | |", "|---|---|", *("| " + " | ".join(_cell(word) for word in row) + " |" for row in rows), ""]
+
+    defaults = {variable.field: variable.default for variable in settings.VARIABLES}
+    changed = [(f"FLASHBIAS_{name.upper()}", "set" if name in PRIVATE else repr(value))
+               for name, value in report["settings"].items() if value != defaults.get(name)]
+    versions = [("flashbias_patch", report["flashbias_patch"]), ("Python", report["python"]),
+                ("GPU", report["gpu"] or "none")]
+    lines = ["<details><summary>flashbias doctor</summary>", ""]
+    lines += table([*versions, *((SYSTEM[name], value or "-") for name, value in report["system"].items())])
+    lines += ["**Packages**", "", *table((name, version) for name, version in report["packages"].items() if version)]
+    lines += ["**Settings that are not the default**", "", *(table(changed) if changed else ["none", ""])]
+    lines += ["**Backends**", ""]
+    lines += table((name, "; ".join(reasons) or "takes it") for name, reasons in report["backends"].items())
+    if report["unmendable"]:
+        lines += ["**In the way**", "", *table((entry["what"], entry["cure"]) for entry in report["unmendable"])]
+    if "repository" in report:
+        lines += ["**Repository**", "", *table(
+            (f"{item['file']}:{item.get('line', 1)} {item['class'] or ''}", item["reason"] or f"patched ({item['seam']})")
+            for item in report["repository"])]
+    if "config" in report:
+        lines += ["**Config**", "", "```", config_check.text(report["config"]), "```", ""]
+    return "\n".join([*lines, "</details>"])
+
+
+def _cell(word: Any) -> str:
+    return str(word).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
 def _text(report: Dict[str, Any]) -> str:
     lines = [f"flashbias_patch {report['flashbias_patch']} on Python {report['python']}"]
+    lines += ["system:"] + [f"  {SYSTEM[name]:<13} {value or '-'}" for name, value in report["system"].items()]
     lines += ["packages:"] + [f"  {name:<13} {version or '-'}" for name, version in report["packages"].items()]
     lines += ["settings:"] + [f"  FLASHBIAS_{k.upper():<10} {v!r}" for k, v in report["settings"].items()]
     if not report["settings"]["patch"]:

@@ -176,8 +176,7 @@ def _claim(cls: type) -> bool:
     target = catalog.target_of(cls)
     if target is None:
         return False
-    narrowed = settings.current().targets
-    if narrowed and target.name not in narrowed:
+    if settings.current().leaves_out(target.name):
         return False
     with _lock:
         target, why = catalog.fitting(cls, target)
