@@ -35,6 +35,8 @@ def load(path: str) -> Dict[str, Any]:
             document = json.load(file)
         if isinstance(document, dict) and "frames" in document:
             document = _from_frames(document)
+    except FileNotFoundError as error:
+        raise BadPredictions(f"{path} was not written: CMD is given this path for {{predictions}}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadPredictions(
             f"{path}: cannot be read as predictions: {type(error).__name__}: {error}"

@@ -40,6 +40,9 @@ def remarks(experiment: Experiment, verdict: Verdict) -> List[str]:
 
 def markdown(experiment: Experiment, verdict: Verdict) -> str:
     """For pasting in an issue. Whatever comes from the command stays in code spans and blocks."""
+    from . import detections
+
+    found = verdict.detections
     out = ["## flashbias A/B", "", f"**{plain(words.sentence(verdict))}**", ""]
     rows = words.figures(verdict)
     if rows:
@@ -48,6 +51,7 @@ def markdown(experiment: Experiment, verdict: Verdict) -> str:
     for title, entries in (
         ("Problems", [plain(entry) for entry in verdict.problems]),
         ("Notes", [plain(entry) for entry in verdict.notes]),
+        ("Detections", [] if found is None else [plain(line.strip()) for line in detections.text(found).splitlines()]),
         ("Attention calls", [f"{code(r['name'])}: {r['count']}" for r in page.backends_table(experiment)]),
         (
             "Fallbacks",

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from flashbias_patch.ab import detections, records
+from flashbias_patch.ab import detections, records, report, verdict
 from flashbias_patch.ab.detections import BadPredictions, accuracy, compare, load, match
 
 CLASSES = ["car", "truck", "pedestrian"]
@@ -164,4 +164,14 @@ def test_comparison_of_runs(tmp_path):
     assert "A against B: 36 matched" in detections.text(found)
     (tmp_path / "runs" / "02-B" / "predictions.json").unlink()
     found = detections.compare_runs(records.Experiment(str(tmp_path), ["x"], {}, runs))
-    assert "no predictions of both sides" in found["error"] and "B2" in found["problems"][0]
+    assert "no predictions of both sides" in found["error"]
+    (problem,) = found["problems"]
+    assert problem.startswith("B2: ") and problem.endswith("was not written: CMD is given this path for {predictions}")
+
+
+def test_markdown_shows_the_detections():
+    pair = compare(document(samples=1), document(samples=1))
+    found = {"word": "identical", "a_b": pair, "a_a": None, "accuracy": {"A": {"why_not": "no *truth*"}}, "problems": []}
+    experiment = records.Experiment("nowhere", ["x"], {"inference": True}, [])
+    text = report.markdown(experiment, verdict.judge(experiment, detections=found))
+    assert "### Detections\n- detections, A against B: 12 matched" in text and "- A: no \\*truth\\*\n" in text
