@@ -314,6 +314,18 @@ def gradients_table(experiment: Experiment) -> List[Dict[str, str]]:
     return rows
 
 
+def values_table(experiment: Experiment) -> List[Dict[str, str]]:
+    """First and last value of each watched parameter, in the first run of each side."""
+    rows = []
+    for label in "AB":
+        for run in experiment.side(label)[:1]:
+            for name, values in run.named("params").items():
+                known = values[np.isfinite(values)]
+                if known.size:
+                    rows.append({"name": name, "side": label, "first": f"{known[0]:.6g}", "last": f"{known[-1]:.6g}"})
+    return rows
+
+
 def environment_rows(experiment: Experiment) -> List[Tuple[str, str]]:
     run = next((r for r in experiment.runs if r.environment), None)
     found = dict(run.environment) if run else {}

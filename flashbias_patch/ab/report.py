@@ -52,6 +52,14 @@ def markdown(experiment: Experiment, verdict: Verdict) -> str:
         ("Problems", [plain(entry) for entry in verdict.problems]),
         ("Notes", [plain(entry) for entry in verdict.notes]),
         ("Detections", [] if found is None else [plain(line.strip()) for line in detections.text(found).splitlines()]),
+        (
+            "Watched parameters",
+            [f"{code(r['name'])}, {r['side']}: first {r['first']}, last {r['last']}" for r in page.values_table(experiment)]
+            + [
+                f"{code(r['name'])}, {r['side']}: gradient arrived: {r['arrived']}, median norm {r['norm']}"
+                for r in page.gradients_table(experiment)
+            ],
+        ),
         ("Attention calls", [f"{code(r['name'])}: {r['count']}" for r in page.backends_table(experiment)]),
         (
             "Fallbacks",

@@ -166,9 +166,10 @@ def _compare(
     warm = int(experiment.options.get("warmup", 0)) if warmup is None else warmup
     fewest = min(run.steps for run in plain + b)
     if fewest - warm < MIN_STEPS:
-        fitting = max(1, min(warm, fewest - MIN_STEPS))
+        fitting = max(min(warm, 1), min(warm, fewest - MIN_STEPS))
         steps = "1 step is" if fewest == 1 else f"{fewest} steps are"
-        verdict.notes.append(f"{steps} too few for a warm-up of {warm}: {fitting} left out instead")
+        if fitting != warm:
+            verdict.notes.append(f"{steps} too few for a warm-up of {warm}: {fitting} left out instead")
         warm = fitting
     crowded = [run for run in plain + b if is_crowded(run, experiment)]
     spread = statistics.CROWDED_SPREAD if crowded else statistics.TYPICAL_SPREAD["time"]

@@ -90,6 +90,14 @@ def test_markdown_holds_the_figures():
 NASTY = "```\n# heading <img src=x onerror=alert(1)> @everyone | cell | `code` [link](https://example.org) ~~~"
 
 
+def test_markdown_holds_the_watched_parameters():
+    found = rich_experiment()
+    text = report.markdown(found, judge(found))
+    name = "`transformer.decoder.bias_scale`"
+    assert f"- {name}, A: first 0.1, last 0.1\n- {name}, B: first 0.1, last 0.159\n" in text
+    assert f"- {name}, A: gradient arrived: never, median norm -\n- {name}, B: gradient arrived: 60 of 60 steps, " in text
+
+
 def outside_code(text):
     """Markdown without its code blocks and code spans, as CommonMark reads them."""
     kept, fence = [], None

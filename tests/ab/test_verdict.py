@@ -27,6 +27,15 @@ def test_warmup_is_cut_where_runs_are_short():
     assert any("too few for a warm-up" in note for note in verdict.notes)
 
 
+@pytest.mark.parametrize("steps, warm, note", [
+    (4, 0, ""), (4, 1, ""), (4, 5, "4 steps are too few"), (1, 5, "1 step is too few")])
+def test_a_shorter_warmup_is_noted_only_where_it_is_shorter(steps, warm, note):
+    found = synthetic.trial(0, repeats=1, steps=steps)
+    found.options.update(warmup=warm, steps=steps)
+    notes = [n for n in judge(found).notes if "warm-up" in n]
+    assert [n.startswith(note) for n in notes] == ([True] if note else [])
+
+
 def test_without_a_repeat_the_spread_between_runs_is_assumed():
     runs = synthetic.trial(0, 0.01, repeats=1).runs[:2]
     verdict = judge(synthetic.experiment(runs))
