@@ -9,7 +9,7 @@ DEMO ?= runs/demo
 CORE := tests/attention tests/bias tests/chaos tests/family tests/kernels tests/patching
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-slow test-openmmlab test-py38 test-torch test-triton lint package docs clean
+.PHONY: help demo test test-slow test-openmmlab test-py38 test-old test-torch test-triton lint package docs clean
 
 help:
 	@echo "make demo            unpatched against patched: trains examples/mini_cmt both ways, writes $(DEMO)/report.html"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow       the heavier tiers: Triton's interpreter, browser, long trainings"
 	@echo "make test-openmmlab  integration with real mmcv, mmdet3d and mmengine (builds .venv-openmmlab)"
 	@echo "make test-py38       the core under Python 3.8, torch 2.1 and wrapt 1.14"
+	@echo "make test-old        seams, checkpoints and the family under torch 1.9 (Python 3.8) and 1.13 (Python 3.10)"
 	@echo "make test-torch      the core under torch 2.6 (Python 3.13) and the newest"
 	@echo "make test-triton     the kernels compiled by several versions of Triton, without a GPU"
 	@echo "make lint            ruff, mypy and the import contract"
@@ -58,6 +59,14 @@ test-openmmlab:
 test-py38:
 	tools/openmmlab_env.sh py38
 	.venv-openmmlab/py38/bin/python -m pytest -q tests/test_settings.py tests/attention tests/bias tests/family tests/patching
+
+# What needs no more of torch than 1.9 has: seams, checkpoints with a learned bias, the family's stand-ins, the monitor.
+OLD := tests/attention/test_accuracy.py tests/family/test_family.py tests/monitor tests/patching/test_bias_ways.py \
+	tests/patching/test_checkpoints.py tests/patching/test_core_arguments.py tests/patching/test_functional_attention.py
+test-old: ENVS ?= t19 t113
+test-old:
+	tools/openmmlab_env.sh $(ENVS)
+	for env in $(ENVS); do .venv-openmmlab/$$env/bin/python -m pytest -q -n $(JOBS) -m "not slow and not browser" $(OLD) || exit 1; done
 
 test-torch: ENVS ?= mid v2
 test-torch:

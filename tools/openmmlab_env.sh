@@ -4,7 +4,9 @@
 #   v2    mmengine and mmcv-lite 2.x on the current torch
 #   py38  Python 3.8, torch 2.1.0 and wrapt 1.14.0: the oldest of each that is supported
 #   mid   torch 2.6.0, between the oldest and the newest, under Python 3.13 where that is here
-# Usage: tools/openmmlab_env.sh [--dir DIR] [--find-links DIR] [v1] [v2] [py38] [mid]      (no name: v1 and v2)
+#   t19   Python 3.8 and torch 1.9.1, which CMT, PETR and StreamPETR document
+#   t113  Python 3.10 and torch 1.13.1, which SparseDrive and OmniDrive document
+# Usage: tools/openmmlab_env.sh [--dir DIR] [--find-links DIR] [v1] [v2] [py38] [mid] [t19] [t113]   (no name: v1 and v2)
 # Each step leaves a stamp holding its own text, so that a second run repeats only what has changed.
 # Interpreters: PYTHON310, PYTHON38, PYTHON_V2, PYTHON313 (default: python3.10, python3.8, python3, python3.13).
 set -euo pipefail
@@ -17,8 +19,8 @@ while [ $# -gt 0 ]; do
     case $1 in
         --dir) DIR=$2; shift 2 ;;
         --find-links) LINKS=$2; shift 2 ;;
-        v1 | v2 | py38 | mid) ENVS+=("$1"); shift ;;
-        *) echo "$0: unknown argument '$1'; expected --dir DIR, --find-links DIR, v1, v2, py38 or mid" >&2; exit 2 ;;
+        v1 | v2 | py38 | mid | t19 | t113) ENVS+=("$1"); shift ;;
+        *) echo "$0: unknown argument '$1'; expected --dir DIR, --find-links DIR, v1, v2, py38, mid, t19 or t113" >&2; exit 2 ;;
     esac
 done
 [ ${#ENVS[@]} -gt 0 ] || ENVS=(v1 v2)
@@ -112,6 +114,22 @@ mid() {
     step test pip_ "wrapt>=1.14" "${TEST[@]}"
     "$VENV/bin/python" -c "import sys, torch, triton
 print('Python', sys.version.split()[0], 'torch', torch.__version__, 'triton', triton.__version__)"
+}
+
+t19() {
+    venv "$(find_python 3.8 "${PYTHON38:-}")"
+    step torch pip_ torch==1.9.1 "numpy<1.24" scipy
+    step test pip_ "wrapt>=1.14" "${TEST[@]}"
+    "$VENV/bin/python" -c "import sys, torch
+print('Python', sys.version.split()[0], 'torch', torch.__version__)"
+}
+
+t113() {
+    venv "$(find_python 3.10 "${PYTHON310:-}")"
+    step torch pip_ torch==1.13.1 "numpy<2" scipy
+    step test pip_ "wrapt>=1.14" "${TEST[@]}"
+    "$VENV/bin/python" -c "import sys, torch
+print('Python', sys.version.split()[0], 'torch', torch.__version__)"
 }
 
 for name in "${ENVS[@]}"; do
