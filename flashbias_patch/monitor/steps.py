@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional, Set
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .. import journal
+from . import step_hooks
 
 
 @dataclass
@@ -32,16 +34,13 @@ class Steps:
         self.parameters, self.previous = parameters, previous
         self.stepping: weakref.WeakSet[Any] = weakref.WeakSet()  # those that have stepped and hold a parameter
         self.owned: Set[str] = set()  # parameters that one of these holds
-        self.watching = any(hasattr(o, "_optimizer_step_pre_hooks") for o in self.given)
+        self.watching = any(isinstance(o, Optimizer) for o in self.given)
         self._seen: Dict[str, Seen] = {}
         self._broken = False
         self._handles: List[Any] = []
-        from torch.optim import optimizer as module
-
         this = weakref.ref(self)
-        for name, method in (("register_optimizer_step_pre_hook", "before"),
-                             ("register_optimizer_step_post_hook", "after")):
-            self._handles.append(getattr(module, name)(_hook(this, method)))
+        for method in ("before", "after"):
+            self._handles.append(step_hooks.register(method == "before", _hook(this, method)))
 
     def take(self) -> Dict[str, Seen]:
         """What was seen since the last call, by name."""
@@ -131,6 +130,6 @@ def flattened(optimizers: Any) -> List[Any]:
     if isinstance(getattr(optimizers, "optim_wrappers", None), dict):
         return flattened(optimizers.optim_wrappers)
     inner = getattr(optimizers, "optimizer", None)
-    if inner is not None and inner is not optimizers and not hasattr(optimizers, "_optimizer_step_pre_hooks"):
+    if inner is not None and inner is not optimizers and not isinstance(optimizers, Optimizer):
         return flattened(inner)
     return [optimizers]

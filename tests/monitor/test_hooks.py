@@ -132,7 +132,7 @@ def test_real_mmcv_steps(tmp_path, kind, taken):
         if "Cumulative" in sys.argv[2]:
             config["cumulative_iters"] = 2
         if "Fp16" in sys.argv[2]:
-            scaler = getattr(torch.amp, "GradScaler", None)
+            scaler = getattr(getattr(torch, "amp", None), "GradScaler", None)
             if scaler is None:
                 sys.exit(77)
             hooks.GradScaler = lambda **given: scaler("cpu", init_scale=2.0 ** 127, growth_interval=1000)

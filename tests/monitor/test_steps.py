@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
-from flashbias_patch.monitor import ParameterMonitor
+from flashbias_patch.monitor import ParameterMonitor, step_hooks
 from flashbias_patch.monitor import parameters as module
+from tests.capabilities import since
 
 from .test_parameters import Model, records
 
@@ -33,7 +34,8 @@ def warnings(caplog):
 
 @pytest.mark.parametrize("make", [
     lambda p: torch.optim.SGD(p, 1e-3), lambda p: torch.optim.LBFGS(p, 1e-3, max_iter=2),
-    lambda p: torch.optim.AdamW(p, 1e-3, foreach=True), lambda p: torch.optim.AdamW(p, 1e-3, fused=True),
+    pytest.param(lambda p: torch.optim.AdamW(p, 1e-3, foreach=True), marks=since(1, 12, "foreach=")),
+    pytest.param(lambda p: torch.optim.AdamW(p, 1e-3, fused=True), marks=since(2, 0, "fused=")),
 ], ids=["sgd", "lbfgs", "foreach", "fused"])
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("closure", [True, False])
@@ -78,7 +80,7 @@ def test_accumulation_counts_steps_only(tmp_path, warnings, caplog):
     assert "no optimizer step" in caplog.records[0].getMessage() and "grad 5.66" in caplog.records[-1].getMessage()
 
 
-@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="GradScaler on the CPU needs torch 2.3")
+@pytest.mark.skipif(not hasattr(getattr(torch, "amp", None), "GradScaler"), reason="GradScaler on the CPU needs torch 2.3")
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_that_grad_scaler_leaves_out(tmp_path, warnings, fused):
     model = Model()
@@ -254,6 +256,13 @@ def test_tensorboard_that_is_not_installed_costs_one_warning(tmp_path, monkeypat
 def test_closing_takes_the_hooks_back():
     from torch.optim import optimizer as optimizers
 
+    if not hasattr(optimizers, "_global_optimizer_pre_hooks"):  # torch 2.0
+        before = len(step_hooks._hooks)
+        monitor = watched(Model())
+        assert len(step_hooks._hooks) == before + 2 and hasattr(torch.optim.SGD.step, "__flashbias_step__")
+        monitor.close()
+        assert len(step_hooks._hooks) == before and hasattr(torch.optim.SGD.step, "__flashbias_step__") is (before > 0)
+        return
     before = len(optimizers._global_optimizer_pre_hooks), len(optimizers._global_optimizer_post_hooks)
     monitor = watched(Model())
     monitor.close()

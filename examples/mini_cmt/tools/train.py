@@ -30,7 +30,7 @@ from projects.mmdet3d_plugin.core.evaluation import mean_average_precision
 from projects.mmdet3d_plugin.datasets import Frame, load_frame, make_batch, synthetic_frame
 from projects.mmdet3d_plugin.registry import DETECTORS
 
-GradScaler = getattr(torch.amp, "GradScaler", None) or torch.cuda.amp.GradScaler  # moved in torch 2.3
+GradScaler = getattr(getattr(torch, "amp", None), "GradScaler", None) or torch.cuda.amp.GradScaler  # moved in torch 2.3
 SENSORS = ("lidar", "camera")
 
 
