@@ -1,13 +1,14 @@
 """The host's work per attention call, counted: function calls, torch operators, allocations; on a GPU launches and times.
 
     python benchmarks/host_calls.py [--out benchmarks/results/host_calls_cpu.json]
-    python benchmarks/host_calls.py --device cuda --out benchmarks/results/host_calls_h100.json
+    python benchmarks/host_calls.py --path fused --out benchmarks/results/host_calls_fused.json
+    python benchmarks/host_calls.py --part decoders --out benchmarks/results/host_calls_h100.json       (on a GPU)
 
 Counts have no noise. Of one steady-state call of each target class, unpatched and patched: calls of Python functions and
 of C functions (sys.setprofile), operators (TorchDispatchMode), allocations and, on a GPU, kernel launches
 (torch.profiler). Forward in eval without gradients, forward in training, backward, with and without a bias, and a
-checkpointed decoder layer. On a GPU also the median time from entering to leaving the outer forward, and steps of a
-decoder of six layers. The classes are the stand-ins of tests/stand_ins.
+checkpointed decoder layer. On a GPU also the median time from entering to leaving the outer forward. `--part decoders`
+times steps of a decoder of six layers at small sizes. The classes are the stand-ins of tests/stand_ins.
 
 `--path fused` counts the fused path on a machine without a GPU: launches of compiled kernels are replaced by nothing,
 and results are wrong.
@@ -73,6 +74,7 @@ class Counts(NamedTuple):
     operators: int
     allocations: int
     launches: Optional[int] = None
+    host_us: Optional[float] = None  # from entering to leaving the outer forward, median
 
     @property
     def calls(self) -> int:
@@ -133,13 +135,24 @@ def profiled(call: Callable[[], Any], cuda: bool) -> Tuple[int, Optional[int]]:
     return allocations, launches
 
 
-def counts_of(call: Callable[[], Any], cuda: bool = False) -> Counts:
+def counts_of(call: Callable[[], Any], cuda: bool = False, timed: bool = True) -> Counts:
     """Of a steady-state call: it has run a few times before."""
     for _ in range(WARM_UP):
         call()
     python, c, _ = function_calls(call)
     names = operators(call)
-    return Counts(python, c, len(names), *profiled(call, cuda))
+    allocations, launches = profiled(call, cuda)
+    return Counts(python, c, len(names), allocations, launches, host_time(call) if cuda and timed else None)
+
+
+def host_time(call: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(100):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begin) * 1e6)
+    return statistics.median(times)
 
 
 # -- calls -------------------------------------------------------------------------------------------------------------
@@ -315,12 +328,11 @@ def layer_cases(layer: Any, given: Dict[str, Tensor]) -> Iterator[Case]:
 
 def compared(row: Dict[str, Any], make: Any, cuda: bool, unpatched: bool) -> List[Dict[str, Any]]:
     found: Dict[str, Dict[str, Any]] = {}
-    if unpatched:
-        for case in make():
-            found.setdefault(case.name, {**row, "call": case.name})["unpatched"] = counts_of(case.prepare(), cuda)._asdict()
-    with patched():
-        for case in make():
-            found.setdefault(case.name, {**row, "call": case.name})["patched"] = counts_of(case.prepare(), cuda)._asdict()
+    for way in ("unpatched", "patched") if unpatched else ("patched",):
+        with patched() if way == "patched" else contextlib.nullcontext():
+            for case in make():
+                counts = counts_of(case.prepare(), cuda, case.name != "backward")  # a graph is differentiated once
+                found.setdefault(case.name, {**row, "call": case.name})[way] = counts._asdict()
     return list(found.values())
 
 
@@ -400,9 +412,9 @@ def show(rows: List[Dict[str, Any]]) -> None:
     for row in rows:
         ours, theirs = row["patched"], row.get("unpatched")
         line = f"{row['class']:18s} {row['features']:13s} {row['call']:9s}"
-        for figure in ("python", "c", "operators", "allocations", "launches"):
+        for figure in ("python", "c", "operators", "allocations", "launches", "host_us"):
             if ours.get(figure) is not None:
-                line += f"  {figure} {'-' if theirs is None else theirs[figure]:>4} -> {ours[figure]:<4}"
+                line += f"  {figure} {'-' if theirs is None else round(theirs[figure]):>4} -> {round(ours[figure]):<4}"
         if theirs is not None:
             line += f"  calls {(ours['python'] + ours['c']) / (theirs['python'] + theirs['c']):.2f}x"
         print(line)
@@ -412,6 +424,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--path", choices=("auto", "fused"), default="auto")
+    parser.add_argument("--part", choices=("counts", "decoders"), default="counts",
+                        help="decoders: launches and times of steps of a decoder of six layers, on a GPU")
     parser.add_argument("--only", metavar="CLASS", help="one of " + ", ".join(TARGETS))
     parser.add_argument("--repeats", type=int, default=20, help="timed steps of a decoder")
     parser.add_argument("--names", action="store_true", help="list the function calls of the first class instead")
@@ -423,11 +437,12 @@ def main() -> None:
         if args.names:
             list_names(args.only or "CMT", args.device)
             return
-        rows = count_all(args.device, args.only)
-        show(rows)
-        result = {**about(args.out, device=args.device), "path": args.path, "counts": rows}
-        if args.device == "cuda" and args.only is None:
+        result = {**about(args.out, device=args.device), "path": args.path}
+        if args.part == "decoders":
             result["decoders"] = decoders(args.repeats)
+        else:
+            result["counts"] = count_all(args.device, args.only)
+            show(result["counts"])
     if args.out:
         with open(args.out, "w") as file:
             json.dump(result, file, indent=1)

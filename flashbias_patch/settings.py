@@ -115,6 +115,8 @@ VARIABLES: Tuple[Variable, ...] = (
     Variable("compat", ("all",), _names, "comma-separated compatibility patches, `all` or `none`"),
     Variable("tune", 0.0, _seconds,
              "time tile shapes for GPUs that the shipped table was not measured on: off, on, or seconds a class of call"),
+    Variable("verdicts", True, _switch,
+             "keep on disk which backends passed the self-check on this machine; off: check again in every process"),
     Variable("summary", False, _switch,
              "one line at exit: classes patched, calls, fallbacks, biases without effect; `flashbias run` sets it"),
     Variable("log_level", None, _choice("debug", "info", "warning", "error"),

@@ -36,6 +36,7 @@ def clean_state(monkeypatch):
         if variable.field != "patch":
             monkeypatch.delenv(variable.name, raising=False)
     monkeypatch.delenv(settings.NAMED, raising=False)
+    monkeypatch.setenv("FLASHBIAS_VERDICTS", "off")  # nothing of this machine's, and nothing left on it
     settings.reload()
     journal.reset()
     yield

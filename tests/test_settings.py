@@ -23,6 +23,7 @@ GOOD = {
     "aqr": [("enable=1", "enable=1")],
     "compat": [("none", ("none",)), ("turtle,dn_index", ("turtle", "dn_index"))],
     "tune": [("off", 0.0), ("0", 0.0), ("on", 60.0), ("20", 20.0), ("2.5", 2.5)],
+    "verdicts": [("off", False), ("1", True)],
     "log_level": [("INFO", "info")],
 }
 BAD = [("patch", "maybe", TRUE + FALSE), ("backend", "fastest", ("triton", "reference")), ("strict", "2", TRUE),

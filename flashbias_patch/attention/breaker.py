@@ -6,6 +6,7 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 
 from .. import journal
 from .._torch_internals import current_graph_task
+from . import kept_verdicts
 from .call_class import Key, describe
 
 _current_graph_task = current_graph_task
@@ -59,6 +60,7 @@ class CircuitBreaker:
         if phase is Phase.BACKWARD:
             reason = f"backward: {reason}"
         journal.fallback(name, describe(key), reason)
+        kept_verdicts.forget(key, name)
         if phase is Phase.BACKWARD and _current_graph_task() != -1:
             self.pending.append((key, name, reason))
         else:

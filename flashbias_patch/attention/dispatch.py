@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from .. import journal
 from .._torch_internals import current_transform, is_compiling
-from . import differentiable, ending, plans, random_state, selection, selfcheck
+from . import differentiable, ending, kept_verdicts, plans, random_state, selection, selfcheck
 from .breaker import TRUSTED, State, Verdict, breakers
 from .call_class import Key, key_of
 from .inputs import AttentionInputs
@@ -54,13 +54,16 @@ def _replayed(checkpointed: replay.Replay, inputs: AttentionInputs, key: Key, pi
     try:
         if name == replay.SMALL_CHUNKS:
             return forward.in_small_chunks(inputs)
-        out, name = _settled(inputs, key, pinned, name)
+        out, name = _settled(inputs, key, pinned, name, replay.hooked())
         return out
     finally:
         checkpointed.end_call(name)
 
 
-def _settled(inputs: AttentionInputs, key: Key, pinned: Optional[str], replayed: str = "") -> Tuple[Tensor, str]:
+def _settled(
+    inputs: AttentionInputs, key: Key, pinned: Optional[str], replayed: str = "",
+    hooked: Optional[replay.Replay] = None,
+) -> Tuple[Tensor, str]:  # fmt: skip
     """(output, name of the backend that computed it): by the plan that an earlier call settled, else the long way.
 
     `replayed` names the backend that computed the call the first time.
@@ -68,7 +71,7 @@ def _settled(inputs: AttentionInputs, key: Key, pinned: Optional[str], replayed:
     place = plans.key_of(inputs, key, pinned)
     plan = plans.find(place)
     if plan is not None and (not replayed or replayed == plan.name):
-        return _follow(plan, inputs, key)
+        return _follow(plan, inputs, key, hooked)
     candidates = selection.candidates(inputs, key[6], pinned)
     if replayed:
         names = (replayed, *(other for other in candidates.names if other != replayed))
@@ -76,13 +79,15 @@ def _settled(inputs: AttentionInputs, key: Key, pinned: Optional[str], replayed:
     return _take(inputs, key, candidates, place=place)
 
 
-def _follow(plan: plans.Plan, inputs: AttentionInputs, key: Key) -> Tuple[Tensor, str]:
+def _follow(
+    plan: plans.Plan, inputs: AttentionInputs, key: Key, hooked: Optional[replay.Replay]
+) -> Tuple[Tensor, str]:
     """The backend of a plan, or those after it if it fails."""
     name, candidate, state = plan.name, plan.backend, None
     try:
         if inputs.dropout_p:
             state = random_state.now(inputs.q.device)
-        out = forward.run(candidate, name, inputs, key, state) if key[6] else candidate(inputs)
+        out = forward.run(candidate, name, inputs, key, state, hooked) if key[6] else candidate(inputs)
     except Exception as error:
         names = plan.candidates.names
         attempt = forward.Attempt(candidate, name, inputs, key, state, Stage.RUN, name == names[-1])
@@ -125,7 +130,8 @@ def _take(
             stage = Stage.RUN
             if inputs.dropout_p:
                 state = random_state.now(inputs.q.device)
-            out = forward.run(candidate, name, inputs, key, state) if key[6] else candidate(inputs)
+            hooked = replay.hooked() if key[6] else None
+            out = forward.run(candidate, name, inputs, key, state, hooked) if key[6] else candidate(inputs)
         except Exception as error:
             out = forward.recover(error, forward.Attempt(
                 candidate, name, inputs, key, state, stage, name == candidates.names[-1]
@@ -154,12 +160,22 @@ def _earns_trust(
         return True
     if not selfcheck.possible(inputs):
         return name != "upstream"  # ours and torch's are assumed to be right, one known to go wrong is not
-    found = selfcheck.check(candidate, key, inputs.rank)
+    kept = kept_verdicts.wanted(candidate, key, name)
+    if kept and kept_verdicts.holds(key, name):
+        verdicts[name] = TRUSTED
+        return True
+    evidence: Dict[str, Any] = {}
+    if kept:
+        found = selfcheck.check(candidate, key, inputs.rank, evidence)
+    else:
+        found = selfcheck.check(candidate, key, inputs.rank)
     if found:
         breakers.open(key, name, found)
         selection.refuse_if_strict(inputs, key, name)
         return False
     verdicts[name] = TRUSTED
+    if kept:
+        kept_verdicts.keep(key, name, evidence)
     return True
 
 

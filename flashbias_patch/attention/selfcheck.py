@@ -53,16 +53,19 @@ def possible(inputs: AttentionInputs) -> bool:
     return internals.current_transform() is None
 
 
-def check(backend: Any, key: Key, rank: int) -> Optional[str]:
+def check(backend: Any, key: Key, rank: int, evidence: Optional[Dict[str, Any]] = None) -> Optional[str]:
     """Why `backend` must not answer calls of this class; None if it is right on the small problems.
 
     The caller's random state, grad mode, autocast, function modes and saved-tensor hooks are left alone.
-    Exceptions of the backend come through.
+    Exceptions of the backend come through. `evidence` gets the lengths of the problems, the largest error as a share of
+    what is tolerated, and the seconds that it took.
     """
+    evidence = {} if evidence is None else evidence
     began = time.perf_counter()
     with undisturbed(key[0]):
-        problem = _check(backend, key, rank)
+        problem = _check(backend, key, rank, evidence)
     seconds = time.perf_counter() - began
+    evidence["seconds"] = round(seconds, 3)
     if seconds > 5:
         message = "%s took %.0f s to compile and be checked for %s"
         journal.once(("slow check", backend.name, key), "info", message, backend.name, seconds, describe(key))
@@ -135,7 +138,7 @@ def _with_generator(func: Any) -> Any:
     return getattr(packet, name) if name in packet.overloads() else None
 
 
-def _check(backend: Any, key: Key, rank: int) -> Optional[str]:
+def _check(backend: Any, key: Key, rank: int, evidence: Dict[str, Any]) -> Optional[str]:
     device, aligned, dropout, grad = key[0], key[4], key[5], key[6]
     attend = getattr(backend, "without_recovery", backend)  # a backward that fails is a failure of the check
     library = getattr(backend, "library", False)
@@ -147,9 +150,10 @@ def _check(backend: Any, key: Key, rank: int) -> Optional[str]:
         if refused:
             continue
         accepted.append(inputs)
+        evidence.setdefault("problems", []).append("{} x {}".format(*lengths))
         # What is right is worked out on the CPU: small operators take a GPU longer to launch than these to compute.
         twin = inputs if device.type == "cpu" else problem_of((CPU, *key[1:]), rank, *lengths, far)
-        found = _compare(attend, inputs, twin, grad, key, far, library and len(accepted) == 1)
+        found = _compare(attend, inputs, twin, grad, key, far, library and len(accepted) == 1, evidence)
         if found:
             where = "" if aligned else f" (multiples of {ALIGNMENT} are checked on their own)"
             values = ("", ", rows at -200", ", rows at the least finite number")[far]
@@ -264,8 +268,9 @@ class _Draw:
 
 
 def _compare(
-    attend: Any, inputs: AttentionInputs, twin: AttentionInputs, grad: bool, key: Key, far: int, apart: bool
-) -> Optional[str]:
+    attend: Any, inputs: AttentionInputs, twin: AttentionInputs, grad: bool, key: Key, far: int, apart: bool,
+    evidence: Dict[str, Any],
+) -> Optional[str]:  # fmt: skip
     """`twin` is `inputs` on the CPU; `apart`: each gradient by itself too."""
     dense_grad = key[11] is not None and key[11][1]
     wanted = []
@@ -284,7 +289,9 @@ def _compare(
     given = [tensor.cpu() for tensor in given]
     errors = torch.stack([_error(x, e) for x, e in zip((*given, *plain), (*exact, *exact))]).tolist()
     for name, error, tolerable in zip(names, errors, errors[len(names):]):
-        if not error <= FACTOR * tolerable + FLOOR.get(inputs.q.dtype, 1e-3):  # also when it is not a number
+        bound = FACTOR * tolerable + FLOOR.get(inputs.q.dtype, 1e-3)
+        evidence["worst"] = max(evidence.get("worst", 0.0), round(error / bound, 4))
+        if not error <= bound:  # also when it is not a number
             what = "is not finite" if math.isnan(error) else f"is off by {error:.2g}"
             return f"{name} {what} where plain PyTorch is off by {tolerable:.2g}"
     return None

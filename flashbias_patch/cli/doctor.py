@@ -70,6 +70,7 @@ def examine(repo: Optional[str] = None) -> Dict[str, Any]:
 
         report["missing"] = _torch_internals.missing()
         report["gpu"], report["backends"] = _backends()
+        report["self_checks"] = self_checks.kept()
     if repo is not None:
         report["repository"] = scan(repo)
     return report
@@ -218,6 +219,7 @@ def _text(report: Dict[str, Any]) -> str:
         lines.append("  torch is not installed: nothing can be computed")
     if report["missing"]:
         lines += ["this torch lacks:"] + [f"  {line}" for line in report["missing"]]
+    lines += self_checks.text(report)
     lines += [f"in the way: {entry['what']}\n  cure: {entry['cure']}" for entry in report["unmendable"]]
     if "repository" in report:
         lines.append("repository:")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import _torch_internals as internals
 from ...bias import grids
 from .. import differentiable
 from ..inputs import AttentionInputs
@@ -20,6 +21,7 @@ from . import reference
 
 HALF = (torch.float16, torch.bfloat16)
 MOST_KEYS = 65535  # of a masked call on CUDA: kernels of several torch versions crash beyond (pytorch #145040)
+_read = internals.tracing_state  # None where numbers may be read: subclasses and transforms are seen to elsewhere
 FEW = 64  # rows of additive terms on the CPU, whose maxima Python looks at
 ALIGN = 8  # every fused SDPA kernel wants head dims in multiples of eight
 WINDOW_ENTRIES = 1 << 25  # of a window bias or mask written out, up to which it is: 64 MiB in half precision
@@ -98,7 +100,7 @@ def _masks(inputs: AttentionInputs) -> Optional[Tuple[Optional[Tensor], Optional
         return merge_masks(inputs, None, masked, None, False)
     q = inputs.q
     top = (additive.detach() if additive.requires_grad else additive).amax(-1, keepdim=True)
-    if top.is_cpu and inputs.segment_weights is None and top.numel() <= FEW and possible(inputs):
+    if top.is_cpu and type(top) is Tensor and inputs.segment_weights is None and top.numel() <= FEW and _read() is None:
         peaks = top.view(-1).tolist()
         if not any(peaks):  # every row's largest term is 0, as of a padding that hides some keys, or none
             return additive.to(q.dtype), None

@@ -27,9 +27,13 @@ class Attempt(NamedTuple):
     last: bool = False  # no other backend is to try
 
 
-def run(candidate: Any, name: str, inputs: AttentionInputs, key: Key, state: Any) -> Tensor:
-    """A backend's output for a call that may want gradients, its backward guarded where that is worth it (guard.py)."""
-    hooked = replay.hooked()
+def run(
+    candidate: Any, name: str, inputs: AttentionInputs, key: Key, state: Any, hooked: Optional[replay.Replay]
+) -> Tensor:
+    """A backend's output for a call that may want gradients, its backward guarded where that is worth it (guard.py).
+
+    hooked: replay.hooked().
+    """
     if guard.wanted(name, inputs, hooked is not None):
         return guard.Call(candidate, name, key, inputs, state, hooked).answer(inputs)
     out: Tensor = candidate(inputs)
@@ -79,7 +83,7 @@ def _same_again(error: Exception, attempt: Attempt) -> Tensor:
     journal.fallback(name, describe(key), reason)
     selection.refuse_if_strict(inputs, key, name, error)
     try:
-        return run(candidate, name, inputs, key, state)
+        return run(candidate, name, inputs, key, state, replay.hooked())
     except Exception as again:
         if errors.steering(again):
             raise
