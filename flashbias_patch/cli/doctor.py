@@ -12,7 +12,7 @@ import sys
 import warnings
 from typing import Any, Dict, Iterable, Iterator, List, Optional
 
-from . import config_check, system
+from . import config_check, self_checks, system
 
 NAME = "doctor"
 HELP = "show versions, settings, backends with their reasons and, for a repository, which classes would be patched"
