@@ -22,9 +22,9 @@ os.environ.setdefault("FLASHBIAS_PATCH", "0")
 
 # Public module -> the page of the reference that its names are on.
 PUBLIC = {"": "reference/api.md", "bias": "reference/bias.md", "aqr": "reference/aqr.md",
-          "monitor": "reference/monitor.md"}
+          "maps": "reference/maps.md", "monitor": "reference/monitor.md"}
 PACKAGE = "flashbias_patch"
-UNDOCUMENTED = ("__version__", "aqr", "bias", "monitor")  # a string, and modules that have pages of their own
+UNDOCUMENTED = ("__version__", "aqr", "bias", "maps", "monitor", "attention_map")  # a string, and what has a page
 
 
 def cell(text: Any) -> str:
@@ -133,7 +133,9 @@ def definition(module: str, name: str) -> Tuple[str, ast.AST]:
     """(module, the definition of `name`), followed through the packages that hand it on."""
     folder = ROOT / PACKAGE / module.replace(".", "/")
     path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    body += [inner for node in body if isinstance(node, ast.If) for inner in node.body]  # if TYPE_CHECKING
+    for node in body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
             return module, node
         if isinstance(node, ast.ImportFrom) and node.level == 1 and any(alias.name == name for alias in node.names):
@@ -153,8 +155,6 @@ def undocumented() -> Iterator[str]:
         for name, home in exported(module).items():
             if name in UNDOCUMENTED:
                 continue
-            if module == "monitor":
-                home = "monitor.parameters"
             place, node = definition(home, name)
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 if not ast.get_docstring(node):
