@@ -446,6 +446,7 @@ def test_kinds_of_a_bare_flash_core(kind):
             core(q, other, other, attention_bias=torch.zeros(M, M + 1))
 
 
+@since(2, 0, "setup_context")
 def test_a_flash_core_in_a_function_without_ctx_is_an_error_at_the_recomputation():
     """What the outer forward adds to it, a floating mask that the flash class drops too, cannot be found again."""
     from .test_checkpoints import WithSetupContext

@@ -8,7 +8,7 @@ from torch import nn
 
 from flashbias_patch import journal
 from flashbias_patch.patching import hooks
-from tests.capabilities import FASTEST
+from tests.capabilities import FASTEST, since
 
 from .test_core_arguments import E, H, M, N, given_masks, learned, same_as_original, sequences
 
@@ -116,6 +116,7 @@ def test_without_an_attention_inside():
     same_as_original(forward, {"attn_mask": given_masks()["bool"]["attn_mask"]}, want_core=False)
 
 
+@since(2, 0, "setup_context")
 def test_a_bias_in_a_function_without_ctx_around_the_call_is_an_error():
     """Nothing could tell its recomputation from another call."""
     from .test_checkpoints import WithSetupContext

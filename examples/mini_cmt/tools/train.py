@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -153,7 +154,7 @@ def train(args: argparse.Namespace, config: Dict[str, Any], model: torch.nn.Modu
     for step in range(1, args.steps + 1):
         start = time.perf_counter()
         draw_step(batch, args, step, rank)
-        with torch.autocast(device.type, dtype=torch.float16, enabled=args.fp16):
+        with torch.autocast(device.type, dtype=torch.float16) if args.fp16 else contextlib.nullcontext():
             losses = model(**batch)
             loss = sum(losses.values())
         optimizer.zero_grad(set_to_none=True)

@@ -196,7 +196,7 @@ def _versions(values: Iterable[Any]) -> List[Tuple[Tensor, int]]:
     found: List[Tuple[Tensor, int]] = []
 
     def look(tensor: Tensor) -> Tensor:
-        if type(tensor) in PLAIN and not tensor.is_inference():
+        if type(tensor) in PLAIN and not internals.is_inference(tensor):
             found.append((tensor, tensor._version))
         return tensor
 
