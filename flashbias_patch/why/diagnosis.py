@@ -21,7 +21,8 @@ LINKS = {
     "visible": "the change shows in a log",
 }
 TINY = 1e-4  # of the neighbours' gradient: said, not a broken link
-ROUNDING = 1e-5  # of the sum before it cancels: rounding only
+ROUNDING = 1e-6  # of the sum before it cancels: rounding only
+NEAR = 6  # nodes from the parameter, within which that sum is looked for: farther ones hold the whole batch
 FEW = 16  # entries, at most, of a parameter whose value a log prints
 DIGITS = 4  # that logs print
 
@@ -215,7 +216,7 @@ def _of_gradient(entry: Dict[str, Any], facts: Dict[str, Any], iteration: Dict[s
     if gradient == 0.0:
         return _zero(entry, path)
     words = f"norm {gradient:.3g}"
-    total = max((n["entering"][1] for n in path if n["entering"] and n["distance"] <= 30), default=0.0)
+    total = max((n["entering"][1] for n in path if n["entering"] and n["distance"] <= NEAR), default=0.0)
     through_softmax = any(re.search("softmax|attention|Fused|Guarded|Flash", n["name"], re.IGNORECASE) for n in path)
     if through_softmax and math.isfinite(gradient) and 0 < gradient < ROUNDING * total:
         return _broken("cancels", size=gradient, total=total)
