@@ -77,12 +77,16 @@ def call_times(repeats: int, calls: int) -> dict:
         def __call__(self, inputs):
             return out
 
+    def trusted(candidate, name, inputs, key, verdicts) -> bool:
+        verdicts[name] = dispatch.TRUSTED
+        return True
+
     def without_tensor_work(patched: bool) -> float:
         with mock.patch.object(inner_attention, "F", SimpleNamespace(linear=lambda *a: x)), \
                 mock.patch.object(arguments, "project", lambda *a: (heads, heads, heads)), \
-                mock.patch.object(dispatch, "_loaded", {"triton": Constant()}), \
+                mock.patch.dict(dispatch._loaded, {"triton": Constant()}), \
                 mock.patch.object(dispatch.breakers, "by_class", {}), \
-                mock.patch.object(dispatch, "_earns_trust", lambda *a: True):
+                mock.patch.object(dispatch, "_earns_trust", trusted):
             if patched:
                 return timed()
             with mock.patch.object(F, "multi_head_attention_forward", lambda *a, **k: (x, None)):
