@@ -17,8 +17,8 @@ VERSION = str(torch.__version__)
 RELEASE: Tuple[int, int] = tuple(int(part) for part in torch.__version__.split(".")[:2])  # type: ignore[assignment]
 # (feature, the torch that has it, what is done without it) of what users notice.
 FEATURES = (
-    ("scaled_dot_product_attention", (2, 0), "plain matrix products, in chunks, compute every attention"),
-    ("the fused Triton kernels", (2, 1), "scaled_dot_product_attention or plain matrix products compute every attention"),
+    ("scaled_dot_product_attention with a scale", (2, 1), "plain matrix products, in chunks, compute every attention"),
+    ("the fused Triton kernels", (2, 1), "the same"),
     ("torch function modes", (1, 13), "code that imported multi_head_attention_forward by name is left as it is"),
     ("use_reentrant=False", (1, 11), "checkpoints are reentrant, and a learned bias becomes one of their arguments"),
     ("tensor subclasses without storage", (1, 11), "C++ code that reads a described bias meets NaN"),

@@ -54,7 +54,7 @@ def test_mistakes(arguments, error, words):
 
 
 def test_no_backend_lists_every_reason():
-    reason = "empty" if FASTEST == "sdpa" else "torch .* is older than 2.0"
+    reason = "empty" if FASTEST == "sdpa" else "torch .* is older than 2.1"
     with pytest.raises(dispatch.NoBackendError, match=f"sdpa: {reason}"):
         flash_bias_attention(q[:, :0], k, k, backend="sdpa")
 

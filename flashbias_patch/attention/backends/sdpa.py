@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _torch_internals as internals
+from ..._torch_internals import RELEASE
 from ...bias import grids
 from .. import differentiable
 from ..inputs import AttentionInputs
@@ -19,6 +20,7 @@ from ..selfcheck import possible
 from ..values import LEAST_WEIGHT, any_far, bounded, relative_weights, rows_without_keys, shift_of
 from . import reference
 
+OLD = RELEASE < (2, 1)
 HALF = (torch.float16, torch.bfloat16)
 MOST_KEYS = 65535  # of a masked call on CUDA: kernels of several torch versions crash beyond (pytorch #145040)
 _read = internals.tracing_state  # None where numbers may be read: subclasses and transforms are seen to elsewhere
@@ -32,8 +34,8 @@ class Sdpa:
     library = True  # its kernels are compiled already
 
     def why_not(self, inputs: AttentionInputs) -> List[str]:
-        if not hasattr(F, "scaled_dot_product_attention"):
-            return [f"torch {torch.__version__} is older than 2.0, which has scaled_dot_product_attention"]
+        if OLD:
+            return [f"torch {torch.__version__} is older than 2.1, whose scaled_dot_product_attention takes a scale"]
         reasons = []
         if 0 in inputs.q.shape or 0 in inputs.k.shape:
             reasons.append(f"empty: q {tuple(inputs.q.shape)}, k {tuple(inputs.k.shape)}")
