@@ -62,7 +62,7 @@ def _others(observer: Any) -> Dict[str, Any]:
     attributes: List[Dict[str, str]] = []
     switches: List[str] = []
     last = [pattern.rsplit(".", 1)[-1].strip("*") for pattern in observer.patterns]
-    for module in [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)]:
+    for module in [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module) and "_parameters" in vars(o)]:
         for name in module._parameters:
             names.append(name)
         for name, value in [*module._buffers.items(), *vars(module).items()]:
