@@ -11,7 +11,7 @@ VERSION = re.search(
 
 REPORT = ["rich>=12", "jinja2>=3", "numpy", "scipy"]
 TEST = REPORT + ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis", "opencv-python-headless", "matplotlib",
-                 "tensorboard"]
+                 "tensorboard", *(f"{name}; python_version>='3.10'" for name in ("onnx", "onnxruntime", "onnxscript"))]
 LINT = ["ruff", "mypy"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff"]  # ruff wraps the signatures
 
