@@ -34,8 +34,9 @@ def mini_cmt():
     train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
     plugin = "projects.mmdet3d_plugin."
-    names = ("models.utils.petr_transformer", "models.dense_heads.denoising", "models.dense_heads.positions",
-             "core.boxes", "core.evaluation", "core.losses", "core.matching", "datasets.frame", "registry")
+    names = ("models.backbones.pillar_net", "models.utils.petr_transformer", "models.dense_heads.denoising",
+             "models.dense_heads.positions", "core.boxes", "core.evaluation", "core.losses", "core.matching",
+             "datasets.frame", "registry")
     modules = {name.split(".")[-1]: importlib.import_module(plugin + name) for name in names}
     yield SimpleNamespace(train=train, **modules)
     pop_projects()

@@ -33,6 +33,21 @@ def test_denoising_mask_blocks(mini_cmt):
             assert block.all() if i != j else not block.any()
 
 
+def test_pillars_without_scatter_reduce(mini_cmt, monkeypatch):
+    """torch before 1.12 has none: the same maxima, and the same gradients."""
+    if not hasattr(torch.Tensor, "scatter_reduce"):
+        pytest.skip("nothing to compare with before torch 1.12")
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(500, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    pillar = torch.randint(0, 40, (500,), generator=generator)
+    expected = mini_cmt.pillar_net.largest(features, pillar, 64)
+    monkeypatch.setattr(mini_cmt.pillar_net, "Tensor", type("OldTensor", (), {}))
+    found = mini_cmt.pillar_net.largest(features, pillar, 64)
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(out.square().sum(), features)[0] for out in (found, expected)]
+    assert torch.equal(*gradients)
+
+
 def test_what_the_attentions_get(mini_cmt, built):
     """Self attention: the square mask. Cross attention: none, a zero float padding mask, all keys."""
     _, _, model, batch = built

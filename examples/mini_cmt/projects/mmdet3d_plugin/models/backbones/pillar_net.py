@@ -42,7 +42,17 @@ class PillarNet(nn.Module):
         within = place[:, :2] * self.cells - cell - 0.5
         features = torch.cat([place - 0.5, within, cloud[:, 3:4] / 255.0, cloud[:, 4:5] / 32.0], dim=1)
         features = self.point_net(features)  # not negative, so that an empty pillar is a zero
-        index = (cell[:, 1] * self.cells + cell[:, 0])[:, None].expand_as(features)
-        pillars = features.new_zeros(self.cells ** 2, features.shape[1])
-        pillars = pillars.scatter_reduce(0, index, features, reduce="amax")
+        pillars = largest(features, cell[:, 1] * self.cells + cell[:, 0], self.cells ** 2)
         return pillars.T.unflatten(1, (self.cells, self.cells))
+
+
+def largest(features: Tensor, pillar: Tensor, pillars: int) -> Tensor:
+    """(P, C) features of points and the pillar of each, (P,), to (pillars, C): the maximum in each, 0 in an empty one."""
+    empty = features.new_zeros(pillars, features.shape[1])
+    if hasattr(Tensor, "scatter_reduce"):
+        return empty.scatter_reduce(0, pillar[:, None].expand_as(features), features, reduce="amax")
+    # Before torch 1.12: points sorted by pillar, and by value in each; the last of each pillar is its largest.
+    rank = features.detach().argsort(0).argsort(0)
+    order = (pillar[:, None] * len(pillar) + rank).argsort(0)
+    found, counts = pillar.unique(return_counts=True)
+    return empty.index_put((found,), features.gather(0, order[counts.cumsum(0) - 1]))

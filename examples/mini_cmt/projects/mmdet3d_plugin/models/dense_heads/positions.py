@@ -5,7 +5,7 @@ A query is embedded as the tokens it should look at: by its place in the BEV, an
 from __future__ import annotations
 
 import math
-from typing import Sequence, Tuple
+from typing import Any, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,13 @@ from torch import Tensor
 from ...core.boxes import denormalise_points, normalise_points
 
 NEAREST = 1.0  # metres: points closer to a camera, or behind it, are not seen
+
+
+def full_precision(device_type: str) -> Any:
+    """No autocast inside; before torch 1.10 only CUDA has one."""
+    if hasattr(torch, "autocast"):
+        return torch.autocast(device_type, enabled=False)
+    return torch.cuda.amp.autocast(enabled=False)
 
 
 class PositionEmbedding(nn.Module):
@@ -44,12 +51,12 @@ class PositionEmbedding(nn.Module):
         device = self.waves.device
         y = (torch.arange(height, device=device) + 0.5) / height
         x = (torch.arange(width, device=device) + 0.5) / width
-        rows, columns = torch.meshgrid(y, x, indexing="ij")
+        rows, columns = y[:, None].expand(len(y), len(x)), x.expand(len(y), len(x))
         return self.bev(torch.stack([columns, rows], dim=-1).flatten(0, 1))
 
     def _rays(self, pixels: Tensor, img2lidar: Tensor) -> Tensor:
         """pixels (n, p, 2), img2lidar (n, 4, 4) -> (n, p, C). Geometry stays in float32."""
-        with torch.autocast(pixels.device.type, enabled=False):
+        with full_precision(pixels.device.type):
             rotation, origin = img2lidar[:, :3, :3], img2lidar[:, :3, 3]
             ones = torch.ones_like(pixels[..., :1])
             direction = torch.einsum("nij,npj->npi", rotation, torch.cat([pixels, ones], dim=-1))
@@ -61,7 +68,7 @@ class PositionEmbedding(nn.Module):
         """img2lidar (n, 4, 4) -> (n, height, width, C): the rays through the middles of the cells."""
         v = (torch.arange(height, device=img2lidar.device) + 0.5) * (img_shape[0] / height)
         u = (torch.arange(width, device=img2lidar.device) + 0.5) * (img_shape[1] / width)
-        rows, columns = torch.meshgrid(v, u, indexing="ij")
+        rows, columns = v[:, None].expand(height, width), u.expand(height, width)
         pixels = torch.stack([columns, rows], dim=-1).flatten(0, 1).expand(len(img2lidar), -1, -1)
         return self._rays(pixels, img2lidar).unflatten(1, (height, width))
 
@@ -69,7 +76,7 @@ class PositionEmbedding(nn.Module):
                 img_shape: Tuple[int, int]) -> Tensor:
         """reference (B, M, 3) in 0..1, (B, V, 4, 4) -> (B, M, C): BEV and the cameras that see it."""
         batch, num_queries = reference.shape[:2]
-        with torch.autocast(reference.device.type, enabled=False):
+        with full_precision(reference.device.type):
             points = denormalise_points(reference, self.pc_range)
             rotation, shift = lidar2img[..., :3, :3], lidar2img[:, :, None, :3, 3]
             seen = torch.einsum("bvij,bmj->bvmi", rotation, points) + shift
