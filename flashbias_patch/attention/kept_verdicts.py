@@ -27,7 +27,7 @@ log = logging.getLogger("flashbias_patch")
 NAMES = ("triton", "sdpa")  # backends whose source, and whose libraries' versions, are part of a place
 ROOM = 500  # rows, the newest
 Row = Dict[str, Any]
-_known: Optional[Set[Tuple[str, str]]] = None  # (class, backend) of this place, once the file was read
+_known: Optional[Set[Tuple[str, str, str]]] = None  # (place, class, backend), once the file was read
 
 
 def path() -> str:
@@ -46,17 +46,17 @@ def holds(key: Key, name: str) -> bool:
     """Whether an earlier process of this place found the backend right for the class."""
     global _known
     if _known is None:
-        place = here(key[0])
-        _known = {(row["class"], row["backend"]) for row in rows() if row["place"] == place}
-    return (_name(key), name) in _known
+        _known = {(row["place"], row["class"], row["backend"]) for row in rows()}
+    return (here(key[0]), _name(key), name) in _known
 
 
 def keep(key: Key, name: str, evidence: Dict[str, Any]) -> None:
     """Add a verdict; a file that cannot be written costs the next process a check."""
+    place = here(key[0])
     if _known is not None:
-        _known.add((_name(key), name))
+        _known.add((place, _name(key), name))
     row = {
-        "place": here(key[0]), "class": _name(key), "backend": name, "words": describe(key),
+        "place": place, "class": _name(key), "backend": name, "words": describe(key),
         "checked": time.strftime("%Y-%m-%d %H:%M:%S"), **evidence,
     }  # fmt: skip
     _change(lambda found: [each for each in found if not _is_same(each, row)] + [row])
@@ -64,10 +64,13 @@ def keep(key: Key, name: str, evidence: Dict[str, Any]) -> None:
 
 def forget(key: Key, name: str) -> None:
     """Remove the verdict on a backend that failed since; nothing happens where there is none."""
-    if _known is None or (_name(key), name) not in _known:
+    if not _known:
         return
-    _known.discard((_name(key), name))
-    gone = {"place": here(key[0]), "class": _name(key), "backend": name}
+    found = here(key[0]), _name(key), name
+    if found not in _known:
+        return
+    _known.discard(found)
+    gone = dict(zip(("place", "class", "backend"), found))
     _change(lambda found: [each for each in found if not _is_same(each, gone)])
 
 
@@ -76,7 +79,7 @@ def here(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     return "; ".join((
         f"{properties.name} sm_{properties.major}{properties.minor}", f"driver {_driver()}", f"torch {torch.__version__}",
-        f"Triton {_triton()}", f"source {_source():08x}",
+        f"cuDNN {_cudnn()}", f"Triton {_triton()}", f"source {_source():08x}",
     ))  # fmt: skip
 
 
@@ -120,6 +123,13 @@ def _driver() -> str:
             return " ".join(file.readline().split()[:8])
     except OSError:
         return str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")())
+
+
+def _cudnn() -> Any:
+    try:
+        return torch.backends.cudnn.version()
+    except RuntimeError as error:  # another one is found than torch was built for
+        return f"unknown ({error})"
 
 
 def _triton() -> Optional[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,48 @@ def test_another_machine_checks(kept, monkeypatch):
     monkeypatch.setattr(kept_verdicts, "here", lambda device: "another GPU")
     dispatch.attend(call(), SDPA)
     assert kept == [SDPA] * 2 and len(kept_verdicts.rows()) == 2
+
+
+def test_unlike_gpus_of_one_process_are_told_apart(kept, monkeypatch):
+    monkeypatch.setattr(kept_verdicts, "here", lambda device: f"GPU {device.index}")
+    key = call_class.key_of(call())
+    first, second = ((torch.device("cuda", index), *key[1:]) for index in range(2))
+    kept_verdicts.keep(first, SDPA, {"worst": 0.5})
+    for _ in range(2):
+        assert kept_verdicts.holds(first, SDPA) and not kept_verdicts.holds(second, SDPA)
+        kept_verdicts.reset()
+    kept_verdicts.holds(second, SDPA)
+    kept_verdicts.forget(second, SDPA)
+    assert kept_verdicts.holds(first, SDPA)
+    kept_verdicts.keep(second, SDPA, {"worst": 0.5})
+    kept_verdicts.forget(first, SDPA)
+    assert kept_verdicts.holds(second, SDPA) and not kept_verdicts.holds(first, SDPA)
+    assert [row["place"] for row in kept_verdicts.rows()] == ["GPU 1"]
+
+
+def test_another_cudnn_is_another_place(monkeypatch):
+    properties = SimpleNamespace(name="a GPU", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    places = set()
+    for version in (90100, 91002):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        places.add(kept_verdicts.here(torch.device("cuda", 0)))
+
+    def refused():
+        raise RuntimeError("cuDNN version incompatibility")
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", refused)
+    places.add(kept_verdicts.here(torch.device("cuda", 0)))
+    assert len(places) == 3
+
+
+def test_without_a_home_nothing_is_written(kept, monkeypatch, tmp_path):
+    """Not into a directory named "~" where the process happens to run."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    dispatch.attend(call(), SDPA)
+    assert kept == [SDPA] and kept_verdicts.rows() == [] and os.listdir(tmp_path) == []
 
 
 def test_a_failure_removes_the_verdict(kept):

@@ -27,7 +27,11 @@ Entry = Tuple[Sequence[Any], Sequence[Any]]  # a key and a config, as plain sequ
 
 
 def directory() -> str:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    """Of the file; where no home is known, a path below no directory, at which nothing can be written."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    if not home:
+        user = os.path.expanduser("~")  # "~" itself for a user whom the system does not know, as in some containers
+        home = os.devnull if user == "~" else os.path.join(user, ".cache")
     return os.path.join(home, "flashbias_patch")
 
 
