@@ -38,6 +38,8 @@ def attend(inputs: AttentionInputs, pinned: Optional[str] = None) -> Tensor:
     if current_transform() is not None or forward_ad._current_level >= 0:
         journal.calls[LAST_RESORT] += 1
         return differentiable.attend(inputs)
+    if type(inputs.q) is not Tensor and _symbolic(inputs):
+        return attend_traced(inputs, pinned)
     if breakers.pending:
         breakers.open_pending()
     checkpointed = replay.current()
@@ -46,6 +48,11 @@ def attend(inputs: AttentionInputs, pinned: Optional[str] = None) -> Tensor:
     if checkpointed is None:
         return _settled(inputs, key, pinned)[0]
     return _replayed(checkpointed, inputs, key, pinned)
+
+
+def _symbolic(inputs: AttentionInputs) -> bool:
+    """Whether sizes are symbols, as of fake tensors that stand for any batch: no class or plan can be kept by them."""
+    return not all(type(size) is int for size in (*inputs.q.shape, *inputs.k.shape, inputs.v.shape[-1], inputs.rank))
 
 
 def _replayed(checkpointed: replay.Replay, inputs: AttentionInputs, key: Key, pinned: Optional[str]) -> Tensor:

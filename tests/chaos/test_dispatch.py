@@ -17,6 +17,7 @@ from flashbias_patch.attention import dispatch, selection
 from flashbias_patch.attention.backends import reference
 from flashbias_patch.attention.recovery import backward, errors
 from flashbias_patch.bias import DenseBias, LowRankBias
+from tests.capabilities import since
 
 from .faulty import Fault, Faulty
 from .matrix import only
@@ -319,6 +320,32 @@ def test_nothing_is_checked_or_trusted_while_a_call_is_traced(monkeypatch):
     assert not upstream.answered and not journal.fallbacks()  # known to go wrong, it is passed over unchecked
     assert all("sdpa" not in found for found in dispatch.breakers.by_class.values())
     torch.testing.assert_close(traced(q), flash_bias_attention(q, k, v, backend="sdpa"))
+
+
+@since(2, 3, "symbolic sizes as this test makes them")
+@pytest.mark.parametrize("feature", ("none", "padding", "low rank"))
+def test_sizes_may_be_symbols(feature):
+    """Neither a class of call nor a plan can be kept by them; a settled call of the same class changes nothing."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def attend(q, k, v, padding, a, b):
+        given = {"key_padding_mask": padding} if feature == "padding" else {}
+        return flash_bias_attention(q, k, v, LowRankBias(a, b) if feature == "low rank" else None, **given)
+
+    def operands(B, M, N):
+        g = torch.Generator().manual_seed(0)
+        hidden = torch.zeros(B, N).masked_fill(torch.arange(N) > N - 3, -math.inf)
+        q, k, v = tensors(M, N, B=B, grad=False)
+        return q, k, v, hidden, torch.randn(B, M, 2, 3, generator=g), torch.randn(B, N, 2, 3, generator=g)
+
+    for _ in range(3):
+        attend(*operands(2, 6, 10))
+    before = dict(dispatch.breakers.plans), {key: dict(found) for key, found in dispatch.breakers.by_class.items()}
+    graph = make_fx(attend, tracing_mode="symbolic")(*operands(2, 6, 10))
+    assert before == (dispatch.breakers.plans, dispatch.breakers.by_class)
+    for sizes in ((2, 6, 10), (3, 5, 7)):
+        given = operands(*sizes)
+        torch.testing.assert_close(graph(*given), attend(*given))
 
 
 @pytest.mark.slow
