@@ -128,6 +128,25 @@ def test_a_bound_passes_the_gradient(dtype):
     assert torch.equal(torch.autograd.grad(found[:4].sum(), term)[0][:4], torch.ones(4, dtype=dtype))
 
 
+@pytest.mark.parametrize("where", ("key_padding_mask", "attn_mask"))
+@pytest.mark.parametrize("peak", (0.0, 1.0))
+@capabilities.needs_sdpa
+def test_a_mask_may_be_changed_in_place_before_backward(where, peak):
+    """As with torch.nn.MultiheadAttention: a buffer for the mask of every batch."""
+    q, k, v = (random(B, length, H, D) for length in (M, N, N))
+    buffer = torch.zeros((B, N) if where == "key_padding_mask" else (B, 1, M, N))
+    buffer[..., 3:] = -2.0
+    buffer += peak
+    found = []
+    for changed in (False, True):
+        mask, leaf = buffer.clone(), q.clone().requires_grad_()
+        out = flash_bias_attention(leaf, k, v, **{where: mask})
+        if changed:
+            mask.fill_(-math.inf)
+        found += torch.autograd.grad(out.square().sum(), leaf)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_a_sum_of_finfo_min_hides_nothing():
     terms = dict(dense=row_at(LEAST), key_padding=sample_at(LEAST))
     exact = run(softmax, DOUBLE, terms)

@@ -105,7 +105,8 @@ def _masks(inputs: AttentionInputs) -> Optional[Tuple[Optional[Tensor], Optional
     if top.is_cpu and type(top) is Tensor and inputs.segment_weights is None and top.numel() <= FEW and _read() is None:
         peaks = top.view(-1).tolist()
         if not any(peaks):  # every row's largest term is 0, as of a padding that hides some keys, or none
-            return additive.to(q.dtype), None
+            # A copy: torch saves it for backward, and until then the caller may change its own mask in place.
+            return additive.to(q.dtype, copy=True), None
     # Else a kernel's running maximum is enough.
     exact = inputs.needs_grad or q.dtype in HALF or inputs.segment_weights is not None
     if exact and possible(inputs) and any_far(top):
