@@ -28,6 +28,8 @@ from .exporting import is_exporting
 from .route import Route
 
 _NO_BIASES: Tuple[Bias, ...] = ()
+_NOTHING: Dict[str, Any] = {}
+_LINEAR = (getattr(nn.modules.linear, "NonDynamicallyQuantizableLinear", nn.Linear), nn.Linear)
 NAME = "nn.MultiheadAttention"
 FUNCTION = "multi_head_attention_forward"
 _NESTED = hasattr(Tensor, "is_nested")  # since torch 1.12
@@ -141,7 +143,9 @@ def _attend_module(
     if open_route.biases:
         unreachable.remember(module)
     out_proj = module._modules["out_proj"]
-    own, outs = module._parameters, out_proj._parameters  # quicker than attributes of a module
+    # Quicker than attributes of a module, where no other class computes these.
+    own: Dict[str, Any] = module._parameters if type(module) is nn.MultiheadAttention else _NOTHING
+    outs: Dict[str, Any] = out_proj._parameters if type(out_proj) in _LINEAR else _NOTHING
     # A parametrised parameter, or one of a replica of nn.DataParallel, is an attribute only.
     weight = own["in_proj_weight"] if "in_proj_weight" in own else module.in_proj_weight  # noqa: SIM401
     offset = own["in_proj_bias"] if "in_proj_bias" in own else module.in_proj_bias  # noqa: SIM401

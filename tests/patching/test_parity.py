@@ -192,6 +192,26 @@ def test_what_is_not_supported_runs_the_original_code(patched, arguments):
     torch.testing.assert_close(ours, module(query, key, key))
 
 
+@pytest.mark.parametrize("inner, name", [(True, "in_proj_weight"), (False, "weight"), (False, "bias")])
+def test_a_class_that_computes_a_parameter_is_heard(patched, inner, name):
+    """The class of a module may be replaced once it is built, as adapters do, with a property over the parameter."""
+    module = patched.PETRMultiheadAttention(E, H).eval()
+    query, key = torch.randn(5, 2, E), torch.randn(7, 2, E)
+    torch.nn.init.normal_(module.attn.out_proj.bias)
+    module(query, key, key)
+    part = module.attn if inner else module.attn.out_proj
+    part.__class__ = type("Adapted", (type(part),), {name: property(lambda self: 2 * self._parameters[name])})
+
+    def run():
+        out = module(query, key, key)
+        return [out, *torch.autograd.grad(out.square().sum(), list(module.parameters()))]
+
+    ours = run()
+    flashbias_patch.uninstall()
+    for found, expected in zip(ours, run()):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_is_drawn_and_scaled(patched):
     module = patched.PETRMultiheadAttention(E, H, attn_drop=0.3).train()
     query, key = torch.randn(40, 2, E), torch.randn(50, 2, E)
