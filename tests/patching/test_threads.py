@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flashbias_patch
+from flashbias_patch.attention.recovery import learned
 
 from .checkpoints import KINDS
 from .test_checkpoints import Inputs, assert_equal, decoder_of, gradients, loss_of, patched, run  # noqa: F401
@@ -276,3 +277,24 @@ def test_a_recomputation_after_a_block_that_ended_in_another_thread(patched, kin
         in_thread(opened.close)
         results.append(gradients(decoder, inputs, out))
     assert_equal(results[1], results[0])
+
+
+def test_parts_of_a_learned_gradient_from_two_threads_of_one_pass():
+    """Each GPU of a backward pass has a thread: what another one adds during an addition must not be lost."""
+    one_pass, tensor, others = learned.PassGradients(), object(), []
+
+    class Part:
+        def __init__(self, number):
+            self.number = number
+
+        def __add__(self, other):
+            if not others:
+                others.append(threading.Thread(target=one_pass.add, args=(tensor, Part(4))))
+                others[0].start()
+                others[0].join(0.2)  # it ends here only if nothing keeps it out
+            return Part(self.number + other.number)
+
+    one_pass._found[id(tensor)] = tensor, Part(1)
+    one_pass.add(tensor, Part(2))
+    others[0].join()
+    assert one_pass._found[id(tensor)][1].number == 7

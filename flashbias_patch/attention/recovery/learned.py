@@ -93,25 +93,33 @@ class PassGradients:
         return gradients
 
     def add(self, tensor: Tensor, gradient: Tensor) -> None:
-        if id(tensor) in self._found:
-            self._found[id(tensor)] = tensor, self._found[id(tensor)][1] + gradient
-            return
+        """To be called in any thread of the pass: each GPU has its own."""
+        with _gradients_lock:
+            if id(tensor) in self._found:
+                self._found[id(tensor)] = tensor, self._found[id(tensor)][1] + gradient
+                return
+            if not self._at_once(tensor):
+                self._found[id(tensor)] = tensor, gradient
+                return
+        _differentiate([tensor], [gradient])  # now: the pass frees what the graph behind the tensor needs
+
+    def _at_once(self, tensor: Tensor) -> bool:
+        """Whether each part is to be added when it is found; else all of them join what the pass finds, if it does."""
         assert internals.will_execute is not None
         node = _node(tensor)
-        if internals.will_execute(node):
-            hook = tensor.register_hook(functools.partial(self._join, tensor))
-            others = tensor._backward_hooks or {}
-            for key in [key for key in others if key != hook.id]:
-                others[key] = others.pop(key)  # they come later, and see the sum
-            self._hooks.append(hook)
-        elif _shared_with_this_pass(node, internals.will_execute):
-            _differentiate([tensor], [gradient])  # now: the pass frees what the graph behind the tensor needs
-            return
-        self._found[id(tensor)] = tensor, gradient
+        if not internals.will_execute(node):
+            return _shared_with_this_pass(node, internals.will_execute)
+        hook = tensor.register_hook(functools.partial(self._join, tensor))
+        others = tensor._backward_hooks or {}
+        for key in [key for key in others if key != hook.id]:
+            others[key] = others.pop(key)  # they come later, and see the sum
+        self._hooks.append(hook)
+        return False
 
     def _join(self, tensor: Tensor, own: Optional[Tensor]) -> Optional[Tensor]:
         """Add what was found to the gradient that the pass has for `tensor`."""
-        _, found = self._found.pop(id(tensor), (tensor, None))
+        with _gradients_lock:
+            _, found = self._found.pop(id(tensor), (tensor, None))
         return found if own is None or found is None else own + found
 
     def deliver(self) -> None:
@@ -124,7 +132,7 @@ class PassGradients:
 
 
 _gradients: weakref.WeakValueDictionary[int, PassGradients] = weakref.WeakValueDictionary()  # by backward pass
-_gradients_lock = threading.Lock()
+_gradients_lock = threading.RLock()
 
 
 def _node(tensor: Tensor) -> Any:
