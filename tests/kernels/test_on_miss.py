@@ -184,14 +184,14 @@ def test_of_two_ranks_one_tunes_and_both_use_it(tmp_path):
 def test_the_backend_asks_where_the_variable_is_on_and_nothing_is_compiled(monkeypatch):
     asked = []
     monkeypatch.setattr(on_miss, "tune", lambda inputs, seconds: asked.append(seconds))
+    monkeypatch.setattr(operator, "attend", lambda inputs, on_failure: inputs.q)
     monkeypatch.setattr(operator, "fused_attention", lambda *inputs, **rest: inputs[0])
     settings.reload({})
     triton_fused.TritonFused()(call())
     settings.reload({"FLASHBIAS_TUNE": "45"})
     backend = triton_fused.TritonFused()
     backend(call())
-    monkeypatch.setattr(triton_fused, "is_compiling", lambda: True)
-    backend(call())
+    backend.traced(call())
     assert asked == [45.0]
     assert not triton_fused.backend.tune, "off by default"
 
@@ -204,5 +204,5 @@ def test_torch_compile_does_not_tune(monkeypatch):
     backend = triton_fused.TritonFused()
     backend.tune = 45.0
     rest = call(8, 8)[1:]
-    out = torch.compile(lambda q: backend(AttentionInputs(q, *rest)), backend="eager", fullgraph=True)(torch.zeros(3))
+    out = torch.compile(lambda q: backend.traced(AttentionInputs(q, *rest)), backend="eager", fullgraph=True)(torch.zeros(3))
     assert not asked and bool((out == 1).all())
