@@ -44,9 +44,7 @@ def settings_page() -> str:
              f"A switch is on with {', '.join(f'`{word}`' for word in TRUE)}, and off with "
              f"{', '.join(f'`{word}`' for word in FALSE)}.", "", "| variable | default | meaning |", "|---|---|---|"]
     for variable in VARIABLES:
-        default = {True: "on", False: "off", None: "unset", (): "all"}.get(variable.default, variable.default)
-        default = ", ".join(default) if isinstance(default, tuple) else default
-        lines.append(f"| `{variable.name}` | {cell(default)} | {cell(variable.help)} |")
+        lines.append(f"| `{variable.name}` | {cell(variable.shown(variable.default))} | {cell(variable.help)} |")
     return "\n".join([*lines, "", "How to use them: [turn it on](../guides/turn-on.md). Misread ones: "
                       "[questions](../faq.md).", ""])
 

@@ -92,6 +92,16 @@ class Variable(namedtuple("Variable", "field default parse help")):
     def name(self) -> str:
         return "FLASHBIAS_" + self.field.upper()
 
+    def shown(self, value: Any) -> str:
+        """The parsed `value` in the words that README.md has: on, off, unset, all, or the value itself."""
+        if isinstance(value, bool) or (self.parse is _seconds and not value):
+            return "on" if value else "off"
+        if value is None:
+            return "unset"
+        if isinstance(value, tuple):
+            return ", ".join(value) or ("all" if self.default == () else "none")
+        return str(value)
+
 
 VARIABLES: Tuple[Variable, ...] = (
     Variable("patch", True, _switch, "install on import; off touches nothing"),

@@ -179,9 +179,9 @@ def _markdown(report: Dict[str, Any]) -> str:
     def table(rows: Iterable[Any]) -> List[str]:
         return ["| | |", "|---|---|", *("| " + " | ".join(_cell(word) for word in row) + " |" for row in rows), ""]
 
-    defaults = {variable.field: variable.default for variable in settings.VARIABLES}
-    changed = [(f"FLASHBIAS_{name.upper()}", "set" if name in PRIVATE else repr(value))
-               for name, value in report["settings"].items() if value != defaults.get(name)]
+    found = report["settings"]
+    changed = [(variable.name, "set" if variable.field in PRIVATE else variable.shown(found[variable.field]))
+               for variable in settings.VARIABLES if found[variable.field] != variable.default]
     versions = [("flashbias_patch", report["flashbias_patch"]), ("Python", report["python"]),
                 ("GPU", report["gpu"] or "none")]
     lines = ["<details><summary>flashbias doctor</summary>", ""]
@@ -206,13 +206,18 @@ def _cell(word: Any) -> str:
 
 
 def _text(report: Dict[str, Any]) -> str:
+    from .. import settings
+
+    found, width = report["settings"], max(map(len, report["packages"]))
     lines = [f"flashbias_patch {report['flashbias_patch']} on Python {report['python']}"]
-    lines += ["system:"] + [f"  {SYSTEM[name]:<13} {value or '-'}" for name, value in report["system"].items()]
-    lines += ["packages:"] + [f"  {name:<13} {version or '-'}" for name, version in report["packages"].items()]
-    lines += ["settings:"] + [f"  FLASHBIAS_{k.upper():<10} {v!r}" for k, v in report["settings"].items()]
-    if not report["settings"]["patch"]:
+    lines += ["system:"] + [f"  {SYSTEM[name]:<{width}} {value or '-'}" for name, value in report["system"].items()]
+    lines += ["packages:"] + [f"  {name:<{width}} {version or '-'}" for name, version in report["packages"].items()]
+    lines.append("settings:")
+    lines += [f"  {variable.name:<20} {variable.shown(found[variable.field])}" for variable in settings.VARIABLES]
+    if not found["patch"]:
         lines.append("  FLASHBIAS_PATCH is off: a run is not patched; below is what a patched one does")
-    lines += [f"GPU: {report['gpu'] or 'none'}", "backends, in the order they are asked (for CMT's cross attention):"]
+    lines.append(f"GPU: {report['gpu'] or 'none'}")
+    lines.append("backends, in the order in which they are tried (for CMT's cross attention):")
     for name, reasons in report["backends"].items():
         lines.append(f"  {name:<10} {'takes it' if not reasons else '; '.join(reasons)}")
     if not report["backends"]:

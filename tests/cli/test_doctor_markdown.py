@@ -23,8 +23,21 @@ def test_markdown_is_folded_and_shows_no_path(capsys, monkeypatch):
     settings.reload()
     page = run(capsys, "--markdown")
     assert page.startswith("<details>") and page.rstrip().endswith("</details>")
-    assert "| FLASHBIAS_DTYPE | 'fp16' |" in page and "| FLASHBIAS_HOME | set |" in page and "private" not in page
+    assert "| FLASHBIAS_DTYPE | fp16 |" in page and "| FLASHBIAS_HOME | set |" in page and "private" not in page
     assert "| OS | " in page and "| torch | " in page and "| reference | takes it |" in page and "| mmcv | " not in page
+
+
+def test_text_is_aligned_and_has_the_words_of_the_readme(capsys, monkeypatch):
+    monkeypatch.setenv("FLASHBIAS_PATCH", "1")
+    monkeypatch.setenv("FLASHBIAS_RANK", "1")  # equal to True, and not "on"
+    settings.reload()
+    page = run(capsys)
+    rows = dict(line.split() for line in page.splitlines() if line.startswith("  FLASHBIAS_"))
+    assert {name: rows[f"FLASHBIAS_{name}"] for name in ("PATCH", "STRICT", "TARGETS", "HOME", "COMPAT", "TUNE", "RANK")} \
+        == dict(PATCH="on", STRICT="off", TARGETS="all", HOME="unset", COMPAT="all", TUNE="off", RANK="1")
+    packages = page.partition("packages:\n")[2].partition("settings:")[0].splitlines()
+    (column,) = {line.index(line.split()[1], 2 + len(line.split()[0])) for line in packages}
+    assert column > len("  nuscenes-devkit")
 
 
 def test_json_has_the_machine(capsys):
