@@ -28,7 +28,7 @@ OPTIONS = ["model.pts_bbox_head.transformer.type=WindowTransformer",
            "optimizer.lr_mult.bias_scale=10.0"]  # a learning rate of its own: ten times that of the weights
 
 
-# --8<-- [start:bias]
+# [start: docs/quickstart.md]
 @TRANSFORMER.register_module()
 class WindowTransformer(CmtTransformer):
     """CmtTransformer with a bias: `bias_scale` per head times a weight per query, on 7 x 7 BEV cells."""
@@ -66,7 +66,7 @@ class WindowTransformer(CmtTransformer):
         finally:
             for handle in handles:
                 handle.remove()
-# --8<-- [end:bias]
+# [end: docs/quickstart.md]
 
 
 def main() -> None:
