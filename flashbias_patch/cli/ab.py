@@ -177,7 +177,7 @@ def _main(args: argparse.Namespace) -> int:
 
     ends = (signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, _as_interrupt) for number in ends}
-    screen = _screen(runner.schedule(args.repeats, not args.no_aa), args.steps)
+    screen = _screen(runner.schedule(args.repeats, not args.no_aa), args.steps, not args.no_aa and args.eval is None)
     try:
         with screen:
             experiment = runner.run_all(command, out, options, screen.update)
@@ -265,13 +265,14 @@ def _write(out: str, experiment: Any, verdict: Any, report: Any) -> None:
 
 
 class PlainScreen:
-    """One line per run."""
+    """One line per run. `nudged`: a nudged A follows the schedule where it is needed."""
 
-    def __init__(self, schedule: str) -> None:
-        self.schedule = schedule
+    def __init__(self, schedule: str, nudged: bool) -> None:
+        self.schedule, self.nudged = schedule, nudged
 
     def __enter__(self) -> PlainScreen:
-        _print(f"{len(self.schedule)} runs: {' '.join(self.schedule)} (A unpatched, B patched)")
+        further = ", then a nudged A unless B is identical" if self.nudged else ""
+        _print(f"{len(self.schedule)} runs: {' '.join(self.schedule)} (A unpatched, B patched){further}")
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -335,13 +336,13 @@ class RichScreen:
             self.progress.stop_task(task)
 
 
-def _screen(schedule: str, steps: int) -> Any:
+def _screen(schedule: str, steps: int, nudged: bool) -> Any:
     try:
         if _is_terminal():
             return RichScreen(schedule, steps)
     except ImportError:
         pass
-    return PlainScreen(schedule)
+    return PlainScreen(schedule, nudged)
 
 
 def _is_terminal() -> bool:

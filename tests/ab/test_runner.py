@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from flashbias_patch.ab import verdict as verdicts
 from flashbias_patch.ab import words as wording
 from flashbias_patch.ab.runner import Options, schedule
 from flashbias_patch.ab.verdict import judge
+from flashbias_patch.cli import ab as cli_ab
 
 # A training loop as far as the runner can tell, without the seconds that importing torch takes.
 STEPS = """
@@ -328,6 +330,22 @@ def test_interrupt_ends_the_child_and_still_reports(tmp_path, number):
     assert "interrupted" in output and (tmp_path / "out" / "report.md").exists()
     assert processes_with(words[-1]) == []
     assert cli(tmp_path, "report", "out", "--markdown", "-").communicate()[0].startswith("## flashbias A/B")
+
+
+@pytest.mark.parametrize("options, nudged", [([], True), (["--no-aa"], False), (["--eval", "last.pth"], False)])
+def test_first_line_names_the_runs_that_may_follow(tmp_path, monkeypatch, capsys, options, nudged):
+    """`make demo` says that it trains four times: A B A are three."""
+    def run_all(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run_all", run_all)
+    parser = argparse.ArgumentParser()
+    cli_ab.add_arguments(parser)
+    words = [*options, "--repeats", "1", "--out", str(tmp_path / "out"), "--", sys.executable, "{predictions}"]
+    assert cli_ab.main(parser.parse_args(words)) == cli_ab.INTERRUPTED
+    line = capsys.readouterr().out.splitlines()[0]
+    assert ("then a nudged A unless B is identical" in line) is nudged
+    assert line.startswith("2 runs: A B (" if "--no-aa" in options else "3 runs: A B A (")
 
 
 def test_fail_if_and_exit_statuses(tmp_path):
