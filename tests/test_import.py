@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,14 @@ def test_public_names_resolve():
            "try: flashbias_patch.nonsense\n"
            "except AttributeError as e: assert 'nonsense' in str(e)\n"
            "else: raise SystemExit(1)")
+
+
+@pytest.mark.parametrize("on_the_path", [True, False])
+def test_sitecustomize_check_of_its_page(on_the_path):
+    """The page's command tells a folder that is used from one that is not."""
+    folder = ROOT / "sitecustomize_example"
+    code = re.search(r'^    FLASHBIAS_PATCH=1 python -c "(.*)"$', (folder / "README.md").read_text(), re.MULTILINE).group(1)
+    assert python(code, path=[str(folder)] * on_the_path, FLASHBIAS_PATCH="1") == (str(on_the_path), "")
 
 
 def test_sitecustomize_example(tmp_path):
