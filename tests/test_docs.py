@@ -45,6 +45,16 @@ def test_no_page_needs_the_site_for_its_text():
     assert pages == []
 
 
+def test_quoted_verdicts_can_occur():
+    """`flashbias ab` says `within rounding` of small differences only; over that it says `within noise`."""
+    from flashbias_patch.ab.parity import ROUNDING
+
+    most = max(100 * limit for *_, limit in ROUNDING.values())
+    for page in (ROOT / "docs").rglob("*.md"):
+        for figure in re.findall(r"within rounding; largest difference ([\d.]+) ?%", page.read_text(encoding="utf-8")):
+            assert float(figure) <= most, page.name
+
+
 def test_every_setting_is_in_the_readme():
     from flashbias_patch.settings import VARIABLES
 
