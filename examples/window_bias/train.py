@@ -35,7 +35,7 @@ class WindowTransformer(CmtTransformer):
 
     def __init__(self, decoder: Any, heads: int = 8) -> None:
         super().__init__(decoder)
-        self.gate = nn.Linear(self.embed_dims, 1)  # how much a query cares
+        self.gate = nn.Linear(self.embed_dims, 1)  # the weight of each query
         self.bias_scale = nn.Parameter(torch.full((heads,), 0.5))
         self.patched = bool(flashbias_patch.status()["patched"])
 
@@ -55,8 +55,8 @@ class WindowTransformer(CmtTransformer):
         if self.patched:
             with flashbias_patch.attention_bias(bias, kind="cross"):
                 return super().forward(x, x_img, query_embed, bev_pos_embed, *args, **kwargs)
-        # Unpatched there is nobody to add it: hand it over as a dense mask, (B*H, M, N). Without checkpointing only,
-        # which loses the gradient of a tensor in a list of masks.
+        # Unpatched, no class adds the bias: pass it as a dense mask, (B*H, M, N). Only without checkpointing, which
+        # loses the gradient of a tensor in a list of masks.
         dense = bias.dense().flatten(0, 1)
         handles = [layer.attentions[1].register_forward_pre_hook(
             lambda module, arguments, keywords: (arguments, {**keywords, "attn_mask": dense}), with_kwargs=True)
