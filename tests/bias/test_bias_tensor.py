@@ -5,6 +5,7 @@ import copy
 import io
 import logging
 import math
+import operator
 import threading
 
 import pytest
@@ -510,6 +511,18 @@ def test_forms_and_what_does_not_fit():
         described(per_head, "nm")
     shared = described(WindowBias(torch.randn(1, M, 2), centres(batch=1), FRAMES, 3), "mn", torch.float16)
     assert shared.shape == (M, N) and shared.dtype is torch.float16 and shared.numbers().dtype is torch.float16
+
+
+@pytest.mark.parametrize("operation", (operator.mul, operator.truediv))
+@pytest.mark.parametrize("factor", (2.0, -2.0, 0.0))
+def test_a_masked_bias_by_a_tensor(operation, factor):
+    """A positive factor keeps the description; -inf times another is +inf or NaN, which only numbers can say."""
+    made = Made()
+    for scale in (torch.tensor(factor, dtype=made.dense.dtype), torch.nn.Parameter(torch.tensor([factor]).to(made.dense))):
+        hidden, exact = (t.masked_fill(made.mask, -math.inf) for t in (made.tensor, made.dense))
+        found = operation(hidden, scale)
+        assert (type(found) is BiasTensor and found._bias is not None) == (factor > 0)
+        torch.testing.assert_close(numbers(found), operation(exact, scale), equal_nan=True)
 
 
 steps = st.lists(st.sampled_from([name for name in STEPS if name not in ("in place",)]), min_size=1, max_size=5)

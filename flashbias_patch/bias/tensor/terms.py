@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..base import AttentionBias, DenseBias, LowRankBias, MaskBias, add_terms
 from ..exact import ModalityBias
@@ -25,6 +26,7 @@ AXES: Dict[type, Dict[str, Dict[str, int]]] = {
     MaskBias: {"mask": {"b": 0, "h": 1, "m": 2}},
 }
 MASKS = (MaskBias, WindowMask)
+FEW = 1 << 10  # factors of a masked bias, whose signs Python looks at
 SCALED = {WindowBias: "weights", ModalityBias: "weights", LowRankBias: "q_factor", DenseBias: "tensor"}
 
 
@@ -71,12 +73,16 @@ def with_empty_rows(bias: AttentionBias, before: int, after: int) -> Optional[At
 
 
 def scaled(bias: AttentionBias, factor: Any, operation: Callable[[Any, Any], Any]) -> Optional[AttentionBias]:
-    """`operation` (multiplication or division) by a number or a tensor (B|1, H|1, M|1, 1)."""
+    """`operation` (multiplication or division) by a number or a tensor (B|1, H|1, M|1, 1).
+
+    A mask has this form only where every factor is positive: -inf times another factor is +inf or NaN.
+    """
     terms: List[AttentionBias] = []
-    if isinstance(factor, (int, float)):
-        masked = any(isinstance(term, MASKS) for term in bias._terms())
-        if factor != factor or masked and not factor > 0:
-            return None
+    number = isinstance(factor, (int, float))
+    if number and factor != factor:
+        return None
+    if any(isinstance(term, MASKS) for term in bias._terms()) and not (factor > 0 if number else _positive(factor)):
+        return None
     for term in bias._terms():
         if isinstance(term, MASKS):
             terms.append(term)
@@ -88,6 +94,11 @@ def scaled(bias: AttentionBias, factor: Any, operation: Callable[[Any, Any], Any
         setattr(other, name, operation(tensor, same))
         terms.append(other)
     return add_terms(terms)
+
+
+def _positive(factor: Tensor) -> bool:
+    """Whether every entry is, of few: it waits for the GPU."""
+    return factor.numel() <= FEW and type(factor) in (Tensor, Parameter) and bool((factor.detach() > 0).all())
 
 
 def clamped(bias: AttentionBias, low: Optional[float], high: Optional[float]) -> Optional[AttentionBias]:
