@@ -22,6 +22,10 @@ def card(request, monkeypatch):
         cache.cache_clear()
     try:
         with fake.FakeTensorMode(allow_non_fake_inputs=True):
+            try:
+                torch.empty(0, device="cuda")
+            except (RuntimeError, AssertionError) as error:
+                pytest.skip(f"this torch wants a GPU for fake tensors too: {str(error)[:40]}")
             yield request.param
     finally:
         for cache in CACHES:
