@@ -58,7 +58,7 @@ test-openmmlab:
 
 test-py38:
 	tools/openmmlab_env.sh py38
-	.venv-openmmlab/py38/bin/python -m pytest -q tests/test_settings.py tests/attention tests/bias tests/family tests/patching
+	.venv-openmmlab/py38/bin/python -m pytest -q -n $(JOBS) tests/test_settings.py tests/attention tests/bias tests/family tests/patching
 
 # What needs no more of torch than 1.9 has: seams, checkpoints with a learned bias, the family's stand-ins, the monitor.
 OLD := tests/attention/test_accuracy.py tests/family/test_family.py tests/monitor tests/patching/test_bias_ways.py \
