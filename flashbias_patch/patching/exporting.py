@@ -31,7 +31,14 @@ def exporting() -> bool:
 
 def original_alone(original: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
     """The original method, for torch.export.export(strict=True); NotImplementedError where a bias would be lost."""
-    biased = ambient.ever_opened and ambient.active()
-    if biased or "attention_bias" in kwargs or "aqr" in module._modules or any(isinstance(a, AttentionBias) for a in args):
+    if _biased() or "attention_bias" in kwargs or "aqr" in module._modules or any(isinstance(a, AttentionBias) for a in args):
         raise NotImplementedError(REFUSED)
     return original(module, *args, **kwargs)
+
+
+def _biased() -> bool:
+    return ambient.ever_opened and ambient.active()
+
+
+# What torch.compiler.assume_constant_result does, without all of torch._dynamo, which cannot read context variables.
+_biased._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -144,6 +144,19 @@ def test_a_strict_export_refuses_a_bias(model):
     assert REFUSED in str(raised.value) or "attention_bias" in str(raised.value)
 
 
+@needs_export
+def test_a_strict_export_beside_a_block(model):
+    """After a block, the model is exported as ever; inside one, which torch.compile cannot read, the bias is refused."""
+    flashbias_patch.install()
+    with flashbias_patch.attention_bias(BIASES["low rank"](), kind="cross"):
+        with pytest.raises(Exception) as raised:
+            export_strict(model)
+        assert REFUSED in str(raised.value)
+    with torch.no_grad():
+        _, numbers = export_strict(model)
+        torch.testing.assert_close(numbers, model(*inputs()), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("way", WAYS[:3])
 def test_a_flash_class_is_exported_in_plain_operators(repository, way):
     """Its own code, flash-attn's kernels, no exporter takes."""
