@@ -116,21 +116,16 @@ mid() {
 print('Python', sys.version.split()[0], 'torch', torch.__version__, 'triton', triton.__version__)"
 }
 
-t19() {
-    venv "$(find_python 3.8 "${PYTHON38:-}")"
-    step torch pip_ torch==1.9.1 "numpy<1.24" scipy
+old() { # PYTHON TORCH NUMPY: a torch that is older than the kernels
+    venv "$1"
+    step torch pip_ "torch==$2" "numpy$3" scipy
     step test pip_ "wrapt>=1.14" "${TEST[@]}"
     "$VENV/bin/python" -c "import sys, torch
 print('Python', sys.version.split()[0], 'torch', torch.__version__)"
 }
 
-t113() {
-    venv "$(find_python 3.10 "${PYTHON310:-}")"
-    step torch pip_ torch==1.13.1 "numpy<2" scipy
-    step test pip_ "wrapt>=1.14" "${TEST[@]}"
-    "$VENV/bin/python" -c "import sys, torch
-print('Python', sys.version.split()[0], 'torch', torch.__version__)"
-}
+t19() { old "$(find_python 3.8 "${PYTHON38:-}")" 1.9.1 "<1.24"; }
+t113() { old "$(find_python 3.10 "${PYTHON310:-}")" 1.13.1 "<2"; }
 
 for name in "${ENVS[@]}"; do
     VENV=$DIR/$name
