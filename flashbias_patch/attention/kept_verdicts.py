@@ -13,7 +13,6 @@ import functools
 import json
 import logging
 import os
-import tempfile
 import time
 import zlib
 from typing import Any, Dict, List, Optional, Set, Tuple
@@ -170,13 +169,6 @@ def _change(edit: Any) -> None:
     try:
         os.makedirs(cache.directory(), exist_ok=True)
         with cache.locked(path() + ".lock", cache.PATIENCE):
-            handle, temporary = tempfile.mkstemp(dir=cache.directory())
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.write("[\n" + ",\n".join(json.dumps(row) for row in edit(rows())[-ROOM:]) + "\n]\n")
-                os.replace(temporary, path())
-            except BaseException:
-                os.unlink(temporary)
-                raise
+            cache.write(path(), edit(rows())[-ROOM:])
     except OSError as error:
         log.debug("verdicts %s not written: %s", path(), error)

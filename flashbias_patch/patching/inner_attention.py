@@ -11,14 +11,14 @@ import inspect
 import sys
 import threading
 import types
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import journal, settings
-from .._torch_internals import RELEASE, TorchFunctionMode
+from .._torch_internals import RELEASE, TorchFunctionMode, tracing_state
 from ..attention import dispatch, flash_bias_attention
 from ..attention.weights import LazyWeights
 from ..bias import AttentionBias
@@ -33,7 +33,6 @@ _LINEAR = (getattr(nn.modules.linear, "NonDynamicallyQuantizableLinear", nn.Line
 NAME = "nn.MultiheadAttention"
 FUNCTION = "multi_head_attention_forward"
 _NESTED = hasattr(Tensor, "is_nested")  # since torch 1.12
-_jit_tracing: Callable[[], Any] = getattr(torch._C, "_get_tracing_state", lambda: None)
 _backward_hooks_of_all: Dict[int, Any] = getattr(nn.modules.module, "_global_backward_hooks", {})
 
 
@@ -178,7 +177,7 @@ def _attend_module(
     weights = result[1]
     if weights is not None and (
         module._backward_hooks or getattr(module, "_backward_pre_hooks", None) or _backward_hooks_of_all
-        or _jit_tracing() is not None
+        or tracing_state() is not None
     ):
         # Code in C++ receives the outputs: the autograd function of torch's backward hooks, or the tracer.
         return result[0], weights.computed()
@@ -208,7 +207,7 @@ def _attend(
 ) -> Optional[Tuple[Tensor, Optional[LazyWeights]]]:
     """(output, weights or None) of a call with the arguments of InnerCall; None where the original code must run."""
     open_route.reached = True
-    if _jit_tracing() is not None or is_exporting():
+    if tracing_state() is not None or is_exporting():
         return None
     if unsupported is None:
         try:

@@ -62,7 +62,7 @@ def merge(found: Sequence[Entry]) -> None:
     new = [{**dict(zip(NAMES, place)), "key": list(key), "config": list(config)} for key, config in found]
     os.makedirs(directory(), exist_ok=True)
     with _alone():
-        _write(list({(_place(row), tuple(row["key"])): row for row in _known() + new}.values()))
+        write(path(), list({(_place(row), tuple(row["key"])): row for row in _known() + new}.values()))
 
 
 def forget(keys: Optional[Sequence[Sequence[Any]]] = None) -> bool:
@@ -75,7 +75,7 @@ def forget(keys: Optional[Sequence[Sequence[Any]]] = None) -> bool:
         if keys is None:
             os.unlink(path())
         else:
-            _write([row for row in _known() if _place(row) != place or row["key"] not in gone])
+            write(path(), [row for row in _known() if _place(row) != place or row["key"] not in gone])
     return True
 
 
@@ -117,13 +117,13 @@ def _whole(row: Any) -> bool:
     return all(isinstance(v, flat) and all(isinstance(x, (str, int)) for x in v) for v in values)
 
 
-def _write(whole: List[Row]) -> None:
-    """All or nothing: readers take no lock."""
+def write(name: str, whole: List[Row]) -> None:
+    """Rows into the file `name` of the directory, all or nothing: readers take no lock."""
     handle, temporary = tempfile.mkstemp(dir=directory())
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write("[\n" + ",\n".join(json.dumps(row) for row in whole) + "\n]\n")
-        os.replace(temporary, path())
+        os.replace(temporary, name)
     except BaseException:
         os.unlink(temporary)
         raise

@@ -10,9 +10,8 @@ import os
 import threading
 from typing import List, Set
 
-import torch
-
 from ... import journal
+from ..._torch_internals import current_graph_task
 from .. import selfcheck
 from ..inputs import AttentionInputs
 from ..recovery import errors
@@ -34,7 +33,7 @@ def tune(inputs: AttentionInputs, seconds: float) -> None:
     key = trial.class_of(inputs)
     if key in _met:
         return
-    if threading.current_thread() is not threading.main_thread() or torch._C._current_graph_task_id() != -1:
+    if threading.current_thread() is not threading.main_thread() or current_graph_task() != -1:
         return
     if not selfcheck.possible(inputs):
         return
