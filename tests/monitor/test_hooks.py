@@ -108,6 +108,21 @@ def test_a_bad_count_is_refused_when_the_hook_is_built(bad):
         hooks.make(Hook, mmengine=False)(**bad)
 
 
+MODEL = """
+import logging, sys, flashbias_patch, torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias_scale = nn.Parameter(torch.tensor(2.0))
+    def train_step(self, data, optimizer, **kwargs):
+        loss = (self.bias_scale * data).sum()
+        return {"loss": loss, "log_vars": {"loss": loss.item()}, "num_samples": 1}
+
+"""  # as a runner of mmcv trains it
+
+
 @pytest.mark.openmmlab
 @pytest.mark.parametrize("kind, taken", [
     ("OptimizerHook", [1, 2, 3, 4, 5]), ("GradientCumulativeOptimizerHook", [2, 4, 5]), ("Fp16OptimizerHook", [2, 3, 4, 5])])
@@ -115,18 +130,8 @@ def test_real_mmcv_steps(tmp_path, kind, taken):
     """Iterations of mmcv's own runner and optimizer hooks: accumulated over two, and left out by GradScaler."""
     pytest.importorskip("mmcv.runner")
     code = textwrap.dedent("""
-        import logging, sys, flashbias_patch, torch
-        from torch import nn
         from mmcv.runner import EpochBasedRunner
         from mmcv.runner.hooks import optimizer as hooks
-
-        class Model(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.bias_scale = nn.Parameter(torch.tensor(2.0))
-            def train_step(self, data, optimizer, **kwargs):
-                loss = (self.bias_scale * data).sum()
-                return {"loss": loss, "log_vars": {"loss": loss.item()}, "num_samples": 1}
 
         config = {"type": sys.argv[2]}
         if "Cumulative" in sys.argv[2]:
@@ -145,7 +150,7 @@ def test_real_mmcv_steps(tmp_path, kind, taken):
         runner.run([torch.utils.data.DataLoader(torch.ones(5, 3))], [("train", 1)])
     """)
     environment = {"PATH": "/usr/bin:/bin", "FLASHBIAS_PATCH": "1", "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), kind], env=environment)
+    done = subprocess.run([sys.executable, "-c", MODEL + code, str(tmp_path), kind], env=environment)
     if done.returncode == 77:
         pytest.skip("this torch has no GradScaler for the CPU")
     assert done.returncode == 0
@@ -158,17 +163,7 @@ def test_real_mmcv_steps(tmp_path, kind, taken):
 def test_real_mmcv_runner(tmp_path):
     pytest.importorskip("mmcv.runner")
     code = textwrap.dedent("""
-        import logging, sys, flashbias_patch, torch
-        from torch import nn
         from mmcv.runner import IterBasedRunner, build_optimizer
-
-        class Model(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.bias_scale = nn.Parameter(torch.tensor(2.0))
-            def train_step(self, data, optimizer, **kwargs):
-                loss = (self.bias_scale * data).sum()
-                return {"loss": loss, "log_vars": {"loss": loss.item()}, "num_samples": 1}
 
         model = Model()
         runner = IterBasedRunner(model, optimizer=torch.optim.SGD(model.parameters(), 0.1), work_dir=sys.argv[1],
@@ -179,7 +174,7 @@ def test_real_mmcv_runner(tmp_path):
         runner.run([torch.utils.data.DataLoader(torch.ones(4, 3))], [("train", 1)])
     """)
     environment = {"PATH": "/usr/bin:/bin", "FLASHBIAS_PATCH": "1", "PYTHONPATH": ":".join(sys.path)}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", MODEL + code, str(tmp_path)], check=True, env=environment)
     found = [json.loads(line) for line in (tmp_path / "bias_scale.jsonl").read_text().splitlines()]
     assert [r["grad_norm"] for r in found] == [3.0] * 4
     assert found[0]["value"] == pytest.approx(1.7) and found[0]["change"] == pytest.approx(0.3)
