@@ -37,7 +37,7 @@ def original_alone(original: Callable[..., Any], module: Any, args: Tuple[Any, .
 
 
 def _biased() -> bool:
-    return ambient.ever_opened and ambient.active()
+    return ambient.ever_opened and bool(ambient.current_scopes())
 
 
 # What torch.compiler.assume_constant_result does, without all of torch._dynamo, which cannot read context variables.

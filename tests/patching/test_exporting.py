@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import warnings
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 import flashbias_patch
 from flashbias_patch.bias import AlibiBias, Grid, LowRankBias, ModalityBias, WindowBias
+from flashbias_patch.patching import ambient, unreachable
 from flashbias_patch.patching.exporting import REFUSED, exporting
 
 onnx = pytest.importorskip("onnx")
@@ -155,6 +157,16 @@ def test_a_strict_export_beside_a_block(model):
     with torch.no_grad():
         _, numbers = export_strict(model)
         torch.testing.assert_close(numbers, model(*inputs()), rtol=1e-5, atol=1e-5)
+
+
+@needs_export
+def test_a_strict_export_after_a_bias_out_of_reach(model, monkeypatch):
+    """Modules remembered for another reason than an open block do not refuse an export."""
+    monkeypatch.setattr(unreachable, "modules", [weakref.WeakSet([nn.Linear(1, 1)])])
+    monkeypatch.setattr(ambient, "ever_opened", True)
+    flashbias_patch.install()
+    with torch.no_grad():
+        export_strict(model)
 
 
 @pytest.mark.parametrize("way", WAYS[:3])
