@@ -20,7 +20,7 @@ help:
 	@echo "make test-old        seams, checkpoints and the family under torch 1.9 (Python 3.8) and 1.13 (Python 3.10)"
 	@echo "make test-torch      the core under torch 2.6 (Python 3.13) and the newest"
 	@echo "make test-triton     the kernels compiled by several versions of Triton, without a GPU"
-	@echo "make lint            ruff, mypy and the import contract"
+	@echo "make lint            ruff (rules and format), mypy and the import contract"
 	@echo "make package         wheel and sdist, checked, installed in a fresh environment and smoke-tested"
 	@echo "make docs            the site, into site/: fails on a dead link or an undocumented public name"
 
@@ -75,6 +75,7 @@ test-torch:
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/check_imports.py
 

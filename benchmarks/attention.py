@@ -1,10 +1,12 @@
 """Attention with and without a bias, every peer side by side, in one process.
 
-    python benchmarks/attention.py [--quick] [--check] [--only NAME ...] [--flashbias-path DIR] [--out FILE]
+    python benchmarks/attention.py [--quick] [--check] [--only NAME ...] [--flashbias-path DIR]
+    [--out FILE]
 
-Medians of CUDA events, the peers interleaved, each run queued behind a pause so that the host's work is not timed; and
-for small shapes the wall time of calls one after another, host included. --check runs the correctness grid on the GPU
-instead: error against float64 at most twice plain PyTorch's in the same precision plus 1e-5. Needs a CUDA device.
+Medians of CUDA events, the peers interleaved, each run queued behind a pause so that the host's
+work is not timed; and for small shapes the wall time of calls one after another, host included.
+--check runs the correctness grid on the GPU instead: error against float64 at most twice plain
+PyTorch's in the same precision plus 1e-5. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -54,7 +56,16 @@ SHAPES = {
 }
 SMALL = 140_000_000  # scores, up to which wall times are taken too
 PAUSE = 5_000_000  # clock cycles, in which the host queues what comes next
-QUICK = ("cmt", "cmt fp32", "petr", "mome", "square 1024", "square 4096", "head dim 64", "head dim 128")
+QUICK = (
+    "cmt",
+    "cmt fp32",
+    "petr",
+    "mome",
+    "square 1024",
+    "square 4096",
+    "head dim 64",
+    "head dim 128",
+)
 
 
 def heads_first(tensor):
@@ -64,13 +75,17 @@ def heads_first(tensor):
 def sdpa(kind):
     backends = torch.nn.attention.SDPBackend
     chosen = dict(
-        flash=backends.FLASH_ATTENTION, cudnn=backends.CUDNN_ATTENTION, efficient=backends.EFFICIENT_ATTENTION,
+        flash=backends.FLASH_ATTENTION,
+        cudnn=backends.CUDNN_ATTENTION,
+        efficient=backends.EFFICIENT_ATTENTION,
         math=backends.MATH,
-    )[kind]  # fmt: skip
+    )[kind]
 
     def attend(q, k, v, mask=None, scale=None):
         with torch.nn.attention.sdpa_kernel([chosen]):
-            out = F.scaled_dot_product_attention(*map(heads_first, (q, k, v)), attn_mask=mask, scale=scale)
+            out = F.scaled_dot_product_attention(
+                *map(heads_first, (q, k, v)), attn_mask=mask, scale=scale
+            )
         return heads_first(out)
 
     return attend
@@ -181,7 +196,8 @@ def make(shape, requires_grad=True):
 
 
 def measure(functions, leaves, grad, repeats):
-    """name -> dict of median milliseconds forward and forward+backward, extra MiB; peers that fail say why."""
+    """name -> dict of median milliseconds forward and forward+backward, extra MiB; peers that fail
+    say why."""
     results, alive = {name: {} for name in functions}, {}
 
     def forward(function):
@@ -206,7 +222,9 @@ def measure(functions, leaves, grad, repeats):
                 del out
                 out = run(function)
                 torch.cuda.synchronize()
-                results[name]["MiB " + mode] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+                results[name]["MiB " + mode] = round(
+                    (torch.cuda.max_memory_allocated() - before) / 2**20, 1
+                )
             alive[name] = modes
         except Exception as error:
             results[name]["failed"] = f"{type(error).__name__}: {str(error)[:160]}"
@@ -214,7 +232,10 @@ def measure(functions, leaves, grad, repeats):
     for _ in range(repeats):
         for name, modes in alive.items():
             for mode, run in modes:
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin, end = (
+                    torch.cuda.Event(enable_timing=True),
+                    torch.cuda.Event(enable_timing=True),
+                )
                 torch.cuda._sleep(PAUSE)
                 begin.record()
                 run(functions[name])
@@ -228,13 +249,19 @@ def measure(functions, leaves, grad, repeats):
 
 
 def add_wall_times(results, functions, leaves, grad, calls=10, repeats=5):
-    """Milliseconds a call, the host's time included: the least of `repeats` rounds, the peers interleaved."""
+    """Milliseconds a call, the host's time included: the least of `repeats` rounds, the peers
+    interleaved."""
 
     def both(function):
         torch.autograd.grad(function(), leaves, grad, allow_unused=True)
 
     modes = {"forward": lambda function: function(), "forward+backward": both}
-    cells = [(name, mode, run) for name, row in results.items() for mode, run in modes.items() if mode in row]
+    cells = [
+        (name, mode, run)
+        for name, row in results.items()
+        for mode, run in modes.items()
+        if mode in row
+    ]
     for _ in range(repeats):
         for name, mode, run in cells:
             torch.cuda.synchronize()
@@ -247,7 +274,8 @@ def add_wall_times(results, functions, leaves, grad, calls=10, repeats=5):
 
 
 def errors(functions, t, grad):
-    """name -> relative error (L2) against float64: of the output, and of the gradient that is worst (and which)."""
+    """name -> relative error (L2) against float64: of the output, and of the gradient that is worst
+    (and which)."""
     wanted = {}
     found = {}
     for name, function in functions.items():
@@ -265,7 +293,9 @@ def errors(functions, t, grad):
         except Exception:
             continue
         ratios = {}
-        for label, a, b in zip(("out", "q", "k", "v", "q_factor", "k_factor", "weights"), got, wanted[kind]):
+        for label, a, b in zip(
+            ("out", "q", "k", "v", "q_factor", "k_factor", "weights"), got, wanted[kind]
+        ):
             if a is not None and b is not None:
                 ratios[label] = float(((a.double() - b).norm() / b.norm()).nan_to_num(9e9))
         worst = max(ratios, key=lambda label: (label != "out", ratios[label]))
@@ -274,7 +304,10 @@ def errors(functions, t, grad):
 
 
 def is_biased(name):
-    return any(word in name for word in ("factors", "concatenated", "dense", "FlashBias", "flex")) or name == "picked"
+    return (
+        any(word in name for word in ("factors", "concatenated", "dense", "FlashBias", "flex"))
+        or name == "picked"
+    )
 
 
 def exact(t, dtype, factors=True, segments=False):
@@ -282,9 +315,21 @@ def exact(t, dtype, factors=True, segments=False):
     leaves = [x.detach().to(dtype).requires_grad_() for x in t[:6]]
     q, k, v, qf, kf, w = leaves
     call = Call(
-        q, k, v, qf if factors else None, kf if factors else None, w if segments else None, tuple(t[6]), None, None,
-        None, 0.0, q.shape[-1] ** -0.5, torch.zeros(1), (True,) * 7,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        qf if factors else None,
+        kf if factors else None,
+        w if segments else None,
+        tuple(t[6]),
+        None,
+        None,
+        None,
+        0.0,
+        q.shape[-1] ** -0.5,
+        torch.zeros(1),
+        (True,) * 7,
+    )
     return leaves, _attend(
         call, [q, k, v, call.q_factor, call.k_factor, call.segment_weights, None], 0, q.shape[1]
     )
@@ -308,7 +353,10 @@ def benchmark(args):
         for peer, row in results.items():
             if "forward" in row:
                 row["TFLOP/s forward"] = round(flops / row["forward"] / 1e9, 1)
-            print("  {:32} {}".format(peer, {k: v for k, v in row.items() if "TFLOP" not in k}), flush=True)
+            print(
+                "  {:32} {}".format(peer, {k: v for k, v in row.items() if "TFLOP" not in k}),
+                flush=True,
+            )
         report["shapes"][name] = dict(shape=shape, results=results)
         report["missing"] = MISSING
         if args.out:
@@ -319,7 +367,9 @@ def benchmark(args):
 
 
 def grads_of(out, leaves, grad):
-    return [out] + [x for x in torch.autograd.grad(out, leaves, grad, allow_unused=True) if x is not None]
+    return [out] + [
+        x for x in torch.autograd.grad(out, leaves, grad, allow_unused=True) if x is not None
+    ]
 
 
 # lengths, heads, head dim, rank, dtype, features
@@ -340,9 +390,13 @@ def grid():
     ]
     for place in range(54):
         yield (
-            lengths[place % 7], 2, dims[place % 6], ranks[(place + place // 8) % 8], dtypes[(place // 2) % 3],
+            lengths[place % 7],
+            2,
+            dims[place % 6],
+            ranks[(place + place // 8) % 8],
+            dtypes[(place // 2) % 3],
             features[(place + place // 9) % 9],
-        )  # fmt: skip
+        )
     yield (1490, 22384), 1, 32, 8, "float16", "factors"
     yield (1490, 22384), 1, 32, 24, "bfloat16", "factors"
     yield (1490, 22384), 1, 32, 8, "float32", "segments"
@@ -381,13 +435,16 @@ def one_check(lengths, H, D, R, dtype, feature, generator):
         if plain:
             torch.manual_seed(1)
             seed = torch.randint(1 << 62, (1,), dtype=torch.int64, device="cuda")
-            call = Call(*leaves[:6], tuple(split), leaves[6], mask, padding, p, D**-0.5, seed, (True,) * 7)
+            call = Call(
+                *leaves[:6], tuple(split), leaves[6], mask, padding, p, D**-0.5, seed, (True,) * 7
+            )
             out = _attend(call, leaves, 0, M)
         else:
             torch.manual_seed(1)
             out = fused_attention(*leaves[:6], split, leaves[6], mask, padding, p, on_failure=fail)
         return [
-            x.detach().double() for x in grads_of(out, [x for x in leaves if x is not None], grad.to(cast))
+            x.detach().double()
+            for x in grads_of(out, [x for x in leaves if x is not None], grad.to(cast))
         ]
 
     want, plain, got = run(torch.float64, True), run(low, True), run(low, False)
@@ -404,8 +461,8 @@ def fail(call, grad_out, error):
 
 
 def check_part(part, parts):
-    """Every parts-th case of the grid, each from draws of its own: (case, worst error over what is allowed, or what was
-    wrong)."""
+    """Every parts-th case of the grid, each from draws of its own: (case, worst error over what is
+    allowed, or what was wrong)."""
     generator = torch.Generator("cuda")
     from flashbias_patch.attention.kernels import launch_backward, problem
 
@@ -429,19 +486,25 @@ def check(args):
     began = time.time()
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         parts = pool.starmap(check_part, [(part, args.jobs) for part in range(args.jobs)])
-    cases = sorted(sum(parts, []), key=lambda found: (isinstance(found[1], str), found[1]), reverse=True)
+    cases = sorted(
+        sum(parts, []), key=lambda found: (isinstance(found[1], str), found[1]), reverse=True
+    )
     bad = [found for found in cases if isinstance(found[1], str) or found[1] > 1]
     torch.use_deterministic_algorithms(True)
     t, grad = make((2, 1490, 22384, 8, 32, 8, "float16"))
     repeats = [grads_of(fused_attention(*t[:5]), t[:5], grad) for _ in range(10)]
     equal = all(torch.equal(a, b) for other in repeats[1:] for a, b in zip(repeats[0], other))
-    print(f"checked {len(cases)}, {time.time() - began:.0f} s; error over what is allowed, the worst:")
+    print(
+        f"checked {len(cases)}, {time.time() - began:.0f} s; error over what is allowed, the worst:"
+    )
     for case, ratio in [*bad, *cases[len(bad) :][:5]]:
         print(f"  {ratio if isinstance(ratio, str) else format(ratio, '.2f')}  {case}")
     print(f"ten deterministic repeats bit-equal: {equal}")
     if args.out:
         report = about(args.out, args.flashbias_path)
-        report.update(repeats_equal=equal, cases=[dict(case=case, ratio=ratio) for case, ratio in cases])
+        report.update(
+            repeats_equal=equal, cases=[dict(case=case, ratio=ratio) for case, ratio in cases]
+        )
         with open(args.out, "w") as file:
             json.dump(report, file, indent=1)
     return 1 if bad or not equal else 0
@@ -455,8 +518,12 @@ def main():
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--jobs", type=int, default=4, help="processes for --check, which mostly compiles")
-    parser.add_argument("--flashbias-path", help="folder that holds FlashBias' flash_bias_triton.py")
+    parser.add_argument(
+        "--jobs", type=int, default=4, help="processes for --check, which mostly compiles"
+    )
+    parser.add_argument(
+        "--flashbias-path", help="folder that holds FlashBias' flash_bias_triton.py"
+    )
     parser.add_argument("--out", help="where the JSON goes")
     args = parser.parse_args()
     return check(args) if args.check else benchmark(args)

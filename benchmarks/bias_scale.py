@@ -1,12 +1,15 @@
 """Does bias_scale learn? Its gradient through patched decoders against a dense float64 reference.
 
-    python benchmarks/bias_scale.py [--frame DIR] [--out F.json]               mini_cmt's decoder on a frame's features
-    python benchmarks/bias_scale.py --repo CHECKOUT_OF_CMT [--out F.json]       CMT's own decoder, through mmcv
+    python benchmarks/bias_scale.py [--frame DIR] [--out F.json]               mini_cmt's decoder on
+    a frame's features python benchmarks/bias_scale.py --repo CHECKOUT_OF_CMT [--out F.json]
+    CMT's own decoder, through mmcv
 
-Three ways a bias reaches the layers, each with checkpointing off and on, as a LowRankBias and as a dense tensor: the
-relative error of bias_scale's gradient, and the largest difference of its path over 20 SGD steps. The reference is the
-same decoder unpatched, in float64, without checkpointing, with bias_scale * map as the cross attention's dense mask.
+Three ways a bias reaches the layers, each with checkpointing off and on, as a LowRankBias and as a
+dense tensor: the relative error of bias_scale's gradient, and the largest difference of its path
+over 20 SGD steps. The reference is the same decoder unpatched, in float64, without checkpointing,
+with bias_scale * map as the cross attention's dense mask.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -34,8 +37,11 @@ HEADS, RANK, STEPS = 8, 3, 20
 
 
 def mini_cmt(frame: str) -> Any:
-    """(decoder, its keyword arguments) as mini_cmt's training step on the frame calls it; sequences first."""
-    spec = importlib.util.spec_from_file_location("train", ROOT / "examples" / "mini_cmt" / "tools" / "train.py")
+    """(decoder, its keyword arguments) as mini_cmt's training step on the frame calls it; sequences
+    first."""
+    spec = importlib.util.spec_from_file_location(
+        "train", ROOT / "examples" / "mini_cmt" / "tools" / "train.py"
+    )
     train = importlib.util.module_from_spec(spec)
     sys.modules["train"] = train
     spec.loader.exec_module(train)
@@ -44,19 +50,42 @@ def mini_cmt(frame: str) -> Any:
     forward = module.PETRTransformerDecoder.forward
 
     def catch(self, *args, **kwargs):
-        caught.setdefault("call", (copy.deepcopy(self), {
-            k: v.detach() if torch.is_tensor(v) else v for k, v in kwargs.items()}))
+        caught.setdefault(
+            "call",
+            (
+                copy.deepcopy(self),
+                {k: v.detach() if torch.is_tensor(v) else v for k, v in kwargs.items()},
+            ),
+        )
         return forward(self, *args, **kwargs)
 
     module.PETRTransformerDecoder.forward = catch
-    train.main(["--device", "cpu", "--steps", "1", "--dropout", "0", "--layers", "3", "--queries", "40", "--bev", "12",
-                "--image-size", "128x64", *(["--frame", frame] if frame else [])])
+    train.main(
+        [
+            "--device",
+            "cpu",
+            "--steps",
+            "1",
+            "--dropout",
+            "0",
+            "--layers",
+            "3",
+            "--queries",
+            "40",
+            "--bev",
+            "12",
+            "--image-size",
+            "128x64",
+            *(["--frame", frame] if frame else []),
+        ]
+    )
     module.PETRTransformerDecoder.forward = forward
     return caught["call"]
 
 
 def real_cmt(repo: str) -> Any:
     """CMT's own decoder of three layers, through mmcv's builder, on random features."""
+
     class Anything(types.ModuleType):
         """mmcv's compiled operators, none of which a decoder calls."""
 
@@ -68,8 +97,12 @@ def real_cmt(repo: str) -> Any:
     sys.modules.setdefault("mmcv._ext", Anything("mmcv._ext"))
     sys.path.insert(0, repo)
     # Not the whole plugin: its package would import every detector.
-    for name in ("projects", "projects.mmdet3d_plugin", "projects.mmdet3d_plugin.models",
-                 "projects.mmdet3d_plugin.models.utils"):
+    for name in (
+        "projects",
+        "projects.mmdet3d_plugin",
+        "projects.mmdet3d_plugin.models",
+        "projects.mmdet3d_plugin.models.utils",
+    ):
         package = types.ModuleType(name)
         package.__path__ = [os.path.join(repo, *name.split("."))]
         sys.modules[name] = package
@@ -77,17 +110,37 @@ def real_cmt(repo: str) -> Any:
     from mmcv.cnn.bricks.transformer import build_transformer_layer_sequence
 
     torch.manual_seed(0)
-    decoder = build_transformer_layer_sequence(dict(
-        type="PETRTransformerDecoder", return_intermediate=True, num_layers=3,
-        transformerlayers=dict(
-            type="PETRTransformerDecoderLayer", with_cp=False, feedforward_channels=256, ffn_dropout=0.0,
-            operation_order=("self_attn", "norm", "cross_attn", "norm", "ffn", "norm"),
-            attn_cfgs=[dict(type="MultiheadAttention", embed_dims=256, num_heads=HEADS, dropout=0.0),
-                       dict(type="PETRMultiheadAttention", embed_dims=256, num_heads=HEADS, dropout=0.0)])))
+    decoder = build_transformer_layer_sequence(
+        dict(
+            type="PETRTransformerDecoder",
+            return_intermediate=True,
+            num_layers=3,
+            transformerlayers=dict(
+                type="PETRTransformerDecoderLayer",
+                with_cp=False,
+                feedforward_channels=256,
+                ffn_dropout=0.0,
+                operation_order=("self_attn", "norm", "cross_attn", "norm", "ffn", "norm"),
+                attn_cfgs=[
+                    dict(type="MultiheadAttention", embed_dims=256, num_heads=HEADS, dropout=0.0),
+                    dict(
+                        type="PETRMultiheadAttention", embed_dims=256, num_heads=HEADS, dropout=0.0
+                    ),
+                ],
+            ),
+        )
+    )
     g = torch.Generator().manual_seed(1)
-    call = {name: torch.randn(length, 2, 256, generator=g)
-            for name, length in dict(query=120, key=700, query_pos=120, key_pos=700).items()}
-    call.update(value=call["key"], key_padding_mask=torch.zeros(2, 700), attn_masks=[None, None], reg_branch=None)
+    call = {
+        name: torch.randn(length, 2, 256, generator=g)
+        for name, length in dict(query=120, key=700, query_pos=120, key_pos=700).items()
+    }
+    call.update(
+        value=call["key"],
+        key_padding_mask=torch.zeros(2, 700),
+        attn_masks=[None, None],
+        reg_branch=None,
+    )
     return decoder, call
 
 
@@ -117,15 +170,27 @@ def run(decoder: nn.Module, call: Dict[str, Any], bias: Any, way: str) -> Tensor
         return decoder(**call)
 
 
-def learn(decoder: nn.Module, call: Dict[str, Any], way: str, with_cp: bool, dense: bool, dtype: torch.dtype) -> Any:
-    """(gradient of the first step or None, values over STEPS steps); every parameter of the decoder learns along."""
+def learn(
+    decoder: nn.Module,
+    call: Dict[str, Any],
+    way: str,
+    with_cp: bool,
+    dense: bool,
+    dtype: torch.dtype,
+) -> Any:
+    """(gradient of the first step or None, values over STEPS steps); every parameter of the decoder
+    learns along."""
     decoder = copy.deepcopy(decoder).to(dtype).train()
     for layer in decoder.layers:
         layer.use_checkpoint = with_cp
-    call = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in call.items()}
+    call = {
+        k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in call.items()
+    }
     maker = Maker(call).to(dtype)
     optimizer = torch.optim.SGD(
-        [{"params": decoder.parameters(), "lr": 1e-3}, {"params": maker.parameters(), "lr": 2.0}])
+        [{"params": decoder.parameters(), "lr": 1e-3}, {"params": maker.parameters(), "lr": 2.0}]
+    )
     target = torch.randn(call["query"].shape, generator=torch.Generator().manual_seed(9)).to(dtype)
     first, path = None, []
     for step in range(STEPS):
@@ -142,8 +207,12 @@ def learn(decoder: nn.Module, call: Dict[str, Any], way: str, with_cp: bool, den
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frame", default="", help="a nuScenes frame's folder; default: mini_cmt's synthetic scene")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--frame", default="", help="a nuScenes frame's folder; default: mini_cmt's synthetic scene"
+    )
     parser.add_argument("--repo", help="a checkout of CMT; needs mmcv 1.x")
     parser.add_argument("--out")
     args = parser.parse_args()
@@ -162,18 +231,32 @@ def main() -> None:
         for with_cp in (False, True):
             for dense in (False, True):
                 first, ours = learn(decoder, call, way, with_cp, dense, torch.float32)
-                rows.append({
-                    "way": way, "checkpoint": with_cp, "bias": "dense" if dense else "low rank",
-                    "gradient_error": None if first is None else abs(first - truth) / abs(truth),
-                    "path_error": max((abs(a - b) for a, b in zip(ours, path)), default=None),
-                })
+                rows.append(
+                    {
+                        "way": way,
+                        "checkpoint": with_cp,
+                        "bias": "dense" if dense else "low rank",
+                        "gradient_error": None
+                        if first is None
+                        else abs(first - truth) / abs(truth),
+                        "path_error": max((abs(a - b) for a, b in zip(ours, path)), default=None),
+                    }
+                )
                 print(json.dumps(rows[-1]), flush=True)
     (M, B, E), N = call["query"].shape, call["key"].shape[0]
     result = {
-        "command": "python benchmarks/bias_scale.py" + (" --repo CMT" if args.repo else " --frame FRAME"),
-        "torch": torch.__version__, "decoder": "CMT" if args.repo else "mini_cmt", "B": B, "M": M, "N": N, "E": E,
-        "reference_gradient": truth, "reference_path": [path[0], path[-1]],
-        "unpatched_checkpointed_gradient": lost, "rows": rows,
+        "command": "python benchmarks/bias_scale.py"
+        + (" --repo CMT" if args.repo else " --frame FRAME"),
+        "torch": torch.__version__,
+        "decoder": "CMT" if args.repo else "mini_cmt",
+        "B": B,
+        "M": M,
+        "N": N,
+        "E": E,
+        "reference_gradient": truth,
+        "reference_path": [path[0], path[-1]],
+        "unpatched_checkpointed_gradient": lost,
+        "rows": rows,
     }
     print(json.dumps({k: v for k, v in result.items() if k != "rows"}))
     if args.out:

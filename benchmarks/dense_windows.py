@@ -1,11 +1,14 @@
-"""Run a script that trains a CMT detector, with AQR's windows painted into a dense bias in plain PyTorch.
+"""Run a script that trains a CMT detector, with AQR's windows painted into a dense bias in plain
+PyTorch.
 
     python benchmarks/dense_windows.py [--windows KEY=VALUE,...] SCRIPT [ARGS ...]
 
-What `FLASHBIAS_AQR=bias=window,KEY=VALUE,...` adds to a patched run, in the way of a repository without this package: the
-detector's head gets the router before the script moves the detector to its device, and every cross attention the bias as
-its mask (B*H, M, N). The script must not import flashbias_patch.
+What `FLASHBIAS_AQR=bias=window,KEY=VALUE,...` adds to a patched run, in the way of a repository
+without this package: the detector's head gets the router before the script moves the detector to
+its device, and every cross attention the bias as its mask (B*H, M, N). The script must not import
+flashbias_patch.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,7 +33,11 @@ def router_of(head: Any, options: Dict[str, Any]) -> WindowRouter:
     fusion = type(head.transformer).__name__ == "CmtTransformer"
     read = aqr_options.read({"enable": True, "bias": "window", **options})
     names = ("hidden_dims", "init_bias_scale", *aqr_options.ONLY["window"])
-    return WindowRouter(head.transformer.embed_dims, 2 if fusion else 1, **{name: getattr(read, name) for name in names})
+    return WindowRouter(
+        head.transformer.embed_dims,
+        2 if fusion else 1,
+        **{name: getattr(read, name) for name in names},
+    )
 
 
 def watch(options: Dict[str, Any]) -> None:
@@ -49,7 +56,9 @@ def watch(options: Dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--windows", default="", metavar="KEY=VALUE,...", help="options of aqr=dict(bias='window')")
+    parser.add_argument(
+        "--windows", default="", metavar="KEY=VALUE,...", help="options of aqr=dict(bias='window')"
+    )
     parser.add_argument("script")
     parser.add_argument("args", nargs=argparse.REMAINDER)
     args = parser.parse_args()

@@ -1,9 +1,13 @@
-"""Real detectors on one real nuScenes frame, from checkouts of their public repositories, which stay as they are.
+"""Real detectors on one real nuScenes frame, from checkouts of their public repositories, which
+stay as they are.
 
-`build` is the entry. A process can hold one repository only: all of them call their package `projects`. The images go
-through ResNet-50 with random weights; StreamPETR runs in streaming mode, the one frame seen again half a second later
-by a car that drove on. Nothing here imports flashbias_patch: whether attention is patched is the caller's business.
+`build` is the entry. A process can hold one repository only: all of them call their package
+`projects`. The images go through ResNet-50 with random weights; StreamPETR runs in streaming mode,
+the one frame seen again half a second later
+by a car that drove on. Nothing here imports flashbias_patch: whether attention is patched is the
+caller's business.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -18,14 +22,25 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
 
-CLASSES = ("car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
-           "traffic_cone")
+CLASSES = (
+    "car",
+    "truck",
+    "construction_vehicle",
+    "bus",
+    "trailer",
+    "barrier",
+    "motorcycle",
+    "bicycle",
+    "pedestrian",
+    "traffic_cone",
+)
 MEAN, STD = (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)  # BGR
 SPEED, INTERVAL = 5.0, 0.5  # StreamPETR's car: metres a second, seconds between frames
 
 
 class Options(NamedTuple):
-    """What is varied. `size` (W, H); `attn` the class of the cross attention; `fp16` as mmcv's Fp16OptimizerHook does."""
+    """What is varied. `size` (W, H); `attn` the class of the cross attention; `fp16` as mmcv's
+    Fp16OptimizerHook does."""
 
     device: str = "cuda"
     bs: int = 2
@@ -39,12 +54,15 @@ class Options(NamedTuple):
 
 class Detector(NamedTuple):
     net: torch.nn.Module
-    batch: Callable[[int], Dict[str, Any]]  # step -> keyword arguments of net(return_loss=True, ...)
+    batch: Callable[
+        [int], Dict[str, Any]
+    ]  # step -> keyword arguments of net(return_loss=True, ...)
     resize: Callable[[int], Callable[[int], Dict[str, Any]]]  # batch size -> another `batch`
 
 
 class Missing(types.ModuleType):
-    """A module that is not installed and that nothing here calls: says so if it is called after all."""
+    """A module that is not installed and that nothing here calls: says so if it is called after
+    all."""
 
     __path__: List[str] = []
 
@@ -75,7 +93,8 @@ def _stand_in(*names: str) -> None:
 
 
 def make_importable(device: str, flash: bool = True) -> None:
-    """Names that old repositories import and current machines lack. `flash`: those of flash-attn 0.2 too."""
+    """Names that old repositories import and current machines lack. `flash`: those of flash-attn
+    0.2 too."""
     if device == "cpu":
         torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
     importlib.import_module("mmcv")
@@ -86,7 +105,10 @@ def make_importable(device: str, flash: bool = True) -> None:
         _stand_in("spconv", "spconv.pytorch", "spconv.pytorch.utils")
     if _absent("tkinter"):
         _stand_in("turtle")
-    for names in (("IPython",), ("fvcore", "fvcore.nn", "fvcore.nn.weight_init")):  # a debugger; another backbone's
+    for names in (
+        ("IPython",),
+        ("fvcore", "fvcore.nn", "fvcore.nn.weight_init"),
+    ):  # a debugger; another backbone's
         if _absent(names[0]):
             _stand_in(*names)
     if flash and _absent("flash_attn"):
@@ -96,18 +118,24 @@ def make_importable(device: str, flash: bool = True) -> None:
 
 
 def _plain_focal_loss() -> None:
-    """mmdet's own focal loss in plain torch, which it keeps for the CPU, instead of the compiled one."""
+    """mmdet's own focal loss in plain torch, which it keeps for the CPU, instead of the compiled
+    one."""
     losses = importlib.import_module("mmdet.models.losses.focal_loss")
 
     def focal(pred: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
         return losses.py_sigmoid_focal_loss(
-            pred, torch.nn.functional.one_hot(target, pred.size(1) + 1)[:, :pred.size(1)], *args, **kwargs)
+            pred,
+            torch.nn.functional.one_hot(target, pred.size(1) + 1)[:, : pred.size(1)],
+            *args,
+            **kwargs,
+        )
 
     losses.sigmoid_focal_loss = focal
 
 
 def move_denoising(head: type, device: str) -> None:
-    """The denoising loss indexes CPU tensors with CUDA indices, as torch 1.9 allowed: move them all to the device."""
+    """The denoising loss indexes CPU tensors with CUDA indices, as torch 1.9 allowed: move them all
+    to the device."""
     original = getattr(head, "prepare_for_dn", None)
     if original is None or hasattr(original, "__wrapped__"):
         return
@@ -115,7 +143,10 @@ def move_denoising(head: type, device: str) -> None:
     def prepare_for_dn(self: Any, *args: Any, **kwargs: Any) -> Any:
         *rest, known = original(self, *args, **kwargs)
         if known:
-            known = {name: value.to(device) if torch.is_tensor(value) else value for name, value in known.items()}
+            known = {
+                name: value.to(device) if torch.is_tensor(value) else value
+                for name, value in known.items()
+            }
         return (*rest, known)
 
     prepare_for_dn.__wrapped__ = original  # type: ignore[attr-defined]
@@ -132,24 +163,37 @@ class Frame(NamedTuple):
 
 
 def read_frame(folder: str) -> Frame:
-    """The first frame of mmdet3d's info file in `folder`: images, cameras and the boxes within 54 metres."""
+    """The first frame of mmdet3d's info file in `folder`: images, cameras and the boxes within 54
+    metres."""
     import cv2
     import numpy as np
 
     content = pickle.loads(next(Path(folder).glob("*.pkl")).read_bytes())
-    info, names = content["data_list"][0], {v: k for k, v in content["metainfo"]["categories"].items()}
+    info, names = (
+        content["data_list"][0],
+        {v: k for k, v in content["metainfo"]["categories"].items()},
+    )
     cameras = list(info["images"].values())
-    kept = [i for i in info["instances"] if i["bbox_3d_isvalid"] and i["bbox_label_3d"] >= 0
-            and max(abs(v) for v in i["bbox_3d"][:2]) < 54]
+    kept = [
+        i
+        for i in info["instances"]
+        if i["bbox_3d_isvalid"]
+        and i["bbox_label_3d"] >= 0
+        and max(abs(v) for v in i["bbox_3d"][:2]) < 54
+    ]
     return Frame(
         [cv2.imread(os.path.join(folder, camera["img_path"])) for camera in cameras],
-        [np.array(camera["cam2img"]) for camera in cameras], [np.array(camera["lidar2cam"]) for camera in cameras],
+        [np.array(camera["cam2img"]) for camera in cameras],
+        [np.array(camera["lidar2cam"]) for camera in cameras],
         np.nan_to_num(np.array([[*i["bbox_3d"], *i["velocity"]] for i in kept], np.float32)),
-        np.array([CLASSES.index(names[i["bbox_label_3d"]]) for i in kept]), info["token"])
+        np.array([CLASSES.index(names[i["bbox_label_3d"]]) for i in kept]),
+        info["token"],
+    )
 
 
 def scaled(frame: Frame, size: Tuple[int, int]) -> Tuple[torch.Tensor, Any, Any]:
-    """Images (6, 3, H, W), normalised, scaled to `size`' width with the top cut off; intrinsics and lidar2img (6, 4, 4)."""
+    """Images (6, 3, H, W), normalised, scaled to `size`' width with the top cut off; intrinsics and
+    lidar2img (6, 4, 4)."""
     import cv2
     import numpy as np
 
@@ -159,7 +203,11 @@ def scaled(frame: Frame, size: Tuple[int, int]) -> Tuple[torch.Tensor, Any, Any]
         scale = width / image.shape[1]
         image = cv2.resize(image.astype(np.float32), (width, round(image.shape[0] * scale)))
         top = image.shape[0] - height
-        images.append(((image[top:] - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).transpose(2, 0, 1))
+        images.append(
+            ((image[top:] - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).transpose(
+                2, 0, 1
+            )
+        )
         matrix = np.eye(4)
         matrix[:3, :3] = cam2img
         matrix[:2] *= scale
@@ -225,7 +273,8 @@ def _inside(folder: str) -> Iterator[None]:
 
 
 def build(family: str, checkout: str, frame: str, options: Options) -> Detector:
-    """The detector `family` of `checkout` with seeded random weights, in training mode, and its batches."""
+    """The detector `family` of `checkout` with seeded random weights, in training mode, and its
+    batches."""
     import numpy as np
 
     make_importable(options.device)
@@ -266,31 +315,51 @@ def build(family: str, checkout: str, frame: str, options: Options) -> Detector:
     return Detector(net, resize(options.bs), resize)
 
 
-def _batches(frame: Frame, options: Options, bs: int, streaming: bool) -> Callable[[int], Dict[str, Any]]:
+def _batches(
+    frame: Frame, options: Options, bs: int, streaming: bool
+) -> Callable[[int], Dict[str, Any]]:
     boxes_class = importlib.import_module("mmdet3d.core.bbox").LiDARInstance3DBoxes
     width, height = options.size
     images, intrinsics, matrices = scaled(frame, options.size)
     truth = boxes_class(frame.boxes, box_dim=9, origin=(0.5, 0.5, 0.5))
     labels = torch.from_numpy(frame.labels).long()
-    meta = {"lidar2img": matrices, "img_shape": [(height, width, 3)] * 6, "pad_shape": [(height, width, 3)] * 6,
-            "ori_shape": [(900, 1600, 3)] * 6, "box_type_3d": boxes_class, "box_mode_3d": 0, "scale_factor": 1.0,
-            "flip": False, "sample_idx": frame.token, "scene_token": frame.token,
-            "gt_bboxes_3d": types.SimpleNamespace(_data=truth), "gt_labels_3d": types.SimpleNamespace(_data=labels)}
+    meta = {
+        "lidar2img": matrices,
+        "img_shape": [(height, width, 3)] * 6,
+        "pad_shape": [(height, width, 3)] * 6,
+        "ori_shape": [(900, 1600, 3)] * 6,
+        "box_type_3d": boxes_class,
+        "box_mode_3d": 0,
+        "scale_factor": 1.0,
+        "flip": False,
+        "sample_idx": frame.token,
+        "scene_token": frame.token,
+        "gt_bboxes_3d": types.SimpleNamespace(_data=truth),
+        "gt_labels_3d": types.SimpleNamespace(_data=labels),
+    }
     device = options.device
     images = images.to(device)[None].repeat(bs, 1, 1, 1, 1)
     truth, labels = truth.to(device), labels.to(device)
 
     def still(step: int) -> Dict[str, Any]:
         # detach: PETR squeezes what it is given, in place
-        return {"img": images.detach(), "img_metas": [dict(meta) for _ in range(bs)], "points": None,
-                "gt_bboxes_3d": [truth] * bs, "gt_labels_3d": [labels] * bs}
+        return {
+            "img": images.detach(),
+            "img_metas": [dict(meta) for _ in range(bs)],
+            "points": None,
+            "gt_bboxes_3d": [truth] * bs,
+            "gt_labels_3d": [labels] * bs,
+        }
 
     def at(value: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """(bs, 1 frame, ...)"""
         value = torch.as_tensor(value).to(device, dtype)
         return value[None, None].repeat(bs, 1, *([1] * value.dim()))
 
-    lidar2img, intrinsic = torch.stack([torch.from_numpy(m) for m in matrices]), torch.from_numpy(intrinsics)
+    lidar2img, intrinsic = (
+        torch.stack([torch.from_numpy(m) for m in matrices]),
+        torch.from_numpy(intrinsics),
+    )
     lidar2cam = torch.stack([torch.from_numpy(m).float() for m in frame.lidar2cam])
 
     def streamed(step: int) -> Dict[str, Any]:
@@ -298,10 +367,20 @@ def _batches(frame: Frame, options: Options, bs: int, streaming: bool) -> Callab
         pose[0, 3] = SPEED * INTERVAL * step
         nested = {name: [[None]] * bs for name in ("gt_bboxes", "gt_labels", "centers2d", "depths")}
         time = at(1.5e9 + INTERVAL * step, torch.float64)
-        return {"img": images[:, None].detach(), "img_metas": [[dict(meta)] for _ in range(bs)],
-                "gt_bboxes_3d": [[truth]] * bs, "gt_labels_3d": [[labels]] * bs, **nested,
-                "prev_exists": at(float(step > 0)), "lidar2img": at(lidar2img), "intrinsics": at(intrinsic),
-                "extrinsics": at(lidar2cam), "timestamp": time, "img_timestamp": time[..., None].repeat(1, 1, 6),
-                "ego_pose": at(pose), "ego_pose_inv": at(torch.inverse(pose))}
+        return {
+            "img": images[:, None].detach(),
+            "img_metas": [[dict(meta)] for _ in range(bs)],
+            "gt_bboxes_3d": [[truth]] * bs,
+            "gt_labels_3d": [[labels]] * bs,
+            **nested,
+            "prev_exists": at(float(step > 0)),
+            "lidar2img": at(lidar2img),
+            "intrinsics": at(intrinsic),
+            "extrinsics": at(lidar2cam),
+            "timestamp": time,
+            "img_timestamp": time[..., None].repeat(1, 1, 6),
+            "ego_pose": at(pose),
+            "ego_pose_inv": at(torch.inverse(pose)),
+        }
 
     return streamed if streaming else still

@@ -1,16 +1,17 @@
 """Several processes, one GPU each: does a patched detector train as it should, and does it scale?
 
     torchrun --nproc_per_node 2 benchmarks/distributed.py ddp --cmt DIR --frame DIR [--out F.json]
-    torchrun --nproc_per_node 2 benchmarks/distributed.py fsdp [--out F.json]
-    ... --device cpu --tiny                                          gloo on the CPU: a proof that it runs
+    torchrun --nproc_per_node 2 benchmarks/distributed.py fsdp [--out F.json] ... --device cpu
+    --tiny                                          gloo on the CPU: a proof that it runs
 
-ddp, on the real CMT under DistributedDataParallel:
-  gradients    of one global batch (a different image and its own boxes on every sample), reduced over the processes,
-               against one process that is given the whole batch; no dropout; the same process asked twice is the noise
-  throughput   samples a second of one process alone and of all, unpatched and patched (FLASHBIAS_DTYPE=fp16)
-  fault        the backend fails on the last rank alone, forward and backward: nothing may hang, losses must stay
+ddp, on the real CMT under DistributedDataParallel: gradients    of one global batch (a different
+  image and its own boxes on every sample), reduced over the processes, against one process that is
+  given the whole batch; no dropout; the same process asked twice is the noise throughput   samples
+  a second of one process alone and of all, unpatched and patched (FLASHBIAS_DTYPE=fp16) fault
+  the backend fails on the last rank alone, forward and backward: nothing may hang, losses must stay
 fsdp, on examples/mini_cmt: losses and parameters under fully_shard against DistributedDataParallel.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -51,7 +52,8 @@ def gradient(net: nn.Module) -> Tensor:
 
 
 class Samples:
-    """A global batch of CMT in which every sample differs: images with noise of their own, boxes turned about z."""
+    """A global batch of CMT in which every sample differs: images with noise of their own, boxes
+    turned about z."""
 
     def __init__(self, detector: Any, total: int, device: str) -> None:
         given = detector.resize(total)(0)
@@ -60,7 +62,9 @@ class Samples:
         self.images = given["img"] + 0.3 * torch.randn(given["img"].shape, generator=g).to(device)
         self.boxes = []
         for i in range(total):
-            boxes = given["gt_bboxes_3d"][i].to("cpu").clone()  # mmdet3d makes the rotation on the CPU
+            boxes = (
+                given["gt_bboxes_3d"][i].to("cpu").clone()
+            )  # mmdet3d makes the rotation on the CPU
             boxes.rotate(0.2 * i)
             self.boxes.append(boxes.to(device))
 
@@ -68,11 +72,20 @@ class Samples:
         import types
 
         chosen = range(first, first + count)
-        metas = [{**self.given["img_metas"][i],
-                  "gt_bboxes_3d": types.SimpleNamespace(_data=self.boxes[i].to("cpu"))} for i in chosen]
-        return {**self.given, "img": self.images[first:first + count].clone(), "img_metas": metas,
-                "gt_bboxes_3d": [self.boxes[i] for i in chosen],
-                "gt_labels_3d": [self.given["gt_labels_3d"][i] for i in chosen]}
+        metas = [
+            {
+                **self.given["img_metas"][i],
+                "gt_bboxes_3d": types.SimpleNamespace(_data=self.boxes[i].to("cpu")),
+            }
+            for i in chosen
+        ]
+        return {
+            **self.given,
+            "img": self.images[first : first + count].clone(),
+            "img_metas": metas,
+            "gt_bboxes_3d": [self.boxes[i] for i in chosen],
+            "gt_labels_3d": [self.given["gt_labels_3d"][i] for i in chosen],
+        }
 
 
 def loss_of(net: nn.Module, batch: Dict[str, Any]) -> Tensor:
@@ -81,13 +94,15 @@ def loss_of(net: nn.Module, batch: Dict[str, Any]) -> Tensor:
 
 
 def without_noise(head: Any) -> None:
-    """The denoising queries' noise is drawn for a whole batch: next to none, so that batches can be split."""
+    """The denoising queries' noise is drawn for a whole batch: next to none, so that batches can be
+    split."""
     head.bbox_noise_scale = 1e-9
     head.split = 1.8  # above the longest draw, sqrt(3): no label is changed
 
 
 def freeze_unused(net: nn.Module, batch: Dict[str, Any]) -> List[str]:
-    """Parameters that take no part in the loss stop requiring gradients, as DDP wants. Their names."""
+    """Parameters that take no part in the loss stop requiring gradients, as DDP wants. Their
+    names."""
     loss_of(net, batch).backward()
     unused = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
     for name, p in net.named_parameters():
@@ -104,10 +119,14 @@ class Processes:
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.cuda else "cpu"
         if self.cuda:
             torch.cuda.set_device(self.device)
-        dist.init_process_group("nccl" if self.cuda else "gloo", timeout=datetime.timedelta(seconds=180))
+        dist.init_process_group(
+            "nccl" if self.cuda else "gloo", timeout=datetime.timedelta(seconds=180)
+        )
 
     def ddp(self, net: nn.Module) -> DistributedDataParallel:
-        return DistributedDataParallel(net, device_ids=[torch.device(self.device).index] if self.cuda else None)
+        return DistributedDataParallel(
+            net, device_ids=[torch.device(self.device).index] if self.cuda else None
+        )
 
     def gather(self, value: Any) -> List[Any]:
         values: List[Any] = [None] * self.world
@@ -130,8 +149,19 @@ class Cmt:
 
     def build(self, bs: int, dropout: float, attn: str = "PETRMultiheadAttention") -> Any:
         width, height = (160, 64) if self.args.tiny else map(int, self.args.size.split("x"))
-        return self.detectors.build("cmt", self.args.cmt, self.args.frame, self.detectors.Options(
-            self.processes.device, bs, (width, height), attn, dropout, layers=1 if self.args.tiny else 6))
+        return self.detectors.build(
+            "cmt",
+            self.args.cmt,
+            self.args.frame,
+            self.detectors.Options(
+                self.processes.device,
+                bs,
+                (width, height),
+                attn,
+                dropout,
+                layers=1 if self.args.tiny else 6,
+            ),
+        )
 
 
 def gradients(cmt: Cmt, processes: Processes, each: int) -> Dict[str, Any]:
@@ -159,23 +189,30 @@ def gradients(cmt: Cmt, processes: Processes, each: int) -> Dict[str, Any]:
     with single_process():
         truth, loss = alone(whole, False)
         result["noise"] = distance(alone(whole, False)[0], truth)
-    for name, way in (("unpatched", contextlib.nullcontext), ("patched", patched),
-                      ("patched dtype=fp16", lambda: patched("fp16"))):
+    for name, way in (
+        ("unpatched", contextlib.nullcontext),
+        ("patched", patched),
+        ("patched dtype=fp16", lambda: patched("fp16")),
+    ):
         with way():
             with single_process():
                 own = alone(whole, False)[0]
             reduced, part = alone(share, True)
-        result[name] = {"ddp_against_one_process": distance(reduced, own),
-                        "one_process_against_unpatched": distance(own, truth),
-                        "ddp_against_unpatched_one_process": distance(reduced, truth),
-                        "losses_of_ranks": processes.gather(part), "loss_of_one_process": loss,
-                        "ranks_agree": len(set(processes.gather(float(reduced.sum())))) == 1}
+        result[name] = {
+            "ddp_against_one_process": distance(reduced, own),
+            "one_process_against_unpatched": distance(own, truth),
+            "ddp_against_unpatched_one_process": distance(reduced, truth),
+            "losses_of_ranks": processes.gather(part),
+            "loss_of_one_process": loss,
+            "ranks_agree": len(set(processes.gather(float(reduced.sum())))) == 1,
+        }
     return result
 
 
 @contextlib.contextmanager
 def single_process() -> Iterator[None]:
-    """Every rank for itself: upstream's reduce_mean, which averages over processes, must not see the others."""
+    """Every rank for itself: upstream's reduce_mean, which averages over processes, must not see
+    the others."""
     real = dist.is_initialized
     dist.is_initialized = lambda: False  # type: ignore[assignment]
     try:
@@ -186,15 +223,27 @@ def single_process() -> Iterator[None]:
 
 def throughput(cmt: Cmt, processes: Processes, each: int, steps: int) -> List[Dict[str, Any]]:
     rows = []
-    for name, way in (("unpatched", contextlib.nullcontext), ("patched dtype=fp16", lambda: patched("fp16"))):
+    for name, way in (
+        ("unpatched", contextlib.nullcontext),
+        ("patched dtype=fp16", lambda: patched("fp16")),
+    ):
         for count in (1, processes.world):
             dist.barrier()
             times: List[float] = []
             if processes.rank < count:
                 with way(), single_process() if count == 1 else contextlib.nullcontext():
                     times = timed(cmt, processes, each, steps, count > 1)
-            seconds = max(s for s in processes.gather(statistics.median(times[2:] or times) if times else 0.0))
-            rows.append({"name": name, "processes": count, "step_s": seconds, "samples_s": each * count / seconds})
+            seconds = max(
+                s for s in processes.gather(statistics.median(times[2:] or times) if times else 0.0)
+            )
+            rows.append(
+                {
+                    "name": name,
+                    "processes": count,
+                    "step_s": seconds,
+                    "samples_s": each * count / seconds,
+                }
+            )
             if processes.cuda:
                 torch.cuda.empty_cache()
     for row in rows:
@@ -240,7 +289,8 @@ class Broken:
 
 
 def fault(cmt: Cmt, processes: Processes, each: int, steps: int) -> Dict[str, Any]:
-    """Losses with and without the fault on the last rank, what it struck and what the journal says."""
+    """Losses with and without the fault on the last rank, what it struck and what the journal
+    says."""
     name = "triton" if processes.cuda else "sdpa"
 
     def run(broken: bool) -> Any:
@@ -279,10 +329,17 @@ def fault(cmt: Cmt, processes: Processes, each: int, steps: int) -> Dict[str, An
         failing, fallen, struck = run(True)
         told = [f"{f['source']}: {f['reason']}" for f in journal.fallbacks()[before:]]
         dispatch.reset()
-    return {"backend": name, "steps": steps, "struck": processes.gather(struck), "fallbacks": processes.gather(told),
-            "losses": processes.gather(healthy), "losses_again": processes.gather(again),
-            "losses_with_fault": processes.gather(failing), "weights": distance(fallen, weights),
-            "ranks_agree": len(set(processes.gather(float(fallen.sum())))) == 1}
+    return {
+        "backend": name,
+        "steps": steps,
+        "struck": processes.gather(struck),
+        "fallbacks": processes.gather(told),
+        "losses": processes.gather(healthy),
+        "losses_again": processes.gather(again),
+        "losses_with_fault": processes.gather(failing),
+        "weights": distance(fallen, weights),
+        "ranks_agree": len(set(processes.gather(float(fallen.sum())))) == 1,
+    }
 
 
 def _break_backward(flag: List[int], culprit: Broken) -> Callable[[], None]:
@@ -306,19 +363,28 @@ def _break_backward(flag: List[int], culprit: Broken) -> Callable[[], None]:
 
 
 def fsdp(processes: Processes, tiny: bool, steps: int) -> Dict[str, Any]:
-    """Losses of every rank and the parameters at the end, fully_shard against DDP; patched and not."""
-    spec = importlib.util.spec_from_file_location("mini_cmt_train", str(ROOT / "examples/mini_cmt/tools/train.py"))
+    """Losses of every rank and the parameters at the end, fully_shard against DDP; patched and
+    not."""
+    spec = importlib.util.spec_from_file_location(
+        "mini_cmt_train", str(ROOT / "examples/mini_cmt/tools/train.py")
+    )
     train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
     argv = ["--dropout", "0", "--no-cp", "--device", "cuda" if processes.cuda else "cpu"]
-    argv += ["--queries", "40", "--bev", "12", "--image-size", "128x64"] if tiny else ["--preset", "cmt"]
+    argv += (
+        ["--queries", "40", "--bev", "12", "--image-size", "128x64"]
+        if tiny
+        else ["--preset", "cmt"]
+    )
     args = train.parse_args(argv)
 
     def run(shard: bool) -> Any:
         config, model = train.build(args)
         model = model.to(processes.device).train()
-        batch = train.to_device(train.make_batch(train.load_frames(args, processes.rank), **config["data"]),
-                                torch.device(processes.device))
+        batch = train.to_device(
+            train.make_batch(train.load_frames(args, processes.rank), **config["data"]),
+            torch.device(processes.device),
+        )
         if shard:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -343,7 +409,7 @@ def fsdp(processes: Processes, tiny: bool, steps: int) -> Dict[str, Any]:
             optimizer.step()
             losses.append(float(loss))
         weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-        peak = torch.cuda.max_memory_allocated() / 2 ** 20 if processes.cuda else 0.0
+        peak = torch.cuda.max_memory_allocated() / 2**20 if processes.cuda else 0.0
         return losses, torch.cat([w.detach().flatten() for w in weights]).double(), peak
 
     truth, weights, _ = run(False)
@@ -354,13 +420,20 @@ def fsdp(processes: Processes, tiny: bool, steps: int) -> Dict[str, Any]:
             losses, found, peak = run(True)
             calls = {key: count - before.get(key, 0) for key, count in journal.calls.items()}
         worst = max(abs(a - b) / abs(b) for a, b in zip(losses, truth))
-        result[name] = {"losses": processes.gather(losses), "loss_difference": max(processes.gather(worst)),
-                        "weights": distance(found, weights), "peak_MiB": round(peak, 1), "calls": calls}
+        result[name] = {
+            "losses": processes.gather(losses),
+            "loss_difference": max(processes.gather(worst)),
+            "weights": distance(found, weights),
+            "peak_MiB": round(peak, 1),
+            "calls": calls,
+        }
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=("ddp", "fsdp"))
     parser.add_argument("--cmt", metavar="DIR", help="a checkout of junjie18/CMT")
     parser.add_argument("--frame", metavar="DIR", help="a nuScenes frame in mmdet3d's info format")
@@ -368,8 +441,12 @@ def main() -> None:
     parser.add_argument("--size", default="1600x640")
     parser.add_argument("--bs", type=int, default=2, help="samples a process, for the throughput")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--parts", nargs="+", choices=("gradients", "throughput", "fault"),
-                        default=["gradients", "throughput", "fault"])
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=("gradients", "throughput", "fault"),
+        default=["gradients", "throughput", "fault"],
+    )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", metavar="F.json")
     args = parser.parse_args()
@@ -381,9 +458,12 @@ def main() -> None:
     steps, each = (3, 1) if args.tiny else (args.steps, args.bs)
     words = " ".join(os.path.basename(a.rstrip("/")) if "/" in a else a for a in sys.argv[1:])
     result: Dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if processes.cuda else "CPU", "processes": processes.world,
-        "torch": torch.__version__, "backend": dist.get_backend(),
-        "command": f"torchrun --nproc_per_node {processes.world} benchmarks/distributed.py {words}"}
+        "device": torch.cuda.get_device_name() if processes.cuda else "CPU",
+        "processes": processes.world,
+        "torch": torch.__version__,
+        "backend": dist.get_backend(),
+        "command": f"torchrun --nproc_per_node {processes.world} benchmarks/distributed.py {words}",
+    }
 
     def save(name: str, value: Any) -> None:
         result[name] = value

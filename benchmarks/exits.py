@@ -1,9 +1,11 @@
-"""How processes end that stop right after a backward pass, with the wait of attention/ending.py and without it.
+"""How processes end that stop right after a backward pass, with the wait of attention/ending.py and
+without it.
 
     python benchmarks/exits.py --out benchmarks/results/exits_h200.json
 
 As many at once as there are processors, since two threads race. Status -6 is abort().
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,7 +22,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.p
 
 
 def child(wait: bool) -> None:
-    """A short script that ends with a backward pass, but for the dispatcher, whose self-check takes time."""
+    """A short script that ends with a backward pass, but for the dispatcher, whose self-check takes
+    time."""
     import torch
 
     from flashbias_patch.attention import ending
@@ -28,7 +31,10 @@ def child(wait: bool) -> None:
 
     if wait:
         ending.wait_for_autograd()
-    tensors = [torch.randn(2, length, 8, 32, device="cuda").half().requires_grad_() for length in (1490, 6000, 6000)]
+    tensors = [
+        torch.randn(2, length, 8, 32, device="cuda").half().requires_grad_()
+        for length in (1490, 6000, 6000)
+    ]
     mask = torch.rand(1, 1, 1490, 6000, device="cuda") < 0.3
     for _ in range(3):
         out = fused_attention(*tensors, mask=mask)
@@ -37,7 +43,9 @@ def child(wait: bool) -> None:
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--at-once", type=int, default=os.cpu_count())
     parser.add_argument("--out")
@@ -45,12 +53,18 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parser.parse_args(argv)
     if args.child:
         return child(args.child == "wait")
-    statuses: Dict[str, Dict[int, int]] = {"wait": collections.Counter(), "no wait": collections.Counter()}
+    statuses: Dict[str, Dict[int, int]] = {
+        "wait": collections.Counter(),
+        "no wait": collections.Counter(),
+    }
     environment = dict(os.environ, FLASHBIAS_PATCH="0")
     for turn in range(args.rounds):
         for kind, found in statuses.items():
             command = [sys.executable, os.path.abspath(__file__), "--child", kind]
-            running = [subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) for _ in range(args.at_once)]
+            running = [
+                subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+                for _ in range(args.at_once)
+            ]
             for process in running:
                 found[process.wait()] += 1
             print(f"{turn + 1}/{args.rounds} {kind}: {dict(found)}", flush=True)

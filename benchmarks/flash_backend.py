@@ -1,10 +1,13 @@
-"""FlashAttention-4 under a low-rank bias: no bias, concatenated by hand (torch.cat), the `flash` backend.
+"""FlashAttention-4 under a low-rank bias: no bias, concatenated by hand (torch.cat), the `flash`
+backend.
 
     python benchmarks/flash_backend.py --out benchmarks/results/flash_backend_h200.json
 
-Milliseconds are medians of triton.testing.do_bench (which clears the L2 cache between calls), all methods of
-a case in one process, in turns. Errors are ||x - exact|| / ||exact||, exact in float64, output and gradients.
+Milliseconds are medians of triton.testing.do_bench (which clears the L2 cache between calls), all
+methods of a case in one process, in turns. Errors are ||x - exact|| / ||exact||, exact in float64,
+output and gradients.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -40,14 +43,21 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         words = [f"{self.queries}x{self.keys}", f"rank {self.rank}"]
-        return " ".join(words + [word for word in ("shared", "split", "padding") if getattr(self, word)])
+        return " ".join(
+            words + [word for word in ("shared", "split", "padding") if getattr(self, word)]
+        )
 
 
 CASES = [
-    Case(1490, 22384, 8), Case(1490, 22384, 8, shared=True), Case(1490, 22384, 16),
-    Case(1490, 22384, 24, split=True), Case(1490, 22384, 8, padding=True), Case(1490, 22384, 0, padding=True),
-    Case(900, 24000, 8), Case(1490, 56400, 8),
-]  # fmt: skip
+    Case(1490, 22384, 8),
+    Case(1490, 22384, 8, shared=True),
+    Case(1490, 22384, 16),
+    Case(1490, 22384, 24, split=True),
+    Case(1490, 22384, 8, padding=True),
+    Case(1490, 22384, 0, padding=True),
+    Case(900, 24000, 8),
+    Case(1490, 56400, 8),
+]
 
 
 def operands(case: Case, seed: int = 0) -> Tuple[List[Tensor], Optional[Tensor], Tensor]:
@@ -84,7 +94,9 @@ def by_hand(flash: Callable[..., Any]) -> Method:
             q_columns.append(q.new_ones(1, 1, 1, 8).expand(*q.shape[:3], -1))
             k_columns.append((padding.half() / 8)[:, :, None, None].expand(*k.shape[:3], 8))
         q, k = torch.cat(q_columns, -1), torch.cat(k_columns, -1)
-        if 48 < q.shape[-1] <= 64:  # with v at 32, FlashAttention-4's backward pass does not compile on Hopper
+        if (
+            48 < q.shape[-1] <= 64
+        ):  # with v at 32, FlashAttention-4's backward pass does not compile on Hopper
             v = torch.nn.functional.pad(v, (0, 64 - D))
         return flash(q, k, v, softmax_scale=1.0)[0][..., :D]
 
@@ -116,7 +128,9 @@ def in_pytorch(leaves: List[Tensor]) -> Tensor:
 def errors(out: Tensor, grads: Tuple[Tensor, ...], truth: Tuple[Tensor, ...]) -> Dict[str, float]:
     names = ("out", "q", "k", "v", "q_factor", "k_factor")
     found = (out, *grads)
-    return {name: ((x.double() - y).norm() / y.norm()).item() for name, x, y in zip(names, found, truth)}
+    return {
+        name: ((x.double() - y).norm() / y.norm()).item() for name, x, y in zip(names, found, truth)
+    }
 
 
 def measure(case: Case, flash: Callable[..., Any]) -> Dict[str, Any]:
@@ -129,10 +143,13 @@ def measure(case: Case, flash: Callable[..., Any]) -> Dict[str, Any]:
     truth = exact(leaves, gradient)
     found: Dict[str, Any] = {"case": case._asdict(), "name": case.name, "methods": {}}
     plain = in_pytorch(leaves)
-    found["pytorch_half_errors"] = errors(plain, torch.autograd.grad(plain, leaves, gradient), truth)
+    found["pytorch_half_errors"] = errors(
+        plain, torch.autograd.grad(plain, leaves, gradient), truth
+    )
     del plain
     steps: Dict[str, Tuple[Callable[[], Any], Callable[[], Any]]] = {}
     for name, (method, tensors, pad) in methods.items():
+
         def forward(method: Method = method, tensors: Any = tensors, pad: Any = pad) -> Any:
             with torch.no_grad():
                 return method(tensors, pad)
@@ -164,7 +181,9 @@ def core(flash: Callable[..., Any], width: int, v_width: int) -> Dict[str, Any]:
     """FlashAttention-4 alone, on operands that are joined already, at the first case's lengths."""
     queries, keys = CASES[0][:2]
     shapes = ((queries, width), (keys, width), (keys, v_width), (queries, v_width))
-    *leaves, gradient = (torch.randn(B, length, H, d, device="cuda", dtype=torch.float16) for length, d in shapes)
+    *leaves, gradient = (
+        torch.randn(B, length, H, d, device="cuda", dtype=torch.float16) for length, d in shapes
+    )
     for leaf in leaves:
         leaf.requires_grad_()
     found: Dict[str, Any] = {"width": width, "v_width": v_width}
@@ -181,16 +200,31 @@ def core(flash: Callable[..., Any], width: int, v_width: int) -> Dict[str, Any]:
             found[what] = {"ms": do_bench(step, warmup=20, rep=100, return_mode="median")}
         except Exception as error:  # the compiler's own, of several kinds
             found[what] = {"fails": f"{type(error).__name__}: {str(error).strip()[:200]}"}
-    print(f"FlashAttention-4 alone, head dims {width} / {v_width}:", found["forward"], found["forward_backward"])
+    print(
+        f"FlashAttention-4 alone, head dims {width} / {v_width}:",
+        found["forward"],
+        found["forward_backward"],
+    )
     return found
 
 
 def report(found: Dict[str, Any]) -> None:
     hand = found["methods"]["by hand"]
     for name, numbers in found["methods"].items():
-        times = [f"{numbers[w]['ms']:.3f} ms ({numbers[w]['ms'] / hand[w]['ms']:.2f})" for w in TARGETS]
-        print(f"{found['name']:30s} {name:8s}", *times, f"{numbers['peak_mib']:4.0f} MiB", worst(numbers["errors"]))
-    print(f"{found['name']:30s} plain PyTorch in half", worst(found["pytorch_half_errors"]), flush=True)
+        times = [
+            f"{numbers[w]['ms']:.3f} ms ({numbers[w]['ms'] / hand[w]['ms']:.2f})" for w in TARGETS
+        ]
+        print(
+            f"{found['name']:30s} {name:8s}",
+            *times,
+            f"{numbers['peak_mib']:4.0f} MiB",
+            worst(numbers["errors"]),
+        )
+    print(
+        f"{found['name']:30s} plain PyTorch in half",
+        worst(found["pytorch_half_errors"]),
+        flush=True,
+    )
 
 
 def worst(found: Optional[Dict[str, float]]) -> str:
@@ -201,9 +235,13 @@ def worst(found: Optional[Dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument("--cases", type=int, default=len(CASES), help="how many of the cases, from the first")
+    parser.add_argument(
+        "--cases", type=int, default=len(CASES), help="how many of the cases, from the first"
+    )
     arguments = parser.parse_args()
     from flash_attn.cute import flash_attn_func
 
@@ -215,9 +253,15 @@ def main() -> None:
         report(found)
     if arguments.out:
         about = {
-            "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "python": platform.python_version(),
-            "B": B, "H": H, "D": D, "dtype": "float16", "targets": TARGETS,
-        }  # fmt: skip
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "B": B,
+            "H": H,
+            "D": D,
+            "dtype": "float16",
+            "targets": TARGETS,
+        }
         with open(arguments.out, "w") as file:
             json.dump({"about": about, "widths": widths, "cases": results}, file, indent=1)
             file.write("\n")

@@ -1,11 +1,14 @@
-"""What guarding costs a call once its class is settled: dispatch.attend against calling the backend.
+"""What guarding costs a call once its class is settled: dispatch.attend against calling the
+backend.
 
     python benchmarks/guarding.py       (or as a part of benchmarks/overhead.py)
 
-The backend here does no work, so that the difference is guarding alone: the class of the call, its verdict, the random
-state where there is dropout. A backend's own `why_not` is asked at every call and is shown beside it. Then what the
-guarded backward (attention/recovery/guard.py) adds to a call that is large enough for it, forward and both passes together.
+The backend here does no work, so that the difference is guarding alone: the class of the call, its
+verdict, the random state where there is dropout. A backend's own `why_not` is asked at every call
+and is shown beside it. Then what the guarded backward (attention/recovery/guard.py) adds to a call
+that is large enough for it, forward and both passes together.
 """
+
 from __future__ import annotations
 
 import functools
@@ -62,7 +65,11 @@ def call(device: str, dtype: torch.dtype, features: str) -> AttentionInputs:
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, device=device, dtype=dtype)
 
-    made: Dict[str, Any] = {"q": zeros(B, M, H, D).requires_grad_(), "k": zeros(B, N, H, D), "v": zeros(B, N, H, D)}
+    made: Dict[str, Any] = {
+        "q": zeros(B, M, H, D).requires_grad_(),
+        "k": zeros(B, N, H, D),
+        "v": zeros(B, N, H, D),
+    }
     if "factors" in features:
         made.update(q_factor=zeros(B, M, 1, R), k_factor=zeros(1, N, 1, R))
     if "mask" in features:
@@ -71,7 +78,11 @@ def call(device: str, dtype: torch.dtype, features: str) -> AttentionInputs:
 
 
 def microseconds(function: Callable[[], Any]) -> float:
-    return min(timeit.repeat(function, timer=time.process_time, number=CALLS, repeat=REPEATS)) / CALLS * 1e6
+    return (
+        min(timeit.repeat(function, timer=time.process_time, number=CALLS, repeat=REPEATS))
+        / CALLS
+        * 1e6
+    )
 
 
 def measure() -> Dict[str, float]:
@@ -79,7 +90,10 @@ def measure() -> Dict[str, float]:
     found = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
-    print(f"torch {torch.__version__}, {device}; microseconds of processor time a call, best of {REPEATS}")
+    print(
+        f"torch {torch.__version__}, {device}; microseconds of processor time a call, best of "
+        f"{REPEATS}"
+    )
     guard.OWN_RESCUE = ()  # as for the other backends: is the call large enough?
     for features in ("plain", "factors", "factors, mask", "factors, dropout"):
         inputs = call(device, dtype, features)
@@ -103,7 +117,9 @@ def measure() -> Dict[str, float]:
 def measure_guarded_backward() -> Dict[str, float]:
     """Microseconds that a guarded backward adds to a call of guard.LARGE scores or more."""
     torch.set_num_threads(1)
-    q, k, v = (torch.zeros(1, length, 2, 4) for length in (2, 3, 3))  # small: only the processor's time counts
+    q, k, v = (
+        torch.zeros(1, length, 2, 4) for length in (2, 3, 3)
+    )  # small: only the processor's time counts
     inputs = AttentionInputs(q.requires_grad_(), k, v, scale=0.5)
     dispatch.reset()
     dispatch._loaded["triton"] = Differentiable()
@@ -112,7 +128,9 @@ def measure_guarded_backward() -> Dict[str, float]:
     gradient, found = torch.zeros_like(inputs.q), {}
     passes: Dict[str, Callable[[], Any]] = {
         "forward": lambda: dispatch.attend(inputs),
-        "forward and backward": lambda: torch.autograd.grad(dispatch.attend(inputs), inputs.q, gradient),
+        "forward and backward": lambda: torch.autograd.grad(
+            dispatch.attend(inputs), inputs.q, gradient
+        ),
     }
     for name, run in passes.items():
         times = []

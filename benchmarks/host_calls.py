@@ -1,18 +1,22 @@
-"""The host's work per attention call, counted: function calls, torch operators, allocations; on a GPU launches and times.
+"""The host's work per attention call, counted: function calls, torch operators, allocations; on a
+GPU launches and times.
 
-    python benchmarks/host_calls.py [--out benchmarks/results/host_calls_cpu.json]
-    python benchmarks/host_calls.py --path fused --out benchmarks/results/host_calls_fused.json
-    python benchmarks/host_calls.py --part decoders --out benchmarks/results/host_calls_h100.json       (on a GPU)
+    python benchmarks/host_calls.py [--out benchmarks/results/host_calls_cpu.json] python
+    benchmarks/host_calls.py --path fused --out benchmarks/results/host_calls_fused.json python
+    benchmarks/host_calls.py --part decoders --out benchmarks/results/host_calls_h100.json       (on
+    a GPU)
 
-Counts have no noise. Of one steady-state call of each target class, unpatched and patched: calls of Python functions and
-of C functions (sys.setprofile), operators (TorchDispatchMode), allocations and, on a GPU, kernel launches
-(torch.profiler). Forward in eval without gradients, forward in training, backward, with and without a bias, and a
-checkpointed decoder layer. On a GPU also the median time from entering to leaving the outer forward. `--part decoders`
-times steps of a decoder of six layers at small sizes. The classes are the stand-ins of tests/stand_ins.
+Counts have no noise. Of one steady-state call of each target class, unpatched and patched: calls of
+Python functions and of C functions (sys.setprofile), operators (TorchDispatchMode), allocations
+and, on a GPU, kernel launches (torch.profiler). Forward in eval without gradients, forward in
+training, backward, with and without a bias, and a checkpointed decoder layer. On a GPU also the
+median time from entering to leaving the outer forward. `--part decoders` times steps of a decoder
+of six layers at small sizes. The classes are the stand-ins of tests/stand_ins.
 
-`--path fused` counts the fused path on a machine without a GPU: launches of compiled kernels are replaced by nothing,
-and results are wrong.
+`--path fused` counts the fused path on a machine without a GPU: launches of compiled kernels are
+replaced by nothing, and results are wrong.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -65,7 +69,7 @@ TARGETS: Dict[str, Target] = {
 LAYER = ["self_attn", "norm", "cross_attn", "norm", "ffn", "norm"]
 
 
-# -- counting ----------------------------------------------------------------------------------------------------------
+# -- counting --------------------------------------------------------------------------------------
 
 
 class Counts(NamedTuple):
@@ -99,7 +103,10 @@ def function_calls(call: Callable[[], Any]) -> Tuple[int, int, List[str]]:
     def profile(frame: Any, event: str, argument: Any) -> None:
         if event == "call":
             counted[0] += 1
-            names.append(f"py {frame.f_code.co_name} {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}")
+            names.append(
+                f"py {frame.f_code.co_name} "
+                f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+            )
         elif event == "c_call":
             counted[1] += 1
             names.append(f"c  {getattr(argument, '__qualname__', argument)}")
@@ -130,7 +137,9 @@ def profiled(call: Callable[[], Any], cuda: bool) -> Tuple[int, Optional[int]]:
             torch.cuda.synchronize()
     events = prof.profiler.kineto_results.events()  # type: ignore[union-attr]
     device = torch.profiler._utils.DeviceType.CUDA if cuda else torch.profiler._utils.DeviceType.CPU
-    allocations = sum(e.name() == "[memory]" and e.nbytes() > 0 and e.device_type() == device for e in events)
+    allocations = sum(
+        e.name() == "[memory]" and e.nbytes() > 0 and e.device_type() == device for e in events
+    )
     launches = sum("LaunchKernel" in e.name() for e in events) if cuda else None
     return allocations, launches
 
@@ -142,7 +151,9 @@ def counts_of(call: Callable[[], Any], cuda: bool = False, timed: bool = True) -
     python, c, _ = function_calls(call)
     names = operators(call)
     allocations, launches = profiled(call, cuda)
-    return Counts(python, c, len(names), allocations, launches, host_time(call) if cuda and timed else None)
+    return Counts(
+        python, c, len(names), allocations, launches, host_time(call) if cuda and timed else None
+    )
 
 
 def host_time(call: Callable[[], Any]) -> float:
@@ -155,7 +166,7 @@ def host_time(call: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-# -- calls -------------------------------------------------------------------------------------------------------------
+# -- calls -----------------------------------------------------------------------------------------
 
 
 def load(target: Target, load_module: Any) -> type:
@@ -179,7 +190,9 @@ def operands(device: str, batch_first: bool, masked: bool = True) -> Dict[str, T
     query, key = drawn(M), drawn(N)
     found = {"query": query, "key": key, "value": key, "query_pos": drawn(M), "key_pos": drawn(N)}
     if masked:
-        found["key_padding_mask"] = torch.zeros(B, N, device=device)  # CMT gives a floating mask of zeros
+        found["key_padding_mask"] = torch.zeros(
+            B, N, device=device
+        )  # CMT gives a floating mask of zeros
     return found
 
 
@@ -219,26 +232,51 @@ def cases(module: Any, given: Dict[str, Any], bias: bool) -> Iterator[Case]:
     yield Case("backward", backward)
 
 
-def decoder(load_module: Any, device: str, layers: int, checkpointed: bool, dropout: float, size: int) -> Any:
-    """Layers of CMT: self attention of mmcv, cross attention of the repository, a feed-forward network."""
+def decoder(
+    load_module: Any, device: str, layers: int, checkpointed: bool, dropout: float, size: int
+) -> Any:
+    """Layers of CMT: self attention of mmcv, cross attention of the repository, a feed-forward
+    network."""
     module = load_module(PETR)
     attention_of = [
-        {"type": "MultiheadAttention", "embed_dims": size, "num_heads": size // 32, "dropout": dropout},
-        {"type": "PETRMultiheadAttention", "embed_dims": size, "num_heads": size // 32, "dropout": dropout},
+        {
+            "type": "MultiheadAttention",
+            "embed_dims": size,
+            "num_heads": size // 32,
+            "dropout": dropout,
+        },
+        {
+            "type": "PETRMultiheadAttention",
+            "embed_dims": size,
+            "num_heads": size // 32,
+            "dropout": dropout,
+        },
     ]
     torch.manual_seed(0)
     return torch.nn.ModuleList(
         module.PETRTransformerDecoderLayer(
-            attn_cfgs=attention_of, operation_order=LAYER, with_cp=checkpointed, feedforward_channels=4 * size,
-        ) for _ in range(layers)
-    ).to(device)  # fmt: skip
+            attn_cfgs=attention_of,
+            operation_order=LAYER,
+            with_cp=checkpointed,
+            feedforward_channels=4 * size,
+        )
+        for _ in range(layers)
+    ).to(device)
 
 
 def run_decoder(layers: Any, given: Dict[str, Tensor]) -> Tensor:
     query = given["query"]
     for layer in layers:
-        query = layer(query, given["key"], given["value"], given["query_pos"], given["key_pos"], [None, None],
-                      None, given["key_padding_mask"])
+        query = layer(
+            query,
+            given["key"],
+            given["value"],
+            given["query_pos"],
+            given["key_pos"],
+            [None, None],
+            None,
+            given["key_padding_mask"],
+        )
     return query
 
 
@@ -251,12 +289,13 @@ def patched() -> Iterator[None]:
         flashbias_patch.uninstall()
 
 
-# -- the fused path without a GPU ------------------------------------------------------------------------------------------
+# -- the fused path without a GPU ------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def fused_without_launches() -> Iterator[List[str]]:
-    """The fused backend takes calls on the CPU, and each launch of a kernel is only noted, by its name."""
+    """The fused backend takes calls on the CPU, and each launch of a kernel is only noted, by its
+    name."""
     from flashbias_patch.attention import dispatch
     from flashbias_patch.attention.backends import triton_fused
     from flashbias_patch.attention.kernels import settled
@@ -274,13 +313,13 @@ def fused_without_launches() -> Iterator[List[str]]:
         name = self.kernel.__name__
         self.run, self.rest = lambda *given, **options: launched.append(name), self.numbers
 
-    with mock.patch.object(triton_fused.TritonFused, "why_not", no_reasons), \
-            mock.patch.object(dispatch, "_earns_trust", trusted), \
-            mock.patch.object(settled.Launch, "first", compiled):
+    with mock.patch.object(triton_fused.TritonFused, "why_not", no_reasons), mock.patch.object(
+        dispatch, "_earns_trust", trusted
+    ), mock.patch.object(settled.Launch, "first", compiled):
         yield launched
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def count_all(device: str, only: Optional[str] = None) -> List[Dict[str, Any]]:
@@ -296,9 +335,16 @@ def count_all(device: str, only: Optional[str] = None) -> List[Dict[str, Any]]:
                     continue
                 module = attention(cls, target, device, dropout)
                 given = operands(device, bool(target.keywords.get("batch_first")))
-                features = ", ".join(word for word, has in (("dropout", dropout), ("bias", bias)) if has)
+                features = ", ".join(
+                    word for word, has in (("dropout", dropout), ("bias", bias)) if has
+                )
                 row = {"class": name, "features": features}
-                rows += compared(row, functools.partial(cases, module, given, bias), cuda, not (bias or target.flash))
+                rows += compared(
+                    row,
+                    functools.partial(cases, module, given, bias),
+                    cuda,
+                    not (bias or target.flash),
+                )
     with stand_ins.repository("cmt") as load_module:
         if only is None:
             load(TARGETS["CMT"], load_module)
@@ -331,7 +377,9 @@ def compared(row: Dict[str, Any], make: Any, cuda: bool, unpatched: bool) -> Lis
     for way in ("unpatched", "patched") if unpatched else ("patched",):
         with patched() if way == "patched" else contextlib.nullcontext():
             for case in make():
-                counts = counts_of(case.prepare(), cuda, case.name != "backward")  # a graph is differentiated once
+                counts = counts_of(
+                    case.prepare(), cuda, case.name != "backward"
+                )  # a graph is differentiated once
                 found.setdefault(case.name, {**row, "call": case.name})[way] = counts._asdict()
     return list(found.values())
 
@@ -369,13 +417,25 @@ def decoders(repeats: int) -> List[Dict[str, Any]]:
         for name, (queries, keys, half, training, checkpointed) in DECODERS.items():
             layers = decoder(load_module, "cuda", 6, checkpointed, 0.0, 256).train(training)
             parts = {}
-            for part, length in (("query", queries), ("key", keys), ("query_pos", queries), ("key_pos", keys)):
+            for part, length in (
+                ("query", queries),
+                ("key", keys),
+                ("query_pos", queries),
+                ("key_pos", keys),
+            ):
                 parts[part] = torch.randn(length, 1, 256, device="cuda", requires_grad=training)
             parts["value"] = parts["key"]
             parts["key_padding_mask"] = torch.zeros(1, keys, device="cuda")
 
-            def step(layers: Any = layers, parts: Any = parts, training: bool = training, half: bool = half) -> None:
-                with torch.set_grad_enabled(training), torch.autocast("cuda", torch.float16, enabled=half):
+            def step(
+                layers: Any = layers,
+                parts: Any = parts,
+                training: bool = training,
+                half: bool = half,
+            ) -> None:
+                with torch.set_grad_enabled(training), torch.autocast(
+                    "cuda", torch.float16, enabled=half
+                ):
                     out = run_decoder(layers, parts)
                 if training:
                     out.sum().backward()
@@ -401,10 +461,16 @@ def decoders(repeats: int) -> List[Dict[str, Any]]:
             for figure in ("host_ms", "ms", "launches"):
                 row[figure + "_ratio"] = row[figure + "_patched"] / row[figure + "_unpatched"]
             rows.append(row)
-            print(f"{name:42s} launches {row['launches_unpatched']:5d} -> {row['launches_patched']:5d}   "
-                  f"host {row['host_ms_unpatched']:7.2f} -> {row['host_ms_patched']:7.2f} ms ({row['host_ms_ratio']:.2f}x)   "
-                  f"all {row['ms_unpatched']:7.2f} -> {row['ms_patched']:7.2f} ms ({row['ms_ratio']:.2f}x)   "
-                  f"first {row['first_s_unpatched']:.2f} -> {row['first_s_patched']:.2f} s", flush=True)
+            print(
+                f"{name:42s} launches {row['launches_unpatched']:5d} -> "
+                f"{row['launches_patched']:5d}   "
+                f"host {row['host_ms_unpatched']:7.2f} -> {row['host_ms_patched']:7.2f} ms "
+                f"({row['host_ms_ratio']:.2f}x)   "
+                f"all {row['ms_unpatched']:7.2f} -> {row['ms_patched']:7.2f} ms "
+                f"({row['ms_ratio']:.2f}x)   "
+                f"first {row['first_s_unpatched']:.2f} -> {row['first_s_patched']:.2f} s",
+                flush=True,
+            )
     return rows
 
 
@@ -414,21 +480,36 @@ def show(rows: List[Dict[str, Any]]) -> None:
         line = f"{row['class']:18s} {row['features']:13s} {row['call']:9s}"
         for figure in ("python", "c", "operators", "allocations", "launches", "host_us"):
             if ours.get(figure) is not None:
-                line += f"  {figure} {'-' if theirs is None else round(theirs[figure]):>4} -> {round(ours[figure]):<4}"
+                line += (
+                    f"  {figure} {'-' if theirs is None else round(theirs[figure]):>4} -> "
+                    f"{round(ours[figure]):<4}"
+                )
         if theirs is not None:
-            line += f"  calls {(ours['python'] + ours['c']) / (theirs['python'] + theirs['c']):.2f}x"
+            line += (
+                f"  calls {(ours['python'] + ours['c']) / (theirs['python'] + theirs['c']):.2f}x"
+            )
         print(line)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--path", choices=("auto", "fused"), default="auto")
-    parser.add_argument("--part", choices=("counts", "decoders"), default="counts",
-                        help="decoders: launches and times of steps of a decoder of six layers, on a GPU")
+    parser.add_argument(
+        "--part",
+        choices=("counts", "decoders"),
+        default="counts",
+        help="decoders: launches and times of steps of a decoder of six layers, on a GPU",
+    )
     parser.add_argument("--only", metavar="CLASS", help="one of " + ", ".join(TARGETS))
     parser.add_argument("--repeats", type=int, default=20, help="timed steps of a decoder")
-    parser.add_argument("--names", action="store_true", help="list the function calls of the first class instead")
+    parser.add_argument(
+        "--names", action="store_true", help="list the function calls of the first class instead"
+    )
     parser.add_argument("--out")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -455,7 +536,9 @@ def list_names(name: str, device: str) -> None:
         cls = load(target, load_module)
         module = attention(cls, target, device)
         with patched():
-            for case in cases(module, operands(device, bool(target.keywords.get("batch_first"))), False):
+            for case in cases(
+                module, operands(device, bool(target.keywords.get("batch_first"))), False
+            ):
                 call = case.prepare()
                 for _ in range(WARM_UP):
                     call()

@@ -1,4 +1,5 @@
 """This package installed for a while, in a benchmark's own process."""
+
 from __future__ import annotations
 
 import contextlib

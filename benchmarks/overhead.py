@@ -1,12 +1,15 @@
-"""What the shim costs: import time over a bare interpreter, Python time a call beside the unpatched, and guarding.
+"""What the shim costs: import time over a bare interpreter, Python time a call beside the
+unpatched, and guarding.
 
     python benchmarks/overhead.py [--out benchmarks/results/overhead_cpu.json]
 
-The guarding of a call by the dispatcher is benchmarks/guarding.py. A call is timed at a size where arithmetic vanishes
-(2 queries, 2 keys, 8 channels), patched and unpatched alternating in one process, the best of all. `shim_us` is the
-shim's own Python: both once more with the attention's tensor work answered by constants (F.multi_head_attention_forward;
-our projections and backend), and the difference taken.
+The guarding of a call by the dispatcher is benchmarks/guarding.py. A call is timed at a size where
+arithmetic vanishes (2 queries, 2 keys, 8 channels), patched and unpatched alternating in one
+process, the best of all. `shim_us` is the shim's own Python: both once more with the attention's
+tensor work answered by constants (F.multi_head_attention_forward; our projections and backend), and
+the difference taken.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,8 +28,14 @@ def import_times(repeats: int) -> dict:
     code = "import time; t = time.process_time(); {} ; print((time.process_time() - t) * 1e3)"
 
     def run(statement: str) -> float:
-        return float(subprocess.run([sys.executable, "-c", code.format(statement)], check=True, text=True,
-                                    stdout=subprocess.PIPE).stdout)
+        return float(
+            subprocess.run(
+                [sys.executable, "-c", code.format(statement)],
+                check=True,
+                text=True,
+                stdout=subprocess.PIPE,
+            ).stdout
+        )
 
     def start() -> float:
         begin = time.perf_counter()
@@ -38,13 +47,15 @@ def import_times(repeats: int) -> dict:
         "bare_interpreter_ms": statistics.median(bare),
         "import_ms": statistics.median(run("import flashbias_patch") for _ in range(repeats)),
         "import_off_ms": statistics.median(
-            run("import os; os.environ['FLASHBIAS_PATCH'] = '0'; import flashbias_patch") for _ in range(repeats)
+            run("import os; os.environ['FLASHBIAS_PATCH'] = '0'; import flashbias_patch")
+            for _ in range(repeats)
         ),
     }
 
 
 def call_times(repeats: int, calls: int) -> dict:
-    """Microseconds of processor time a forward of a PETR-shaped module: unpatched, patched, and the shim's share."""
+    """Microseconds of processor time a forward of a PETR-shaped module: unpatched, patched, and the
+    shim's share."""
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -58,11 +69,25 @@ def call_times(repeats: int, calls: int) -> dict:
             super().__init__()
             self.attn = nn.MultiheadAttention(8, 2)
 
-        def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None,
-                    attn_mask=None, key_padding_mask=None, **kwargs):
+        def forward(
+            self,
+            query,
+            key=None,
+            value=None,
+            identity=None,
+            query_pos=None,
+            key_pos=None,
+            attn_mask=None,
+            key_padding_mask=None,
+            **kwargs,
+        ):
             query, key = query + query_pos, key + key_pos
-            return identity + self.attn(query, key, value, attn_mask=attn_mask,
-                                        key_padding_mask=key_padding_mask)[0]
+            return (
+                identity
+                + self.attn(
+                    query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask
+                )[0]
+            )
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -82,11 +107,13 @@ def call_times(repeats: int, calls: int) -> dict:
         return True
 
     def without_tensor_work(patched: bool) -> float:
-        with mock.patch.object(inner_attention, "F", SimpleNamespace(linear=lambda *a: x)), \
-                mock.patch.object(arguments, "project", lambda *a: (heads, heads, heads)), \
-                mock.patch.dict(dispatch._loaded, {"triton": Constant()}), \
-                mock.patch.object(dispatch.breakers, "by_class", {}), \
-                mock.patch.object(dispatch, "_earns_trust", trusted):
+        with mock.patch.object(
+            inner_attention, "F", SimpleNamespace(linear=lambda *a: x)
+        ), mock.patch.object(
+            arguments, "project", lambda *a: (heads, heads, heads)
+        ), mock.patch.dict(dispatch._loaded, {"triton": Constant()}), mock.patch.object(
+            dispatch.breakers, "by_class", {}
+        ), mock.patch.object(dispatch, "_earns_trust", trusted):
             if patched:
                 return timed()
             with mock.patch.object(F, "multi_head_attention_forward", lambda *a, **k: (x, None)):
@@ -100,7 +127,9 @@ def call_times(repeats: int, calls: int) -> dict:
         return module(x, x, x, identity=x, query_pos=x, key_pos=x, key_padding_mask=padding)
 
     def timed() -> float:
-        begin = time.process_time()  # not the wall clock: other work on the machine is none of the shim's
+        begin = (
+            time.process_time()
+        )  # not the wall clock: other work on the machine is none of the shim's
         for _ in range(calls):
             call()
         return (time.process_time() - begin) / calls * 1e6
@@ -126,7 +155,9 @@ def call_times(repeats: int, calls: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--calls", type=int, default=500)
     parser.add_argument("--out")
@@ -137,9 +168,13 @@ def main() -> None:
 
     result = {
         "command": " ".join(["python", *sys.argv]),
-        "python": platform.python_version(), "torch": torch.__version__, "wrapt": wrapt.__version__,
-        "import": import_times(args.repeats), "call": call_times(args.repeats, args.calls),
-        "guarding_us": guarding.measure(), "guarded_backward_us": guarding.measure_guarded_backward(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "wrapt": wrapt.__version__,
+        "import": import_times(args.repeats),
+        "call": call_times(args.repeats, args.calls),
+        "guarding_us": guarding.measure(),
+        "guarded_backward_us": guarding.measure_guarded_backward(),
     }
     print(json.dumps(result, indent=2))
     if args.out:

@@ -1,4 +1,5 @@
 """Where a result comes from: what its JSON file says beside the figures."""
+
 from __future__ import annotations
 
 import os

@@ -1,10 +1,13 @@
 """One process of benchmarks/real_models.py: a run of one repository's detector, one JSON line.
 
-    real_worker.py PLAN.json OUT.jsonl        PLAN: {family, checkout, frame, device, task, runs: [Run as a dict],
-                                              gradients: a folder that the runs of a benchmark share, ...}
+    real_worker.py PLAN.json OUT.jsonl        PLAN: {family, checkout, frame, device, task, runs:
+                                              [Run as a dict], gradients: a folder that the runs of
+                                              a benchmark share, ...}
 
-Started with FLASHBIAS_PATCH=0 and this package on PYTHONPATH: it is installed here, for a patched run.
+Started with FLASHBIAS_PATCH=0 and this package on PYTHONPATH: it is installed here, for a patched
+run.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -29,12 +32,14 @@ import flashbias_patch
 
 RANK = 3
 PHASES = ("backbone", "neck", "head", "transformer", "loss", "backward", "clip", "optimizer")
-GIB = 2 ** 30
+GIB = 2**30
 
 
 def options(run: Run, device: str) -> detectors.Options:
     width, height = map(int, run.size.split("x"))
-    return detectors.Options(device, run.bs, (width, height), run.attn, run.dropout, run.with_cp, run.fp16, run.layers)
+    return detectors.Options(
+        device, run.bs, (width, height), run.attn, run.dropout, run.with_cp, run.fp16, run.layers
+    )
 
 
 class _Shapes(Exception):
@@ -60,6 +65,7 @@ def _before_decoder(net: nn.Module, change: Callable[[Dict[str, Any]], None]) ->
 
 def attention_shape(detector: detectors.Detector) -> Tuple[int, int, int]:
     """(B, M, N) of the cross attention."""
+
     def stop(kwargs: Dict[str, Any]) -> None:
         raise _Shapes(kwargs["query"].shape[1], kwargs["query"].shape[0], kwargs["key"].shape[0])
 
@@ -72,7 +78,8 @@ def attention_shape(detector: detectors.Detector) -> Tuple[int, int, int]:
 
 
 class LearnedBias(nn.Module):
-    """bias_scale times a fixed map of rank RANK: as factors for a patched model, dense as attn_mask for another."""
+    """bias_scale times a fixed map of rank RANK: as factors for a patched model, dense as attn_mask
+    for another."""
 
     def __init__(self, shape: Tuple[int, int, int], heads: int = 8) -> None:
         super().__init__()
@@ -86,7 +93,8 @@ class LearnedBias(nn.Module):
     def open(self, net: nn.Module, patched: bool) -> Iterator[None]:
         if patched:
             with flashbias_patch.attention_bias(
-                    flashbias_patch.bias.LowRankBias(self.a * self.bias_scale, self.b), kind="cross"):
+                flashbias_patch.bias.LowRankBias(self.a * self.bias_scale, self.b), kind="cross"
+            ):
                 yield
             return
 
@@ -103,12 +111,17 @@ class Trainer:
 
     def __init__(self, run: Run, plan: Dict[str, Any]) -> None:
         self.run, self.cuda = run, plan["device"].startswith("cuda")
-        self.detector = detectors.build(plan["family"], plan["checkout"], plan["frame"], options(run, plan["device"]))
+        self.detector = detectors.build(
+            plan["family"], plan["checkout"], plan["frame"], options(run, plan["device"])
+        )
         self.batch = self.detector.batch
         self.bias: Optional[LearnedBias] = None
         if run.bias:
             self.bias = LearnedBias(attention_shape(self.detector)).to(plan["device"])
-        self.parameters = [*self.detector.net.parameters(), *(self.bias.parameters() if self.bias else ())]
+        self.parameters = [
+            *self.detector.net.parameters(),
+            *(self.bias.parameters() if self.bias else ()),
+        ]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.01)
         self.norm: Any = 0.0
 
@@ -129,7 +142,9 @@ class Trainer:
         return loss.detach()
 
     def decoder_gradient(self) -> Tensor:
-        grads = [p.grad.flatten() for p in _decoder(self.detector.net).parameters() if p.grad is not None]
+        grads = [
+            p.grad.flatten() for p in _decoder(self.detector.net).parameters() if p.grad is not None
+        ]
         return torch.cat(grads).float().cpu()
 
     def synchronize(self) -> None:
@@ -137,17 +152,19 @@ class Trainer:
             torch.cuda.synchronize()
 
     def peak_mib(self) -> float:
-        return torch.cuda.max_memory_allocated() / 2 ** 20 if self.cuda else 0.0
+        return torch.cuda.max_memory_allocated() / 2**20 if self.cuda else 0.0
 
 
 class Gradients:
-    """The first gradients of runs that should compute the same, in a folder that their processes share."""
+    """The first gradients of runs that should compute the same, in a folder that their processes
+    share."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
     def error(self, run: Run, found: Tensor) -> Optional[float]:
-        """Relative distance from the gradient of the first such unpatched run, which is kept; None without one."""
+        """Relative distance from the gradient of the first such unpatched run, which is kept; None
+        without one."""
         path = os.path.join(self.folder, "-".join(str(value) for value in run.twin()) + ".pt")
         if not os.path.exists(path):
             if not run.patch:
@@ -158,7 +175,8 @@ class Gradients:
 
 
 def train(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[str, Any]:
-    """The record of a run; first gradients without dropout are compared with those of the first unpatched twin."""
+    """The record of a run; first gradients without dropout are compared with those of the first
+    unpatched twin."""
     trainer = Trainer(run, plan)
     losses, norms, times, scales, peak = [], [], [], [], 0.0
     error = None
@@ -178,9 +196,15 @@ def train(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[str, Any
             scales.append([trainer.bias.bias_scale.item(), None if grad is None else grad.item()])
         if i == 0 and run.dropout == 0.0:
             error = gradients.error(run, trainer.decoder_gradient())
-    result = {"losses": losses, "grad_norms": norms, "grad_norm": norms[-1], "peak_MiB": round(peak, 1),
-              "step_s": round(statistics.median(times[2:] or times), 4), "first_step_s": round(times[0], 3),
-              "times": [round(t, 4) for t in times]}
+    result = {
+        "losses": losses,
+        "grad_norms": norms,
+        "grad_norm": norms[-1],
+        "peak_MiB": round(peak, 1),
+        "step_s": round(statistics.median(times[2:] or times), 4),
+        "first_step_s": round(times[0], 3),
+        "times": [round(t, 4) for t in times],
+    }
     if error is not None:
         result["gradient_error"] = error
     if scales:
@@ -189,7 +213,8 @@ def train(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[str, Any
 
 
 def largest(fits: Callable[[int], bool], low: int, limit: int) -> int:
-    """The largest n in low .. limit with fits(n), by doubling and bisection; `low` - 1 where not even `low` fits."""
+    """The largest n in low .. limit with fits(n), by doubling and bisection; `low` - 1 where not
+    even `low` fits."""
     good, bad = low - 1, limit + 1
     trial = max(low, 1)
     while trial < bad:
@@ -232,8 +257,15 @@ def batch_search(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[s
         if trainer.cuda:
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap * GIB / total))
         best = largest(fits, low, plan["limit"])
-        rows.append({"cap_GiB": cap, "available_GiB": round(min(cap, total / GIB), 1), "batch": best,
-                     "step_s": round(seconds[best], 3) if best in seconds else None, "limit": plan["limit"]})
+        rows.append(
+            {
+                "cap_GiB": cap,
+                "available_GiB": round(min(cap, total / GIB), 1),
+                "batch": best,
+                "step_s": round(seconds[best], 3) if best in seconds else None,
+                "limit": plan["limit"],
+            }
+        )
         low = max(best, 1)
     if trainer.cuda:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -245,9 +277,13 @@ def step_profile(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[s
     for i in range(3):
         trainer.step(i)
     net = trainer.detector.net
-    parts = [(net.img_backbone, "forward", "backbone"), (net.img_neck, "forward", "neck"),
-             (net.pts_bbox_head, "forward", "head"), (net.pts_bbox_head.transformer, "forward", "transformer"),
-             (net.pts_bbox_head, "loss", "loss")]
+    parts = [
+        (net.img_backbone, "forward", "backbone"),
+        (net.img_neck, "forward", "neck"),
+        (net.pts_bbox_head, "forward", "head"),
+        (net.pts_bbox_head.transformer, "forward", "transformer"),
+        (net.pts_bbox_head, "loss", "loss"),
+    ]
     with contextlib.ExitStack() as stack:
         for owner, method, name in parts:
             stack.enter_context(marked(owner, method, name))
@@ -272,15 +308,24 @@ def about(device: str) -> Dict[str, Any]:
     import mmcv
     import mmdet
     import mmdet3d
+
     try:
         import triton
+
         version = triton.__version__
     except ImportError:
         version = None
     cuda = device.startswith("cuda")
-    return {"device": torch.cuda.get_device_name() if cuda else "CPU", "torch": torch.__version__, "triton": version,
-            "python": sys.version.split()[0], "mmcv": mmcv.__version__, "mmdet": mmdet.__version__,
-            "mmdet3d": mmdet3d.__version__, "flashbias_patch": flashbias_patch.__version__}
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "torch": torch.__version__,
+        "triton": version,
+        "python": sys.version.split()[0],
+        "mmcv": mmcv.__version__,
+        "mmdet": mmdet.__version__,
+        "mmdet3d": mmdet3d.__version__,
+        "flashbias_patch": flashbias_patch.__version__,
+    }
 
 
 def main() -> None:
@@ -289,6 +334,7 @@ def main() -> None:
     with open(sys.argv[1]) as file:
         plan = json.load(file)
     with open(sys.argv[2], "a") as out:
+
         def write(line: Dict[str, Any]) -> None:
             out.write(json.dumps(line) + "\n")
             out.flush()
@@ -301,15 +347,30 @@ def main() -> None:
             try:
                 with patched(run.dtype) if run.patch else contextlib.nullcontext():
                     result = TASKS[plan["task"]](run, plan, gradients)
-                    fallbacks = [f"{f['source']}: {f['reason']}" for f in flashbias_patch.status()["fallbacks"]]
+                    fallbacks = [
+                        f"{f['source']}: {f['reason']}"
+                        for f in flashbias_patch.status()["fallbacks"]
+                    ]
             except Exception as error:  # of one run: the others go on
                 said = str(error).partition("\n")[0]
                 result, fallbacks = {"error": f"{type(error).__name__}: {said}"}, []
             release()
-            calls = {name: count - before.get(name, 0) for name, count in flashbias_patch.status()["calls"].items()
-                     if count != before.get(name, 0)}
-            write({**run._asdict(), **result, "calls": calls, **({"fallbacks": fallbacks} if fallbacks else {}),
-                   "family": plan["family"], "wall_s": round(time.perf_counter() - start, 1), "torch": torch.__version__})
+            calls = {
+                name: count - before.get(name, 0)
+                for name, count in flashbias_patch.status()["calls"].items()
+                if count != before.get(name, 0)
+            }
+            write(
+                {
+                    **run._asdict(),
+                    **result,
+                    "calls": calls,
+                    **({"fallbacks": fallbacks} if fallbacks else {}),
+                    "family": plan["family"],
+                    "wall_s": round(time.perf_counter() - start, 1),
+                    "torch": torch.__version__,
+                }
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Every kernel once, forward and backward, on odd lengths and each feature: what to run under compute-sanitizer.
+"""Every kernel once, forward and backward, on odd lengths and each feature: what to run under
+compute-sanitizer.
 
-    compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitizer.py
-    compute-sanitizer --tool racecheck --error-exitcode 9 python benchmarks/sanitizer.py
+compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitizer.py
+compute-sanitizer --tool racecheck --error-exitcode 9 python benchmarks/sanitizer.py
 """
+
 from __future__ import annotations
 
 import os
@@ -10,7 +12,9 @@ import sys
 from typing import NoReturn
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # so that a tensor's end is an allocation's end
+    os.environ.setdefault(
+        "PYTORCH_NO_CUDA_MEMORY_CACHING", "1"
+    )  # so that a tensor's end is an allocation's end
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
 import torch
@@ -41,7 +45,11 @@ def run(lengths: tuple, D: int, R: int, dtype: str, features: str, device: str =
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device=device, generator=generator).to(getattr(torch, dtype)).requires_grad_()
+        return (
+            torch.randn(*size, device=device, generator=generator)
+            .to(getattr(torch, dtype))
+            .requires_grad_()
+        )
 
     tensors = [random(B, M, H, D), random(B, N, H, D), random(B, N, H, D), None, None, None, None]
     if R:
@@ -50,7 +58,11 @@ def run(lengths: tuple, D: int, R: int, dtype: str, features: str, device: str =
         tensors[5] = random(B, M, 1, 3)
     if "dense" in features:
         tensors[6] = random(1, H, M, N)
-    mask = torch.rand(B, 1, M, N, device=device, generator=generator) < 0.3 if "mask" in features else None
+    mask = (
+        torch.rand(B, 1, M, N, device=device, generator=generator) < 0.3
+        if "mask" in features
+        else None
+    )
     padding = None
     if "padding" in features:
         padding = torch.arange(N, device=device)[None].expand(B, N) % 3 == 0

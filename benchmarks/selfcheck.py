@@ -1,13 +1,16 @@
-"""The self-check on this machine: its verdict, its first time (compilation) and its warm time, by class of call and backend.
+"""The self-check on this machine: its verdict, its first time (compilation) and its warm time, by
+class of call and backend.
 
-    python benchmarks/selfcheck.py --out selfcheck.json                       # a GPU; compiles in several processes first
-    FLASHBIAS_HOME=DIR python benchmarks/selfcheck.py --backends upstream --out upstream.json    # FlashBias' own kernel
-    python benchmarks/selfcheck.py --device cpu --backends sdpa               # the same, quickly
+    python benchmarks/selfcheck.py --out selfcheck.json                       # a GPU; compiles in
+    several processes first FLASHBIAS_HOME=DIR python benchmarks/selfcheck.py --backends upstream
+    --out upstream.json    # FlashBias' own kernel python benchmarks/selfcheck.py --device cpu
+    --backends sdpa               # the same, quickly
 
-Warm: median of 5, once the class was checked. `at size` is a backend's error at CMT's own shape (1490 queries, 22384 keys)
-and at whole tiles (1536 x 22528), forward and gradients, against float32 plain PyTorch in chunks, checked or not: it shows
-what the verdicts are worth.
+Warm: median of 5, once the class was checked. `at size` is a backend's error at CMT's own shape
+(1490 queries, 22384 keys) and at whole tiles (1536 x 22528), forward and gradients, against float32
+plain PyTorch in chunks, checked or not: it shows what the verdicts are worth.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,16 +40,31 @@ from flashbias_patch.attention.recovery import errors  # noqa: E402
 B, H, D = 2, 4, 32
 # dtype, rank, features
 CLASSES = [
-    ("float16", 0, ""), ("float16", 8, ""), ("float16", 24, ""), ("float16", 2, "whole"), ("float16", 8, "whole"),
-    ("bfloat16", 8, ""), ("bfloat16", 8, "whole"), ("float32", 0, ""), ("float32", 8, ""), ("float32", 24, ""),
-    ("float16", 8, "dropout"), ("float16", 0, "mask dropout"), ("float32", 0, "mask dropout"), ("float16", 8, "padding"),
-    ("float16", 0, "segments"), ("float16", 0, "dense"), ("float16", 8, "no grad"),
-]  # fmt: skip
+    ("float16", 0, ""),
+    ("float16", 8, ""),
+    ("float16", 24, ""),
+    ("float16", 2, "whole"),
+    ("float16", 8, "whole"),
+    ("bfloat16", 8, ""),
+    ("bfloat16", 8, "whole"),
+    ("float32", 0, ""),
+    ("float32", 8, ""),
+    ("float32", 24, ""),
+    ("float16", 8, "dropout"),
+    ("float16", 0, "mask dropout"),
+    ("float32", 0, "mask dropout"),
+    ("float16", 8, "padding"),
+    ("float16", 0, "segments"),
+    ("float16", 0, "dense"),
+    ("float16", 8, "no grad"),
+]
 LENGTHS = {"odd, CMT's own": (1490, 22384), "whole tiles": (1536, 22528)}
 REPEATS = 5
 
 
-def call(device: str, dtype: str, rank: int, features: str, M: int = 9, N: int = 14, heads: int = H) -> AttentionInputs:
+def call(
+    device: str, dtype: str, rank: int, features: str, M: int = 9, N: int = 14, heads: int = H
+) -> AttentionInputs:
     """An example of a class."""
     if "whole" in features:
         M, N = 128, 256
@@ -56,7 +74,11 @@ def call(device: str, dtype: str, rank: int, features: str, M: int = 9, N: int =
         drawn = torch.randn(shape, generator=generator).to(device, getattr(torch, dtype))
         return drawn.requires_grad_("no grad" not in features)
 
-    made: Dict[str, Any] = {"q": draw(B, M, heads, D), "k": draw(B, N, heads, D), "v": draw(B, N, heads, D)}
+    made: Dict[str, Any] = {
+        "q": draw(B, M, heads, D),
+        "k": draw(B, N, heads, D),
+        "v": draw(B, N, heads, D),
+    }
     if rank:
         made.update(q_factor=draw(1, M, 1, rank), k_factor=draw(1, N, 1, rank))
     if "mask" in features:
@@ -66,7 +88,10 @@ def call(device: str, dtype: str, rank: int, features: str, M: int = 9, N: int =
     if "dense" in features:
         made.update(dense=draw(1, heads, M, N))
     if "segments" in features:
-        made.update(segment_weights=torch.zeros(B, M, 1, 2, device=device), segment_lengths=(N // 2, N - N // 2))
+        made.update(
+            segment_weights=torch.zeros(B, M, 1, 2, device=device),
+            segment_lengths=(N // 2, N - N // 2),
+        )
     return AttentionInputs(**made, dropout_p=0.1 if "dropout" in features else 0.0, scale=D**-0.5)
 
 
@@ -86,7 +111,10 @@ def verdict(name: str, inputs: AttentionInputs, repeats: int) -> Dict[str, Any]:
         problem = errors.first_line(error)
         if errors.sticky(error):
             raise
-    found: Dict[str, Any] = {"verdict": problem or "trusted", "first_s": round(times[0], 3) if times else None}
+    found: Dict[str, Any] = {
+        "verdict": problem or "trusted",
+        "first_s": round(times[0], 3) if times else None,
+    }
     if len(times) > 1:
         found["warm_ms"] = round(1e3 * statistics.median(times[1:]), 2)
     return found
@@ -112,8 +140,10 @@ def at_size(name: str, device: str, dtype: str, rank: int, M: int, N: int) -> Di
         if errors.sticky(error):
             raise
         return {"raises": errors.first_line(error)}
-    return {n: float((g.detach().double() - e.detach().double()).norm() / e.detach().double().norm())
-            for n, g, e in zip(["output", *("gradient of " + n for n in names)], given, expected)}
+    return {
+        n: float((g.detach().double() - e.detach().double()).norm() / e.detach().double().norm())
+        for n, g, e in zip(["output", *("gradient of " + n for n in names)], given, expected)
+    }
 
 
 def compile_ahead(args: argparse.Namespace) -> Dict[str, Any]:
@@ -121,9 +151,25 @@ def compile_ahead(args: argparse.Namespace) -> Dict[str, Any]:
     found: Dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         files = [os.path.join(folder, f"{part}.json") for part in range(args.processes)]
-        children = [subprocess.Popen([sys.executable, "-W", "ignore", __file__, "--device", args.device, "--backends",
-                                      *args.backends, "--part", f"{part}/{args.processes}", "--out", file])
-                    for part, file in enumerate(files)]  # fmt: skip
+        children = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    __file__,
+                    "--device",
+                    args.device,
+                    "--backends",
+                    *args.backends,
+                    "--part",
+                    f"{part}/{args.processes}",
+                    "--out",
+                    file,
+                ]
+            )
+            for part, file in enumerate(files)
+        ]
         for child, file in zip(children, files):
             if child.wait() == 0:
                 found.update(json.loads(Path(file).read_text())["classes"])
@@ -132,14 +178,24 @@ def compile_ahead(args: argparse.Namespace) -> Dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--backends", nargs="+", default=["triton", "flash", "upstream", "sdpa"],
-                        choices=sorted(selection.MODULES))
-    parser.add_argument("--processes", type=int, default=8, help="that compile first (GPU; 0: measure at once)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+    )
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=["triton", "flash", "upstream", "sdpa"],
+        choices=sorted(selection.MODULES),
+    )
+    parser.add_argument(
+        "--processes", type=int, default=8, help="that compile first (GPU; 0: measure at once)"
+    )
     parser.add_argument("--part", help=argparse.SUPPRESS)  # in a child: which classes
     parser.add_argument("--out", metavar="FILE.json")
     args = parser.parse_args()
-    first = compile_ahead(args) if args.device == "cuda" and args.processes and not args.part else {}
+    first = (
+        compile_ahead(args) if args.device == "cuda" and args.processes and not args.part else {}
+    )
     part, parts = map(int, (args.part or "0/1").split("/"))
     classes: Dict[str, Any] = {}
     for dtype, rank, features in CLASSES[part::parts]:
@@ -163,10 +219,20 @@ def main() -> int:
     if args.out:  # before a kernel at full size can take the process with it
         Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
     if not args.part:
-        dtype, sizes = ("float16", LENGTHS) if cuda else ("float32", {"odd": (49, 223), "whole tiles": (128, 256)})
-        report["at size"] = {name: {words: {f"R{rank}": at_size(name, args.device, dtype, rank, *lengths)
-                                            for rank in (2, 8)} for words, lengths in sizes.items()}
-                             for name in args.backends}
+        dtype, sizes = (
+            ("float16", LENGTHS)
+            if cuda
+            else ("float32", {"odd": (49, 223), "whole tiles": (128, 256)})
+        )
+        report["at size"] = {
+            name: {
+                words: {
+                    f"R{rank}": at_size(name, args.device, dtype, rank, *lengths) for rank in (2, 8)
+                }
+                for words, lengths in sizes.items()
+            }
+            for name in args.backends
+        }
         print(json.dumps(report["at size"], indent=1))
     if args.out:
         Path(args.out).write_text(json.dumps(report, indent=1) + "\n")

@@ -1,15 +1,18 @@
-"""Train mini_cmt for thousands of steps with faults injected at random: does memory stay, does training go on?
+"""Train mini_cmt for thousands of steps with faults injected at random: does memory stay, does
+training go on?
 
-    python benchmarks/soak.py --steps 3000                      # a GPU
-    python benchmarks/soak.py --steps 150 --device cpu          # the same, quickly
-    python benchmarks/soak.py --steps 20 --profile              # counts synchronisations, patched and unpatched
+    python benchmarks/soak.py --steps 3000                      # a GPU python benchmarks/soak.py
+    --steps 150 --device cpu          # the same, quickly python benchmarks/soak.py --steps 20
+    --profile              # counts synchronisations, patched and unpatched
 
-A fault strikes the backend that is about to answer (forward), or one's backward, at random steps: compile errors, launch
-failures, out of memory. Every call's backward is guarded (recovery/guard.py), small as these are. Breakers are closed
-again every 100 steps, so that there is always something to break. In the first 100 steps each fault has its turn, so that
-what each way down allocates for good (a library's workspace) is there. Exits 1 if the memory in tensors at a step's
-end grew after that, or a loss was not finite.
+A fault strikes the backend that is about to answer (forward), or one's backward, at random steps:
+compile errors, launch failures, out of memory. Every call's backward is guarded
+(recovery/guard.py), small as these are. Breakers are closed again every 100 steps, so that there is
+always something to break. In the first 100 steps each fault has its turn, so that what each way
+down allocates for good (a library's workspace) is there. Exits 1 if the memory in tensors at a
+step's end grew after that, or a loss was not finite.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,13 +41,24 @@ ERRORS: Dict[str, Callable[[], Exception]] = {
     "compile": lambda: RuntimeError("PassManager::run failed (injected)"),
     "launch": lambda: RuntimeError("CUDA error: invalid configuration argument (injected)"),
     "resources": lambda: RuntimeError("out of resource: shared memory (injected)"),
-    "memory": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (injected)"),
+    "memory": lambda: torch.cuda.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB (injected)"
+    ),
 }
-SYNCHRONISING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH",
-                 "Memcpy HtoD (Pageable")  # fmt: skip
+SYNCHRONISING = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "Memcpy DtoH",
+    "Memcpy HtoD (Pageable",
+)
 REOPEN, SETTLED = 100, 100
 TURNS = [(kind, where) for kind in ERRORS for where in ("forward", "backward")] * 2
-SIZES = {"tiny": ["--image-size", "96x48", "--bev", "6", "--queries", "24", "--layers", "2"], "mini": [], "cmt": []}
+SIZES = {
+    "tiny": ["--image-size", "96x48", "--bev", "6", "--queries", "24", "--layers", "2"],
+    "mini": [],
+    "cmt": [],
+}
 
 
 class Sabotage:
@@ -132,7 +146,9 @@ class Run:
 
     def step(self, number: int) -> torch.Tensor:
         self.module.draw_step(self.batch, self.args, number, 0)
-        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.device.type == "cuda"):
+        with torch.autocast(
+            self.device.type, dtype=torch.float16, enabled=self.device.type == "cuda"
+        ):
             loss = sum(self.model(**self.batch).values())
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -141,7 +157,9 @@ class Run:
         return loss.detach()
 
 
-def soak(run: Run, steps: int, rate: float, seed: int, seconds: Optional[float] = None) -> Dict[str, Any]:
+def soak(
+    run: Run, steps: int, rate: float, seed: int, seconds: Optional[float] = None
+) -> Dict[str, Any]:
     rng, sabotage = random.Random(seed), Sabotage()
     guard.LARGE = 0
     for name in ("triton", "flash", "sdpa"):
@@ -164,20 +182,38 @@ def soak(run: Run, steps: int, rate: float, seed: int, seconds: Optional[float] 
             kind, where = TURNS[turn]
             getattr(sabotage, where).append(ERRORS[kind]())
         elif not warming and rng.random() < rate:
-            getattr(sabotage, rng.choice(("forward", "backward"))).append(rng.choice(list(ERRORS.values()))())
+            getattr(sabotage, rng.choice(("forward", "backward"))).append(
+                rng.choice(list(ERRORS.values()))()
+            )
         bad += not torch.isfinite(run.step(number)).item()
         memory.append(held(run))
         if number % 500 == 499:
-            print(f"step {number + 1}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"step {number + 1}, {time.perf_counter() - start:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     # What the largest of the first steps held at its end, and the largest of all later ones.
     first, rest = memory[:SETTLED], memory[SETTLED:] or memory[-1:]
     return {
-        "steps": steps, "seconds": round(time.perf_counter() - start, 1), "struck": sabotage.struck, "not_finite": bad,
-        "in_tensors_mib": {"first 100": max(m[0] for m in first) / 2**20, "later": max(m[0] for m in rest) / 2**20},
-        "reserved_mib": {"first 100": max(m[1] for m in first) / 2**20, "later": max(m[1] for m in rest) / 2**20},
-        "growth_mib_after_first_100": round(max(0, max(m[0] for m in rest) - max(m[0] for m in first)) / 2**20, 3),
-        "calls": dict(journal.calls), "fallbacks": sum(f["count"] for f in journal.fallbacks()),
-    }  # fmt: skip
+        "steps": steps,
+        "seconds": round(time.perf_counter() - start, 1),
+        "struck": sabotage.struck,
+        "not_finite": bad,
+        "in_tensors_mib": {
+            "first 100": max(m[0] for m in first) / 2**20,
+            "later": max(m[0] for m in rest) / 2**20,
+        },
+        "reserved_mib": {
+            "first 100": max(m[1] for m in first) / 2**20,
+            "later": max(m[1] for m in rest) / 2**20,
+        },
+        "growth_mib_after_first_100": round(
+            max(0, max(m[0] for m in rest) - max(m[0] for m in first)) / 2**20, 3
+        ),
+        "calls": dict(journal.calls),
+        "fallbacks": sum(f["count"] for f in journal.fallbacks()),
+    }
 
 
 def held(run: Run) -> Tuple[int, int]:
@@ -189,11 +225,13 @@ def held(run: Run) -> Tuple[int, int]:
 
 
 def synchronisations(run: Run, steps: int) -> Dict[str, int]:
-    """What waits for the GPU over `steps` warm steps: runtime calls, and copies to and from pageable memory."""
+    """What waits for the GPU over `steps` warm steps: runtime calls, and copies to and from
+    pageable memory."""
     for number in range(5):
         run.step(number)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU,
-                                            torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profile:
         for number in range(steps):
             run.step(number)
         if run.device.type == "cuda":
@@ -204,24 +242,36 @@ def synchronisations(run: Run, steps: int) -> Dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--seconds", type=float, help="stop after so long; the result says how many steps there were")
-    parser.add_argument("--rate", type=float, default=0.05, help="share of steps in which a fault is injected")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="stop after so long; the result says how many steps there were",
+    )
+    parser.add_argument(
+        "--rate", type=float, default=0.05, help="share of steps in which a fault is injected"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", default="tiny", choices=sorted(SIZES))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+    )
     parser.add_argument("--profile", action="store_true", help="count synchronisations instead")
     parser.add_argument("--out", metavar="FILE.json")
     args = parser.parse_args()
     if args.profile:
         unpatched = synchronisations(Run(args.device, args.size), args.steps)
         flashbias_patch.install()
-        report: Dict[str, Any] = {"unpatched": unpatched,
-                                  "patched": synchronisations(Run(args.device, args.size), args.steps)}
+        report: Dict[str, Any] = {
+            "unpatched": unpatched,
+            "patched": synchronisations(Run(args.device, args.size), args.steps),
+        }
         failed = any(count > unpatched.get(name, 0) for name, count in report["patched"].items())
     else:
         flashbias_patch.install()
         report = soak(Run(args.device, args.size), args.steps, args.rate, args.seed, args.seconds)
-        failed = report["not_finite"] > 0 or (args.device == "cuda" and report["growth_mib_after_first_100"] > 0)
+        failed = report["not_finite"] > 0 or (
+            args.device == "cuda" and report["growth_mib_after_first_100"] > 0
+        )
     report.update(about(args.out, device=args.device), size=args.size, failed=failed)
     print(json.dumps(report, indent=2))
     if args.out:

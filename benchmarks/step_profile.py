@@ -1,7 +1,9 @@
-"""Where a training step goes: GPU busy time by kind of kernel and by phase, and what the CPU did while the GPU waited.
+"""Where a training step goes: GPU busy time by kind of kernel and by phase, and what the CPU did
+while the GPU waited.
 
 `summarise` reads the events of a Chrome trace of torch.profiler; `profile` makes one.
 """
+
 from __future__ import annotations
 
 import json
@@ -14,7 +16,10 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 # In this order: the first pattern that is found in a kernel's name says its kind.
 KINDS: Tuple[Tuple[str, str], ...] = (
-    ("attention", r"fmha|flash|attention|softmax|^_?(rows|keys|queries|forward|combine|pad|join|sum)_(kernel|rows)"),
+    (
+        "attention",
+        r"fmha|flash|attention|softmax|^_?(rows|keys|queries|forward|combine|pad|join|sum)_(kernel|rows)",
+    ),
     ("optimizer", r"multi_tensor|adam|lpnorm|foreach"),
     ("norm", r"batch_norm|batchnorm|\bbn_|layer_norm|layernorm|gammabeta"),
     ("convolution", r"conv|wgrad|dgrad|fprop|winograd|cudnn|nchw|nhwc|im2col"),
@@ -70,13 +75,21 @@ class _Innermost:
         return (max(found) if widest else min(found))[1] if found else otherwise
 
 
-def summarise(events: Sequence[Dict[str, Any]], steps: int, phases: Sequence[str], top: int = 15) -> Dict[str, Any]:
-    """Milliseconds a step: wall, GPU busy, kernels by kind and by phase, waits of the GPU, calls that block the CPU."""
+def summarise(
+    events: Sequence[Dict[str, Any]], steps: int, phases: Sequence[str], top: int = 15
+) -> Dict[str, Any]:
+    """Milliseconds a step: wall, GPU busy, kernels by kind and by phase, waits of the GPU, calls
+    that block the CPU."""
     events = [e for e in events if e.get("ph") == "X" and "dur" in e]
     device = [e for e in events if e.get("cat") in GPU]
-    marks = [e for e in events if e.get("cat") == "user_annotation" and e["name"] in (*phases, "step")]
-    launched = {e["args"]["correlation"]: float(e["ts"]) for e in events
-                if str(e.get("cat", "")).startswith("cuda_") and "correlation" in e.get("args", {})}
+    marks = [
+        e for e in events if e.get("cat") == "user_annotation" and e["name"] in (*phases, "step")
+    ]
+    launched = {
+        e["args"]["correlation"]: float(e["ts"])
+        for e in events
+        if str(e.get("cat", "")).startswith("cuda_") and "correlation" in e.get("args", {})
+    }
     phase = _Innermost([e for e in marks if e["name"] != "step"])
     whole = [_span(e) for e in marks if e["name"] == "step"]
 
@@ -89,7 +102,9 @@ def summarise(events: Sequence[Dict[str, Any]], steps: int, phases: Sequence[str
     for e in device:
         kind = "copy" if e["cat"] != "kernel" else kind_of(e["name"])
         by_kind[kind] += e["dur"]
-        where = phase.at(launched.get(e.get("args", {}).get("correlation"), float(e["ts"])), "between")
+        where = phase.at(
+            launched.get(e.get("args", {}).get("correlation"), float(e["ts"])), "between"
+        )
         by_phase[where][0] += e["dur"]
         by_phase[where][1] += 1
         kernels[e["name"][:110]][0] += e["dur"]
@@ -105,24 +120,41 @@ def summarise(events: Sequence[Dict[str, Any]], steps: int, phases: Sequence[str
             gaps[key][1] += 1
     blocking: Dict[str, List[float]] = defaultdict(lambda: [0.0, 0])
     for e in events:
-        if re.search(r"synchronize|cudamemcpy\b|cudamemcpyasync|cudamalloc|cudafree", e["name"].lower()) and str(
-                e.get("cat", "")).startswith("cuda_"):
+        if re.search(
+            r"synchronize|cudamemcpy\b|cudamemcpyasync|cudamalloc|cudafree", e["name"].lower()
+        ) and str(e.get("cat", "")).startswith("cuda_"):
             blocking[e["name"]][0] += e["dur"]
             blocking[e["name"]][1] += 1
 
     def table(found: Dict[str, List[float]]) -> List[Dict[str, Any]]:
         ordered = sorted(found.items(), key=lambda item: -item[1][0])[:top]
-        return [{"name": name, "ms": ms(us), "count": round(count / steps, 1)} for name, (us, count) in ordered]
+        return [
+            {"name": name, "ms": ms(us), "count": round(count / steps, 1)}
+            for name, (us, count) in ordered
+        ]
 
     wall = sum(end - start for start, end in whole)
     on_gpu = sum(end - start for start, end in busy)
-    return {"steps": steps, "wall_ms": ms(wall), "gpu_busy_ms": ms(on_gpu), "gpu_waits_ms": ms(wall - on_gpu),
-            "kernels": round(len(device) / steps, 1),
-            "phase_wall_ms": {name: ms(sum(e["dur"] for e in marks if e["name"] == name)) for name in phases},
-            "phase_gpu_ms": {name: {"ms": ms(us), "kernels": round(count / steps, 1)}
-                             for name, (us, count) in by_phase.items()},
-            "kind_ms": {kind: ms(us) for kind, us in sorted(by_kind.items(), key=lambda item: -item[1])},
-            "top_kernels": table(kernels), "gaps": table(gaps), "blocking_calls": table(blocking)}
+    return {
+        "steps": steps,
+        "wall_ms": ms(wall),
+        "gpu_busy_ms": ms(on_gpu),
+        "gpu_waits_ms": ms(wall - on_gpu),
+        "kernels": round(len(device) / steps, 1),
+        "phase_wall_ms": {
+            name: ms(sum(e["dur"] for e in marks if e["name"] == name)) for name in phases
+        },
+        "phase_gpu_ms": {
+            name: {"ms": ms(us), "kernels": round(count / steps, 1)}
+            for name, (us, count) in by_phase.items()
+        },
+        "kind_ms": {
+            kind: ms(us) for kind, us in sorted(by_kind.items(), key=lambda item: -item[1])
+        },
+        "top_kernels": table(kernels),
+        "gaps": table(gaps),
+        "blocking_calls": table(blocking),
+    }
 
 
 @contextmanager
@@ -144,7 +176,9 @@ def marked(owner: Any, method: str, name: str) -> Iterator[None]:
         setattr(owner, method, original) if had else delattr(owner, method)
 
 
-def profile(step: Callable[[int], Any], steps: int, phases: Sequence[str], cuda: bool) -> Dict[str, Any]:
+def profile(
+    step: Callable[[int], Any], steps: int, phases: Sequence[str], cuda: bool
+) -> Dict[str, Any]:
     """Profile `step(i)` for `steps` steps that were warmed up before."""
     import torch
 

@@ -1,4 +1,6 @@
-"""Calls with windows on grids, each feature in some: for benchmarks/windows.py --check, the sanitizer and the tests."""
+"""Calls with windows on grids, each feature in some: for benchmarks/windows.py --check, the
+sanitizer and the tests."""
+
 from __future__ import annotations
 
 import math
@@ -26,21 +28,45 @@ def fail(call, grad_out, error):
 
 
 class Case:
-    """A call: bias "box", "gauss" or "", mask False, True or "same" (centres), and what else is in it; `dense` and `masked`
-    are batch and heads, and 1 where queries share a row."""
+    """A call: bias "box", "gauss" or "", mask False, True or "same" (centres), and what else is in
+    it; `dense` and `masked` are batch and heads, and 1 where queries share a row."""
 
-    def __init__(self, M=20, frames=WIDE, sides=None, bias="box", mask=False, D=16, R=0, segments=False, dense=None,
-                 masked=None, padding=None, p=0.0, dtype=FULL, B=2, H=1, shared=False, centre_batch=None, scale=None,
-                 seed=0, device="cpu"):  # fmt: skip
+    def __init__(
+        self,
+        M=20,
+        frames=WIDE,
+        sides=None,
+        bias="box",
+        mask=False,
+        D=16,
+        R=0,
+        segments=False,
+        dense=None,
+        masked=None,
+        padding=None,
+        p=0.0,
+        dtype=FULL,
+        B=2,
+        H=1,
+        shared=False,
+        centre_batch=None,
+        scale=None,
+        seed=0,
+        device="cpu",
+    ):
         self.generator = torch.Generator().manual_seed(seed + M + D + R)
         draw, S, N = self.draw, len(frames), sum(frame.size for frame in frames)
         sides = sides or tuple(5 - place % 2 for place in range(S))
         Bw, Hw = (1, 1) if shared else (B, H)
         self.dtype, self.grad = dtype, draw(B, M, H, D).to(dtype)
-        leaves = {name: draw(B, length, H, D).to(dtype) for name, length in (("q", M), ("k", N), ("v", N))}
+        leaves = {
+            name: draw(B, length, H, D).to(dtype) for name, length in (("q", M), ("k", N), ("v", N))
+        }
         rest = dict(dropout_p=p, scale=D**-0.5 if scale is None else scale)
         if R:
-            leaves.update(q_factor=draw(Bw, M, Hw, R).to(dtype), k_factor=draw(Bw, N, Hw, R).to(dtype))
+            leaves.update(
+                q_factor=draw(Bw, M, Hw, R).to(dtype), k_factor=draw(Bw, N, Hw, R).to(dtype)
+            )
         if segments:
             first = frames[0].size
             rest["segment_lengths"] = (first, N - first)
@@ -62,10 +88,16 @@ class Case:
             centres = self.centres(1 if shared else centre_batch or B, M, frames)
             self.windows = WindowParts(leaves["windows"], centres, frames, sides, sigmas)
         if mask:
-            centres = self.windows.centres if bias and mask == "same" else self.centres(centre_batch or B, M, frames)
+            centres = (
+                self.windows.centres
+                if bias and mask == "same"
+                else self.centres(centre_batch or B, M, frames)
+            )
             self.window_mask = WindowMaskParts(centres, frames, tuple(side + 1 for side in sides))
         self.leaves = {name: tensor.to(device) for name, tensor in leaves.items()}
-        self.rest = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in rest.items()}
+        self.rest = {
+            name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in rest.items()
+        }
         self.grad = self.grad.to(device)
         for name in ("windows", "window_mask"):
             parts = getattr(self, name)
@@ -95,10 +127,14 @@ class Case:
 
     def run(self, attend, dtype=None):
         leaves = {
-            name: (t if dtype is None else t.to(dtype)).detach().clone().requires_grad_() for name, t in self.leaves.items()
+            name: (t if dtype is None else t.to(dtype)).detach().clone().requires_grad_()
+            for name, t in self.leaves.items()
         }
         out = attend(self.inputs(leaves, dtype))
-        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), self.grad.to(out.dtype))]
+        return [
+            out.detach(),
+            *torch.autograd.grad(out, list(leaves.values()), self.grad.to(out.dtype)),
+        ]
 
     def fused(self):
         torch.manual_seed(3)
@@ -119,7 +155,8 @@ class Case:
         return self.run(attend, dtype)
 
     def errors(self):
-        """name -> error over what is allowed: twice plain PyTorch's in the same precision, plus FLOOR."""
+        """name -> error over what is allowed: twice plain PyTorch's in the same precision, plus
+        FLOOR."""
         want, low, got = self.plain(torch.float64), self.plain(self.dtype), self.fused()
         found = {}
         for name, exact, plain, ours in zip(["out", *self.leaves], want, low, got):
@@ -134,9 +171,18 @@ class Case:
 def call_of(inputs, seed=None, needs=(True,) * 8):
     seed = torch.zeros(0, dtype=torch.int64, device=inputs.q.device) if seed is None else seed
     return recompute.Call(
-        *inputs[:6], inputs.segment_lengths or (), inputs.dense, inputs.mask, inputs.key_padding, inputs.dropout_p,
-        inputs.scale, seed, needs, inputs.windows, inputs.window_mask,
-    )  # fmt: skip
+        *inputs[:6],
+        inputs.segment_lengths or (),
+        inputs.dense,
+        inputs.mask,
+        inputs.key_padding,
+        inputs.dropout_p,
+        inputs.scale,
+        seed,
+        needs,
+        inputs.windows,
+        inputs.window_mask,
+    )
 
 
 CASES = {
@@ -153,7 +199,9 @@ CASES = {
     "shared centres of the mask": dict(bias="gauss", mask=True, shared=True),
     "grids below a patch": dict(frames=SMALL, bias="gauss"),
     "mask on grids below a patch": dict(frames=SMALL, bias="", mask=True),
-    "a frame for each camera": dict(frames=(Grid(9, 10), *[Grid(3, 7)] * 6), bias="gauss", dtype=HALF),
+    "a frame for each camera": dict(
+        frames=(Grid(9, 10), *[Grid(3, 7)] * 6), bias="gauss", dtype=HALF
+    ),
     "one query": dict(M=1, frames=(Grid(20, 9),)),
     "one query, mask": dict(M=1, bias="", mask=True),
     "many queries": dict(M=131, B=1, H=1),
@@ -177,10 +225,18 @@ CASES = {
     "dropout": dict(p=0.3, bias="gauss"),
     "dropout, mask": dict(p=0.3, bias="", mask=True),
     "dropout, shared order": dict(p=0.3, centre_batch=1),
-    "everything": dict(mask=True, R=5, segments=True, dense=(1, 1), masked=(2, 1), padding="float",
-                       p=0.1, bias="gauss"),
+    "everything": dict(
+        mask=True,
+        R=5,
+        segments=True,
+        dense=(1, 1),
+        masked=(2, 1),
+        padding="float",
+        p=0.1,
+        bias="gauss",
+    ),
     "head dim": dict(D=40, dtype=HALF),
     "large head dim": dict(D=80, mask=True),
     "negative scale": dict(scale=-0.3),
     "small scale": dict(scale=0.01, dtype=HALF),
-}  # fmt: skip
+}

@@ -3,15 +3,17 @@
     python benchmarks/windows.py [--groups NAME ...] [--repeats N] [--out FILE [--merge]]
     python benchmarks/windows.py --check [--jobs N]
 
-Groups, each of them less than three minutes on one GPU and with its own rows without bias: float16, bfloat16, float32
-(this package's ways), generators (dense biases and masks, and SDPA), flex (flex_attention), layers (a bias and six
-layers) and errors (against float64, each precision). --merge keeps the other groups that FILE has, if they were measured
-on the same device and versions.
+Groups, each of them less than three minutes on one GPU and with its own rows without bias: float16,
+bfloat16, float32 (this package's ways), generators (dense biases and masks, and SDPA), flex
+(flex_attention), layers (a bias and six layers) and errors (against float64, each precision).
+--merge keeps the other groups that FILE has, if they were measured on the same device and versions.
 
-Batch 2, 1490 queries, 8 heads of 32, 180 x 180 + 6 x 40 x 100 keys, windows of 15 x 15 in both frames, cameras placed as
-a rig has them. Medians of CUDA events, the ways interleaved. --check runs window_cases.py on the GPU instead: error
-against float64 at most twice plain PyTorch's in the same precision plus window_cases.FLOOR. Needs a CUDA device.
+Batch 2, 1490 queries, 8 heads of 32, 180 x 180 + 6 x 40 x 100 keys, windows of 15 x 15 in both
+frames, cameras placed as a rig has them. Medians of CUDA events, the ways interleaved. --check runs
+window_cases.py on the GPU instead: error against float64 at most twice plain PyTorch's in the same
+precision plus window_cases.FLOOR. Needs a CUDA device.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -47,7 +49,8 @@ YAWS = (55, 0, -55, 110, 180, -110)
 
 
 def scene(generator):
-    """(B, M, 2, 3): the BEV cell of each query, and its place in the first camera that sees it, else (0, 0, 0)."""
+    """(B, M, 2, 3): the BEV cell of each query, and its place in the first camera that sees it,
+    else (0, 0, 0)."""
     place = torch.rand(B, M, 3, device="cuda", generator=generator)
     cell = (place[..., :2] * 180).int().clamp(0, 179)
     x, y = place[..., 0] * 108 - 54, place[..., 1] * 108 - 54
@@ -84,7 +87,9 @@ class Generator(torch.nn.Module):
             inside = (y >= 0) & (y < frame.rows) & (x >= 0) & (x < frame.columns)
             y, x = y.clamp(0, frame.rows - 1), x.clamp(0, frame.columns - 1)
             keys = first + (view[..., None] * frame.rows + y) * frame.columns + x
-            bias = bias.scatter_add(2, keys, torch.where(inside, weights[..., place, None], weights.new_zeros(())))
+            bias = bias.scatter_add(
+                2, keys, torch.where(inside, weights[..., place, None], weights.new_zeros(()))
+            )
             first += frame.size
         return (bias * self.bias_scale.clamp(0.5, 5.0)).clamp(-5, 5).half()
 
@@ -100,7 +105,8 @@ def attention(bias_of, leaves, heads=H, **options):
 
 
 def ways(dtype, group="own"):
-    """name -> (function, leaves): forward as called, backward to the leaves. group: own, generators or flex."""
+    """name -> (function, leaves): forward as called, backward to the leaves. group: own, generators
+    or flex."""
     generator = torch.Generator("cuda").manual_seed(1)
 
     def draw(*size):
@@ -124,20 +130,27 @@ def ways(dtype, group="own"):
     found = {
         "own, no bias": (attention(lambda: None, leaves), leaves[:3]),
         "own, ModalityBias": (
-            attention(lambda: ModalityBias(weights * scale, [FRAMES[0].size, FRAMES[1].size]), leaves), leaves,
+            attention(
+                lambda: ModalityBias(weights * scale, [FRAMES[0].size, FRAMES[1].size]), leaves
+            ),
+            leaves,
         ),
         "own, windows": (attention(lambda: box * scale, leaves), leaves),
         "own, windows, tables made anew": (attention(anew, leaves), leaves),
         "own, windows, Gaussian": (attention(lambda: gauss * scale, leaves), leaves),
-        "own, windows per head": (attention(lambda: heads * scale, [q, k, v]), [q, k, v, per_head, scale]),
+        "own, windows per head": (
+            attention(lambda: heads * scale, [q, k, v]),
+            [q, k, v, per_head, scale],
+        ),
         "own, no bias, dropout": (attention(lambda: None, leaves, dropout_p=0.1), leaves[:3]),
         "own, windows, dropout": (attention(lambda: box * scale, leaves, dropout_p=0.1), leaves),
         "own, no mask, 4 heads": (attention(lambda: None, short), short),
         "own, window mask, 4 heads": (attention(lambda: mask, short), short),
         "own, window mask, 4 heads, tables made anew": (
-            attention(lambda: WindowMask(centres.clone(), FRAMES, MASK_SIDES), short), short,
+            attention(lambda: WindowMask(centres.clone(), FRAMES, MASK_SIDES), short),
+            short,
         ),
-    }  # fmt: skip
+    }
     if group == "own":
         return found
     found = {name: found[name] for name in ("own, no bias", "own, windows", "own, no mask, 4 heads",
@@ -147,11 +160,16 @@ def ways(dtype, group="own"):
     make = Generator(centres)
     dense_leaves = [q, k, v, weights, make.bias_scale]
     hidden = mask.dense() < 0
-    found.update({
-        "own, dense bias of a generator": (attention(lambda: make(weights)[:, None], leaves), dense_leaves),
-        "the generator alone": (lambda: make(weights), [weights, make.bias_scale]),
-        "own, dense mask, 4 heads": (attention(lambda: hidden, short), short),
-    })  # fmt: skip
+    found.update(
+        {
+            "own, dense bias of a generator": (
+                attention(lambda: make(weights)[:, None], leaves),
+                dense_leaves,
+            ),
+            "the generator alone": (lambda: make(weights), [weights, make.bias_scale]),
+            "own, dense mask, 4 heads": (attention(lambda: hidden, short), short),
+        }
+    )
     return {**found, **peers(q, k, v, weights, make, short, hidden)}
 
 
@@ -191,9 +209,20 @@ def flex(q, k, v, weights, scale, centres, short):
 
     compiled = torch.compile(flex_attention, dynamic=False)
     inside = torch.zeros(N, dtype=torch.int32, device="cuda")
-    cells = torch.cat([torch.stack(torch.meshgrid(
-        torch.arange(f.views, device="cuda"), torch.arange(f.rows, device="cuda"), torch.arange(f.columns, device="cuda"),
-        indexing="ij"), -1).reshape(-1, 3) for f in FRAMES]).int()  # fmt: skip
+    cells = torch.cat(
+        [
+            torch.stack(
+                torch.meshgrid(
+                    torch.arange(f.views, device="cuda"),
+                    torch.arange(f.rows, device="cuda"),
+                    torch.arange(f.columns, device="cuda"),
+                    indexing="ij",
+                ),
+                -1,
+            ).reshape(-1, 3)
+            for f in FRAMES
+        ]
+    ).int()
     inside[FRAMES[0].size :] = 1
     view, row, column = (cells[:, place].contiguous() for place in range(3))
 
@@ -201,7 +230,11 @@ def flex(q, k, v, weights, scale, centres, short):
         frame = inside[n]
         half = torch.where(frame == 0, sides[0] // 2, sides[1] // 2)
         by_row = (row[n] - centres[b, m, frame, 1]).abs() <= half
-        return by_row & ((column[n] - centres[b, m, frame, 2]).abs() <= half) & (view[n] == centres[b, m, frame, 0])
+        return (
+            by_row
+            & ((column[n] - centres[b, m, frame, 2]).abs() <= half)
+            & (view[n] == centres[b, m, frame, 0])
+        )
 
     def flexed():
         held = (weights * scale).detach()
@@ -211,15 +244,21 @@ def flex(q, k, v, weights, scale, centres, short):
 
         return first(compiled(*map(first, (q, k, v)), score_mod=score))
 
-    blocks = create_block_mask(lambda b, h, m, n: near(b, m, n, MASK_SIDES), B, None, M, N, device="cuda", _compile=True)
+    blocks = create_block_mask(
+        lambda b, h, m, n: near(b, m, n, MASK_SIDES), B, None, M, N, device="cuda", _compile=True
+    )
     return {
         "flex_attention, windows in score_mod": (flexed, [q, k, v]),
-        "flex_attention, block mask, 4 heads": (lambda: first(compiled(*map(first, short), block_mask=blocks)), short),
+        "flex_attention, block mask, 4 heads": (
+            lambda: first(compiled(*map(first, short), block_mask=blocks)),
+            short,
+        ),
     }
 
 
 def measure(found, repeats, seconds):
-    """name -> median milliseconds forward and forward+backward, extra MiB; ways that fail say why."""
+    """name -> median milliseconds forward and forward+backward, extra MiB; ways that fail say
+    why."""
     results = {name: {} for name in found}
     alive = {}
 
@@ -245,7 +284,9 @@ def measure(found, repeats, seconds):
                 torch.cuda.reset_peak_memory_stats()
                 run(function, leaves)
                 torch.cuda.synchronize()
-                results[name]["MiB " + mode] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+                results[name]["MiB " + mode] = round(
+                    (torch.cuda.max_memory_allocated() - before) / 2**20, 1
+                )
                 modes.append((mode, run))
             except Exception as error:
                 results[name][mode + " failed"] = f"{type(error).__name__}: {str(error)[:160]}"
@@ -271,24 +312,36 @@ def measure(found, repeats, seconds):
 
 
 def step_of_layers(repeats):
-    """A bias made once and LAYERS layers, forward and backward together: milliseconds, and MiB at the peak."""
+    """A bias made once and LAYERS layers, forward and backward together: milliseconds, and MiB at
+    the peak."""
     results = {}
     generator = torch.Generator("cuda").manual_seed(2)
     centres = scene(generator)
     q, k, v = (t.detach() for t in ways(torch.float16)["own, windows"][1][:3])
-    layers = [[(t * (1 + layer / 8)).requires_grad_() for t in (q, k, v)] for layer in range(LAYERS)]
+    layers = [
+        [(t * (1 + layer / 8)).requires_grad_() for t in (q, k, v)] for layer in range(LAYERS)
+    ]
     weights = torch.randn(B, M, 2, device="cuda", generator=generator).tanh().requires_grad_()
     make = Generator(centres)
 
     def windows():
         return WindowBias(weights * make.bias_scale.clamp(0.5, 5.0), centres.clone(), FRAMES, SIDE)
 
-    for name, bias_of in (("windows", windows), ("dense", lambda: make(weights)[:, None]), ("no bias", lambda: None)):
+    for name, bias_of in (
+        ("windows", windows),
+        ("dense", lambda: make(weights)[:, None]),
+        ("no bias", lambda: None),
+    ):
 
         def step(bias_of=bias_of):
             bias = bias_of()
-            outs = [flash_bias_attention(*layer, bias, backend="triton").float().sum() for layer in layers]
-            leaves = [t for layer in layers for t in layer] + ([] if bias is None else [weights, make.bias_scale])
+            outs = [
+                flash_bias_attention(*layer, bias, backend="triton").float().sum()
+                for layer in layers
+            ]
+            leaves = [t for layer in layers for t in layer] + (
+                [] if bias is None else [weights, make.bias_scale]
+            )
             torch.autograd.grad(sum(outs), leaves)
 
         taken = []
@@ -305,27 +358,46 @@ def step_of_layers(repeats):
             if turn > 1:
                 taken.append(begin.elapsed_time(end))
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        results[name] = dict(milliseconds=round(sorted(taken)[len(taken) // 2], 3), MiB=round(peak, 1))
+        results[name] = dict(
+            milliseconds=round(sorted(taken)[len(taken) // 2], 3), MiB=round(peak, 1)
+        )
     return results
 
 
 def errors(dtype):
-    """Relative L2 errors at the full size, of the output and the gradients of SOME queries, against float64; the same of
-    plain PyTorch in `dtype`; and whether a repeat is bit-equal."""
+    """Relative L2 errors at the full size, of the output and the gradients of SOME queries, against
+    float64; the same of plain PyTorch in `dtype`; and whether a repeat is bit-equal."""
     results = {}
     found = ways(dtype)
-    for name in ("own, windows", "own, windows, Gaussian", "own, windows per head", "own, window mask, 4 heads"):
+    for name in (
+        "own, windows",
+        "own, windows, Gaussian",
+        "own, windows per head",
+        "own, window mask, 4 heads",
+    ):
         function, leaves = found[name]
-        grad = torch.randn(function().shape, device="cuda", generator=torch.Generator("cuda").manual_seed(5)).to(dtype)
+        grad = torch.randn(
+            function().shape, device="cuda", generator=torch.Generator("cuda").manual_seed(5)
+        ).to(dtype)
         runs = [(out, *torch.autograd.grad(out, leaves, grad)) for out in (function(), function())]
-        some = torch.randperm(M, generator=torch.Generator().manual_seed(3))[:SOME].sort().values.cuda()
+        some = (
+            torch.randperm(M, generator=torch.Generator().manual_seed(3))[:SOME]
+            .sort()
+            .values.cuda()
+        )
         grad[:, [m for m in range(M) if m not in set(some.tolist())]] = 0
         out = function()
         got = [out[:, some], *torch.autograd.grad(out, leaves, grad)]
 
         def part(low, name=name, leaves=leaves, some=some, grad=grad):
-            cast = [t.detach().to(low if t.dim() == 4 and t.shape[3] == D else torch.promote_types(low, torch.float32))
-                    for t in leaves]  # fmt: skip
+            cast = [
+                t.detach().to(
+                    low
+                    if t.dim() == 4 and t.shape[3] == D
+                    else torch.promote_types(low, torch.float32)
+                )
+                for t in leaves
+            ]
             cast = [t.requires_grad_() for t in cast]
             inputs = build(cast[0][:, some], *cast[1:3], bias_at(name, cast, some))
             out = attend_dense(inputs)
@@ -333,9 +405,10 @@ def errors(dtype):
 
         exact, plain = part(torch.float64), part(dtype)
         results[name] = dict(
-            own=[relative(a, e) for a, e in zip(got, exact)], plain=[relative(a, e) for a, e in zip(plain, exact)],
+            own=[relative(a, e) for a, e in zip(got, exact)],
+            plain=[relative(a, e) for a, e in zip(plain, exact)],
             repeat_equal=all(torch.equal(a, b) for a, b in zip(*runs)),
-        )  # fmt: skip
+        )
     return results
 
 
@@ -352,7 +425,9 @@ def warmed():
 
 
 def relative(a, e):
-    return float(f"{float((a.double() - e.double()).norm() / e.double().norm().clamp_min(1e-30)):.3g}")
+    return float(
+        f"{float((a.double() - e.double()).norm() / e.double().norm().clamp_min(1e-30)):.3g}"
+    )
 
 
 def check_part(part, parts):
@@ -389,11 +464,21 @@ def grid(cases):
 def check(args):
     began = time.time()
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        parts = pool.starmap(check_part, [(part, args.jobs) for part in range(args.jobs)], chunksize=1)
+        parts = pool.starmap(
+            check_part, [(part, args.jobs) for part in range(args.jobs)], chunksize=1
+        )
     cases = sum(parts, [])
-    bad = [(name, found) for name, found in cases if isinstance(found, str) or max(found.values()) > 1]
-    worst = sorted(((max(found.values()), name) for name, found in cases if not isinstance(found, str)), reverse=True)
-    print(f"checked {len(cases)}, {len(bad)} wrong, {time.time() - began:.0f} s; error over what is allowed, the worst:")
+    bad = [
+        (name, found) for name, found in cases if isinstance(found, str) or max(found.values()) > 1
+    ]
+    worst = sorted(
+        ((max(found.values()), name) for name, found in cases if not isinstance(found, str)),
+        reverse=True,
+    )
+    print(
+        f"checked {len(cases)}, {len(bad)} wrong, {time.time() - began:.0f} s; error over what "
+        "is allowed, the worst:"
+    )
     for name, found in bad:
         print("  WRONG", name, found)
     for ratio, name in worst[:6]:
@@ -402,13 +487,19 @@ def check(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="default: all")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--jobs", type=int, default=14, help="processes for --check, which mostly compiles")
+    parser.add_argument(
+        "--jobs", type=int, default=14, help="processes for --check, which mostly compiles"
+    )
     parser.add_argument("--out", help="where the JSON goes, after each group")
-    parser.add_argument("--merge", action="store_true", help="keep the groups that --out has already")
+    parser.add_argument(
+        "--merge", action="store_true", help="keep the groups that --out has already"
+    )
     args = parser.parse_args()
     if args.check:
         return check(args)
@@ -444,14 +535,21 @@ def load(path, report):
     """An earlier report of the same device and versions."""
     with open(path) as file:
         earlier = json.load(file)
-    other = [name for name in ("device", "torch", "triton", "python") if earlier.get(name) != report[name]]
+    other = [
+        name
+        for name in ("device", "torch", "triton", "python")
+        if earlier.get(name) != report[name]
+    ]
     if other:
         raise SystemExit(f"--merge: {path} has another {', '.join(other)}; choose another --out")
     return earlier
 
 
 def merged(earlier, report):
-    seconds = {**(earlier["seconds"] if isinstance(earlier.get("seconds"), dict) else {}), **report["seconds"]}
+    seconds = {
+        **(earlier["seconds"] if isinstance(earlier.get("seconds"), dict) else {}),
+        **report["seconds"],
+    }
     return {**earlier, **report, "seconds": seconds}
 
 

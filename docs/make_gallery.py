@@ -1,8 +1,9 @@
 """Draw the pictures of docs/bias-gallery.md from the code on that page: python docs/make_gallery.py
 
-Each code block leaves a `bias`; the scores of its first batch entry and head are drawn into the image the
-section names. Needs matplotlib.
+Each code block leaves a `bias`; the scores of its first batch entry and head are drawn into the
+image the section names. Needs matplotlib.
 """
+
 from __future__ import annotations
 
 import re

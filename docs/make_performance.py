@@ -1,7 +1,9 @@
-"""Writes docs/performance.md, and the figures of both READMEs, from benchmarks/results/*.json: none is typed by hand.
+"""Writes docs/performance.md, and the figures of both READMEs, from benchmarks/results/*.json: none
+is typed by hand.
 
-    python docs/make_performance.py [--check]
+python docs/make_performance.py [--check]
 """
+
 from __future__ import annotations
 
 import json
@@ -27,132 +29,236 @@ def load(name: str) -> Dict[str, Any]:
 
 def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> List[str]:
     head = list(head)
-    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head),
-            *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows), ""]
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows),
+        "",
+    ]
 
 
 def source(name: str) -> str:
     """Where a section's figures come from: file, commit, and what produced it."""
     path = RESULTS / f"{name}.json"
-    commit = subprocess.run(["git", "log", "-1", "--format=%h", "--", str(path)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE).stdout.strip()
+    commit = subprocess.run(
+        ["git", "log", "-1", "--format=%h", "--", str(path)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+    ).stdout.strip()
     result = load(name)
     about = result.get("about", result)
     command = result.get("command", f"python benchmarks/{name.rsplit('_', 1)[0]}.py")
     device = about.get("device") or about.get("gpu") or "CPU"
-    return (f"From `benchmarks/results/{name}.json` (commit {commit}); {device}, torch {about['torch']}; "
-            f"`{command}`.")
+    return (
+        f"From `benchmarks/results/{name}.json` (commit {commit}); {device}, torch "
+        f"{about['torch']}; "
+        f"`{command}`."
+    )
 
 
 def real_cmt_rows() -> List[List[str]]:
     """The same command on two machines, of which the second stopped early; ratios within each."""
-    runs, others = ({run["name"]: run for run in merged(load(name)["runs"])}
-                    for name in ("real_cmt_h200", "real_cmt_again_h200"))
+    runs, others = (
+        {run["name"]: run for run in merged(load(name)["runs"])}
+        for name in ("real_cmt_h200", "real_cmt_again_h200")
+    )
     words = {
-        "A fp32": "unpatched", "B fp32": "patched, float32",
+        "A fp32": "unpatched",
+        "B fp32": "patched, float32",
         "B fp32 dtype=fp16": "patched, `FLASHBIAS_DTYPE=fp16`",
-        "B flash": "patched, `PETRMultiheadFlashAttention`", "A fp32 cp": "unpatched, checkpointing",
+        "B flash": "patched, `PETRMultiheadFlashAttention`",
+        "A fp32 cp": "unpatched, checkpointing",
         "B fp32 dtype=fp16 cp": "patched, checkpointing, `FLASHBIAS_DTYPE=fp16`",
     }
     rows = []
     for name, word in words.items():
         against = "A fp32 cp" if name.endswith(" cp") else "A fp32"
         run, base = runs[name], runs[against]
-        rows.append([
-            word, *(cell for each in (runs, others)
-                    for cell in (f"{each[name]['step_s']:.3f}", ratio(each[name], each[against]))),
-            f"{run['peak_MiB']:.0f}", f"{run['peak_MiB'] / base['peak_MiB']:.2f}x",
-        ])
+        rows.append(
+            [
+                word,
+                *(
+                    cell
+                    for each in (runs, others)
+                    for cell in (f"{each[name]['step_s']:.3f}", ratio(each[name], each[against]))
+                ),
+                f"{run['peak_MiB']:.0f}",
+                f"{run['peak_MiB'] / base['peak_MiB']:.2f}x",
+            ]
+        )
     return rows
 
 
 def real_head() -> List[str]:
-    return ["CMT camera, 1600x640, batch 2", "s/step", "time", "other machine, s/step", "time", "peak MiB", "memory"]
+    return [
+        "CMT camera, 1600x640, batch 2",
+        "s/step",
+        "time",
+        "other machine, s/step",
+        "time",
+        "peak MiB",
+        "memory",
+    ]
 
 
 def how_to_read(page: str) -> str:
-    """Notes under the table: precision, and what dropout means for losses and memory. `page`: in front of an anchor."""
+    """Notes under the table: precision, and what dropout means for losses and memory. `page`: in
+    front of an anchor."""
     runs = {run["name"]: run for run in merged(load("real_cmt_h200")["runs"])}
-    bare, patched, without = runs["A fp32"], runs["B fp32"], (runs["A fp32 drop0"], runs["B fp32 drop0"])
-    return ("`float32`: results have the error of PyTorch's own float32. Losses are not in this table: attention dropout "
-            "draws other random numbers in every run, so that losses differ; they are compared without dropout under "
-            f"[Parity]({page}#parity). Memory is {patched['peak_MiB'] / bare['peak_MiB']:.2f}x with dropout and "
-            f"{without[1]['peak_MiB'] / without[0]['peak_MiB']:.2f}x without, because the unpatched model also stores "
-            f"dropout masks ({bare['peak_MiB']:.0f} MiB with, {without[0]['peak_MiB']:.0f} MiB without).")
+    bare, patched, without = (
+        runs["A fp32"],
+        runs["B fp32"],
+        (runs["A fp32 drop0"], runs["B fp32 drop0"]),
+    )
+    return (
+        "`float32`: results have the error of PyTorch's own float32. Losses are not in this "
+        "table: attention dropout "
+        "draws other random numbers in every run, so that losses differ; they are compared "
+        "without dropout under "
+        f"[Parity]({page}#parity). Memory is {patched['peak_MiB'] / bare['peak_MiB']:.2f}x with "
+        "dropout and "
+        f"{without[1]['peak_MiB'] / without[0]['peak_MiB']:.2f}x without, because the unpatched "
+        "model also stores "
+        f"dropout masks ({bare['peak_MiB']:.0f} MiB with, {without[0]['peak_MiB']:.0f} MiB "
+        "without)."
+    )
 
 
 def real_cmt() -> List[str]:
-    return ["## The real CMT", "", load("real_cmt_h200")["detector"] + ". Attention dropout 0.1. Ratios are to the "
-            "unpatched run above each.", "",
-            *table(real_head(), real_cmt_rows()), how_to_read(""), "", source("real_cmt_h200"), "",
-            "The other machine's host was faster, and what a step's launches cost weighs on the patched runs most. "
-            + source("real_cmt_again_h200"), "",
-            *every_run(), *parity(), *batches(), *profiles(), *family()]
+    return [
+        "## The real CMT",
+        "",
+        load("real_cmt_h200")["detector"] + ". Attention dropout 0.1. Ratios are to the "
+        "unpatched run above each.",
+        "",
+        *table(real_head(), real_cmt_rows()),
+        how_to_read(""),
+        "",
+        source("real_cmt_h200"),
+        "",
+        "The other machine's host was faster, and what a step's launches cost weighs on the "
+        "patched runs most. " + source("real_cmt_again_h200"),
+        "",
+        *every_run(),
+        *parity(),
+        *batches(),
+        *profiles(),
+        *family(),
+    ]
 
 
 def words_of(run: Dict[str, Any]) -> str:
     parts = ["patched" if run["patch"] else "unpatched"]
     parts += ["`PETRMultiheadFlashAttention`"] if "Flash" in run["attn"] else []
     parts += ["`FLASHBIAS_DTYPE=fp16`"] if run["dtype"] == "fp16" else []
-    parts += [word for field, word in (("fp16", "mmcv's fp16"), ("with_cp", "checkpointing"), ("bias", "learned bias"))
-              if run[field]]
-    return ", ".join(parts + ([] if run["dropout"] else ["no dropout"]) + (["again"] if "again" in run["name"] else []))
+    parts += [
+        word
+        for field, word in (
+            ("fp16", "mmcv's fp16"),
+            ("with_cp", "checkpointing"),
+            ("bias", "learned bias"),
+        )
+        if run[field]
+    ]
+    return ", ".join(
+        parts
+        + ([] if run["dropout"] else ["no dropout"])
+        + (["again"] if "again" in run["name"] else [])
+    )
 
 
 def merged(runs: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """One run per name and family: that of the first repeat, step_s the mean of all, every repeat under "repeats"."""
+    """One run per name and family: that of the first repeat, step_s the mean of all, every repeat
+    under "repeats"."""
     found: Dict[Any, List[Dict[str, Any]]] = {}
     for run in runs:
         found.setdefault((run.get("family"), run["name"]), []).append(run)
     kept = []
     for repeats in found.values():
         done = [run for run in repeats if "losses" in run]
-        first = dict(done[0] if len(done) == len(repeats) else next(run for run in repeats if "losses" not in run))
+        first = dict(
+            done[0]
+            if len(done) == len(repeats)
+            else next(run for run in repeats if "losses" not in run)
+        )
         if "losses" in first:
             first["step_s"] = sum(run["step_s"] for run in done) / len(done)
             first["peak_MiB"] = max(run["peak_MiB"] for run in done)
             later = [run["gradient_error"] for run in done if "gradient_error" in run]
             first.update({"gradient_error": max(later)} if later else {})
-        kept.append({**first, "repeats": done, "failed": len(repeats) - len(done), "made": len(repeats)})
+        kept.append(
+            {**first, "repeats": done, "failed": len(repeats) - len(done), "made": len(repeats)}
+        )
     return kept
 
 
 def ratio(run: Dict[str, Any], base: Dict[str, Any]) -> str:
-    """Time against the unpatched run, with the 95% interval that `flashbias ab` gives where runs were repeated."""
+    """Time against the unpatched run, with the 95% interval that `flashbias ab` gives where runs
+    were repeated."""
     from flashbias_patch.ab.statistics import compare_times
 
     text = f"{run['step_s'] / base['step_s']:.2f}x"  # of the medians
-    sides = [[np.array(each["times"][2:]) for each in side.get("repeats", ())] for side in (base, run)]
+    sides = [
+        [np.array(each["times"][2:]) for each in side.get("repeats", ())] for side in (base, run)
+    ]
     if run is base or min(map(len, sides)) < 2:
         return text
     found = compare_times(*sides)
-    return text if found is None or found.low is None else f"{found.value:.2f}x ({found.low:.2f} to {found.high:.2f})"
+    return (
+        text
+        if found is None or found.low is None
+        else f"{found.value:.2f}x ({found.low:.2f} to {found.high:.2f})"
+    )
 
 
 def cells(run: Dict[str, Any], base: Any) -> List[str]:
     """s/step, ratio, first step, MiB, ratio; or the error."""
     if "losses" not in run:
-        some = f"({run['failed']} of {run['made']} runs)" if run.get("failed", 1) < run.get("made", 1) else ""
+        some = (
+            f"({run['failed']} of {run['made']} runs)"
+            if run.get("failed", 1) < run.get("made", 1)
+            else ""
+        )
         return [run["error"].partition("(")[0][:90] + some, "", "", "", ""]
     known = base is not None and "losses" in base
-    return [f"{run['step_s']:.3f}", ratio(run, base) if known else "-", f"{run['times'][0]:.1f}", f"{run['peak_MiB']:.0f}",
-            f"{run['peak_MiB'] / base['peak_MiB']:.2f}x" if known else "-"]
+    return [
+        f"{run['step_s']:.3f}",
+        ratio(run, base) if known else "-",
+        f"{run['times'][0]:.1f}",
+        f"{run['peak_MiB']:.0f}",
+        f"{run['peak_MiB'] / base['peak_MiB']:.2f}x" if known else "-",
+    ]
 
 
 COSTS = ("s/step", "time", "first step, s", "peak MiB", "memory")
-ONE_PROCESS = "every run once, in one process, unpatched runs first: no interval, and a drift of the machine is in the ratios"
+ONE_PROCESS = (
+    "every run once, in one process, unpatched runs first: no interval, and a drift of "
+    "the machine is in the ratios"
+)
 
 
 def ordered(result: Dict[str, Any]) -> str:
     """How the runs of a result were ordered, and what the first step holds."""
     order = result.get("order", ONE_PROCESS)
-    note = " (in one process, a kernel that an earlier run compiled is not compiled again)" if "order" not in result else ""
-    return f"Order: {order}. The first step holds what is done once: compiling, choosing kernels, self-checks{note}."
+    note = (
+        " (in one process, a kernel that an earlier run compiled is not compiled again)"
+        if "order" not in result
+        else ""
+    )
+    return (
+        f"Order: {order}. The first step holds what is done once: compiling, choosing "
+        f"kernels, self-checks{note}."
+    )
 
 
 def every_run() -> List[str]:
-    lines = ["### Every run", "", "Ratios are patched / unpatched, to the unpatched run of the same kind in the same file.",
-             ""]
+    lines = [
+        "### Every run",
+        "",
+        "Ratios are patched / unpatched, to the unpatched run of the same kind in the same file.",
+        "",
+    ]
     for name in ("real_cmt_h200", "real_cmt_again_h200", "real_fp16_h200"):
         lines += runs_of(name)
     return lines
@@ -161,7 +267,11 @@ def every_run() -> List[str]:
 def runs_of(name: str) -> List[str]:
     """The table of every training run of a result file."""
     result = load(name)
-    runs = merged(run for run in (*result["runs"], *result.get("family", ())) if "patch" in run and "dtype" in run)
+    runs = merged(
+        run
+        for run in (*result["runs"], *result.get("family", ()))
+        if "patch" in run and "dtype" in run
+    )
     named = {(run.get("family"), run["name"]): run for run in runs}
 
     def scale(run: Dict[str, Any]) -> str:
@@ -172,8 +282,15 @@ def runs_of(name: str) -> List[str]:
     def base(run: Dict[str, Any]) -> Any:
         return named.get((run.get("family"), counterpart(run["name"].replace(" again", ""))))
 
-    rows = [[f"{run['family']} {run['size']}", words_of(run), *cells(run, base(run)), scale(run)] for run in runs]
-    return [*table(("size", "run", *COSTS, "bias_scale's gradient"), rows), ordered(result) + " " + source(name), ""]
+    rows = [
+        [f"{run['family']} {run['size']}", words_of(run), *cells(run, base(run)), scale(run)]
+        for run in runs
+    ]
+    return [
+        *table(("size", "run", *COSTS, "bias_scale's gradient"), rows),
+        ordered(result) + " " + source(name),
+        "",
+    ]
 
 
 def apart(run: Dict[str, Any], base: Dict[str, Any]) -> float:
@@ -186,141 +303,327 @@ def parity_rows(runs: List[Dict[str, Any]], half: bool = False) -> List[List[str
     named = {(run.get("family"), run["name"]): run for run in runs}
     rows = []
     for run in runs:
-        base = named.get((run.get("family"), counterpart(run["name"].replace(" again", "").replace(" cp", ""))))
+        base = named.get(
+            (run.get("family"), counterpart(run["name"].replace(" again", "").replace(" cp", "")))
+        )
         if (run.get("dtype") == "fp16") != half:
             continue
-        if run.get("dropout") == 0.0 and "gradient_error" in run and base is not None and base is not run:
-            rows.append([f"{run['family']} {run['size']}", words_of(run), f"{run['gradient_error']:.1e}",
-                         f"{apart(run, base):.1e}", len(run["losses"])])
+        if (
+            run.get("dropout") == 0.0
+            and "gradient_error" in run
+            and base is not None
+            and base is not run
+        ):
+            rows.append(
+                [
+                    f"{run['family']} {run['size']}",
+                    words_of(run),
+                    f"{run['gradient_error']:.1e}",
+                    f"{apart(run, base):.1e}",
+                    len(run["losses"]),
+                ]
+            )
     return rows
 
 
 def parity() -> List[str]:
     rows = parity_rows(merged(run for run in load("real_cmt_h200")["runs"] if "losses" in run))
     return [
-        "### Parity", "", "Without dropout, against an unpatched run from the same weights: the first step's gradient of the "
-        "decoder, and the largest relative difference of the loss curves. `again` is the unpatched run repeated: the noise.",
-        "", *table(("detector", "run", "gradient", "losses", "steps"), rows), source("real_cmt_h200"), "", *half_parity()]
+        "### Parity",
+        "",
+        "Without dropout, against an unpatched run from the same weights: the first step's "
+        "gradient of the "
+        "decoder, and the largest relative difference of the loss curves. `again` is the "
+        "unpatched run repeated: the noise.",
+        "",
+        *table(("detector", "run", "gradient", "losses", "steps"), rows),
+        source("real_cmt_h200"),
+        "",
+        *half_parity(),
+    ]
 
 
 def half_parity() -> List[str]:
     found = load("real_fp16_h200")
-    rows = parity_rows(merged(run for run in (*found["runs"], *found["family"]) if "losses" in run), half=True)
-    return ["`FLASHBIAS_DTYPE=fp16` with gradients scaled on their way through (attention/narrow.py):", "",
-            *table(("detector", "run", "gradient", "losses", "steps"), rows), source("real_fp16_h200"), ""]
+    rows = parity_rows(
+        merged(run for run in (*found["runs"], *found["family"]) if "losses" in run), half=True
+    )
+    return [
+        "`FLASHBIAS_DTYPE=fp16` with gradients scaled on their way through (attention/narrow.py):",
+        "",
+        *table(("detector", "run", "gradient", "losses", "steps"), rows),
+        source("real_fp16_h200"),
+        "",
+    ]
 
 
 def batches() -> List[str]:
     found = load("real_batch_h200")["batches"]
     caps = [row["cap_GiB"] for row in found[0]["batches"]]
-    rows = [[run["size"], words_of(run), *(f"{row['batch']} ({row['step_s']:.2f} s)" if row["step_s"] else row["batch"]
-                                           for row in run["batches"])] for run in found]
-    return ["### The largest batch that fits", "", *table(("size", "run", *(f"{cap:g} GiB" for cap in caps)), rows),
-            source("real_batch_h200"), ""]
+    rows = [
+        [
+            run["size"],
+            words_of(run),
+            *(
+                f"{row['batch']} ({row['step_s']:.2f} s)" if row["step_s"] else row["batch"]
+                for row in run["batches"]
+            ),
+        ]
+        for run in found
+    ]
+    return [
+        "### The largest batch that fits",
+        "",
+        *table(("size", "run", *(f"{cap:g} GiB" for cap in caps)), rows),
+        source("real_batch_h200"),
+        "",
+    ]
 
 
 def profiles() -> List[str]:
     """Where a step goes, and what that leaves for a faster attention and a smaller one."""
     found = load("real_profile_h200")["profiles"]
-    kinds = sorted({kind for run in found for kind in run["kind_ms"]}, key=lambda k: -found[0]["kind_ms"].get(k, 0.0))
-    rows = [[words_of(run), f"{run['wall_ms']:.0f}", f"{run['gpu_busy_ms']:.0f}", f"{run['kernels']:.0f}",
-             *(f"{run['kind_ms'].get(kind, 0.0):.1f}" for kind in kinds)] for run in found]
-    before, after = (next(run for run in found if run["name"] == name) for name in ("A fp32", "B fp32 dtype=fp16"))
+    kinds = sorted(
+        {kind for run in found for kind in run["kind_ms"]},
+        key=lambda k: -found[0]["kind_ms"].get(k, 0.0),
+    )
+    rows = [
+        [
+            words_of(run),
+            f"{run['wall_ms']:.0f}",
+            f"{run['gpu_busy_ms']:.0f}",
+            f"{run['kernels']:.0f}",
+            *(f"{run['kind_ms'].get(kind, 0.0):.1f}" for kind in kinds),
+        ]
+        for run in found
+    ]
+    before, after = (
+        next(run for run in found if run["name"] == name)
+        for name in ("A fp32", "B fp32 dtype=fp16")
+    )
     busy, rest = before["gpu_busy_ms"], after["gpu_busy_ms"] - after["kind_ms"]["attention"]
     runs = {run["name"]: run for run in merged(load("real_cmt_h200")["runs"])}
     step, peak = (runs["B fp32 dtype=fp16"][key] for key in ("step_s", "peak_MiB"))
     kept = runs["B fp32 dtype=fp16 cp"]["peak_MiB"]
-    return ["### Where a step goes", "", "Milliseconds a step under torch.profiler, which slows the CPU.", "",
-            *table(("run", "wall", "GPU busy", "kernels", *kinds), rows), source("real_profile_h200"), "",
-            f"Patched, with `FLASHBIAS_DTYPE=fp16`, the GPU works {after['gpu_busy_ms'] / busy:.2f} of the unpatched time; "
-            f"with an attention that takes no time at all it would be {rest / busy:.2f}. It works "
-            f"{after['gpu_busy_ms']:.0f} ms; a step takes {step * 1e3:.0f} ms without the profiler (another run, "
-            "`real_cmt_h200.json`). The rest it waits for the detector's own Python, which no attention changes.", "",
-            f"The peak of memory is the image backbone's: checkpointing the decoder's layers as well leaves it at "
-            f"{kept:.0f} MiB of {peak:.0f}.", ""]
+    return [
+        "### Where a step goes",
+        "",
+        "Milliseconds a step under torch.profiler, which slows the CPU.",
+        "",
+        *table(("run", "wall", "GPU busy", "kernels", *kinds), rows),
+        source("real_profile_h200"),
+        "",
+        f"Patched, with `FLASHBIAS_DTYPE=fp16`, the GPU works {after['gpu_busy_ms'] / busy:.2f} "
+        "of the unpatched time; "
+        f"with an attention that takes no time at all it would be {rest / busy:.2f}. It works "
+        f"{after['gpu_busy_ms']:.0f} ms; a step takes {step * 1e3:.0f} ms without the profiler "
+        "(another run, "
+        "`real_cmt_h200.json`). The rest it waits for the detector's own Python, which no "
+        "attention changes.",
+        "",
+        "The peak of memory is the image backbone's: checkpointing the decoder's layers as well "
+        "leaves it at "
+        f"{kept:.0f} MiB of {peak:.0f}.",
+        "",
+    ]
 
 
 def family() -> List[str]:
     result = load("real_family_h200")
     runs = merged(result["family"])
     named = {(run["family"], run["name"]): run for run in runs}
-    rows = [[run["family"], run["size"], words_of(run),
-             *cells(run, named.get((run["family"], counterpart(run["name"].replace(" again", "")))))] for run in runs]
-    return ["### PETR and StreamPETR", "", "Batch 2, ResNet-50, no dropout; StreamPETR streams, its memory filling step by "
-            "step.", "", *table(("detector", "size", "run", *COSTS), rows),
-            *table(("detector", "run", "gradient", "losses", "steps"), parity_rows([r for r in runs if "losses" in r])),
-            ordered(result) + " " + source("real_family_h200"), ""]
+    rows = [
+        [
+            run["family"],
+            run["size"],
+            words_of(run),
+            *cells(run, named.get((run["family"], counterpart(run["name"].replace(" again", ""))))),
+        ]
+        for run in runs
+    ]
+    return [
+        "### PETR and StreamPETR",
+        "",
+        "Batch 2, ResNet-50, no dropout; StreamPETR streams, its memory filling step by step.",
+        "",
+        *table(("detector", "size", "run", *COSTS), rows),
+        *table(
+            ("detector", "run", "gradient", "losses", "steps"),
+            parity_rows([r for r in runs if "losses" in r]),
+        ),
+        ordered(result) + " " + source("real_family_h200"),
+        "",
+    ]
 
 
 def distributed() -> List[str]:
     name = "distributed_h100"
     result = load(name)
-    grads = [[way, *(f"{result['gradients'][way][key]:.1e}" for key in (
-        "ddp_against_one_process", "one_process_against_unpatched", "ddp_against_unpatched_one_process"))]
-        for way in ("unpatched", "patched", "patched dtype=fp16")]
-    speed = [[row["name"], row["processes"], f"{row['step_s']:.3f}", f"{row['samples_s']:.2f}", f"{row['scaling']:.2f}x"]
-             for row in result["throughput"]]
-    lines = ["## Several GPUs", "", f"The real CMT under DistributedDataParallel, {result['processes']} processes. Relative "
-            "distance of the reduced gradients from those of one process with the whole batch; the same process twice: "
-            f"{result['gradients']['noise']:.1e}.", "",
-            *table(("run", "DDP - one process", "one process - unpatched one", "DDP - unpatched one"), grads),
-            *table(("run", "processes", "s/step", "samples/s", "scaling"), speed)]
+    grads = [
+        [
+            way,
+            *(
+                f"{result['gradients'][way][key]:.1e}"
+                for key in (
+                    "ddp_against_one_process",
+                    "one_process_against_unpatched",
+                    "ddp_against_unpatched_one_process",
+                )
+            ),
+        ]
+        for way in ("unpatched", "patched", "patched dtype=fp16")
+    ]
+    speed = [
+        [
+            row["name"],
+            row["processes"],
+            f"{row['step_s']:.3f}",
+            f"{row['samples_s']:.2f}",
+            f"{row['scaling']:.2f}x",
+        ]
+        for row in result["throughput"]
+    ]
+    lines = [
+        "## Several GPUs",
+        "",
+        f"The real CMT under DistributedDataParallel, {result['processes']} processes. Relative "
+        "distance of the reduced gradients from those of one process with the whole batch; the "
+        "same process twice: "
+        f"{result['gradients']['noise']:.1e}.",
+        "",
+        *table(
+            ("run", "DDP - one process", "one process - unpatched one", "DDP - unpatched one"),
+            grads,
+        ),
+        *table(("run", "processes", "s/step", "samples/s", "scaling"), speed),
+    ]
     fault = load("distributed_fault_h200")["fault"]
-    worst = max(abs(a - b) / abs(b) for own, other in zip(fault["losses_with_fault"], fault["losses"])
-                for a, b in zip(own, other))
-    return [*lines, source(name), "",
-            f"With a backend failing on the last process alone ({fault['struck'][-1]} times) losses differ by at most "
-            f"{worst:.1e}, and the processes' weights {'agree' if fault['ranks_agree'] else 'DIFFER'}. "
-            + source("distributed_fault_h200"), ""]
+    worst = max(
+        abs(a - b) / abs(b)
+        for own, other in zip(fault["losses_with_fault"], fault["losses"])
+        for a, b in zip(own, other)
+    )
+    return [
+        *lines,
+        source(name),
+        "",
+        f"With a backend failing on the last process alone ({fault['struck'][-1]} times) losses "
+        "differ by at most "
+        f"{worst:.1e}, and the processes' weights {'agree' if fault['ranks_agree'] else 'DIFFER'}. "
+        + source("distributed_fault_h200"),
+        "",
+    ]
 
 
 def attention() -> List[str]:
-    methods = ["picked", "picked, no bias", "triton", "triton segments", "triton factors", "sdpa flash", "sdpa cudnn",
-               "sdpa cudnn concatenated", "sdpa efficient", "sdpa efficient concatenated", "sdpa efficient dense",
-               "flash-attn 4", "flash-attn 4 concatenated", "FlashBias' kernel"]
-    shapes = dict(sorted(load("attention_h200")["shapes"].items(), key=lambda item: not item[0].startswith("cmt")))
+    methods = [
+        "picked",
+        "picked, no bias",
+        "triton",
+        "triton segments",
+        "triton factors",
+        "sdpa flash",
+        "sdpa cudnn",
+        "sdpa cudnn concatenated",
+        "sdpa efficient",
+        "sdpa efficient concatenated",
+        "sdpa efficient dense",
+        "flash-attn 4",
+        "flash-attn 4 concatenated",
+        "FlashBias' kernel",
+    ]
+    shapes = dict(
+        sorted(
+            load("attention_h200")["shapes"].items(), key=lambda item: not item[0].startswith("cmt")
+        )
+    )
 
     def cell(result: Any, kind: str = "") -> str:
         if not result or kind + "forward" not in result:
             return "-"
         both = result.get(kind + "forward+backward")
-        return f"{result[kind + 'forward']:.3f} / {both:.3f}" if both else f"{result[kind + 'forward']:.3f} / -"
+        return (
+            f"{result[kind + 'forward']:.3f} / {both:.3f}"
+            if both
+            else f"{result[kind + 'forward']:.3f} / -"
+        )
 
     def words(shape: str) -> str:
         entry = shapes[shape]["shape"]
         return f"{shape} {tuple(entry[:6])} {entry[6]}"
 
-    rows = [[words(shape), *(cell(entry["results"].get(method)) for method in methods)] for shape, entry in shapes.items()]
-    walls = ["picked", "triton factors", "sdpa cudnn concatenated", "sdpa efficient concatenated",
-             "flash-attn 4 concatenated", "FlashBias' kernel"]
-    small = [[words(shape), *(cell(shapes[shape]["results"].get(method), "wall ") for method in walls)] for shape in shapes
-             if "wall forward" in shapes[shape]["results"]["picked"]]
+    rows = [
+        [words(shape), *(cell(entry["results"].get(method)) for method in methods)]
+        for shape, entry in shapes.items()
+    ]
+    walls = [
+        "picked",
+        "triton factors",
+        "sdpa cudnn concatenated",
+        "sdpa efficient concatenated",
+        "flash-attn 4 concatenated",
+        "FlashBias' kernel",
+    ]
+    small = [
+        [words(shape), *(cell(shapes[shape]["results"].get(method), "wall ") for method in walls)]
+        for shape in shapes
+        if "wall forward" in shapes[shape]["results"]["picked"]
+    ]
 
     def worst(result: Any) -> str:
         name, size = result["worst gradient error"]
         return f"{name} ({size:.1e})" if size < 1e9 else f"{name} (not finite)"
 
-    checked = ["picked", "triton factors", "triton segments", "sdpa cudnn concatenated", "flash-attn 4",
-               "flash-attn 4 concatenated", "FlashBias' kernel"]
-    errors = [[shape, method, f"{result['error']:.1e}" if result["error"] < 1e9 else "not finite", worst(result)]
-              for shape, entry in shapes.items() for method, result in entry["results"].items()
-              if method in checked and "error" in result and "worst gradient error" in result]
+    checked = [
+        "picked",
+        "triton factors",
+        "triton segments",
+        "sdpa cudnn concatenated",
+        "flash-attn 4",
+        "flash-attn 4 concatenated",
+        "FlashBias' kernel",
+    ]
+    errors = [
+        [
+            shape,
+            method,
+            f"{result['error']:.1e}" if result["error"] < 1e9 else "not finite",
+            worst(result),
+        ]
+        for shape, entry in shapes.items()
+        for method, result in entry["results"].items()
+        if method in checked and "error" in result and "worst gradient error" in result
+    ]
     check = load("attention_check_h200")
     ratios = [case["ratio"] for case in check["cases"]]
-    return ["## Attention alone", "",
-            "Milliseconds on the GPU, forward / forward and backward. `concatenated`: the factors as columns of q and k. "
-            "`dense`: the bias materialised. A dash: not measured or not possible.", "",
-            *table(["shape (B, M, N, H, D, rank)", *methods], rows), source("attention_h200"), "",
-            "`picked` went by an order of backends measured before; the one that ships (attention/order.py) picks `triton "
-            "factors` at every one of these shapes.", "",
-            "One call after another, the host's work included, milliseconds:", "",
-            *table(["shape (B, M, N, H, D, rank)", *walls], small),
-            "Relative errors (L2) against float64. FlashAttention-4 with the factors as columns, 40 of them, gives a wrong "
-            "gradient; `FLASHBIAS_BACKEND=flash` joins at a width where it is right, and checks.", "",
-            *table(("shape", "method", "output", "worst gradient"), errors),
-            f"The grid of odd lengths, ranks, head dims, dtypes and features: {len(ratios)} cases, errors at most "
-            f"{max(ratios):.2f} of what is allowed (twice plain PyTorch's in the same precision, plus 1e-5). "
-            + source("attention_check_h200"), ""]
+    return [
+        "## Attention alone",
+        "",
+        "Milliseconds on the GPU, forward / forward and backward. `concatenated`: the factors as "
+        "columns of q and k. "
+        "`dense`: the bias materialised. A dash: not measured or not possible.",
+        "",
+        *table(["shape (B, M, N, H, D, rank)", *methods], rows),
+        source("attention_h200"),
+        "",
+        "`picked` went by an order of backends measured before; the one that ships "
+        "(attention/order.py) picks `triton "
+        "factors` at every one of these shapes.",
+        "",
+        "One call after another, the host's work included, milliseconds:",
+        "",
+        *table(["shape (B, M, N, H, D, rank)", *walls], small),
+        "Relative errors (L2) against float64. FlashAttention-4 with the factors as columns, 40 "
+        "of them, gives a wrong "
+        "gradient; `FLASHBIAS_BACKEND=flash` joins at a width where it is right, and checks.",
+        "",
+        *table(("shape", "method", "output", "worst gradient"), errors),
+        f"The grid of odd lengths, ranks, head dims, dtypes and features: {len(ratios)} cases, "
+        "errors at most "
+        f"{max(ratios):.2f} of what is allowed (twice plain PyTorch's in the same precision, "
+        "plus 1e-5). " + source("attention_check_h200"),
+        "",
+    ]
 
 
 def ab() -> List[str]:
@@ -329,10 +632,20 @@ def ab() -> List[str]:
     lines = ["## `flashbias ab` on the real CMT", ""]
     for name in ("ab_real_cmt_h200", "ab_real_cmt_fp16_h200"):
         document = load(name)
-        lines += [says(document), "",
-                  *table(("", "A unpatched", "B patched", "patched / unpatched"), rows(document)), source(name), ""]
-    return [*lines, "The second command trains with attention dropout 0.1: what B drops is drawn otherwise than what A "
-            "drops, so that its training is held against one more A that draws otherwise too.", ""]
+        lines += [
+            says(document),
+            "",
+            *table(("", "A unpatched", "B patched", "patched / unpatched"), rows(document)),
+            source(name),
+            "",
+        ]
+    return [
+        *lines,
+        "The second command trains with attention dropout 0.1: what B drops is drawn otherwise "
+        "than what A "
+        "drops, so that its training is held against one more A that draws otherwise too.",
+        "",
+    ]
 
 
 def bias_memory() -> List[str]:
@@ -340,20 +653,50 @@ def bias_memory() -> List[str]:
     shape, rows = result["shape"], result["rows"]
     dense_mib = shape["B"] * shape["H"] * shape["M"] * shape["N"] * 4 / 2**20
     dense = rows["DenseBias"]["extra_mib"] + dense_mib
-    lines = ["## Memory of a bias that learns", "",
-             f"Forward and backward of one attention at {shape['M']}x{shape['N']}, fp16. Peak above q, k and v, their "
-             f"gradients included; the dense bias itself ({dense_mib:.0f} MiB) is counted with it.", ""]
-    body = [[name, f"{row['ms']:.2f}", f"{row['extra_mib'] + (dense_mib if name == 'DenseBias' else 0):.0f}",
-             f"1/{dense / row['extra_mib']:.0f}" if name not in ("DenseBias", "none") else ""]
-            for name, row in rows.items() if name != "none"]
-    return [*lines, *table(("bias", "ms, host included", "MiB", "of the dense"), body), source("bias_memory_h200"), ""]
+    lines = [
+        "## Memory of a bias that learns",
+        "",
+        f"Forward and backward of one attention at {shape['M']}x{shape['N']}, fp16. Peak above "
+        "q, k and v, their "
+        f"gradients included; the dense bias itself ({dense_mib:.0f} MiB) is counted with it.",
+        "",
+    ]
+    body = [
+        [
+            name,
+            f"{row['ms']:.2f}",
+            f"{row['extra_mib'] + (dense_mib if name == 'DenseBias' else 0):.0f}",
+            f"1/{dense / row['extra_mib']:.0f}" if name not in ("DenseBias", "none") else "",
+        ]
+        for name, row in rows.items()
+        if name != "none"
+    ]
+    return [
+        *lines,
+        *table(("bias", "ms, host included", "MiB", "of the dense"), body),
+        source("bias_memory_h200"),
+        "",
+    ]
 
 
 def factorize() -> List[str]:
-    rows = [[f"{r['rows']}x{r['columns']}", r["method"], f"{r['seconds'] * 1e3:.1f}", r["rank"],
-             f"{r['relative_error']:.2e}"] for r in load("factorize_h200")["results"]]
-    return ["## Factorising a dense bias", "",
-            *table(("shape", "method", "ms", "rank", "relative error"), rows), source("factorize_h200"), ""]
+    rows = [
+        [
+            f"{r['rows']}x{r['columns']}",
+            r["method"],
+            f"{r['seconds'] * 1e3:.1f}",
+            r["rank"],
+            f"{r['relative_error']:.2e}",
+        ]
+        for r in load("factorize_h200")["results"]
+    ]
+    return [
+        "## Factorising a dense bias",
+        "",
+        *table(("shape", "method", "ms", "rank", "relative error"), rows),
+        source("factorize_h200"),
+        "",
+    ]
 
 
 def flash() -> List[str]:
@@ -362,16 +705,44 @@ def flash() -> List[str]:
 
     def worst(method: Dict[str, Any]) -> str:
         errors = method.get("errors")
-        return "" if not errors else "{} ({:.1e})".format(*max(errors.items(), key=lambda item: item[1]))
+        return (
+            ""
+            if not errors
+            else "{} ({:.1e})".format(*max(errors.items(), key=lambda item: item[1]))
+        )
 
-    rows = [[c["name"], cell(c["methods"]["no bias"]), cell(c["methods"]["by hand"]), worst(c["methods"]["by hand"]),
-             cell(c["methods"]["backend"])] for c in load("flash_backend_h200")["cases"]]
-    return ["## FlashAttention-4 with concatenated factors", "",
-            "FlashAttention-4 4.0.0b36. Where its head dims differ (every row but `rank 24 split`) the gradient of q that "
-            "it returns is wrong, by hand and through the backend alike: those times are not of a usable backward pass. "
-            "The backend has padded v to q's head dim since.", "",
-            *table(("case", "no bias, ms", "concatenated by hand, ms", "worst relative error", "backend, ms"), rows),
-            source("flash_backend_h200"), ""]
+    rows = [
+        [
+            c["name"],
+            cell(c["methods"]["no bias"]),
+            cell(c["methods"]["by hand"]),
+            worst(c["methods"]["by hand"]),
+            cell(c["methods"]["backend"]),
+        ]
+        for c in load("flash_backend_h200")["cases"]
+    ]
+    return [
+        "## FlashAttention-4 with concatenated factors",
+        "",
+        "FlashAttention-4 4.0.0b36. Where its head dims differ (every row but `rank 24 split`) "
+        "the gradient of q that "
+        "it returns is wrong, by hand and through the backend alike: those times are not of a "
+        "usable backward pass. "
+        "The backend has padded v to q's head dim since.",
+        "",
+        *table(
+            (
+                "case",
+                "no bias, ms",
+                "concatenated by hand, ms",
+                "worst relative error",
+                "backend, ms",
+            ),
+            rows,
+        ),
+        source("flash_backend_h200"),
+        "",
+    ]
 
 
 def overhead() -> List[str]:
@@ -381,20 +752,38 @@ def overhead() -> List[str]:
         ["import, on / off", f"{imports['import_ms']:.1f} / {imports['import_off_ms']:.1f} ms"],
         ["a bare interpreter's start", f"{imports['bare_interpreter_ms']:.1f} ms"],
         ["the shim's Python a call", f"{call['shim_us']:.0f} us"],
-        ["a call of almost no arithmetic, patched / unpatched", f"{call['ratio']:.2f}x of {call['unpatched_us']:.0f} us"],
+        [
+            "a call of almost no arithmetic, patched / unpatched",
+            f"{call['ratio']:.2f}x of {call['unpatched_us']:.0f} us",
+        ],
         ["of it guarding, at most", f"{max(result['guarding_us'].values()):.1f} us"],
     ]
-    return ["## Overhead", "", "Processor time; two or three microseconds either way between runs.", "",
-            *table(("what", "cost"), rows), source("overhead_cpu"), ""]
+    return [
+        "## Overhead",
+        "",
+        "Processor time; two or three microseconds either way between runs.",
+        "",
+        *table(("what", "cost"), rows),
+        source("overhead_cpu"),
+        "",
+    ]
 
 
 def host_calls() -> List[str]:
-    """The host's work per call, as counted by benchmarks/host_calls.py: on the CPU, and on the fused path without its GPU."""
-    lines = ["## The host's work per call", "",
-             "One steady-state call of each class's stand-in, unpatched -> patched: function calls (Python and C), the ratio "
-             "of these, operators and allocations of torch. A count has no noise. On the CPU path SDPA computes; on the "
-             "fused path the kernels' launches are counted as one call each, and not made. Where a bias is given, or the "
-             "class needs flash-attn, there is nothing unpatched to compare with.", ""]
+    """The host's work per call, as counted by benchmarks/host_calls.py: on the CPU, and on the
+    fused path without its GPU."""
+    lines = [
+        "## The host's work per call",
+        "",
+        "One steady-state call of each class's stand-in, unpatched -> patched: function calls "
+        "(Python and C), the ratio "
+        "of these, operators and allocations of torch. A count has no noise. On the CPU path "
+        "SDPA computes; on the "
+        "fused path the kernels' launches are counted as one call each, and not made. Where a "
+        "bias is given, or the "
+        "class needs flash-attn, there is nothing unpatched to compare with.",
+        "",
+    ]
     titles = {"host_calls_cpu": "The CPU path", "host_calls_fused": "The fused path"}
     for name, title in titles.items():
         rows = []
@@ -406,27 +795,56 @@ def host_calls() -> List[str]:
             before = None if theirs is None else theirs["python"] + theirs["c"]
 
             def pair(figure: str, ours: Any = ours, theirs: Any = theirs) -> str:
-                return f"{ours[figure]}" if theirs is None else f"{theirs[figure]} -> {ours[figure]}"
+                return (
+                    f"{ours[figure]}" if theirs is None else f"{theirs[figure]} -> {ours[figure]}"
+                )
 
             what = ", ".join(word for word in (row["call"], row["features"]) if word)
-            rows.append([row["class"], what, calls if before is None else f"{before} -> {calls}",
-                         "" if before is None else f"{calls / before:.2f}x", pair("operators"), pair("allocations")])
-        lines += [title, "", *table(("class", "call", "function calls", "ratio", "operators", "allocations"), rows),
-                  source(name), ""]
+            rows.append(
+                [
+                    row["class"],
+                    what,
+                    calls if before is None else f"{before} -> {calls}",
+                    "" if before is None else f"{calls / before:.2f}x",
+                    pair("operators"),
+                    pair("allocations"),
+                ]
+            )
+        lines += [
+            title,
+            "",
+            *table(("class", "call", "function calls", "ratio", "operators", "allocations"), rows),
+            source(name),
+            "",
+        ]
     return [*lines, *decoders()]
 
 
 def decoders() -> List[str]:
-    """Six layers on a GPU, from benchmarks/host_calls.py: launches, and the time of the host and of all."""
-    rows = [[run["decoder"], f"{run['launches_unpatched']} -> {run['launches_patched']}",
-             f"{run['host_ms_unpatched']:.1f} -> {run['host_ms_patched']:.1f}",
-             f"{run['ms_unpatched']:.1f} -> {run['ms_patched']:.1f}", f"{run['ms_ratio']:.2f}",
-             f"{run['first_s_unpatched']:.1f} -> {run['first_s_patched']:.1f}"]
-            for run in load("host_calls_h100")["decoders"]]
-    return ["Decoders of six layers on a GPU, each measured once, float32 where no autocast is named. The first call of a "
-            "new class includes the compilation of its kernels.", "",
-            *table(("decoder", "launches", "host, ms", "ms", "patched / unpatched", "first call, s"), rows),
-            source("host_calls_h100"), ""]
+    """Six layers on a GPU, from benchmarks/host_calls.py: launches, and the time of the host and of
+    all."""
+    rows = [
+        [
+            run["decoder"],
+            f"{run['launches_unpatched']} -> {run['launches_patched']}",
+            f"{run['host_ms_unpatched']:.1f} -> {run['host_ms_patched']:.1f}",
+            f"{run['ms_unpatched']:.1f} -> {run['ms_patched']:.1f}",
+            f"{run['ms_ratio']:.2f}",
+            f"{run['first_s_unpatched']:.1f} -> {run['first_s_patched']:.1f}",
+        ]
+        for run in load("host_calls_h100")["decoders"]
+    ]
+    return [
+        "Decoders of six layers on a GPU, each measured once, float32 where no autocast is "
+        "named. The first call of a "
+        "new class includes the compilation of its kernels.",
+        "",
+        *table(
+            ("decoder", "launches", "host, ms", "ms", "patched / unpatched", "first call, s"), rows
+        ),
+        source("host_calls_h100"),
+        "",
+    ]
 
 
 def fusion() -> List[str]:
@@ -435,29 +853,66 @@ def fusion() -> List[str]:
     whole = [run for run in report["runs"] if "step_s" in run]
     base = statistics.median(run["step_s"] for run in whole if run["name"] == "unpatched")
     memory = max(run["peak_MiB"] for run in whole if run["name"] == "unpatched")
-    rows = [[run["name"], "", "", "", "", run["error"]] if "error" in run else
-            [run["name"], f"{run['step_s'] * 1e3:.0f}", f"{run['step_s'] / base:.2f}", f"{run['peak_MiB']:.0f}",
-             f"{run['peak_MiB'] / memory:.2f}", ""] for run in report["runs"]]
-    return ["## The fusion detector", "",
-            f"{report['detector']}; batch {report['bs']}, attention dropout {report['dropout']}. Every run, in the order in "
-            "which they ran, a process each; ratios are patched / unpatched, to the median of the unpatched runs.", "",
-            *table(("run", "ms a step", "time", "peak MiB", "memory", ""), rows), source("fusion_h100"), ""]
+    rows = [
+        [run["name"], "", "", "", "", run["error"]]
+        if "error" in run
+        else [
+            run["name"],
+            f"{run['step_s'] * 1e3:.0f}",
+            f"{run['step_s'] / base:.2f}",
+            f"{run['peak_MiB']:.0f}",
+            f"{run['peak_MiB'] / memory:.2f}",
+            "",
+        ]
+        for run in report["runs"]
+    ]
+    return [
+        "## The fusion detector",
+        "",
+        f"{report['detector']}; batch {report['bs']}, attention dropout {report['dropout']}. "
+        "Every run, in the order in "
+        "which they ran, a process each; ratios are patched / unpatched, to the median of the "
+        "unpatched runs.",
+        "",
+        *table(("run", "ms a step", "time", "peak MiB", "memory", ""), rows),
+        source("fusion_h100"),
+        "",
+    ]
 
 
 def bias_scale() -> List[str]:
-    lines = ["## bias_scale learns", "",
-             "`bias_scale` times a fixed map: relative error of its first gradient, and the largest difference of its "
-             "path over 20 optimiser steps, against the same decoder unpatched in float64 with the dense map as mask.",
-             ""]
+    lines = [
+        "## bias_scale learns",
+        "",
+        "`bias_scale` times a fixed map: relative error of its first gradient, and the largest "
+        "difference of its "
+        "path over 20 optimiser steps, against the same decoder unpatched in float64 with the "
+        "dense map as mask.",
+        "",
+    ]
     for name in ("bias_scale_mini_cmt", "bias_scale_cmt"):
         if not (RESULTS / f"{name}.json").exists():
             continue
         result = load(name)
-        rows = [[r["way"], "on" if r["checkpoint"] else "off", r["bias"], f"{r['gradient_error']:.1e}",
-                 f"{r['path_error']:.1e}"] for r in result["rows"]]
+        rows = [
+            [
+                r["way"],
+                "on" if r["checkpoint"] else "off",
+                r["bias"],
+                f"{r['gradient_error']:.1e}",
+                f"{r['path_error']:.1e}",
+            ]
+            for r in result["rows"]
+        ]
         lost = result["unpatched_checkpointed_gradient"]
-        lines += [f"{result['decoder']}, {result['M']}x{result['N']}. Unpatched and checkpointed, its gradient is `{lost}`.",
-                  "", *table(("way", "checkpointing", "bias", "gradient", "path"), rows), source(name), ""]
+        lines += [
+            f"{result['decoder']}, {result['M']}x{result['N']}. Unpatched and checkpointed, its "
+            f"gradient is `{lost}`.",
+            "",
+            *table(("way", "checkpointing", "bias", "gradient", "path"), rows),
+            source(name),
+            "",
+        ]
     return lines
 
 
@@ -473,58 +928,116 @@ def windows() -> List[str]:
     def memory(value: Any) -> str:
         return f"{value:.0f}" if isinstance(value, float) else "-"
 
-    lines = ["## Local windows on grids", "",
-             "Batch 2, 1490 queries, 8 heads of 32, 180 x 180 + 6 x 40 x 100 keys, windows of 15 x 15 in both frames; "
-             "MiB beyond the operands. Each way takes what its user has: a generator paints a dense bias in every call.", ""]
+    lines = [
+        "## Local windows on grids",
+        "",
+        "Batch 2, 1490 queries, 8 heads of 32, 180 x 180 + 6 x 40 x 100 keys, windows of 15 x 15 "
+        "in both frames; "
+        "MiB beyond the operands. Each way takes what its user has: a generator paints a dense "
+        "bias in every call.",
+        "",
+    ]
     modes = ("forward", "forward+backward")
-    groups = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32",
-              "generators": "Dense biases and masks, float16", "flex": "flex_attention, float16"}
+    groups = {
+        "float16": "float16",
+        "bfloat16": "bfloat16",
+        "float32": "float32",
+        "generators": "Dense biases and masks, float16",
+        "flex": "flex_attention, float16",
+    }
     for group, title in groups.items():
-        rows = [[way, *(cell(got.get(mode)) for mode in modes), memory(got.get("MiB forward+backward"))]
-                for way, got in result.get(group, {}).items()]
+        rows = [
+            [way, *(cell(got.get(mode)) for mode in modes), memory(got.get("MiB forward+backward"))]
+            for way, got in result.get(group, {}).items()
+        ]
         lines += [f"{title}, ms", "", *table(("way", *modes, "MiB"), rows)] if rows else []
-    rows = [[way, f"{got['milliseconds']:.2f}", f"{got['MiB']:.0f}"] for way, got in result["layers"].items()]
-    lines += ["A bias made once and six layers, forward and backward:", "", *table(("bias", "ms", "MiB"), rows)]
+    rows = [
+        [way, f"{got['milliseconds']:.2f}", f"{got['MiB']:.0f}"]
+        for way, got in result["layers"].items()
+    ]
+    lines += [
+        "A bias made once and six layers, forward and backward:",
+        "",
+        *table(("bias", "ms", "MiB"), rows),
+    ]
     return [*lines, source(name), ""]
 
 
 def performance() -> str:
     sections = [
-        real_cmt, fusion, ab, distributed, attention, windows, bias_memory, factorize, bias_scale, flash, overhead,
+        real_cmt,
+        fusion,
+        ab,
+        distributed,
+        attention,
+        windows,
+        bias_memory,
+        factorize,
+        bias_scale,
+        flash,
+        overhead,
         host_calls,
     ]
-    lines = ["# Performance", "", "Generated by `docs/make_performance.py` from `benchmarks/results/`.", ""]
+    lines = [
+        "# Performance",
+        "",
+        "Generated by `docs/make_performance.py` from `benchmarks/results/`.",
+        "",
+    ]
     return "\n".join([*lines, *(line for section in sections for line in section())])
 
 
 def readme(name: str = "README.md") -> str:
-    """README.md, or a translation of it, with the table and the sentences that the JSON files give."""
+    """README.md, or a translation of it, with the table and the sentences that the JSON files
+    give."""
     text = (ROOT / name).read_text(encoding="utf-8")
     before, _, rest = text.partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     from flashbias_patch.ab.result import says
 
-    verdict = ("`flashbias ab` on the first row's command without dropout, fresh processes, A against A for the noise "
-               f"([all of it](docs/performance.md#flashbias-ab-on-the-real-cmt)): {says(load('ab_real_cmt_h200'))}")
-    named = {(run["patch"], run["size"]): run["batches"] for run in load("real_batch_h200")["batches"]}
+    verdict = (
+        "`flashbias ab` on the first row's command without dropout, fresh processes, A against A "
+        "for the noise "
+        "([all of it](docs/performance.md#flashbias-ab-on-the-real-cmt)): "
+        f"{says(load('ab_real_cmt_h200'))}"
+    )
+    named = {
+        (run["patch"], run["size"]): run["batches"] for run in load("real_batch_h200")["batches"]
+    }
     fits = "; ".join(
-        f"{size}: " + ", ".join(
+        f"{size}: "
+        + ", ".join(
             f"{before['cap_GiB']:g} GiB {before['batch']} -> {after['batch']}"
-            for before, after in zip(named[False, size], named[True, size]))
-        for size in ("1600x640", "800x320"))
-    batch = ("**The largest batch that fits, unpatched -> patched** with `FLASHBIAS_DTYPE=fp16` "
-             f"([times](docs/performance.md#the-largest-batch-that-fits)): {fits}.")
+            for before, after in zip(named[False, size], named[True, size])
+        )
+        for size in ("1600x640", "800x320")
+    )
+    batch = (
+        "**The largest batch that fits, unpatched -> patched** with `FLASHBIAS_DTYPE=fp16` "
+        f"([times](docs/performance.md#the-largest-batch-that-fits)): {fits}."
+    )
     notes = how_to_read("docs/performance.md")
     measured = "\n".join([*table(real_head(), real_cmt_rows()), notes, "", batch, "", verdict])
     return f"{before}{MARKS[0]}\n{measured}\n{MARKS[1]}{after}"
 
 
 def main() -> int:
-    wanted = {ROOT / "docs" / "performance.md": performance(),
-              **{ROOT / name: readme(name) for name in ("README.md", "README.zh-CN.md")}}
-    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    wanted = {
+        ROOT / "docs" / "performance.md": performance(),
+        **{ROOT / name: readme(name) for name in ("README.md", "README.zh-CN.md")},
+    }
+    stale = [
+        path
+        for path, text in wanted.items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     if "--check" in sys.argv:
-        print("\n".join(f"{path.name} is not what its JSON files say: run docs/make_performance.py" for path in stale))
+        print(
+            "\n".join(
+                f"{path.name} is not what its JSON files say: run docs/make_performance.py"
+                for path in stale
+            )
+        )
         return 1 if stale else 0
     for path, text in wanted.items():
         path.write_text(text, encoding="utf-8")

@@ -1,9 +1,10 @@
 """Draw the windows of bias='window' on a real nuScenes frame: python docs/make_windows.py FRAME_DIR
 
-FRAME_DIR holds one frame in mmdet3d's info format. The queries are at the centres of the frame's objects, with a weight of
-1 for the lidar and for the cameras; grids, image size and windows are those of CMT at 1600 x 640. Needs matplotlib and
-OpenCV. Writes docs/images/aqr_windows_*.png.
+FRAME_DIR holds one frame in mmdet3d's info format. The queries are at the centres of the frame's
+objects, with a weight of 1 for the lidar and for the cameras; grids, image size and windows are
+those of CMT at 1600 x 640. Needs matplotlib and OpenCV. Writes docs/images/aqr_windows_*.png.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,13 +24,20 @@ from flashbias_patch import aqr  # noqa: E402
 PC_RANGE = (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)
 IMAGE_SIZE = (1600, 640)  # width, height
 BEV, VIEW = (180, 180), (40, 100)
-ORDER = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
+ORDER = (
+    "CAM_FRONT_LEFT",
+    "CAM_FRONT",
+    "CAM_FRONT_RIGHT",
+    "CAM_BACK_LEFT",
+    "CAM_BACK",
+    "CAM_BACK_RIGHT",
+)
 SIGMA = 4.0
 
 
 def windows(frame: Any, **options: Any) -> Dict[str, np.ndarray]:
-    """For each object of the frame what its query's bias adds: bev (M, 180, 180) and cameras (M, 6, 40, 100), and the
-    objects' boxes."""
+    """For each object of the frame what its query's bias adds: bev (M, 180, 180) and cameras (M, 6,
+    40, 100), and the objects' boxes."""
     from projects.mmdet3d_plugin.datasets.frame import make_batch
 
     batch = make_batch([frame], IMAGE_SIZE, PC_RANGE)
@@ -44,8 +52,12 @@ def windows(frame: Any, **options: Any) -> Dict[str, np.ndarray]:
     bias = router.bias(aqr.Routing(weights, weights, places), places.lengths)
     scores = bias.dense()[0, 0].detach().numpy()
     cells = BEV[0] * BEV[1]
-    return {"bev": scores[:, :cells].reshape(-1, *BEV), "cameras": scores[:, cells:].reshape(len(boxes), -1, *VIEW),
-            "boxes": boxes.numpy(), "pixels": batch["img"][0].mean(1).numpy()}
+    return {
+        "bev": scores[:, :cells].reshape(-1, *BEV),
+        "cameras": scores[:, cells:].reshape(len(boxes), -1, *VIEW),
+        "boxes": boxes.numpy(),
+        "pixels": batch["img"][0].mean(1).numpy(),
+    }
 
 
 def draw(frame: Any, folder: Path) -> List[Path]:
@@ -64,7 +76,13 @@ def draw(frame: Any, folder: Path) -> List[Path]:
         figure, grid = plt.subplots(2, 3, figsize=(7.4, 2.7), dpi=100)
         for axes, camera in zip(grid.flat, ORDER):
             view = CAMERAS.index(camera)
-            axes.imshow(first["pixels"][view][::4, ::4], cmap="gray", extent=(0, width, height, 0), vmin=-3.0, vmax=3.0)
+            axes.imshow(
+                first["pixels"][view][::4, ::4],
+                cmap="gray",
+                extent=(0, width, height, 0),
+                vmin=-3.0,
+                vmax=3.0,
+            )
             if name == "gaussian":
                 paint(axes, smooth["cameras"][:, view].max(0), (0, width, height, 0))
             else:
@@ -78,7 +96,9 @@ def draw(frame: Any, folder: Path) -> List[Path]:
     points = frame.points[:, :2]
     points = points[(np.abs(points) < 54).all(1)]
     extent = (PC_RANGE[0], PC_RANGE[3], PC_RANGE[1], PC_RANGE[4])
-    for axes, seen, title in zip(axes_pair, (first, smooth), ("box", f"Gaussian, sigma {SIGMA:g} cells")):
+    for axes, seen, title in zip(
+        axes_pair, (first, smooth), ("box", f"Gaussian, sigma {SIGMA:g} cells")
+    ):
         axes.scatter(points[:, 0], points[:, 1], s=0.1, color="0.55", linewidths=0, rasterized=True)
         paint(axes, seen["bev"].max(0), extent, origin="lower")
         axes.scatter(seen["boxes"][:, 0], seen["boxes"][:, 1], s=3, color="k")
@@ -109,7 +129,9 @@ def outline(axes: Any, scores: np.ndarray, colour: str) -> None:
         if len(rows):
             x, y = columns.min() * step, rows.min() * step
             size = (columns.max() + 1) * step - x, (rows.max() + 1) * step - y
-            axes.add_patch(Rectangle((x, y), *size, edgecolor=colour, facecolor="none", linewidth=0.8))
+            axes.add_patch(
+                Rectangle((x, y), *size, edgecolor=colour, facecolor="none", linewidth=0.8)
+            )
 
 
 def save(figure: Any, path: Path) -> Path:
@@ -121,7 +143,9 @@ def save(figure: Any, path: Path) -> Path:
     raw = io.BytesIO()
     figure.savefig(raw)
     plt.close(figure)
-    Image.open(raw).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
+    Image.open(raw).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE).save(
+        path, optimize=True
+    )
     return path
 
 

@@ -1,6 +1,8 @@
-"""FlashBias attention for unmodified CMT / PETR-family code. Importing this package installs the patches,
-unless FLASHBIAS_PATCH is 0, false, off, no, none or disabled. Imports neither torch nor mmcv nor triton.
+"""FlashBias attention for unmodified CMT / PETR-family code. Importing this package installs the
+patches, unless FLASHBIAS_PATCH is 0, false, off, no, none or disabled. Imports neither torch nor
+mmcv nor triton.
 """
+
 from __future__ import annotations
 
 from . import journal, settings
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
     from .patching.hooks import install, uninstall
     from .status import status
 
-# Public name -> where it lives. Loaded on first use (PEP 562), so that importing this package stays cheap.
+# Public name -> where it lives. Loaded on first use (PEP 562), so that importing this package stays
+# cheap.
 _FUNCTIONS = {
     "install": ".patching.hooks",
     "uninstall": ".patching.hooks",
@@ -28,8 +31,19 @@ _FUNCTIONS = {
 }
 _MODULES = ("aqr", "bias", "maps", "monitor")
 
-__all__ = ["__version__", "aqr", "attention_bias", "attention_map", "bias", "flash_bias_attention", "install", "maps",
-           "monitor", "status", "uninstall"]
+__all__ = [
+    "__version__",
+    "aqr",
+    "attention_bias",
+    "attention_map",
+    "bias",
+    "flash_bias_attention",
+    "install",
+    "maps",
+    "monitor",
+    "status",
+    "uninstall",
+]
 
 
 def __getattr__(name: str) -> Any:

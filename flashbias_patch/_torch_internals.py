@@ -1,8 +1,9 @@
 """Parts of torch that not every version has, and what stands in for each where a version lacks it.
 
-Seen on torch 1.9, 1.13 and 2.1 to 2.13, except where a line says otherwise. `MISSING` names the features that this
-torch lacks, for `flashbias doctor` and the log.
+Seen on torch 1.9, 1.13 and 2.1 to 2.13, except where a line says otherwise. `MISSING` names the
+features that this torch lacks, for `flashbias doctor` and the log.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -17,11 +18,27 @@ VERSION = str(torch.__version__)
 RELEASE: Tuple[int, int] = tuple(int(part) for part in torch.__version__.split(".")[:2])  # type: ignore[assignment]
 # (feature, the torch that has it, what is done without it) of what users notice.
 FEATURES = (
-    ("scaled_dot_product_attention with a scale", (2, 1), "plain matrix products, in chunks, compute every attention"),
+    (
+        "scaled_dot_product_attention with a scale",
+        (2, 1),
+        "plain matrix products, in chunks, compute every attention",
+    ),
     ("the fused Triton kernels", (2, 1), "the same"),
-    ("torch function modes", (1, 13), "code that imported multi_head_attention_forward by name is left as it is"),
-    ("use_reentrant=False", (1, 11), "checkpoints are reentrant, and a learned bias becomes one of their arguments"),
-    ("tensor subclasses without storage", (1, 11), "C++ code that reads a described bias meets NaN"),
+    (
+        "torch function modes",
+        (1, 13),
+        "code that imported multi_head_attention_forward by name is left as it is",
+    ),
+    (
+        "use_reentrant=False",
+        (1, 11),
+        "checkpoints are reentrant, and a learned bias becomes one of their arguments",
+    ),
+    (
+        "tensor subclasses without storage",
+        (1, 11),
+        "C++ code that reads a described bias meets NaN",
+    ),
 )
 MISSING = tuple(feature for feature in FEATURES if feature[1] > RELEASE)
 
@@ -40,14 +57,20 @@ def _no(*args: Any) -> bool:
 
 def missing() -> List[str]:
     """What this torch lacks that users may notice, a line each."""
-    return [f"{name} (since torch {major}.{minor}): {instead}" for name, (major, minor), instead in MISSING]
+    return [
+        f"{name} (since torch {major}.{minor}): {instead}"
+        for name, (major, minor), instead in MISSING
+    ]
 
 
-is_compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", _no)  # since torch 2.3
+is_compiling: Callable[[], bool] = getattr(
+    getattr(torch, "compiler", None), "is_compiling", _no
+)  # since torch 2.3
 
 
 def _probed_graph_task() -> int:
-    """The same before torch 2.1: 0 in a backward pass, else -1. Only in a pass can a final callback be queued."""
+    """The same before torch 2.1: 0 in a backward pass, else -1. Only in a pass can a final callback
+    be queued."""
     try:
         torch.autograd.Variable._execution_engine.queue_callback(_none)
     except RuntimeError:
@@ -57,10 +80,12 @@ def _probed_graph_task() -> int:
 
 # The id of the backward pass that runs in this thread; -1: none does.
 current_graph_task: Callable[[], int] = getattr(_C, "_current_graph_task_id", _probed_graph_task)
-# Whether that pass will still come to a node of the graph, or has come to it; and to call a function when it ends.
-# None before torch 2.1, where a pass has no id either.
+# Whether that pass will still come to a node of the graph, or has come to it; and to call a
+# function when it ends. None before torch 2.1, where a pass has no id either.
 will_execute: Optional[Callable[[Any], bool]] = getattr(_C, "_will_engine_execute_node", None)
-queue_callback: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
+queue_callback: Callable[[Callable[[], None]], None] = (
+    torch.autograd.Variable._execution_engine.queue_callback
+)
 # Whether that pass keeps its graph (torch 2.8 and later; without it: no).
 keeps_graph: Callable[[], bool] = getattr(_C._autograd, "_get_current_graph_task_keep_graph", _no)
 _functorch: Any = getattr(_C, "_functorch", None)
@@ -72,9 +97,12 @@ def _active_transform() -> Any:
 
 # The innermost transform of torch.func (torch 1.13: functorch) in force, or None.
 current_transform: Callable[[], Any] = getattr(
-    _functorch, "peek_interpreter_stack", _active_transform if hasattr(_functorch, "are_transforms_active") else _none
+    _functorch,
+    "peek_interpreter_stack",
+    _active_transform if hasattr(_functorch, "are_transforms_active") else _none,
 )
-# Whether a tensor is a batch of gradients of torch.autograd.grad(..., is_grads_batched=True), which is no transform.
+# Whether a tensor is a batch of gradients of torch.autograd.grad(..., is_grads_batched=True), which
+# is no transform.
 is_batch: Callable[[torch.Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", _no)
 # The tracer of torch.jit.trace, or None.
 tracing_state: Callable[[], Any] = _C._get_tracing_state
@@ -88,8 +116,11 @@ no_functions: Callable[[], ContextManager[Any]] = getattr(
 )
 # One in which no mode's is called either.
 all_functions_off: Callable[[], ContextManager[Any]] = _C.DisableTorchFunction
-# The (pack, unpack) of saved-tensor hooks in force, or None; called with True. Before torch 2.8 it cannot be told.
-saved_tensor_hooks: Optional[Callable[[bool], Any]] = getattr(_C._autograd, "_top_saved_tensors_default_hooks", None)
+# The (pack, unpack) of saved-tensor hooks in force, or None; called with True. Before torch 2.8 it
+# cannot be told.
+saved_tensor_hooks: Optional[Callable[[bool], Any]] = getattr(
+    _C._autograd, "_top_saved_tensors_default_hooks", None
+)
 # Whether saved-tensor hooks are allowed (torch.autograd.graph.disable_saved_tensors_hooks).
 saved_tensor_hooks_allowed: Callable[[], bool] = getattr(
     _C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True
@@ -115,13 +146,15 @@ def _autocast_off() -> ContextManager[Any]:
     return stack
 
 
-# Whether autocast is on for any device; and a context in which it is off for all. torch.autocast(enabled=False) is slower.
+# Whether autocast is on for any device; and a context in which it is off for all.
+# torch.autocast(enabled=False) is slower.
 any_autocast: Callable[[], bool] = getattr(_C, "_is_any_autocast_enabled", _any_autocast)
 autocast_off: Callable[[], ContextManager[Any]] = getattr(_C, "_DisableAutocast", _autocast_off)
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func, or a level of forward-mode differentiation, is in force."""
+    """Whether a transform of torch.func, or a level of forward-mode differentiation, is in
+    force."""
     return current_transform() is not None or _forward_ad._current_level >= 0
 
 
@@ -131,8 +164,9 @@ def modes() -> List[Any]:
 
     found: List[Any] = []
     for module, name in (
-        (_python_dispatch, "_get_current_dispatch_mode_stack"), (overrides, "_get_current_function_mode_stack"),
-    ):  # fmt: skip
+        (_python_dispatch, "_get_current_dispatch_mode_stack"),
+        (overrides, "_get_current_function_mode_stack"),
+    ):
         found += getattr(module, name, list)()
     return found
 
@@ -140,11 +174,13 @@ def modes() -> List[Any]:
 def outside_of_dynamo(dynamo: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, at which torch.compile breaks its graph, and inside which it compiles nothing.
 
-    `dynamo.disable` does this with eight function calls around each call. They are needed only while dynamo is in force
-    in this thread (seen on torch 2.13); where that cannot be told, always.
+    `dynamo.disable` does this with eight function calls around each call. They are needed only
+    while dynamo is in force in this thread (seen on torch 2.13); where that cannot be told, always.
     """
     disabled: Callable[..., Any] = dynamo.disable(function)
-    callback = getattr(getattr(getattr(_C, "_dynamo", None), "eval_frame", None), "get_eval_frame_callback", None)
+    callback = getattr(
+        getattr(getattr(_C, "_dynamo", None), "eval_frame", None), "get_eval_frame_callback", None
+    )
     skip = getattr(getattr(dynamo, "decorators", None), "skip", None)
     if callback is None or skip is None:
         return disabled
@@ -175,9 +211,14 @@ without_modes: Callable[[], ContextManager[Any]] = getattr(
     _python_dispatch, "_disable_current_modes",
     _popped_modes if hasattr(_python_dispatch, "_pop_mode_temporarily") else contextlib.nullcontext,
 )  # fmt: skip
-# The base classes of modes, None before torch 1.13 (and for dispatch modes, where their form was another one).
-TorchDispatchMode: Any = getattr(_python_dispatch, "TorchDispatchMode", None) if RELEASE >= (1, 13) else None
-TorchFunctionMode: Any = getattr(torch.overrides, "TorchFunctionMode", None) if RELEASE >= (1, 13) else None
+# The base classes of modes, None before torch 1.13 (and for dispatch modes, where their form was
+# another one).
+TorchDispatchMode: Any = (
+    getattr(_python_dispatch, "TorchDispatchMode", None) if RELEASE >= (1, 13) else None
+)
+TorchFunctionMode: Any = (
+    getattr(torch.overrides, "TorchFunctionMode", None) if RELEASE >= (1, 13) else None
+)
 # The class of the hooks for tensors saved for backward, None before torch 1.10.
 try:
     from torch.autograd.graph import saved_tensors_hooks
@@ -187,7 +228,9 @@ except ImportError:
 SETUP_CONTEXT: bool = hasattr(torch.autograd.function, "_SingleLevelFunction")
 
 
-def own_saved_tensors(pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> ContextManager[Any]:
+def own_saved_tensors(
+    pack: Callable[[Any], Any], unpack: Callable[[Any], Any]
+) -> ContextManager[Any]:
     """saved_tensors_hooks(pack, unpack), or nothing where there are none or they are forbidden."""
     if saved_tensors_hooks is None or not saved_tensor_hooks_allowed():
         return contextlib.nullcontext()
@@ -214,10 +257,14 @@ if hasattr(torch.Tensor, "is_inference"):
     is_inference = torch.Tensor.is_inference  # type: ignore[assignment]
 
 
-def wrapper_subclass(cls: Any, shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-    """A tensor of a subclass that has no numbers of its own, to be given meaning by __torch_function__.
+def wrapper_subclass(
+    cls: Any, shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Any:
+    """A tensor of a subclass that has no numbers of its own, to be given meaning by
+    __torch_function__.
 
-    Before torch 1.11 a single number stands for all of them: NaN (True, or the least integer, in other dtypes).
+    Before torch 1.11 a single number stands for all of them: NaN (True, or the least integer, in
+    other dtypes).
     """
     make = getattr(torch.Tensor, "_make_wrapper_subclass", None)
     if make is not None:
@@ -235,13 +282,15 @@ def repeat_interleave(tensor: torch.Tensor, lengths: Any, output_size: int) -> t
 
 
 def meshgrid(*axes: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-    """torch.meshgrid(..., indexing="ij"), which is what torch before 1.10 does without being told."""
+    """torch.meshgrid(..., indexing="ij"), which is what torch before 1.10 does without being
+    told."""
     options = {} if RELEASE < (1, 10) else {"indexing": "ij"}
     return tuple(torch.meshgrid(*axes, **options))  # type: ignore[arg-type]
 
 
 class _WeakIdKeyDictionary(MutableMapping):  # type: ignore[type-arg]
-    """torch.utils.weak.WeakIdKeyDictionary, as far as it is used here: torch 2.0 and later have it."""
+    """torch.utils.weak.WeakIdKeyDictionary, as far as it is used here: torch 2.0 and later have
+    it."""
 
     def __init__(self) -> None:
         self._found: Any = {}
@@ -261,7 +310,13 @@ class _WeakIdKeyDictionary(MutableMapping):  # type: ignore[type-arg]
         del self._found[id(key)]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([key for key in (reference() for reference, _ in list(self._found.values())) if key is not None])
+        return iter(
+            [
+                key
+                for key in (reference() for reference, _ in list(self._found.values()))
+                if key is not None
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self._found)

@@ -1,8 +1,10 @@
 """Problems with names that FLASHBIAS_TARGETS, FLASHBIAS_COMPAT and FLASHBIAS_AQR hold.
 
-They are known only to the catalog, the compatibility patches and the router's options, which `settings` does not import.
-None of them imports torch, whose own import may be what waits for this; a third party's targets may.
+They are known only to the catalog, the compatibility patches and the router's options, which
+`settings` does not import. None of them imports torch, whose own import may be what waits for this;
+a third party's targets may.
 """
+
 from __future__ import annotations
 
 from typing import Iterable, List
@@ -23,7 +25,9 @@ def problems() -> List[str]:
         from . import compat
 
         names = [name for name in read.compat if name.lower() not in (*compat.SWITCHES,)]
-        found += _unknown("FLASHBIAS_COMPAT", "patch", names, ["all", "none", *(p.name for p in compat.PATCHES)])
+        found += _unknown(
+            "FLASHBIAS_COMPAT", "patch", names, ["all", "none", *(p.name for p in compat.PATCHES)]
+        )
     if read.aqr and read.aqr.lower() not in settings.TRUE + settings.FALSE:
         from .aqr import options
 
@@ -44,7 +48,9 @@ def loads_third_parties() -> bool:
 
     found = importlib.metadata.entry_points()
     select = getattr(found, "select", None)  # Python 3.10 and later
-    return bool(select(group=catalog.ENTRY_POINT_GROUP) if select else found.get(catalog.ENTRY_POINT_GROUP))
+    return bool(
+        select(group=catalog.ENTRY_POINT_GROUP) if select else found.get(catalog.ENTRY_POINT_GROUP)
+    )
 
 
 def _unknown(variable: str, what: str, given: Iterable[str], known: Iterable[str]) -> List[str]:
@@ -52,5 +58,7 @@ def _unknown(variable: str, what: str, given: Iterable[str], known: Iterable[str
     if not bad:
         return []
     near = {name: settings.nearest(name, known) for name in bad}
-    named = ", ".join(f"{name} (the nearest is {near[name]})" if near[name] else name for name in bad)
+    named = ", ".join(
+        f"{name} (the nearest is {near[name]})" if near[name] else name for name in bad
+    )
     return [f"{variable}: no {what} is called {named}; there are {', '.join(known)}"]

@@ -1,5 +1,6 @@
-"""What happened in this process: calls by backend, fallbacks with reasons, biases that had no effect, and each log line
-only once."""
+"""What happened in this process: calls by backend, fallbacks with reasons, biases that had no
+effect, and each log line only once."""
+
 from __future__ import annotations
 
 import os
@@ -63,7 +64,8 @@ def rank() -> int:
 
 
 def environment(problems: List[str]) -> None:
-    """Log problems with the environment as errors: each once for a process and all that it starts."""
+    """Log problems with the environment as errors: each once for a process and all that it
+    starts."""
     if problems:
         from . import settings
 
@@ -72,7 +74,8 @@ def environment(problems: List[str]) -> None:
 
 
 def fallback(source: str, call: str, reason: str, level: str = "warning") -> None:
-    """Count that `source` (a backend or a seam) could not answer a class of `call`, and why; log it once."""
+    """Count that `source` (a backend or a seam) could not answer a class of `call`, and why; log it
+    once."""
     key = (source, call, reason)
     with _lock:
         _fallbacks[key] = _fallbacks.get(key, 0) + 1
@@ -88,7 +91,8 @@ def fallbacks() -> List[Dict[str, Any]]:
 
 
 def unreached(where: str, reason: str) -> None:
-    """Count that a bias had no effect, and why; log it once. where: "attention_bias(...)", or the class it was given to."""
+    """Count that a bias had no effect, and why; log it once. where: "attention_bias(...)", or the
+    class it was given to."""
     with _lock:
         _unreached[where, reason] = _unreached.get((where, reason), 0) + 1
     once(("unreached", where, reason), "warning", "%s has no effect: %s", where, reason)
@@ -96,17 +100,32 @@ def unreached(where: str, reason: str) -> None:
 
 def unreached_biases() -> List[Dict[str, Any]]:
     with _lock:
-        return [{"where": where, "reason": reason, "count": count} for (where, reason), count in _unreached.items()]
+        return [
+            {"where": where, "reason": reason, "count": count}
+            for (where, reason), count in _unreached.items()
+        ]
 
 
 def factorized(where: str, rank: int, relative_error: float, reason: str) -> None:
-    """Note the latest factorisation of a dense bias; `reason` says why the dense bias was used after all."""
+    """Note the latest factorisation of a dense bias; `reason` says why the dense bias was used
+    after all."""
     with _lock:
         count = _factorized.get(where, {}).get("count", 0) + 1
-        _factorized[where] = {"where": where, "rank": rank, "relative_error": relative_error,
-                              "used_dense": reason or None, "count": count}
+        _factorized[where] = {
+            "where": where,
+            "rank": rank,
+            "relative_error": relative_error,
+            "used_dense": reason or None,
+            "count": count,
+        }
     if reason:
-        once(("factorized", where), "warning", "%s: the dense bias is used as it is: %s", where, reason)
+        once(
+            ("factorized", where),
+            "warning",
+            "%s: the dense bias is used as it is: %s",
+            where,
+            reason,
+        )
 
 
 def factorizations() -> List[Dict[str, Any]]:

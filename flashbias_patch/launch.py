@@ -1,8 +1,10 @@
 """Running a command patched: its environment, and the start-up of each of its Python processes.
 
-As in OpenTelemetry's auto-instrumentation, a directory that holds a sitecustomize goes in front of PYTHONPATH, and the
-command is executed; every Python process of it, spawned workers included, imports that file.
+As in OpenTelemetry's auto-instrumentation, a directory that holds a sitecustomize goes in front of
+PYTHONPATH, and the command is executed; every Python process of it, spawned workers included,
+imports that file.
 """
+
 from __future__ import annotations
 
 import os
@@ -20,8 +22,8 @@ def prepare_environment(
 ) -> Dict[str, str]:
     """The environment of a command that runs patched or not.
 
-    PYTHONPATH keeps its entries, the empty ones included: they stand for the working directory. A package used from a
-    checkout is appended to it; an installed one is found without.
+    PYTHONPATH keeps its entries, the empty ones included: they stand for the working directory. A
+    package used from a checkout is appended to it; an installed one is found without.
     """
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     given = _entries(env.get("PYTHONPATH", ""))
@@ -36,8 +38,11 @@ def prepare_environment(
 
 
 def _entries(pythonpath: str) -> List[str]:
-    """Its entries without the bootstrap directory. An empty variable has none: Python ignores it."""
-    return [part for part in pythonpath.split(os.pathsep) if part != BOOTSTRAP] if pythonpath else []
+    """Its entries without the bootstrap directory. An empty variable has none: Python ignores
+    it."""
+    return (
+        [part for part in pythonpath.split(os.pathsep) if part != BOOTSTRAP] if pythonpath else []
+    )
 
 
 def start_process(*_: str) -> None:

@@ -1,9 +1,11 @@
 """Every FLASHBIAS_* environment variable: its meaning, its default, what it accepts.
 
-Parsed once per process. A bad value never breaks an import: it is reported by variable name with the
-allowed values, and the default is used. The command line refuses to start instead (`Settings.problems`). A variable
-whose name is not known is reported with the nearest known one (`Settings.unknown`). An empty variable counts as unset.
+Parsed once per process. A bad value never breaks an import: it is reported by variable name with
+the allowed values, and the default is used. The command line refuses to start instead
+(`Settings.problems`). A variable whose name is not known is reported with the nearest known one
+(`Settings.unknown`). An empty variable counts as unset.
 """
+
 from __future__ import annotations
 
 import os
@@ -17,8 +19,8 @@ TRUE = ("1", "true", "on", "yes", "y", "enable", "enabled")
 FALSE = ("0", "false", "off", "no", "n", "none", "disable", "disabled")
 
 
-# Variables of this package that are no settings: of `flashbias ab` (see ab/probe.py), of the tests and benchmarks, and
-# the list of problems that this process or a parent of it has named.
+# Variables of this package that are no settings: of `flashbias ab` (see ab/probe.py), of the tests
+# and benchmarks, and the list of problems that this process or a parent of it has named.
 NAMED = "FLASHBIAS_NAMED"
 INTERNAL = (NAMED, "FLASHBIAS_PROBE", "FLASHBIAS_FUZZ", "FLASHBIAS_FRAME", "FLASHBIAS_TEST")
 
@@ -77,7 +79,9 @@ def _seconds(text: str) -> float:
         return 0.0
     if text.lower() in TRUE:
         return 60.0
-    found: float = _number(float, 2.0, 3600.0, "off, on (60) or a number of seconds from 2 to 3600")(text)
+    found: float = _number(
+        float, 2.0, 3600.0, "off, on (60) or a number of seconds from 2 to 3600"
+    )(text)
     return found
 
 
@@ -93,7 +97,8 @@ class Variable(namedtuple("Variable", "field default parse help")):
         return "FLASHBIAS_" + self.field.upper()
 
     def shown(self, value: Any) -> str:
-        """The parsed `value` in the words that README.md has: on, off, unset, all, or the value itself."""
+        """The parsed `value` in the words that README.md has: on, off, unset, all, or the value
+        itself."""
         if isinstance(value, bool) or (self.parse is _seconds and not value):
             return "on" if value else "off"
         if value is None:
@@ -105,37 +110,92 @@ class Variable(namedtuple("Variable", "field default parse help")):
 
 VARIABLES: Tuple[Variable, ...] = (
     Variable("patch", True, _switch, "install on import; off touches nothing"),
-    Variable("backend", "auto", _choice("auto", "triton", "flash", "upstream", "sdpa", "reference"),
-             "the backend to try first; where it cannot take a call, the others do; auto: the first that takes the call"),
+    Variable(
+        "backend",
+        "auto",
+        _choice("auto", "triton", "flash", "upstream", "sdpa", "reference"),
+        "the backend to try first; where it cannot take a call, the others do; auto: the first "
+        "that takes the call",
+    ),
     Variable("strict", False, _switch, "a fallback raises, with every backend's reasons"),
-    Variable("targets", (), _names,
-             "comma-separated class names to patch, or -ClassName to leave one alone; empty: all of the catalog"),
+    Variable(
+        "targets",
+        (),
+        _names,
+        "comma-separated class names to patch, or -ClassName to leave one alone; empty: all of "
+        "the catalog",
+    ),
     Variable("home", None, str, "a checkout of FlashBias (holds flash_bias_triton.py)"),
-    Variable("dtype", "auto", _choice("auto", "fp16", "bf16", "fp32"),
-             "precision inside attention; auto: as the patched class does"),
-    Variable("masks", "upstream", _choice("upstream", "honour"),
-             "flash classes drop boolean masks and key padding; honour applies them"),
-    Variable("rank", None, _number(int, 1, 256, "an integer from 1 to 256"),
-             "factorise dense biases to this rank"),
-    Variable("energy", None, _number(float, 1e-6, 1.0, "a number in (0, 1]"),
-             "factorise dense biases to the smallest rank keeping this share of squared singular values"),
-    Variable("max_error", 2e-2, _number(float, 0.0, 1.0, "a number from 0 to 1"),
-             "relative error above which a factorised bias is used densely instead"),
-    Variable("aqr", None, str, "adaptive query routing where configs can't be touched: 1, or key=value,..."),
+    Variable(
+        "dtype",
+        "auto",
+        _choice("auto", "fp16", "bf16", "fp32"),
+        "precision inside attention; auto: as the patched class does",
+    ),
+    Variable(
+        "masks",
+        "upstream",
+        _choice("upstream", "honour"),
+        "flash classes drop boolean masks and key padding; honour applies them",
+    ),
+    Variable(
+        "rank",
+        None,
+        _number(int, 1, 256, "an integer from 1 to 256"),
+        "factorise dense biases to this rank",
+    ),
+    Variable(
+        "energy",
+        None,
+        _number(float, 1e-6, 1.0, "a number in (0, 1]"),
+        "factorise dense biases to the smallest rank keeping this share of squared singular values",
+    ),
+    Variable(
+        "max_error",
+        2e-2,
+        _number(float, 0.0, 1.0, "a number from 0 to 1"),
+        "relative error above which a factorised bias is used densely instead",
+    ),
+    Variable(
+        "aqr",
+        None,
+        str,
+        "adaptive query routing where configs can't be touched: 1, or key=value,...",
+    ),
     Variable("compat", ("all",), _names, "comma-separated compatibility patches, `all` or `none`"),
-    Variable("tune", 0.0, _seconds,
-             "time tile shapes for GPUs that the shipped table was not measured on: off, on, or seconds a class of call"),
-    Variable("verdicts", True, _switch,
-             "keep on disk which backends passed the self-check on this machine; off: check again in every process"),
-    Variable("summary", False, _switch,
-             "one line at exit: classes patched, calls, fallbacks, biases without effect; `flashbias run` sets it"),
-    Variable("log_level", None, _choice("debug", "info", "warning", "error"),
-             "log to stderr from this level on; unset: Python's own logging settings"),
+    Variable(
+        "tune",
+        0.0,
+        _seconds,
+        "time tile shapes for GPUs that the shipped table was not measured on: off, on, or "
+        "seconds a class of call",
+    ),
+    Variable(
+        "verdicts",
+        True,
+        _switch,
+        "keep on disk which backends passed the self-check on this machine; off: check again in "
+        "every process",
+    ),
+    Variable(
+        "summary",
+        False,
+        _switch,
+        "one line at exit: classes patched, calls, fallbacks, biases without effect; `flashbias "
+        "run` sets it",
+    ),
+    Variable(
+        "log_level",
+        None,
+        _choice("debug", "info", "warning", "error"),
+        "log to stderr from this level on; unset: Python's own logging settings",
+    ),
 )
 
 
 class Settings:
-    """The parsed variables as attributes; `problems`, one message per bad value; `unknown`, one per unknown name."""
+    """The parsed variables as attributes; `problems`, one message per bad value; `unknown`, one per
+    unknown name."""
 
     problems: List[str]
     unknown: List[str]
@@ -144,7 +204,9 @@ class Settings:
         environ = os.environ if environ is None else environ
         self.problems = []
         for variable in VARIABLES:
-            setattr(self, variable.field, self._value(variable, environ.get(variable.name, "").strip()))
+            setattr(
+                self, variable.field, self._value(variable, environ.get(variable.name, "").strip())
+            )
         self.unknown = [message for name in sorted(environ) for message in _unknown(name)]
 
     def _value(self, variable: Variable, text: str) -> Any:
@@ -159,11 +221,14 @@ class Settings:
             )
             return variable.default
 
-    def __getattr__(self, name: str) -> Any:  # only reached for unknown names; typed access for mypy
+    def __getattr__(
+        self, name: str
+    ) -> Any:  # only reached for unknown names; typed access for mypy
         raise AttributeError(f"no setting {name!r}; known: {', '.join(v.field for v in VARIABLES)}")
 
     def leaves_out(self, name: str) -> str:
-        """Why FLASHBIAS_TARGETS leaves the class `name` of the catalog alone; empty if it does not."""
+        """Why FLASHBIAS_TARGETS leaves the class `name` of the catalog alone; empty if it does
+        not."""
         if "-" + name in self.targets:
             return f"FLASHBIAS_TARGETS leaves {name} out"
         named = [target for target in self.targets if not target.startswith("-")]
@@ -174,12 +239,13 @@ class Settings:
 
 
 def _unknown(name: str) -> List[str]:
-    """The message if `name` is a variable that this package does not know and that was meant for it."""
+    """The message if `name` is a variable that this package does not know and that was meant for
+    it."""
     upper = name.upper()
     if not upper.startswith("FLASH") or name in _KNOWN or name.startswith(INTERNAL):
         return []
     if upper.startswith("FLASHBIAS_"):
-        field = nearest(upper[len("FLASHBIAS_"):], [variable.field for variable in VARIABLES])
+        field = nearest(upper[len("FLASHBIAS_") :], [variable.field for variable in VARIABLES])
         near = field and "FLASHBIAS_" + field.upper()
     else:
         near = nearest(upper, _KNOWN, 0.85)
@@ -193,7 +259,8 @@ _KNOWN = tuple(variable.name for variable in VARIABLES)
 
 
 def unnamed(problems: Iterable[str]) -> List[str]:
-    """Those of `problems` that neither this process nor a parent of it has named yet; they count as named from now on."""
+    """Those of `problems` that neither this process nor a parent of it has named yet; they count as
+    named from now on."""
     from zlib import crc32
 
     named = os.environ.get(NAMED, "").split(",")

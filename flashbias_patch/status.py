@@ -1,4 +1,5 @@
 """What is patched, which backend answered, what was passed over and why."""
+
 from __future__ import annotations
 
 import sys
@@ -11,21 +12,45 @@ class Status(Dict[str, Any]):
     """A plain dict of lists and numbers (JSON-able) that prints as a page."""
 
     def __str__(self) -> str:
-        lines = [f"flashbias_patch {self['version']}: {'installed' if self['installed'] else 'not installed'}"]
-        lines += _section("patched", [f"{p['module']}.{p['class']}  ({p['seam']})" for p in self["patched"]])
-        lines += _section("left alone", [f"{r['module']}.{r['class']}: {r['reason']}" for r in self["refused"]])
+        lines = [
+            f"flashbias_patch {self['version']}: "
+            f"{'installed' if self['installed'] else 'not installed'}"
+        ]
+        lines += _section(
+            "patched", [f"{p['module']}.{p['class']}  ({p['seam']})" for p in self["patched"]]
+        )
+        lines += _section(
+            "left alone", [f"{r['module']}.{r['class']}: {r['reason']}" for r in self["refused"]]
+        )
         lines += _section("calls", [f"{name:<10} {count}" for name, count in self["calls"].items()])
         lines += _section(
-            "fallbacks", [f"{f['source']}, {f['call']}: {f['reason']}  (x{f['count']})" for f in self["fallbacks"]]
+            "fallbacks",
+            [
+                f"{f['source']}, {f['call']}: {f['reason']}  (x{f['count']})"
+                for f in self["fallbacks"]
+            ],
         )
-        lines += _section("biases without effect", [
-            f"{u['where']}: {u['reason']}  (x{u['count']})" for u in self["unreached"]
-        ]) if self["unreached"] else []
-        lines += _section("factorised biases", [
-            f"{f['where']}: rank {f['rank']}, relative error {f['relative_error']:.2g}"
-            + (f", used densely: {f['used_dense']}" if f["used_dense"] else "") + f"  (x{f['count']})"
-            for f in self["factorizations"]
-        ]) if self["factorizations"] else []
+        lines += (
+            _section(
+                "biases without effect",
+                [f"{u['where']}: {u['reason']}  (x{u['count']})" for u in self["unreached"]],
+            )
+            if self["unreached"]
+            else []
+        )
+        lines += (
+            _section(
+                "factorised biases",
+                [
+                    f"{f['where']}: rank {f['rank']}, relative error {f['relative_error']:.2g}"
+                    + (f", used densely: {f['used_dense']}" if f["used_dense"] else "")
+                    + f"  (x{f['count']})"
+                    for f in self["factorizations"]
+                ],
+            )
+            if self["factorizations"]
+            else []
+        )
         lines += _section("settings changed", [f"{k} = {v!r}" for k, v in self["settings"].items()])
         return "\n".join(lines)
 
@@ -45,7 +70,8 @@ def status() -> Status:
     trigger = sys.modules.get(f"{__package__}.patching.trigger")
     return Status(
         version=__version__,
-        installed=(hooks is not None and hooks.installed()) or (trigger is not None and trigger.armed()),
+        installed=(hooks is not None and hooks.installed())
+        or (trigger is not None and trigger.armed()),
         patched=[] if hooks is None else hooks.patched(),
         refused=[] if hooks is None else hooks.refused(),
         calls=dict(journal.calls),

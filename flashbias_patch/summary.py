@@ -1,4 +1,5 @@
 """FLASHBIAS_SUMMARY: one line on stderr when a process ends. `flashbias run` asks for it."""
+
 from __future__ import annotations
 
 import atexit
@@ -8,7 +9,8 @@ from typing import List, Optional
 
 from . import journal
 
-LAUNCHER = "torch.distributed.launcher.api"  # imported by the process that starts the ranks and computes nothing itself
+# imported by the process that starts the ranks and computes nothing itself
+LAUNCHER = "torch.distributed.launcher.api"
 LONGEST = 120  # characters of a reason
 
 _registered_in: Optional[int] = None
@@ -23,10 +25,11 @@ def at_exit() -> None:
 
 
 def line() -> Optional[str]:
-    """Classes patched, calls by backend, fallbacks and biases without effect; None if this process has nothing to say.
+    """Classes patched, calls by backend, fallbacks and biases without effect; None if this process
+    has nothing to say.
 
-    Ranks other than 0 and worker processes have something to say if they met a fallback or such a bias, and workers if
-    they computed attention.
+    Ranks other than 0 and worker processes have something to say if they met a fallback or such a
+    bias, and workers if they computed attention.
     """
     from . import status  # the function: importing the module of that name would hide it
 
@@ -37,12 +40,24 @@ def line() -> Optional[str]:
         return None
     names = sorted({entry["class"] for entry in now["patched"]})
     if not names and not now["calls"] and not trouble:
-        return "flashbias_patch: no class was patched; `flashbias doctor --repo DIR` says what would be"
+        return (
+            "flashbias_patch: no class was patched; `flashbias doctor --repo DIR` says what "
+            "would be"
+        )
     parts = [f"patched {', '.join(names) or 'no class'}"]
     calls = ", ".join(f"{name} {count}" for name, count in sorted(now["calls"].items()))
     parts.append(f"attention calls: {calls or 'none'}")
-    parts.append(_counted("fallbacks", [(f"{f['source']}: {f['reason']}", f["count"]) for f in now["fallbacks"]]))
-    parts.append(_counted("biases without effect", [(f"{u['where']}: {u['reason']}", u["count"]) for u in now["unreached"]]))
+    parts.append(
+        _counted(
+            "fallbacks", [(f"{f['source']}: {f['reason']}", f["count"]) for f in now["fallbacks"]]
+        )
+    )
+    parts.append(
+        _counted(
+            "biases without effect",
+            [(f"{u['where']}: {u['reason']}", u["count"]) for u in now["unreached"]],
+        )
+    )
     rank = f"[rank {journal.rank()}] " if journal.rank() else ""
     return f"flashbias_patch: {rank}" + "; ".join(parts)
 

@@ -1,4 +1,5 @@
 """What the installed torch can do on the CPU, for tests that run under many versions of it."""
+
 from __future__ import annotations
 
 import inspect
@@ -17,7 +18,8 @@ REENTRANT = {"use_reentrant": True} if _EXPLICIT else {}
 
 
 def checkpoint_options(reentrant):
-    """Keywords of torch's checkpoint; skips the test where there is no other kind than the reentrant one."""
+    """Keywords of torch's checkpoint; skips the test where there is no other kind than the
+    reentrant one."""
     if not reentrant and not _EXPLICIT:
         pytest.skip("use_reentrant came with torch 1.11")
     return REENTRANT if reentrant else {"use_reentrant": False}
@@ -25,7 +27,9 @@ def checkpoint_options(reentrant):
 
 def since(major, minor, what):
     """Mark of a test that needs what torch has from that version on."""
-    return pytest.mark.skipif((major, minor) > RELEASE, reason=f"{what} came with torch {major}.{minor}")
+    return pytest.mark.skipif(
+        (major, minor) > RELEASE, reason=f"{what} came with torch {major}.{minor}"
+    )
 
 
 needs_compile = since(2, 1, "torch.compile of what the package makes")
@@ -35,9 +39,10 @@ needs_sdpa = since(2, 1, "scaled_dot_product_attention")
 needs_hooks = since(1, 10, "saved-tensor hooks")
 
 
-
 def storage_bytes(tensor):
-    storage = tensor.untyped_storage if hasattr(tensor, "untyped_storage") else tensor.storage  # torch 2.0
+    storage = (
+        tensor.untyped_storage if hasattr(tensor, "untyped_storage") else tensor.storage
+    )  # torch 2.0
     return storage().nbytes()
 
 

@@ -1,4 +1,6 @@
-"""Shared fixtures. Every test starts from installed patches off, default settings and an empty journal."""
+"""Shared fixtures. Every test starts from installed patches off, default settings and an empty
+journal."""
+
 from __future__ import annotations
 
 import functools
@@ -28,7 +30,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def clean_state(monkeypatch):
-    """Default settings, nothing counted, nothing patched, before and after; the same random numbers in every run."""
+    """Default settings, nothing counted, nothing patched, before and after; the same random numbers
+    in every run."""
     from flashbias_patch import journal, settings
 
     torch.manual_seed(0)
@@ -36,7 +39,9 @@ def clean_state(monkeypatch):
         if variable.field != "patch":
             monkeypatch.delenv(variable.name, raising=False)
     monkeypatch.delenv(settings.NAMED, raising=False)
-    monkeypatch.setenv("FLASHBIAS_VERDICTS", "off")  # nothing of this machine's, and nothing left on it
+    monkeypatch.setenv(
+        "FLASHBIAS_VERDICTS", "off"
+    )  # nothing of this machine's, and nothing left on it
     settings.reload()
     journal.reset()
     yield

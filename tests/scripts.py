@@ -1,4 +1,5 @@
 """The repository's scripts, which are no package, as modules."""
+
 import importlib.util
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def load(path):
-    """The script at `path` of the repository, with its folder first on sys.path, as Python has it that runs it."""
+    """The script at `path` of the repository, with its folder first on sys.path, as Python has it
+    that runs it."""
     script = ROOT / path
     spec = importlib.util.spec_from_file_location(f"script_{script.stem}", str(script))
     module = importlib.util.module_from_spec(spec)

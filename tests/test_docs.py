@@ -1,4 +1,5 @@
 """What the documentation says of measured figures is what the JSON files hold."""
+
 import re
 
 import pytest
@@ -16,7 +17,9 @@ def without_commits(text):
 
 
 def test_performance_page_is_generated(generated):
-    assert without_commits((ROOT / "docs" / "performance.md").read_text()) == without_commits(generated.performance())
+    assert without_commits((ROOT / "docs" / "performance.md").read_text()) == without_commits(
+        generated.performance()
+    )
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
@@ -26,7 +29,10 @@ def test_readme_table_is_generated(generated, name):
 
 def test_links_lead_somewhere():
     """In a clone, where the pages that only the site has do not exist."""
-    folders = [(ROOT, "*.md"), *((ROOT / name, "**/*.md") for name in ("docs", "examples", "sitecustomize_example"))]
+    folders = [
+        (ROOT, "*.md"),
+        *((ROOT / name, "**/*.md") for name in ("docs", "examples", "sitecustomize_example")),
+    ]
     for page in [page for folder, pattern in folders for page in folder.glob(pattern)]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             place = (page.parent / target).resolve()
@@ -34,24 +40,36 @@ def test_links_lead_somewhere():
 
 
 def test_quickstart_shows_the_code_of_the_example():
-    """In the page itself: a directive of the site shows no code to those who read the page in a clone."""
+    """In the page itself: a directive of the site shows no code to those who read the page in a
+    clone."""
     source = (ROOT / "examples" / "window_bias" / "train.py").read_text(encoding="utf-8")
-    code = re.search(r"^# \[start: docs/quickstart.md\]\n(.*?)^# \[end", source, re.MULTILINE | re.DOTALL).group(1)
-    assert f"```python\n{code}```\n" in (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    code = re.search(
+        r"^# \[start: docs/quickstart.md\]\n(.*?)^# \[end", source, re.MULTILINE | re.DOTALL
+    ).group(1)
+    assert f"```python\n{code}```\n" in (ROOT / "docs" / "quickstart.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_no_page_needs_the_site_for_its_text():
-    pages = [page for page in (ROOT / "docs").rglob("*.md") if "--8<--" in page.read_text(encoding="utf-8")]
+    pages = [
+        page
+        for page in (ROOT / "docs").rglob("*.md")
+        if "--8<--" in page.read_text(encoding="utf-8")
+    ]
     assert pages == []
 
 
 def test_quoted_verdicts_can_occur():
-    """`flashbias ab` says `within rounding` of small differences only; over that it says `within noise`."""
+    """`flashbias ab` says `within rounding` of small differences only; over that it says `within
+    noise`."""
     from flashbias_patch.ab.parity import ROUNDING
 
     most = max(100 * limit for *_, limit in ROUNDING.values())
     for page in (ROOT / "docs").rglob("*.md"):
-        for figure in re.findall(r"within rounding; largest difference ([\d.]+) ?%", page.read_text(encoding="utf-8")):
+        for figure in re.findall(
+            r"within rounding; largest difference ([\d.]+) ?%", page.read_text(encoding="utf-8")
+        ):
             assert float(figure) <= most, page.name
 
 

@@ -1,4 +1,6 @@
-"""The environment files: their versions agree, and every pip step that needs no compiler is resolved."""
+"""The environment files: their versions agree, and every pip step that needs no compiler is
+resolved."""
+
 import os
 import re
 import shutil
@@ -23,13 +25,18 @@ def test_versions_are_those_that_the_tests_run_with():
     wanted = pins((FOLDER / "mmdet3d-v1.sh").read_text())
     assert {"torch", "triton", "mmcv-full", "mmdet", "mmdet3d", "numpy"} <= set(wanted)
     assert {name: version for name, version in wanted.items() if name != "torch"} == {
-        name: tested[name] for name in wanted if name != "torch"}
-    assert f"TORCH21=(torch=={wanted['torch']})" in (ROOT / "tools" / "openmmlab_env.sh").read_text()
+        name: tested[name] for name in wanted if name != "torch"
+    }
+    assert (
+        f"TORCH21=(torch=={wanted['torch']})" in (ROOT / "tools" / "openmmlab_env.sh").read_text()
+    )
 
 
 def test_dockerfile_and_conda_use_the_script():
     docker = (ROOT / "Dockerfile").read_text()
-    assert "environments/mmdet3d-v1.sh" in docker and "python3.10" in docker and "cuda:12.1" in docker
+    assert (
+        "environments/mmdet3d-v1.sh" in docker and "python3.10" in docker and "cuda:12.1" in docker
+    )
     for name in ("mmdet3d-v1", "mmengine"):
         script = FOLDER / f"{name}.sh"
         assert script.stat().st_mode & stat.S_IXUSR
@@ -41,7 +48,11 @@ def interpreter(version):
     """A Python of this version; None if there is none."""
     folders = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin"))
     for name in [shutil.which(f"python{version}"), *(str(folder / "python") for folder in folders)]:
-        if name and subprocess.run([name, "-m", "pip", "--version"], capture_output=True).returncode == 0:
+        if (
+            name
+            and subprocess.run([name, "-m", "pip", "--version"], capture_output=True).returncode
+            == 0
+        ):
             return name
     return None
 
@@ -53,14 +64,32 @@ def test_pip_steps_are_resolved(tmp_path, name, version):
     python = interpreter(version)
     if python is None:
         pytest.skip(f"no Python {version} with pip")
-    if subprocess.run([python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path / "probe"), "wrapt"],
-                      capture_output=True).returncode:
+    if subprocess.run(
+        [
+            python,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(tmp_path / "probe"),
+            "wrapt",
+        ],
+        capture_output=True,
+    ).returncode:
         pytest.skip("no package index can be reached")
     pip = tmp_path / "pip"  # each step resolves what it names, and installs nothing
-    pip.write_text(f'#!/bin/sh\nverb=$1; shift\nexec {python} -m pip "$verb" --dry-run --no-deps "$@"\n')
+    pip.write_text(
+        f'#!/bin/sh\nverb=$1; shift\nexec {python} -m pip "$verb" --dry-run --no-deps "$@"\n'
+    )
     pip.chmod(0o755)
-    done = subprocess.run(["bash", str(FOLDER / f"{name}.sh")], text=True, capture_output=True,
-                          env={**os.environ, "PIP": str(pip), "WHEELS_ONLY": "1"})
+    done = subprocess.run(
+        ["bash", str(FOLDER / f"{name}.sh")],
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PIP": str(pip), "WHEELS_ONLY": "1"},
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     steps = done.stdout.count("Would install")
     assert steps >= {"mmdet3d-v1": 8, "mmengine": 3}[name], done.stdout

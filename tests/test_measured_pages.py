@@ -1,4 +1,5 @@
 """Tables of measurements in docs/ are what their JSON says."""
+
 import json
 
 import pytest
@@ -6,7 +7,14 @@ import pytest
 from tests.scripts import ROOT, load
 
 RESULTS = ROOT / "benchmarks" / "results"
-ROUTED = next((path for path in (RESULTS / f"aqr_real_cmt_{where}.json" for where in ("h200", "cpu")) if path.exists()), None)
+ROUTED = next(
+    (
+        path
+        for path in (RESULTS / f"aqr_real_cmt_{where}.json" for where in ("h200", "cpu"))
+        if path.exists()
+    ),
+    None,
+)
 
 
 def test_reliability_page():
@@ -20,7 +28,9 @@ def between(begin, end):
 
 def test_router_on_mini_cmt():
     made = load("benchmarks/aqr.py")
-    assert between(made.BEGIN, made.END) == made.tables(json.loads((RESULTS / "aqr_cpu.json").read_text()))
+    assert between(made.BEGIN, made.END) == made.tables(
+        json.loads((RESULTS / "aqr_cpu.json").read_text())
+    )
 
 
 @pytest.mark.skipif(ROUTED is None, reason="not measured yet")

@@ -1,4 +1,6 @@
-"""The project around the code: one version, one set of CI commands, two READMEs that agree, documented names."""
+"""The project around the code: one version, one set of CI commands, two READMEs that agree,
+documented names."""
+
 import re
 import subprocess
 import sys
@@ -25,7 +27,11 @@ def test_version_is_written_once():
     assert f"\ndate-released: {released.group(2)}\n" in read("CITATION.cff")
     for name in ("README.md", "README.zh-CN.md", "docs/guides/deployment.md"):
         assert set(re.findall(r"flashbias_patch-(\S+)-py3", read(name))) == {version}, name
-    written = [path for path in (ROOT / "flashbias_patch").rglob("*.py") if version in path.read_text(encoding="utf-8")]
+    written = [
+        path
+        for path in (ROOT / "flashbias_patch").rglob("*.py")
+        if version in path.read_text(encoding="utf-8")
+    ]
     assert [path.name for path in written] == ["_version.py"]
 
 
@@ -41,7 +47,7 @@ def test_workflow_runs_what_the_ci_script_runs():
 
 def test_hooks_before_a_commit_run_what_lint_runs():
     lint = read("Makefile").partition("\nlint:")[2].partition("\n\n")[0]
-    for tool in ("ruff check", "mypy", "tools/check_imports.py"):
+    for tool in ("ruff check", "ruff format", "mypy", "tools/check_imports.py"):
         assert tool in lint and tool in read(".pre-commit-config.yaml")
 
 
@@ -50,19 +56,27 @@ def test_import_contract():
     assert contract.violations() == []
     kernels = ROOT / "flashbias_patch" / "attention" / "kernels" / "launch.py"
     seen = {name for _, name in contract.imported(kernels)}
-    assert any(contract.inside(name, "attention.kernels") for name in seen), "relative imports are resolved"
+    assert any(contract.inside(name, "attention.kernels") for name in seen), (
+        "relative imports are resolved"
+    )
 
 
 def test_templates_ask_for_what_doctor_prints():
-    for name in (".github/ISSUE_TEMPLATE/fault.yml", ".github/ISSUE_TEMPLATE/target.yml",
-                 ".github/pull_request_template.md", "CONTRIBUTING.md"):
+    for name in (
+        ".github/ISSUE_TEMPLATE/fault.yml",
+        ".github/ISSUE_TEMPLATE/target.yml",
+        ".github/pull_request_template.md",
+        "CONTRIBUTING.md",
+    ):
         assert "flashbias doctor --repo . --markdown" in read(name)
 
 
 def test_the_site_is_built_strictly():
     recipe = read("Makefile").partition("\ndocs:")[2].partition("\n\n")[0]
     assert "mkdocs build --strict" in recipe
-    assert "--quiet" not in recipe.partition("mkdocs build")[2], "mkdocs counts no warnings then: dead links pass"
+    assert "--quiet" not in recipe.partition("mkdocs build")[2], (
+        "mkdocs counts no warnings then: dead links pass"
+    )
 
 
 def test_every_public_name_is_documented():
@@ -71,9 +85,12 @@ def test_every_public_name_is_documented():
 
 def test_an_undocumented_name_is_found(monkeypatch):
     hooks = load("docs/site_hooks.py")
-    monkeypatch.setattr(hooks, "exported", lambda module: {"once": "journal"} if module == "" else {})
+    monkeypatch.setattr(
+        hooks, "exported", lambda module: {"once": "journal"} if module == "" else {}
+    )
     assert [line.partition(":")[0] for line in hooks.undocumented()] == [
-        "flashbias_patch.journal.once is not on docs/reference/api.md"]
+        "flashbias_patch.journal.once is not on docs/reference/api.md"
+    ]
 
 
 def test_generated_pages_hold_what_they_are_made_from():
@@ -82,7 +99,9 @@ def test_generated_pages_hold_what_they_are_made_from():
     from flashbias_patch.settings import VARIABLES
 
     pages = load("docs/site_hooks.py").PAGES
-    settings, commands, classes = (pages[f"reference/{name}.md"]() for name in ("settings", "cli", "classes"))
+    settings, commands, classes = (
+        pages[f"reference/{name}.md"]() for name in ("settings", "cli", "classes")
+    )
     assert [v.name for v in VARIABLES if f"`{v.name}`" not in settings] == []
     assert [name for name in COMMANDS if f"## flashbias {name}\n" not in commands] == []
     assert [t.name for t in TARGETS if f"`{t.name}`" not in classes] == []
@@ -90,7 +109,7 @@ def test_generated_pages_hold_what_they_are_made_from():
         assert option in commands
 
 
-# -- the two READMEs ---------------------------------------------------------------------------------------------------
+# -- the two READMEs -------------------------------------------------------------------------------
 
 
 def common_part(name):
@@ -102,9 +121,16 @@ def commands_of(text):
     """Lines of code blocks, fenced or indented, without their comments and alignment."""
     fenced = re.findall(r"^```\w+\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in fenced for line in block.splitlines()]
-    lines += [line for line in re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).splitlines()
-              if line.startswith("    ")]
-    return [command for command in (re.split(r"\s+#|\s{8}", line.strip())[0] for line in lines) if command]
+    lines += [
+        line
+        for line in re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).splitlines()
+        if line.startswith("    ")
+    ]
+    return [
+        command
+        for command in (re.split(r"\s+#|\s{8}", line.strip())[0] for line in lines)
+        if command
+    ]
 
 
 def numbers_of(text):
@@ -119,16 +145,20 @@ def test_readmes_have_the_same_commands():
 
 
 def test_readmes_have_the_same_numbers():
-    english, chinese = (sorted(numbers_of(common_part(name))) for name in ("README.md", "README.zh-CN.md"))
+    english, chinese = (
+        sorted(numbers_of(common_part(name))) for name in ("README.md", "README.zh-CN.md")
+    )
     assert len(english) > 60 and chinese == english
 
 
 def test_readmes_have_the_same_links():
-    english, chinese = (re.findall(r"\]\(([^)]+)\)", common_part(name)) for name in ("README.md", "README.zh-CN.md"))
+    english, chinese = (
+        re.findall(r"\]\(([^)]+)\)", common_part(name)) for name in ("README.md", "README.zh-CN.md")
+    )
     assert sorted(set(chinese) - {"README.md"}) == sorted(set(english) - {"README.zh-CN.md"})
 
 
-# -- the example of the quickstart -------------------------------------------------------------------------------------
+# -- the example of the quickstart -----------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -138,11 +168,24 @@ def test_window_example_is_the_same_without_the_patch():
 
     losses = []
     for patch in ("0", "1"):
-        command = [sys.executable, "-c", "import flashbias_patch, runpy, sys; sys.argv = sys.argv[1:];"
-                   "runpy.run_path(sys.argv[0], run_name='__main__')", str(ROOT / "examples/window_bias/train.py"),
-                   "--steps", "2", "--dropout", "0", "--no-cp"]
-        done = subprocess.run(command, env={**os.environ, "FLASHBIAS_PATCH": patch, "PYTHONPATH": str(ROOT)}, text=True,
-                              capture_output=True)
+        command = [
+            sys.executable,
+            "-c",
+            "import flashbias_patch, runpy, sys; sys.argv = sys.argv[1:];"
+            "runpy.run_path(sys.argv[0], run_name='__main__')",
+            str(ROOT / "examples/window_bias/train.py"),
+            "--steps",
+            "2",
+            "--dropout",
+            "0",
+            "--no-cp",
+        ]
+        done = subprocess.run(
+            command,
+            env={**os.environ, "FLASHBIAS_PATCH": patch, "PYTHONPATH": str(ROOT)},
+            text=True,
+            capture_output=True,
+        )
         assert done.returncode == 0, done.stderr
         losses.append([float(loss) for loss in re.findall(r" loss: (\S+)", done.stdout)])
     assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -1,4 +1,5 @@
 """docs/troubleshooting.md names every message that the package can log, raise or print."""
+
 from __future__ import annotations
 
 import ast
@@ -7,11 +8,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "troubleshooting.md"
-SPEAKING = {"once", "fallback", "debug", "info", "warning", "error", "exception", "critical", "warn", "print", "_print",
-            "_fail"}  # fmt: skip
+SPEAKING = {
+    "once",
+    "fallback",
+    "debug",
+    "info",
+    "warning",
+    "error",
+    "exception",
+    "critical",
+    "warn",
+    "print",
+    "_print",
+    "_fail",
+}
 LEVELS = {"debug", "info", "warning", "error"}
 HOLE = "\0"
-ENOUGH = 30  # characters of a message that must be on the page, where it has as many between its variable parts
+# characters of a message that must be on the page, where it has as many between its variable parts
+ENOUGH = 30
 
 # Messages that ask for nothing: results, progress, and what Python itself says in such a case.
 NO_TROUBLE = {
@@ -50,26 +64,47 @@ def template(node, constants):
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mod)):
         left = template(node.left, constants)
         right = template(node.right, constants) if isinstance(node.op, ast.Add) else ""
-        return None if left is None and not right else (left or HOLE) + (HOLE if right is None else right)
+        return (
+            None
+            if left is None and not right
+            else (left or HOLE) + (HOLE if right is None else right)
+        )
     if isinstance(node, ast.IfExp):
         return template(node.body, constants)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "format"
+    ):
         return template(node.func.value, constants)
     return None
 
 
 def spoken(tree, constants):
-    """(line, template) of every log call, print, raise, and reason for passing a backend or class over."""
+    """(line, template) of every log call, print, raise, and reason for passing a backend or class
+    over."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             said = node.exc.args
         elif isinstance(node, ast.Call):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            name = (
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else getattr(node.func, "id", "")
+            )
             reasons = name in ("append", "extend") and "reason" in ast.unparse(node.func)
             said = node.args if name in SPEAKING or reasons else []
         elif isinstance(node, ast.FunctionDef) and re.search("why|reason|missing", node.name):
-            said = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Return) and inner.value]
-            said = [e for value in said for e in (value.elts if isinstance(value, ast.List) else [value])]
+            said = [
+                inner.value
+                for inner in ast.walk(node)
+                if isinstance(inner, ast.Return) and inner.value
+            ]
+            said = [
+                e
+                for value in said
+                for e in (value.elts if isinstance(value, ast.List) else [value])
+            ]
         else:
             continue
         for argument in said:
@@ -79,11 +114,18 @@ def spoken(tree, constants):
 
 
 def messages():
-    trees = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "flashbias_patch").rglob("*.py"))}
+    trees = {
+        path: ast.parse(path.read_text())
+        for path in sorted((ROOT / "flashbias_patch").rglob("*.py"))
+    }
     constants = {}
     for tree in trees.values():
         for node in tree.body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
+            if (
+                isinstance(node, ast.Assign)
+                and isinstance(node.targets[0], ast.Name)
+                and node.targets[0].id.isupper()
+            ):
                 text = template(node.value, {})
                 if text and " " in text:
                     constants[node.targets[0].id] = text
@@ -103,8 +145,11 @@ def fixed_part(text):
 
 def test_every_message_is_on_the_page():
     page, found = plain(PAGE.read_text()), list(messages())
-    missing = [f"{place}: {text.replace(HOLE, '...')}" for place, text in found
-               if text not in NO_TROUBLE and fixed_part(text)[:ENOUGH].strip() not in page]  # fmt: skip
+    missing = [
+        f"{place}: {text.replace(HOLE, '...')}"
+        for place, text in found
+        if text not in NO_TROUBLE and fixed_part(text)[:ENOUGH].strip() not in page
+    ]
     assert not missing, "not in docs/troubleshooting.md:\n" + "\n".join(missing)
     assert len(found) > 180
 

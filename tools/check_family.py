@@ -1,18 +1,23 @@
 #!/usr/bin/env python3
-"""Patch the attention classes of checkouts and compare them with their own code, forward and backward.
+"""Patch the attention classes of checkouts and compare them with their own code, forward and
+backward.
 
-    python tools/check_family.py DIR [DIR ...] [--markdown FILE] [--json FILE] [--time-limit SECONDS]
+    python tools/check_family.py DIR [DIR ...] [--markdown FILE] [--json FILE] [--time-limit
+    SECONDS]
 
-DIR is a working tree or a bare git directory of a repository that holds PETR- or CMT-style attention. Run it in that
-repository's environment, or in any that has mmcv 1.x (and mmengine for newer ones): what else its modules import and
-is not there is replaced by empty names, and package `__init__` files are not executed, so that nothing but the modules
-that define attention classes runs. Each repository has a process of its own.
+DIR is a working tree or a bare git directory of a repository that holds PETR- or CMT-style
+attention. Run it in that repository's environment, or in any that has mmcv 1.x (and mmengine for
+newer ones): what else its modules import and is not there is replaced by empty names, and package
+`__init__` files are not executed, so that nothing but the modules that define attention classes
+runs. Each repository has a process of its own.
 
-Every class is built with random sizes in float64 and called twice with the same weights, inputs and masks: as it is,
-and patched. The error printed is the largest difference of the output and of all gradients (inputs and parameters),
-relative to the largest value of each. Flash classes run on CUDA only; on a CPU their core is compared with plain
-attention over the same weights. Exit status: 0 if every class that is patched agrees.
+Every class is built with random sizes in float64 and called twice with the same weights, inputs and
+masks: as it is, and patched. The error printed is the largest difference of the output and of all
+gradients (inputs and parameters), relative to the largest value of each. Flash classes run on CUDA
+only; on a CPU their core is compared with plain attention over the same weights. Exit status: 0 if
+every class that is patched agrees.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -40,11 +45,22 @@ MARK = "check_family result: "
 def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directories", nargs="*", metavar="DIR")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown, between its marks in a page")
+    parser.add_argument(
+        "--markdown",
+        metavar="FILE",
+        help="write the table as Markdown, between its marks in a page",
+    )
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON")
-    parser.add_argument("--with", dest="earlier", metavar="FILE", help="include the results of an earlier --json run "
-                        "(in another environment, say); a repository of this run replaces it there")
-    parser.add_argument("--time-limit", type=int, default=300, metavar="SECONDS", help="for one repository")
+    parser.add_argument(
+        "--with",
+        dest="earlier",
+        metavar="FILE",
+        help="include the results of an earlier --json run "
+        "(in another environment, say); a repository of this run replaces it there",
+    )
+    parser.add_argument(
+        "--time-limit", type=int, default=300, metavar="SECONDS", help="for one repository"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -69,7 +85,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     return 1 if any(bad(row) for result in results for row in result["classes"]) else 0
 
 
-# -- one repository, from outside ------------------------------------------------------------------------------------
+# -- one repository, from outside ------------------------------------------------------------------
 
 
 def check(directory: str, args: argparse.Namespace) -> Dict[str, Any]:
@@ -77,22 +93,45 @@ def check(directory: str, args: argparse.Namespace) -> Dict[str, Any]:
     from flashbias_patch.cli import doctor
 
     name, commit = identity(directory)
-    result: Dict[str, Any] = {"repository": name, "commit": commit, "classes": [], "error": None, "with": versions()}
+    result: Dict[str, Any] = {
+        "repository": name,
+        "commit": commit,
+        "classes": [],
+        "error": None,
+        "with": versions(),
+    }
     with working_tree(directory) as root:
-        found = [item for item in doctor.scan(root) if item["class"] is not None and item["seam"] in CASES]
+        found = [
+            item
+            for item in doctor.scan(root)
+            if item["class"] is not None and item["seam"] in CASES
+        ]
         by_file: Dict[str, List[str]] = {}
         for item in found:
             by_file.setdefault(item["file"], []).append(item["class"])
-        command = [sys.executable, os.path.abspath(__file__), root, "--worker", json.dumps(by_file),
-                   "--seed", str(args.seed)]
-        env = {**os.environ, "FLASHBIAS_PATCH": "0", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        command = [
+            sys.executable,
+            os.path.abspath(__file__),
+            root,
+            "--worker",
+            json.dumps(by_file),
+            "--seed",
+            str(args.seed),
+        ]
+        env = {
+            **os.environ,
+            "FLASHBIAS_PATCH": "0",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=args.time_limit, env=env, cwd=root)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=args.time_limit, env=env, cwd=root
+            )
             line = next((ln for ln in done.stdout.splitlines() if ln.startswith(MARK)), None)
             if line is None:
                 result["error"] = (done.stderr.strip().splitlines() or ["no output"])[-1]
             else:
-                result["classes"] = json.loads(line[len(MARK):])
+                result["classes"] = json.loads(line[len(MARK) :])
         except subprocess.TimeoutExpired:
             result["error"] = f"took longer than {args.time_limit} s"
     return result
@@ -100,6 +139,7 @@ def check(directory: str, args: argparse.Namespace) -> Dict[str, Any]:
 
 def identity(directory: str) -> Tuple[str, str]:
     """owner/name where the remote or the path (owner+name/...) tells, and the commit."""
+
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", directory, *words], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
@@ -107,35 +147,57 @@ def identity(directory: str) -> Tuple[str, str]:
     parts = os.path.abspath(directory).split(os.sep)
     paired = next((part.replace("+", "/", 1) for part in reversed(parts) if "+" in part), "")
     remote = git("config", "remote.origin.url").rstrip("/")
-    remote = "/".join(remote[:-4 if remote.endswith(".git") else None].replace(":", "/").split("/")[-2:])
+    remote = "/".join(
+        remote[: -4 if remote.endswith(".git") else None].replace(":", "/").split("/")[-2:]
+    )
     return paired or remote or parts[-1], git("rev-parse", "HEAD") or "unknown"
 
 
 @contextlib.contextmanager
 def working_tree(directory: str) -> Iterator[str]:
-    """The directory itself, or the Python files of a bare git directory's HEAD in a temporary one."""
-    bare = subprocess.run(["git", "-C", directory, "rev-parse", "--is-bare-repository"],
-                          capture_output=True, text=True)
+    """The directory itself, or the Python files of a bare git directory's HEAD in a temporary
+    one."""
+    bare = subprocess.run(
+        ["git", "-C", directory, "rev-parse", "--is-bare-repository"],
+        capture_output=True,
+        text=True,
+    )
     if bare.stdout.strip() != "true":
         yield os.path.abspath(directory)
         return
     with tempfile.TemporaryDirectory() as root:
-        env = {**os.environ, "GIT_INDEX_FILE": os.path.join(root, ".index")}  # the git directory stays as it is
-        subprocess.run(["git", f"--git-dir={directory}", f"--work-tree={root}", "checkout", "--quiet", "HEAD", "--",
-                        "*.py"], env=env, check=True)
+        env = {
+            **os.environ,
+            "GIT_INDEX_FILE": os.path.join(root, ".index"),
+        }  # the git directory stays as it is
+        subprocess.run(
+            [
+                "git",
+                f"--git-dir={directory}",
+                f"--work-tree={root}",
+                "checkout",
+                "--quiet",
+                "HEAD",
+                "--",
+                "*.py",
+            ],
+            env=env,
+            check=True,
+        )
         yield root
 
 
-# -- inside its process: importing in isolation ---------------------------------------------------------------------
+# -- inside its process: importing in isolation ----------------------------------------------------
 
 
 class EmptyMeta(type):
-    """A class for any missing name: a base class, a decorator (`X.register_module()`), an enum, whatever is asked."""
+    """A class for any missing name: a base class, a decorator (`X.register_module()`), an enum,
+    whatever is asked."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return lambda *args, **kwargs: (lambda thing: thing)
+        return lambda *args, **kwargs: lambda thing: thing
 
 
 def empty(name: str) -> Any:
@@ -144,7 +206,9 @@ def empty(name: str) -> Any:
     def register(*args: Any, **kwargs: Any) -> Any:  # `@missing` and `@missing(...)`
         return args[0] if args and callable(args[0]) and not kwargs else (lambda thing: thing)
 
-    bases = () if name.isupper() else (nn.Module,)  # a registry, whose `register_module` is not nn.Module's
+    bases = (
+        () if name.isupper() else (nn.Module,)
+    )  # a registry, whose `register_module` is not nn.Module's
     return register if name[:1].islower() else EmptyMeta(name, bases, {})
 
 
@@ -164,8 +228,8 @@ class EmptyModule(types.ModuleType):
 
 
 class Isolation(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """First on the path: the repository's packages without their `__init__`. Last: empty modules for what is not there.
-    """
+    """First on the path: the repository's packages without their `__init__`. Last: empty modules
+    for what is not there."""
 
     def __init__(self, root: str, missing: FrozenSet[str] = frozenset()) -> None:
         self.root, self.missing = root, missing
@@ -180,7 +244,9 @@ class Isolation(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             return spec
         if not os.path.isdir(folder):
             return None
-        if "." not in name and importlib.machinery.PathFinder.find_spec(name, [p for p in sys.path if p != self.root]):
+        if "." not in name and importlib.machinery.PathFinder.find_spec(
+            name, [p for p in sys.path if p != self.root]
+        ):
             return None  # an installed package of that name (a vendored mmdet3d, say)
         spec = importlib.machinery.ModuleSpec(name, self, is_package=True)
         spec.submodule_search_locations = [folder]
@@ -193,11 +259,14 @@ class Isolation(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-_IMPORTED = re.compile(r"^\s*(?:from\s+([\w.]+)\s+import|import\s+([\w.]+(?:\s*,\s*[\w.]+)*))", re.MULTILINE)
+_IMPORTED = re.compile(
+    r"^\s*(?:from\s+([\w.]+)\s+import|import\s+([\w.]+(?:\s*,\s*[\w.]+)*))", re.MULTILINE
+)
 
 
 def imported_names(root: str) -> FrozenSet[str]:
-    """Every module the repository's source imports by its full name, and their packages; not what the shim answers."""
+    """Every module the repository's source imports by its full name, and their packages; not what
+    the shim answers."""
     names = set()
     for folder, _, files in os.walk(root):
         for file in files:
@@ -207,7 +276,11 @@ def imported_names(root: str) -> FrozenSet[str]:
                         names.update(name.strip() for name in (origin or plain).split(","))
     parts_of = [name.split(".") for name in names if name[:1] != "."]
     whole = {".".join(parts[:i]) for parts in parts_of for i in range(1, len(parts) + 1)}
-    return frozenset(n for n in whole if n and n.partition(".")[0] not in ("flash_attn", "turtle", "torch", "numpy"))
+    return frozenset(
+        n
+        for n in whole
+        if n and n.partition(".")[0] not in ("flash_attn", "turtle", "torch", "numpy")
+    )
 
 
 def isolate(root: str) -> None:
@@ -218,7 +291,10 @@ def isolate(root: str) -> None:
     sys.meta_path.insert(0, Isolation(root))
     sys.meta_path.append(Isolation(root, imported_names(root)))
     sys.modules.setdefault("mmcv._ext", EmptyModule("mmcv._ext"))
-    for module, cls in (("mmcv.utils.registry", "Registry"), ("mmengine.registry.registry", "Registry")):
+    for module, cls in (
+        ("mmcv.utils.registry", "Registry"),
+        ("mmengine.registry.registry", "Registry"),
+    ):
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
         registry = getattr(sys.modules.get(module), cls, None)
@@ -254,16 +330,29 @@ def work(root: str, by_file: Dict[str, List[str]], seed: int) -> List[Dict[str, 
         except BaseException as caught:  # a repository's module may do anything, sys.exit included
             error = f"{type(caught).__name__}: {caught}".splitlines()[0]
         for name in dict.fromkeys(names):
-            row: Dict[str, Any] = {"class": name, "file": file, "seam": None, "why": error, "error": None, "cases": 0}
+            row: Dict[str, Any] = {
+                "class": name,
+                "file": file,
+                "seam": None,
+                "why": error,
+                "error": None,
+                "cases": 0,
+            }
             rows.append(row)
             cls = getattr(module, name, None) if error is None else None
             if error is None and not inspect.isclass(cls):
                 row["why"] = "the module does not define it once imported"
             if not inspect.isclass(cls):
                 continue
-            claim = next((c for c in hooks._claims if c.owner is cls and c.attribute == "forward"), None)
+            claim = next(
+                (c for c in hooks._claims if c.owner is cls and c.attribute == "forward"), None
+            )
             if claim is None:
-                reasons = [r["reason"] for r in hooks.refused() if (r["module"], r["class"]) == (cls.__module__, name)]
+                reasons = [
+                    r["reason"]
+                    for r in hooks.refused()
+                    if (r["module"], r["class"]) == (cls.__module__, name)
+                ]
                 row["why"] = "; ".join(reasons) or "not found by the hooks"
                 continue
             row["seam"] = claim.seam
@@ -276,11 +365,12 @@ def work(root: str, by_file: Dict[str, List[str]], seed: int) -> List[Dict[str, 
     return rows
 
 
-# -- inside its process: parity -------------------------------------------------------------------------------------
+# -- inside its process: parity --------------------------------------------------------------------
 
 
 def compare(cls: type, seam: str, rng: random.Random) -> Dict[str, Any]:
-    """The largest relative difference over a few cases, and whether the patched code answered at all."""
+    """The largest relative difference over a few cases, and whether the patched code answered at
+    all."""
     import flashbias_patch
     from flashbias_patch import journal
 
@@ -290,7 +380,9 @@ def compare(cls: type, seam: str, rng: random.Random) -> Dict[str, Any]:
         try:
             with plain_cores(case.module):
                 expected = case.run()
-        except Exception as error:  # a form of call that this fork does not take: nothing to compare
+        except (
+            Exception
+        ) as error:  # a form of call that this fork does not take: nothing to compare
             refused = error
             continue
         flashbias_patch.install()
@@ -349,9 +441,11 @@ class Case:
 
 
 def difference(got: List[Any], expected: List[Any]) -> float:
-    """The largest |got - expected| of each pair over the pair's largest value; infinite if one has no gradient.
+    """The largest |got - expected| of each pair over the pair's largest value; infinite if one has
+    no gradient.
 
-    A gradient that is noise beside the largest of all (a key bias has none by theory) is measured against that one.
+    A gradient that is noise beside the largest of all (a key bias has none by theory) is measured
+    against that one.
     """
     worst = 0.0
     floor = 1e-6 * max(float(e.abs().max()) for e in expected if e is not None and e.numel())
@@ -366,20 +460,27 @@ def difference(got: List[Any], expected: List[Any]) -> float:
 
 @contextlib.contextmanager
 def plain_cores(module: Any) -> Iterator[None]:
-    """FlashMHA-shaped children answer with plain attention over their own weights, for they run on CUDA only."""
+    """FlashMHA-shaped children answer with plain attention over their own weights, for they run on
+    CUDA only."""
     import torch
     import torch.nn.functional as F
 
     def forward(self: Any, q: Any, k: Any, v: Any, key_padding_mask: Any = None, **_: Any) -> Any:
         b = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = (F.linear(x, w, y).unflatten(-1, (self.num_heads, -1))
-                   for x, w, y in zip((q, k, v), self.in_proj_weight.chunk(3), b))
+        q, k, v = (
+            F.linear(x, w, y).unflatten(-1, (self.num_heads, -1))
+            for x, w, y in zip((q, k, v), self.in_proj_weight.chunk(3), b)
+        )
         scores = torch.einsum("bmhd,bnhd->bhmn", q, k) / q.shape[-1] ** 0.5
         if key_padding_mask is not None:  # flash-attn's convention: True keeps a key
             scores = scores.masked_fill(~key_padding_mask[:, None, None], float("-inf"))
-        return self.out_proj(torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), v).flatten(-2)), None
+        return self.out_proj(
+            torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), v).flatten(-2)
+        ), None
 
-    cores = {type(child) for child in module.modules() if type(child).__name__.startswith("FlashMHA")}
+    cores = {
+        type(child) for child in module.modules() if type(child).__name__.startswith("FlashMHA")
+    }
     kept = {cls: vars(cls)["forward"] for cls in cores if "forward" in vars(cls)}
     for cls in kept:
         cls.forward = forward
@@ -391,7 +492,8 @@ def plain_cores(module: Any) -> Iterator[None]:
 
 
 def build(cls: type, **wanted: Any) -> Any:
-    """An instance, with those of `wanted` that its constructor, or one that it hands **kwargs to, names."""
+    """An instance, with those of `wanted` that its constructor, or one that it hands **kwargs to,
+    names."""
     given = {}
     for parent in cls.__mro__:
         if "__init__" in vars(parent):
@@ -423,8 +525,14 @@ def outer_cases(cls: type, rng: random.Random) -> Iterator[Case]:
     for kind in ("cross", "self", "mask", "float mask", "padding"):
         torch.manual_seed(rng.randint(0, 10**6))
         B, M, N, H, E = sizes(rng)
-        module = build(cls, embed_dims=E, embed_dim=E, num_heads=H, group=1,
-                       batch_first=flash or kind in ("self", "mask"))
+        module = build(
+            cls,
+            embed_dims=E,
+            embed_dim=E,
+            num_heads=H,
+            group=1,
+            batch_first=flash or kind in ("self", "mask"),
+        )
         first = bool(getattr(module, "batch_first", False)) and not flash_takes_length_first(cls)
         N = M if kind == "self" else N
         of_queries, of_keys = ((B, M, E), (B, N, E)) if first else ((M, B, E), (N, B, E))
@@ -450,7 +558,8 @@ def outer_cases(cls: type, rng: random.Random) -> Iterator[Case]:
 
 
 def flash_takes_length_first(cls: type) -> bool:
-    """The family's flash classes set batch_first and transpose all the same: any layout works, if it is one."""
+    """The family's flash classes set batch_first and transpose all the same: any layout works, if
+    it is one."""
     return "Flash" in cls.__name__
 
 
@@ -469,7 +578,8 @@ def core_cases(cls: type, rng: random.Random) -> Iterator[Case]:
 
 
 def layer_cases(cls: type, rng: random.Random) -> Iterator[Case]:
-    """A decoder layer with the repository's own cross attention, checkpointed or not, a boolean self mask."""
+    """A decoder layer with the repository's own cross attention, checkpointed or not, a boolean
+    self mask."""
     import torch
 
     module_globals = vars(sys.modules[cls.__module__])
@@ -477,24 +587,40 @@ def layer_cases(cls: type, rng: random.Random) -> Iterator[Case]:
     for with_cp in (False, True):
         torch.manual_seed(rng.randint(0, 10**6))
         B, M, N, H, E = sizes(rng)
-        attentions = [dict(type=kind, embed_dims=E, num_heads=H) for kind in ("MultiheadAttention", own)]
+        attentions = [
+            dict(type=kind, embed_dims=E, num_heads=H) for kind in ("MultiheadAttention", own)
+        ]
         module = build(
-            cls, attn_cfgs=attentions, feedforward_channels=2 * E, with_cp=with_cp,
+            cls,
+            attn_cfgs=attentions,
+            feedforward_channels=2 * E,
+            with_cp=with_cp,
             operation_order=("self_attn", "norm", "cross_attn", "norm", "ffn", "norm"),
-            ffn_cfgs=dict(type="FFN", embed_dims=E, feedforward_channels=2 * E, num_fcs=2, ffn_drop=0.0,
-                          act_cfg=dict(type="ReLU")),
+            ffn_cfgs=dict(
+                type="FFN",
+                embed_dims=E,
+                feedforward_channels=2 * E,
+                num_fcs=2,
+                ffn_drop=0.0,
+                act_cfg=dict(type="ReLU"),
+            ),
         )
         mask = torch.rand(M, M) < 0.3
         mask.fill_diagonal_(False)
-        kwargs = {"key": tensor(N, B, E), "value": tensor(N, B, E), "query_pos": tensor(M, B, E),
-                  "key_pos": tensor(N, B, E), "attn_masks": [mask, None]}
+        kwargs = {
+            "key": tensor(N, B, E),
+            "value": tensor(N, B, E),
+            "query_pos": tensor(M, B, E),
+            "key_pos": tensor(N, B, E),
+            "attn_masks": [mask, None],
+        }
         yield Case(module, (tensor(M, B, E),), kwargs)
 
 
 CASES = {"outer": outer_cases, "core": core_cases, "layer": layer_cases}
 
 
-# -- reports --------------------------------------------------------------------------------------------------------
+# -- reports ---------------------------------------------------------------------------------------
 
 
 def bad(row: Dict[str, Any]) -> bool:
@@ -512,28 +638,44 @@ def verdict(row: Dict[str, Any]) -> str:
 
 
 def text(result: Dict[str, Any]) -> str:
-    lines = [f"{result['repository']} {result['commit'][:12]}" + (f": {result['error']}" if result["error"] else "")]
+    lines = [
+        f"{result['repository']} {result['commit'][:12]}"
+        + (f": {result['error']}" if result["error"] else "")
+    ]
     lines += [f"  {row['file']}: {row['class']}: {verdict(row)}" for row in result["classes"]]
-    return "\n".join(lines if result["classes"] or result["error"] else lines + ["  no target class"])
+    return "\n".join(
+        lines if result["classes"] or result["error"] else lines + ["  no target class"]
+    )
 
 
 def counts(result: Dict[str, Any]) -> Tuple[int, int, int]:
     rows = result["classes"]
-    return len(rows), sum(r["seam"] is not None for r in rows), sum(r["error"] is not None and not bad(r) for r in rows)
+    return (
+        len(rows),
+        sum(r["seam"] is not None for r in rows),
+        sum(r["error"] is not None and not bad(r) for r in rows),
+    )
 
 
 def summary(results: List[Dict[str, Any]]) -> str:
     total = [sum(column) for column in zip(*map(counts, results))]
     holding = sum(bool(result["classes"]) for result in results)
-    return (f"{holding} of {len(results)} repositories hold target classes: {total[0]} classes, {total[1]} patched, "
-            f"{total[2]} agree, {sum(bad(r) for result in results for r in result['classes'])} differ")
+    return (
+        f"{holding} of {len(results)} repositories hold target classes: {total[0]} classes, "
+        f"{total[1]} patched, "
+        f"{total[2]} agree, {sum(bad(r) for result in results for r in result['classes'])} differ"
+    )
 
 
-BEGIN, END = "<!-- made by tools/check_family.py: begin -->", "<!-- made by tools/check_family.py: end -->"
+BEGIN, END = (
+    "<!-- made by tools/check_family.py: begin -->",
+    "<!-- made by tools/check_family.py: end -->",
+)
 
 
 def write_between_marks(path: str, table: str) -> None:
-    """Replace what stands between the marks of an existing page; else write a page of the table alone."""
+    """Replace what stands between the marks of an existing page; else write a page of the table
+    alone."""
     page = f"{BEGIN}\n{END}\n"
     if os.path.exists(path):
         with open(path) as file:
@@ -553,8 +695,11 @@ def versions() -> str:
 
 def markdown(results: List[Dict[str, Any]]) -> str:
     environments = "; ".join(sorted({result["with"] for result in results}))
-    lines = ["| Repository | Commit | Class | File | Patched | Parity (float64, output and all gradients) |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        "| Repository | Commit | Class | File | Patched | Parity (float64, output and all "
+        "gradients) |",
+        "|---|---|---|---|---|---|",
+    ]
     for result in sorted(results, key=lambda r: r["repository"].lower()):
         first = f"| {result['repository']} | `{result['commit'][:10]}` "
         if not result["classes"]:
@@ -565,8 +710,10 @@ def markdown(results: List[Dict[str, Any]]) -> str:
             elif row["error"] is None:
                 cells = f"{row['seam']} | {row['why']}"
             else:
-                cells = f"{row['seam']} | {'**differs** ' if bad(row) else ''}{row['error']:.0e}" + (
-                    f" ({row['why']})" if row["why"] else "")
+                cells = (
+                    f"{row['seam']} | {'**differs** ' if bad(row) else ''}{row['error']:.0e}"
+                    + (f" ({row['why']})" if row["why"] else "")
+                )
             lines.append(first + f"| `{row['class']}` | {row['file']} | {cells} |")
             first = "| | "
     return "\n".join([f"Made with {environments}.", "", summary(results) + ".", "", *lines, ""])

@@ -1,10 +1,12 @@
-"""The import contract: which parts of flashbias_patch may import which, checked from the source alone.
+"""The import contract: which parts of flashbias_patch may import which, checked from the source
+alone.
 
     python tools/check_imports.py          # exit status 1 and one line per violation
 
-Data flows one way: patching -> attention -> bias, kernels. Imports inside functions count too; those under
-`if TYPE_CHECKING` do not.
+Data flows one way: patching -> attention -> bias, kernels. Imports inside functions count too;
+those under `if TYPE_CHECKING` do not.
 """
+
 from __future__ import annotations
 
 import ast
@@ -15,20 +17,70 @@ from typing import Dict, Iterator, List, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "flashbias_patch"
 
-# part -> parts of the package, and libraries, that it must not import. A part is a module or package by its prefix.
+# part -> parts of the package, and libraries, that it must not import. A part is a module or
+# package by its prefix.
 FORBIDDEN: Dict[str, Tuple[str, ...]] = {
-    "bias": ("attention", "patching", "aqr", "monitor", "compat", "cli", "ab", "triton", "mmcv", "mmengine"),
+    "bias": (
+        "attention",
+        "patching",
+        "aqr",
+        "monitor",
+        "compat",
+        "cli",
+        "ab",
+        "triton",
+        "mmcv",
+        "mmengine",
+    ),
     "attention": ("patching", "aqr", "monitor", "compat", "cli", "ab", "mmcv", "mmengine"),
-    "attention.kernels": ("attention.dispatch", "attention.backends", "attention.recovery.forward",
-                          "attention.recovery.backward", "attention.recovery.guard", "attention.recovery.replay"),
+    "attention.kernels": (
+        "attention.dispatch",
+        "attention.backends",
+        "attention.recovery.forward",
+        "attention.recovery.backward",
+        "attention.recovery.guard",
+        "attention.recovery.replay",
+    ),
     "patching": ("attention.kernels", "cli", "ab", "triton"),
     "aqr": ("cli", "ab", "triton", "attention.kernels"),
     "monitor": ("attention", "bias", "aqr", "cli", "ab", "triton"),
     "compat": ("attention", "bias", "aqr", "monitor", "cli", "ab", "triton"),
-    "settings": ("attention", "bias", "patching", "aqr", "monitor", "compat", "cli", "ab", "torch", "numpy"),
-    "journal": ("attention", "bias", "patching", "aqr", "monitor", "compat", "cli", "ab", "torch", "numpy"),
-    "ab": ("attention", "bias", "patching.hooks", "patching.seams", "patching.catalog", "aqr", "monitor", "compat", "cli",
-           "triton"),
+    "settings": (
+        "attention",
+        "bias",
+        "patching",
+        "aqr",
+        "monitor",
+        "compat",
+        "cli",
+        "ab",
+        "torch",
+        "numpy",
+    ),
+    "journal": (
+        "attention",
+        "bias",
+        "patching",
+        "aqr",
+        "monitor",
+        "compat",
+        "cli",
+        "ab",
+        "torch",
+        "numpy",
+    ),
+    "ab": (
+        "attention",
+        "bias",
+        "patching.hooks",
+        "patching.seams",
+        "patching.catalog",
+        "aqr",
+        "monitor",
+        "compat",
+        "cli",
+        "triton",
+    ),
 }
 
 
@@ -39,11 +91,16 @@ def module_name(path: Path) -> str:
 
 
 def imported(path: Path) -> Iterator[Tuple[int, str]]:
-    """(line, name) of everything that a module imports; names of this package without its own name in front."""
+    """(line, name) of everything that a module imports; names of this package without its own name
+    in front."""
     here = module_name(path).split(".") if module_name(path) else []
     package = here if path.name == "__init__.py" else here[:-1]
     tree = ast.parse(path.read_text())
-    typing = [node.body for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    typing = [
+        node.body
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]
     skipped = {id(node) for body in typing for statement in body for node in ast.walk(statement)}
     for node in ast.walk(tree):
         if not isinstance(node, (ast.Import, ast.ImportFrom)) or id(node) in skipped:
@@ -52,11 +109,13 @@ def imported(path: Path) -> Iterator[Tuple[int, str]]:
             names = [alias.name for alias in node.names]
         elif node.level:
             base = package[: len(package) - node.level + 1]
-            names = [".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names]
+            names = [
+                ".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names
+            ]
         else:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
-            yield node.lineno, name[len(PACKAGE) + 1:] if name.startswith(PACKAGE + ".") else name
+            yield node.lineno, name[len(PACKAGE) + 1 :] if name.startswith(PACKAGE + ".") else name
 
 
 def inside(name: str, part: str) -> bool:
@@ -70,8 +129,12 @@ def violations() -> List[str]:
         name = module_name(path)
         for part, forbidden in FORBIDDEN.items():
             if inside(name, part):
-                found += [f"{path.relative_to(ROOT)}:{line}: {part} must not import {target} ({other})"
-                          for line, target in imported(path) for other in forbidden if inside(target, other)]
+                found += [
+                    f"{path.relative_to(ROOT)}:{line}: {part} must not import {target} ({other})"
+                    for line, target in imported(path)
+                    for other in forbidden
+                    if inside(target, other)
+                ]
     return found
 
 

@@ -1,14 +1,18 @@
-"""The real CMT head and transformer (fusion and camera, unmodified source) with a router, by config override only.
+"""The real CMT head and transformer (fusion and camera, unmodified source) with a router, by config
+override only.
 
-    python examples/aqr/real_cmt.py CMT_CHECKOUT FRAME_DIR [--steps 20] [--device cuda] [--out results.json]
-    python examples/aqr/real_cmt.py --table results.json docs/aqr.md       # its figures into the page
+    python examples/aqr/real_cmt.py CMT_CHECKOUT FRAME_DIR [--steps 20] [--device cuda] [--out
+    results.json] python examples/aqr/real_cmt.py --table results.json docs/aqr.md       # its
+    figures into the page
 
-CMT_CHECKOUT is a working tree of junjie18/CMT, FRAME_DIR a nuScenes frame in mmdet3d's info format. The backbones are
-left out: BEV features (512, 128, 128) are made from the lidar points and camera features (256, 20, 50) from the images
-by fixed random projections, so that neither spconv nor compiled OpenMMLab operators are needed. A process for each head,
-patched and unpatched; in each: AQR off and on, checkpointing off and on. Unpatched, the bias is a dense mask. With
-`--windows window=15` the router's bias is windows (bias='window'), with `--windows ''` those by default.
+CMT_CHECKOUT is a working tree of junjie18/CMT, FRAME_DIR a nuScenes frame in mmdet3d's info format.
+The backbones are left out: BEV features (512, 128, 128) are made from the lidar points and camera
+features (256, 20, 50) from the images by fixed random projections, so that neither spconv nor
+compiled OpenMMLab operators are needed. A process for each head, patched and unpatched; in each:
+AQR off and on, checkpointing off and on. Unpatched, the bias is a dense mask. With `--windows
+window=15` the router's bias is windows (bias='window'), with `--windows ''` those by default.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,11 +33,26 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {"fusion": "projects/configs/fusion/cmt_voxel0100_r50_800x320_cbgs.py",
            "camera": "projects/configs/camera/cmt_camera_vov_1600x640_cbgs.py"}  # fmt: skip
 CAMERAS = 6
-CLASSES = ("car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
-           "traffic_cone")
+CLASSES = (
+    "car",
+    "truck",
+    "construction_vehicle",
+    "bus",
+    "trailer",
+    "barrier",
+    "motorcycle",
+    "bicycle",
+    "pedestrian",
+    "traffic_cone",
+)
 # of the page, without and with --windows
-MARKS = (("<!-- real CMT: examples/aqr/real_cmt.py --table -->", "<!-- end of real CMT -->"),
-         ("<!-- real CMT with windows: examples/aqr/real_cmt.py --windows --table -->", "<!-- end of windows -->"))
+MARKS = (
+    ("<!-- real CMT: examples/aqr/real_cmt.py --table -->", "<!-- end of real CMT -->"),
+    (
+        "<!-- real CMT with windows: examples/aqr/real_cmt.py --windows --table -->",
+        "<!-- end of windows -->",
+    ),
+)
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -44,16 +63,34 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--bs", type=int, default=2)
-    parser.add_argument("--attn", default="PETRMultiheadAttention", help="class of the cross attention")
+    parser.add_argument(
+        "--attn", default="PETRMultiheadAttention", help="class of the cross attention"
+    )
     parser.add_argument("--bev", type=int, default=128, help="N x N lidar tokens")
-    parser.add_argument("--camera", type=int, nargs=2, default=(20, 50), metavar=("H", "W"), help="tokens of a camera")
+    parser.add_argument(
+        "--camera",
+        type=int,
+        nargs=2,
+        default=(20, 50),
+        metavar=("H", "W"),
+        help="tokens of a camera",
+    )
     parser.add_argument("--queries", type=int, default=900)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--locality", action="store_true")
-    parser.add_argument("--windows", metavar="KEY=VALUE,...", help="bias='window' with these options of `aqr`; '' for none")
+    parser.add_argument(
+        "--windows",
+        metavar="KEY=VALUE,...",
+        help="bias='window' with these options of `aqr`; '' for none",
+    )
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=("off", "on"))
     parser.add_argument("--out", metavar="FILE.json")
-    parser.add_argument("--table", nargs=2, metavar=("FILE.json", "PAGE.md"), help="write the table into a page, stop")
+    parser.add_argument(
+        "--table",
+        nargs=2,
+        metavar=("FILE.json", "PAGE.md"),
+        help="write the table into a page, stop",
+    )
     parser.add_argument("--child", choices=("0", "1"), help=argparse.SUPPRESS)  # patched or not
     args = parser.parse_args(argv)
     if args.table:
@@ -61,7 +98,9 @@ def main(argv: Optional[List[str]] = None) -> None:
         report = json.loads(Path(args.table[0]).read_text())
         begin, end = MARKS[report.get("windows") is not None]
         before, _, rest = page.read_text().partition(begin)
-        page.write_text(before + begin + "\n" + tables(report) + "\n" + end + rest.partition(end)[2])
+        page.write_text(
+            before + begin + "\n" + tables(report) + "\n" + end + rest.partition(end)[2]
+        )
         return
     if args.frame is None:
         parser.error("CMT_CHECKOUT and FRAME_DIR are needed")
@@ -76,21 +115,46 @@ def main(argv: Optional[List[str]] = None) -> None:
             results[head] = {}
             for patched in ("0", "1"):
                 target = os.path.join(folder, head + patched)
-                environment = {**os.environ, "FLASHBIAS_PATCH": patched,
-                               "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-                command = [sys.executable, "-W", "ignore", __file__, *given, "--heads", head, "--child", patched]
-                done = subprocess.run([*command, "--out", target], env=environment, stderr=subprocess.PIPE, text=True)
+                environment = {
+                    **os.environ,
+                    "FLASHBIAS_PATCH": patched,
+                    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                }
+                command = [
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    __file__,
+                    *given,
+                    "--heads",
+                    head,
+                    "--child",
+                    patched,
+                ]
+                done = subprocess.run(
+                    [*command, "--out", target], env=environment, stderr=subprocess.PIPE, text=True
+                )
                 if done.returncode:
                     print(done.stderr[-3000:], file=sys.stderr)
-                    results[head]["patched" if patched == "1" else "unpatched"] = {"error": done.stderr[-300:]}
+                    results[head]["patched" if patched == "1" else "unpatched"] = {
+                        "error": done.stderr[-300:]
+                    }
                     continue
                 found = json.loads(Path(target).read_text())
                 results[head].update(found.pop("cases"))
                 report.update(found)
             compare(results[head])
             if args.out:  # what is known already, should time run out
-                report.update(steps=args.steps, bs=args.bs, bev=args.bev, camera=args.camera, layers=args.layers,
-                              windows=args.windows, command=command_of(args, given), heads=results)
+                report.update(
+                    steps=args.steps,
+                    bs=args.bs,
+                    bev=args.bev,
+                    camera=args.camera,
+                    layers=args.layers,
+                    windows=args.windows,
+                    command=command_of(args, given),
+                    heads=results,
+                )
                 Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -135,7 +199,9 @@ def run_cases(args: argparse.Namespace, head: str, patched: bool) -> Dict[str, A
     return {"cases": cases, "torch": torch.__version__, "device": device}
 
 
-def run_case(args: argparse.Namespace, head_name: str, aqr: bool, patched: bool, with_cp: bool) -> Dict[str, Any]:
+def run_case(
+    args: argparse.Namespace, head_name: str, aqr: bool, patched: bool, with_cp: bool
+) -> Dict[str, Any]:
     import numpy as np
     import torch
     from mmcv import Config
@@ -143,10 +209,22 @@ def run_case(args: argparse.Namespace, head_name: str, aqr: bool, patched: bool,
     import flashbias_patch
 
     options = {"model.pts_bbox_head.transformer.aqr.enable": True} if aqr and patched else {}
-    windows = None if args.windows is None else flashbias_patch.aqr.options.pairs(args.windows, "--windows")
-    given = {"locality": True} if args.locality else {} if windows is None else {"bias": "window", **windows}
+    windows = (
+        None
+        if args.windows is None
+        else flashbias_patch.aqr.options.pairs(args.windows, "--windows")
+    )
+    given = (
+        {"locality": True}
+        if args.locality
+        else {}
+        if windows is None
+        else {"bias": "window", **windows}
+    )
     if options:
-        options.update({f"model.pts_bbox_head.transformer.aqr.{name}": value for name, value in given.items()})
+        options.update(
+            {f"model.pts_bbox_head.transformer.aqr.{name}": value for name, value in given.items()}
+        )
     config = Config.fromfile(CONFIGS[head_name])
     config.merge_from_dict(options)  # what --cfg-options does
     head_config = config.model.pts_bbox_head
@@ -206,46 +284,78 @@ def run_case(args: argparse.Namespace, head_name: str, aqr: bool, patched: bool,
         optimizer.step()
         if cuda:
             torch.cuda.synchronize()
-            peak = max(peak, torch.cuda.max_memory_allocated() / 2 ** 20)
+            peak = max(peak, torch.cuda.max_memory_allocated() / 2**20)
         times.append(time.perf_counter() - start)
         losses.append(float(loss))
     after = dict(flashbias_patch.status()["calls"])
-    return {"losses": losses, "first_loss": losses[0], "last_loss": losses[-1],
-            "step_s": statistics.median(times[2:] or times), "peak_mib": peak,
-            "bias_scale": scales,  # value and gradient at each step, before it
-            "calls": {name: count - before.get(name, 0) for name, count in after.items() if count > before.get(name, 0)}}
+    return {
+        "losses": losses,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "step_s": statistics.median(times[2:] or times),
+        "peak_mib": peak,
+        "bias_scale": scales,  # value and gradient at each step, before it
+        "calls": {
+            name: count - before.get(name, 0)
+            for name, count in after.items()
+            if count > before.get(name, 0)
+        },
+    }
 
 
 def compare(cases: Dict[str, Any]) -> None:
-    """bias_scale's gradient in the first step, where the weights are the same, against the unpatched dense bias'."""
+    """bias_scale's gradient in the first step, where the weights are the same, against the
+    unpatched dense bias'."""
     dense = cases.get("on, unpatched", {}).get("bias_scale")
     for name, case in cases.items():
         if dense and name.startswith("on, patched") and case.get("bias_scale"):
             ours, theirs = case["bias_scale"][0][1], dense[0][1]
             case["gradient_error"] = abs(ours - theirs) / abs(theirs)
-            print(f"{name}: gradient of bias_scale {ours:.7g}, by the dense bias {theirs:.7g}", flush=True)
+            print(
+                f"{name}: gradient of bias_scale {ours:.7g}, by the dense bias {theirs:.7g}",
+                flush=True,
+            )
 
 
 def tables(report: Dict[str, Any]) -> str:
     camera = "{} x {}".format(*report["camera"])
-    windows = "" if report.get("windows") is None else f" `aqr`: bias='window', {report['windows'] or 'by default'}."
-    lines = [f"{report['steps']} steps on one nuScenes frame, batch {report['bs']}, {report['layers']} layers, "
-             f"{report['bev']} x {report['bev']} lidar tokens and {CAMERAS} x {camera} camera tokens, float32; on a GPU, "
-             "time: median step of head, loss and optimiser, memory: peak of tensors. "
-             f"{report['device']}, torch {report['torch']}.{windows}",
-             "", "| head | AQR | loss, first and last | ms a step | MiB | bias_scale, first and last "
-             "| gradient against the dense bias |", "|---|---|---|---|---|---|---|"]
+    windows = (
+        ""
+        if report.get("windows") is None
+        else f" `aqr`: bias='window', {report['windows'] or 'by default'}."
+    )
+    lines = [
+        f"{report['steps']} steps on one nuScenes frame, batch {report['bs']}, "
+        f"{report['layers']} layers, "
+        f"{report['bev']} x {report['bev']} lidar tokens and {CAMERAS} x {camera} camera tokens, "
+        "float32; on a GPU, "
+        "time: median step of head, loss and optimiser, memory: peak of tensors. "
+        f"{report['device']}, torch {report['torch']}.{windows}",
+        "",
+        "| head | AQR | loss, first and last | ms a step | MiB | bias_scale, first and last "
+        "| gradient against the dense bias |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for head, cases in report["heads"].items():
         for name, case in cases.items():
             if "error" in case:
-                lines.append(f"| {head} | {name} | {case['error'].strip().splitlines()[-1][:52]} ... | | | | |")
+                lines.append(
+                    f"| {head} | {name} | {case['error'].strip().splitlines()[-1][:52]} ... | | "
+                    "| | |"
+                )
                 continue
             scales = case["bias_scale"]
             moved = f"{scales[0][0]:.4f}, {scales[-1][0]:.4f}" if scales else ""
             error = f"{case['gradient_error']:.0e}" if "gradient_error" in case else ""
-            cost = f"{1e3 * case['step_s']:.0f} | {case['peak_mib']:.0f}" if case["peak_mib"] else " | "
-            lines.append(f"| {head} | {name} | {case['first_loss']:.3f}, {case['last_loss']:.3f} | {cost} "
-                         f"| {moved} | {error} |")
+            cost = (
+                f"{1e3 * case['step_s']:.0f} | {case['peak_mib']:.0f}"
+                if case["peak_mib"]
+                else " | "
+            )
+            lines.append(
+                f"| {head} | {name} | {case['first_loss']:.3f}, {case['last_loss']:.3f} | {cost} "
+                f"| {moved} | {error} |"
+            )
     return "\n".join(lines)
 
 
@@ -256,7 +366,10 @@ def inputs(args: argparse.Namespace, torch: Any, np: Any) -> Any:
 
     path = next(Path(args.frame).glob("*.pkl"))
     content = pickle.loads(path.read_bytes())
-    info, names = content["data_list"][0], {v: k for k, v in content["metainfo"]["categories"].items()}
+    info, names = (
+        content["data_list"][0],
+        {v: k for k, v in content["metainfo"]["categories"].items()},
+    )
     generator = torch.Generator().manual_seed(0)
 
     height, width = args.camera[0] * 16, args.camera[1] * 16
@@ -266,7 +379,11 @@ def inputs(args: argparse.Namespace, torch: Any, np: Any) -> Any:
         scale = width / image.shape[1]
         image = cv2.resize(image, (width, round(image.shape[0] * scale)))
         top = image.shape[0] - height
-        patch = torch.from_numpy(image[top:]).unflatten(0, (args.camera[0], 16)).unflatten(2, (args.camera[1], 16))
+        patch = (
+            torch.from_numpy(image[top:])
+            .unflatten(0, (args.camera[0], 16))
+            .unflatten(2, (args.camera[1], 16))
+        )
         patches.append(patch.permute(0, 2, 1, 3, 4).flatten(2) - 0.5)
         matrix = np.eye(4)
         matrix[:3, :3] = np.array(camera["cam2img"])
@@ -274,7 +391,9 @@ def inputs(args: argparse.Namespace, torch: Any, np: Any) -> Any:
         matrix[1, 2] -= top
         matrices.append((matrix @ np.array(camera["lidar2cam"])).astype(np.float32))
     pixels = torch.stack(patches)
-    x_img = (pixels @ torch.randn(pixels.shape[-1], 256, generator=generator) / 8).permute(0, 3, 1, 2)
+    x_img = (pixels @ torch.randn(pixels.shape[-1], 256, generator=generator) / 8).permute(
+        0, 3, 1, 2
+    )
 
     lidar = info["lidar_points"]
     points = np.fromfile(os.path.join(args.frame, lidar["lidar_path"]), dtype=np.float32)
@@ -282,20 +401,37 @@ def inputs(args: argparse.Namespace, torch: Any, np: Any) -> Any:
     cell = ((points[:, :2] + 54.0) / 108.0 * args.bev).long()
     inside = ((cell >= 0) & (cell < args.bev)).all(1)
     index = (cell[:, 1] * args.bev + cell[:, 0])[inside]
-    features = torch.cat([torch.ones(len(index), 1), points[inside, 2:4] / torch.tensor([2.0, 64.0])], 1)
-    grid = torch.zeros(args.bev ** 2, 3).index_add(0, index, features).clamp(-8, 8)
+    features = torch.cat(
+        [torch.ones(len(index), 1), points[inside, 2:4] / torch.tensor([2.0, 64.0])], 1
+    )
+    grid = torch.zeros(args.bev**2, 3).index_add(0, index, features).clamp(-8, 8)
     x = (grid @ torch.randn(3, 512, generator=generator)).T.reshape(1, 512, args.bev, args.bev)
 
-    kept = [i for i in info["instances"] if i["bbox_3d_isvalid"] and i["bbox_label_3d"] >= 0
-            and max(abs(v) for v in i["bbox_3d"][:2]) < 54]
+    kept = [
+        i
+        for i in info["instances"]
+        if i["bbox_3d_isvalid"]
+        and i["bbox_label_3d"] >= 0
+        and max(abs(v) for v in i["bbox_3d"][:2]) < 54
+    ]
     boxes = np.nan_to_num(np.array([[*i["bbox_3d"], *i["velocity"]] for i in kept], np.float32))
     labels = torch.tensor([CLASSES.index(names[i["bbox_label_3d"]]) for i in kept])
     truth = LiDARInstance3DBoxes(boxes, box_dim=9, origin=(0.5, 0.5, 0.5))
-    meta = {"lidar2img": matrices, "pad_shape": [(height, width, 3)] * 6, "img_shape": [(height, width, 3)] * 6,
-            "gt_bboxes_3d": types.SimpleNamespace(_data=truth), "gt_labels_3d": types.SimpleNamespace(_data=labels)}
+    meta = {
+        "lidar2img": matrices,
+        "pad_shape": [(height, width, 3)] * 6,
+        "img_shape": [(height, width, 3)] * 6,
+        "gt_bboxes_3d": types.SimpleNamespace(_data=truth),
+        "gt_labels_3d": types.SimpleNamespace(_data=labels),
+    }
     device = args.device
-    return (x.repeat(args.bs, 1, 1, 1).to(device), x_img.repeat(args.bs, 1, 1, 1).to(device),
-            [dict(meta) for _ in range(args.bs)], [truth.to(device)] * args.bs, [labels.to(device)] * args.bs)
+    return (
+        x.repeat(args.bs, 1, 1, 1).to(device),
+        x_img.repeat(args.bs, 1, 1, 1).to(device),
+        [dict(meta) for _ in range(args.bs)],
+        [truth.to(device)] * args.bs,
+        [labels.to(device)] * args.bs,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Where a step's numbers come from: small wraps around torch and OpenMMLab that only ever listen.
 
-Nothing here reads a value from the device: tensors are kept as they are and read later by the probe.
+Nothing here reads a value from the device: tensors are kept as they are and read later by the
+probe.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ class Inbox:
         self.before_step: Optional[int] = None
 
     def begin_step(self) -> None:
-        """An optimiser's step begins; backward passes from here to its end are those of a closure."""
+        """An optimiser's step begins; backward passes from here to its end are those of a
+        closure."""
         self.before_step = len(self.losses)
 
     def end_step(self) -> None:
-        """Of a closure's losses the first is kept: later ones belong to trial steps of a line search."""
+        """Of a closure's losses the first is kept: later ones belong to trial steps of a line
+        search."""
         self.steps += 1
         if self.before_step is not None:
             del self.losses[self.before_step + 1 :]
@@ -71,7 +74,8 @@ class Inbox:
                     self.parts[name] = value.detach()
 
     def _hear_frames(self, frame: Any, loss: Any) -> None:
-        """A plain loop: scalars called ...loss... (or in a dictionary, under such a key) near backward()."""
+        """A plain loop: scalars called ...loss... (or in a dictionary, under such a key) near
+        backward()."""
         looked = 0
         while frame is not None and looked < USER_FRAMES and not self.parts:
             module = frame.f_globals.get("__name__", "")
@@ -91,7 +95,11 @@ class Inbox:
             frame = frame.f_back
 
     def _scalar(self, value: Any) -> bool:
-        return isinstance(value, self.torch.Tensor) and value.numel() == 1 and value.is_floating_point()
+        return (
+            isinstance(value, self.torch.Tensor)
+            and value.numel() == 1
+            and value.is_floating_point()
+        )
 
 
 def listen(
@@ -100,10 +108,11 @@ def listen(
     after_backward: Callable[[], None] = lambda: None,
     skipped: Callable[[Any], None] = lambda optimizer: None,
 ) -> None:
-    """Wrap torch's backward, gradient clipping, loss scaling and autocast, and OpenMMLab's loss parsing.
+    """Wrap torch's backward, gradient clipping, loss scaling and autocast, and OpenMMLab's loss
+    parsing.
 
-    `after_backward()` is called after each outermost backward pass, `skipped(optimizer)` where a gradient scaler
-    leaves an optimiser's step out.
+    `after_backward()` is called after each outermost backward pass, `skipped(optimizer)` where a
+    gradient scaler leaves an optimiser's step out.
     """
     _wrap(torch.autograd, "backward", lambda original: _backward(original, inbox, after_backward))
     for module in (torch.nn.utils, torch.nn.utils.clip_grad):
@@ -111,7 +120,9 @@ def listen(
     for scaler in _scaler_classes(torch):
         _wrap(scaler, "scale", _scale)
         _wrap(scaler, "step", lambda original: _scaler_step(original, inbox, skipped))
-    _wrap(getattr(torch, "autocast", None), "__enter__", lambda original: _autocast(original, inbox))
+    _wrap(
+        getattr(torch, "autocast", None), "__enter__", lambda original: _autocast(original, inbox)
+    )
     import wrapt
 
     def later(place: Any, make: Callable[[Callable], Callable]) -> None:
@@ -163,7 +174,9 @@ def _scaler_step(original: Callable, inbox: Inbox, skipped: Callable[[Any], None
 def _clip(original: Callable, inbox: Inbox) -> Callable:
     def clip_grad_norm_(*args: Any, **kwargs: Any) -> Any:
         norm = original(*args, **kwargs)
-        inbox.clip_norm = norm  # the norm before clipping: afterwards it would be the limit, every step
+        inbox.clip_norm = (
+            norm  # the norm before clipping: afterwards it would be the limit, every step
+        )
         return norm
 
     return clip_grad_norm_
@@ -216,7 +229,9 @@ def _scaler_classes(torch: Any) -> List[Any]:
 
 def on_optimizer_step(hook: Callable[[Any], None], inbox: Inbox) -> None:
     """Call `hook(optimizer)` after every optimiser's step: by torch's global hooks, or by class."""
-    module = importlib.import_module("torch.optim.optimizer")  # torch.optim hides it as an attribute
+    module = importlib.import_module(
+        "torch.optim.optimizer"
+    )  # torch.optim hides it as an attribute
     before = getattr(module, "register_optimizer_step_pre_hook", None)
     after = getattr(module, "register_optimizer_step_post_hook", None)
 
@@ -250,7 +265,8 @@ def _around(step: Callable, inbox: Inbox, ended: Callable[[Any], None]) -> Calla
 
 
 def gradients_of(optimizer: Any) -> List[Any]:
-    """The gradients an optimiser just used: local shards of distributed ones, values of sparse ones."""
+    """The gradients an optimiser just used: local shards of distributed ones, values of sparse
+    ones."""
     found = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -263,7 +279,8 @@ def gradients_of(optimizer: Any) -> List[Any]:
 
 
 def local(tensor: Any) -> Any:
-    """This rank's part of a distributed tensor; any other as it is. The whole would take a collective."""
+    """This rank's part of a distributed tensor; any other as it is. The whole would take a
+    collective."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -274,7 +291,9 @@ def norm_of(torch: Any, gradients: List[Any]) -> Optional[Any]:
         by_device.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     norms: List[Any] = []
     for group in by_device.values():
-        norms += [n.double() if n.device.type != "mps" else n.float() for n in torch._foreach_norm(group)]
+        norms += [
+            n.double() if n.device.type != "mps" else n.float() for n in torch._foreach_norm(group)
+        ]
     if not norms:
         return None
     home = norms[-1].device
@@ -282,7 +301,8 @@ def norm_of(torch: Any, gradients: List[Any]) -> Optional[Any]:
 
 
 def nudge(torch: Any, optimizer: Any, relative: float, seed: int = 1) -> None:
-    """Change every parameter by +-`relative` of itself, with signs from a generator of its own: simulated rounding."""
+    """Change every parameter by +-`relative` of itself, with signs from a generator of its own:
+    simulated rounding."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for group in optimizer.param_groups:
@@ -293,22 +313,27 @@ def nudge(torch: Any, optimizer: Any, relative: float, seed: int = 1) -> None:
 
 
 def find_parameters(torch: Any, suffixes: List[str], limit: int = 8) -> Dict[str, Any]:
-    """{name: parameter} of every live module's parameters whose name is, or ends in `.`, one of `suffixes`.
+    """{name: parameter} of every live module's parameters whose name is, or ends in `.`, one of
+    `suffixes`.
 
-    Walks the garbage collector's objects, so it is for once, at the first step. `type()` rather than
-    isinstance: lazy proxies answer the latter by importing what they stand for.
+    Walks the garbage collector's objects, so it is for once, at the first step. `type()` rather
+    than isinstance: lazy proxies answer the latter by importing what they stand for.
     """
     import gc
 
     modules = [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)]
-    children = {id(child) for module in modules for child in module._modules.values() if child is not None}
+    children = {
+        id(child) for module in modules for child in module._modules.values() if child is not None
+    }
     found: Dict[str, Any] = {}
     seen = set()
     for root in modules:
         if id(root) in children:
             continue
         for name, parameter in root.named_parameters():
-            if id(parameter) in seen or not any(name == s or name.endswith("." + s) for s in suffixes):
+            if id(parameter) in seen or not any(
+                name == s or name.endswith("." + s) for s in suffixes
+            ):
                 continue
             seen.add(id(parameter))
             if len(found) < limit:

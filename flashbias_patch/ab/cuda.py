@@ -1,4 +1,5 @@
-"""The probe's view of the GPU: events, memory, and figures that travel to the host without anybody waiting."""
+"""The probe's view of the GPU: events, memory, and figures that travel to the host without anybody
+waiting."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ Place = Tuple[str, Optional[str]]  # a section of a step's line, and a name in i
 
 
 class Gpu:
-    """The GPU that an optimiser works on; every answer is empty where torch has not begun to use one."""
+    """The GPU that an optimiser works on; every answer is empty where torch has not begun to use
+    one."""
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
@@ -27,7 +29,9 @@ class Gpu:
 
     def capturing(self) -> bool:
         """Is a CUDA graph being captured? A capture computes nothing, and must not be disturbed."""
-        ask = getattr(self.torch.cuda, "is_current_stream_capturing", None)  # torch 1.9 has no graphs
+        ask = getattr(
+            self.torch.cuda, "is_current_stream_capturing", None
+        )  # torch 1.9 has no graphs
         return ask is not None and self.used() and bool(ask())
 
     def event(self) -> Any:
@@ -38,7 +42,9 @@ class Gpu:
         event.record(self.torch.cuda.current_stream(self.device))
         return event
 
-    def send(self, line: Dict[str, Any], places: List[Place], values: List[Any], begun: Any) -> Pending:
+    def send(
+        self, line: Dict[str, Any], places: List[Place], values: List[Any], begun: Any
+    ) -> Pending:
         """`values` (0-d tensors) on their way to their `places` in `line`. `begun`: see Pending."""
         vector = self.stack(values) if values else None
         if begun is None:
@@ -56,8 +62,11 @@ class Gpu:
         return self.torch.stack([v.detach().reshape(()).to(home, kind) for v in values])
 
     def memory(self) -> Dict[str, int]:
-        """Bytes. Peaks are read and never reset: the command's own peak figures must stay as they are."""
-        stats = self.torch.cuda.memory.memory_stats_as_nested_dict(self.device) if self.used() else None
+        """Bytes. Peaks are read and never reset: the command's own peak figures must stay as they
+        are."""
+        stats = (
+            self.torch.cuda.memory.memory_stats_as_nested_dict(self.device) if self.used() else None
+        )
         if not stats:
             return {}
         return {
@@ -67,7 +76,8 @@ class Gpu:
         }
 
     def random_state(self) -> str:
-        """A digest of where torch's generators stand: it tells whether two runs have drawn alike so far."""
+        """A digest of where torch's generators stand: it tells whether two runs have drawn alike so
+        far."""
         digest = hashlib.blake2b(bytes(self.torch.get_rng_state().tolist()), digest_size=8)
         if self.used():
             digest.update(bytes(self.torch.cuda.get_rng_state(self.device or "cuda").tolist()))
@@ -81,7 +91,8 @@ class Gpu:
                 self.torch.rand(1, device=self.device or "cuda")
 
     def redraw_in_step(self, times: int = 1) -> None:
-        """Now, and once more when the next step calls its first module: many commands seed at the top of a step."""
+        """Now, and once more when the next step calls its first module: many commands seed at the
+        top of a step."""
 
         def first(*call: Any) -> None:
             handle.remove()
@@ -102,8 +113,8 @@ class Gpu:
 class Pending:
     """A step's line whose numbers are still on their way from the device.
 
-    `before`, `begun`, `ready`: CUDA events at the end of the last recording, and at the beginning and the end
-    of this one; None without a GPU.
+    `before`, `begun`, `ready`: CUDA events at the end of the last recording, and at the beginning
+    and the end of this one; None without a GPU.
     """
 
     def __init__(
@@ -126,7 +137,9 @@ class Pending:
             self.ready.synchronize()
             if self.before is not None:
                 self.line["cuda_s"] = self.before.elapsed_time(self.begun) / 1e3
-        for (section, key), value in zip(self.places, [] if self.values is None else self.values.tolist()):
+        for (section, key), value in zip(
+            self.places, [] if self.values is None else self.values.tolist()
+        ):
             if key is None:
                 self.line[section] = value
             else:

@@ -1,9 +1,11 @@
-"""Are the detections the same? Two predictions files, matched box by box, and mAP and NDS given ground truth.
+"""Are the detections the same? Two predictions files, matched box by box, and mAP and NDS given
+ground truth.
 
     {"classes": [...], "samples": [{"token": ..., "boxes": [[x, y, z, w, l, h, yaw, vx, vy], ...],
      "scores": [...], "labels": [...], "gt_boxes": [[...], ...], "gt_labels": [...]}, ...]}
 
-Metres, radians, metres a second; gt_* are optional. mAP and NDS are nuscenes-devkit's functions, not ours.
+Metres, radians, metres a second; gt_* are optional. mAP and NDS are nuscenes-devkit's functions,
+not ours.
 """
 
 from __future__ import annotations
@@ -19,8 +21,15 @@ from .records import Experiment
 
 MATCH_WITHIN = 2.0  # metres between centres: nuScenes' own threshold for its true-positive errors
 BOX_FIELDS = 9
-# Differences that two roundings of one network may show; larger ones are differences, unless A from A shows them too.
-TOLERANCE = {"centre (m)": 0.01, "size (m)": 0.01, "yaw (rad)": 0.01, "velocity (m/s)": 0.01, "score": 0.01}
+# Differences that two roundings of one network may show; larger ones are differences, unless A from
+# A shows them too.
+TOLERANCE = {
+    "centre (m)": 0.01,
+    "size (m)": 0.01,
+    "yaw (rad)": 0.01,
+    "velocity (m/s)": 0.01,
+    "score": 0.01,
+}
 NOISE = 3.0  # times what A from A shows
 
 
@@ -29,14 +38,17 @@ class BadPredictions(ValueError):
 
 
 def load(path: str) -> Dict[str, Any]:
-    """Read and check a predictions file; raises BadPredictions naming the file, the sample and the field."""
+    """Read and check a predictions file; raises BadPredictions naming the file, the sample and the
+    field."""
     try:
         with open(path, encoding="utf-8") as file:
             document = json.load(file)
         if isinstance(document, dict) and "frames" in document:
             document = _from_frames(document)
     except FileNotFoundError as error:
-        raise BadPredictions(f"{path} was not written: CMD is given this path for {{predictions}}") from error
+        raise BadPredictions(
+            f"{path} was not written: CMD is given this path for {{predictions}}"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadPredictions(
             f"{path}: cannot be read as predictions: {type(error).__name__}: {error}"
@@ -102,8 +114,8 @@ def _boxes(sample: Dict[str, Any], name: str, where: str) -> np.ndarray:
 
 
 def match(a: np.ndarray, b: np.ndarray, within: float = MATCH_WITHIN) -> List[Tuple[int, int]]:
-    """Pairs (i, j) of boxes whose centres are nearest, each used once, nearest pairs first. (n, 9), (m, 9)
-    metres.
+    """Pairs (i, j) of boxes whose centres are nearest, each used once, nearest pairs first. (n, 9),
+    (m, 9) metres.
     """
     if not len(a) or not len(b):
         return []
@@ -122,7 +134,8 @@ def match(a: np.ndarray, b: np.ndarray, within: float = MATCH_WITHIN) -> List[Tu
 
 
 def compare(a: Dict[str, Any], b: Dict[str, Any]) -> Dict[str, Any]:
-    """Differences of B's detections from A's, over the samples that both hold; samples that one lacks are counted."""
+    """Differences of B's detections from A's, over the samples that both hold; samples that one
+    lacks are counted."""
     of_b = {sample["token"]: sample for sample in b["samples"]}
     of_a = {sample["token"] for sample in a["samples"]}
     shared = [(sample, of_b[sample["token"]]) for sample in a["samples"] if sample["token"] in of_b]
@@ -166,9 +179,9 @@ def compare(a: Dict[str, Any], b: Dict[str, Any]) -> Dict[str, Any]:
 def accuracy(document: Dict[str, Any]) -> Dict[str, Any]:
     """mAP, NDS and the five errors, by nuscenes-devkit's accumulate, calc_ap and calc_tp.
 
-    Returns {"mAP", "NDS", "errors"} or {"why_not": ...}. Classes without ground truth count as the devkit
-    counts them: with an average precision of 0 - so compare A with B, not with a leaderboard. No attributes:
-    AAE is 1.
+    Returns {"mAP", "NDS", "errors"} or {"why_not": ...}. Classes without ground truth count as the
+    devkit counts them: with an average precision of 0 - so compare A with B, not with a
+    leaderboard. No attributes: AAE is 1.
     """
     if not any(sample.get("gt_boxes") for sample in document["samples"]):
         return {"why_not": "the predictions hold no ground truth (gt_boxes, gt_labels)"}
@@ -181,7 +194,8 @@ def accuracy(document: Dict[str, Any]) -> Dict[str, Any]:
         from nuscenes.eval.detection.data_classes import DetectionMetrics
     except ImportError as error:
         return {
-            "why_not": f'nuscenes-devkit does not import ({error}): pip install "flashbias-patch[nuscenes]"'
+            "why_not": f"nuscenes-devkit does not import ({error}): pip install "
+            '"flashbias-patch[nuscenes]"'
         }
     config = config_factory("detection_cvpr_2019")
     unknown = sorted(set(document["classes"]) - set(config.class_names))
@@ -190,16 +204,20 @@ def accuracy(document: Dict[str, Any]) -> Dict[str, Any]:
     truth, predicted = EvalBoxes(), EvalBoxes()
     for sample in document["samples"]:
         truth.add_boxes(
-            sample["token"], _devkit_boxes(sample, document["classes"], config.class_range, truth=True)
+            sample["token"],
+            _devkit_boxes(sample, document["classes"], config.class_range, truth=True),
         )
         predicted.add_boxes(
-            sample["token"], _devkit_boxes(sample, document["classes"], config.class_range, truth=False)
+            sample["token"],
+            _devkit_boxes(sample, document["classes"], config.class_range, truth=False),
         )
     metrics = DetectionMetrics(config)
     for name in config.class_names:
         for threshold in config.dist_ths:
             data = accumulate(truth, predicted, name, center_distance, threshold)
-            metrics.add_label_ap(name, threshold, calc_ap(data, config.min_recall, config.min_precision))
+            metrics.add_label_ap(
+                name, threshold, calc_ap(data, config.min_recall, config.min_precision)
+            )
             if threshold == config.dist_th_tp:
                 for metric in TP_METRICS:
                     undefined = (
@@ -221,12 +239,14 @@ def accuracy(document: Dict[str, Any]) -> Dict[str, Any]:
 def _devkit_boxes(
     sample: Dict[str, Any], classes: List[str], ranges: Dict[str, float], truth: bool
 ) -> List[Any]:
-    """The sample's boxes as DetectionBox, those beyond their class's evaluation range left out, as the devkit
-    does.
+    """The sample's boxes as DetectionBox, those beyond their class's evaluation range left out, as
+    the devkit does.
     """
     from nuscenes.eval.detection.data_classes import DetectionBox
 
-    boxes = _boxes(sample, "gt_boxes" if truth else "boxes", "ground truth" if truth else "predictions")
+    boxes = _boxes(
+        sample, "gt_boxes" if truth else "boxes", "ground truth" if truth else "predictions"
+    )
     labels = sample.get("gt_labels" if truth else "labels", [])
     scores = [-1.0] * len(boxes) if truth else sample["scores"]
     found = []
@@ -252,8 +272,8 @@ def _devkit_boxes(
 
 
 def compare_runs(experiment: Experiment) -> Dict[str, Any]:
-    """Compare the predictions of the first A with the first B, and A with A, with a word; {"error": ...} if there are
-    none of both sides.
+    """Compare the predictions of the first A with the first B, and A with A, with a word; {"error":
+    ...} if there are none of both sides.
     """
     found: Dict[str, List[Dict[str, Any]]] = {"A": [], "B": []}
     problems = []
@@ -267,7 +287,11 @@ def compare_runs(experiment: Experiment) -> Dict[str, Any]:
         except BadPredictions as error:
             problems.append(f"{run.name}: {error}")
     if not found["A"] or not found["B"]:
-        return {"error": "no predictions of both sides to compare", "word": "not compared", "problems": problems}
+        return {
+            "error": "no predictions of both sides to compare",
+            "word": "not compared",
+            "problems": problems,
+        }
     a_b = compare(found["A"][0], found["B"][0])
     a_a = compare(*found["A"][:2]) if len(found["A"]) > 1 else None
     return {
@@ -280,10 +304,14 @@ def compare_runs(experiment: Experiment) -> Dict[str, Any]:
 
 
 def judge(a_b: Dict[str, Any], a_a: Optional[Dict[str, Any]]) -> str:
-    """identical, same or differs: boxes, labels and samples of B against A, as far as A against A agree."""
+    """identical, same or differs: boxes, labels and samples of B against A, as far as A against A
+    agree."""
 
     def apart(pair: Dict[str, Any]) -> Dict[str, float]:
-        counts = {name: pair[name] for name in ("missing_a", "missing_b", "only_a", "only_b", "labels_changed")}
+        counts = {
+            name: pair[name]
+            for name in ("missing_a", "missing_b", "only_a", "only_b", "labels_changed")
+        }
         return {**counts, **{name: value["largest"] for name, value in pair["differences"].items()}}
 
     found, noise = apart(a_b), apart(a_a) if a_a else {}
@@ -306,8 +334,16 @@ def sentence(found: Dict[str, Any]) -> str:
     within = f"centres within {largest['centre (m)']:.2g} m, scores within {largest['score']:.2g}"
     if word == "same" and not pair["only_a"] + pair["only_b"] + pair["labels_changed"]:
         return f"Patched detects the same {pair['matched']} boxes: {within}, every label equal."
-    lost = f"{missing} of {pair['samples'] + missing} samples are on one side only; " if missing else ""
-    head = "Patched does not detect the same" if word == "differs" else "Patched detects the same within A's own noise"
+    lost = (
+        f"{missing} of {pair['samples'] + missing} samples are on one side only; "
+        if missing
+        else ""
+    )
+    head = (
+        "Patched does not detect the same"
+        if word == "differs"
+        else "Patched detects the same within A's own noise"
+    )
     apart = f"; {within}, {pair['labels_changed']} labels changed" if pair["matched"] else ""
     return f"{head}: {lost}{matched}{apart}."
 
@@ -327,14 +363,21 @@ def text(found: Dict[str, Any]) -> str:
 
 def pair_text(title: str, pair: Dict[str, Any]) -> str:
     """Counts of a comparison, and the largest differences of boxes that match, if any do."""
-    largest = ", ".join(f"{name} {value['largest']:.2g}" for name, value in pair["differences"].items())
+    largest = ", ".join(
+        f"{name} {value['largest']:.2g}" for name, value in pair["differences"].items()
+    )
     at_most = f"; at most: {largest}" if pair["matched"] else ""
     return (
-        f"detections, {title}: {pair['matched']} matched, {pair['only_a']} and {pair['only_b']} unmatched, "
+        f"detections, {title}: {pair['matched']} matched, {pair['only_a']} and {pair['only_b']} "
+        "unmatched, "
         f"{pair['labels_changed']} labels changed over {pair['samples']} samples, "
         f"{pair['missing_a'] + pair['missing_b']} samples on one side only{at_most}"
     )
 
 
 def _accuracy_line(value: Dict[str, Optional[Any]]) -> str:
-    return str(value["why_not"]) if "why_not" in value else f"mAP {value['mAP']:.4f}, NDS {value['NDS']:.4f}"
+    return (
+        str(value["why_not"])
+        if "why_not" in value
+        else f"mAP {value['mAP']:.4f}, NDS {value['NDS']:.4f}"
+    )

@@ -1,10 +1,11 @@
 """Counts training iterations, however many optimisers step in one.
 
-An iteration is one or more backward passes and the optimiser steps that follow. One optimiser's steps are counted,
-the first that steps; further ones belong to the same iteration, or to a part of it (a discriminator's). Another
-optimiser is counted once that one has not stepped for SWITCH_AFTER iterations. A closure's backward passes run
-inside the step. An optimiser inside backward (one per parameter, as a rule) steps before the pass is over: the end
-of the pass is then the end of the iteration.
+An iteration is one or more backward passes and the optimiser steps that follow. One optimiser's
+steps are counted, the first that steps; further ones belong to the same iteration, or to a part of
+it (a discriminator's). Another optimiser is counted once that one has not stepped for SWITCH_AFTER
+iterations. A closure's backward passes run inside the step. An optimiser inside backward (one per
+parameter, as a rule) steps before the pass is over: the end of the pass is then the end of the
+iteration.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Ended(NamedTuple):
 
 
 class Counter:
-    """Each method is called with the inbox and an optimiser, and returns Ended at the end of an iteration."""
+    """Each method is called with the inbox and an optimiser, and returns Ended at the end of an
+    iteration."""
 
     def __init__(self) -> None:
         self.primary: Any = None
@@ -70,7 +72,12 @@ class Counter:
         return self.stepped(inbox, optimizer, skipped=True)
 
     def _count(
-        self, optimizer: Any, optimizers: List[Any], always: bool = False, skipped: bool = False, norms: Any = None
+        self,
+        optimizer: Any,
+        optimizers: List[Any],
+        always: bool = False,
+        skipped: bool = False,
+        norms: Any = None,
     ) -> Optional[Ended]:
         current = self.primary() if self.primary is not None else None
         new = current is not optimizer

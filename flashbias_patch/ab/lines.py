@@ -11,8 +11,9 @@ from typing import Any
 class Lines:
     """Appends JSON lines to `path`, each by one write.
 
-    A command may close every descriptor that it did not open (daemons do), and the number may then be a file of
-    its own: before a write the descriptor is compared with the file that was opened, and opened anew if need be.
+    A command may close every descriptor that it did not open (daemons do), and the number may then
+    be a file of its own: before a write the descriptor is compared with the file that was opened,
+    and opened anew if need be.
     """
 
     def __init__(self, path: str) -> None:
@@ -52,7 +53,8 @@ class Lines:
 
 
 def plain(value: Any, other: Any = str) -> Any:
-    """`value` with its numbers that JSON does not have (NaN, infinities) as `other(number)`: "nan", "inf", "-inf"."""
+    """`value` with its numbers that JSON does not have (NaN, infinities) as `other(number)`: "nan",
+    "inf", "-inf"."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else other(float(value))
     if isinstance(value, dict):

@@ -34,7 +34,14 @@ def headlines(verdict: Verdict) -> List[Dict[str, Any]]:
     cards: List[Dict[str, Any]] = []
     for title, ratio, word, show, unit, measured in (
         ("Time per step", verdict.speed, verdict.speed_word, seconds, "a step", verdict.clock),
-        ("Peak memory", verdict.memory, verdict.memory_word, size, "", MEMORY.get(verdict.memory_kind, "")),
+        (
+            "Peak memory",
+            verdict.memory,
+            verdict.memory_word,
+            size,
+            "",
+            MEMORY.get(verdict.memory_kind, ""),
+        ),
     ):
         if ratio is None:
             cards.append(_lone_card(title, verdict))
@@ -56,36 +63,55 @@ def headlines(verdict: Verdict) -> List[Dict[str, Any]]:
             cards[-1]["lines"].append(f"mean of all steps: {times(ratio.mean.value)}")
     word = verdict.parity_word
     fits = verdict.only_patched_fits
-    shown = [p for p in verdict.parities if not p.part] + [p for p in verdict.parities if p.part and tone(p.word) == "bad"]
+    shown = [p for p in verdict.parities if not p.part] + [
+        p for p in verdict.parities if p.part and tone(p.word) == "bad"
+    ]
     cards.append(
         {
             "title": "Training",
             "big": "Only patched fits" if fits else BIG.get(word, "\u2014"),
             "long": fits or word in ("undecided", "not finite"),
-            "word": "unpatched runs out of memory" if fits
-            else f"parts at step {verdict.first_step}" if word == "differs" and verdict.first_step is not None
-            else ", ".join(dict.fromkeys(f.status for f in verdict.failures)) if word == "fails" else word,
+            "word": "unpatched runs out of memory"
+            if fits
+            else f"parts at step {verdict.first_step}"
+            if word == "differs" and verdict.first_step is not None
+            else ", ".join(dict.fromkeys(f.status for f in verdict.failures))
+            if word == "fails"
+            else word,
             "tone": "good" if fits else tone(word),
             # no break in a number
-            "lines": [(words.until_then(verdict) + words.parity_line(p)).replace("e-", "e\u2011") for p in shown],
+            "lines": [
+                (words.until_then(verdict) + words.parity_line(p)).replace("e-", "e\u2011")
+                for p in shown
+            ],
         }
-    )  # fmt: skip
+    )
     return cards
 
 
 def _lone_card(title: str, verdict: Verdict) -> Dict[str, Any]:
     """The card of a figure that one side only has, if any."""
     value, show = (
-        (verdict.patched_step, seconds) if title == "Time per step" else (verdict.patched_peak, size)
+        (verdict.patched_step, seconds)
+        if title == "Time per step"
+        else (verdict.patched_peak, size)
     )
-    card: Dict[str, Any] = {"title": title, "big": "\u2014", "word": "not compared", "tone": "neutral", "lines": []}
+    card: Dict[str, Any] = {
+        "title": title,
+        "big": "\u2014",
+        "word": "not compared",
+        "tone": "neutral",
+        "lines": [],
+    }
     if math.isfinite(value):
         card.update(big=show(value), word="patched alone", long=True)
         card["tone"] = "good" if verdict.only_patched_fits else "neutral"
     return card
 
 
-def _whisker(value: float, low: Optional[float], high: Optional[float]) -> Optional[Dict[str, float]]:
+def _whisker(
+    value: float, low: Optional[float], high: Optional[float]
+) -> Optional[Dict[str, float]]:
     """Positions in percent of an interval on an axis that has 1 in it."""
     if low is None or high is None:
         return None
@@ -137,7 +163,9 @@ def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
                 "log": True,
                 "mark": loss.first_step,
                 "note": "Above the band they differ by more than noise or rounding explains.",
-                "series": [{"name": "A against B", "side": "B", "values": _points(loss.difference)}],
+                "series": [
+                    {"name": "A against B", "side": "B", "values": _points(loss.difference)}
+                ],
                 "band": {
                     "name": "noise band",
                     "low": [None] * len(_points(loss.band)),
@@ -146,7 +174,9 @@ def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
             }
         )
     times_of = [(run, run.step_seconds() * 1e3) for run in runs]
-    found.append(_lines("Step time", "milliseconds", times_of, unit="ms", warmup=warmup, robust=True))
+    found.append(
+        _lines("Step time", "milliseconds", times_of, unit="ms", warmup=warmup, robust=True)
+    )
     found.append(
         _histogram(
             "Step times, warm-up left out",
@@ -164,9 +194,10 @@ def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
             [(run, run.memory(held) / 2**20) for run in runs],
             unit="MiB",
             warmup=warmup,
-            note={"cuda": "Peak GPU memory allocated so far.", "rss": "Resident memory of the process."}[
-                kind
-            ],
+            note={
+                "cuda": "Peak GPU memory allocated so far.",
+                "rss": "Resident memory of the process.",
+            }[kind],
         )
     )
     found += _parameter_charts(runs)
@@ -182,7 +213,9 @@ def _parameter_charts(runs: Sequence[Run]) -> List[Optional[Dict[str, Any]]]:
         sides = [(run, run.named("params")[name]) for run in runs if name in run.named("params")]
         still = [run.name for run, values in sides if _constant(values)]
         found.append(
-            _lines(name, "value", sides, note=f"Never moved in {', '.join(still)}." if still else "")
+            _lines(
+                name, "value", sides, note=f"Never moved in {', '.join(still)}." if still else ""
+            )
         )
     return found
 
@@ -236,7 +269,9 @@ def _stride(count: int) -> int:
 
 
 def _points(values: np.ndarray) -> List[Optional[float]]:
-    return [float(f"{v:.6g}") if math.isfinite(v) else None for v in values[:: _stride(len(values))]]
+    return [
+        float(f"{v:.6g}") if math.isfinite(v) else None for v in values[:: _stride(len(values))]
+    ]
 
 
 def _histogram(
@@ -246,7 +281,9 @@ def _histogram(
     if together.size < 4 or not all(any(x.size for x in side) for side in (a, b)):
         return None
     low, high = np.percentile(together, [0, 98])
-    edges = np.linspace(low, max(high, low * 1.02), int(np.clip(2 * np.sqrt(together.size), 8, MAX_BINS)) + 1)
+    edges = np.linspace(
+        low, max(high, low * 1.02), int(np.clip(2 * np.sqrt(together.size), 8, MAX_BINS)) + 1
+    )
     counts = {
         side: np.histogram(np.clip(np.concatenate(v), edges[0], edges[-1]), edges)[0]
         for side, v in (("A", a), ("B", b))
@@ -271,7 +308,8 @@ def _histogram(
 
 
 def parts_table(experiment: Experiment, verdict: Verdict) -> List[Dict[str, str]]:
-    """The loss's parts: their last common values of rank 0, the largest difference of any rank and step, the word."""
+    """The loss's parts: their last common values of rank 0, the largest difference of any rank and
+    step, the word."""
     judged = [p for p in verdict.parities if p.part]
     if not judged:
         return []
@@ -322,14 +360,23 @@ def values_table(experiment: Experiment) -> List[Dict[str, str]]:
             for name, values in run.named("params").items():
                 known = values[np.isfinite(values)]
                 if known.size:
-                    rows.append({"name": name, "side": label, "first": f"{known[0]:.6g}", "last": f"{known[-1]:.6g}"})
+                    rows.append(
+                        {
+                            "name": name,
+                            "side": label,
+                            "first": f"{known[0]:.6g}",
+                            "last": f"{known[-1]:.6g}",
+                        }
+                    )
     return rows
 
 
 def environment_rows(experiment: Experiment) -> List[Tuple[str, str]]:
     run = next((r for r in experiment.runs if r.environment), None)
     found = dict(run.environment) if run else {}
-    header = next((p.header for p in (run.ranks or run.processes) if p.environment), {}) if run else {}
+    header = (
+        next((p.header for p in (run.ranks or run.processes) if p.environment), {}) if run else {}
+    )
     modules = found.pop("modules", {}) or {}
     options = experiment.options
     rows = [
@@ -346,7 +393,10 @@ def environment_rows(experiment: Experiment) -> List[Tuple[str, str]]:
         ("platform", experiment.host.get("platform")),
         ("directory", experiment.cwd),
         ("schedule", " ".join(experiment.schedule)),
-        *((name, options.get(name)) for name in (["seed"] if options.get("inference") else SETTINGS)),
+        *(
+            (name, options.get(name))
+            for name in (["seed"] if options.get("inference") else SETTINGS)
+        ),
         (
             "date",
             datetime.datetime.fromtimestamp(experiment.started).strftime("%Y-%m-%d %H:%M")
@@ -385,7 +435,11 @@ def runs_table(experiment: Experiment) -> List[Dict[str, Any]]:
             "exit": "-" if run.exit_code is None else run.exit_code,
             "ranks": len(run.ranks),
             "message": run.message
-            + ("; parameters nudged in the last place, to see how far rounding drifts" if run.nudged else "")
+            + (
+                "; parameters nudged in the last place, to see how far rounding drifts"
+                if run.nudged
+                else ""
+            )
             + (", and other random numbers drawn" if run.redrawn else ""),
             "first_step_s": _seconds_or_none(run.startup_seconds()),
             "killed": run.killed,
@@ -415,7 +469,11 @@ def fallbacks_table(experiment: Experiment) -> List[Dict[str, Any]]:
     found: Dict[Tuple[str, str, str], int] = {}
     for run in experiment.patched():
         for entry in run.fallbacks():
-            key = (str(entry.get("source", "")), str(entry.get("call", "")), str(entry.get("reason", entry)))
+            key = (
+                str(entry.get("source", "")),
+                str(entry.get("call", "")),
+                str(entry.get("reason", entry)),
+            )
             found[key] = found.get(key, 0) + int(entry.get("count", 1))
     return [{"source": s, "call": c, "reason": r, "count": n} for (s, c, r), n in found.items()]
 

@@ -1,10 +1,12 @@
-"""Do the curves of B (losses, gradient norms) follow those of A, as far as those of A follow each other?
+"""Do the curves of B (losses, gradient norms) follow those of A, as far as those of A follow each
+other?
 
-Curves part where they differ, three steps in a row, by more than the command's own noise: three times the largest
-difference seen so far between two unpatched runs (six times, where there is one pair only), and never less than
-rounding. Among the unpatched runs is one that was nudged in the last place, for training amplifies rounding, and B
-rounds otherwise than A. Every patched run must part: where only some do, that is undecided, and so is everything
-once unpatched runs are as far apart as the losses are large.
+Curves part where they differ, three steps in a row, by more than the command's own noise: three
+times the largest difference seen so far between two unpatched runs (six times, where there is one
+pair only), and never less than rounding. Among the unpatched runs is one that was nudged in the
+last place, for training amplifies rounding, and B rounds otherwise than A. Every patched run must
+part: where only some do, that is undecided, and so is everything once unpatched runs are as far
+apart as the losses are large.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class Parity:
     band: np.ndarray = field(default_factory=lambda: np.zeros(0))
     drift: Optional[float] = None  # as noise, of the runs that were nudged in the last place
     redrawn: bool = False  # and that drew other random numbers
-    drowned_at: Optional[int] = None  # from here on runs of A are as far apart as the quantity is large
+    drowned_at: Optional[int] = (
+        None  # from here on runs of A are as far apart as the quantity is large
+    )
     why: str = ""  # of "undecided", "not finite" and "differs", more than the figures tell
     rank: Optional[int] = None  # of several, the one that this is of
     part: bool = False  # a part of the loss
@@ -67,8 +71,13 @@ class Parity:
 
 
 def worst(parities: Sequence[Parity]) -> str:
-    """The worst word of all that was compared. A part of the loss counts where it differs or is not finite."""
-    found = [p for p in parities if p.word != NOT_COMPARED and not (p.part and p.word not in WORST_FIRST[:2])]
+    """The worst word of all that was compared. A part of the loss counts where it differs or is not
+    finite."""
+    found = [
+        p
+        for p in parities
+        if p.word != NOT_COMPARED and not (p.part and p.word not in WORST_FIRST[:2])
+    ]
     return min(found, key=lambda p: p.badness).word if found else NOT_COMPARED
 
 
@@ -93,33 +102,44 @@ class Curves(NamedTuple):
 
 
 def of_runs(a: Sequence[Run], b: Sequence[Run], nudged: Sequence[Run], half: bool) -> List[Parity]:
-    """Loss, gradient norm and each part of the loss, every rank apart: per quantity, the rank that is worst.
+    """Loss, gradient norm and each part of the loss, every rank apart: per quantity, the rank that
+    is worst.
 
-    Many curves are many chances of a false alarm: the noise of one rank counts for all, and so does that of one part.
+    Many curves are many chances of a false alarm: the noise of one rank counts for all, and so does
+    that of one part.
     """
     redrawn = any(run.redrawn for run in nudged)
     found: List[Parity] = []
     for group in _groups(a, b, nudged, half):
         judged = judge_together(group, half, redrawn)
         names = dict.fromkeys(p.quantity for p in judged)
-        found += [min((p for p in judged if p.quantity == name), key=lambda p: p.badness) for name in names]
+        found += [
+            min((p for p in judged if p.quantity == name), key=lambda p: p.badness)
+            for name in names
+        ]
     return found
 
 
-def judge_together(group: Sequence[Curves], half: bool = False, redrawn: bool = False) -> List[Parity]:
+def judge_together(
+    group: Sequence[Curves], half: bool = False, redrawn: bool = False
+) -> List[Parity]:
     """Curves that share their noise: that of any of them counts for all."""
     noises = [curves.noise() for curves in group]
     steps = max(map(len, noises), default=0)
     pooled = np.max([np.pad(x, (0, steps - len(x))) for x in noises], axis=0) if noises else None
     found = []
     for each in group:
-        result = parity(each.quantity, each.a, each.b, each.nudged, half, redrawn, each.kind, each.least, pooled)
+        result = parity(
+            each.quantity, each.a, each.b, each.nudged, half, redrawn, each.kind, each.least, pooled
+        )
         result.rank, result.part = each.rank, each.part
         found.append(result)
     return found
 
 
-def _groups(a: Sequence[Run], b: Sequence[Run], nudged: Sequence[Run], half: bool) -> List[List[Curves]]:
+def _groups(
+    a: Sequence[Run], b: Sequence[Run], nudged: Sequence[Run], half: bool
+) -> List[List[Curves]]:
     """The curves of the loss, of the gradient norm, and of all parts of the loss."""
     sides = (a, b, nudged)
     runs = [run for side in sides for run in side]
@@ -130,13 +150,17 @@ def _groups(a: Sequence[Run], b: Sequence[Run], nudged: Sequence[Run], half: boo
 
     def curves(name: str, keys: Tuple[str, ...], kind: str, part: bool = False) -> List[Curves]:
         values = [[run.per_step(*keys) for run in side] for side in sides]
-        if kind == "gradient norm" and half:  # a gradient scaler looks for the scale that just overflows
+        if (
+            kind == "gradient norm" and half
+        ):  # a gradient scaler looks for the scale that just overflows
             values = [[np.where(np.isinf(x), np.nan, x) for x in side] for side in values]
         found = []
         for rank in range(ranks):
             of_a, of_b, of_nudged = ([x[rank] for x in side] for side in values)
             least = SMALL_PART * _typical([x[rank] for x in losses]) if part else 0.0
-            found.append(Curves(name, kind, rank if ranks > 1 else None, part, of_a, of_b, of_nudged, least))
+            found.append(
+                Curves(name, kind, rank if ranks > 1 else None, part, of_a, of_b, of_nudged, least)
+            )
         return found
 
     return [
@@ -157,34 +181,49 @@ def parity(
     least: float = 0.0,
     pooled: Optional[np.ndarray] = None,
 ) -> Parity:
-    """One (steps,) array per run: NaN where nothing was recorded, inf where the value was not finite.
+    """One (steps,) array per run: NaN where nothing was recorded, inf where the value was not
+    finite.
 
-    `nudged`: curves of A after a change of its parameters by a few units in the last place; `redrawn`: and of what it
-    draws at random. `kind`: the quantity whose tolerances apply. `least`: differences are relative to at least this.
+    `nudged`: curves of A after a change of its parameters by a few units in the last place;
+    `redrawn`: and of what it
+    draws at random. `kind`: the quantity whose tolerances apply. `least`: differences are relative
+    to at least this.
     `pooled`: (steps,) noise of related curves.
     """
     kind = kind or quantity
     steps = min((len(x) for x in (*a, *b, *nudged)), default=0)
     curves_a, curves_b, curves_n = (
-        np.array([x[:steps] for x in side], dtype=float).reshape(len(side), steps) for side in (a, b, nudged)
+        np.array([x[:steps] for x in side], dtype=float).reshape(len(side), steps)
+        for side in (a, b, nudged)
     )
     if not steps or np.isnan(curves_a).all() or np.isnan(curves_b).all():
         return Parity(quantity, NOT_COMPARED, steps=steps)
     unpatched = np.concatenate([curves_a, curves_n])
     scale = np.maximum(_scale(curves_a), least)
     pairs = _pairs(unpatched, scale)
-    noise, drift = _largest(_pairs(curves_a, scale), steps), _largest(_between(curves_n, curves_a, scale), steps)
+    noise, drift = (
+        _largest(_pairs(curves_a, scale), steps),
+        _largest(_between(curves_n, curves_a, scale), steps),
+    )
     every = np.array([_relative(x, _mean(curves_a), scale) for x in curves_b])
     difference, nearest = every.max(axis=0), every.min(axis=0)
     at = int(np.argmax(difference))
-    seen = np.maximum.accumulate(np.maximum(_largest(pairs, steps), 0.0 if pooled is None else pooled[:steps]))
+    seen = np.maximum.accumulate(
+        np.maximum(_largest(pairs, steps), 0.0 if pooled is None else pooled[:steps])
+    )
     seen = seen[np.minimum(np.arange(steps) + LOOK_AHEAD, steps - 1)]
     base, growth, most = ROUNDING[kind]
     base *= HALF_ROUNDING if half else 1.0
     # Where drift is known there is no need to guess how rounding grows.
     known = bool(seen.any())
-    rounding = np.full(steps, base) if known else np.minimum(base * growth ** np.arange(steps), max(most, base))
-    band = np.maximum(rounding, NOISE_BAND * (LONE_PAIR if len(pairs) == 1 else 1.0) * np.minimum(seen, 1e9))
+    rounding = (
+        np.full(steps, base)
+        if known
+        else np.minimum(base * growth ** np.arange(steps), max(most, base))
+    )
+    band = np.maximum(
+        rounding, NOISE_BAND * (LONE_PAIR if len(pairs) == 1 else 1.0) * np.minimum(seen, 1e9)
+    )
     result = Parity(
         quantity,
         "within noise" if noise.any() or redrawn else "within rounding",
@@ -201,7 +240,9 @@ def parity(
     return _decide(result, unpatched, curves_b, nearest, most)
 
 
-def _decide(result: Parity, unpatched: np.ndarray, curves_b: np.ndarray, nearest: np.ndarray, most: float) -> Parity:
+def _decide(
+    result: Parity, unpatched: np.ndarray, curves_b: np.ndarray, nearest: np.ndarray, most: float
+) -> Parity:
     """Fill in word, first step and why."""
     length = min(PERSISTENCE, result.steps)
     broken_a, broken_b = (np.isinf(side).any(axis=0) for side in (unpatched, curves_b))
@@ -211,7 +252,10 @@ def _decide(result: Parity, unpatched: np.ndarray, curves_b: np.ndarray, nearest
         first = int(np.argmax(broken_a))
         lasting = "from step {} on" if broken_a[first:].all() else "at step {}"
         result.word = "not finite"
-        result.why = f"unpatched {lasting.format(first)}, and patched {'as well' if broken_b.any() else 'never'}"
+        result.why = (
+            f"unpatched {lasting.format(first)}, and patched "
+            f"{'as well' if broken_b.any() else 'never'}"
+        )
         if parts_at is not None and parts_at < first:
             result.word, result.first_step = "differs", parts_at
     elif broken_at is not None:
@@ -220,7 +264,9 @@ def _decide(result: Parity, unpatched: np.ndarray, curves_b: np.ndarray, nearest
         result.why = f"not finite at step {broken_at}, patched only"
     elif parts_at is not None:
         result.word, result.first_step = "differs", parts_at
-    elif not result.difference.any() and bool((curves_b == curves_b[0]).all() or np.isnan(curves_b).any()):
+    elif not result.difference.any() and bool(
+        (curves_b == curves_b[0]).all() or np.isnan(curves_b).any()
+    ):
         result.word = "identical"
     elif result.drowned_at is not None:
         noise = max(result.noise or 0.0, result.drift or 0.0)
@@ -228,7 +274,10 @@ def _decide(result: Parity, unpatched: np.ndarray, curves_b: np.ndarray, nearest
     elif _first_run(result.difference > result.band, length) is not None:
         result.word, result.why = "undecided", "some patched runs differ and some do not"
     elif result.largest > result.band.max():
-        result.word, result.why = "undecided", f"a difference of {result.largest:.1%} at step {result.largest_at}"
+        result.word, result.why = (
+            "undecided",
+            f"a difference of {result.largest:.1%} at step {result.largest_at}",
+        )
     elif result.word == "within rounding" and result.largest > most:
         result.word = "within noise"
     return result
@@ -242,7 +291,8 @@ def _typical(curves: Sequence[np.ndarray]) -> float:
 
 
 def _scale(curves: np.ndarray) -> np.ndarray:
-    """(steps,) magnitude to which differences are relative; a loss near zero does not blow them up."""
+    """(steps,) magnitude to which differences are relative; a loss near zero does not blow them
+    up."""
     with np.errstate(invalid="ignore"):
         magnitude = np.abs(_mean(curves))
     usual = np.median(magnitude[np.isfinite(magnitude)]) if np.isfinite(magnitude).any() else 0.0
@@ -267,7 +317,8 @@ def _largest(differences: Sequence[np.ndarray], steps: int) -> np.ndarray:
 
 
 def _relative(x: np.ndarray, y: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Relative difference per step; zero where neither is finite, infinite where one of them is not."""
+    """Relative difference per step; zero where neither is finite, infinite where one of them is
+    not."""
     both = ~np.isfinite(x) & ~np.isfinite(y)
     one = np.isfinite(x) ^ np.isfinite(y)
     with np.errstate(invalid="ignore"):

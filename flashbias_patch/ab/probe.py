@@ -1,23 +1,23 @@
 """Inside every Python process of a measured command: one JSON line for each training iteration.
 
-Started by sitecustomize when FLASHBIAS_PROBE names a directory. Imports no torch; it waits for the command
-to. Lines, in order of appearance (all times in seconds, memory in bytes, no number that JSON does not have:
-"nan", "inf" and "-inf" are strings):
+Started by sitecustomize when FLASHBIAS_PROBE names a directory. Imports no torch; it waits for the
+command to. Lines, in order of appearance (all times in seconds, memory in bytes, no number that
+JSON does not have: "nan", "inf" and "-inf" are strings):
 
-    {"event": "process", argv, pid, ppid, rank, env, ...}  at start
-    {"event": "environment", torch, gpu, ...}            at the first step
-    {"event": "step", step, wall_s, cuda_s, loss, loss_parts, grad_norm, params, param_grads, memory, calls}
-    {"event": "fallbacks", "fallbacks": [...]}           whenever there are new ones
-    {"event": "stop", steps}                             the requested number of steps is reached
-    {"event": "end", error, calls}                       the interpreter shut down in order
+    {"event": "process", argv, pid, ppid, rank, env, ...}  at start {"event": "environment", torch,
+    gpu, ...}            at the first step {"event": "step", step, wall_s, cuda_s, loss, loss_parts,
+    grad_norm, params, param_grads, memory, calls} {"event": "fallbacks", "fallbacks": [...]}
+    whenever there are new ones {"event": "stop", steps}                             the requested
+    number of steps is reached {"event": "end", error, calls}                       the interpreter
+    shut down in order
 
-A file without its last line belongs to a process that was killed. On CUDA a step's values are copied to
-pinned memory and picked up by a later step once their event has passed, so that no step waits for the device.
-`wall_s` and `cuda_s` run from the end of one step's recording to the beginning of the next one's: neither holds
-what the recording itself takes.
+A file without its last line belongs to a process that was killed. On CUDA a step's values are
+copied to pinned memory and picked up by a later step once their event has passed, so that no step
+waits for the device. `wall_s` and `cuda_s` run from the end of one step's recording to the
+beginning of the next one's: neither holds what the recording itself takes.
 
-A step is an iteration: backward passes, then whatever optimisers step (iterations.py). Steps are counted, and the
-command is stopped after the requested number, also where nothing can be written.
+A step is an iteration: backward passes, then whatever optimisers step (iterations.py). Steps are
+counted, and the command is stopped after the requested number, also where nothing can be written.
 """
 
 from __future__ import annotations
@@ -39,10 +39,13 @@ SEED = "FLASHBIAS_PROBE_SEED"
 NUDGE = "FLASHBIAS_PROBE_NUDGE"
 DEFAULT_PARAMS = "bias_scale"
 STAND_IN = "FLASHBIAS_PROBE_STAND_IN"
-WATCHER = "FLASHBIAS_PROBE_WATCHER"  # process id of `flashbias ab`: without it the command is stopped
+WATCHER = (
+    "FLASHBIAS_PROBE_WATCHER"  # process id of `flashbias ab`: without it the command is stopped
+)
 MAX_FAILURES = 3  # of recording, after which steps are only counted
 
-# The relative change that a nudged run makes to its parameters, once: a few units in the last place.
+# The relative change that a nudged run makes to its parameters, once: a few units in the last
+# place.
 NUDGES = {"float32": 2.0**-20, "half": 2.0**-10}
 
 KEPT_ENV = (
@@ -61,7 +64,8 @@ _recorder: Optional[Recorder] = None
 
 
 def start(environ: Optional[Mapping[str, str]] = None) -> Optional[Recorder]:
-    """Begin recording in this process; None if FLASHBIAS_PROBE is unset. Never raises, imports no torch."""
+    """Begin recording in this process; None if FLASHBIAS_PROBE is unset. Never raises, imports no
+    torch."""
     global _recorder
     environ = os.environ if environ is None else environ
     directory = environ.get(DIRECTORY)
@@ -89,7 +93,8 @@ class Recorder:
         self.limit = int(environ.get(STEPS) or 0)
         self.suffixes = [s for s in environ.get(PARAMS, DEFAULT_PARAMS).split(",") if s]
         self.seed = environ.get(SEED)
-        # "1", "2", ...: nudged, by signs of that seed; "redraw1", ...: drawing other random numbers as well
+        # "1", "2", ...: nudged, by signs of that seed; "redraw1", ...: drawing other random numbers
+        # as well
         nudge = environ.get(NUDGE) or ""
         self.redraw = nudge.startswith("redraw")
         self.nudge = int(nudge[6 * self.redraw :] or 0)
@@ -111,7 +116,7 @@ class Recorder:
         self.last_end: Optional[float] = None
         self.fallbacks = 0
 
-    # -- life of the process -------------------------------------------------------------------------------
+    # -- life of the process -----------------------------------------------------------------------
 
     def begin(self) -> None:
         import wrapt
@@ -123,7 +128,9 @@ class Recorder:
             import random
 
             random.seed(self._own_seed())
-            wrapt.register_post_import_hook(lambda m: m.random.seed(self._own_seed() % 2**32), "numpy")
+            wrapt.register_post_import_hook(
+                lambda m: m.random.seed(self._own_seed() % 2**32), "numpy"
+            )
         wrapt.register_post_import_hook(self._torch_arrived, "torch")
 
     def _own_seed(self) -> int:
@@ -146,7 +153,9 @@ class Recorder:
         os.makedirs(self.directory, exist_ok=True)
         rank = self.environ.get("RANK", "0")
         self.file = lines.Lines(os.path.join(self.directory, f"rank{rank}-pid{os.getpid()}.jsonl"))
-        kept = {k: v for k, v in self.environ.items() if k in KEPT_ENV or k.startswith("FLASHBIAS_")}
+        kept = {
+            k: v for k, v in self.environ.items() if k in KEPT_ENV or k.startswith("FLASHBIAS_")
+        }
         self.write(
             {
                 "event": "process",
@@ -178,7 +187,9 @@ class Recorder:
         try:
             self._write_arrived(everything=True)
             error = getattr(sys, "last_value", None)
-            if self.torch is not None and not self.step:  # inference: all that there will be to tell
+            if (
+                self.torch is not None and not self.step
+            ):  # inference: all that there will be to tell
                 self.write(self._environment())
             self.write(
                 {
@@ -201,7 +212,7 @@ class Recorder:
         with contextlib.suppress(Exception):
             self.write({"event": "note", "text": f"probe: {type(error).__name__}: {error}"[:500]})
 
-    # -- a step --------------------------------------------------------------------------------------------
+    # -- a step ------------------------------------------------------------------------------------
 
     def on_step(self, optimizer: Any) -> None:
         """After an optimiser's step."""
@@ -212,7 +223,8 @@ class Recorder:
         self._react(self.counter.ended_backward, None)
 
     def on_skipped(self, optimizer: Any) -> None:
-        """A gradient scaler met infinities and left the optimiser's step out: an iteration all the same."""
+        """A gradient scaler met infinities and left the optimiser's step out: an iteration all the
+        same."""
         self._react(self.counter.skipped, optimizer)
 
     def _react(self, count: Any, optimizer: Any) -> None:
@@ -237,7 +249,9 @@ class Recorder:
             self._note(error)
         self.inbox.clear()
         self.step += 1
-        if (self.limit and self.step >= self.limit) or (self.watcher and not lines.alive(self.watcher)):
+        if (self.limit and self.step >= self.limit) or (
+            self.watcher and not lines.alive(self.watcher)
+        ):
             self.stopping = True
             with contextlib.suppress(Exception):
                 self._write_arrived(everything=True)
@@ -251,7 +265,9 @@ class Recorder:
         if self.step == 0:
             self.write(self._environment())
             try:
-                self.parameters = capture.find_parameters(self.torch, self.suffixes) if self.suffixes else {}
+                self.parameters = (
+                    capture.find_parameters(self.torch, self.suffixes) if self.suffixes else {}
+                )
             except Exception as error:  # somebody's half-made module
                 self._note(error)
         inbox = self.inbox
@@ -267,8 +283,14 @@ class Recorder:
         scalars: List[Tuple[Tuple[str, Optional[str]], Any]] = []
 
         def put(section: str, key: Optional[str], value: Any) -> None:
-            if value is not None and not isinstance(value, (int, float)) and value.device.type == "cpu":
-                value = float(value.detach())  # to send it to the GPU and back would make the step wait
+            if (
+                value is not None
+                and not isinstance(value, (int, float))
+                and value.device.type == "cpu"
+            ):
+                value = float(
+                    value.detach()
+                )  # to send it to the GPU and back would make the step wait
             if value is None or isinstance(value, (int, float)):
                 if key is None:
                     line[section] = value
@@ -303,7 +325,9 @@ class Recorder:
         if self.redraw:
             self.gpu.redraw_in_step(self.nudge)
         line["probe_s"] = time.perf_counter() - begin
-        self.pending.append(self.gpu.send(line, [p for p, _ in scalars], [v for _, v in scalars], begun))
+        self.pending.append(
+            self.gpu.send(line, [p for p, _ in scalars], [v for _, v in scalars], begun)
+        )
         self._write_arrived()
 
     def _put_parameter(self, put: Any, name: str, parameter: Any) -> None:
@@ -320,7 +344,11 @@ class Recorder:
         else:
             put("params", f"|{name}|", value.float().norm())
         gradient = parameter.grad
-        put("param_grads", name, None if gradient is None else capture.local(gradient.detach()).float().norm())
+        put(
+            "param_grads",
+            name,
+            None if gradient is None else capture.local(gradient.detach()).float().norm(),
+        )
 
     def _write_arrived(self, everything: bool = False) -> None:
         while self.pending and (everything or self.pending[0].arrived()):
@@ -331,7 +359,7 @@ class Recorder:
                 self.write(pending.line)
                 self._note(error)
 
-    # -- the machine ---------------------------------------------------------------------------------------
+    # -- the machine -------------------------------------------------------------------------------
 
     def _environment(self) -> Dict[str, Any]:
         torch = self.torch
@@ -343,7 +371,9 @@ class Recorder:
             "cuda": torch.version.cuda,
             "numpy": getattr(numpy, "__version__", None),
             "threads": torch.get_num_threads(),
-            "rank": torch.distributed.get_rank() if distributed else int(self.environ.get("RANK") or 0),
+            "rank": torch.distributed.get_rank()
+            if distributed
+            else int(self.environ.get("RANK") or 0),
             "world_size": torch.distributed.get_world_size() if distributed else 1,
             "modules": {
                 name: getattr(sys.modules[name], "__version__", "?")
@@ -378,8 +408,8 @@ class Recorder:
 def _resident() -> Dict[str, int]:
     """Resident memory now and at most, in bytes.
 
-    Not getrusage's maximum where /proc can be read: that one survives exec, and so starts at the launcher's
-    size.
+    Not getrusage's maximum where /proc can be read: that one survives exec, and so starts at the
+    launcher's size.
     """
     try:
         found = {}

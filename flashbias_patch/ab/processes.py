@@ -1,4 +1,5 @@
-"""The processes of a run: how all of them are ended, and how much of the machine's work is theirs."""
+"""The processes of a run: how all of them are ended, and how much of the machine's work is
+theirs."""
 
 from __future__ import annotations
 
@@ -25,19 +26,27 @@ class Machine:
 
     @staticmethod
     def _read() -> Optional[Tuple[float, float, float]]:
-        """(all CPU seconds, those not idle, those of this process and the children that it has waited for)."""
+        """(all CPU seconds, those not idle, those of this process and the children that it has
+        waited for)."""
         try:
             with open("/proc/stat", "rb") as file:
                 ticks = [int(word) for word in file.readline().split()[1:9]]
         except (OSError, ValueError):
             return None
-        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        usage = [
+            resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        ]
         unit = os.sysconf("SC_CLK_TCK")
         idle = ticks[3] + ticks[4]
-        return sum(ticks) / unit, (sum(ticks) - idle) / unit, sum(u.ru_utime + u.ru_stime for u in usage)
+        return (
+            sum(ticks) / unit,
+            (sum(ticks) - idle) / unit,
+            sum(u.ru_utime + u.ru_stime for u in usage),
+        )
 
     def since(self) -> Dict[str, float]:
-        """`others`: CPUs that other work kept busy; `busy`: share of all CPUs that was; empty where unknown."""
+        """`others`: CPUs that other work kept busy; `busy`: share of all CPUs that was; empty where
+        unknown."""
         end = self._read()
         if self.begin is None or end is None or end[0] <= self.begin[0]:
             return {}
@@ -47,7 +56,8 @@ class Machine:
 
 
 def end_with_parent() -> Optional[Callable[[], None]]:
-    """What makes Linux end the child if this process is killed by SIGKILL; its other processes end at their next step."""
+    """What makes Linux end the child if this process is killed by SIGKILL; its other processes end
+    at their next step."""
     try:
         prctl = ctypes.CDLL(None, use_errno=True).prctl
     except (OSError, AttributeError):  # no Linux
@@ -56,7 +66,8 @@ def end_with_parent() -> Optional[Callable[[], None]]:
 
 
 def end(child: Any, probes: str) -> None:
-    """End the command's processes: its group, and who left the group but has the run's environment."""
+    """End the command's processes: its group, and who left the group but has the run's
+    environment."""
     for number, grace in ((signal.SIGTERM, GRACE_TO_DIE), (signal.SIGKILL, GRACE_TO_DIE)):
         deadline = time.monotonic() + grace
         alive = _signal_all(child, probes, number)
@@ -96,8 +107,8 @@ def _group_alive(group: int) -> bool:
 
 
 def _marked(probes: str) -> Set[int]:
-    """Processes whose environment names this run's probe directory (torchrun gives its workers sessions of
-    their own).
+    """Processes whose environment names this run's probe directory (torchrun gives its workers
+    sessions of their own).
     """
     mark = f"{probe.DIRECTORY}={probes}".encode()
     found = set()

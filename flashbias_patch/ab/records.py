@@ -80,10 +80,15 @@ class Training:
 
 
 def trainings(processes: Sequence[Process]) -> List[Training]:
-    """The trainings among `processes`, in the order in which they began. Ranks of one training have one parent."""
+    """The trainings among `processes`, in the order in which they began. Ranks of one training have
+    one parent."""
     found: List[Training] = []
     for process in sorted((p for p in processes if p.steps), key=lambda p: p.started):
-        key = ("parent", process.header.get("ppid")) if process.world_size > 1 else ("process", process.path)
+        key = (
+            ("parent", process.header.get("ppid"))
+            if process.world_size > 1
+            else ("process", process.path)
+        )
         training = next((t for t in reversed(found) if t.key == key), None)
         if training is None or any(p.rank == process.rank for p in training.ranks):
             training = Training(key)
@@ -145,7 +150,8 @@ class Run:
         return any(not p.ended for p in self.ranks)
 
     def per_step(self, *keys: str) -> np.ndarray:
-        """(ranks, steps) values under the path `keys`; NaN where a line has none, inf where it has no finite one."""
+        """(ranks, steps) values under the path `keys`; NaN where a line has none, inf where it has
+        no finite one."""
         ranks = self.ranks
         steps = min((len(p.steps) for p in ranks), default=0)
         rows = [[_dig(line, keys) for line in p.steps[:steps]] for p in ranks]
@@ -162,7 +168,8 @@ class Run:
         return max(times) - begun if times and begun else float("nan")
 
     def step_seconds(self) -> np.ndarray:
-        """(steps,) seconds a step: by CUDA events where there are any, else wall time; the slowest rank's."""
+        """(steps,) seconds a step: by CUDA events where there are any, else wall time; the slowest
+        rank's."""
         cuda = _reduce(np.nanmax, self.per_step("cuda_s"))
         wall = _reduce(np.nanmax, self.per_step("wall_s"))
         return cuda if np.isfinite(cuda).any() else wall
@@ -172,16 +179,19 @@ class Run:
         return "CUDA events" if np.isfinite(self.per_step("cuda_s")).any() else "wall clock"
 
     def memory_kind(self) -> str:
-        """Which memory the run is judged by: the GPU's if it used one, else the process's resident memory."""
+        """Which memory the run is judged by: the GPU's if it used one, else the process's resident
+        memory."""
         return "cuda" if np.isfinite(self.per_step("memory", "cuda_peak")).any() else "rss"
 
     def peak_memory(self, of: str = "peak") -> float:
-        """Bytes at most, over steps and ranks; NaN if nothing was recorded. `of`: peak, or a GPU's reserved_peak."""
+        """Bytes at most, over steps and ranks; NaN if nothing was recorded. `of`: peak, or a GPU's
+        reserved_peak."""
         values = self.per_step("memory", f"{self.memory_kind()}_{of}")
         return float(np.nanmax(values)) if np.isfinite(values).any() else float("nan")
 
     def memory(self, name: str) -> np.ndarray:
-        """(steps,) bytes that a step's line has under `name` (rss, cuda_peak), the fullest rank's."""
+        """(steps,) bytes that a step's line has under `name` (rss, cuda_peak), the fullest
+        rank's."""
         return _reduce(np.nanmax, self.per_step("memory", name))
 
     def named(self, section: str) -> Dict[str, np.ndarray]:
@@ -193,7 +203,8 @@ class Run:
         return {name: self.series(section, name) for name in names}
 
     def calls(self) -> Dict[str, int]:
-        """Attention calls by backend, over all ranks; without any step (inference) over all processes."""
+        """Attention calls by backend, over all ranks; without any step (inference) over all
+        processes."""
         total: Dict[str, int] = {}
         for process in self.ranks or self.processes:
             made = process.steps[-1].get("calls") if process.steps else process.calls
@@ -246,14 +257,16 @@ class Experiment:
         return [run for run in self.runs if run.label == label and run.steps > 0]
 
     def patched(self) -> List[Run]:
-        """The runs of B that tell which backends computed its attention: those with steps, or all of an inference."""
+        """The runs of B that tell which backends computed its attention: those with steps, or all
+        of an inference."""
         if self.options.get("inference"):
             return [run for run in self.runs if run.label == "B"]
         return self.side("B")
 
 
 def load(directory: str, process: Optional[str] = None) -> Experiment:
-    """Read an output directory of `flashbias ab`; raises NotARecord if it is none. `process`: see `choose`."""
+    """Read an output directory of `flashbias ab`; raises NotARecord if it is none. `process`: see
+    `choose`."""
     path = os.path.join(directory, "ab.json")
     try:
         with open(path, encoding="utf-8") as file:
@@ -268,7 +281,9 @@ def load(directory: str, process: Optional[str] = None) -> Experiment:
         entries = _all_runs(directory, document)
         experiment = build(directory, document, [load_run(directory, entry) for entry in entries])
     except (KeyError, TypeError, AttributeError) as error:
-        raise NotARecord(f"{path} is not what flashbias ab writes: {type(error).__name__}: {error}") from error
+        raise NotARecord(
+            f"{path} is not what flashbias ab writes: {type(error).__name__}: {error}"
+        ) from error
     choose(experiment, process or experiment.options.get("process"))
     return experiment
 
@@ -288,10 +303,11 @@ def build(directory: str, document: Dict[str, Any], runs: List[Run]) -> Experime
 
 
 def choose(experiment: Experiment, process: Optional[str] = None) -> None:
-    """Choose the training that is judged, the same of every run. `process`: its number from 1, or part of its name.
+    """Choose the training that is judged, the same of every run. `process`: its number from 1, or
+    part of its name.
 
-    Without `process` it is the one of most steps, over all runs; the first of several. Raises NotARecord if no run
-    has the training.
+    Without `process` it is the one of most steps, over all runs; the first of several. Raises
+    NotARecord if no run has the training.
     """
     found = [trainings(run.processes) for run in experiment.runs]
     count = max(map(len, found), default=0)
@@ -354,7 +370,8 @@ def load_process(path: str) -> Process:
 
 
 def parse_process(path: str, content: bytes) -> Process:
-    """The process of a probe file; a line cut off or garbled is skipped, and marks the process as truncated."""
+    """The process of a probe file; a line cut off or garbled is skipped, and marks the process as
+    truncated."""
     process = Process(path)
     for raw in content.splitlines():
         if not raw.strip():
@@ -423,13 +440,17 @@ def _reduce(function: Any, values: np.ndarray) -> np.ndarray:
 
 
 def tail_of(path: Any) -> str:
-    """The end of a log (a path, or a file open for reading) as text: undecodable bytes and control characters escaped."""
+    """The end of a log (a path, or a file open for reading) as text: undecodable bytes and control
+    characters escaped."""
     try:
         with open(path, "rb") if isinstance(path, str) else contextlib.nullcontext(path) as file:
             size = os.fstat(file.fileno()).st_size
-            text = os.pread(file.fileno(), LOG_TAIL, max(0, size - LOG_TAIL)).decode("utf-8", "backslashreplace")
+            text = os.pread(file.fileno(), LOG_TAIL, max(0, size - LOG_TAIL)).decode(
+                "utf-8", "backslashreplace"
+            )
     except OSError:
         return ""
     return "".join(
-        c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text.replace("\r", "\n")
+        c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}"
+        for c in text.replace("\r", "\n")
     )

@@ -34,8 +34,12 @@ def text(experiment: Experiment, verdict: Verdict) -> str:
 def remarks(experiment: Experiment, verdict: Verdict) -> List[str]:
     """What a terminal shows below the table."""
     found = words.parity_lines(verdict)
-    found += [f"{row['name']}: {row['count']} attention calls" for row in page.backends_table(experiment)]
-    return found + [f"problem: {p}" for p in verdict.problems] + [f"note: {n}" for n in verdict.notes]
+    found += [
+        f"{row['name']}: {row['count']} attention calls" for row in page.backends_table(experiment)
+    ]
+    return (
+        found + [f"problem: {p}" for p in verdict.problems] + [f"note: {n}" for n in verdict.notes]
+    )
 
 
 def markdown(experiment: Experiment, verdict: Verdict) -> str:
@@ -51,16 +55,28 @@ def markdown(experiment: Experiment, verdict: Verdict) -> str:
     for title, entries in (
         ("Problems", [plain(entry) for entry in verdict.problems]),
         ("Notes", [plain(entry) for entry in verdict.notes]),
-        ("Detections", [] if found is None else [plain(line.strip()) for line in detections.text(found).splitlines()]),
+        (
+            "Detections",
+            []
+            if found is None
+            else [plain(line.strip()) for line in detections.text(found).splitlines()],
+        ),
         (
             "Watched parameters",
-            [f"{code(r['name'])}, {r['side']}: first {r['first']}, last {r['last']}" for r in page.values_table(experiment)]
+            [
+                f"{code(r['name'])}, {r['side']}: first {r['first']}, last {r['last']}"
+                for r in page.values_table(experiment)
+            ]
             + [
-                f"{code(r['name'])}, {r['side']}: gradient arrived: {r['arrived']}, median norm {r['norm']}"
+                f"{code(r['name'])}, {r['side']}: gradient arrived: {r['arrived']}, median norm "
+                f"{r['norm']}"
                 for r in page.gradients_table(experiment)
             ],
         ),
-        ("Attention calls", [f"{code(r['name'])}: {r['count']}" for r in page.backends_table(experiment)]),
+        (
+            "Attention calls",
+            [f"{code(r['name'])}: {r['count']}" for r in page.backends_table(experiment)],
+        ),
         (
             "Fallbacks",
             [
@@ -79,7 +95,10 @@ def markdown(experiment: Experiment, verdict: Verdict) -> str:
             for r in page.runs_table(experiment)
         ],
     )
-    out += ["### Environment", *(f"- {name}: {code(value)}" for name, value in page.environment_rows(experiment))]
+    out += [
+        "### Environment",
+        *(f"- {name}: {code(value)}" for name, value in page.environment_rows(experiment)),
+    ]
     out += ["", "### Commands"]
     for name, command in page.commands(experiment):
         out += [f"{name}:", *fenced(command), ""]
@@ -95,7 +114,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> List[str]:
 
 
 def plain(value: str) -> str:
-    """Text of ours that may hold words of the command: nothing in it is Markdown, HTML, a table's end or a mention."""
+    """Text of ours that may hold words of the command: nothing in it is Markdown, HTML, a table's
+    end or a mention."""
     kept = re.sub(r"\s+", " ", value)
     kept = re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", kept)
     return kept.replace("@", "@\u200b").replace("://", ":\u200b//")
@@ -121,8 +141,12 @@ def render(template: str, **context: Any) -> str:
         import jinja2
     except ImportError as error:
         raise MissingExtra(f"an HTML report needs jinja2: {EXTRA}") from error
-    loader = jinja2.FileSystemLoader(os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates"))
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    loader = jinja2.FileSystemLoader(
+        os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
+    )
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.get_template(template).render(**context)
 
 
@@ -220,12 +244,14 @@ def load_and_judge(directory: str, process: Optional[str] = None) -> Tuple[Exper
 
 
 def bench_html(found: Dict[str, Any]) -> str:
-    """`flashbias bench`'s page: for each shape, the backends by time (bars of forward + backward), and, by
-    reason, those that could not.
+    """`flashbias bench`'s page: for each shape, the backends by time (bars of forward + backward),
+    and, by reason, those that could not.
     """
     shapes: Dict[str, Dict[str, Any]] = {}
     for row in found["rows"]:
-        shape = shapes.setdefault(row["shape"], {"rows": [], "cannot": {}, "sizes": row.get("sizes")})
+        shape = shapes.setdefault(
+            row["shape"], {"rows": [], "cannot": {}, "sizes": row.get("sizes")}
+        )
         if row.get("forward_ms") is None:
             shape["cannot"].setdefault(row.get("why_not", "unknown"), []).append(row["backend"])
         else:

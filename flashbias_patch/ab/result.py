@@ -1,7 +1,9 @@
-"""A comparison as one compact JSON document to keep: figures, curves, what they depend on; no machine's paths.
+"""A comparison as one compact JSON document to keep: figures, curves, what they depend on; no
+machine's paths.
 
-    {"format": 1, "about": {device, torch, ...}, "command": ..., "headline": {...}, "notes": [...], "problems": [...],
-     "backends": {name: attention calls}, "fallbacks": [...], "runs": [...], "detections": {...}}
+{"format": 1, "about": {device, torch, ...}, "command": ..., "headline": {...}, "notes": [...],
+ "problems": [...], "backends": {name: attention calls}, "fallbacks": [...], "runs": [...],
+ "detections": {...}}
 """
 
 from __future__ import annotations
@@ -36,16 +38,22 @@ def compact(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
         "notes": verdict.notes,
         "problems": verdict.problems,
         "backends": _calls(experiment.patched()),
-        "fallbacks": [{k: entry.get(k) for k in ("source", "call", "reason", "count")} for entry in fallbacks],
+        "fallbacks": [
+            {k: entry.get(k) for k in ("source", "call", "reason", "count")} for entry in fallbacks
+        ],
         "runs": [_run(run) for run in experiment.runs],
         **({"detections": verdict.detections} if verdict.detections else {}),
     }
 
 
 def headline(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
-    """The few numbers for a table: time and memory (A, B, ratio, interval, word), training, repeats."""
+    """The few numbers for a table: time and memory (A, B, ratio, interval, word), training,
+    repeats."""
     losses = next((p for p in verdict.parities if p.quantity == "loss"), None)
-    sides = [[r.peak_memory("reserved_peak") / MIB for r in experiment.side(x) if not r.nudged] for x in "AB"]
+    sides = [
+        [r.peak_memory("reserved_peak") / MIB for r in experiment.side(x) if not r.nudged]
+        for x in "AB"
+    ]
     reserved = [_number(max(side)) if side else None for side in sides]
     timing, mean = verdict.timing, verdict.speed.mean if verdict.speed else None
     return {
@@ -55,7 +63,12 @@ def headline(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
         "repeats": [sum(r.label == x and not r.nudged for r in experiment.runs) for x in "AB"],
         "time": _ratio(verdict.speed, verdict.speed_word, 1.0, "s", clock=verdict.clock),
         "memory": _ratio(
-            verdict.memory, verdict.memory_word, 1 / MIB, "mib", kind=verdict.memory_kind, reserved_mib=reserved
+            verdict.memory,
+            verdict.memory_word,
+            1 / MIB,
+            "mib",
+            kind=verdict.memory_kind,
+            reserved_mib=reserved,
         ),
         "mean_time": _ratio(mean, "", 1.0, "s"),
         "startup_s": None if timing is None else [_number(value) for value in timing.startup],
@@ -72,7 +85,8 @@ def headline(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
 
 
 def says(document: Dict[str, Any]) -> str:
-    """The sentence of a document, from its figures: also of one written before ratios were patched / unpatched."""
+    """The sentence of a document, from its figures: also of one written before ratios were patched
+    / unpatched."""
     found = document["headline"]
     if found.get("failures"):
         return str(found["sentence"])
@@ -85,26 +99,39 @@ def says(document: Dict[str, Any]) -> str:
 
 
 def training_word(document: Dict[str, Any]) -> str:
-    """The word on training, no better than the difference allows: documents are kept that were written before that."""
+    """The word on training, no better than the difference allows: documents are kept that were
+    written before that."""
     training = document["headline"]["training"]
     far = (training["loss_difference"] or 0.0) > ROUNDING["loss"].most
-    return "within noise" if far and training["word"] == "within rounding" else str(training["word"])
+    return (
+        "within noise" if far and training["word"] == "within rounding" else str(training["word"])
+    )
 
 
 def rows(document: Dict[str, Any]) -> List[Tuple[str, str, str, str]]:
-    """A table of a document's headline: (what, A, B, patched / unpatched with its 95% interval and verdict)."""
+    """A table of a document's headline: (what, A, B, patched / unpatched with its 95% interval and
+    verdict)."""
     found = document["headline"]
     table = []
-    for name, key, unit, digits in (("time per step", "time", "s", 3), ("peak memory", "memory", "mib", 0)):
+    for name, key, unit, digits in (
+        ("time per step", "time", "s", 3),
+        ("peak memory", "memory", "mib", 0),
+    ):
         entry = found[key]
         if entry:
             ends = "" if entry["low"] is None else f" ({entry['low']:.3f} to {entry['high']:.3f})"
-            sides = [f"{entry[side + '_' + unit]:.{digits}f} {unit.replace('mib', 'MiB')}" for side in "ab"]
+            sides = [
+                f"{entry[side + '_' + unit]:.{digits}f} {unit.replace('mib', 'MiB')}"
+                for side in "ab"
+            ]
             table.append((name, *sides, f"{entry['ratio']:.2f}x{ends}, {entry['word']}"))
     training = found["training"]
     if training["loss_difference"] is not None:
         noise = max(training["loss_noise"] or 0.0, training["loss_drift"] or 0.0)
-        apart = f"A from A {words.relative(noise)}, B from A {words.relative(training['loss_difference'])}"
+        apart = (
+            f"A from A {words.relative(noise)}, B from A "
+            f"{words.relative(training['loss_difference'])}"
+        )
         table.append(("loss", "", "", f"{training_word(document)}: {apart}"))
     return [tuple(str(cell) for cell in row) for row in table]  # type: ignore[misc]
 
@@ -132,11 +159,18 @@ def about(experiment: Experiment) -> Dict[str, Any]:
 def command(experiment: Experiment) -> str:
     """How `flashbias ab` was called, absolute paths cut to their last part."""
     options = experiment.options
-    given = [f"--{name} {options[name]}" for name in ("repeats", "steps", "warmup", "seed") if name in options]
+    given = [
+        f"--{name} {options[name]}"
+        for name in ("repeats", "steps", "warmup", "seed")
+        if name in options
+    ]
     given = ["--eval CHECKPOINT"] if options.get("inference") else given
     given += ["--stand-in-for-a"] if options.get("stand_in") else []
     for side in "ab":
-        given += [f"--env-{side} {k}={_local(str(v))}" for k, v in (options.get("env_" + side) or {}).items()]
+        given += [
+            f"--env-{side} {k}={_local(str(v))}"
+            for k, v in (options.get("env_" + side) or {}).items()
+        ]
     words_of = " ".join(shlex.quote(_local(word)) for word in experiment.command)
     return f"flashbias ab {' '.join(given)} -- {words_of}"
 
@@ -172,7 +206,9 @@ def _run(run: Run) -> Dict[str, Any]:
     return kept
 
 
-def _ratio(ratio: Optional[Ratio], word: str, scale: float, unit: str, **more: Any) -> Optional[Dict[str, Any]]:
+def _ratio(
+    ratio: Optional[Ratio], word: str, scale: float, unit: str, **more: Any
+) -> Optional[Dict[str, Any]]:
     if ratio is None:
         return None
     return {
@@ -201,5 +237,3 @@ def _number(value: Optional[float]) -> Optional[float]:
 
 def _numbers(values: np.ndarray, stride: int) -> List[Optional[float]]:
     return [_number(float(value)) for value in values[::stride]]
-
-

@@ -1,4 +1,5 @@
-"""Runs a command unpatched (A) and patched (B), one fresh process tree at a time, and keeps what they leave.
+"""Runs a command unpatched (A) and patched (B), one fresh process tree at a time, and keeps what
+they leave.
 
 OUT/ab.json              the command, the options, one entry a run; rewritten after each run
 OUT/runs/01-A/log.txt    the run's output, as bytes
@@ -26,7 +27,8 @@ GRACE_TO_END = 20.0  # after its N steps, how long a command may take to come to
 
 INTERRUPTED = "interrupted"
 OUT_OF_MEMORY = re.compile(
-    r"OutOfMemoryError|CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+    r"OutOfMemoryError|CUDA out of memory|CUDA error: out of "
+    r"memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
     r"|DefaultCPUAllocator: (can't|not enough)|^MemoryError|HIP out of memory",
     re.MULTILINE,
 )
@@ -35,10 +37,12 @@ Progress = Callable[[str, Dict[str, Any]], None]
 
 
 class Options(NamedTuple):
-    """How to run. `timeout`: seconds without a step or a byte of output after which a run counts as hung.
+    """How to run. `timeout`: seconds without a step or a byte of output after which a run counts as
+    hung.
 
-    `inference`: the command makes no optimiser steps and is to run to its end. `stand_in`: A gets functions of
-    flash_attn's names where it is not installed. `process`: the training that is judged (records.choose).
+    `inference`: the command makes no optimiser steps and is to run to its end. `stand_in`: A gets
+    functions of flash_attn's names where it is not installed. `process`: the training that is
+    judged (records.choose).
     """
 
     repeats: int = 1
@@ -56,7 +60,8 @@ class Options(NamedTuple):
 
 
 def schedule(repeats: int, noise_run: bool = True) -> str:
-    """Which run is what, in order: A B B A A B ..., so that a drift of the machine falls on both alike.
+    """Which run is what, in order: A B B A A B ..., so that a drift of the machine falls on both
+    alike.
 
     A against A needs two As: one more is added where there would be one only.
     """
@@ -67,10 +72,12 @@ def schedule(repeats: int, noise_run: bool = True) -> str:
 def run_all(
     command: Sequence[str], out: str, options: Options, progress: Optional[Progress] = None
 ) -> Experiment:
-    """Run the whole schedule, and further runs that the verdict needs (verdict.next_run). Ctrl-C ends both.
+    """Run the whole schedule, and further runs that the verdict needs (verdict.next_run). Ctrl-C
+    ends both.
 
-    A side that failed is not repeated: what is left of the schedule then has nothing to add. All that was recorded is
-    in the experiment returned, also where `out` vanished or its disk is full; the latter is in its `lost`.
+    A side that failed is not repeated: what is left of the schedule then has nothing to add. All
+    that was recorded is in the experiment returned, also where `out` vanished or its disk is full;
+    the latter is in its `lost`.
     """
     progress = _careful(progress or (lambda event, run: None))
     out = os.path.abspath(out)
@@ -79,7 +86,11 @@ def run_all(
         "command": list(command),
         "cwd": os.getcwd(),
         "schedule": schedule(options.repeats, options.noise_run),
-        "options": {**options._asdict(), "env_a": dict(options.env_a), "env_b": dict(options.env_b)},
+        "options": {
+            **options._asdict(),
+            "env_a": dict(options.env_a),
+            "env_b": dict(options.env_b),
+        },
         "host": {
             "platform": platform.platform(),
             "python": platform.python_version(),
@@ -122,7 +133,8 @@ def run_all(
 
 
 def _careful(progress: Progress) -> Progress:
-    """`progress`, until it cannot write any more (its terminal is closed): that must not end the runs."""
+    """`progress`, until it cannot write any more (its terminal is closed): that must not end the
+    runs."""
     closed = False
 
     def careful(event: str, run: Dict[str, Any]) -> None:
@@ -150,7 +162,10 @@ def run_one(
     Returns its entry for ab.json, what its processes recorded, and the end of its output.
     """
     probes = os.path.join(directory, "probe")
-    words = [word.replace("{predictions}", os.path.join(directory, "predictions.json")) for word in command]
+    words = [
+        word.replace("{predictions}", os.path.join(directory, "predictions.json"))
+        for word in command
+    ]
     overrides = options.env_a if label == "A" else options.env_b
     run: Dict[str, Any] = {
         "label": label,
@@ -178,7 +193,11 @@ def run_one(
                 start_new_session=True,
                 preexec_fn=processes.end_with_parent(),
             )
-            run.update(_watch(child, signs, options, lambda steps: progress("steps", {**run, "steps": steps})))
+            run.update(
+                _watch(
+                    child, signs, options, lambda steps: progress("steps", {**run, "steps": steps})
+                )
+            )
             tail = signs.tail()
     except OSError as error:
         run.update(status="not started", message=f"cannot be started: {error}", exit_code=None)
@@ -193,9 +212,14 @@ def run_one(
 
 
 def _environment(label: str, probes: str, options: Options, nudge: str) -> Dict[str, str]:
-    """The environment of one run. Variables given for one side win, but PYTHONPATH keeps what loads the probe."""
+    """The environment of one run. Variables given for one side win, but PYTHONPATH keeps what loads
+    the probe."""
     overrides = options.env_a if label == "A" else options.env_b
-    stand_in = {probe.STAND_IN: "1", "FLASHBIAS_BACKEND": "sdpa"} if options.stand_in and label == "A" else {}
+    stand_in = (
+        {probe.STAND_IN: "1", "FLASHBIAS_BACKEND": "sdpa"}
+        if options.stand_in and label == "A"
+        else {}
+    )
     return launch.prepare_environment(
         {**os.environ, **overrides},
         patch=label == "B",
@@ -213,8 +237,11 @@ def _environment(label: str, probes: str, options: Options, nudge: str) -> Dict[
     )
 
 
-def _watch(child: Any, signs: Signs, options: Options, on_steps: Callable[[int], None]) -> Dict[str, Any]:
-    """Wait for the end of a run, or bring it about; then end what it left running, whatever happens here."""
+def _watch(
+    child: Any, signs: Signs, options: Options, on_steps: Callable[[int], None]
+) -> Dict[str, Any]:
+    """Wait for the end of a run, or bring it about; then end what it left running, whatever happens
+    here."""
     asked_to_stop = None
     ending = None
     try:
@@ -223,7 +250,9 @@ def _watch(child: Any, signs: Signs, options: Options, on_steps: Callable[[int],
             signs.look()
             if signs.news:
                 on_steps(signs.steps)
-            more = signs.grown if options.process else signs.news  # another training of the same command
+            more = (
+                signs.grown if options.process else signs.news
+            )  # another training of the same command
             if signs.stopped and (asked_to_stop is None or more):
                 asked_to_stop = time.monotonic()
             if asked_to_stop and time.monotonic() - asked_to_stop > GRACE_TO_END:
@@ -247,7 +276,9 @@ def _watch(child: Any, signs: Signs, options: Options, on_steps: Callable[[int],
     return {**_outcome(ending, child.returncode, signs, options), "exit_code": child.returncode}
 
 
-def _outcome(ending: Optional[str], code: Optional[int], signs: Signs, options: Options) -> Dict[str, Any]:
+def _outcome(
+    ending: Optional[str], code: Optional[int], signs: Signs, options: Options
+) -> Dict[str, Any]:
     """Status and message: ok, crashed, out of memory, hung, interrupted, record lost, no steps."""
     steps = f"{signs.steps} step{'' if signs.steps == 1 else 's'} recorded"
     if ending == INTERRUPTED:
@@ -258,7 +289,10 @@ def _outcome(ending: Optional[str], code: Optional[int], signs: Signs, options: 
             "message": f"no step and no output for {options.timeout:g} s, so it was ended; {steps}",
         }
     if ending not in (None, "stopped"):
-        return {"status": "record lost", "message": f"it could not be watched and was ended ({ending}); {steps}"}
+        return {
+            "status": "record lost",
+            "message": f"it could not be watched and was ended ({ending}); {steps}",
+        }
     if code and not (signs.stopped and ending == "stopped"):
         how = f"ended by {_signal_name(-code)}" if code < 0 else f"exit status {code}"
         if _out_of_memory(signs):
@@ -281,7 +315,8 @@ def _outcome(ending: Optional[str], code: Optional[int], signs: Signs, options: 
 
 
 def _out_of_memory(signs: Signs) -> bool:
-    """Did a process end by an out-of-memory error? By its last exception, or else by the end of the output."""
+    """Did a process end by an out-of-memory error? By its last exception, or else by the end of the
+    output."""
     errors = [p.error for p in signs.recorded() if p.error]
     return any(OUT_OF_MEMORY.search(text) for text in errors or [signs.tail()])
 
@@ -289,7 +324,8 @@ def _out_of_memory(signs: Signs) -> bool:
 def _no_steps(signs: Signs) -> str:
     if signs.processes == 0:
         return (
-            "no Python process of the command loaded the probe: does it run Python with -S, -I or -E, "
+            "no Python process of the command loaded the probe: does it run Python with -S, -I "
+            "or -E, "
             "set PYTHONPATH anew, or run inside a container?"
         )
     seen = f"{signs.processes} Python process{'' if signs.processes == 1 else 'es'} seen"
@@ -306,7 +342,8 @@ def _signal_name(number: int) -> str:
 
 
 class Signs:
-    """Signs of life of a run, read from its files: growth, steps (of the busiest process), whether it was stopped.
+    """Signs of life of a run, read from its files: growth, steps (of the busiest process), whether
+    it was stopped.
 
     What was read is kept, so that it outlives the files.
     """

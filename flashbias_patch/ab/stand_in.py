@@ -1,8 +1,9 @@
 """flash_attn for the unpatched side, where none is installed: `flashbias ab --stand-in-for-a`.
 
-flash-attn 0.2 and 1.x, which CMT and its family import at module scope, cannot be built for current PyTorch: unpatched
-code then fails at import. With the option, and only in processes of A, an import of flash_attn that finds nothing
-gets functions of the same names, computed by torch's scaled_dot_product_attention.
+flash-attn 0.2 and 1.x, which CMT and its family import at module scope, cannot be built for current
+PyTorch: unpatched code then fails at import. With the option, and only in processes of A, an import
+of flash_attn that finds nothing gets functions of the same names, computed by torch's
+scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ import types
 from typing import Any, Optional
 
 MODULES = ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn.bert_padding")
-MISSING = r"No module named '?flash_attn|cannot import name .* from '?flash_attn|flash_attn\S*\.so: undefined symbol"
+MISSING = (
+    r"No module named '?flash_attn|cannot import name .* from "
+    r"'?flash_attn|flash_attn\S*\.so: undefined symbol"
+)
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """The last finder: it finds what no other does."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
+    def find_spec(
+        self, name: str, path: Any = None, target: Any = None
+    ) -> Optional[importlib.machinery.ModuleSpec]:
         if name not in MODULES:
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=name == "flash_attn")

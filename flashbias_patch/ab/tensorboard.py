@@ -1,4 +1,5 @@
-"""A comparison as TensorBoard runs, one a run: `A1`, `B2`, ... Needs the tensorboard package only."""
+"""A comparison as TensorBoard runs, one a run: `A1`, `B2`, ... Needs the tensorboard package
+only."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""The verdict on a comparison: failures first, then speed, memory and training; and what `--fail-if` fires on."""
+"""The verdict on a comparison: failures first, then speed, memory and training; and what
+`--fail-if` fires on."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -18,7 +19,12 @@ FAIL_IF = ("slower", "differs", "more-memory", "fails")
 BUSY_SHARE, BUSY_OTHERS = 0.9, 0.1  # of all CPUs: both together are other work that slows a run
 MOST_CONFIRMATIONS = 4  # nudged runs of A, before "differs" is said
 STALLS_SHARE = 0.1  # of a side's time, from which stalls are worth a note
-CUT_SHORT = ("crashed", "hung", "record lost", records.OUT_OF_MEMORY)  # of these the headline says after how many steps
+CUT_SHORT = (
+    "crashed",
+    "hung",
+    "record lost",
+    records.OUT_OF_MEMORY,
+)  # of these the headline says after how many steps
 SIDES = {"A": "unpatched", "B": "patched"}
 
 
@@ -62,7 +68,9 @@ class Verdict:
     problems: List[str] = field(default_factory=list)
     notes: List[str] = field(default_factory=list)
     timing: Optional[Timing] = None
-    calls: Optional[int] = None  # attention calls of all patched runs; None: no patched run recorded any step
+    calls: Optional[int] = (
+        None  # attention calls of all patched runs; None: no patched run recorded any step
+    )
     inference: bool = False  # no training steps: detections are compared instead
     detections: Optional[Dict[str, Any]] = None
     patched_peak: float = float("nan")  # bytes; also where there is nothing to compare it with
@@ -71,8 +79,11 @@ class Verdict:
     @property
     def only_patched_fits(self) -> bool:
         """The best result: unpatched runs out of memory, patched trains."""
-        return bool(self.failures) and all(f.side == "A" and f.status == records.OUT_OF_MEMORY for f in self.failures) \
-            and math.isfinite(self.patched_step)  # fmt: skip
+        return (
+            bool(self.failures)
+            and all(f.side == "A" and f.status == records.OUT_OF_MEMORY for f in self.failures)
+            and math.isfinite(self.patched_step)
+        )
 
     @property
     def failed(self) -> bool:
@@ -100,7 +111,9 @@ class Verdict:
     def parity_word(self) -> str:
         if self.failed:
             return "fails"
-        return self.detections["word"] if self.detections is not None else parity.worst(self.parities)
+        return (
+            self.detections["word"] if self.detections is not None else parity.worst(self.parities)
+        )
 
     @property
     def first_step(self) -> Optional[int]:
@@ -132,8 +145,9 @@ def judge(
     seed: int = 0,
     detections: Optional[Dict[str, Any]] = None,
 ) -> Verdict:
-    """The verdict on what `flashbias ab` recorded. Failed runs count for what they recorded, where their side has no
-    other: a run cut short would shorten all that is compared. `detections`: their comparison, of an inference.
+    """The verdict on what `flashbias ab` recorded. Failed runs count for what they recorded, where
+    their side has no other: a run cut short would shorten all that is compared. `detections`: their
+    comparison, of an inference.
     """
     a, b = (_whole(experiment.side(label)) for label in "AB")
     verdict = Verdict(inference=bool(experiment.options.get("inference")), detections=detections)
@@ -147,9 +161,13 @@ def judge(
         if done:
             verdict.patched_peak = max(run.peak_memory() for run in done)
             steps = [t[np.isfinite(t)] for t in (run.step_seconds() for run in done)]
-            warm_up = min(int(experiment.options.get("warmup", 0)), max(0, min(map(len, steps)) - 1))
+            warm_up = min(
+                int(experiment.options.get("warmup", 0)), max(0, min(map(len, steps)) - 1)
+            )
             kept = [t[warm_up:] for t in steps if t[warm_up:].size]
-            verdict.patched_step = float(np.mean([statistics.midmean(t) for t in kept])) if kept else float("nan")
+            verdict.patched_step = (
+                float(np.mean([statistics.midmean(t) for t in kept])) if kept else float("nan")
+            )
             verdict.memory_kind = done[0].memory_kind()
     verdict.problems = [str(failure) for failure in verdict.failures]
     if not verdict.only_patched_fits:
@@ -160,7 +178,12 @@ def judge(
 
 
 def _compare(
-    verdict: Verdict, experiment: Experiment, a: List[Run], b: List[Run], warmup: Optional[int], seed: int
+    verdict: Verdict,
+    experiment: Experiment,
+    a: List[Run],
+    b: List[Run],
+    warmup: Optional[int],
+    seed: int,
 ) -> None:
     plain, nudged = [r for r in a if not r.nudged] or a, [r for r in a if r.nudged]
     warm = int(experiment.options.get("warmup", 0)) if warmup is None else warmup
@@ -169,7 +192,9 @@ def _compare(
         fitting = max(min(warm, 1), min(warm, fewest - MIN_STEPS))
         steps = "1 step is" if fewest == 1 else f"{fewest} steps are"
         if fitting != warm:
-            verdict.notes.append(f"{steps} too few for a warm-up of {warm}: {fitting} left out instead")
+            verdict.notes.append(
+                f"{steps} too few for a warm-up of {warm}: {fitting} left out instead"
+            )
         warm = fitting
     crowded = [run for run in plain + b if is_crowded(run, experiment)]
     spread = statistics.CROWDED_SPREAD if crowded else statistics.TYPICAL_SPREAD["time"]
@@ -181,12 +206,15 @@ def _compare(
     verdict.memory = statistics.compare_peaks(peaks[0], peaks[1], verdict.memory_kind)
     clocks = {run.clock for run in plain + b}
     verdict.clock = clocks.pop() if len(clocks) == 1 else "wall clock"
-    verdict.parities = parity.of_runs(plain, b, nudged if nudged != plain else [], any(run.half for run in a + b))
+    verdict.parities = parity.of_runs(
+        plain, b, nudged if nudged != plain else [], any(run.half for run in a + b)
+    )
     verdict.timing = _timing(plain, b, verdict.speed, sides)
     verdict.notes += _notes_on_times(verdict, experiment, crowded, min(len(plain), len(b)))
     if any(run.redrawn for run in nudged):
         verdict.notes.append(
-            "patched, other random numbers are drawn (by dropout, say): training is held against more As that draw "
+            "patched, other random numbers are drawn (by dropout, say): training is held against "
+            "more As that draw "
             "others too. Without dropout it can be held against rounding"
         )
 
@@ -194,9 +222,10 @@ def _compare(
 def next_run(experiment: Experiment, verdict: Verdict) -> Optional[Tuple[str, str]]:
     """The run that the verdict still needs: (side, nudge); None: no more.
 
-    A nudged A, unless B is identical: where A differs from A hardly or not at all, that says nothing about rounding,
-    of which B's is another than A's. And before "differs" is said, up to four of them, and a second B: noise of two
-    kinds, or a decision that falls one way or the other late, is easily missing in two As.
+    A nudged A, unless B is identical: where A differs from A hardly or not at all, that says
+    nothing about rounding, of which B's is another than A's. And before "differs" is said, up to
+    four of them, and a second B: noise of two kinds, or a decision that falls one way or the other
+    late, is easily missing in two As.
     """
     a, b = experiment.side("A"), experiment.side("B")
     if verdict.failures or verdict.inference or not a or not b:
@@ -234,17 +263,23 @@ def _failures(experiment: Experiment) -> List[Failure]:
     for run in experiment.runs:
         status, message = run.status, run.message
         if status == "ok" and not inference and longest is not None and run.steps < longest.steps:
-            status, message = "ended early", f"{run.steps} steps, where {longest.name} made {longest.steps}"
+            status, message = (
+                "ended early",
+                f"{run.steps} steps, where {longest.name} made {longest.steps}",
+            )
             said = [note for p in run.ranks or run.processes for note in p.notes]
             message += f"; {said[0]}" if said else ""
         elif status == "ok":
             continue
         if status in CUT_SHORT and not inference and run.steps < wanted:
-            reached = f"after {run.steps} of {wanted} steps" if run.steps else "before its first step"
+            reached = (
+                f"after {run.steps} of {wanted} steps" if run.steps else "before its first step"
+            )
             message = f"{reached}: {message}"
         if run.label == "A" and re.search(stand_in.MISSING, run.log_tail):
             message += (
-                "; unpatched code imports flash_attn, which is not installed or not complete: `--stand-in-for-a` runs A "
+                "; unpatched code imports flash_attn, which is not installed or not complete: "
+                "`--stand-in-for-a` runs A "
                 "with functions of the same names, computed by torch's scaled_dot_product_attention"
             )
         found.append(Failure(run.name, run.label, status, message, run.steps))
@@ -259,12 +294,18 @@ def _other_problems(experiment: Experiment, a: List[Run], b: List[Run]) -> List[
     for run in a + b:
         missing = records.missing_ranks(run)
         if missing:
-            found.append(f"{run.name}: {missing} of {missing + len(run.ranks)} ranks recorded no step")
+            found.append(
+                f"{run.name}: {missing} of {missing + len(run.ranks)} ranks recorded no step"
+            )
     return found
 
 
 def _notes(experiment: Experiment, runs: List[Run]) -> List[str]:
-    found = [f"{run.name}: a process was killed; what it had recorded is used" for run in runs if run.killed]
+    found = [
+        f"{run.name}: a process was killed; what it had recorded is used"
+        for run in runs
+        if run.killed
+    ]
     for run in runs:
         said = list(dict.fromkeys(note for p in run.ranks for note in p.notes))
         found += [f"{run.name}: {note}" for note in said[:2]]
@@ -277,7 +318,9 @@ def _notes(experiment: Experiment, runs: List[Run]) -> List[str]:
             f"number {chosen + 1} is judged, --process NUMBER or NAME chooses"
         )
     if experiment.options.get("stand_in"):
-        found.append("A ran with a stand-in for flash_attn (--stand-in-for-a), not with flash-attn itself")
+        found.append(
+            "A ran with a stand-in for flash_attn (--stand-in-for-a), not with flash-attn itself"
+        )
     wanted = int(experiment.options.get("steps") or 0)
     steps = {run.steps for run in runs}
     if len(steps) == 1 and max(steps) < wanted and all(run.status == "ok" for run in runs):
@@ -285,15 +328,32 @@ def _notes(experiment: Experiment, runs: List[Run]) -> List[str]:
     return found
 
 
-def _timing(a: List[Run], b: List[Run], speed: Optional[Ratio], sides: Sequence[Sequence[np.ndarray]]) -> Timing:
-    startup = tuple(float(np.mean([run.startup_seconds() for run in side])) for side in (a, b))
-    total = tuple(float(np.mean([run.seconds for run in side])) or float("nan") for side in (a, b))
-    later, gain = startup[1] - startup[0], speed.mean.a - speed.mean.b if speed and speed.mean else 0.0
-    break_even = math.ceil(later / gain) if gain > 0 and math.isfinite(later) and later > 0 else None
-    return Timing(startup, total, break_even, (statistics.stalls(sides[0]), statistics.stalls(sides[1])))  # type: ignore[arg-type]
+def _mean(seconds: Iterable[float]) -> float:
+    return float(np.mean(list(seconds)))
 
 
-def _notes_on_times(verdict: Verdict, experiment: Experiment, crowded: List[Run], repeats: int) -> List[str]:
+def _timing(
+    a: List[Run], b: List[Run], speed: Optional[Ratio], sides: Sequence[Sequence[np.ndarray]]
+) -> Timing:
+    startup = (_mean(run.startup_seconds() for run in a), _mean(run.startup_seconds() for run in b))
+    total = (
+        _mean(run.seconds for run in a) or math.nan,
+        _mean(run.seconds for run in b) or math.nan,
+    )
+    later, gain = (
+        startup[1] - startup[0],
+        speed.mean.a - speed.mean.b if speed and speed.mean else 0.0,
+    )
+    break_even = (
+        math.ceil(later / gain) if gain > 0 and math.isfinite(later) and later > 0 else None
+    )
+    stalls = (statistics.stalls(sides[0]), statistics.stalls(sides[1]))
+    return Timing(startup, total, break_even, stalls)
+
+
+def _notes_on_times(
+    verdict: Verdict, experiment: Experiment, crowded: List[Run], repeats: int
+) -> List[str]:
     found = []
     speed, timing = verdict.speed, verdict.timing
     assert timing is not None
@@ -304,7 +364,8 @@ def _notes_on_times(verdict: Verdict, experiment: Experiment, crowded: List[Run]
         worst = max(crowded, key=lambda run: run.others)
         cpus = int(experiment.host.get("cpus") or 1)
         found.append(
-            f"other work kept the machine busy ({worst.others:.1f} of {cpus} CPUs during {worst.name}): "
+            f"other work kept the machine busy ({worst.others:.1f} of {cpus} CPUs during "
+            f"{worst.name}): "
             f"a spread of {statistics.CROWDED_SPREAD:.0%} between runs is assumed"
         )
     if speed and (speed.disagree or max(s.share for s in timing.stalls) > STALLS_SHARE):
@@ -312,18 +373,28 @@ def _notes_on_times(verdict: Verdict, experiment: Experiment, crowded: List[Run]
             f"{s.slow} of {s.steps} steps {SIDES[label]}, {s.share:.0%} of the time"
             for label, s in zip("BA", reversed(timing.stalls))
         ]
-        found.append(f"stalls, steps that take more than {statistics.STALL:g} times the usual one: {'; '.join(sides)}")
+        found.append(
+            f"stalls, steps that take more than {statistics.STALL:g} times the usual one: "
+            f"{'; '.join(sides)}"
+        )
     if speed and speed.disagree and speed.mean:
         found.append(
-            f"usual step and mean disagree: patched / unpatched is {speed.value:.2f} for the usual step and "
+            f"usual step and mean disagree: patched / unpatched is {speed.value:.2f} for the "
+            "usual step and "
             f"{speed.mean.value:.2f} for the mean of all, which is what the command takes"
         )
     needed = speed.repeats_needed() if speed and not crowded and not speed.decided else None
     if needed is not None and needed > repeats:
-        found.append(f"a difference in speed of this size would take {needed} repeats, or more steps, to decide")
+        found.append(
+            f"a difference in speed of this size would take {needed} repeats, or more steps, to "
+            "decide"
+        )
     if timing.break_even is not None and verdict.speed_word == "faster":
         later = timing.startup[1] - timing.startup[0]
-        found.append(f"patched, the first step ends {later:.1f} s later: made up for at step {timing.break_even}")
+        found.append(
+            f"patched, the first step ends {later:.1f} s later: made up for at step "
+            f"{timing.break_even}"
+        )
     return found
 
 

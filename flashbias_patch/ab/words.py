@@ -42,7 +42,10 @@ def sentence(verdict: Verdict) -> str:
     if verdict.inference:
         return "Inference, unpatched and patched: the detections are what is compared."
     if not verdict.comparable:
-        return f"Nothing to compare: {verdict.problems[-1] if verdict.problems else 'no run recorded a step'}."
+        return (
+            "Nothing to compare: "
+            f"{verdict.problems[-1] if verdict.problems else 'no run recorded a step'}."
+        )
     return zero + _comparison(verdict)
 
 
@@ -53,7 +56,8 @@ def _failure(verdict: Verdict) -> str:
         made = verdict.failures[0].steps
         after = f" after {made} step{'' if made == 1 else 's'}" if made else ""
         return (
-            f"Unpatched runs out of memory{after}; patched trains at {seconds(verdict.patched_step)} a step in "
+            f"Unpatched runs out of memory{after}; patched trains at "
+            f"{seconds(verdict.patched_step)} a step in "
             f"{size(verdict.patched_peak)}."
         )
     if all(f is None or f.status == "interrupted" for f in first.values()):
@@ -63,7 +67,11 @@ def _failure(verdict: Verdict) -> str:
     if all(f is None or f.status == records.OUT_OF_MEMORY for f in first.values()):
         return f"{who} run{'' if len(names) > 1 else 's'} out of memory: {_which(first)}"
     imports = any("--stand-in-for-a" in f.message for f in verdict.failures)
-    hint = " It imports flash_attn, which is not installed: `--stand-in-for-a` stands in for it." if imports else ""
+    hint = (
+        " It imports flash_attn, which is not installed: `--stand-in-for-a` stands in for it."
+        if imports
+        else ""
+    )
     return f"{who} fail{'' if len(names) > 1 else 's'}: {_which(first)}{hint}"
 
 
@@ -71,7 +79,10 @@ def _which(first: dict) -> str:
     said = []
     for failure in filter(None, first.values()):
         message = failure.message.partition("; ")[0]
-        said.append(f"{failure.run} {_verb(failure.status)}{failure.joint}{message}" + ("" if message.endswith("?") else "."))
+        said.append(
+            f"{failure.run} {_verb(failure.status)}{failure.joint}{message}"
+            + ("" if message.endswith("?") else ".")
+        )
     return " ".join(said)
 
 
@@ -98,13 +109,18 @@ def _comparison(verdict: Verdict) -> str:
     )
     if word in ("undecided", "not finite"):
         worst = next(p for p in sorted(verdict.parities, key=lambda p: p.badness) if p.word == word)
-        what = "Whether it trains the same is undecided" if word == "undecided" else f"The {worst.quantity} is not finite"
+        what = (
+            "Whether it trains the same is undecided"
+            if word == "undecided"
+            else f"The {worst.quantity} is not finite"
+        )
         return f"{joined(says)}. {what}: {worst.why}{_since(worst)}."
     return joined([*says, training_clause(word, verdict.first_step)]) + "."
 
 
 def clauses(speed: Optional[Tuple[float, str]], memory: Optional[Tuple[float, str]]) -> List[str]:
-    """Speed and memory, each (patched / unpatched, word), as parts of a sentence that begins with "Patched"."""
+    """Speed and memory, each (patched / unpatched, word), as parts of a sentence that begins with
+    "Patched"."""
     says = []
     if speed is not None:
         value, word = speed
@@ -130,11 +146,19 @@ def training_clause(word: str, first_step: Optional[int]) -> str:
 
 
 def joined(says: List[str]) -> str:
-    return f"Patched {', '.join(says[:-1])}{' and ' if len(says) > 1 else ''}{says[-1]}" if says else "Patched runs"
+    return (
+        f"Patched {', '.join(says[:-1])}{' and ' if len(says) > 1 else ''}{says[-1]}"
+        if says
+        else "Patched runs"
+    )
 
 
 def _since(parity: Parity) -> str:
-    return f" from step {parity.drowned_at} on" if parity.word == "undecided" and parity.drowned_at else ""
+    return (
+        f" from step {parity.drowned_at} on"
+        if parity.word == "undecided" and parity.drowned_at
+        else ""
+    )
 
 
 def times(ratio: float) -> str:
@@ -157,7 +181,9 @@ def size(value: float) -> str:
 
 
 def ends(ratio: Ratio) -> str:
-    return "-" if ratio.low is None or ratio.high is None else f"{ratio.low:.3f} to {ratio.high:.3f}"
+    return (
+        "-" if ratio.low is None or ratio.high is None else f"{ratio.low:.3f} to {ratio.high:.3f}"
+    )
 
 
 def interval(ratio: Ratio) -> str:
@@ -186,11 +212,21 @@ def figures(verdict: Verdict) -> List[Figure]:
     if speed is not None:
         rows.append(_figure("time per step, usual", speed, seconds, verdict.speed_word))
         if speed.mean is not None:
-            word = "" if verdict.failures else {1: "slower", -1: "faster"}.get(speed.mean.excludes_one, "")
+            word = (
+                ""
+                if verdict.failures
+                else {1: "slower", -1: "faster"}.get(speed.mean.excludes_one, "")
+            )
             row = _figure("time per step, mean", speed.mean, seconds, word)
-            rows.append(row._replace(interval=f"{row.interval} ({MEAN_LEVEL:.0f}%)" if row.interval != "-" else "-"))
+            rows.append(
+                row._replace(
+                    interval=f"{row.interval} ({MEAN_LEVEL:.0f}%)" if row.interval != "-" else "-"
+                )
+            )
     elif math.isfinite(verdict.patched_step):
-        rows.append(Figure("time per step, usual", "-", seconds(verdict.patched_step), "-", "-", ""))
+        rows.append(
+            Figure("time per step, usual", "-", seconds(verdict.patched_step), "-", "-", "")
+        )
     if timing is not None:
         rows.append(_plain("start to first step", timing.startup))
         rows.append(_plain("whole run", timing.total))
@@ -231,24 +267,31 @@ def parity_line(parity: Parity) -> str:
     parted = f", they part at step {parity.first_step}" if parity.first_step is not None else ""
     why = f": {parity.why}{_since(parity)}" if parity.why else ""
     noise = "no A/A pair" if parity.noise is None else f"A/A {relative(parity.noise)}"
-    noise += "" if parity.drift is None else f", {extra_run(parity.redrawn)} {relative(parity.drift)}"
+    noise += (
+        "" if parity.drift is None else f", {extra_run(parity.redrawn)} {relative(parity.drift)}"
+    )
     return (
-        f"{parity.quantity}{where}: {parity.word}{parted}{why}; largest difference {relative(parity.largest)} at step "
+        f"{parity.quantity}{where}: {parity.word}{parted}{why}; largest difference "
+        f"{relative(parity.largest)} at step "
         f"{parity.largest_at} of {parity.steps} ({noise})"
     )
 
 
 def parity_lines(verdict: Verdict) -> List[str]:
-    """Loss and gradient norm, then the parts of the loss that are not within noise, and how many are."""
+    """Loss and gradient norm, then the parts of the loss that are not within noise, and how many
+    are."""
     found = [parity_line(p) for p in verdict.parities if not p.part]
     parts = [p for p in verdict.parities if p.part and p.word != "not compared"]
     bad = sorted((p for p in parts if tone(p.word) != "good"), key=lambda p: p.badness)
     found += [f"part of the loss, {parity_line(p)}" for p in bad]
     if len(bad) < len(parts):
-        found.append(f"{len(parts) - len(bad)} of {len(parts)} parts of the loss: within rounding or noise")
+        found.append(
+            f"{len(parts) - len(bad)} of {len(parts)} parts of the loss: within rounding or noise"
+        )
     return [until_then(verdict) + line for line in found]
 
 
 def until_then(verdict: Verdict) -> str:
-    """Before a word on training: beside a failure it holds only for what both sides had recorded."""
+    """Before a word on training: beside a failure it holds only for what both sides had
+    recorded."""
     return "until then, " if verdict.failures else ""

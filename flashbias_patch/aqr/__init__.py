@@ -2,6 +2,7 @@
 
 Names are loaded on first use (PEP 562): `options` is read before torch is imported.
 """
+
 from __future__ import annotations
 
 TYPE_CHECKING = False
@@ -22,8 +23,21 @@ _HOMES = {
     "window_router": ("WindowRouter",),
 }
 
-__all__ = ["AdaptiveQueryRouter", "Geometry", "Locality", "ModalityDrop", "Options", "Places", "Routing",
-           "WindowRouter", "drop_modalities", "places", "provide_geometry", "record_routing", "supervision_loss"]
+__all__ = [
+    "AdaptiveQueryRouter",
+    "Geometry",
+    "Locality",
+    "ModalityDrop",
+    "Options",
+    "Places",
+    "Routing",
+    "WindowRouter",
+    "drop_modalities",
+    "places",
+    "provide_geometry",
+    "record_routing",
+    "supervision_loss",
+]
 
 
 def __getattr__(name: str) -> Any:

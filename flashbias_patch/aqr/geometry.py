@@ -1,4 +1,5 @@
 """Where queries and keys are: reference points projected onto the BEV grid and into the cameras."""
+
 from __future__ import annotations
 
 import contextvars
@@ -17,8 +18,8 @@ _geometry: contextvars.ContextVar[Optional[Geometry]] = contextvars.ContextVar(
 
 
 class Geometry(NamedTuple):
-    """reference (B|1, M, 3) in 0..1 of pc_range (x0, y0, z0, x1, y1, z1, metres); lidar2img (B, V, 4, 4) to
-    pixels, or None without cameras; img_shape (height, width) in pixels."""
+    """reference (B|1, M, 3) in 0..1 of pc_range (x0, y0, z0, x1, y1, z1, metres); lidar2img (B, V,
+    4, 4) to pixels, or None without cameras; img_shape (height, width) in pixels."""
 
     reference: Tensor
     pc_range: Tuple[float, ...]
@@ -29,8 +30,8 @@ class Geometry(NamedTuple):
 class Places(NamedTuple):
     """Queries and keys in the frames of their segments, as SquaredDistanceBias takes them.
 
-    A frame is the BEV grid (metres) or one camera (units of the image's width, from its upper left corner).
-    query_xy (B, M, F, 2), valid (B, M, F) bool, lengths: keys in each of the F frames.
+    A frame is the BEV grid (metres) or one camera (units of the image's width, from its upper left
+    corner). query_xy (B, M, F, 2), valid (B, M, F) bool, lengths: keys in each of the F frames.
     """
 
     query_xy: Tensor
@@ -38,14 +39,19 @@ class Places(NamedTuple):
     lengths: Tuple[int, ...]
     bev: bool  # whether the first frame is the BEV grid
     grids: Tuple[Tuple[int, int], ...] = ()  # rows and columns of each frame
-    extents: Tuple[Tuple[float, float, float, float], ...] = ()  # of each frame, in units of xy: x, y, width, height
+    extents: Tuple[
+        Tuple[float, float, float, float], ...
+    ] = ()  # of each frame, in units of xy: x, y, width, height
 
     @property
     def key_xy(self) -> Tensor:
         """(1, N, 2): the middle of each key's cell in its frame."""
         found: List[Tensor] = []
         for place, (grid, (x, y, width, height)) in enumerate(zip(self.grids, self.extents)):
-            if place and (grid, self.extents[place]) == (self.grids[place - 1], self.extents[place - 1]):
+            if place and (grid, self.extents[place]) == (
+                self.grids[place - 1],
+                self.extents[place - 1],
+            ):
                 found.append(found[-1])  # cameras are alike
                 continue
             xy = _cells(*grid, self.query_xy) * self.query_xy.new_tensor((width, height))
@@ -54,22 +60,27 @@ class Places(NamedTuple):
 
     def kinds(self, device: Any) -> Tensor:
         """(F,) long: 0 for the BEV frame, 1 for a camera."""
-        return torch.tensor([0 if self.bev and i == 0 else 1 for i in range(len(self.lengths))], device=device)
+        return torch.tensor(
+            [0 if self.bev and i == 0 else 1 for i in range(len(self.lengths))], device=device
+        )
 
     def visible(self, num_segments: int) -> Tensor:
         """(B, M, S) bool: in view of the segment; cameras that share a segment count together."""
         if num_segments == len(self.lengths):
             return self.valid
-        cameras = self.valid[..., int(self.bev):].any(-1, keepdim=True)
+        cameras = self.valid[..., int(self.bev) :].any(-1, keepdim=True)
         return torch.cat([self.valid[..., :1], cameras], -1) if self.bev else cameras
 
     def cells(self) -> Tensor:
-        """(B, M, F, 2) floating whole numbers: row, column of the cell of each query in each frame's grid.
+        """(B, M, F, 2) floating whole numbers: row, column of the cell of each query in each
+        frame's grid.
 
         A query outside a frame has the nearest cell of its edge there; NaN stays NaN.
         """
-        numbers = [(-x, -y, columns / width, rows / height, columns - 1, rows - 1)
-                   for (x, y, width, height), (rows, columns) in zip(self.extents, self.grids)]
+        numbers = [
+            (-x, -y, columns / width, rows / height, columns - 1, rows - 1)
+            for (x, y, width, height), (rows, columns) in zip(self.extents, self.grids)
+        ]
         shift, scale, last = self.query_xy.new_tensor(numbers).split(2, -1)
         cell = ((self.query_xy + shift) * scale).floor()
         return torch.minimum(cell.clamp(min=0.0), last).flip(-1)
@@ -83,18 +94,29 @@ def provide_geometry(
 ) -> None:
     """Tell the next transformer with a router where its queries are; a CMT head does so by itself.
 
-    reference (B, M, 3) or (M, 3) in 0..1 of pc_range, no gradient is taken from it; lidar2img (B, V, 4, 4), tensor
-    or array-like, lidar metres to pixels of the network's input; img_shape (height, width) of that input.
+    reference (B, M, 3) or (M, 3) in 0..1 of pc_range, no gradient is taken from it; lidar2img (B,
+    V, 4, 4), tensor or array-like, lidar metres to pixels of the network's input; img_shape
+    (height, width) of that input.
     """
-    if not isinstance(reference, Tensor) or reference.dim() not in (2, 3) or reference.shape[-1] != 3:
+    if (
+        not isinstance(reference, Tensor)
+        or reference.dim() not in (2, 3)
+        or reference.shape[-1] != 3
+    ):
         got = tuple(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
         raise ValueError(f"reference: expected a Tensor (B, M, 3) or (M, 3), got {got}")
     if len(pc_range) != 6:
         raise ValueError(f"pc_range: expected x0, y0, z0, x1, y1, z1, got {pc_range!r}")
     if (lidar2img is None) != (img_shape is None):
-        raise ValueError("lidar2img and img_shape come together: give both, or neither where there is no camera")
+        raise ValueError(
+            "lidar2img and img_shape come together: give both, or neither where there is no camera"
+        )
     points = reference.detach().float()
-    matrices = None if lidar2img is None else torch.as_tensor(lidar2img, dtype=torch.float32, device=points.device)
+    matrices = (
+        None
+        if lidar2img is None
+        else torch.as_tensor(lidar2img, dtype=torch.float32, device=points.device)
+    )
     if matrices is not None and (matrices.dim() != 4 or matrices.shape[-2:] != (4, 4)):
         raise ValueError(f"lidar2img: expected (B, V, 4, 4), got {tuple(matrices.shape)}")
     size = None if img_shape is None else (int(img_shape[0]), int(img_shape[1]))
@@ -113,7 +135,8 @@ def take_geometry() -> Optional[Geometry]:
 def places(
     geometry: Geometry, bev: Optional[Tuple[int, int]], views: Optional[Tuple[int, int, int]]
 ) -> Places:
-    """bev: (rows along y, columns along x) of the grid; views: (V, rows, columns); keys in that order, row by row.
+    """bev: (rows along y, columns along x) of the grid; views: (V, rows, columns); keys in that
+    order, row by row.
 
     ValueError where the geometry lacks cameras, or has another number of them.
     """
@@ -130,7 +153,11 @@ def places(
         grids.append(bev)
         extents.append((x, y, end_x - x, end_y - y))
     if views is not None:
-        if geometry.lidar2img is None or geometry.img_shape is None or geometry.lidar2img.shape[1] != views[0]:
+        if (
+            geometry.lidar2img is None
+            or geometry.img_shape is None
+            or geometry.lidar2img.shape[1] != views[0]
+        ):
             got = "none" if geometry.lidar2img is None else geometry.lidar2img.shape[1]
             raise ValueError(f"lidar2img: expected the matrices of {views[0]} cameras, got {got}")
         height, width = geometry.img_shape
@@ -143,8 +170,11 @@ def places(
     batch = max(part.shape[0] for part in query)
     return Places(
         torch.cat([part.expand(batch, -1, -1, -1) for part in query], 2),
-        torch.cat([part.expand(batch, -1, -1) for part in valid], 2), tuple(lengths), bev is not None,
-        tuple(grids), tuple(extents),
+        torch.cat([part.expand(batch, -1, -1) for part in valid], 2),
+        tuple(lengths),
+        bev is not None,
+        tuple(grids),
+        tuple(extents),
     )
 
 
@@ -157,7 +187,8 @@ def _cells(rows: int, columns: int, like: Tensor) -> Tensor:
 
 
 def _project(points: Tensor, lidar2img: Tensor, height: int, width: int) -> Tuple[Tensor, Tensor]:
-    """(B|1, M, 3), (B, V, 4, 4) -> (B, M, V, 2) in units of the image's width, (B, M, V) in view."""
+    """(B|1, M, 3), (B, V, 4, 4) -> (B, M, V, 2) in units of the image's width, (B, M, V) in
+    view."""
     batch = lidar2img.shape[0]
     seen = torch.einsum("bvij,bmj->bmvi", lidar2img[..., :3, :3], points.expand(batch, -1, -1))
     seen = seen + lidar2img[:, None, :, :3, 3]

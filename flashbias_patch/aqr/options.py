@@ -1,4 +1,6 @@
-"""The `aqr=dict(...)` of a transformer's config and FLASHBIAS_AQR: one set of options, checked by name."""
+"""The `aqr=dict(...)` of a transformer's config and FLASHBIAS_AQR: one set of options, checked by
+name."""
+
 from __future__ import annotations
 
 import ast
@@ -35,7 +37,9 @@ class Options(NamedTuple):
     bias: str = MODALITY
     per: str = "scalar"
     init_bias_scale: float = INIT_BIAS_SCALE[MODALITY]  # `read` has the default of the given bias
-    cameras: Optional[int] = None  # camera segments: 1 = all as one, V = one each; None: as the transformer has it
+    cameras: Optional[int] = (
+        None  # camera segments: 1 = all as one, V = one each; None: as the transformer has it
+    )
     locality: Any = False
     hidden_dims: Optional[int] = None
     eps: float = 1e-6
@@ -44,7 +48,9 @@ class Options(NamedTuple):
     window: int = 15  # cells along the edge of a window in a camera, and on the BEV grid
     lidar_window: Optional[int] = None  # on the BEV grid where it is another number
     gaussian: Optional[float] = None  # sigma of the profile in cells; None or False: a box
-    camera_windows: str = "first"  # a window in the first camera that sees the query, or in "all" that do
+    camera_windows: str = (
+        "first"  # a window in the first camera that sees the query, or in "all" that do
+    )
     min_scale: float = 0.5  # bias_scale is clamped to [min_scale, max_scale]
     max_scale: float = 5.0
 
@@ -58,7 +64,9 @@ def read(given: Any, source: str = "aqr") -> Options:
     unknown = sorted(str(name) for name in given if name not in Options._fields)
     if unknown:
         near = {name: settings.nearest(name, Options._fields) for name in unknown}
-        named = ", ".join(f"{name} (the nearest is {near[name]})" if near[name] else name for name in unknown)
+        named = ", ".join(
+            f"{name} (the nearest is {near[name]})" if near[name] else name for name in unknown
+        )
         raise ValueError(f"{source}: unknown option {named}; known: {', '.join(Options._fields)}")
     options = Options(**given)
     if options.locality in (0, 1):
@@ -70,8 +78,10 @@ def read(given: Any, source: str = "aqr") -> Options:
         value = getattr(options, name)
         if value not in choices:
             nearest = settings.nearest(str(value), choices)
-            raise ValueError(f"{source}.{name}: expected one of {', '.join(choices)}, got {value!r}"
-                             + (f"; the nearest is {nearest!r}" if nearest else ""))
+            raise ValueError(
+                f"{source}.{name}: expected one of {', '.join(choices)}, got {value!r}"
+                + (f"; the nearest is {nearest!r}" if nearest else "")
+            )
     if "init_bias_scale" not in given:
         options = options._replace(init_bias_scale=INIT_BIAS_SCALE[options.bias])
     if options.gaussian is False:
@@ -87,7 +97,9 @@ def read(given: Any, source: str = "aqr") -> Options:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{source}.{name}: expected an integer or None, got {value!r}")
         if value is not None and value < least:
-            raise ValueError(f"{source}.{name}: expected an integer of at least {least}, got {value!r}")
+            raise ValueError(
+                f"{source}.{name}: expected an integer of at least {least}, got {value!r}"
+            )
     return _checked(options, source)
 
 
@@ -96,23 +108,41 @@ def _checked(options: Options, source: str) -> Options:
     for bias, names in ONLY.items():
         for name in names:
             if bias != options.bias and getattr(options, name) != Options._field_defaults[name]:
-                raise ValueError(f"{source}.{name}: an option of bias={bias!r}, got bias={options.bias!r}")
-    if isinstance(options.window, bool) or not isinstance(options.window, int) or options.window < 1:
-        raise ValueError(f"{source}.window: expected an integer of at least 1, got {options.window!r}")
+                raise ValueError(
+                    f"{source}.{name}: an option of bias={bias!r}, got bias={options.bias!r}"
+                )
+    if (
+        isinstance(options.window, bool)
+        or not isinstance(options.window, int)
+        or options.window < 1
+    ):
+        raise ValueError(
+            f"{source}.window: expected an integer of at least 1, got {options.window!r}"
+        )
     sigma = options.gaussian
     if sigma is not None:
         if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
-            raise TypeError(f"{source}.gaussian: expected False or the width sigma in cells, got {sigma!r}")
+            raise TypeError(
+                f"{source}.gaussian: expected False or the width sigma in cells, got {sigma!r}"
+            )
         if not 0.0 < sigma < math.inf:
-            raise ValueError(f"{source}.gaussian: expected a positive width sigma in cells, got {sigma!r}")
-    if options.bias == WINDOW and not options.min_scale <= options.init_bias_scale <= options.max_scale:
-        raise ValueError(f"{source}.init_bias_scale: expected a number from min_scale to max_scale, "
-                         f"{options.min_scale!r} to {options.max_scale!r}, got {options.init_bias_scale!r}")
+            raise ValueError(
+                f"{source}.gaussian: expected a positive width sigma in cells, got {sigma!r}"
+            )
+    if (
+        options.bias == WINDOW
+        and not options.min_scale <= options.init_bias_scale <= options.max_scale
+    ):
+        raise ValueError(
+            f"{source}.init_bias_scale: expected a number from min_scale to max_scale, "
+            f"{options.min_scale!r} to {options.max_scale!r}, got {options.init_bias_scale!r}"
+        )
     return options
 
 
 def from_environment() -> Optional[Options]:
-    """FLASHBIAS_AQR: a switch ("1", "off"), or "key=value,..." with enable implied; None where unset."""
+    """FLASHBIAS_AQR: a switch ("1", "off"), or "key=value,..." with enable implied; None where
+    unset."""
     text = settings.current().aqr
     if not text:
         return None

@@ -1,4 +1,6 @@
-"""The router: how much each object query should listen to each modality, as a bias on its attention scores."""
+"""The router: how much each object query should listen to each modality, as a bias on its attention
+scores."""
+
 from __future__ import annotations
 
 import contextlib
@@ -22,7 +24,8 @@ EXTRA = "_extra_state"  # the name that torch gives to what is no tensor of the 
 
 
 class Locality(NamedTuple):
-    """Initial scales of the locality term: `bev` in 1/m^2, `camera` in 1/(image width)^2; 1 / (2 sigma^2)."""
+    """Initial scales of the locality term: `bev` in 1/m^2, `camera` in 1/(image width)^2; 1 / (2
+    sigma^2)."""
 
     bev: float = 0.005  # sigma 10 m
     camera: float = 8.0  # sigma a quarter of the image's width
@@ -43,7 +46,8 @@ _recorder: contextvars.ContextVar[Optional[List[Routing]]] = contextvars.Context
 
 @contextlib.contextmanager
 def record_routing() -> Iterator[List[Routing]]:
-    """Collects, detached, what every router thinks in this block: `with record_routing() as seen: model(...)`."""
+    """Collects, detached, what every router thinks in this block: `with record_routing() as seen:
+    model(...)`."""
     seen: List[Routing] = []
     token = _recorder.set(seen)
     try:
@@ -53,21 +57,25 @@ def record_routing() -> Iterator[List[Routing]]:
 
 
 class AdaptiveQueryRouter(nn.Module):
-    """Scores each query over S key segments (lidar BEV, cameras) and turns the scores into an attention bias.
+    """Scores each query over S key segments (lidar BEV, cameras) and turns the scores into an
+    attention bias.
 
         w = softmax(logits)                                    (B, M, S)
         bias[b, h, m, n] = bias_scale * (log(w[b, m, s(n)] + eps) - locality[b, m, n])
 
-    The scoring follows the idea of MoME's Adaptive Query Router (CVPR 2025, arXiv 2503.19776), which sends each
-    query to one of {camera, lidar, fused} experts; here the choice is soft: softmax(scores + log w) gives a
-    segment w times the attention it would have had. With the learned, non-negative scales of `locality`, the
-    squared distance between key and query in the BEV plane and in each camera is subtracted; a query outside a
-    camera's view gets no such term there. bias_scale = 0 is the model without a router.
+    The scoring follows the idea of MoME's Adaptive Query Router (CVPR 2025, arXiv 2503.19776),
+    which sends each query to one of {camera, lidar, fused} experts; here the choice is soft:
+    softmax(scores + log w) gives a segment w times the attention it would have had. With the
+    learned, non-negative scales of `locality`, the squared distance between key and query in the
+    BEV plane and in each camera is subtracted; a query outside a camera's view gets no such term
+    there. bias_scale = 0 is the model without a router.
 
-    logits: a hidden layer on the query, then a linear layer over the segments; plus, where `features` are given,
-    the product of that hidden layer with a projection of each segment's mean feature (a zeroed sensor shows);
-    plus a learned gain where `places` show the query inside a segment's view (without places `visible_gain` gets a
-    gradient of 0: a CMT head provides them with `locality` or windows only, see geometry.provide_geometry).
+    logits: a hidden layer on the query, then a linear layer over the segments; plus, where
+    `features` are given, the product of that hidden layer with a projection of each segment's mean
+    feature (a zeroed sensor shows); plus a learned gain where `places` show the query inside a
+    segment's view (without places `visible_gain` gets a
+    gradient of 0: a CMT head provides them with `locality` or windows only, see
+    geometry.provide_geometry).
 
     Args:
         embed_dims: C, width of the queries.
@@ -79,8 +87,9 @@ class AdaptiveQueryRouter(nn.Module):
         locality: None, True, or initial scales as a Locality or a dict(bev=..., camera=...).
         eps: added to w before the logarithm; bounds the bias from below by bias_scale * log(eps).
 
-    Computes in float32, whatever autocast or the parameters' dtype. Its parameters are drawn without touching the
-    global random state, and none is called `weight`: initialisers that walk over modules leave them alone.
+    Computes in float32, whatever autocast or the parameters' dtype. Its parameters are drawn
+    without touching the global random state, and none is called `weight`: initialisers that walk
+    over modules leave them alone.
     """
 
     # Where a transformer's config asks for them; read by the wrapper that built the router.
@@ -101,8 +110,11 @@ class AdaptiveQueryRouter(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        sizes: Dict[str, Any] = {"embed_dims": embed_dims, "num_segments": num_segments,
-                                 "hidden_dims": max(embed_dims // 2, 1) if hidden_dims is None else hidden_dims}
+        sizes: Dict[str, Any] = {
+            "embed_dims": embed_dims,
+            "num_segments": num_segments,
+            "hidden_dims": max(embed_dims // 2, 1) if hidden_dims is None else hidden_dims,
+        }
         if per == "head":
             sizes["num_heads"] = num_heads
         if per == "layer":
@@ -119,7 +131,7 @@ class AdaptiveQueryRouter(nn.Module):
             return nn.Parameter(torch.empty(rows, columns).normal_(std=std, generator=generator))
 
         hidden = sizes["hidden_dims"]
-        self.query_proj = drawn(hidden, embed_dims, embed_dims ** -0.5)
+        self.query_proj = drawn(hidden, embed_dims, embed_dims**-0.5)
         self.query_proj_bias = nn.Parameter(torch.zeros(hidden))
         self.feature_proj = drawn(hidden, embed_dims, 0.02)
         self.segment_proj = drawn(num_segments, hidden, 0.02)
@@ -129,21 +141,29 @@ class AdaptiveQueryRouter(nn.Module):
         if scales is None:
             self.register_parameter("locality_raw", None)
         else:  # softplus of it is the scale
-            self.locality_raw = nn.Parameter(torch.tensor([math.log(math.expm1(value)) for value in scales]))
+            self.locality_raw = nn.Parameter(
+                torch.tensor([math.log(math.expm1(value)) for value in scales])
+            )
 
-        self._register_state_dict_hook(_save_drop)  # and not get_extra_state: without `drop` there is no such key
+        self._register_state_dict_hook(
+            _save_drop
+        )  # and not get_extra_state: without `drop` there is no such key
 
     @property
     def locality_scales(self) -> Optional[Tensor]:
-        """(2,) non-negative: BEV in 1/m^2, camera in 1/(image width)^2; None without a locality term."""
+        """(2,) non-negative: BEV in 1/m^2, camera in 1/(image width)^2; None without a locality
+        term."""
         return None if self.locality_raw is None else F.softplus(self.locality_raw.float())
 
     def route(
         self, query: Tensor, features: Optional[Tensor] = None, places: Optional[Places] = None
     ) -> Routing:
-        """query (B|1, M, C), features (B, S, C): each segment's mean feature -> logits and weights (B, M, S)."""
+        """query (B|1, M, C), features (B, S, C): each segment's mean feature -> logits and weights
+        (B, M, S)."""
         if query.dim() != 3 or query.shape[-1] != self.embed_dims:
-            raise ValueError(f"query: expected (B, M, C) with C = {self.embed_dims}, got {tuple(query.shape)}")
+            raise ValueError(
+                f"query: expected (B, M, C) with C = {self.embed_dims}, got {tuple(query.shape)}"
+            )
         if features is not None and features.shape[1:] != (self.num_segments, self.embed_dims):
             raise ValueError(
                 f"features: expected (B, S, C) with S, C = {self.num_segments}, {self.embed_dims}, "
@@ -156,7 +176,9 @@ class AdaptiveQueryRouter(nn.Module):
                 content = _linear(_normed(features), self.feature_proj)
                 logits = logits + hidden @ content.transpose(1, 2) * hidden.shape[-1] ** -0.5
             if places is not None:
-                logits = logits + places.visible(self.num_segments).float() * self.visible_gain.float()
+                logits = (
+                    logits + places.visible(self.num_segments).float() * self.visible_gain.float()
+                )
             routing = Routing(logits, self._weights(logits), places)
         seen = _recorder.get()
         if seen is not None and current_graph_task() == -1:  # not in a recomputation
@@ -171,28 +193,39 @@ class AdaptiveQueryRouter(nn.Module):
         """Whether `bias` needs to know where the queries are."""
         return self.locality_raw is not None
 
-    def biases(self, routing: Routing, segments: Sequence[int]) -> List[Tuple[AttentionBias, Optional[Tuple[int, ...]]]]:
+    def biases(
+        self, routing: Routing, segments: Sequence[int]
+    ) -> List[Tuple[AttentionBias, Optional[Tuple[int, ...]]]]:
         """Each bias with the layers that it is for, None: all."""
         if self.per != "layer":
             return [(self.bias(routing, segments), None)]
-        return [(self.bias(routing, segments, layer), (layer,)) for layer in range(len(self.bias_scale))]
+        return [
+            (self.bias(routing, segments, layer), (layer,)) for layer in range(len(self.bias_scale))
+        ]
 
     def _scale(self, layer: Optional[int]) -> Tensor:
         """bias_scale of all layers or of one, float32: (1,) or (H,)."""
         if (layer is None) == (self.per == "layer"):
-            raise ValueError(f"layer: expected an index with per='layer' and None otherwise, got {layer!r} "
-                             f"with per={self.per!r}")
+            raise ValueError(
+                f"layer: expected an index with per='layer' and None otherwise, got {layer!r} "
+                f"with per={self.per!r}"
+            )
         scale = (self.bias_scale if layer is None else self.bias_scale[layer]).float()
         return scale if self.per == "head" else scale.reshape(1)
 
-    def bias(self, routing: Routing, segments: Sequence[int], layer: Optional[int] = None) -> AttentionBias:
-        """The bias over keys whose S segments have these lengths; `layer` picks its scale with per="layer".
+    def bias(
+        self, routing: Routing, segments: Sequence[int], layer: Optional[int] = None
+    ) -> AttentionBias:
+        """The bias over keys whose S segments have these lengths; `layer` picks its scale with
+        per="layer".
 
         (B|1, H|1, M, N): rank S, exact, and 4 more ranks a frame (BEV, each camera) with locality.
         """
         scale = self._scale(layer)
         if len(segments) != self.num_segments:
-            raise ValueError(f"segments: expected {self.num_segments} lengths, got {tuple(segments)}")
+            raise ValueError(
+                f"segments: expected {self.num_segments} lengths, got {tuple(segments)}"
+            )
         log_weights = (routing.weights + self.eps).log()
         modality = ModalityBias(log_weights.unsqueeze(2) * scale[:, None], segments)
         if self.locality_raw is None:
@@ -200,7 +233,8 @@ class AdaptiveQueryRouter(nn.Module):
         if routing.places is None:
             raise ValueError(
                 "locality: the router needs the queries' reference points; call "
-                "flashbias_patch.aqr.provide_geometry(...) before the transformer, or set locality=False"
+                "flashbias_patch.aqr.provide_geometry(...) before the transformer, or set "
+                "locality=False"
             )
         return modality + self._locality(routing.places, scale)
 
@@ -217,26 +251,44 @@ class AdaptiveQueryRouter(nn.Module):
         return self.bias(self.route(query, features, places), segments, layer)
 
     def _locality(self, places: Places, scale: Tensor) -> AttentionBias:
-        """-bias_scale * s * |x - y|^2: exact factors of the unit distance, the scales on the queries' side."""
-        unit = SquaredDistanceBias(places.query_xy, places.key_xy, 1.0, places.lengths, places.valid)
+        """-bias_scale * s * |x - y|^2: exact factors of the unit distance, the scales on the
+        queries' side."""
+        unit = SquaredDistanceBias(
+            places.query_xy, places.key_xy, 1.0, places.lengths, places.valid
+        )
         q_factor, k_factor = unit.factors()
         scales = self.locality_scales
         assert scales is not None
-        a_frame = scales[places.kinds(scales.device)].repeat_interleave(unit.rank // len(places.lengths))
+        a_frame = scales[places.kinds(scales.device)].repeat_interleave(
+            unit.rank // len(places.lengths)
+        )
         return LowRankBias(q_factor * (scale[:, None] * a_frame), k_factor)
 
     def zero(self) -> Tensor:
-        """0 with a gradient path to every parameter: none is ever unused, whatever a batch lacks (DDP)."""
-        return (torch.cat([parameter.float().reshape(-1) for parameter in self.parameters()]) * 0.0).sum()
+        """0 with a gradient path to every parameter: none is ever unused, whatever a batch lacks
+        (DDP)."""
+        return (
+            torch.cat([parameter.float().reshape(-1) for parameter in self.parameters()]) * 0.0
+        ).sum()
 
     def _load_from_state_dict(
-        self, state_dict: Dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: List[str], unexpected_keys: List[str], error_msgs: List[str],
+        self,
+        state_dict: Dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: List[str],
+        unexpected_keys: List[str],
+        error_msgs: List[str],
     ) -> None:
         own = [prefix + name for name, _ in self.named_parameters()]
         if not any(name in state_dict for name in own):  # a checkpoint from before the router
-            journal.once(("aqr checkpoint", prefix), "warning",
-                         "the checkpoint has no router: %s keep their initial values", ", ".join(own))
+            journal.once(
+                ("aqr checkpoint", prefix),
+                "warning",
+                "the checkpoint has no router: %s keep their initial values",
+                ", ".join(own),
+            )
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -255,8 +307,11 @@ class AdaptiveQueryRouter(nn.Module):
         return f"{self.embed_dims}, segments={self.num_segments}, per={self.per!r}{locality}"
 
 
-def _save_drop(router: AdaptiveQueryRouter, state_dict: Dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """State dict hook, which mmcv 1.x calls too: a resumed run goes on with the random sequence of `drop`."""
+def _save_drop(
+    router: AdaptiveQueryRouter, state_dict: Dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    """State dict hook, which mmcv 1.x calls too: a resumed run goes on with the random sequence of
+    `drop`."""
     if router.drop is not None:
         state_dict[prefix + EXTRA] = router.drop.state()
 
@@ -277,7 +332,9 @@ def _check_sizes(sizes: Dict[str, Any], per: str) -> None:
             raise ValueError(f"{name}: expected a positive integer, got {size!r}")
 
 
-def _locality(value: Union[None, bool, Tuple[float, float], Dict[str, float]]) -> Optional[Locality]:
+def _locality(
+    value: Union[None, bool, Tuple[float, float], Dict[str, float]],
+) -> Optional[Locality]:
     if value is None or value is False:
         return None
     if value is True:
@@ -288,4 +345,7 @@ def _locality(value: Union[None, bool, Tuple[float, float], Dict[str, float]]) -
             return Locality(*map(float, scales))
     except TypeError:
         pass
-    raise ValueError(f"locality: expected True, False or dict(bev=..., camera=...) of positive numbers, got {value!r}")
+    raise ValueError(
+        "locality: expected True, False or dict(bev=..., camera=...) of positive numbers, got "
+        f"{value!r}"
+    )

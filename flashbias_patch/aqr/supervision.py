@@ -1,4 +1,6 @@
-"""Dropping a sensor in training, and telling the router which one it was (as MoME does, arXiv 2503.19776)."""
+"""Dropping a sensor in training, and telling the router which one it was (as MoME does, arXiv
+2503.19776)."""
+
 from __future__ import annotations
 
 import random
@@ -11,9 +13,11 @@ LIDAR, CAMERA = "lidar", "camera"
 
 
 class ModalityDrop:
-    """Chooses, sample by sample, whether a sensor is dropped: lidar or cameras, each with probability / 2.
+    """Chooses, sample by sample, whether a sensor is dropped: lidar or cameras, each with
+    probability / 2.
 
-    Draws from a generator of its own: other random numbers of a run do not change. Each `rank` has its own sequence.
+    Draws from a generator of its own: other random numbers of a run do not change. Each `rank` has
+    its own sequence.
     """
 
     def __init__(self, probability: float, seed: int = 0, rank: int = 0) -> None:
@@ -24,7 +28,7 @@ class ModalityDrop:
         self._start(seed)
 
     def _start(self, seed: int) -> None:
-        self.seed, self.drawn = seed % 2 ** 63, 0
+        self.seed, self.drawn = seed % 2**63, 0
         self._random = random.Random(self.seed + self.rank)
 
     def draw(self, batch: int) -> List[Optional[str]]:
@@ -32,7 +36,10 @@ class ModalityDrop:
         chosen: List[Optional[str]] = []
         self.drawn += batch
         for _ in range(batch):
-            dropped, sensor = self._random.random() < self.probability, self._random.choice((LIDAR, CAMERA))
+            dropped, sensor = (
+                self._random.random() < self.probability,
+                self._random.choice((LIDAR, CAMERA)),
+            )
             chosen.append(sensor if dropped else None)
         return chosen
 
@@ -41,25 +48,38 @@ class ModalityDrop:
         return torch.tensor([self.seed, self.drawn], dtype=torch.int64)
 
     def restore(self, state: Any) -> None:
-        """Go on, on this rank, where a run of this `state` was. ValueError for anything but a `state()`."""
+        """Go on, on this rank, where a run of this `state` was. ValueError for anything but a
+        `state()`."""
         if not isinstance(state, Tensor) or tuple(state.shape) != (2,) or state.is_floating_point():
-            got = f"{tuple(state.shape)} {state.dtype}" if isinstance(state, Tensor) else type(state).__name__
+            got = (
+                f"{tuple(state.shape)} {state.dtype}"
+                if isinstance(state, Tensor)
+                else type(state).__name__
+            )
             raise ValueError(f"the state of aqr.drop: expected two integers, got {got}")
         seed, drawn = state.tolist()
         self._start(seed)
         self.draw(drawn)
 
 
-def drop_modalities(x: Tensor, x_img: Tensor, dropped: Sequence[Optional[str]]) -> Tuple[Tensor, Tensor]:
-    """Zero x (B, ...) where "lidar" is dropped and x_img (B*V, ...) where "camera" is; positions stay."""
+def drop_modalities(
+    x: Tensor, x_img: Tensor, dropped: Sequence[Optional[str]]
+) -> Tuple[Tensor, Tensor]:
+    """Zero x (B, ...) where "lidar" is dropped and x_img (B*V, ...) where "camera" is; positions
+    stay."""
     if len(dropped) != x.shape[0] or x_img.shape[0] % x.shape[0]:
-        raise ValueError(f"dropped: expected one entry a sample, B = {x.shape[0]}, got {len(dropped)}, with x_img's "
-                         f"first dimension {x_img.shape[0]} a multiple of B")
+        raise ValueError(
+            f"dropped: expected one entry a sample, B = {x.shape[0]}, got {len(dropped)}, with "
+            "x_img's "
+            f"first dimension {x_img.shape[0]} a multiple of B"
+        )
     if not any(dropped):
         return x, x_img
 
     def kept(like: Tensor, sensor: str) -> Tensor:
-        keep = torch.tensor([name != sensor for name in dropped], dtype=like.dtype, device=like.device)
+        keep = torch.tensor(
+            [name != sensor for name in dropped], dtype=like.dtype, device=like.device
+        )
         keep = keep.repeat_interleave(like.shape[0] // len(dropped))
         return like * keep.view(-1, *[1] * (like.dim() - 1))
 
@@ -67,15 +87,20 @@ def drop_modalities(x: Tensor, x_img: Tensor, dropped: Sequence[Optional[str]]) 
 
 
 def supervision_loss(logits: Tensor, dropped: Sequence[Optional[str]]) -> Tensor:
-    """Cross entropy of the router's choice against the sensors that are left; 0 where none was dropped.
+    """Cross entropy of the router's choice against the sensors that are left; 0 where none was
+    dropped.
 
-    logits (B, M, S), segment 0 the lidar, the others cameras. A sample's target is the lidar where "camera" was
-    dropped, and all cameras alike where "lidar" was. MoME has a third class, fused, for intact samples; here those
-    are left to the detection losses, since soft weights need no class for "both".
+    logits (B, M, S), segment 0 the lidar, the others cameras. A sample's target is the lidar where
+    "camera" was dropped, and all cameras alike where "lidar" was. MoME has a third class, fused,
+    for intact samples; here those are left to the detection losses, since soft weights need no
+    class for "both".
     """
     batch, _, segments = logits.shape
     if len(dropped) != batch or segments < 2:
-        raise ValueError(f"logits: expected (B, M, S) with S >= 2 and B = {len(dropped)}, got {tuple(logits.shape)}")
+        raise ValueError(
+            f"logits: expected (B, M, S) with S >= 2 and B = {len(dropped)}, got "
+            f"{tuple(logits.shape)}"
+        )
     target = logits.new_zeros(batch, segments)
     for sample, sensor in enumerate(dropped):
         if sensor == CAMERA:

@@ -1,4 +1,6 @@
-"""The router of local windows: two weights a query, painted around its place on the BEV grid and in the cameras."""
+"""The router of local windows: two weights a query, painted around its place on the BEV grid and in
+the cameras."""
+
 from __future__ import annotations
 
 import math
@@ -14,23 +16,27 @@ from .router import AdaptiveQueryRouter, Routing
 
 
 class WindowRouter(AdaptiveQueryRouter):
-    """Scores each query over lidar and cameras and adds its weights to the scores of the keys near the query.
+    """Scores each query over lidar and cameras and adds its weights to the scores of the keys near
+    the query.
 
-        w = tanh(logits)                                                           (B, M, S), S = 1 or 2
-        bias[b, h, m, n] = clamp(bias_scale) * w[b, m, s(n)] * profile[b, m, n]    inside a window of the query, else 0
+        w = tanh(logits)                                                           (B, M, S), S = 1
+        or 2 bias[b, h, m, n] = clamp(bias_scale) * w[b, m, s(n)] * profile[b, m, n]    inside a
+        window of the query, else 0
 
-    The windows of a query are squares of `lidar_window` cells around its cell of the BEV grid and of `window` cells around
-    its place in a camera. The bias is exact and never dense: see bias.WindowBias. logits: as AdaptiveQueryRouter.
+    The windows of a query are squares of `lidar_window` cells around its cell of the BEV grid and
+    of `window` cells around its place in a camera. The bias is exact and never dense: see
+    bias.WindowBias. logits: as AdaptiveQueryRouter.
 
     Args:
-        embed_dims, num_segments, num_heads, num_layers, per, hidden_dims: as AdaptiveQueryRouter; num_segments is 2, or 1
-            without lidar or without cameras.
+        embed_dims, num_segments, num_heads, num_layers, per, hidden_dims: as AdaptiveQueryRouter;
+            num_segments is 2, or 1 without lidar or without cameras.
         window: cells along an edge, an even side 2h reaches from -h + 1 to h.
         lidar_window: the same on the BEV grid; None: `window`.
         gaussian: None for a profile of 1, or sigma in cells of exp(-(dy^2 + dx^2) / (2 sigma^2)).
-        camera_windows: "first": one window, in the first camera that sees the query; "all": one in each that does.
-        init_bias_scale, min_scale, max_scale: bias_scale's initial value, and the bounds to which it is clamped in use;
-            its gradient beyond them is 0.
+        camera_windows: "first": one window, in the first camera that sees the query; "all": one in
+            each that does.
+        init_bias_scale, min_scale, max_scale: bias_scale's initial value, and the bounds to which
+            it is clamped in use; its gradient beyond them is 0.
     """
 
     def __init__(
@@ -49,12 +55,20 @@ class WindowRouter(AdaptiveQueryRouter):
     ) -> None:
         super().__init__(embed_dims, num_segments, init_bias_scale=init_bias_scale, **options)
         if num_segments not in (1, 2):
-            raise ValueError(f"num_segments: expected 2, or 1 without lidar or without cameras, got {num_segments!r}")
+            raise ValueError(
+                "num_segments: expected 2, or 1 without lidar or without cameras, got "
+                f"{num_segments!r}"
+            )
         if camera_windows not in CAMERA_WINDOWS:
-            raise ValueError(f"camera_windows: expected one of {', '.join(CAMERA_WINDOWS)}, got {camera_windows!r}")
+            raise ValueError(
+                f"camera_windows: expected one of {', '.join(CAMERA_WINDOWS)}, got "
+                f"{camera_windows!r}"
+            )
         if not 0.0 <= min_scale <= init_bias_scale <= max_scale < math.inf:
-            raise ValueError("init_bias_scale: expected 0 <= min_scale <= init_bias_scale <= max_scale, got "
-                             f"{min_scale!r}, {init_bias_scale!r}, {max_scale!r}")
+            raise ValueError(
+                "init_bias_scale: expected 0 <= min_scale <= init_bias_scale <= max_scale, got "
+                f"{min_scale!r}, {init_bias_scale!r}, {max_scale!r}"
+            )
         self.window, self.lidar_window = window, window if lidar_window is None else lidar_window
         self.gaussian, self.camera_windows = gaussian, camera_windows
         self.min_scale, self.max_scale = float(min_scale), float(max_scale)
@@ -66,13 +80,19 @@ class WindowRouter(AdaptiveQueryRouter):
     def needs_places(self) -> bool:
         return True
 
-    def biases(self, routing: Routing, segments: Sequence[int]) -> List[Tuple[AttentionBias, Optional[Tuple[int, ...]]]]:
-        windows = self.windows(routing)  # once: the layers share the tables that a kernel makes of its centres
+    def biases(
+        self, routing: Routing, segments: Sequence[int]
+    ) -> List[Tuple[AttentionBias, Optional[Tuple[int, ...]]]]:
+        windows = self.windows(
+            routing
+        )  # once: the layers share the tables that a kernel makes of its centres
         if self.per != "layer":
             return [(windows * self._scale(None), None)]
         return [(windows * self._scale(layer), (layer,)) for layer in range(len(self.bias_scale))]
 
-    def bias(self, routing: Routing, segments: Sequence[int], layer: Optional[int] = None) -> AttentionBias:
+    def bias(
+        self, routing: Routing, segments: Sequence[int], layer: Optional[int] = None
+    ) -> AttentionBias:
         """(B|1, 1|H, M, N) over the keys of `routing.places`; `segments` is not needed."""
         return self.windows(routing) * self._scale(layer)
 
@@ -81,7 +101,8 @@ class WindowRouter(AdaptiveQueryRouter):
         places = routing.places
         if places is None:
             raise ValueError(
-                "window: the router needs the queries' reference points; call flashbias_patch.aqr.provide_geometry(...) "
+                "window: the router needs the queries' reference points; call "
+                "flashbias_patch.aqr.provide_geometry(...) "
                 "before the transformer, or set bias='modality'"
             )
         centres, visible, frames = window_places(places, self.camera_windows)
@@ -91,21 +112,31 @@ class WindowRouter(AdaptiveQueryRouter):
             weights = torch.cat([routing.weights[..., :1], weights], -1)
         batch = max(weights.shape[0], centres.shape[0])
         sides = (self.lidar_window,) * int(places.bev) + (self.window,) * cameras
-        return WindowBias(weights.expand(batch, -1, -1), centres.expand(batch, -1, -1, -1), frames, sides,
-                          self.gaussian, visible.expand(batch, -1, -1))
+        return WindowBias(
+            weights.expand(batch, -1, -1),
+            centres.expand(batch, -1, -1, -1),
+            frames,
+            sides,
+            self.gaussian,
+            visible.expand(batch, -1, -1),
+        )
 
     def _scale(self, layer: Optional[int]) -> Tensor:
         return super()._scale(layer).clamp(self.min_scale, self.max_scale)
 
     def extra_repr(self) -> str:
-        sides = f"window={self.window}, lidar_window={self.lidar_window}, camera_windows={self.camera_windows!r}"
+        sides = (
+            f"window={self.window}, lidar_window={self.lidar_window}, "
+            f"camera_windows={self.camera_windows!r}"
+        )
         return f"{super().extra_repr()}, {sides}"
 
 
 def window_places(places: Places, camera_windows: str) -> Tuple[Tensor, Tensor, Tuple[Grid, ...]]:
     """Centres (B, M, S, 3), whole floating numbers; visible (B, M, S) bool; and the S frames.
 
-    The frames are the BEV grid if there is one, and then all cameras as one ("first") or each by itself ("all").
+    The frames are the BEV grid if there is one, and then all cameras as one ("first") or each by
+    itself ("all").
     """
     cells, seen, bev = places.cells(), places.valid, int(places.bev)
     grids = places.grids[bev:]

@@ -1,4 +1,5 @@
 """How softmax(q k^T * scale + bias) v is computed. Knows nothing of mmcv or of any repository."""
+
 from .inputs import AttentionInputs
 from .interface import flash_bias_attention
 

@@ -1,7 +1,8 @@
-"""What `flashbias bench` measures: every backend on this machine's device, at the attention shapes of known models.
+"""What `flashbias bench` measures: every backend on this machine's device, at the attention shapes
+of known models.
 
-On CUDA, medians of events, synchronised once at the end: what a call costs on an idle GPU, so that a call
-shorter than its launching shows the launching. On the CPU, medians of wall clock.
+On CUDA, medians of events, synchronised once at the end: what a call costs on an idle GPU, so that
+a call shorter than its launching shows the launching. On the CPU, medians of wall clock.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from .inputs import AttentionInputs, build
 from .recovery import errors
 
 
-def _shape(batch: int, queries: int, keys: int, heads: int, head_dim: int, rank: int = 8) -> Dict[str, int]:
+def _shape(
+    batch: int, queries: int, keys: int, heads: int, head_dim: int, rank: int = 8
+) -> Dict[str, int]:
     return dict(batch=batch, queries=queries, keys=keys, heads=heads, head_dim=head_dim, rank=rank)
 
 
-# CMT attends to six image maps at a sixteenth of the image's size and to a bird's-eye grid of 128 or 180 squared.
+# CMT attends to six image maps at a sixteenth of the image's size and to a bird's-eye grid of 128
+# or 180 squared.
 SHAPES: Dict[str, Dict[str, int]] = {
     "tiny": _shape(1, 64, 256, 2, 32),
     "square-1024": _shape(2, 1024, 1024, 4, 32),
@@ -43,29 +47,36 @@ SHAPES: Dict[str, Dict[str, int]] = {
 }
 BACKENDS = tuple(selection.MODULES)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-CPU_SCORES = 1 << 24  # the most that a CPU is asked for: seconds, where the larger shapes take minutes
+CPU_SCORES = (
+    1 << 24
+)  # the most that a CPU is asked for: seconds, where the larger shapes take minutes
 SAMPLE = 64  # queries whose output is compared with float64
 WARM_UP, REPEATS = 3, {"cuda": 20, "cpu": 3}
 
 
 def run(
-    shapes: Sequence[str], backends: Sequence[str], dtype: str, progress: Callable[[int, int, str], None]
+    shapes: Sequence[str],
+    backends: Sequence[str],
+    dtype: str,
+    progress: Callable[[int, int, str], None],
 ) -> Dict[str, Any]:
     """Measure `backends` at `shapes` (names of SHAPES and BACKENDS), `dtype` one of DTYPES.
 
     `progress(done, total, what)` is called before each measurement and after the last.
 
-    Returns {"environment": {what: text}, "rows": [...]}; a row has shape, sizes, backend and either why_not or
-    forward_ms, total_ms (forward and backward, gradients of q, k, v and both factors), extra_mib (peak of both,
-    None on the CPU) and error (output against float64, relative, on a sample of queries). Ctrl-C ends it
-    with the rows there are, and "interrupted": True.
+    Returns {"environment": {what: text}, "rows": [...]}; a row has shape, sizes, backend and either
+    why_not or forward_ms, total_ms (forward and backward, gradients of q, k, v and both factors),
+    extra_mib (peak of both, None on the CPU) and error (output against float64, relative, on a
+    sample of queries). Ctrl-C ends it with the rows there are, and "interrupted": True.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: List[Dict[str, Any]] = []
     found: Dict[str, Any] = {"environment": environment(device, dtype), "rows": rows}
     try:
         for shape in shapes:
-            _measure_shape(shape, backends, DTYPES[dtype], device, rows, progress, len(shapes) * len(backends))
+            _measure_shape(
+                shape, backends, DTYPES[dtype], device, rows, progress, len(shapes) * len(backends)
+            )
         progress(len(rows), len(rows), "")
     except KeyboardInterrupt:
         found["interrupted"] = True
@@ -87,16 +98,23 @@ def _scores(shape: str) -> int:
 
 
 def _measure_shape(
-    shape: str, backends: Sequence[str], dtype: torch.dtype, device: torch.device, rows: List[Dict[str, Any]],
-    progress: Callable[[int, int, str], None], total: int,
-) -> None:  # fmt: skip
+    shape: str,
+    backends: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: List[Dict[str, Any]],
+    progress: Callable[[int, int, str], None],
+    total: int,
+) -> None:
     """Add a row for each backend."""
     sizes = SHAPES[shape]
     inputs = make(sizes, dtype, device) if device.type == "cuda" or fits_a_cpu(shape) else None
     for name in backends:
         progress(len(rows), total, f"{shape} {name}")
         if inputs is None:
-            found: Dict[str, Any] = {"why_not": f"too large for a CPU ({_scores(shape):.0e} scores), needs a GPU"}
+            found: Dict[str, Any] = {
+                "why_not": f"too large for a CPU ({_scores(shape):.0e} scores), needs a GPU"
+            }
         else:
             found = measure(inputs, name)
         rows.append({"shape": shape, "sizes": sizes, "backend": name, "forward_ms": None, **found})
@@ -105,7 +123,8 @@ def _measure_shape(
 
 
 def make(sizes: Dict[str, int], dtype: torch.dtype, device: torch.device) -> AttentionInputs:
-    """A call of that size with a low-rank bias shared over batch and heads; every tensor wants its gradient."""
+    """A call of that size with a low-rank bias shared over batch and heads; every tensor wants its
+    gradient."""
     generator = torch.Generator(device).manual_seed(0)
     B, M, N, H, D, R = (sizes[k] for k in ("batch", "queries", "keys", "heads", "head_dim", "rank"))
 
@@ -113,13 +132,15 @@ def make(sizes: Dict[str, int], dtype: torch.dtype, device: torch.device) -> Att
         return torch.randn(*size, device=device, generator=generator).to(dtype).requires_grad_()
 
     q, k, v, q_factor, k_factor = (
-        random(*size) for size in ((B, M, H, D), (B, N, H, D), (B, N, H, D), (1, M, 1, R), (1, N, 1, R))
+        random(*size)
+        for size in ((B, M, H, D), (B, N, H, D), (B, N, H, D), (1, M, 1, R), (1, N, 1, R))
     )
     return build(q, k, v, LowRankBias(q_factor, k_factor))
 
 
 def measure(inputs: AttentionInputs, name: str) -> Dict[str, Any]:
-    """The columns of one row; `why_not` where the backend refuses, fails, or another one answered for it."""
+    """The columns of one row; `why_not` where the backend refuses, fails, or another one answered
+    for it."""
     against = dispatch.reasons_against(inputs, name)
     if against:
         return {"why_not": "; ".join(against)}
@@ -147,12 +168,20 @@ def measure(inputs: AttentionInputs, name: str) -> Dict[str, Any]:
         return {"why_not": "; ".join(reasons) or errors.first_line(failure)}
     after = _fallbacks(name)
     if after != before:  # the time would be another backend's
-        return {"why_not": next(reason for reason, count in after.items() if count != before.get(reason, 0))}
+        return {
+            "why_not": next(
+                reason for reason, count in after.items() if count != before.get(reason, 0)
+            )
+        }
     return {**row, "error": error}
 
 
 def _fallbacks(name: str) -> Dict[str, int]:
-    return {f"{e['call']}: {e['reason']}": e["count"] for e in journal.fallbacks() if e["source"] == name}
+    return {
+        f"{e['call']}: {e['reason']}": e["count"]
+        for e in journal.fallbacks()
+        if e["source"] == name
+    }
 
 
 def _median_ms(function: Callable[[], Any], like: Tensor) -> float:

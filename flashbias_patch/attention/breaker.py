@@ -1,4 +1,6 @@
-"""Circuit breakers: which backend is trusted with which class of call, and which one is out for it, with the reason."""
+"""Circuit breakers: which backend is trusted with which class of call, and which one is out for it,
+with the reason."""
+
 from __future__ import annotations
 
 import enum
@@ -33,14 +35,17 @@ TRUSTED = Verdict(State.TRUSTED)
 
 
 class CircuitBreaker:
-    """Verdicts by class of call and backend. A backend without a verdict has not been tried for that class."""
+    """Verdicts by class of call and backend. A backend without a verdict has not been tried for
+    that class."""
 
     def __init__(self) -> None:
         self.by_class: Dict[Key, Dict[str, Verdict]] = {}
-        # Opened by a backward pass: they wait for the next forward, since what is recomputed until then must take
-        # the backend that its forward took.
+        # Opened by a backward pass: they wait for the next forward, since what is recomputed until
+        # then must take the backend that its forward took.
         self.pending: List[Tuple[Key, str, str]] = []
-        self.plans: Dict[Any, Any] = {}  # made of verdicts (plans.py): forgotten when these may change
+        self.plans: Dict[
+            Any, Any
+        ] = {}  # made of verdicts (plans.py): forgotten when these may change
 
     def verdicts(self, key: Key) -> Dict[str, Verdict]:
         """{backend: verdict} of one class of call; what is written to it is kept."""

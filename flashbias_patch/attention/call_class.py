@@ -1,8 +1,10 @@
-"""What backends succeed or fail by: the class of a call. Self-checks, verdicts and breakers are kept by it.
+"""What backends succeed or fail by: the class of a call. Self-checks, verdicts and breakers are
+kept by it.
 
-A class is a plain tuple, since every call hashes one: (device, dtype, D, Dv, aligned, dropout, grad,
-scale > 0, deterministic, factors, segments, dense, mask, padding, windows, window mask).
+A class is a plain tuple, since every call hashes one: (device, dtype, D, Dv, aligned, dropout,
+grad, scale > 0, deterministic, factors, segments, dense, mask, padding, windows, window mask).
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Optional, Tuple
@@ -22,12 +24,28 @@ ALIGNMENT = 128
 
 
 def key_of(inputs: AttentionInputs, grad: Optional[bool] = None) -> Key:
-    """The class of a call. `grad` overrides whether a gradient is wanted (grad mode is off in backward).
+    """The class of a call. `grad` overrides whether a gradient is wanted (grad mode is off in
+    backward).
 
-    Dropout implies `grad`: it is training, and a checkpointed forward (without grad) must be answered by the
-    backend that will recompute it (with grad), or its dropout would differ.
+    Dropout implies `grad`: it is training, and a checkpointed forward (without grad) must be
+    answered by the backend that will recompute it (with grad), or its dropout would differ.
     """
-    q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale, windows, window_mask = inputs
+    (
+        q,
+        k,
+        v,
+        q_factor,
+        k_factor,
+        weights,
+        lengths,
+        dense,
+        mask,
+        padding,
+        dropout_p,
+        scale,
+        windows,
+        window_mask,
+    ) = inputs
     _, M, _, D = q.shape
     _, N, _, Dv = v.shape
     factors = segments = added = masked = padded = local = local_mask = None
@@ -55,16 +73,38 @@ def key_of(inputs: AttentionInputs, grad: Optional[bool] = None) -> Key:
         Bc, _, S, _ = window_mask.centres.shape
         local_mask = (S, Bc == 1)
     if grad is None:
-        grad = dropout_p > 0 or torch.is_grad_enabled() and (
-            q.requires_grad or k.requires_grad or v.requires_grad
-            or _wants_grad(q_factor) or _wants_grad(k_factor) or _wants_grad(weights) or _wants_grad(dense)
-            or (windows is not None and windows.weights.requires_grad)
-        )  # fmt: skip
+        grad = (
+            dropout_p > 0
+            or torch.is_grad_enabled()
+            and (
+                q.requires_grad
+                or k.requires_grad
+                or v.requires_grad
+                or _wants_grad(q_factor)
+                or _wants_grad(k_factor)
+                or _wants_grad(weights)
+                or _wants_grad(dense)
+                or (windows is not None and windows.weights.requires_grad)
+            )
+        )
     return (
-        q.device, q.dtype, D, Dv, not (M % ALIGNMENT or N % ALIGNMENT), dropout_p > 0, grad, scale > 0,
-        deterministic(), factors, segments, added, masked, padded,
-        local, local_mask,
-    )  # fmt: skip
+        q.device,
+        q.dtype,
+        D,
+        Dv,
+        not (M % ALIGNMENT or N % ALIGNMENT),
+        dropout_p > 0,
+        grad,
+        scale > 0,
+        deterministic(),
+        factors,
+        segments,
+        added,
+        masked,
+        padded,
+        local,
+        local_mask,
+    )
 
 
 def rank_bucket(rank: int) -> int:

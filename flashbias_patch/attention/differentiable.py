@@ -1,9 +1,12 @@
-"""Attention in plain differentiable operators, where fused kernels cannot be differentiated as asked.
+"""Attention in plain differentiable operators, where fused kernels cannot be differentiated as
+asked.
 
-That is inside transforms of torch.func (grad, vmap, jvp, jacrev, hessian, ...), under forward-mode differentiation, in a
-backward pass that is itself to be differentiated (create_graph=True), and in one over a batch of gradients
-(is_grads_batched). The scores are materialised, as torch.nn.MultiheadAttention does.
+That is inside transforms of torch.func (grad, vmap, jvp, jacrev, hessian, ...), under forward-mode
+differentiation, in a backward pass that is itself to be differentiated (create_graph=True), and in
+one over a batch of gradients (is_grads_batched). The scores are materialised, as
+torch.nn.MultiheadAttention does.
 """
+
 from __future__ import annotations
 
 import functools
@@ -22,7 +25,9 @@ OWN = ("triton", "sdpa", "reference")  # backends that see to it themselves
 _transform = internals.current_transform
 _tracing = internals.tracing_state
 _hooks = internals.saved_tensor_hooks
-_fused_nodes: Dict[type, bool] = {}  # whether an autograd node of that kind is one of SDPA's fused kernels
+_fused_nodes: Dict[
+    type, bool
+] = {}  # whether an autograd node of that kind is one of SDPA's fused kernels
 
 
 def needed_in_backward(grad_out: Tensor) -> bool:
@@ -42,7 +47,8 @@ def gradients(
 ) -> List[Optional[Tensor]]:
     """Gradients of the tensors of a call, in the order of TENSORS, None where `needs` says so.
 
-    They are differentiable if grad mode is on, as it is under create_graph. `compute` repeats the forward.
+    They are differentiable if grad mode is on, as it is under create_graph. `compute` repeats the
+    forward.
     """
     again = torch.is_grad_enabled()
     aliases: List[Optional[Tensor]] = []
@@ -52,18 +58,23 @@ def gradients(
             aliases.append(tensor.view_as(tensor) if need and tensor is not None else tensor)
         out = compute(inputs.with_tensors(aliases))
         wanted = [alias for alias, need in zip(aliases, needs) if need and alias is not None]
-        found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=again, allow_unused=True))
-    return [next(found) if need and alias is not None else None for alias, need in zip(aliases, needs)]
+        found = iter(
+            torch.autograd.grad(out, wanted, grad_out, create_graph=again, allow_unused=True)
+        )
+    return [
+        next(found) if need and alias is not None else None for alias, need in zip(aliases, needs)
+    ]
 
 
 def allow_again(
     node: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], scale: float
 ) -> None:
-    """Let the gradients of torch's scaled_dot_product_attention be differentiated again; `node` made its output.
+    """Let the gradients of torch's scaled_dot_product_attention be differentiated again; `node`
+    made its output.
 
-    Its fused kernels have no second derivative. Their operands, (B, H, L, D), are alive as long as the node has them
-    saved: a weak reference holds no memory. Under saved-tensor hooks, as of a checkpoint, the node has something else
-    saved: there it stays as torch has it.
+    Its fused kernels have no second derivative. Their operands, (B, H, L, D), are alive as long as
+    the node has them saved: a weak reference holds no memory. Under saved-tensor hooks, as of a
+    checkpoint, the node has something else saved: there it stays as torch has it.
     """
     kind = type(node)
     if kind not in _fused_nodes:
@@ -74,15 +85,23 @@ def allow_again(
         reference = weakref.ref
         # torch saves a copy of the mask.
         node.register_hook(
-            functools.partial(_gradients_again, reference(q), reference(k), reference(v), [attn_mask], scale)
+            functools.partial(
+                _gradients_again, reference(q), reference(k), reference(v), [attn_mask], scale
+            )
         )
 
 
 def _gradients_again(
-    q: Any, k: Any, v: Any, kept: List[Optional[Tensor]], scale: float, found: Tuple[Optional[Tensor], ...],
+    q: Any,
+    k: Any,
+    v: Any,
+    kept: List[Optional[Tensor]],
+    scale: float,
+    found: Tuple[Optional[Tensor], ...],
     grads: Tuple[Optional[Tensor], ...],
-) -> Optional[Tuple[Optional[Tensor], ...]]:  # fmt: skip
-    """In place of the gradients `found`, those that can be differentiated. None, which leaves them, if not asked to."""
+) -> Optional[Tuple[Optional[Tensor], ...]]:
+    """In place of the gradients `found`, those that can be differentiated. None, which leaves them,
+    if not asked to."""
     if not torch.is_grad_enabled():
         if not internals.keeps_graph():
             kept.clear()
@@ -94,11 +113,15 @@ def _gradients_again(
     wanted = [gradient is not None for gradient in found] + [False] * (len(operands) - len(found))
     if wanted[3] and found[3].shape != kept[0].shape:  # type: ignore[union-attr]
         return None  # it was widened in between
-    aliases: List[Any] = [t.view_as(t) if t is not None and need else t for t, need in zip(operands, wanted)]
+    aliases: List[Any] = [
+        t.view_as(t) if t is not None and need else t for t, need in zip(operands, wanted)
+    ]
     with internals.autocast_off():
         out = _plain(aliases[0], aliases[1], aliases[2], aliases[3], scale)
         asked = [alias for alias, need in zip(aliases, wanted) if need]
-        again = iter(torch.autograd.grad(out, asked, grads[0], create_graph=True, allow_unused=True))
+        again = iter(
+            torch.autograd.grad(out, asked, grads[0], create_graph=True, allow_unused=True)
+        )
     return tuple(next(again) if need else None for need in wanted[: len(found)])
 
 
@@ -124,7 +147,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], scale: 
 def attach(out: Tensor, inputs: AttentionInputs) -> Tensor:
     """`out` of a backend, without dropout, such that its gradients can be differentiated again.
 
-    An ordinary backward pass goes through the backend's own graph. Only one under create_graph is computed here.
+    An ordinary backward pass goes through the backend's own graph. Only one under create_graph is
+    computed here.
     """
     if _tracing() is not None or type(out) is not Tensor:
         return out
@@ -135,7 +159,22 @@ def attach(out: Tensor, inputs: AttentionInputs) -> Tensor:
             return out
     if inputs[12] is None and inputs[13] is None:
         q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, _, scale, _, _ = inputs
-        return _apply(out, (lengths, scale), q, k, v, q_factor, k_factor, weights, dense, mask, padding, None, None, None)
+        return _apply(
+            out,
+            (lengths, scale),
+            q,
+            k,
+            v,
+            q_factor,
+            k_factor,
+            weights,
+            dense,
+            mask,
+            padding,
+            None,
+            None,
+            None,
+        )
     return _apply(out, inputs.static(), *inputs.tensors())
 
 
@@ -162,4 +201,6 @@ class _Attached(torch.autograd.Function):
 
 _NOTHING = (None,) * (1 + len(TENSORS))
 # Function.apply without the Python that looks for transforms, inside which nothing is attached.
-_apply: Callable[..., Any] = getattr(super(torch.autograd.Function, _Attached), "apply", _Attached.apply)
+_apply: Callable[..., Any] = getattr(
+    super(torch.autograd.Function, _Attached), "apply", _Attached.apply
+)

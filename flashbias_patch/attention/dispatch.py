@@ -1,9 +1,11 @@
-"""Attention calls: the first backend that takes a call and is right on the self-check's problem computes it.
+"""Attention calls: the first backend that takes a call and is right on the self-check's problem
+computes it.
 
-Order and reasons: selection.py. What a backend is out for is kept by class of call (breaker.py): a failure opens that
-circuit breaker, so that no later step pays for it again, and the next backend answers from the same random state
-(recovery/).
+Order and reasons: selection.py. What a backend is out for is kept by class of call (breaker.py): a
+failure opens that circuit breaker, so that no later step pays for it again, and the next backend
+answers from the same random state (recovery/).
 """
+
 from __future__ import annotations
 
 from typing import Any, Dict, Optional, Tuple
@@ -19,7 +21,15 @@ from .call_class import Key, key_of
 from .inputs import AttentionInputs
 from .recovery import forward, replay
 from .recovery.blame import Stage
-from .selection import LAST_RESORT, Candidates, NoBackendError, Unavailable, backend, explain, reasons_against
+from .selection import (
+    LAST_RESORT,
+    Candidates,
+    NoBackendError,
+    Unavailable,
+    backend,
+    explain,
+    reasons_against,
+)
 
 __all__ = [
     "LAST_RESORT", "NoBackendError", "attend", "attend_traced", "backend", "breakers", "explain",
@@ -43,7 +53,8 @@ def attend(inputs: AttentionInputs, pinned: Optional[str] = None) -> Tensor:
     if breakers.pending:
         breakers.open_pending()
     checkpointed = replay.current()
-    # A checkpointed forward runs without grad, but its backend must be able to run in the recomputation too.
+    # A checkpointed forward runs without grad, but its backend must be able to run in the
+    # recomputation too.
     key = key_of(inputs) if checkpointed is None else key_of(inputs, grad=True)
     if checkpointed is None:
         return _settled(inputs, key, pinned)[0]
@@ -51,12 +62,19 @@ def attend(inputs: AttentionInputs, pinned: Optional[str] = None) -> Tensor:
 
 
 def _symbolic(inputs: AttentionInputs) -> bool:
-    """Whether sizes are symbols, as of fake tensors that stand for any batch: no class or plan can be kept by them."""
-    return not all(type(size) is int for size in (*inputs.q.shape, *inputs.k.shape, inputs.v.shape[-1], inputs.rank))
+    """Whether sizes are symbols, as of fake tensors that stand for any batch: no class or plan can
+    be kept by them."""
+    return not all(
+        type(size) is int
+        for size in (*inputs.q.shape, *inputs.k.shape, inputs.v.shape[-1], inputs.rank)
+    )
 
 
-def _replayed(checkpointed: replay.Replay, inputs: AttentionInputs, key: Key, pinned: Optional[str]) -> Tensor:
-    """The call of a checkpointed function: recomputed by the backend that computed it in the forward."""
+def _replayed(
+    checkpointed: replay.Replay, inputs: AttentionInputs, key: Key, pinned: Optional[str]
+) -> Tensor:
+    """The call of a checkpointed function: recomputed by the backend that computed it in the
+    forward."""
     name = checkpointed.begin_call()
     try:
         if name == replay.SMALL_CHUNKS:
@@ -71,7 +89,8 @@ def _settled(
     inputs: AttentionInputs, key: Key, pinned: Optional[str], replayed: str = "",
     hooked: Optional[replay.Replay] = None,
 ) -> Tuple[Tensor, str]:  # fmt: skip
-    """(output, name of the backend that computed it): by the plan that an earlier call settled, else the long way.
+    """(output, name of the backend that computed it): by the plan that an earlier call settled,
+    else the long way.
 
     `replayed` names the backend that computed the call the first time.
     """
@@ -94,7 +113,11 @@ def _follow(
     try:
         if inputs.dropout_p:
             state = random_state.now(inputs.q.device)
-        out = forward.run(candidate, name, inputs, key, state, hooked) if key[6] else candidate(inputs)
+        out = (
+            forward.run(candidate, name, inputs, key, state, hooked)
+            if key[6]
+            else candidate(inputs)
+        )
     except Exception as error:
         names = plan.candidates.names
         attempt = forward.Attempt(candidate, name, inputs, key, state, Stage.RUN, name == names[-1])
@@ -112,7 +135,8 @@ def _take(
 ) -> Tuple[Tensor, str]:  # fmt: skip
     """(output, name of the backend that computed it). `replayed` is used whatever its verdict says.
 
-    The candidates from `start` on, after `failure` of the one before. Where none fails, a plan is kept under `place`.
+    The candidates from `start` on, after `failure` of the one before. Where none fails, a plan is
+    kept under `place`.
     """
     verdicts = breakers.by_class.get(key)
     if verdicts is None:
@@ -138,7 +162,11 @@ def _take(
             if inputs.dropout_p:
                 state = random_state.now(inputs.q.device)
             hooked = replay.hooked() if key[6] else None
-            out = forward.run(candidate, name, inputs, key, state, hooked) if key[6] else candidate(inputs)
+            out = (
+                forward.run(candidate, name, inputs, key, state, hooked)
+                if key[6]
+                else candidate(inputs)
+            )
         except Exception as error:
             out = forward.recover(error, forward.Attempt(
                 candidate, name, inputs, key, state, stage, name == candidates.names[-1]
@@ -159,14 +187,17 @@ def _take(
 def _earns_trust(
     candidate: Any, name: str, inputs: AttentionInputs, key: Key, verdicts: Dict[str, Verdict]
 ) -> bool:
-    """Self-check a backend before its first answer to a class; under FLASHBIAS_STRICT a failed one raises."""
+    """Self-check a backend before its first answer to a class; under FLASHBIAS_STRICT a failed one
+    raises."""
     if inputs.q.is_cuda:
         ending.wait_for_autograd()
     if name == LAST_RESORT:
         verdicts[name] = TRUSTED
         return True
     if not selfcheck.possible(inputs):
-        return name != "upstream"  # ours and torch's are assumed to be right, one known to go wrong is not
+        return (
+            name != "upstream"
+        )  # ours and torch's are assumed to be right, one known to go wrong is not
     kept = kept_verdicts.wanted(candidate, key, name)
     if kept and kept_verdicts.holds(key, name):
         verdicts[name] = TRUSTED
@@ -187,13 +218,16 @@ def _earns_trust(
 
 
 def attend_traced(inputs: AttentionInputs, pinned: Optional[str]) -> Tensor:
-    """As attend, inside torch.compile: no self-check, breaker or fallback; what can be wrong unchecked is left out."""
+    """As attend, inside torch.compile: no self-check, breaker or fallback; what can be wrong
+    unchecked is left out."""
     if _load_all():
         for name in selection.chosen(pinned).names:
             if name != "upstream" and not _loaded[name].why_not(inputs):
                 candidate = _loaded[name]
                 return getattr(candidate, "traced", candidate)(inputs)  # type: ignore[no-any-return]
-    raise NoBackendError("no backend takes this call under torch.compile; call it uncompiled to see why")
+    raise NoBackendError(
+        "no backend takes this call under torch.compile; call it uncompiled to see why"
+    )
 
 
 def _load_all() -> bool:

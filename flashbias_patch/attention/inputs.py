@@ -1,4 +1,5 @@
 """One call of attention, validated and in normal form: what every backend receives."""
+
 from __future__ import annotations
 
 import math
@@ -15,9 +16,19 @@ from .call_class import describe, key_of
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The tensors of AttentionInputs, in the order of its `tensors()`; the rest is static.
 TENSORS = (
-    "q", "k", "v", "q_factor", "k_factor", "segment_weights", "dense", "mask", "key_padding", "window_weights",
-    "window_centres", "window_mask_centres",
-)  # fmt: skip
+    "q",
+    "k",
+    "v",
+    "q_factor",
+    "k_factor",
+    "segment_weights",
+    "dense",
+    "mask",
+    "key_padding",
+    "window_weights",
+    "window_centres",
+    "window_mask_centres",
+)
 DTYPES_IN_WORDS = "torch.float16, bfloat16, float32 or float64"
 _new: Any = tuple.__new__  # AttentionInputs(...) without the Python function around it
 
@@ -25,14 +36,13 @@ _new: Any = tuple.__new__  # AttentionInputs(...) without the Python function ar
 class AttentionInputs(NamedTuple):
     """softmax(q k^T * scale + bias) v, with the bias in several summed parts. Any strides.
 
-    Shapes: q (B, M, H, D), k (B, N, H, D), v (B, N, H, Dv), one dtype and device;
-    q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R) in q's dtype;
-    segment_weights (B|1, M, H|1, S) with segment_lengths summing to N: a constant a row over each key segment;
-    dense (B|1, H|1, M|1, N) floating, additive, may hold -inf;
-    mask (B|1, H|1, M|1, N) bool, True = masked out;
-    key_padding (B, N), bool with True = masked out, or floating and additive (may hold -inf);
-    windows: a bias of local windows, with weights of at least float32, and window_mask: all but local windows is
-    hidden (bias/grids.py; frames sum to N).
+    Shapes: q (B, M, H, D), k (B, N, H, D), v (B, N, H, Dv), one dtype and device; q_factor (B|1, M,
+    H|1, R) and k_factor (B|1, N, H|1, R) in q's dtype; segment_weights (B|1, M, H|1, S) with
+    segment_lengths summing to N: a constant a row over each key segment; dense (B|1, H|1, M|1, N)
+    floating, additive, may hold -inf; mask (B|1, H|1, M|1, N) bool, True = masked out; key_padding
+    (B, N), bool with True = masked out, or floating and additive (may hold -inf);
+    windows: a bias of local windows, with weights of at least float32, and window_mask: all but
+    local windows is hidden (bias/grids.py; frames sum to N).
     """
 
     q: Tensor
@@ -64,32 +74,82 @@ class AttentionInputs(NamedTuple):
 
     def tensors(self) -> List[Optional[Tensor]]:
         """The tensors, in the order of TENSORS."""
-        q, k, v, q_factor, k_factor, weights, _, dense, mask, padding, _, _, windows, window_mask = self
+        (
+            q,
+            k,
+            v,
+            q_factor,
+            k_factor,
+            weights,
+            _,
+            dense,
+            mask,
+            padding,
+            _,
+            _,
+            windows,
+            window_mask,
+        ) = self
         return [
-            q, k, v, q_factor, k_factor, weights, dense, mask, padding,
-            None if windows is None else windows.weights, None if windows is None else windows.centres,
+            q,
+            k,
+            v,
+            q_factor,
+            k_factor,
+            weights,
+            dense,
+            mask,
+            padding,
+            None if windows is None else windows.weights,
+            None if windows is None else windows.centres,
             None if window_mask is None else window_mask.centres,
-        ]  # fmt: skip
+        ]
 
     def with_tensors(self, tensors: Sequence[Any]) -> AttentionInputs:
         """The same call with other tensors, in the order of TENSORS."""
-        q, k, v, q_factor, k_factor, weights, dense, mask, padding, window_weights, centres, mask_centres = tensors
+        (
+            q,
+            k,
+            v,
+            q_factor,
+            k_factor,
+            weights,
+            dense,
+            mask,
+            padding,
+            window_weights,
+            centres,
+            mask_centres,
+        ) = tensors
         windows, window_mask = self.windows, self.window_mask
         if windows is not None:
             windows = windows._replace(weights=window_weights, centres=centres)
         if window_mask is not None:
             window_mask = window_mask._replace(centres=mask_centres)
         return AttentionInputs(
-            q, k, v, q_factor, k_factor, weights, self.segment_lengths, dense, mask, padding, self.dropout_p, self.scale,
-            windows, window_mask,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            q_factor,
+            k_factor,
+            weights,
+            self.segment_lengths,
+            dense,
+            mask,
+            padding,
+            self.dropout_p,
+            self.scale,
+            windows,
+            window_mask,
+        )
 
     def static(self) -> AttentionInputs:
         """The same call without its tensors."""
         return self.with_tensors((None,) * len(TENSORS))
 
     def call_class(self) -> str:
-        """What backends succeed or fail by, in words (call_class.py): device, dtype, head dims, rank, features."""
+        """What backends succeed or fail by, in words (call_class.py): device, dtype, head dims,
+        rank, features."""
         return describe(key_of(self))
 
 
@@ -104,16 +164,25 @@ def build(
     dropout_p: float = 0.0,
     scale: Optional[float] = None,
 ) -> AttentionInputs:
-    """Validate a public call and bring it to normal form. Raises ValueError/TypeError naming the argument."""
+    """Validate a public call and bring it to normal form. Raises ValueError/TypeError naming the
+    argument."""
     bias, attn_mask = read_descriptions(q, k, bias, attn_mask)
     return build_in(None, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale)[0]
 
 
 def build_in(
-    dtype: Optional[torch.dtype], q: Tensor, k: Tensor, v: Tensor, bias: Optional[AttentionBias | Tensor],
-    attn_mask: Optional[Tensor], key_padding_mask: Optional[Tensor], dropout_p: float, scale: Optional[float],
-) -> Tuple[AttentionInputs, Optional[Tensor]]:  # fmt: skip
-    """As `build`, q, k and v in `dtype` (None: as they are); and what narrow.widened needs, if anything."""
+    dtype: Optional[torch.dtype],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Optional[AttentionBias | Tensor],
+    attn_mask: Optional[Tensor],
+    key_padding_mask: Optional[Tensor],
+    dropout_p: float,
+    scale: Optional[float],
+) -> Tuple[AttentionInputs, Optional[Tensor]]:
+    """As `build`, q, k and v in `dtype` (None: as they are); and what narrow.widened needs, if
+    anything."""
     B, M, H, D, N = _check_qkv(q, k, v)
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
@@ -142,7 +211,9 @@ def build_in(
     if dtype is not None and dtype is not q.dtype:
         if narrow.wanted(q.dtype, dtype):
             learned = None if windows is None else windows.weights
-            (q, k, v), others, power = narrow.narrowed((q, k, v), (q_factor, k_factor, weights, dense, learned))
+            (q, k, v), others, power = narrow.narrowed(
+                (q, k, v), (q_factor, k_factor, weights, dense, learned)
+            )
             q_factor, k_factor, weights, dense, learned = others
             if windows is not None and learned is not None:
                 windows = windows._replace(weights=learned)
@@ -154,18 +225,35 @@ def build_in(
     if padding is not None:
         padding = _key_padding(padding, B, N, q.device)
     scale = _scale(scale, D) if scale is not None or not D else D**-0.5
-    return _new(AttentionInputs, (
-        q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, float(dropout_p), scale, windows, window_mask,
-    )), power  # fmt: skip
+    return _new(
+        AttentionInputs,
+        (
+            q,
+            k,
+            v,
+            q_factor,
+            k_factor,
+            weights,
+            lengths,
+            dense,
+            mask,
+            padding,
+            float(dropout_p),
+            scale,
+            windows,
+            window_mask,
+        ),
+    ), power
 
 
 def _scale(scale: Any, D: int) -> float:
     """The scale as a finite float; TypeError or ValueError if it is none."""
     if scale is None:
-        return D ** -0.5 if D else 1.0
+        return D**-0.5 if D else 1.0
     if isinstance(scale, Tensor) and scale.requires_grad:
         raise TypeError(
-            "scale must be a number, got a tensor that requires grad, whose gradient would be lost: "
+            "scale must be a number, got a tensor that requires grad, whose gradient would be "
+            "lost: "
             "multiply q by it and give scale=1.0"
         )
     if isinstance(scale, (bool, str, bytes)):
@@ -203,7 +291,8 @@ def _expanded(tensor: Tensor, M: int) -> Tensor:
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tuple[int, int, int, int, int]:
-    """(B, M, H, D, N); raises if q, k and v do not fit. Every call passes here: what fits is let through quickly."""
+    """(B, M, H, D, N); raises if q, k and v do not fit. Every call passes here: what fits is let
+    through quickly."""
     try:
         (B, M, H, D), (_, N, _, _), (*leading, _) = q.shape, k.shape, v.shape
         fits = k.shape == (B, N, H, D) and leading == [B, N, H] and q.dtype is k.dtype is v.dtype
@@ -215,30 +304,43 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tuple[int, int, int, int, int
 
 
 def _explain_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tuple[int, int, int, int, int]:
-    for name, tensor, axes in (("q", q, "(B, M, H, D)"), ("k", k, "(B, N, H, D)"), ("v", v, "(B, N, H, Dv)")):
+    for name, tensor, axes in (
+        ("q", q, "(B, M, H, D)"),
+        ("k", k, "(B, N, H, D)"),
+        ("v", v, "(B, N, H, Dv)"),
+    ):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor of shape {axes}, got {type(tensor).__name__}")
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have shape {axes}, got {tuple(tensor.shape)}")
         if tensor.dtype != q.dtype:
-            raise TypeError(f"q, k and v must share a dtype: q is {q.dtype}, {name} is {tensor.dtype}")
+            raise TypeError(
+                f"q, k and v must share a dtype: q is {q.dtype}, {name} is {tensor.dtype}"
+            )
         if tensor.device != q.device:
-            raise ValueError(f"q, k and v must be on one device: q is on {q.device}, {name} on {tensor.device}")
+            raise ValueError(
+                f"q, k and v must be on one device: q is on {q.device}, {name} on {tensor.device}"
+            )
     if q.dtype not in DTYPES:
         raise TypeError(f"q, k and v must be floating point ({DTYPES_IN_WORDS}), got {q.dtype}")
     B, M, H, D = q.shape
     N = k.shape[1]
     if tuple(k.shape) != (B, N, H, D):
-        raise ValueError(f"k must have shape (B, N, H, D) = ({B}, N, {H}, {D}) to fit q, got {tuple(k.shape)}")
+        raise ValueError(
+            f"k must have shape (B, N, H, D) = ({B}, N, {H}, {D}) to fit q, got {tuple(k.shape)}"
+        )
     if tuple(v.shape[:3]) != (B, N, H):
-        raise ValueError(f"v must have shape (B, N, H, Dv) = ({B}, {N}, {H}, Dv) to fit k, got {tuple(v.shape)}")
+        raise ValueError(
+            f"v must have shape (B, N, H, Dv) = ({B}, {N}, {H}, Dv) to fit k, got {tuple(v.shape)}"
+        )
     return B, M, H, D, N
 
 
 def as_bias(
     bias: AttentionBias | Tensor, B: int, H: int, M: int, N: int, argument: str = "bias"
 ) -> AttentionBias:
-    """`bias` as an AttentionBias that fits a call of that size; ValueError or TypeError if it is not one."""
+    """`bias` as an AttentionBias that fits a call of that size; ValueError or TypeError if it is
+    not one."""
     if type(bias) is BiasTensor:
         bias = bias.attention_bias(B, H, M, N) or bias.numbers()
     if isinstance(bias, Tensor):
@@ -249,14 +351,16 @@ def as_bias(
     rows = (1, M) if bias.rank is None else (M,)
     if any(size not in sizes for size, sizes in zip(bias.shape, ((1, B), (1, H), rows, (N,)))):
         raise ValueError(
-            f"bias of shape {tuple(bias.shape)} does not fit this attention: expected (B|1, H|1, M, N) with "
+            f"bias of shape {tuple(bias.shape)} does not fit this attention: expected (B|1, H|1, "
+            "M, N) with "
             f"B={B}, H={H}, M={M}, N={N}"
         )
     return bias
 
 
 def read_descriptions(q: Tensor, k: Tensor, bias: Any, attn_mask: Any) -> Tuple[Any, Any]:
-    """(bias, attn_mask) of a call, a BiasTensor among them put into `bias` as the description that it holds."""
+    """(bias, attn_mask) of a call, a BiasTensor among them put into `bias` as the description that
+    it holds."""
     if type(bias) is not BiasTensor and type(attn_mask) is not BiasTensor:
         return bias, attn_mask
     B, M, H, _, N = _check_qkv(q, k, k)
@@ -270,7 +374,8 @@ def read_descriptions(q: Tensor, k: Tensor, bias: Any, attn_mask: Any) -> Tuple[
 
 
 def _cast_factors(q_factor: Tensor, k_factor: Tensor, q: Tensor) -> Tuple[Tensor, Tensor]:
-    """Factors in q's dtype. float32 factors keep their digits in half precision by splitting (more columns)."""
+    """Factors in q's dtype. float32 factors keep their digits in half precision by splitting (more
+    columns)."""
     q_factor, k_factor = q_factor.to(q.device), k_factor.to(q.device)
     if q.dtype in (torch.float16, torch.bfloat16):
         return split_factors(q_factor, k_factor, q.dtype)
@@ -280,7 +385,8 @@ def _cast_factors(q_factor: Tensor, k_factor: Tensor, q: Tensor) -> Tuple[Tensor
 def mask_4d(
     mask: Tensor, B: int, H: int, M: int, N: int, argument: str = "attn_mask"
 ) -> Tuple[str, Tensor]:
-    """('bool' | 'float', view of shape (B|1, H|1, M|1, N)) of a mask (M,N), (B,M,N), (B*H,M,N) or (B,H,M,N).
+    """('bool' | 'float', view of shape (B|1, H|1, M|1, N)) of a mask (M,N), (B,M,N), (B*H,M,N) or
+    (B,H,M,N).
 
     Boolean and byte masks mean True = masked out, as in torch.nn.MultiheadAttention.
     """
@@ -298,10 +404,15 @@ def mask_4d(
     elif mask.dim() == 3 and mask.shape[0] == B * H:
         four = mask.unflatten(0, (B, H))
     shape = tuple(four.shape)
-    fits = four.dim() == 4 and all(s in (1, size) for s, size in zip(shape[:3], (B, H, M))) and shape[3] == N
+    fits = (
+        four.dim() == 4
+        and all(s in (1, size) for s, size in zip(shape[:3], (B, H, M)))
+        and shape[3] == N
+    )
     if not fits:
         raise ValueError(
-            f"{argument} of shape {tuple(mask.shape)} does not fit: expected (M,N)=({M},{N}), (B,M,N)=({B},{M},{N}), "
+            f"{argument} of shape {tuple(mask.shape)} does not fit: expected (M,N)=({M},{N}), "
+            f"(B,M,N)=({B},{M},{N}), "
             f"(B*H,M,N)=({B * H},{M},{N}) or (B,H,M,N)=({B},{H},{M},{N})"
         )
     return ("bool" if four.dtype is torch.bool else "float"), four
@@ -311,9 +422,13 @@ def _key_padding(mask: Tensor, B: int, N: int, device: torch.device) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"key_padding_mask must be a Tensor, got {type(mask).__name__}")
     if mask.shape != (B, N):
-        raise ValueError(f"key_padding_mask must have shape (B, N) = ({B}, {N}), got {tuple(mask.shape)}")
+        raise ValueError(
+            f"key_padding_mask must have shape (B, N) = ({B}, {N}), got {tuple(mask.shape)}"
+        )
     if mask.dtype == torch.uint8:
         mask = mask.bool()
     elif mask.dtype not in DTYPES and mask.dtype is not torch.bool and not mask.is_floating_point():
-        raise TypeError(f"key_padding_mask must be boolean, byte or floating point, got {mask.dtype}")
+        raise TypeError(
+            f"key_padding_mask must be boolean, byte or floating point, got {mask.dtype}"
+        )
     return mask if mask.device == device else mask.to(device)

@@ -1,11 +1,15 @@
-"""Verdicts of self-checks on disk: what this machine has proved is not checked again in the next process.
+"""Verdicts of self-checks on disk: what this machine has proved is not checked again in the next
+process.
 
-One JSON file, `verdicts.json` beside the tuning cache: rows of a place (GPU, driver, versions, the source of the kernels
-and backends), a class of call, a backend, and the evidence: when it was checked, on which problems, and the largest error
-as a share of what is tolerated. Only backends that were right are kept, and only classes on a GPU: elsewhere a check takes
-milliseconds. A backend that fails later is removed. A file that is damaged, or another user's, counts as empty.
-FLASHBIAS_VERDICTS=off neither reads nor writes it.
+One JSON file, `verdicts.json` beside the tuning cache: rows of a place (GPU, driver, versions, the
+source of the kernels
+and backends), a class of call, a backend, and the evidence: when it was checked, on which problems,
+and the largest error as a share of what is tolerated. Only backends that were right are kept, and
+only classes on a GPU: elsewhere a check takes milliseconds. A backend that fails later is removed.
+A file that is damaged, or another user's, counts as empty. FLASHBIAS_VERDICTS=off neither reads nor
+writes it.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -23,10 +27,15 @@ from .. import settings
 from .call_class import Key, describe
 
 log = logging.getLogger("flashbias_patch")
-NAMES = ("triton", "sdpa")  # backends whose source, and whose libraries' versions, are part of a place
+NAMES = (
+    "triton",
+    "sdpa",
+)  # backends whose source, and whose libraries' versions, are part of a place
 ROOM = 500  # rows, the newest
 Row = Dict[str, Any]
-_known: Optional[Set[Tuple[str, str, str]]] = None  # (place, class, backend), once the file was read
+_known: Optional[Set[Tuple[str, str, str]]] = (
+    None  # (place, class, backend), once the file was read
+)
 
 
 def path() -> str:
@@ -36,7 +45,8 @@ def path() -> str:
 
 
 def wanted(backend: Any, key: Key, name: str) -> bool:
-    """Whether verdicts of that class and backend are kept; not those of an object that stands in for a backend."""
+    """Whether verdicts of that class and backend are kept; not those of an object that stands in
+    for a backend."""
     ours = type(backend).__module__.startswith(f"{__package__}.backends.")
     return key[0].type == "cuda" and name in NAMES and ours and bool(settings.current().verdicts)
 
@@ -74,12 +84,19 @@ def forget(key: Key, name: str) -> None:
 
 
 def here(device: torch.device) -> str:
-    """What a verdict depends on beside its class: GPU, driver, versions, and the source that was checked."""
+    """What a verdict depends on beside its class: GPU, driver, versions, and the source that was
+    checked."""
     properties = torch.cuda.get_device_properties(device)
-    return "; ".join((
-        f"{properties.name} sm_{properties.major}{properties.minor}", f"driver {_driver()}", f"torch {torch.__version__}",
-        f"cuDNN {_cudnn()}", f"Triton {_triton()}", f"source {_source():08x}",
-    ))  # fmt: skip
+    return "; ".join(
+        (
+            f"{properties.name} sm_{properties.major}{properties.minor}",
+            f"driver {_driver()}",
+            f"torch {torch.__version__}",
+            f"cuDNN {_cudnn()}",
+            f"Triton {_triton()}",
+            f"source {_source():08x}",
+        )
+    )
 
 
 def rows() -> List[Row]:
@@ -141,7 +158,8 @@ def _triton() -> Optional[str]:
 
 @functools.lru_cache(maxsize=None)
 def _source() -> int:
-    """A checksum of this package's version, of its files for attention and biases, and of the tuned tile shapes."""
+    """A checksum of this package's version, of its files for attention and biases, and of the tuned
+    tile shapes."""
     from .. import __version__
     from .kernels import cache
 

@@ -1,15 +1,18 @@
 """float16 attention inside code of a wider dtype, without losing its gradients.
 
-Gradients of a loss that nobody scales are often below 6e-5, where float16 loses digits, or below 6e-8, where it has none
-(Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2). So the gradient that arrives is divided by a
-power of two, which leaves its largest element between 4 and 8, before it becomes float16, and the gradients that leave are
-multiplied by it again once they are wide: an attention's gradients are linear in the one that arrives. Larger would risk
-infinities where many queries share a key, smaller the products with weights of 1/N that backward rounds to float16 inside.
-Nothing waits for the GPU.
+Gradients of a loss that nobody scales are often below 6e-5, where float16 loses digits, or below
+6e-8, where it has none (Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2).
+So the gradient that arrives is divided by a power of two, which leaves its largest element between
+4 and 8, before it becomes float16, and the gradients that leave are multiplied by it again once
+they are wide: an attention's gradients are linear in the one that arrives. Larger would risk
+infinities where many queries share a key, smaller the products with weights of 1/N that backward
+rounds to float16 inside. Nothing waits for the GPU.
 
-The power travels from `widened` to `narrowed` as the gradient of a tensor that does nothing else. A graph that is to be
-differentiated again (create_graph) gets plain casts: what a second pass adds to the gradients would not be divided by it.
+The power travels from `widened` to `narrowed` as the gradient of a tensor that does nothing else. A
+graph that is to be differentiated again (create_graph) gets plain casts: what a second pass adds to
+the gradients would not be divided by it.
 """
+
 from __future__ import annotations
 
 from typing import Any, List, Optional, Sequence, Tuple
@@ -30,7 +33,8 @@ def wanted(given: torch.dtype, dtype: torch.dtype) -> bool:
 
 
 class _Narrowed(torch.autograd.Function):
-    """`count` tensors in float16 and the others as they are, then the tensor whose gradient is the power."""
+    """`count` tensors in float16 and the others as they are, then the tensor whose gradient is the
+    power."""
 
     generate_vmap_rule = True
 
@@ -38,7 +42,11 @@ class _Narrowed(torch.autograd.Function):
     def forward(count: int, *tensors: Tensor) -> Any:
         narrow = [tensor.to(torch.float16) for tensor in tensors[:count]]
         same = [tensor.view_as(tensor) for tensor in tensors[count:]]
-        return (*narrow, *same, torch.empty(1, dtype=POWER, device=tensors[0].device))  # its gradient is read
+        return (
+            *narrow,
+            *same,
+            torch.empty(1, dtype=POWER, device=tensors[0].device),
+        )  # its gradient is read
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
@@ -47,7 +55,9 @@ class _Narrowed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-        power = grads[-1]  # of shape (1,), which makes float16 * float32 a float32; None in a second pass
+        power = grads[
+            -1
+        ]  # of shape (1,), which makes float16 * float32 a float32; None in a second pass
         return (None, *(
             None if grad is None else (grad if power is None else grad * power).to(dtype)
             for grad, dtype in zip(grads, ctx.dtypes)
@@ -92,7 +102,8 @@ if not internals.SETUP_CONTEXT:
 
 
 def power_for(grad: Tensor) -> Tensor:
-    """(1,) float32: the power of two by which the largest element of `grad` divided is between 4 and 8."""
+    """(1,) float32: the power of two by which the largest element of `grad` divided is between 4
+    and 8."""
     if not grad.numel():
         return torch.ones(1, dtype=POWER, device=grad.device)
     peak = torch.linalg.vector_norm(grad, float("inf")).float().view(1)
@@ -103,12 +114,17 @@ def power_for(grad: Tensor) -> Tensor:
 def narrowed(
     narrow: Sequence[Tensor], others: Sequence[Optional[Tensor]]
 ) -> Tuple[List[Tensor], List[Optional[Tensor]], Optional[Tensor]]:
-    """`narrow` in float16, `others` (what else may have a gradient) as they are, and what `widened` needs.
+    """`narrow` in float16, `others` (what else may have a gradient) as they are, and what `widened`
+    needs.
 
     Inside transforms of torch.func, plain casts: not every transform takes an autograd.Function.
     """
     tensors = [*narrow, *others]
-    places = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad] if torch.is_grad_enabled() else []
+    places = (
+        [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+        if torch.is_grad_enabled()
+        else []
+    )
     power = None
     if places and (internals.is_compiling() or not internals.transformed()):
         asked = [tensors[place] for place in places]

@@ -1,9 +1,12 @@
-"""Bias tensors that reach attention as descriptions (bias/tensor.py), and the gradient of such a tensor itself.
+"""Bias tensors that reach attention as descriptions (bias/tensor.py), and the gradient of such a
+tensor itself.
 
-That gradient is dense, and nobody needs it in training: the learned weights get theirs from the kernel. So it is
-computed only inside a torch.autograd.grad that asks for it: the output of attention passes through a node that does
-nothing else.
+That gradient is dense, and nobody needs it in training: the learned weights get theirs from the
+kernel. So it is
+computed only inside a torch.autograd.grad that asks for it: the output of attention passes through
+a node that does nothing else.
 """
+
 from __future__ import annotations
 
 from typing import Any, List, Optional
@@ -19,22 +22,28 @@ from .backends import reference
 from .inputs import AttentionInputs
 
 DROPOUT = (
-    "the gradient of an attention bias itself is not known after attention with dropout: call retain_grad() on the bias "
+    "the gradient of an attention bias itself is not known after attention with dropout: call "
+    "retain_grad() on the bias "
     "before attention reads it"
 )
 
 
 def observed(out: Tensor, inputs: AttentionInputs, bias: AttentionBias) -> Tensor:
-    """`out`, and where a BiasTensor is behind `bias` a node that can tell the gradient of that tensor."""
+    """`out`, and where a BiasTensor is behind `bias` a node that can tell the gradient of that
+    tensor."""
     if not (torch.is_grad_enabled() and out.requires_grad) or internals.transformed():
         return out
     handles = [handle for tensor, _ in bias._sources for handle in tensor.handle()]
-    return _Observed.apply(inputs.static(), bias._sources, out, len(handles), *handles, *inputs.tensors())  # type: ignore
+    return _Observed.apply(
+        inputs.static(), bias._sources, out, len(handles), *handles, *inputs.tensors()
+    )  # type: ignore
 
 
 class _Observed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, static: AttentionInputs, sources: Any, out: Tensor, handles: int, *tensors: Any) -> Tensor:
+    def forward(
+        ctx: Any, static: AttentionInputs, sources: Any, out: Tensor, handles: int, *tensors: Any
+    ) -> Tensor:
         ctx.static, ctx.sources, ctx.handles = static, sources, handles
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[handles:])
@@ -51,7 +60,9 @@ class _Observed(torch.autograd.Function):
         return (None, None, grad, None, *rest)
 
 
-def _tell(inputs: AttentionInputs, grad: Tensor, tensor: BiasTensor, reading: str, asked: List[BiasTensor]) -> None:
+def _tell(
+    inputs: AttentionInputs, grad: Tensor, tensor: BiasTensor, reading: str, asked: List[BiasTensor]
+) -> None:
     if inputs.dropout_p:
         raise RuntimeError(DROPOUT)
     B, M, H, _ = inputs.q.shape
@@ -59,12 +70,19 @@ def _tell(inputs: AttentionInputs, grad: Tensor, tensor: BiasTensor, reading: st
     zeros = torch.zeros(B, H, M, inputs.k.shape[1], dtype=wide, device=grad.device)
     dense = zeros if inputs.dense is None else zeros + inputs.dense.detach()
     inputs = inputs._replace(
-        q=inputs.q.detach().to(wide), k=inputs.k.detach().to(wide), v=inputs.v.detach().to(wide), dense=dense
+        q=inputs.q.detach().to(wide),
+        k=inputs.k.detach().to(wide),
+        v=inputs.v.detach().to(wide),
+        dense=dense,
     )
     place = reference.TENSORS.index("dense")
     needed = tuple(i == place for i in range(len(reference.TENSORS)))
     rows = reference.chunk_rows(inputs, reference.CHUNK_BYTES.get(grad.device.type, 1 << 28))
-    (found,) = [g for g in reference.gradients(inputs, grad.detach().to(wide), needed, None, rows) if g is not None]
+    (found,) = [
+        g
+        for g in reference.gradients(inputs, grad.detach().to(wide), needed, None, rows)
+        if g is not None
+    ]
     found = layouts.as_read(found, reading)
     with no_functions():
         found = found.sum_to_size(tensor.shape)

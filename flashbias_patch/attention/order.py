@@ -1,7 +1,9 @@
-"""In which order the backends are asked: from a table measured by benchmarks/order.py, by GPU, class and size of call.
+"""In which order the backends are asked: from a table measured by benchmarks/order.py, by GPU,
+class and size of call.
 
 Where a GPU or a class was not measured, the order is that of selection.MODULES.
 """
+
 from __future__ import annotations
 
 import functools
@@ -14,61 +16,32 @@ from .inputs import AttentionInputs
 Rows = Sequence[Tuple[int, Tuple[str, ...]]]
 
 UNBOUNDED = 1 << 62
-# compute capability (major) -> (half precision, features, with gradient) -> rows of (scores B*H*M*N up to, fastest first)
+# compute capability (major) -> (half precision, features, with gradient) -> rows of (scores B*H*M*N
+# up to, fastest first)
 TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
     9: {  # NVIDIA H200
-        (False, "", False): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (False, "", True): (
-            (12387627, ("sdpa", "triton")),
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (False, "dropout", False): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (False, "dropout", True): (
-            (12387627, ("sdpa", "triton")),
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (False, "dropout mask", False): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
+        (False, "", False): ((UNBOUNDED, ("triton", "sdpa")),),
+        (False, "", True): ((12387627, ("sdpa", "triton")), (UNBOUNDED, ("triton", "sdpa"))),
+        (False, "dropout", False): ((UNBOUNDED, ("triton", "sdpa")),),
+        (False, "dropout", True): ((12387627, ("sdpa", "triton")), (UNBOUNDED, ("triton", "sdpa"))),
+        (False, "dropout mask", False): ((UNBOUNDED, ("triton", "sdpa")),),
         (False, "dropout mask", True): (
             (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
-        (False, "dropout padding", False): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (False, "dropout padding", True): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
+        (False, "dropout padding", False): ((UNBOUNDED, ("triton", "sdpa")),),
+        (False, "dropout padding", True): ((UNBOUNDED, ("triton", "sdpa")),),
         (False, "factors", False): (
             (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
-        (False, "factors", True): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (False, "mask", False): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (False, "mask", True): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (False, "padding", False): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (False, "padding", True): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (False, "segments", False): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (False, "segments", True): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
+        (False, "factors", True): ((UNBOUNDED, ("triton", "sdpa")),),
+        (False, "mask", False): ((UNBOUNDED, ("triton", "sdpa")),),
+        (False, "mask", True): ((UNBOUNDED, ("triton", "sdpa")),),
+        (False, "padding", False): ((UNBOUNDED, ("triton", "sdpa")),),
+        (False, "padding", True): ((UNBOUNDED, ("triton", "sdpa")),),
+        (False, "segments", False): ((UNBOUNDED, ("triton", "sdpa")),),
+        (False, "segments", True): ((UNBOUNDED, ("triton", "sdpa")),),
         (True, "", False): (
             (88299127, ("sdpa", "triton", "flash")),
             (429446275, ("triton", "flash", "sdpa")),
@@ -80,29 +53,20 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (176598255, ("triton", "flash", "sdpa")),
             (UNBOUNDED, ("flash", "triton", "sdpa")),
         ),
-        (True, "dropout", False): (
-            (50730085, ("sdpa", "triton")),
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
+        (True, "dropout", False): ((50730085, ("sdpa", "triton")), (UNBOUNDED, ("triton", "sdpa"))),
         (True, "dropout", True): (
             (50730085, ("sdpa", "triton")),
             (79118165, ("triton", "sdpa")),
             (88299127, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
-        (True, "dropout mask", False): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
+        (True, "dropout mask", False): ((UNBOUNDED, ("triton", "sdpa")),),
         (True, "dropout mask", True): (
             (12387627, ("sdpa", "triton")),
             (UNBOUNDED, ("triton", "sdpa")),
         ),
-        (True, "dropout padding", False): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (True, "dropout padding", True): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
+        (True, "dropout padding", False): ((UNBOUNDED, ("triton", "sdpa")),),
+        (True, "dropout padding", True): ((UNBOUNDED, ("triton", "sdpa")),),
         (True, "factors", False): (
             (88299127, ("triton", "sdpa", "flash")),
             (429446275, ("triton", "flash", "sdpa")),
@@ -112,20 +76,10 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (176598255, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
-        (True, "mask", False): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (True, "mask", True): (
-            (12387627, ("sdpa", "triton")),
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (True, "padding", False): (
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
-        (True, "padding", True): (
-            (12387627, ("sdpa", "triton")),
-            (UNBOUNDED, ("triton", "sdpa")),
-        ),
+        (True, "mask", False): ((UNBOUNDED, ("triton", "sdpa")),),
+        (True, "mask", True): ((12387627, ("sdpa", "triton")), (UNBOUNDED, ("triton", "sdpa"))),
+        (True, "padding", False): ((UNBOUNDED, ("triton", "sdpa")),),
+        (True, "padding", True): ((12387627, ("sdpa", "triton")), (UNBOUNDED, ("triton", "sdpa"))),
         (True, "segments", False): (
             (88299127, ("triton", "sdpa", "flash")),
             (429446275, ("triton", "flash", "sdpa")),
@@ -137,12 +91,13 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
             (429446275, ("triton", "sdpa", "flash")),
             (UNBOUNDED, ("triton", "flash", "sdpa")),
         ),
-    },
+    }
 }
 
 
 def shorten(rows: Rows) -> Rows:
-    """Neighbours that agree as one row, up to halfway (in powers of two) to the next; the last without a bound."""
+    """Neighbours that agree as one row, up to halfway (in powers of two) to the next; the last
+    without a bound."""
     short: List[Tuple[int, Tuple[str, ...]]] = []
     for place, (scores, names) in enumerate(rows):
         last = place + 1 == len(rows)
@@ -154,15 +109,21 @@ def shorten(rows: Rows) -> Rows:
 
 
 def fastest(inputs: AttentionInputs, grad: bool) -> Tuple[str, ...]:
-    """Backend names, from the fastest on, as measured for this class and size of call; () where it was not measured."""
+    """Backend names, from the fastest on, as measured for this class and size of call; () where it
+    was not measured."""
     q = inputs.q
     if q.device.type != "cuda":
         return ()
     has = (
-        inputs.dropout_p > 0, inputs.q_factor is not None, inputs.mask is not None, inputs.key_padding is not None,
-        inputs.segment_weights is not None, inputs.dense is not None, inputs.windows is not None,
+        inputs.dropout_p > 0,
+        inputs.q_factor is not None,
+        inputs.mask is not None,
+        inputs.key_padding is not None,
+        inputs.segment_weights is not None,
+        inputs.dense is not None,
+        inputs.windows is not None,
         inputs.window_mask is not None,
-    )  # fmt: skip
+    )
     B, M, H, _ = q.shape
     scores = B * H * M * inputs.k.shape[1]
     for bound, names in _rows(q.device.index or 0, q.dtype is not torch.float32, has, grad):

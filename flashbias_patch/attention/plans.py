@@ -1,8 +1,10 @@
-"""Settled plans: which backend computes a call whose class and sizes it has computed before, with nothing to ask again.
+"""Settled plans: which backend computes a call whose class and sizes it has computed before, with
+nothing to ask again.
 
-A plan is made when a call has gone the long way (dispatch.py) and no backend failed on it. It holds as long as the
-settings, the loaded backends and the verdicts that led to it are the same.
+A plan is made when a call has gone the long way (dispatch.py) and no backend failed on it. It holds
+as long as the settings, the loaded backends and the verdicts that led to it are the same.
 """
+
 from __future__ import annotations
 
 from typing import Any, Dict, NamedTuple, Optional, Tuple
@@ -46,7 +48,11 @@ def key_of(inputs: AttentionInputs, key: Key, pinned: Optional[str]) -> Any:
 def find(place: Any) -> Optional[Plan]:
     """The plan of that key, if there is one and it still holds."""
     plan: Optional[Plan] = breakers.plans.get(place)
-    if plan is None or plan.settings is not settings.current() or plan.verdicts is not breakers.by_class:
+    if (
+        plan is None
+        or plan.settings is not settings.current()
+        or plan.verdicts is not breakers.by_class
+    ):
         return None
     loaded = selection._loaded
     for name, backend in plan.asked:
@@ -58,13 +64,20 @@ def find(place: Any) -> Optional[Plan]:
 def settle(place: Any, inputs: AttentionInputs, candidates: Candidates, name: str) -> None:
     """Make a plan of a call that the backend `name` has computed, if that is always so."""
     key, padding = place[0], inputs.key_padding
-    if inputs.windows is not None or inputs.window_mask is not None or padding is not None and padding.requires_grad:
+    if (
+        inputs.windows is not None
+        or inputs.window_mask is not None
+        or padding is not None
+        and padding.requires_grad
+    ):
         return  # what such a call is taken by depends on more than its key
     if candidates.chosen and name != candidates.names[0]:
         return  # each class of call says once why (selection.tell_pinned)
     index, loaded, verdicts = candidates.names.index(name), selection._loaded, breakers.by_class
     asked = tuple((each, loaded.get(each)) for each in candidates.names[: index + 1])
-    if verdicts.get(key, {}).get(name) is not TRUSTED or any(backend is None for _, backend in asked):
+    if verdicts.get(key, {}).get(name) is not TRUSTED or any(
+        backend is None for _, backend in asked
+    ):
         return
     plans: Dict[Any, Plan] = breakers.plans
     if len(plans) >= ROOM:

@@ -1,4 +1,6 @@
-"""The default random states of the CPU and of one CUDA device: taken and put back without synchronising."""
+"""The default random states of the CPU and of one CUDA device: taken and put back without
+synchronising."""
+
 from __future__ import annotations
 
 from typing import Optional, Tuple

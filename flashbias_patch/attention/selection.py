@@ -1,4 +1,6 @@
-"""Backend selection: which backends there are, the order in which a call tries them, and why one does not take it."""
+"""Backend selection: which backends there are, the order in which a call tries them, and why one
+does not take it."""
+
 from __future__ import annotations
 
 import functools
@@ -22,7 +24,9 @@ MODULES = {
     "sdpa": "sdpa",
     "reference": "reference",
 }
-LAST_RESORT = "reference"  # plain PyTorch: trusted by definition, takes every call, needs the least memory
+LAST_RESORT = (
+    "reference"  # plain PyTorch: trusted by definition, takes every call, needs the least memory
+)
 
 _loaded: Dict[str, Any] = {}
 _told: Set[Key] = set()  # classes of call of which tell_pinned has told
@@ -56,7 +60,9 @@ def backend(name: str) -> Any:
     """The backend object of that name; importing it for the first time may load triton."""
     if name not in _loaded:
         try:
-            _loaded[name] = importlib.import_module(f"{__package__}.backends.{MODULES[name]}").backend
+            _loaded[name] = importlib.import_module(
+                f"{__package__}.backends.{MODULES[name]}"
+            ).backend
         except Exception as error:  # a broken installation raises anything, not ImportError alone
             if not errors.survivable(error):
                 raise
@@ -69,8 +75,8 @@ def backend(name: str) -> Any:
 def candidates(inputs: AttentionInputs, grad: bool, pinned: Optional[str] = None) -> Candidates:
     """The backends of a call in the order in which it tries them. `grad`: it wants gradients.
 
-    An argument pins one; FLASHBIAS_BACKEND puts one first, and under FLASHBIAS_STRICT leaves it alone. Otherwise the
-    order is the measured one (order.py).
+    An argument pins one; FLASHBIAS_BACKEND puts one first, and under FLASHBIAS_STRICT leaves it
+    alone. Otherwise the order is the measured one (order.py).
     """
     if pinned is not None or settings.current().backend != "auto":
         return chosen(pinned)
@@ -96,11 +102,12 @@ def _measured(fastest: Tuple[str, ...], names: Tuple[str, ...]) -> Candidates:
     return Candidates(first + tuple(name for name in names if name not in first), False)
 
 
-# -- reasons -----------------------------------------------------------------------------------------------
+# -- reasons ---------------------------------------------------------------------------------------
 
 
 def reasons_against(inputs: AttentionInputs, name: str, key: Optional[Key] = None) -> List[str]:
-    """Why that backend would not take the call; empty if it would (as far as is known without running it)."""
+    """Why that backend would not take the call; empty if it would (as far as is known without
+    running it)."""
     out = breakers.reason(key_of(inputs) if key is None else key, name)
     return [out] if out else backend(name).why_not(inputs)
 
@@ -123,7 +130,8 @@ def tell_pinned(name: str, inputs: AttentionInputs, key: Key) -> None:
 def refuse(
     inputs: AttentionInputs, key: Key, names: Iterable[str], failure: Optional[Exception] = None
 ) -> NoReturn:
-    """Raise NoBackendError: none of `names` takes the call. `failure` is what the last of them raised, if one did."""
+    """Raise NoBackendError: none of `names` takes the call. `failure` is what the last of them
+    raised, if one did."""
     raise NoBackendError(_message(inputs, key, names)) from failure
 
 
@@ -132,7 +140,9 @@ def refuse_if_strict(
 ) -> None:
     """Under FLASHBIAS_STRICT, raise NoBackendError since backend `name` failed."""
     if settings.current().strict:
-        raise NoBackendError(_message(inputs, key, MODULES, f"FLASHBIAS_STRICT: {name} failed. ")) from error
+        raise NoBackendError(
+            _message(inputs, key, MODULES, f"FLASHBIAS_STRICT: {name} failed. ")
+        ) from error
 
 
 def _message(inputs: AttentionInputs, key: Key, names: Iterable[str], prefix: str = "") -> str:

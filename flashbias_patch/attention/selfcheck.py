@@ -1,16 +1,18 @@
-"""A backend earns trust: before its first answer to a class of call, it answers a small problem of it.
+"""A backend earns trust: before its first answer to a class of call, it answers a small problem of
+it.
 
-Lengths are odd (less than a tile, and beyond one; on the CPU only the first), or multiples of 128 where the
-class says so; operands are strided as projections leave them; a row is fully masked where masks are in play.
-Where terms are added, once more with values that break kernels: rows wholly at the least finite number ("masked" without
--inf) or at -200, segment weights of -inf. Kernels that are compiled already (a library's) meet more lengths, and each
-gradient alone.
-The output and every gradient are compared with float64: they may err by at most FACTOR times what plain
-PyTorch errs by in the same precision, plus FLOOR.
+Lengths are odd (less than a tile, and beyond one; on the CPU only the first), or multiples of 128
+where the class says so; operands are strided as projections leave them; a row is fully masked where
+masks are in play. Where terms are added, once more with values that break kernels: rows wholly at
+the least finite number ("masked" without -inf) or at -200, segment weights of -inf. Kernels that
+are compiled already (a library's) meet more lengths, and each gradient alone. The output and every
+gradient are compared with float64: they may err by at most FACTOR times what plain PyTorch errs by
+in the same precision, plus FLOOR.
 
-With dropout, numbers are compared without it, and then the dropout itself is checked: what is kept, its mean,
-and that backward drops what forward dropped.
+With dropout, numbers are compared without it, and then the dropout itself is checked: what is kept,
+its mean, and that backward drops what forward dropped.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -35,17 +37,25 @@ FACTOR = 4.0
 FLOOR = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-5, torch.float64: 1e-6}
 BATCH, HEADS = 2, 3
 SHORT, LONG, ALIGNED = (37, 63), (131, 259), (ALIGNMENT, 2 * ALIGNMENT)
-LIBRARY = (12, 64), (1, 65)  # keys % 128 == 64 and % 32 == 1, and one query: what SDPA's CUDA kernels got wrong
-USUAL, LOW, LEAST = range(3)  # additive terms of a problem: around 0, some rows at -200, some at finfo.min
+LIBRARY = (
+    (12, 64),
+    (1, 65),
+)  # keys % 128 == 64 and % 32 == 1, and one query: what SDPA's CUDA kernels got wrong
+USUAL, LOW, LEAST = range(
+    3
+)  # additive terms of a problem: around 0, some rows at -200, some at finfo.min
 DROPOUT_P = 0.3
 CPU = torch.device("cpu")
 LEAVES = ("q", "k", "v", "q_factor", "k_factor", "segment_weights", "dense", "window_weights")
 PLACES = {name: TENSORS.index(name) for name in LEAVES}
-COLUMNS = 7  # of the grids that windows lie on: every number of keys above is a multiple of it, or of 8
+COLUMNS = (
+    7  # of the grids that windows lie on: every number of keys above is a multiple of it, or of 8
+)
 
 
 def possible(inputs: AttentionInputs) -> bool:
-    """Whether a check can run now: not while a call is traced, captured into a CUDA graph or transformed, nor on meta."""
+    """Whether a check can run now: not while a call is traced, captured into a CUDA graph or
+    transformed, nor on meta."""
     if type(inputs.q) not in (Tensor, torch.nn.Parameter) or torch.jit.is_tracing():
         return False
     if inputs.q.is_meta or inputs.q.is_cuda and internals.stream_capturing():
@@ -53,12 +63,14 @@ def possible(inputs: AttentionInputs) -> bool:
     return internals.current_transform() is None
 
 
-def check(backend: Any, key: Key, rank: int, evidence: Optional[Dict[str, Any]] = None) -> Optional[str]:
+def check(
+    backend: Any, key: Key, rank: int, evidence: Optional[Dict[str, Any]] = None
+) -> Optional[str]:
     """Why `backend` must not answer calls of this class; None if it is right on the small problems.
 
-    The caller's random state, grad mode, autocast, function modes and saved-tensor hooks are left alone.
-    Exceptions of the backend come through. `evidence` gets the lengths of the problems, the largest error as a share of
-    what is tolerated, and the seconds that it took.
+    The caller's random state, grad mode, autocast, function modes and saved-tensor hooks are left
+    alone. Exceptions of the backend come through. `evidence` gets the lengths of the problems, the
+    largest error as a share of what is tolerated, and the seconds that it took.
     """
     evidence = {} if evidence is None else evidence
     began = time.perf_counter()
@@ -68,7 +80,9 @@ def check(backend: Any, key: Key, rank: int, evidence: Optional[Dict[str, Any]] 
     evidence["seconds"] = round(seconds, 3)
     if seconds > 5:
         message = "%s took %.0f s to compile and be checked for %s"
-        journal.once(("slow check", backend.name, key), "info", message, backend.name, seconds, describe(key))
+        journal.once(
+            ("slow check", backend.name, key), "info", message, backend.name, seconds, describe(key)
+        )
     return problem and f"self-check failed: {problem}"
 
 
@@ -95,15 +109,18 @@ _random_lock = threading.RLock()
 def own_random_numbers(device: torch.device) -> Iterator[None]:
     """Random numbers of a generator of its own, always the same ones, in this thread.
 
-    On a GPU, kernels draw from the default generator: its state is put back, and one thread at a time may borrow it. The
-    state of the CPU's generator is not touched on the CPU, where other threads (augmentation, other replicas) draw too.
+    On a GPU, kernels draw from the default generator: its state is put back, and one thread at a
+    time may borrow it. The state of the CPU's generator is not touched on the CPU, where other
+    threads (augmentation, other replicas) draw too.
     """
     if device.type != "cuda" and _OwnGenerator is not None:
         with _OwnGenerator():
             yield
         return
     with _random_lock, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(0)  # not torch.manual_seed, which seeds every device there is
+        torch.default_generator.manual_seed(
+            0
+        )  # not torch.manual_seed, which seeds every device there is
         if device.type == "cuda":
             torch.cuda.default_generators[device.index].manual_seed(0)
         yield
@@ -130,7 +147,8 @@ _OwnGenerator: Any = None if internals.TorchDispatchMode is None else _OwnGenera
 
 @functools.lru_cache(maxsize=None)
 def _with_generator(func: Any) -> Any:
-    """The overload of an operator that takes `generator`: itself, or its sibling; None if it draws nothing."""
+    """The overload of an operator that takes `generator`: itself, or its sibling; None if it draws
+    nothing."""
     if any(argument.name == "generator" for argument in func._schema.arguments):
         return func
     name = "generator" if func._overloadname == "default" else f"{func._overloadname}_generator"
@@ -140,7 +158,9 @@ def _with_generator(func: Any) -> Any:
 
 def _check(backend: Any, key: Key, rank: int, evidence: Dict[str, Any]) -> Optional[str]:
     device, aligned, dropout, grad = key[0], key[4], key[5], key[6]
-    attend = getattr(backend, "without_recovery", backend)  # a backward that fails is a failure of the check
+    attend = getattr(
+        backend, "without_recovery", backend
+    )  # a backward that fails is a failure of the check
     library = getattr(backend, "library", False)
     refused: List[str] = []
     accepted: List[AttentionInputs] = []
@@ -151,9 +171,12 @@ def _check(backend: Any, key: Key, rank: int, evidence: Dict[str, Any]) -> Optio
             continue
         accepted.append(inputs)
         evidence.setdefault("problems", []).append("{} x {}".format(*lengths))
-        # What is right is worked out on the CPU: small operators take a GPU longer to launch than these to compute.
+        # What is right is worked out on the CPU: small operators take a GPU longer to launch than
+        # these to compute.
         twin = inputs if device.type == "cpu" else problem_of((CPU, *key[1:]), rank, *lengths, far)
-        found = _compare(attend, inputs, twin, grad, key, far, library and len(accepted) == 1, evidence)
+        found = _compare(
+            attend, inputs, twin, grad, key, far, library and len(accepted) == 1, evidence
+        )
         if found:
             where = "" if aligned else f" (multiples of {ALIGNMENT} are checked on their own)"
             values = ("", ", rows at -200", ", rows at the least finite number")[far]
@@ -162,7 +185,9 @@ def _check(backend: Any, key: Key, rank: int, evidence: Dict[str, Any]) -> Optio
         return f"it refuses the check's own problem: {'; '.join(refused)}"
     if not dropout:
         return None
-    longest = max(accepted, key=lambda inputs: inputs.q.shape[1])  # the first of several: with usual values
+    longest = max(
+        accepted, key=lambda inputs: inputs.q.shape[1]
+    )  # the first of several: with usual values
     with own_random_numbers(device):
         return _check_dropout(attend, longest, grad)
 
@@ -180,11 +205,29 @@ def _problems(key: Key, library: bool) -> List[Tuple[Tuple[int, int], int]]:
 
 
 def problem_of(key: Key, rank: int, M: int, N: int, far: int = USUAL) -> AttentionInputs:
-    """A call of class `key`, without dropout, with every operand that can have a gradient asking for it.
+    """A call of class `key`, without dropout, with every operand that can have a gradient asking
+    for it.
 
     far: LOW or LEAST: in some rows all keys are there; LEAST: some segment weights are -inf.
     """
-    device, dtype, D, Dv, _, _, _, positive, _, factors, segments, dense, mask, padding, windows, window_mask = key
+    (
+        device,
+        dtype,
+        D,
+        Dv,
+        _,
+        _,
+        _,
+        positive,
+        _,
+        factors,
+        segments,
+        dense,
+        mask,
+        padding,
+        windows,
+        window_mask,
+    ) = key
     B, H = BATCH, HEADS
     draw = _Draw(device, M * 1000 + N)
     # Strided as packed projections of (L, B, E) tensors are.
@@ -193,8 +236,8 @@ def problem_of(key: Key, rank: int, M: int, N: int, far: int = USUAL) -> Attenti
     made: Dict[str, Any] = {"q": q, "k": k, "v": v, "scale": D**-0.5 if positive else -(D**-0.5)}
     if factors is not None:
         _, _, Bq, Hq, Bk, Hk = factors
-        made["q_factor"] = draw((1 if Bq else B, M, 1 if Hq else H, rank), dtype, rank ** -0.25)
-        made["k_factor"] = draw((1 if Bk else B, N, 1 if Hk else H, rank), dtype, rank ** -0.25)
+        made["q_factor"] = draw((1 if Bq else B, M, 1 if Hq else H, rank), dtype, rank**-0.25)
+        made["k_factor"] = draw((1 if Bk else B, N, 1 if Hk else H, rank), dtype, rank**-0.25)
     if segments is not None:
         S, weights_dtype, Bw, Hw = segments
         made["segment_weights"] = draw((1 if Bw else B, M, 1 if Hw else H, S), weights_dtype)
@@ -211,7 +254,9 @@ def problem_of(key: Key, rank: int, M: int, N: int, far: int = USUAL) -> Attenti
         if far:
             made["dense"][-1, -1, -1] = -200.0 if far == LOW else torch.finfo(dense_dtype).min
     if mask is not None:
-        made["mask"] = draw.below(0.2, tuple(1 if one else full for one, full in zip(mask, (B, H, M))) + (N,))
+        made["mask"] = draw.below(
+            0.2, tuple(1 if one else full for one, full in zip(mask, (B, H, M))) + (N,)
+        )
         if not mask[2] and M > 3:
             made["mask"][:, :, 3] = True
     if padding is not None:
@@ -226,11 +271,15 @@ def problem_of(key: Key, rank: int, M: int, N: int, far: int = USUAL) -> Attenti
         frames, sides = grids_of(N, S)
         weights = draw((1 if Bw else B, M, 1 if Hw else H, S), weights_dtype)
         sigmas = None if box else tuple(1.5 + place for place in range(S))
-        made["windows"] = WindowParts(weights, draw.centres(1 if Bc else B, M, frames), frames, sides, sigmas)
+        made["windows"] = WindowParts(
+            weights, draw.centres(1 if Bc else B, M, frames), frames, sides, sigmas
+        )
     if window_mask is not None:
         S, Bc = window_mask
         frames, sides = grids_of(N, S)
-        made["window_mask"] = WindowMaskParts(draw.centres(1 if Bc else B, M, frames), frames, sides)
+        made["window_mask"] = WindowMaskParts(
+            draw.centres(1 if Bc else B, M, frames), frames, sides
+        )
     return AttentionInputs(**made)
 
 
@@ -268,9 +317,15 @@ class _Draw:
 
 
 def _compare(
-    attend: Any, inputs: AttentionInputs, twin: AttentionInputs, grad: bool, key: Key, far: int, apart: bool,
+    attend: Any,
+    inputs: AttentionInputs,
+    twin: AttentionInputs,
+    grad: bool,
+    key: Key,
+    far: int,
+    apart: bool,
     evidence: Dict[str, Any],
-) -> Optional[str]:  # fmt: skip
+) -> Optional[str]:
     """`twin` is `inputs` on the CPU; `apart`: each gradient by itself too."""
     dense_grad = key[11] is not None and key[11][1]
     wanted = []
@@ -287,8 +342,10 @@ def _compare(
         given, exact, plain = given + alone, exact + exact[1:], plain + plain[1:]
         names += [f"gradient of {name} alone" for name in wanted]
     given = [tensor.cpu() for tensor in given]
-    errors = torch.stack([_error(x, e) for x, e in zip((*given, *plain), (*exact, *exact))]).tolist()
-    for name, error, tolerable in zip(names, errors, errors[len(names):]):
+    errors = torch.stack(
+        [_error(x, e) for x, e in zip((*given, *plain), (*exact, *exact))]
+    ).tolist()
+    for name, error, tolerable in zip(names, errors, errors[len(names) :]):
         bound = FACTOR * tolerable + FLOOR.get(inputs.q.dtype, 1e-3)
         evidence["worst"] = max(evidence.get("worst", 0.0), round(error / bound, 4))
         if not error <= bound:  # also when it is not a number
@@ -320,12 +377,14 @@ def _cast(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:
 
 
 def _plain_relative(inputs: AttentionInputs) -> Tensor:
-    """_plain with scores relative to their row's largest, as half precision has no numbers for others."""
+    """_plain with scores relative to their row's largest, as half precision has no numbers for
+    others."""
     return _plain(inputs, relative=True)
 
 
 def _plain(inputs: AttentionInputs, relative: bool = False) -> Tensor:
-    """What torch's own operators give in the inputs' precision: every intermediate is rounded to it."""
+    """What torch's own operators give in the inputs' precision: every intermediate is rounded to
+    it."""
     dtype = inputs.q.dtype
 
     def rounded(x: Tensor) -> Tensor:
@@ -343,19 +402,24 @@ def _plain(inputs: AttentionInputs, relative: bool = False) -> Tensor:
 
 
 def _error(found: Tensor, exact: Tensor) -> Tensor:
-    """The larger of the relative errors in L2 and at the worst element, where one wrong row shows; 0-d."""
+    """The larger of the relative errors in L2 and at the worst element, where one wrong row shows;
+    0-d."""
     exact = exact.detach().double()
     gap = found.detach().double() - exact
     if not gap.numel():
         return gap.new_zeros(())
     tiny = 1e-30
-    return torch.maximum(gap.norm() / (exact.norm() + tiny), gap.abs().amax() / (exact.abs().amax() + tiny))
+    return torch.maximum(
+        gap.norm() / (exact.norm() + tiny), gap.abs().amax() / (exact.abs().amax() + tiny)
+    )
 
 
 def _check_dropout(attend: Any, inputs: AttentionInputs, grad: bool) -> Optional[str]:
-    """Kept weights scaled by 1/(1-p): the mean is the output without dropout, the square grows by 1/(1-p).
+    """Kept weights scaled by 1/(1-p): the mean is the output without dropout, the square grows by
+    1/(1-p).
 
-    Backward with the output itself as gradient: v . dv is then the output squared if it drops the same.
+    Backward with the output itself as gradient: v . dv is then the output squared if it drops the
+    same.
     """
     plain = attend(inputs).detach().double()
     v = inputs.v.detach().requires_grad_(grad)

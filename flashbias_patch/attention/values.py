@@ -1,8 +1,10 @@
 """Large and infinite numbers in additive terms, brought to where every backend has digits for them.
 
-A softmax does not see what is added to a whole row. Backends that keep one float32 logsumexp lose a row whose keys are all
-at -1e9 or finfo.min ("masked" without -inf): gradients are then off by a factor of the number of keys.
+A softmax does not see what is added to a whole row. Backends that keep one float32 logsumexp lose a
+row whose keys are all at -1e9 or finfo.min ("masked" without -inf): gradients are then off by a
+factor of the number of keys.
 """
+
 from __future__ import annotations
 
 from typing import Optional, Sequence
@@ -11,16 +13,22 @@ import torch
 from torch import Tensor
 
 LARGEST = 5e37  # kernels' common.LARGEST: sums of a few such numbers are finite
-# Below, a row's maximum is subtracted, which is exact. Beyond, plain PyTorch's float32 scores lose digits that a
-# subtraction would keep, and what counts is what it computes: near -1e9 the mean over the keys.
+# Below, a row's maximum is subtracted, which is exact. Beyond, plain PyTorch's float32 scores lose
+# digits that a subtraction would keep, and what counts is what it computes: near -1e9 the mean over
+# the keys.
 FAR = 2.0**16
-LEAST_WEIGHT = -3e4  # of a segment relative to the row's largest, as a factor: half precision has it, exp() does not
+LEAST_WEIGHT = (
+    -3e4
+)  # of a segment relative to the row's largest, as a factor: half precision has it, exp() does not
 
 
 def bounded(term: Tensor) -> Tensor:
-    """`term` with finite numbers within +-LARGEST, so that a sum of two does not overflow; its gradient passes."""
+    """`term` with finite numbers within +-LARGEST, so that a sum of two does not overflow; its
+    gradient passes."""
     beyond = (term.abs() > LARGEST) & ~term.isinf()
-    return torch.where(beyond, term.detach().clamp(-LARGEST, LARGEST) + (term - term.detach()), term)
+    return torch.where(
+        beyond, term.detach().clamp(-LARGEST, LARGEST) + (term - term.detach()), term
+    )
 
 
 def relative_weights(weights: Tensor) -> Tensor:

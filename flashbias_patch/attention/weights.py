@@ -1,4 +1,6 @@
-"""The attention weights that torch.nn.MultiheadAttention returns, computed when somebody uses them."""
+"""The attention weights that torch.nn.MultiheadAttention returns, computed when somebody uses
+them."""
+
 from __future__ import annotations
 
 import contextlib
@@ -26,11 +28,14 @@ def attention_weights(
     attn_mask: Optional[Tensor] = None,
     key_padding_mask: Optional[Tensor] = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias), (B, H, M, N), in at least float32; arguments as flash_bias_attention's.
+    """softmax(q k^T / sqrt(D) + bias), (B, H, M, N), in at least float32; arguments as
+    flash_bias_attention's.
 
     A row whose keys are all masked is zero.
     """
-    scores = reference.scores(build(q, k, k, bias, attn_mask=attn_mask, key_padding_mask=key_padding_mask))
+    scores = reference.scores(
+        build(q, k, k, bias, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
+    )
     if not scores.shape[-1]:
         return scores
     masked = scores.detach().amax(-1, keepdim=True) == float("-inf")
@@ -38,10 +43,11 @@ def attention_weights(
 
 
 class LazyWeights(Tensor):
-    """Attention weights that are computed the first time that something other than their shape is used.
+    """Attention weights that are computed the first time that something other than their shape is
+    used.
 
-    Every torch function that receives them works on the computed tensor, whose gradients reach q, k and the bias. The
-    weights are those before dropout.
+    Every torch function that receives them works on the computed tensor, whose gradients reach q, k
+    and the bias. The weights are those before dropout.
     """
 
     _arguments: Optional[Tuple[Any, ...]]
@@ -67,8 +73,19 @@ class LazyWeights(Tensor):
             shape = (M, N) if average else (H, M, N)
         if q.is_cuda and dtype in _HALF and torch.is_autocast_enabled():
             dtype = torch.float32  # what torch's softmax returns under CUDA's autocast
-        weights: LazyWeights = _make_wrapper_subclass(LazyWeights, shape, dtype=dtype, device=q.device)
-        weights._arguments = (q, k, bias, attn_mask, key_padding_mask, average, batched, torch.is_grad_enabled())
+        weights: LazyWeights = _make_wrapper_subclass(
+            LazyWeights, shape, dtype=dtype, device=q.device
+        )
+        weights._arguments = (
+            q,
+            k,
+            bias,
+            attn_mask,
+            key_padding_mask,
+            average,
+            batched,
+            torch.is_grad_enabled(),
+        )
         weights._result = None
         if bias is not None or attn_mask is not None or key_padding_mask is not None:
             weights._versions = _versions(bias, attn_mask, key_padding_mask)
@@ -91,7 +108,8 @@ class LazyWeights(Tensor):
         for name, tensor, version in self._versions:
             if tensor._version != version:
                 raise RuntimeError(
-                    f"{name} was changed in place after the attention that used it, so its weights cannot be computed "
+                    f"{name} was changed in place after the attention that used it, so its "
+                    "weights cannot be computed "
                     "any more: read the weights earlier, or change a copy"
                 )
         assert self._arguments is not None
@@ -100,17 +118,21 @@ class LazyWeights(Tensor):
             dtype = self.dtype
         # In the mode of the call, whatever the reader's is.
         with torch.inference_mode(False), torch.set_grad_enabled(grad), _no_autocast(q.device.type):
-            weights = attention_weights(q, k, bias, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
+            weights = attention_weights(
+                q, k, bias, attn_mask=attn_mask, key_padding_mask=key_padding_mask
+            )
             if average:
                 weights = weights.mean(1)
             self._result = (weights if batched else weights[0]).to(dtype)
         self._arguments, self._versions = None, []
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
-        # torch's reentrant checkpoint asks each output of a recomputation whether it requires a gradient, and would then
-        # differentiate this object.
+        # torch's reentrant checkpoint asks each output of a recomputation whether it requires a
+        # gradient, and would then differentiate this object.
         if func in _METADATA or (func == _REQUIRES_GRAD and _graph_task() != -1):
             with _without_torch_function():
                 return func(*args, **kwargs)
@@ -120,17 +142,26 @@ class LazyWeights(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        return func(*_computed(args), **_computed(kwargs or {}))  # C++ code, which torch functions do not see
+        return func(
+            *_computed(args), **_computed(kwargs or {})
+        )  # C++ code, which torch functions do not see
 
     def __hash__(self) -> int:
         return id(self)
 
 
 _METADATA = {
-    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    Tensor.is_cuda.__get__, Tensor.layout.__get__, Tensor.size, Tensor.dim, Tensor.numel,  # type: ignore[attr-defined]
-    Tensor.__len__, Tensor.is_floating_point, torch.is_floating_point,
-}  # fmt: skip
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout")
+    ),
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.__len__,
+    Tensor.is_floating_point,
+    torch.is_floating_point,
+}
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
@@ -145,15 +176,23 @@ def _computed(value: Any) -> Any:
     return value
 
 
-def _versions(bias: Optional[AttentionBias], *masks: Optional[Tensor]) -> List[Tuple[str, Tensor, int]]:
-    """(argument, tensor, version) of what a caller may change in place before the weights are computed."""
+def _versions(
+    bias: Optional[AttentionBias], *masks: Optional[Tensor]
+) -> List[Tuple[str, Tensor, int]]:
+    """(argument, tensor, version) of what a caller may change in place before the weights are
+    computed."""
     named = list(zip(("attn_mask", "key_padding_mask"), masks))
     named += [] if bias is None else [("attention_bias", tensor) for tensor in bias.tensors()]
-    return [(name, t, t._version) for name, t in named if t is not None and not internals.is_inference(t)]
+    return [
+        (name, t, t._version)
+        for name, t in named
+        if t is not None and not internals.is_inference(t)
+    ]
 
 
 class _NoGradient(torch.autograd.Function):
-    """Weights that a reentrant checkpoint returned: their values, and an error in place of a wrong gradient."""
+    """Weights that a reentrant checkpoint returned: their values, and an error in place of a wrong
+    gradient."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, result: Tensor) -> Tensor:
@@ -162,10 +201,15 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
-            "attention weights that a reentrant checkpoint returned have no gradient: checkpoint with "
+            "attention weights that a reentrant checkpoint returned have no gradient: checkpoint "
+            "with "
             "use_reentrant=False, or leave the class out of FLASHBIAS_TARGETS"
         )
 
 
 def _no_autocast(device_type: str) -> Any:
-    return internals.autocast(device_type, enabled=False) if device_type in ("cpu", "cuda") else contextlib.nullcontext()
+    return (
+        internals.autocast(device_type, enabled=False)
+        if device_type in ("cpu", "cuda")
+        else contextlib.nullcontext()
+    )

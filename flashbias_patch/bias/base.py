@@ -1,9 +1,11 @@
 """What is added to the attention scores, and the little algebra over it.
 
-A bias is added to the *scaled* scores: softmax(q k^T * scale + bias). Shapes are (B, H, M, N) for the bias
-and (B, M, H, R) / (B, N, H, R) for its factors, B batch, H heads, M queries, N keys, R rank; a size of 1 in
-B or H means "the same for all", and stays so: nothing here expands a broadcast dimension to save a line.
+A bias is added to the *scaled* scores: softmax(q k^T * scale + bias). Shapes are (B, H, M, N) for
+the bias and (B, M, H, R) / (B, N, H, R) for its factors, B batch, H heads, M queries, N keys, R
+rank; a size of 1 in B or H means "the same for all", and stays so: nothing here expands a broadcast
+dimension to save a line.
 """
+
 from __future__ import annotations
 
 import bisect
@@ -28,8 +30,9 @@ class BiasParts(NamedTuple):
     """What an attention backend consumes; the bias is the sum of the parts that are not None.
 
     q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R) come together; segments is (weights
-    (B|1, M, H|1, S), lengths); dense (B|1, H|1, M|1, N) is floating; mask (B|1, H|1, M|1, N) is bool,
-    True = masked out; windows and window_mask: see grids.WindowParts and grids.WindowMaskParts.
+    (B|1, M, H|1, S), lengths); dense (B|1, H|1, M|1, N) is floating; mask (B|1, H|1, M|1, N) is
+    bool, True = masked out; windows and window_mask: see grids.WindowParts and
+    grids.WindowMaskParts.
     """
 
     q_factor: Optional[Tensor] = None
@@ -44,15 +47,19 @@ class BiasParts(NamedTuple):
 class AttentionBias:
     """A bias on attention scores; immutable, every operation returns a new one.
 
-    Subclasses name the tensors they hold in `_fields` and define `shape`, and `factors()` or `parts()`.
+    Subclasses name the tensors they hold in `_fields` and define `shape`, and `factors()` or
+    `parts()`.
     """
 
     _fields: Tuple[str, ...] = ()
-    _sources: Tuple[Any, ...] = ()  # the BiasTensors that it was read from, for gradients of the tensors themselves
+    _sources: Tuple[
+        Any, ...
+    ] = ()  # the BiasTensors that it was read from, for gradients of the tensors themselves
 
     @property
     def shape(self) -> Shape:
-        """(B|1, H|1, M, N); 1 = broadcast. M may be 1 for a broadcast row only in DenseBias and MaskBias."""
+        """(B|1, H|1, M, N); 1 = broadcast. M may be 1 for a broadcast row only in DenseBias and
+        MaskBias."""
         raise NotImplementedError
 
     @property
@@ -71,12 +78,14 @@ class AttentionBias:
         )
 
     def dense(self) -> Tensor:
-        """The bias as one tensor (B|1, H|1, M, N). Costs M*N memory: for tests and reference code."""
+        """The bias as one tensor (B|1, H|1, M, N). Costs M*N memory: for tests and reference
+        code."""
         q_factor, k_factor = self.factors()
         return multiply_out(q_factor, k_factor)
 
     def segments(self) -> Optional[Segments]:
-        """(weights (B|1, M, H|1, S), lengths) where the bias is constant over runs of keys, else None."""
+        """(weights (B|1, M, H|1, S), lengths) where the bias is constant over runs of keys, else
+        None."""
         return None
 
     def parts(self) -> BiasParts:
@@ -140,10 +149,13 @@ class AttentionBias:
             wanted = "H" if heads == 1 else heads
             if not factor.is_floating_point():
                 raise TypeError(f"factor: expected a floating tensor, got {factor.dtype}")
-            if factor.dim() > 1 or (factor.dim() == 1 and heads != 1 and factor.shape[0] not in (1, heads)):
+            if factor.dim() > 1 or (
+                factor.dim() == 1 and heads != 1 and factor.shape[0] not in (1, heads)
+            ):
                 raise ValueError(
                     f"factor: expected a scalar or one number a head, () or ({wanted},), "
-                    f"to multiply a bias of shape (B, H, M, N) = {self.shape}; got {tuple(factor.shape)}"
+                    f"to multiply a bias of shape (B, H, M, N) = {self.shape}; got "
+                    f"{tuple(factor.shape)}"
                 )
         return self._scaled(factor)
 
@@ -157,10 +169,12 @@ class AttentionBias:
 
 
 class LowRankBias(AttentionBias):
-    """bias[b, h, m, n] = sum_r q_factor[b, m, h, r] * k_factor[b, n, h, r]   (FlashBias, arXiv 2505.12044).
+    """bias[b, h, m, n] = sum_r q_factor[b, m, h, r] * k_factor[b, n, h, r]   (FlashBias, arXiv
+    2505.12044).
 
-    q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R), floating, on one device. float32 factors keep
-    their digits when attention computes in half precision; half factors are used as they are.
+    q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R), floating, on one device. float32
+    factors keep their digits when attention computes in half precision; half factors are used as
+    they are.
     """
 
     _fields = ("q_factor", "k_factor")
@@ -174,12 +188,15 @@ class LowRankBias(AttentionBias):
                 )
         got = f"got {tuple(q_factor.shape)} and {tuple(k_factor.shape)}"
         if q_factor.shape[3] != k_factor.shape[3] or q_factor.shape[3] == 0:
-            raise ValueError(f"q_factor and k_factor: expected the same number of columns R >= 1, {got}")
+            raise ValueError(
+                f"q_factor and k_factor: expected the same number of columns R >= 1, {got}"
+            )
         for dim, word in ((0, "batch"), (2, "heads")):
             sizes = (q_factor.shape[dim], k_factor.shape[dim])
             if sizes[0] != sizes[1] and 1 not in sizes:
                 raise ValueError(
-                    f"q_factor and k_factor: sizes of dimension {dim} ({word}) must be equal or 1, {got}"
+                    f"q_factor and k_factor: sizes of dimension {dim} ({word}) must be equal or "
+                    f"1, {got}"
                 )
         check_device("q_factor", q_factor, "k_factor", k_factor)
         self.q_factor = q_factor
@@ -205,11 +222,13 @@ class LowRankBias(AttentionBias):
 
 
 class DenseBias(AttentionBias):
-    """A bias given entry by entry: (M, N), (B, M, N), (B*H, M, N) with `num_heads`, or (B|1, H|1, M|1, N).
+    """A bias given entry by entry: (M, N), (B, M, N), (B*H, M, N) with `num_heads`, or (B|1, H|1,
+    M|1, N).
 
-    A 3-D tensor is (B*H, M, N), heads fastest, if `num_heads` is given (the layout of nn.MultiheadAttention's
-    attn_mask), else (B, M, N). Entries may be -inf: masked out. A batch or head dimension that is only
-    expanded (stride 0) is kept as broadcast, so `shape` may show a 1 there.
+    A 3-D tensor is (B*H, M, N), heads fastest, if `num_heads` is given (the layout of
+    nn.MultiheadAttention's attn_mask), else (B, M, N). Entries may be -inf: masked out. A batch or
+    head dimension that is only expanded (stride 0) is kept as broadcast, so `shape` may show a 1
+    there.
     """
 
     _fields = ("tensor",)
@@ -236,13 +255,15 @@ class DenseBias(AttentionBias):
         return DenseBias(scaled_visible(self.tensor, head_last(factor, 2)))
 
     def split_mask(self) -> Tuple[DenseBias, MaskBias]:
-        """The finite entries (0 where masked) and the -inf entries as a mask; no host synchronisation."""
+        """The finite entries (0 where masked) and the -inf entries as a mask; no host
+        synchronisation."""
         masked = torch.isneginf(self.tensor)
         return DenseBias(self.tensor.masked_fill(masked, 0.0)), MaskBias(masked)
 
 
 class MaskBias(AttentionBias):
-    """Pairs that must not attend: mask bool, True = masked out (-inf), in any shape DenseBias takes.
+    """Pairs that must not attend: mask bool, True = masked out (-inf), in any shape DenseBias
+    takes.
 
     Multiplying it changes nothing: a pair stays forbidden, and no 0 * inf reaches a gradient.
     """
@@ -275,7 +296,8 @@ class MaskBias(AttentionBias):
 
 
 class SumBias(AttentionBias):
-    """The sum of biases that do not merge into one form: low rank, segments, dense and mask side by side."""
+    """The sum of biases that do not merge into one form: low rank, segments, dense and mask side by
+    side."""
 
     def __init__(self, terms: Sequence[AttentionBias]) -> None:
         flat = [part for term in terms for part in term._terms()]
@@ -317,7 +339,9 @@ class SumBias(AttentionBias):
                 else:  # a backend takes one set of segments
                     segments = add_segments(segments, part.segments)
             more, hidden = part.dense, part.mask
-            if part.windows is not None:  # a backend takes one of each: further ones go as what they are, entry by entry
+            if (
+                part.windows is not None
+            ):  # a backend takes one of each: further ones go as what they are, entry by entry
                 windows, rest = grids.added(windows, part.windows)
                 more = more if rest is None else rest if more is None else more + rest
             if part.window_mask is not None:
@@ -344,7 +368,8 @@ class SumBias(AttentionBias):
 
 
 def add_terms(terms: Sequence[AttentionBias]) -> AttentionBias:
-    """One bias from several: ranks concatenate, dense ones and masks merge, unlike kinds stay apart."""
+    """One bias from several: ranks concatenate, dense ones and masks merge, unlike kinds stay
+    apart."""
     broadcast_shapes(terms)
     low = [term for term in terms if term.rank is not None and term.segments() is None]
     segmented = [term for term in terms if term.segments() is not None]
@@ -386,7 +411,8 @@ def _simplest(terms: Sequence[AttentionBias]) -> AttentionBias:
 
 
 def scaled_visible(tensor: Tensor, factor: Union[float, Tensor]) -> Tensor:
-    """tensor * factor, where -inf stays -inf: masked out whatever the factor, whose gradient is to be a number."""
+    """tensor * factor, where -inf stays -inf: masked out whatever the factor, whose gradient is to
+    be a number."""
     if isinstance(factor, (int, float)) and factor > 0:
         return tensor * factor
     masked = torch.isneginf(tensor)
@@ -394,7 +420,8 @@ def scaled_visible(tensor: Tensor, factor: Union[float, Tensor]) -> Tensor:
 
 
 def add_segments(first: Segments, second: Segments) -> Segments:
-    """The sum of two biases that are constant over runs of keys: the runs that both have in common."""
+    """The sum of two biases that are constant over runs of keys: the runs that both have in
+    common."""
     if first[1] == second[1]:
         return first[0] + second[0], first[1]
     ends = [list(itertools.accumulate(lengths)) for _, lengths in (first, second)]
@@ -426,7 +453,8 @@ def concatenate(pairs: Sequence[Factors]) -> Factors:
 
 
 def multiply_out(q_factor: Tensor, k_factor: Tensor) -> Tensor:
-    """(B|1, M, H|1, R), (B|1, N, H|1, R) -> (B|1, H|1, M, N), in their precision even under autocast."""
+    """(B|1, M, H|1, R), (B|1, N, H|1, R) -> (B|1, H|1, M, N), in their precision even under
+    autocast."""
     dtype = torch.promote_types(q_factor.dtype, k_factor.dtype)
     with full_precision(q_factor.device):
         return q_factor.to(dtype).permute(0, 2, 1, 3) @ k_factor.to(dtype).permute(0, 2, 3, 1)

@@ -1,4 +1,5 @@
 """Shapes and dtypes of biases, checked at the door."""
+
 from __future__ import annotations
 
 from typing import Optional, Sequence, Tuple, Union
@@ -30,7 +31,8 @@ def as_four(tensor: Tensor, num_heads: Optional[int], name: str = "tensor") -> T
             return tensor[None]
         if tensor.shape[0] % num_heads:
             raise ValueError(
-                f"{name}: a 3-D tensor with num_heads={num_heads} is (B*H, M, N), but its first size "
+                f"{name}: a 3-D tensor with num_heads={num_heads} is (B*H, M, N), but its first "
+                "size "
                 f"does not divide by {num_heads}: got {tuple(tensor.shape)}"
             )
         return tensor.unflatten(0, (tensor.shape[0] // num_heads, num_heads))
@@ -50,7 +52,8 @@ def as_four(tensor: Tensor, num_heads: Optional[int], name: str = "tensor") -> T
 def collapse_expanded(tensor: Tensor) -> Tensor:
     """Batch and head dimensions that are only expanded (stride 0) become size 1: one copy, no cost.
 
-    Not of a tensor that requires grad: each slice of it has a gradient of its own, which may be asked for.
+    Not of a tensor that requires grad: each slice of it has a gradient of its own, which may be
+    asked for.
     """
     if tensor.requires_grad:
         return tensor
@@ -74,7 +77,9 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
         )
 
 
-def check_lengths(name: str, lengths: Sequence[int], expected_sum: Optional[int] = None) -> Tuple[int, ...]:
+def check_lengths(
+    name: str, lengths: Sequence[int], expected_sum: Optional[int] = None
+) -> Tuple[int, ...]:
     """Lengths as a tuple of ints >= 0, at least one."""
     lengths = tuple(lengths)
     if not lengths:
@@ -86,6 +91,7 @@ def check_lengths(name: str, lengths: Sequence[int], expected_sum: Optional[int]
             raise ValueError(f"{name}: expected lengths >= 0, got {lengths}")
     if expected_sum is not None and sum(lengths) != expected_sum:
         raise ValueError(
-            f"{name}: expected lengths that sum to the {expected_sum} keys, got {lengths} = {sum(lengths)}"
+            f"{name}: expected lengths that sum to the {expected_sum} keys, got {lengths} = "
+            f"{sum(lengths)}"
         )
     return lengths

@@ -1,4 +1,5 @@
 """Biases that are low rank by construction: nothing of size M*N is ever formed but by dense()."""
+
 from __future__ import annotations
 
 from typing import Optional, Sequence, Tuple, Union
@@ -11,11 +12,13 @@ from .checks import check_device, check_floating, check_lengths, head_last
 
 
 class ModalityBias(AttentionBias):
-    """bias[b, h, m, j] = weights[b, m, h, s] for a key j of segment s: one number a query and modality.
+    """bias[b, h, m, j] = weights[b, m, h, s] for a key j of segment s: one number a query and
+    modality.
 
-    weights (B|1, M, S), or (B|1, M, H|1, S), floating; segments the S lengths in key order (lidar BEV tokens,
-    then the cameras), which sum to N. Rank S: q_factor = weights, k_factor = the segments' indicators; exact
-    in the sense of FlashBias (arXiv 2505.12044) for a bias that is constant over runs of keys.
+    weights (B|1, M, S), or (B|1, M, H|1, S), floating; segments the S lengths in key order (lidar
+    BEV tokens, then the cameras), which sum to N. Rank S: q_factor = weights, k_factor = the
+    segments' indicators; exact in the sense of FlashBias (arXiv 2505.12044) for a bias that is
+    constant over runs of keys.
     """
 
     _fields = ("weights",)
@@ -25,7 +28,8 @@ class ModalityBias(AttentionBias):
         self.lengths = check_lengths("segments", segments)
         if weights.dim() not in (3, 4) or weights.shape[-1] != len(self.lengths):
             raise ValueError(
-                f"weights: expected (B|1, M, S) or (B|1, M, H|1, S) with S = {len(self.lengths)} segments, "
+                f"weights: expected (B|1, M, S) or (B|1, M, H|1, S) with S = {len(self.lengths)} "
+                "segments, "
                 f"got {tuple(weights.shape)}"
             )
         self.weights = weights if weights.dim() == 4 else weights.unsqueeze(2)
@@ -60,24 +64,27 @@ class ModalityBias(AttentionBias):
 class SquaredDistanceBias(AttentionBias):
     """bias[b, h, i, j] = -scale[h] * |query_xy[b, i] - key_xy[b, j]|^2.
 
-    Expanded, -s|x - y|^2 = -s|x|^2 + 2s x.y - s|y|^2 has rank 4 in the plane (the spatial distance of
-    FlashBias, arXiv 2505.12044). Coordinates are centred on the keys first: the distance does not change,
-    and the terms that cancel get small, which is what leaves digits in half precision. Split into half by
-    `split_factors`, scores keep an error of at most 2**-20 (float16) or 2**-14 (bfloat16) of s|x|^2 + s|y|^2.
+    Expanded, -s|x - y|^2 = -s|x|^2 + 2s x.y - s|y|^2 has rank 4 in the plane (the spatial distance
+    of FlashBias, arXiv 2505.12044). Coordinates are centred on the keys first: the distance does
+    not change, and the terms that cancel get small, which is what leaves digits in half precision.
+    Split into half by `split_factors`, scores keep an error of at most 2**-20 (float16) or 2**-14
+    (bfloat16) of s|x|^2 + s|y|^2.
 
-    query_xy (B|1, M, 2), key_xy (B|1, N, 2), floating, in one unit (metres); half is raised to float32.
-    scale: a float, a 0-d tensor or one number a head (H,), in 1/unit^2; learned if it requires grad.
+    query_xy (B|1, M, 2), key_xy (B|1, N, 2), floating, in one unit (metres); half is raised to
+    float32. scale: a float, a 0-d tensor or one number a head (H,), in 1/unit^2; learned if it
+    requires grad.
 
-    Per segment: with `segments`, the S lengths in key order, query_xy is (B|1, M, S, 2), the query's
-    coordinates in each segment's own frame (the BEV grid, each camera's image), and key_xy holds each key's
-    coordinates in its segment's frame. Rank 4S. `valid` (B|1, M, S) bool: False where the query does not
-    appear in that segment; its bias to the keys there is 0 and its coordinates are not read, NaN included.
+    Per segment: with `segments`, the S lengths in key order, query_xy is (B|1, M, S, 2), the
+    query's coordinates in each segment's own frame (the BEV grid, each camera's image), and key_xy
+    holds each key's coordinates in its segment's frame. Rank 4S. `valid` (B|1, M, S) bool: False
+    where the query does not appear in that segment; its bias to the keys there is 0 and its
+    coordinates are not read, NaN included.
     Frames of unlike units: multiply a frame's coordinates by the root of its own scale.
 
-    drop_query_term=True leaves out -s|x|^2, which softmax does not see, as it is one number a query: rank 3.
-    Then factors() and dense() both hold the bias up to that per-query constant: -s|y|^2 + 2s x.y in
-    coordinates relative to the keys' centre. Refused with more than one segment or with `valid`, where it is
-    not a constant.
+    drop_query_term=True leaves out -s|x|^2, which softmax does not see, as it is one number a
+    query: rank 3. Then factors() and dense() both hold the bias up to that per-query constant:
+    -s|y|^2 + 2s x.y in coordinates relative to the keys' centre. Refused with more than one segment
+    or with `valid`, where it is not a constant.
     """
 
     _fields = ("query_xy", "key_xy", "scale", "valid")
@@ -97,13 +104,16 @@ class SquaredDistanceBias(AttentionBias):
         if key_xy.dim() != 3 or key_xy.shape[-1] != 2:
             raise ValueError(f"key_xy: expected (B|1, N, 2), got {tuple(key_xy.shape)}")
         self.lengths = (
-            (key_xy.shape[1],) if segments is None else check_lengths("segments", segments, key_xy.shape[1])
+            (key_xy.shape[1],)
+            if segments is None
+            else check_lengths("segments", segments, key_xy.shape[1])
         )
         if query_xy.dim() == 3:
             query_xy = query_xy.unsqueeze(2)
         if query_xy.dim() != 4 or query_xy.shape[2:] != (len(self.lengths), 2):
             raise ValueError(
-                f"query_xy: expected (B|1, M, 2), or (B|1, M, S, 2) with S = {len(self.lengths)} segments, "
+                f"query_xy: expected (B|1, M, 2), or (B|1, M, S, 2) with S = {len(self.lengths)} "
+                "segments, "
                 f"got {tuple(query_xy.shape)}"
             )
         if 1 not in (query_xy.shape[0], key_xy.shape[0]) and query_xy.shape[0] != key_xy.shape[0]:
@@ -115,7 +125,8 @@ class SquaredDistanceBias(AttentionBias):
             _check_valid(valid, query_xy)
         if drop_query_term and (len(self.lengths) > 1 or valid is not None):
             raise ValueError(
-                "drop_query_term: the per-query term differs between segments, so softmax does see it; leave "
+                "drop_query_term: the per-query term differs between segments, so softmax does "
+                "see it; leave "
                 "drop_query_term=False with several segments or with valid"
             )
         self.scale = _check_scale(scale)
@@ -148,7 +159,9 @@ class SquaredDistanceBias(AttentionBias):
                 columns = columns * valid[..., None, None]
             around = (0, 0, start, self.key_xy.shape[1] - start - length)
             q_columns.append(columns)
-            k_columns.append(torch.nn.functional.pad(torch.cat(partners, dim=-1), around).unsqueeze(2))
+            k_columns.append(
+                torch.nn.functional.pad(torch.cat(partners, dim=-1), around).unsqueeze(2)
+            )
             start += length
         return torch.cat(q_columns, dim=-1), torch.cat(k_columns, dim=-1)
 
@@ -166,8 +179,11 @@ class SquaredDistanceBias(AttentionBias):
             start += length
         return torch.cat(runs, dim=-1)
 
-    def _frame(self, index: int, start: int, length: int) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
-        """Centred (B|1, M, 2), (B|1, length, 2), and the factor (B|1, M) that is 0 where not valid."""
+    def _frame(
+        self, index: int, start: int, length: int
+    ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+        """Centred (B|1, M, 2), (B|1, length, 2), and the factor (B|1, M) that is 0 where not
+        valid."""
         given = torch.promote_types(self.query_xy.dtype, self.key_xy.dtype)
         dtype = torch.promote_types(given, torch.float32)
         x, y = self.query_xy[:, :, index].to(dtype), self.key_xy.narrow(1, start, length).to(dtype)
@@ -184,22 +200,27 @@ class SquaredDistanceBias(AttentionBias):
 
 
 class AlibiBias(AttentionBias):
-    """bias[h, i, j] = slopes[h] * (j - (i + offset)): attention with linear biases (ALiBi, arXiv 2108.12409).
+    """bias[h, i, j] = slopes[h] * (j - (i + offset)): attention with linear biases (ALiBi, arXiv
+    2108.12409).
 
-    slopes (H,) floating tensor, positive to favour near keys in the past, as in the paper; learned if it
-    requires grad. The linear, signed form: rank 2. Under a causal mask it is the paper's -slope * distance;
-    the symmetric |i - j| has no low rank. Query i sits at key position i + offset; offset defaults to N - M,
-    so the last query meets the last key (decoding with a cache, and flash-attn's convention); give 0 to
-    align the first ones. For queries that are no positions (object queries over image keys) ALiBi has no
-    meaning.
+    slopes (H,) floating tensor, positive to favour near keys in the past, as in the paper; learned
+    if it requires grad. The linear, signed form: rank 2. Under a causal mask it is the paper's
+    -slope * distance; the symmetric |i - j| has no low rank. Query i sits at key position i +
+    offset; offset defaults to N - M, so the last query meets the last key (decoding with a cache,
+    and flash-attn's convention); give 0 to align the first ones. For queries that are no positions
+    (object queries over image keys) ALiBi has no meaning.
     """
 
     _fields = ("slopes",)
 
-    def __init__(self, slopes: Tensor, queries: int, keys: int, offset: Optional[int] = None) -> None:
+    def __init__(
+        self, slopes: Tensor, queries: int, keys: int, offset: Optional[int] = None
+    ) -> None:
         check_floating("slopes", slopes)
         if slopes.dim() != 1 or not slopes.numel():
-            raise ValueError(f"slopes: expected one slope a head, shape (H,), got {tuple(slopes.shape)}")
+            raise ValueError(
+                f"slopes: expected one slope a head, shape (H,), got {tuple(slopes.shape)}"
+            )
         self.queries, self.keys = check_lengths("queries and keys", (queries, keys))
         self.slopes = slopes
         self.offset = keys - queries if offset is None else offset
@@ -216,7 +237,9 @@ class AlibiBias(AttentionBias):
         """Slopes and positions of queries and keys around the middle key, in float32 or better."""
         slopes = self.slopes.to(torch.promote_types(self.slopes.dtype, torch.float32))
         middle = (self.keys - 1) / 2
-        i = torch.arange(self.queries, device=slopes.device).to(slopes.dtype) + (self.offset - middle)
+        i = torch.arange(self.queries, device=slopes.device).to(slopes.dtype) + (
+            self.offset - middle
+        )
         j = torch.arange(self.keys, device=slopes.device).to(slopes.dtype) - middle
         return slopes, i, j
 
@@ -245,7 +268,9 @@ def _check_scale(scale: Union[float, Tensor]) -> Union[float, Tensor]:
     if isinstance(scale, Tensor):
         check_floating("scale", scale)
         if scale.dim() > 1:
-            raise ValueError(f"scale: expected a float, a 0-d tensor or (H,), got {tuple(scale.shape)}")
+            raise ValueError(
+                f"scale: expected a float, a 0-d tensor or (H,), got {tuple(scale.shape)}"
+            )
         return scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a float or a floating tensor, got {type(scale).__name__}")
@@ -257,7 +282,12 @@ def _check_valid(valid: Tensor, query_xy: Tensor) -> None:
         got = getattr(valid, "dtype", type(valid).__name__)
         raise TypeError(f"valid: expected a bool tensor, got {got}")
     batch, queries, segments, _ = query_xy.shape
-    if valid.dim() != 3 or valid.shape[1:] != (queries, segments) or valid.shape[0] not in (1, batch):
+    if (
+        valid.dim() != 3
+        or valid.shape[1:] != (queries, segments)
+        or valid.shape[0] not in (1, batch)
+    ):
         raise ValueError(
-            f"valid: expected (B|1, M, S) = ({batch}|1, {queries}, {segments}), got {tuple(valid.shape)}"
+            f"valid: expected (B|1, M, S) = ({batch}|1, {queries}, {segments}), got "
+            f"{tuple(valid.shape)}"
         )

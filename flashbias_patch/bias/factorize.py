@@ -1,4 +1,6 @@
-"""From a dense bias to a low-rank one: exact SVD, randomized, warm-started; the error is always measured."""
+"""From a dense bias to a low-rank one: exact SVD, randomized, warm-started; the error is always
+measured."""
+
 from __future__ import annotations
 
 import math
@@ -9,12 +11,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._torch_internals import RELEASE
-from .base import AttentionBias, DenseBias, Factors, LowRankBias, MaskBias, add_terms, full_precision
+from .base import (
+    AttentionBias,
+    DenseBias,
+    Factors,
+    LowRankBias,
+    MaskBias,
+    add_terms,
+    full_precision,
+)
 
 METHODS = ("auto", "svd", "randomized")
 DEFAULT_ENERGY = 0.9999
 DEFAULT_MAX_ERROR = 2e-2
-_OVERSAMPLE = 8  # columns beyond the rank wanted (Halko, Martinsson & Tropp 2011, section 4.2: 5 or 10)
+_OVERSAMPLE = (
+    8  # columns beyond the rank wanted (Halko, Martinsson & Tropp 2011, section 4.2: 5 or 10)
+)
 _FIRST_RANK = 16  # where the search for a rank that keeps the energy begins
 _WIDEST = 256  # beyond this rank attention with factors costs more than with the dense bias
 _SMALL = 64  # a side so short that the exact SVD is as quick
@@ -32,12 +44,12 @@ class FactorState(NamedTuple):
 class Factorization(NamedTuple):
     """What `factorize` found.
 
-    bias: the bias to use, low rank (plus a MaskBias where entries were -inf), or the dense one as given
-    where `used_dense`, and then `reason` says why. relative_error: the Frobenius norm of what the low-rank
-    form leaves out over the norm of the finite entries, measured, of the worst batch entry or head. energy:
-    the share of squared singular values kept, 1 - relative_error**2. Where the dense bias is used,
-    relative_error, rank and energy are those of the low-rank form refused (0, 0, 1: none was tried). state:
-    pass as `warm_start` next time, or None.
+    bias: the bias to use, low rank (plus a MaskBias where entries were -inf), or the dense one as
+    given where `used_dense`, and then `reason` says why. relative_error: the Frobenius norm of what
+    the low-rank form leaves out over the norm of the finite entries, measured, of the worst batch
+    entry or head. energy: the share of squared singular values kept, 1 - relative_error**2. Where
+    the dense bias is used, relative_error, rank and energy are those of the low-rank form refused
+    (0, 0, 1: none was tried). state: pass as `warm_start` next time, or None.
     """
 
     bias: AttentionBias
@@ -50,7 +62,8 @@ class Factorization(NamedTuple):
 
 
 class _Svd(NamedTuple):
-    """W ~ left * values @ right^T: left (B, H, M, K), right (B, H, N, K) orthonormal, values falling."""
+    """W ~ left * values @ right^T: left (B, H, M, K), right (B, H, N, K) orthonormal, values
+    falling."""
 
     left: Tensor
     values: Tensor
@@ -67,34 +80,39 @@ def factorize(
     num_heads: Optional[int] = None,
     generator: Optional[torch.Generator] = None,
 ) -> Factorization:
-    """A low-rank form of a dense bias, or the dense bias itself where no low-rank form is good enough.
+    """A low-rank form of a dense bias, or the dense bias itself where no low-rank form is good
+    enough.
 
     bias: a floating tensor (M, N), (B, M, N), (B*H, M, N) with `num_heads`, or (B, H, M, N), or an
-    AttentionBias. Half is computed in float32. The low-rank terms of an AttentionBias are kept as they are,
-    its dense term is factorised. -inf entries are split off into a MaskBias and count as 0: masks that are
-    blocks raise the rank.
+    AttentionBias. Half is computed in float32. The low-rank terms of an AttentionBias are kept as
+    they are, its dense term is factorised. -inf entries are split off into a MaskBias and count as
+    0: masks that are blocks raise the rank.
 
-    rank: this many columns. energy, in (0, 1]: the smallest rank that keeps this share of the squared
-    singular values of every batch entry and head (0.9999 if neither is given), at most `rank` if both are.
-    The relative Frobenius error is sqrt(1 - energy): energy 0.90 is an error of 32 %. max_error: above it
-    the dense bias is used. Default 2e-2, or sqrt(1 - energy) for an energy that implies more. method: "svd"
-    (exact), "randomized" (subspace iteration: Halko, Martinsson & Tropp 2011, arXiv 0909.4061, algorithm
-    4.4), "auto" (svd for a side up to 64). warm_start: the `state` of the previous call on a bias that has
-    moved a little since; then one pass of subspace iteration does, from its rows and a few fresh random
-    columns. Not used by the svd, nor where it does not fit (other batch, heads or key count; M may differ).
-    generator: for the random columns; without it a private one is seeded, and no global state moves.
+    rank: this many columns. energy, in (0, 1]: the smallest rank that keeps this share of the
+    squared singular values of every batch entry and head (0.9999 if neither is given), at most
+    `rank` if both are. The relative Frobenius error is sqrt(1 - energy): energy 0.90 is an error of
+    32 %. max_error: above it the dense bias is used. Default 2e-2, or sqrt(1 - energy) for an
+    energy that implies more. method: "svd" (exact), "randomized" (subspace iteration: Halko,
+    Martinsson & Tropp 2011, arXiv 0909.4061, algorithm 4.4), "auto" (svd for a side up to 64).
+    warm_start: the `state` of the previous call on a bias that has moved a little since; then one
+    pass of subspace iteration does, from its rows and a few fresh random columns. Not used by the
+    svd, nor where it does not fit (other batch, heads or key count; M may differ).
+    generator: for the random columns; without it a private one is seeded, and no global state
+    moves.
 
     A bias repeated over batch or heads is factorised, and its factors are stored, once.
 
-    Gradients. No derivative of an SVD is taken: with U, V the orthonormal factors, held constant, the bias
-    is the projection P(W) = W V V^T + U U^T W - U U^T W V V^T of the dense W, and the gradient G with
-    respect to it becomes P(G) with respect to W. For a W that is truly of the rank kept this is the exact
-    gradient, for whatever W = A B^T is made of, A and B alike. Otherwise the part of G outside the rows and
-    columns kept does not arrive: directions that the bias does not have yet are not learned through it. As
-    an all-zero bias has none, it is used dense while it requires grad (`bias_scale` = 0 would stay 0).
+    Gradients. No derivative of an SVD is taken: with U, V the orthonormal factors, held constant,
+    the bias is the projection P(W) = W V V^T + U U^T W - U U^T W V V^T of the dense W, and the
+    gradient G with respect to it becomes P(G) with respect to W. For a W that is truly of the rank
+    kept this is the exact gradient, for whatever W = A B^T is made of, A and B alike. Otherwise the
+    part of G outside the rows and
+    columns kept does not arrive: directions that the bias does not have yet are not learned through
+    it. As an all-zero bias has none, it is used dense while it requires grad (`bias_scale` = 0
+    would stay 0).
 
-    Raises ValueError and TypeError for arguments out of range. NaN or +inf in the bias: used dense, with the
-    reason, as an overflow is the loss scaler's to handle.
+    Raises ValueError and TypeError for arguments out of range. NaN or +inf in the bias: used dense,
+    with the reason, as an overflow is the loss scaler's to handle.
     """
     _check(rank, energy, method, max_error)
     terms = (bias if isinstance(bias, AttentionBias) else DenseBias(bias, num_heads))._terms()
@@ -107,7 +125,9 @@ def factorize(
     if energy is None and rank is None:
         energy = DEFAULT_ENERGY
     if max_error is None:
-        max_error = max(DEFAULT_MAX_ERROR, math.sqrt(1 - energy) * (1 + 1e-3) if energy is not None else 0.0)
+        max_error = max(
+            DEFAULT_MAX_ERROR, math.sqrt(1 - energy) * (1 + 1e-3) if energy is not None else 0.0
+        )
 
     once = _without_repeats(given)
     has_mask = bool(once.detach().amin() == -math.inf)
@@ -130,11 +150,15 @@ def factorize(
         missed = f"relative error {error:.3g} is above max_error {max_error:.3g}"
     kept = svd.values.shape[-1]
     calls = 0 if warm_start is None else warm_start.calls + 1
-    state = FactorState(svd.right[..., : _FIRST_RANK if missed else kept].contiguous(), calls, bool(missed))
+    state = FactorState(
+        svd.right[..., : _FIRST_RANK if missed else kept].contiguous(), calls, bool(missed)
+    )
     found = (error, kept, 1 - error * error)
     if missed:
         return Factorization(whole, *found, True, missed, state)
-    low: AttentionBias = LowRankBias(*_Project.apply(given, masked, svd.left, svd.values, svd.right))
+    low: AttentionBias = LowRankBias(
+        *_Project.apply(given, masked, svd.left, svd.values, svd.right)
+    )
     rest = tuple(term for term in terms if not isinstance(term, DenseBias))
     mask = () if masked is None else (MaskBias(masked),)
     return Factorization(add_terms((low,) + rest + mask), *found, False, "", state)
@@ -152,14 +176,19 @@ class _Problem(NamedTuple):
 class _Project(torch.autograd.Function):
     """given -> factors of its projection; backward projects the gradient likewise (see factorize).
 
-    The factors are balanced, left * sqrt(values) and right * sqrt(values): as good for half precision as
-    can be. Where the bias repeats they are stored once and expanded, so that each copy gets its own
-    gradient: copies may be parameters that only happen to be equal now.
+    The factors are balanced, left * sqrt(values) and right * sqrt(values): as good for half
+    precision as can be. Where the bias repeats they are stored once and expanded, so that each copy
+    gets its own gradient: copies may be parameters that only happen to be equal now.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, given: Tensor, masked: Optional[Tensor], left: Tensor, values: Tensor, right: Tensor
+        ctx: Any,
+        given: Tensor,
+        masked: Optional[Tensor],
+        left: Tensor,
+        values: Tensor,
+        right: Tensor,
     ) -> Factors:
         ctx.save_for_backward(masked, left, values, right)
         ctx.dtype = given.dtype
@@ -189,22 +218,29 @@ def _search(problem: _Problem, warm: Optional[FactorState]) -> Tuple[_Svd, str]:
     matrix = problem.matrix
     rows, columns = matrix.shape[-2:]
     short = min(rows, columns)
-    widest = min(_WIDEST, max(1, rows * columns // (rows + columns)))  # factors no larger than the bias
+    widest = min(
+        _WIDEST, max(1, rows * columns // (rows + columns))
+    )  # factors no larger than the bias
     cap = widest if problem.rank is None else min(problem.rank, short)
     if problem.method == "svd" or (problem.method == "auto" and short <= _SMALL):
-        # The CUDA default (Jacobi) leaves the factors orthonormal to some 1e-4 only, QR iteration to 1e-6.
+        # The CUDA default (Jacobi) leaves the factors orthonormal to some 1e-4 only, QR iteration
+        # to 1e-6.
         driver = {"driver": "gesvd"} if matrix.is_cuda and RELEASE >= (1, 11) else {}
         left, values, right = torch.linalg.svd(matrix, full_matrices=False, **driver)
         return _cut(_Svd(left, values, right.transpose(-2, -1)), problem, cap)
 
     limit = min(short, cap + _OVERSAMPLE)
     fixed = problem.energy is None
-    basis = matrix.new_empty(matrix.shape[:2] + (columns, 0)) if warm is None else warm.basis.to(matrix)
+    basis = (
+        matrix.new_empty(matrix.shape[:2] + (columns, 0)) if warm is None else warm.basis.to(matrix)
+    )
     start = cap if fixed else _FIRST_RANK if warm is None else basis.shape[-1]
     width, passes = min(limit, start + _OVERSAMPLE), 2 if warm is None else 1
     generator = problem.generator
     if generator is None:
-        generator = torch.Generator(matrix.device).manual_seed(0 if warm is None else warm.calls + 1)
+        generator = torch.Generator(matrix.device).manual_seed(
+            0 if warm is None else warm.calls + 1
+        )
     while True:
         svd = _iterate(matrix, basis[..., :width], width, passes, generator)
         result, missed = _cut(svd, problem, cap)
@@ -213,8 +249,11 @@ def _search(problem: _Problem, warm: Optional[FactorState]) -> Tuple[_Svd, str]:
         basis, passes, width = svd.right, 1, min(limit, 2 * width)
 
 
-def _iterate(matrix: Tensor, basis: Tensor, width: int, passes: int, generator: torch.Generator) -> _Svd:
-    """Subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4) from a basis and random columns."""
+def _iterate(
+    matrix: Tensor, basis: Tensor, width: int, passes: int, generator: torch.Generator
+) -> _Svd:
+    """Subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4) from a basis and random
+    columns."""
     shape = basis.shape[:-1] + (width - basis.shape[-1],)
     fresh = torch.randn(shape, generator=generator, device=matrix.device, dtype=matrix.dtype)
     fresh = fresh / math.sqrt(matrix.shape[-1])  # as long as the orthonormal ones
@@ -224,7 +263,8 @@ def _iterate(matrix: Tensor, basis: Tensor, width: int, passes: int, generator: 
             right = torch.linalg.qr(right).Q
         left = torch.linalg.qr(matrix @ right).Q
         right = matrix.transpose(-2, -1) @ left
-    # The SVD of the tall thin `right` through its Gram matrix, in float64, where squaring costs no digits.
+    # The SVD of the tall thin `right` through its Gram matrix, in float64, where squaring costs no
+    # digits.
     gram = right.double().transpose(-2, -1) @ right.double()
     squares, turn = torch.linalg.eigh(gram.cpu())  # some 16 x 16: not worth a GPU solver's start
     squares = squares.flip(-1).clamp(min=0).to(matrix.device)
@@ -251,7 +291,8 @@ def _cut(svd: _Svd, problem: _Problem, cap: int) -> Tuple[_Svd, str]:
 
 
 def _squares(matrix: Tensor) -> Tensor:
-    """Squared Frobenius norms (B|1, H|1): rows summed in the matrix's precision, the rest in float64."""
+    """Squared Frobenius norms (B|1, H|1): rows summed in the matrix's precision, the rest in
+    float64."""
     return torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(-1)
 
 
@@ -268,7 +309,8 @@ def _residual(problem: _Problem, svd: _Svd) -> float:
 
 
 def _without_repeats(tensor: Tensor) -> Tensor:
-    """One slice where all along batch or heads are equal; a glance at a few rows spares most comparisons."""
+    """One slice where all along batch or heads are equal; a glance at a few rows spares most
+    comparisons."""
     glance = tensor[:, :, :: max(1, tensor.shape[2] // 4)]
     for dim in (1, 0):
         for view in (glance, tensor):
@@ -284,7 +326,10 @@ def _unusable(squares: Tensor, requires_grad: bool) -> str:
     if not torch.isfinite(squares).all():
         return "the bias holds NaN or +inf"
     if requires_grad and (squares == 0).any():
-        return "the bias is all zero for a batch entry or head: no row or column for its gradient to follow"
+        return (
+            "the bias is all zero for a batch entry or head: no row or column for its "
+            "gradient to follow"
+        )
     return ""
 
 
@@ -299,7 +344,9 @@ def _fits(state: FactorState, matrix: Tensor) -> bool:
     return state.basis.shape[:3] == (matrix.shape[0], matrix.shape[1], matrix.shape[3])
 
 
-def _check(rank: Optional[int], energy: Optional[float], method: str, max_error: Optional[float]) -> None:
+def _check(
+    rank: Optional[int], energy: Optional[float], method: str, max_error: Optional[float]
+) -> None:
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank: expected an int >= 1 or None, got {rank!r}")
     if energy is not None and not 0 < energy <= 1:

@@ -1,9 +1,12 @@
-"""Windows on grids of keys: the form in which attention receives them, and what they mean entry by entry.
+"""Windows on grids of keys: the form in which attention receives them, and what they mean entry by
+entry.
 
-The keys are S frames, one after the other: a frame is a Grid of views x rows x columns cells, key = first key of the
-frame + (view * rows + row) * columns + column. Every query has one window a frame: a square of `side` cells around a
-centre (view, row, column). Cells outside the grid do not count, so a centre may lie outside it.
+The keys are S frames, one after the other: a frame is a Grid of views x rows x columns cells, key =
+first key of the frame + (view * rows + row) * columns + column. Every query has one window a frame:
+a square of `side` cells around a centre (view, row, column). Cells outside the grid do not count,
+so a centre may lie outside it.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,7 +16,8 @@ from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-OUTSIDE = -(1 << 24)  # no cell of any window lies in a grid around this place: the centre of a window that is not there
+# The centre of a window that is not there: no cell of a window around this place lies in a grid.
+OUTSIDE = -(1 << 24)
 LARGEST_SIDE = 1 << 22
 
 
@@ -29,7 +33,9 @@ class Grid:
         for name in ("rows", "columns", "views"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"Grid.{name}: expected an int, got {value!r} ({type(value).__name__})")
+                raise TypeError(
+                    f"Grid.{name}: expected an int, got {value!r} ({type(value).__name__})"
+                )
             if not 1 <= value <= LARGEST_SIDE:
                 raise ValueError(f"Grid.{name}: expected 1 .. {LARGEST_SIDE}, got {value}")
 
@@ -42,9 +48,9 @@ class Grid:
 class WindowParts(NamedTuple):
     """A bias for attention to consume: weight * profile inside the window of each frame, 0 outside.
 
-    weights (B|1, M, H|1, S) floating; centres (B|1, M, S, 3) int32: view, row, column, a window that is not there has
-    them at OUTSIDE; frames, sides and sigmas have S entries. sigmas is None for boxes (profile 1), an infinite sigma is
-    a box too.
+    weights (B|1, M, H|1, S) floating; centres (B|1, M, S, 3) int32: view, row, column, a window
+    that is not there has them at OUTSIDE; frames, sides and sigmas have S entries. sigmas is None
+    for boxes (profile 1), an infinite sigma is a box too.
     """
 
     weights: Tensor
@@ -60,7 +66,8 @@ class WindowParts(NamedTuple):
 
 
 class WindowMaskParts(NamedTuple):
-    """A mask for attention to consume: the keys outside all windows of a query are hidden. Fields as in WindowParts."""
+    """A mask for attention to consume: the keys outside all windows of a query are hidden. Fields
+    as in WindowParts."""
 
     centres: Tensor
     frames: Tuple[Grid, ...]
@@ -101,7 +108,12 @@ def dense_bias(parts: WindowParts) -> Tensor:
     for place, (inside, frame) in enumerate(zip(_inside(centres, frames, sides), frames)):
         value = weights[..., place].to(wide).transpose(1, 2)[..., None]  # (B|1, H|1, M, 1)
         if sigmas is not None and math.isfinite(sigmas[place]):
-            value = value * _gaussian(centres[..., place, :], frame, sides[place], sigmas[place], wide)[:, None]
+            value = (
+                value
+                * _gaussian(centres[..., place, :], frame, sides[place], sigmas[place], wide)[
+                    :, None
+                ]
+            )
         found.append(torch.where(inside[:, None], value, value.new_zeros(())).to(weights.dtype))
     return found[0] if len(found) == 1 else torch.cat(found, -1)
 
@@ -120,7 +132,9 @@ def added(one: Optional[WindowParts], other: WindowParts) -> Tuple[WindowParts, 
     return one, dense_bias(other)
 
 
-def both(one: Optional[WindowMaskParts], other: WindowMaskParts) -> Tuple[WindowMaskParts, Optional[Tensor]]:
+def both(
+    one: Optional[WindowMaskParts], other: WindowMaskParts
+) -> Tuple[WindowMaskParts, Optional[Tensor]]:
     """What two masks hide, as (one, and what does not fit into it as a boolean mask)."""
     if one is None:
         return other, None
@@ -133,7 +147,10 @@ def _inside(centres: Tensor, frames: Sequence[Grid], sides: Sequence[int]) -> It
     for place, (frame, side) in enumerate(zip(frames, sides)):
         view, row, column = centres[..., place, :, None].unbind(-2)  # (B|1, M, 1) each
         views = torch.arange(frame.views, device=centres.device) == view
-        square = _within(row, frame.rows, side)[..., :, None] & _within(column, frame.columns, side)[..., None, :]
+        square = (
+            _within(row, frame.rows, side)[..., :, None]
+            & _within(column, frame.columns, side)[..., None, :]
+        )
         yield (views[..., None, None] & square[..., None, :, :]).flatten(-3)
 
 
@@ -145,11 +162,13 @@ def _within(centre: Tensor, length: int, side: int) -> Tensor:
 
 
 def _gaussian(centre: Tensor, frame: Grid, side: int, sigma: float, dtype: torch.dtype) -> Tensor:
-    """exp(-(dy^2 + dx^2) / (2 sigma^2)) around each centre (B|1, M, 3): (B|1, M, keys of the frame)."""
+    """exp(-(dy^2 + dx^2) / (2 sigma^2)) around each centre (B|1, M, 3): (B|1, M, keys of the
+    frame)."""
     _, row, column = centre[..., None].unbind(-2)
 
     def squared(middle: Tensor, length: int) -> Tensor:
-        # The clamp leaves distances inside the window as they are, and squares within the range of the dtype.
+        # The clamp leaves distances inside the window as they are, and squares within the range of
+        # the dtype.
         offset = (torch.arange(length, device=centre.device) - middle).clamp(-side, side).to(dtype)
         return offset * offset
 

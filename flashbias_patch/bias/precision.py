@@ -1,4 +1,5 @@
 """Float32 factors in half precision without losing their digits: rank is cheap, digits are not."""
+
 from __future__ import annotations
 
 import torch
@@ -13,18 +14,19 @@ LARGEST_HALF = 65504.0
 def split_factors(q_factor: Tensor, k_factor: Tensor, dtype: torch.dtype) -> Factors:
     """Factors in `dtype` whose float32-accumulated product is that of the factors given.
 
-    q_factor (B|1, M, H|1, R), k_factor (B|1, N, H|1, R), floating. For float16 and bfloat16 a factor f not
-    yet in `dtype` becomes f_high + f_low, both in `dtype`, and the product is
+    q_factor (B|1, M, H|1, R), k_factor (B|1, N, H|1, R), floating. For float16 and bfloat16 a
+    factor f not yet in `dtype` becomes f_high + f_low, both in `dtype`, and the product is
 
         q k  ~  q_high k_high + q_high k_low + q_low k_high
 
-    so 3R columns (2R where one factor is in `dtype` already, R where both are). What is left out, and the
-    rounding of the low parts, is at most 3 * 2**-22 (float16) or 3 * 2**-16 (bfloat16) of |q k| a column.
-    For float16, columns are first balanced by powers of two, so that neither factor overflows or goes
-    subnormal where their product would not. For float32 and float64 the factors are cast and R stays.
+    so 3R columns (2R where one factor is in `dtype` already, R where both are). What is left out,
+    and the rounding of the low parts, is at most 3 * 2**-22 (float16) or 3 * 2**-16 (bfloat16) of
+    |q k| a column. For float16, columns are first balanced by powers of two, so that neither factor
+    overflows or goes subnormal where their product would not. For float32 and float64 the factors
+    are cast and R stays.
 
-    Differentiable: gradients arrive through the high parts, whose partners carry all digits; the low parts
-    are constants, as the derivative of a rounding error is zero almost everywhere.
+    Differentiable: gradients arrive through the high parts, whose partners carry all digits; the
+    low parts are constants, as the derivative of a rounding error is zero almost everywhere.
     """
     if dtype not in _HALF or (q_factor.dtype == dtype and k_factor.dtype == dtype):
         return q_factor.to(dtype), k_factor.to(dtype)
@@ -32,7 +34,9 @@ def split_factors(q_factor: Tensor, k_factor: Tensor, dtype: torch.dtype) -> Fac
     if dtype == torch.float16:
         q_factor, k_factor = _balanced(q_factor, k_factor)
         # Products beyond 65504 ** 2 stay there: as far from all other scores, and a number.
-        q_factor, k_factor = (factor.clamp(-LARGEST_HALF, LARGEST_HALF) for factor in (q_factor, k_factor))
+        q_factor, k_factor = (
+            factor.clamp(-LARGEST_HALF, LARGEST_HALF) for factor in (q_factor, k_factor)
+        )
     q_high, k_high = q_factor.to(dtype), k_factor.to(dtype)
     q_columns, k_columns = [q_high], [k_high]
     if split_k:
@@ -52,8 +56,8 @@ def _low_part(factor: Tensor, high: Tensor) -> Tensor:
 def _balanced(q_factor: Tensor, k_factor: Tensor) -> Factors:
     """Columns scaled by 2**-e and 2**e to a like magnitude: their product does not change.
 
-    Beside a column of zeros (a learned scale that starts at 0) the other is brought to 1: half would make it inf, and 0 * inf
-    is no number.
+    Beside a column of zeros (a learned scale that starts at 0) the other is brought to 1: half
+    would make it inf, and 0 * inf is no number.
     """
     if not q_factor.numel() or not k_factor.numel():
         return q_factor, k_factor
@@ -62,8 +66,12 @@ def _balanced(q_factor: Tensor, k_factor: Tensor) -> Factors:
             torch.log2(factor.abs().amax(dim=(0, 1, 2)).float()) for factor in (q_factor, k_factor)
         )
         exponent = (q_size - k_size) / 2
-        exponent = torch.where(q_size == float("-inf"), -k_size, torch.where(k_size == float("-inf"), q_size, exponent))
-        exponent = torch.where(exponent.isfinite(), exponent.round().clamp(-126, 126), torch.zeros_like(exponent))
+        exponent = torch.where(
+            q_size == float("-inf"), -k_size, torch.where(k_size == float("-inf"), q_size, exponent)
+        )
+        exponent = torch.where(
+            exponent.isfinite(), exponent.round().clamp(-126, 126), torch.zeros_like(exponent)
+        )
         one = torch.ones_like(exponent)
         shrink, grow = torch.ldexp(one, -exponent), torch.ldexp(one, exponent)
     return q_factor * shrink, k_factor * grow

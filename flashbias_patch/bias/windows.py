@@ -1,8 +1,10 @@
-"""Local windows on grids: a bias of one weight a window, and a mask that hides everything outside the windows.
+"""Local windows on grids: a bias of one weight a window, and a mask that hides everything outside
+the windows.
 
-They stay descriptions (grids.py) through the algebra and into attention; nothing of size M x N is made of them but by
-`dense()`.
+They stay descriptions (grids.py) through the algebra and into attention; nothing of size M x N is
+made of them but by `dense()`.
 """
+
 from __future__ import annotations
 
 import copy
@@ -35,14 +37,17 @@ Sigmas = Union[float, Sequence[float]]
 class _Windows(AttentionBias):
     """One window a query and frame: what WindowBias and WindowMask share.
 
-    `centres` are kept as int32 of shape (B|1, M, S, 3), those of windows that are not visible at grids.OUTSIDE.
+    `centres` are kept as int32 of shape (B|1, M, S, 3), those of windows that are not visible at
+    grids.OUTSIDE.
     """
 
     centres: Tensor
     frames: Tuple[Grid, ...]
     sides: Tuple[int, ...]
 
-    def _place(self, centres: Tensor, frames: Sequence[Grid], side: Sides, visible: Optional[Tensor]) -> None:
+    def _place(
+        self, centres: Tensor, frames: Sequence[Grid], side: Sides, visible: Optional[Tensor]
+    ) -> None:
         self.frames = check_frames(frames)
         self.sides = check_sides(side, len(self.frames))
         self.centres = check_centres(centres, len(self.frames), visible)
@@ -70,17 +75,19 @@ class _Windows(AttentionBias):
 
 
 class WindowBias(_Windows):
-    """bias[b, h, m, n] = weights[b, m, h, s] * profile where key n is in the window of query m in frame s, else 0.
+    """bias[b, h, m, n] = weights[b, m, h, s] * profile where key n is in the window of query m in
+    frame s, else 0.
 
     Args:
         weights: (B|1, M, S) or (B|1, M, H|1, S), floating; learned if it requires grad.
-        centres: (B|1, M, S, 3), integers or whole floating numbers: view, row, column of each window's centre. Cells
-            outside the grid do not count: windows are clipped, and a centre may lie outside.
+        centres: (B|1, M, S, 3), integers or whole floating numbers: view, row, column of each
+            window's centre. Cells outside the grid do not count: windows are clipped, and a centre
+            may lie outside.
         frames: S Grids in the order of the keys; their sizes sum to N.
-        side: cells along a window's edge, an int or one a frame. Odd 2h + 1: offsets -h .. h around the centre; even
-            2h: -h + 1 .. h.
-        sigma: None for a profile of 1, or the width in cells of exp(-(dy^2 + dx^2) / (2 sigma^2)), a float or one a
-            frame; infinite is a profile of 1.
+        side: cells along a window's edge, an int or one a frame. Odd 2h + 1: offsets -h .. h around
+            the centre; even 2h: -h + 1 .. h.
+        sigma: None for a profile of 1, or the width in cells of exp(-(dy^2 + dx^2) / (2 sigma^2)),
+            a float or one a frame; infinite is a profile of 1.
         visible: (B|1, M, S) bool, False where a query has no window in that frame; None: all have.
 
     Raises:
@@ -104,11 +111,17 @@ class WindowBias(_Windows):
         queries = self.centres.shape[1]
         weights = weights.unsqueeze(2) if weights.dim() == 3 else weights
         batch = self.centres.shape[0]
-        fits = weights.dim() == 4 and weights.shape[1] == queries and weights.shape[3] == len(self.frames)
+        fits = (
+            weights.dim() == 4
+            and weights.shape[1] == queries
+            and weights.shape[3] == len(self.frames)
+        )
         if not (fits and same_or_one(weights.shape[0], batch)):
             raise ValueError(
-                f"weights: expected (B|1, M, S) or (B|1, M, H|1, S) with B = {batch}, M = {queries} and S = "
-                f"{len(self.frames)} to fit centres {tuple(self.centres.shape)}, got {tuple(weights.shape)}"
+                f"weights: expected (B|1, M, S) or (B|1, M, H|1, S) with B = {batch}, M = "
+                f"{queries} and S = "
+                f"{len(self.frames)} to fit centres {tuple(self.centres.shape)}, got "
+                f"{tuple(weights.shape)}"
             )
         check_device("weights", weights, "centres", self.centres)
         self.weights = weights
@@ -116,7 +129,12 @@ class WindowBias(_Windows):
     @property
     def shape(self) -> Shape:
         batch, queries, heads, _ = self.weights.shape
-        return (self.centres.shape[0] if batch == 1 else batch), heads, queries, key_count(self.frames)
+        return (
+            (self.centres.shape[0] if batch == 1 else batch),
+            heads,
+            queries,
+            key_count(self.frames),
+        )
 
     def _static(self) -> Tuple[object, ...]:
         return self.frames, self.sides, self.sigmas
@@ -147,7 +165,8 @@ class WindowBias(_Windows):
 
 
 class WindowMask(_Windows):
-    """Hides every key that is in no window of its query; a query without a visible window sees no key.
+    """Hides every key that is in no window of its query; a query without a visible window sees no
+    key.
 
     Arguments as in WindowBias. Multiplying it changes nothing, as with MaskBias.
     """
@@ -185,14 +204,18 @@ class WindowMask(_Windows):
 def check_frames(frames: Sequence[Grid]) -> Tuple[Grid, ...]:
     frames = (frames,) if isinstance(frames, Grid) else tuple(frames)
     if not frames or not all(isinstance(frame, Grid) for frame in frames):
-        raise TypeError(f"frames: expected one Grid or more, in the order of the keys, got {frames!r}")
+        raise TypeError(
+            f"frames: expected one Grid or more, in the order of the keys, got {frames!r}"
+        )
     return frames
 
 
 def check_sides(side: Sides, count: int) -> Tuple[int, ...]:
     sides = (side,) * count if isinstance(side, int) else tuple(side)
     if len(sides) != count:
-        raise ValueError(f"side: expected an int or one for each of the {count} frames, got {side!r}")
+        raise ValueError(
+            f"side: expected an int or one for each of the {count} frames, got {side!r}"
+        )
     for one in sides:
         if isinstance(one, bool) or not isinstance(one, int):
             raise TypeError(f"side: expected an int, got {one!r} ({type(one).__name__})")
@@ -206,7 +229,9 @@ def check_sigmas(sigma: Optional[Sigmas], count: int) -> Optional[Tuple[float, .
         return None
     sigmas = (sigma,) * count if isinstance(sigma, (int, float)) else tuple(sigma)
     if len(sigmas) != count:
-        raise ValueError(f"sigma: expected a float or one for each of the {count} frames, got {sigma!r}")
+        raise ValueError(
+            f"sigma: expected a float or one for each of the {count} frames, got {sigma!r}"
+        )
     for one in sigmas:
         if isinstance(one, bool) or not isinstance(one, (int, float)):
             raise TypeError(f"sigma: expected a float, got {one!r} ({type(one).__name__})")
@@ -219,10 +244,13 @@ def check_centres(centres: Tensor, count: int, visible: Optional[Tensor]) -> Ten
     """`centres` as int32 (B|1, M, S, 3), where not `visible` at OUTSIDE. Not differentiable."""
     if not isinstance(centres, Tensor) or centres.dtype is torch.bool or centres.dtype.is_complex:
         got = centres.dtype if isinstance(centres, Tensor) else type(centres).__name__
-        raise TypeError(f"centres: expected a tensor of integers or whole floating numbers, got {got}")
+        raise TypeError(
+            f"centres: expected a tensor of integers or whole floating numbers, got {got}"
+        )
     if centres.dim() != 4 or centres.shape[2:] != (count, 3):
         raise ValueError(
-            f"centres: expected (B|1, M, S, 3) with S = {count} frames and (view, row, column) last, "
+            f"centres: expected (B|1, M, S, 3) with S = {count} frames and (view, row, column) "
+            "last, "
             f"got {tuple(centres.shape)}"
         )
     centres = centres.detach()
@@ -245,7 +273,8 @@ def _check_visible(visible: Tensor, centres: Tensor) -> None:
     fits = visible.dim() == 3 and visible.shape[1:] == (queries, count)
     if not (fits and same_or_one(visible.shape[0], batch)):
         raise ValueError(
-            f"visible: expected (B|1, M, S) = ({batch}|1, {queries}, {count}), got {tuple(visible.shape)}"
+            f"visible: expected (B|1, M, S) = ({batch}|1, {queries}, {count}), got "
+            f"{tuple(visible.shape)}"
         )
     check_device("visible", visible, "centres", centres)
 

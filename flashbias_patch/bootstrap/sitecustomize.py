@@ -1,18 +1,21 @@
 """Go on to the next sitecustomize of the path, then patch this process if FLASHBIAS_PATCH says so.
 
-Python imports only the first sitecustomize on its path. `flashbias run` and `flashbias ab` put a directory with this
-file in front of PYTHONPATH; sitecustomize_example holds the same file. It needs nothing but the standard library, since
-other interpreters of a command, which have no flashbias_patch, import it too, Python 2 among them.
+Python imports only the first sitecustomize on its path. `flashbias run` and `flashbias ab` put a
+directory with this file in front of PYTHONPATH; sitecustomize_example holds the same file. It needs
+nothing but the standard library, since other interpreters of a command, which have no
+flashbias_patch, import it too, Python 2 among them.
 """
+
 import os
 import sys
 
 
 def _later(own):
-    """The entries of sys.path after that of the file `own`, and the files that are being executed."""
+    """The entries of sys.path after that of the file `own`, and the files that are being
+    executed."""
     folder = os.path.dirname(own)
     entries = [os.path.abspath(entry or os.curdir) for entry in sys.path]
-    rest = sys.path[entries.index(folder) + 1:] if folder in entries else list(sys.path)
+    rest = sys.path[entries.index(folder) + 1 :] if folder in entries else list(sys.path)
     running, frame = set(), sys._getframe()
     while frame is not None:
         running.add(os.path.realpath(frame.f_code.co_filename))
@@ -21,7 +24,8 @@ def _later(own):
 
 
 def _chain(own):
-    """Execute the next file as the module `sitecustomize`. Its exception reaches Python as if this file were not there."""
+    """Execute the next file as the module `sitecustomize`. Its exception reaches Python as if this
+    file were not there."""
     rest, running = _later(own)
     try:
         from importlib.machinery import PathFinder
@@ -29,8 +33,12 @@ def _chain(own):
     except ImportError:
         return _chain_python2(rest, running)
     for i in range(len(rest)):
-        spec = PathFinder.find_spec("sitecustomize", rest[i:i + 1])
-        if spec is not None and spec.loader is not None and os.path.realpath(spec.origin or "") not in running:
+        spec = PathFinder.find_spec("sitecustomize", rest[i : i + 1])
+        if (
+            spec is not None
+            and spec.loader is not None
+            and os.path.realpath(spec.origin or "") not in running
+        ):
             module = module_from_spec(spec)
             sys.modules["sitecustomize"] = module  # `import sitecustomize` finds that one
             return spec.loader.exec_module(module)
@@ -46,7 +54,8 @@ def _chain_python2(rest, running):
 
 
 class _Missing:
-    """A finder that finds nothing: it says that flashbias_patch is missing when torch is first imported."""
+    """A finder that finds nothing: it says that flashbias_patch is missing when torch is first
+    imported."""
 
     def __init__(self, error):
         self.error = error
@@ -55,8 +64,13 @@ class _Missing:
         if name == "torch" and self in sys.meta_path:
             sys.meta_path.remove(self)
             error = type(self.error).__name__ + ": " + str(self.error)
-            sys.stderr.write("flashbias_patch does not import in " + sys.executable + " (" + error
-                             + "): this process runs unpatched\n")
+            sys.stderr.write(
+                "flashbias_patch does not import in "
+                + sys.executable
+                + " ("
+                + error
+                + "): this process runs unpatched\n"
+            )
 
     def find_module(self, name, path=None):  # Python 2
         return self.find_spec(name)

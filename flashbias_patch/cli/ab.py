@@ -36,7 +36,9 @@ def _at_least(kind: Any, least: Any, most: float = math.inf) -> Any:
             value = math.nan
         if not least <= value <= most or value == math.inf:
             upper = "" if most == math.inf else f" and at most {most}"
-            raise argparse.ArgumentTypeError(f"expected a number of at least {least}{upper}, got {word!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected a number of at least {least}{upper}, got {word!r}"
+            )
         return value
 
     return parse
@@ -48,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_at_least(int, 1),
         default=2,
         metavar="R",
-        help="runs of each side, in the order A B B A A B ... (default 2; with 1, a second A is run to compare A with A)",
+        help="runs of each side, in the order A B B A A B ... (default 2; with 1, a second A is "
+        "run to compare A with A)",
     )
     parser.add_argument(
         "--steps",
@@ -75,10 +78,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="DIR", help="where everything is written (default runs/ab-DATE-TIME)"
     )
     parser.add_argument(
-        "--env-a", type=_pair, action="append", default=[], metavar="K=V", help="environment of A only"
+        "--env-a",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="environment of A only",
     )
     parser.add_argument(
-        "--env-b", type=_pair, action="append", default=[], metavar="K=V", help="environment of B only"
+        "--env-b",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="environment of B only",
     )
     parser.add_argument(
         "--param",
@@ -92,21 +105,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_at_least(float, 1),
         default=600.0,
         metavar="S",
-        help="seconds without a step or any output after which a run is taken for hung (default 600)",
+        help="seconds without a step or any output after which a run is taken for hung (default "
+        "600)",
     )
     parser.add_argument(
-        "--no-aa", action="store_true", help="no runs for the command's own noise: no second A, no nudged A"
+        "--no-aa",
+        action="store_true",
+        help="no runs for the command's own noise: no second A, no nudged A",
     )
     parser.add_argument(
         "--process",
         metavar="WHICH",
-        help="of several trainings in one command, the one that is judged: its number in the order of their start, or "
+        help="of several trainings in one command, the one that is judged: its number in the "
+        "order of their start, or "
         "part of its script's name (default: the longest)",
     )
     parser.add_argument(
         "--stand-in-for-a",
         action="store_true",
-        help="where flash-attn is not installed, A gets functions of its names, computed by torch's "
+        help="where flash-attn is not installed, A gets functions of its names, computed by "
+        "torch's "
         "scaled_dot_product_attention",
     )
     parser.add_argument(
@@ -114,7 +132,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         choices=FAIL_IF,
-        help="exit with 1 if so, and, given any of them, if a run failed; may be given several times",
+        help="exit with 1 if so, and, given any of them, if a run failed; may be given several "
+        "times",
     )
     parser.add_argument(
         "--eval",
@@ -128,7 +147,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 1 if --fail-if came true; 2 usage; 3 a run failed, or nothing could be compared; 130 interrupted.
+    """Exit status: 0; 1 if --fail-if came true; 2 usage; 3 a run failed, or nothing could be
+    compared; 130 interrupted.
 
     Unpatched out of memory while patched trains is a result: 0.
     """
@@ -177,7 +197,11 @@ def _main(args: argparse.Namespace) -> int:
 
     ends = (signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, _as_interrupt) for number in ends}
-    screen = _screen(runner.schedule(args.repeats, not args.no_aa), args.steps, not args.no_aa and args.eval is None)
+    screen = _screen(
+        runner.schedule(args.repeats, not args.no_aa),
+        args.steps,
+        not args.no_aa and args.eval is None,
+    )
     try:
         with screen:
             experiment = runner.run_all(command, out, options, screen.update)
@@ -200,7 +224,11 @@ def _main(args: argparse.Namespace) -> int:
     if failed:
         _print(f"flashbias ab: --fail-if condition met: {', '.join(failed)}", sys.stderr)
         return FAILED
-    return 0 if verdict.only_patched_fits or (verdict.comparable and not verdict.failed) else NOT_COMPARED
+    return (
+        0
+        if verdict.only_patched_fits or (verdict.comparable and not verdict.failed)
+        else NOT_COMPARED
+    )
 
 
 def _cannot_write(out: str) -> Optional[str]:
@@ -237,7 +265,9 @@ def _as_interrupt(number: int, frame: Any) -> None:
 def _write(out: str, experiment: Any, verdict: Any, report: Any) -> None:
     """Write summary.json, report.md and report.html, as far as that is possible."""
     pages = {
-        "summary.json": lambda: json.dumps(report.summary(experiment, verdict), indent=1, allow_nan=False),
+        "summary.json": lambda: json.dumps(
+            report.summary(experiment, verdict), indent=1, allow_nan=False
+        ),
         "report.md": lambda: report.markdown(experiment, verdict),
         "report.html": lambda: report.html(experiment, verdict),
     }
@@ -255,7 +285,9 @@ def _write(out: str, experiment: Any, verdict: Any, report: Any) -> None:
         except OSError as error:
             experiment.lost = experiment.lost or str(error)
     if experiment.lost:
-        _print(f"flashbias ab: not everything could be written to {out}: {experiment.lost}", sys.stderr)
+        _print(
+            f"flashbias ab: not everything could be written to {out}: {experiment.lost}", sys.stderr
+        )
     if written:
         _print(f"report: {written[-1]}")
 
@@ -272,7 +304,10 @@ class PlainScreen:
 
     def __enter__(self) -> PlainScreen:
         further = ", then a nudged A unless B is identical" if self.nudged else ""
-        _print(f"{len(self.schedule)} runs: {' '.join(self.schedule)} (A unpatched, B patched){further}")
+        _print(
+            f"{len(self.schedule)} runs: {' '.join(self.schedule)} (A unpatched, B "
+            f"patched){further}"
+        )
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -280,20 +315,33 @@ class PlainScreen:
 
     def update(self, event: str, run: Dict[str, Any]) -> None:
         if event == "done":
-            _print(f"  run {run['index'] + 1} {_name(run)}: {run['status']} in {run['seconds']:.1f} s: {run['message']}")
+            _print(
+                f"  run {run['index'] + 1} {_name(run)}: {run['status']} in {run['seconds']:.1f} "
+                f"s: {run['message']}"
+            )
 
 
 def _name(run: Dict[str, Any]) -> str:
     from ..ab.words import extra_run
 
-    return extra_run(run["redrawn"]) if run["nudged"] else {"A": "A unpatched", "B": "B patched"}[run["label"]]
+    return (
+        extra_run(run["redrawn"])
+        if run["nudged"]
+        else {"A": "A unpatched", "B": "B patched"}[run["label"]]
+    )
 
 
 class RichScreen:
     """A progress bar per run, by steps."""
 
     def __init__(self, schedule: str, steps: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
 
         self.schedule, self.steps = schedule, steps
         self.tasks: Dict[int, Any] = {}
@@ -315,14 +363,18 @@ class RichScreen:
     def _task(self, run: Dict[str, Any]) -> None:
         color = {"A": "[blue]", "B": "[dark_orange]"}[run["label"]]
         description = f"{run['index'] + 1} {color}{_name(run)}"
-        self.tasks[run["index"]] = self.progress.add_task(description, total=self.steps, start=False, message="")
+        self.tasks[run["index"]] = self.progress.add_task(
+            description, total=self.steps, start=False, message=""
+        )
 
     def __exit__(self, *exc: Any) -> None:
         self.progress.__exit__(*exc)
 
     def update(self, event: str, run: Dict[str, Any]) -> None:
         if event == "start":
-            if run["index"] in self.tasks:  # of the schedule, of which a side that failed is left out
+            if (
+                run["index"] in self.tasks
+            ):  # of the schedule, of which a side that failed is left out
                 self.progress.remove_task(self.tasks[run["index"]])
             self._task(run)
         task = self.tasks[run["index"]]
@@ -387,5 +439,7 @@ def _rich(experiment: Any, verdict: Any) -> List[Any]:
     for row in words.figures(verdict):
         table.add_row(*row[:-1], f"[{colors[words.tone(row.word)]}]{row.word}" if row.word else "")
     head = "[bold red]" if verdict.failed else "[bold]"
-    shown: List[Any] = [f"{head}{escape(words.sentence(verdict))}"] + ([table] if table.row_count else [])
+    shown: List[Any] = [f"{head}{escape(words.sentence(verdict))}"] + (
+        [table] if table.row_count else []
+    )
     return shown + [escape(line) for line in report.remarks(experiment, verdict)]

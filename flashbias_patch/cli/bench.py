@@ -1,4 +1,5 @@
-"""`flashbias bench`: the attention backends timed on this machine's device, at the shapes of known models."""
+"""`flashbias bench`: the attention backends timed on this machine's device, at the shapes of known
+models."""
 
 from __future__ import annotations
 
@@ -23,17 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="named shapes, e.g. cmt-800x320 cmt-1600x640 streampetr-r50; `list` lists them (default: all)",
+        help="named shapes, e.g. cmt-800x320 cmt-1600x640 streampetr-r50; `list` lists them "
+        "(default: all)",
     )
     parser.add_argument("--backends", nargs="+", default=[], metavar="NAME", help="default: all")
     parser.add_argument(
-        "--dtype", choices=("fp16", "bf16", "fp32"), help="default: fp16; fp32 on a CPU, which computes half slowly or not"
+        "--dtype",
+        choices=("fp16", "bf16", "fp32"),
+        help="default: fp16; fp32 on a CPU, which computes half slowly or not",
     )
     parser.add_argument("--out", metavar="DIR", help="write bench.json and bench.html there")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 2 for an unknown name or a missing library; 3 when no backend ran at all; 130 interrupted."""
+    """Exit status: 0; 2 for an unknown name or a missing library; 3 when no backend ran at all; 130
+    interrupted."""
     try:
         benchmark = importlib.import_module(BENCHMARK)
     except ImportError as error:
@@ -53,11 +58,17 @@ def main(args: argparse.Namespace) -> int:
     if not benchmark.has_gpu():
         feasible = [name for name in shapes if benchmark.fits_a_cpu(name)]
         if not feasible:
-            print(f"flashbias bench: {', '.join(shapes)}: needs a GPU, and torch sees none", file=sys.stderr)
+            print(
+                f"flashbias bench: {', '.join(shapes)}: needs a GPU, and torch sees none",
+                file=sys.stderr,
+            )
             return 3
         if not args.shapes:
-            print(f"flashbias bench: torch sees no GPU: a CPU measures {', '.join(feasible)}; the other shapes need a GPU",
-                  file=sys.stderr)
+            print(
+                f"flashbias bench: torch sees no GPU: a CPU measures {', '.join(feasible)}; the "
+                "other shapes need a GPU",
+                file=sys.stderr,
+            )
             shapes = feasible
         dtype = args.dtype or "fp32"
     with progress() as say:
@@ -72,9 +83,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def table(rows: List[Dict[str, Any]]) -> str:
-    """One line a measurement, aligned; what could not run says why, once where the reason is the same at every shape."""
+    """One line a measurement, aligned; what could not run says why, once where the reason is the
+    same at every shape."""
     units = {"forward_ms": " ms", "total_ms": " ms", "extra_mib": " MiB", "error": ""}
-    cells: List[Sequence[str]] = [("shape", "backend", "forward", "forward+backward", "extra memory", "error")]
+    cells: List[Sequence[str]] = [
+        ("shape", "backend", "forward", "forward+backward", "extra memory", "error")
+    ]
     absent = _absent(rows)
     for row in rows:
         if row["backend"] in absent:
@@ -82,17 +96,30 @@ def table(rows: List[Dict[str, Any]]) -> str:
         if row.get("forward_ms") is None:
             cells.append((row["shape"], row["backend"], "cannot: " + row.get("why_not", "unknown")))
         else:
-            cells.append((row["shape"], row["backend"], *(_number(row.get(k), unit) for k, unit in units.items())))
-    return "\n".join([aligned(cells, left=2), *(f"{name} cannot: {reason}" for name, reason in absent.items())])
+            cells.append(
+                (
+                    row["shape"],
+                    row["backend"],
+                    *(_number(row.get(k), unit) for k, unit in units.items()),
+                )
+            )
+    return "\n".join(
+        [aligned(cells, left=2), *(f"{name} cannot: {reason}" for name, reason in absent.items())]
+    )
 
 
 def _absent(rows: List[Dict[str, Any]]) -> Dict[str, str]:
-    """{backend: reason} of those that ran at no shape, for one and the same reason at more than one."""
+    """{backend: reason} of those that ran at no shape, for one and the same reason at more than
+    one."""
     reasons: Dict[str, List[Any]] = {}
     for row in rows:
         why = row.get("why_not", "unknown") if row.get("forward_ms") is None else None
         reasons.setdefault(row["backend"], []).append(why)
-    return {name: said[0] for name, said in reasons.items() if len(said) > 1 and said[0] and len(set(said)) == 1}
+    return {
+        name: said[0]
+        for name, said in reasons.items()
+        if len(said) > 1 and said[0] and len(set(said)) == 1
+    }
 
 
 def _number(value: Any, unit: str) -> str:

@@ -1,9 +1,12 @@
-"""`flashbias doctor --config FILE`: whether a bias is on, which layers will receive it, and what on the way would drop it.
+"""`flashbias doctor --config FILE`: whether a bias is on, which layers will receive it, and what on
+the way would drop it.
 
-mmcv / mmengine Python configs are read without importing either: the file is executed as the plain assignments it is,
-`_base_` files first. What that cannot read (lazy configs, YAML) goes to mmengine's or mmcv's own Config, if installed.
-`aqr` is judged by the code that builds the router in a run.
+mmcv / mmengine Python configs are read without importing either: the file is executed as the plain
+assignments it is, `_base_` files first. What that cannot read (lazy configs, YAML) goes to
+mmengine's or mmcv's own Config, if installed. `aqr` is judged by the code that builds the router in
+a run.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -19,7 +22,10 @@ from . import config_options
 KEYS = ("aqr", "enable_aqr", "attention_bias", "attn_bias")
 FLASH_CLASSES = ("PETRMultiheadFlashAttention",)
 HANDING_OVER = ("Cmt",)  # transformers whose heads tell where the queries are
-EMBED_DIMS, NUM_HEADS = 8, 2  # of the router that is built to check its options; no option depends on them
+EMBED_DIMS, NUM_HEADS = (
+    8,
+    2,
+)  # of the router that is built to check its options; no option depends on them
 
 
 class ConfigError(ValueError):
@@ -27,27 +33,44 @@ class ConfigError(ValueError):
 
 
 def check(config_path: str, cfg_options: Sequence[str] = ()) -> Dict[str, Any]:
-    """A JSON-able report: switches (path, value, on), transformers with their layers, notes. ConfigError if unreadable.
+    """A JSON-able report: switches (path, value, on), transformers with their layers, notes.
+    ConfigError if unreadable.
 
-    cfg_options: KEY=VALUE overrides, as mmcv's and mmengine's training scripts take them by --cfg-options. Each attention
-    of a decoder layer: its type, "cross" or "self", whether the bias reaches it patched and unpatched, and what would
-    drop it.
+    cfg_options: KEY=VALUE overrides, as mmcv's and mmengine's training scripts take them by
+    --cfg-options. Each attention
+    of a decoder layer: its type, "cross" or "self", whether the bias reaches it patched and
+    unpatched, and what would drop it.
     """
     config, missing = load(config_path)
     try:
         config_options.merge(config, config_options.parse(cfg_options))
     except ValueError as error:
         raise ConfigError(f"--cfg-options: {error}") from error
-    transformers = [_transformer(path, node) for path, node in _dicts(config) if "decoder" in node and "type" in node]
+    transformers = [
+        _transformer(path, node)
+        for path, node in _dicts(config)
+        if "decoder" in node and "type" in node
+    ]
     routers = {item["path"]: item.pop("aqr") for item in transformers}
-    switches = [{"path": path, "value": plain(value), "on": _is_on(path, value, routers)}
-                for path, value in _find(config, KEYS)]
+    switches = [
+        {"path": path, "value": plain(value), "on": _is_on(path, value, routers)}
+        for path, value in _find(config, KEYS)
+    ]
     if settings.current().aqr:
         on = any(state.built and state.from_environment for state in routers.values())
-        switches.append({"path": "FLASHBIAS_AQR", "value": settings.current().aqr,
-                         "on": on if transformers else _asks_for_a_router()})
-    return {"config": config_path, "switches": switches, "transformers": transformers,
-            "notes": missing + _notes(switches, transformers, config)}
+        switches.append(
+            {
+                "path": "FLASHBIAS_AQR",
+                "value": settings.current().aqr,
+                "on": on if transformers else _asks_for_a_router(),
+            }
+        )
+    return {
+        "config": config_path,
+        "switches": switches,
+        "transformers": transformers,
+        "notes": missing + _notes(switches, transformers, config),
+    }
 
 
 def text(report: Dict[str, Any]) -> str:
@@ -57,20 +80,28 @@ def text(report: Dict[str, Any]) -> str:
     if not report["switches"]:
         lines.append(f"  none of {', '.join(KEYS)} is set")
     for item in report["transformers"]:
-        lines.append(f"  {item['path']} ({item['type']}, {item['num_layers']} layers, checkpointing "
-                     f"{'on' if item['with_cp'] else 'off'}): {item['router']}")
+        lines.append(
+            f"  {item['path']} ({item['type']}, {item['num_layers']} layers, checkpointing "
+            f"{'on' if item['with_cp'] else 'off'}): {item['router']}"
+        )
         for attention in item["attentions"]:
-            patched, unpatched = ("applied" if attention[key] else "dropped" for key in ("patched", "unpatched"))
-            lines.append(f"    {attention['kind']:<5} {attention['type']}: a bias is {patched} patched, {unpatched} "
-                         f"unpatched{attention['why'] and ': ' + attention['why']}")
+            patched, unpatched = (
+                "applied" if attention[key] else "dropped" for key in ("patched", "unpatched")
+            )
+            lines.append(
+                f"    {attention['kind']:<5} {attention['type']}: a bias is {patched} patched, "
+                f"{unpatched} "
+                f"unpatched{attention['why'] and ': ' + attention['why']}"
+            )
     return "\n".join(lines + [f"  note: {note}" for note in report["notes"]])
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def load(path: str) -> Tuple[Dict[str, Any], List[str]]:
-    """The config as nested dicts, `_base_` resolved, `_delete_` obeyed, and a note for each base that is missing.
+    """The config as nested dicts, `_base_` resolved, `_delete_` obeyed, and a note for each base
+    that is missing.
 
     What the config prints goes to stderr.
     """
@@ -85,8 +116,14 @@ def load(path: str) -> Tuple[Dict[str, Any], List[str]]:
     except (Exception, SystemExit) as error:
         config = _load_with_library(path)
         if config is None:
-            what = "SystemExit: it ends the program" if isinstance(error, SystemExit) else _first_line(error)
-            raise ConfigError(f"--config: {path!r} cannot be read without mmcv or mmengine: {what}") from error
+            what = (
+                "SystemExit: it ends the program"
+                if isinstance(error, SystemExit)
+                else _first_line(error)
+            )
+            raise ConfigError(
+                f"--config: {path!r} cannot be read without mmcv or mmengine: {what}"
+            ) from error
         return config, []
 
 
@@ -101,7 +138,11 @@ def _load_python(path: str, above: Tuple[str, ...], missing: List[str]) -> Dict[
         missing.append(f"the _base_ {path} is not there: what it sets is not seen")
         return {}
     names = runpy.run_path(path)
-    own = {name: value for name, value in names.items() if not name.startswith("__") and not _is_code(value)}
+    own = {
+        name: value
+        for name, value in names.items()
+        if not name.startswith("__") and not _is_code(value)
+    }
     bases = own.pop("_base_", [])
     merged: Dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
@@ -118,22 +159,36 @@ def _is_code(value: Any) -> bool:
 def _load_with_library(path: str) -> Optional[Dict[str, Any]]:
     for library in ("mmengine", "mmcv"):
         try:
-            module = __import__(f"{library}.config" if library == "mmengine" else library, fromlist=["Config"])
+            module = __import__(
+                f"{library}.config" if library == "mmengine" else library, fromlist=["Config"]
+            )
             with contextlib.redirect_stdout(sys.stderr):
                 return dict(module.Config.fromfile(path)._cfg_dict)
-        except (Exception, SystemExit):  # this one is a courtesy: the caller reports why the plain reading failed
+        except (
+            Exception,
+            SystemExit,
+        ):  # this one is a courtesy: the caller reports why the plain reading failed
             continue
     return None
 
 
-# -- looking -----------------------------------------------------------------------------------------------------------
+# -- looking ---------------------------------------------------------------------------------------
 
 
-def _dicts(node: Any, path: str = "", above: Tuple[int, ...] = ()) -> Iterator[Tuple[str, Dict[str, Any]]]:
-    """Every dict in nested dicts, lists and tuples, with its path; one that holds itself is not entered again."""
+def _dicts(
+    node: Any, path: str = "", above: Tuple[int, ...] = ()
+) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """Every dict in nested dicts, lists and tuples, with its path; one that holds itself is not
+    entered again."""
     if id(node) in above:
         return
-    items: Any = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
+    items: Any = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, (list, tuple))
+        else ()
+    )
     if isinstance(node, dict):
         yield path, node
     for key, value in items:
@@ -141,7 +196,8 @@ def _dicts(node: Any, path: str = "", above: Tuple[int, ...] = ()) -> Iterator[T
 
 
 def plain(value: Any, above: Tuple[int, ...] = ()) -> Any:
-    """`value` as JSON has it: keys are strings, other objects are written out, and a cycle ends in "..."."""
+    """`value` as JSON has it: keys are strings, other objects are written out, and a cycle ends in
+    "..."."""
     if id(value) in above:
         return "..."
     above = (*above, id(value))
@@ -149,7 +205,12 @@ def plain(value: Any, above: Tuple[int, ...] = ()) -> Any:
         return {str(key): plain(entry, above) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry, above) for entry in value]
-    is_json = value is None or isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value)
+    is_json = (
+        value is None
+        or isinstance(value, (bool, int, str))
+        or isinstance(value, float)
+        and math.isfinite(value)
+    )
     return value if is_json else str(value)
 
 
@@ -177,7 +238,11 @@ def _is_on(path: str, value: Any, routers: Dict[str, Router]) -> bool:
         return routers[owner].built
     if key == "aqr" and isinstance(value, dict):
         return bool(value.get("enable", False))
-    return bool(value.get("enable", value.get("enabled", True))) if isinstance(value, dict) else bool(value)
+    return (
+        bool(value.get("enable", value.get("enabled", True)))
+        if isinstance(value, dict)
+        else bool(value)
+    )
 
 
 class Router(NamedTuple):
@@ -186,7 +251,8 @@ class Router(NamedTuple):
     text: str
     built: bool = False
     from_environment: bool = False
-    judged: bool = True  # False where no class that is patched takes it: then only what the config says is known
+    # False where no class that is patched takes it: then only what the config says is known
+    judged: bool = True
 
 
 def _router(node: Dict[str, Any], name: Any, known: Dict[str, Any], num_layers: Any) -> Router:
@@ -194,7 +260,9 @@ def _router(node: Dict[str, Any], name: Any, known: Dict[str, Any], num_layers: 
     given = node.get("aqr")
     if not takes:
         if "aqr" in node:
-            return Router("aqr is not a key of this class and not one that is patched: an error", judged=False)
+            return Router(
+                "aqr is not a key of this class and not one that is patched: an error", judged=False
+            )
         return Router("takes no aqr")
     try:
         from ..aqr import options as aqr_options
@@ -210,20 +278,30 @@ def _router(node: Dict[str, Any], name: Any, known: Dict[str, Any], num_layers: 
             without = isinstance(given, dict) and "enable" not in given
             return Router("off: aqr has no enable=True" if without else f"off by {source}")
         layers = num_layers if isinstance(num_layers, int) and num_layers > 0 else 1
-        transformers.build_router(name, transformers.LAYOUTS[name], options, embed_dims=EMBED_DIMS, num_heads=NUM_HEADS,
-                                  num_layers=layers)
+        transformers.build_router(
+            name,
+            transformers.LAYOUTS[name],
+            options,
+            embed_dims=EMBED_DIMS,
+            num_heads=NUM_HEADS,
+            num_layers=layers,
+        )
     except (TypeError, ValueError) as error:
         return Router(f"an error: {error}")
     what = "its bias goes to every cross attention"
     if options.bias == aqr_options.WINDOW:
         what = "its windows go to every cross attention"
         if not name.startswith(HANDING_OVER):
-            what += "; its head needs flashbias_patch.aqr.provide_geometry(...) before the transformer is called"
+            what += (
+                "; its head needs flashbias_patch.aqr.provide_geometry(...) before the "
+                "transformer is called"
+            )
     return Router(f"aqr is built ({source}), {what}", True, given is None)
 
 
 def left_out(name: str) -> str:
-    """Why a patched run with these settings leaves a class of the catalog alone; empty if it does not."""
+    """Why a patched run with these settings leaves a class of the catalog alone; empty if it does
+    not."""
     return settings.current().leaves_out(name)
 
 
@@ -231,21 +309,38 @@ def _transformer(path: str, node: Dict[str, Any]) -> Dict[str, Any]:
     from ..patching import catalog
 
     known = catalog.targets()
-    name = node["type"] if isinstance(node["type"], str) else getattr(node["type"], "__name__", str(node["type"]))
+    name = (
+        node["type"]
+        if isinstance(node["type"], str)
+        else getattr(node["type"], "__name__", str(node["type"]))
+    )
     decoder = node["decoder"] if isinstance(node["decoder"], dict) else {}
     layer = decoder.get("transformerlayers", {})
     layer = layer[0] if isinstance(layer, (list, tuple)) and layer else layer
     layer = layer if isinstance(layer, dict) else {}
     cfgs = layer.get("attn_cfgs") or []
-    cfgs = [cfg if isinstance(cfg, dict) else {} for cfg in ([cfgs] if isinstance(cfgs, dict) else cfgs)]
+    cfgs = [
+        cfg if isinstance(cfg, dict) else {} for cfg in ([cfgs] if isinstance(cfgs, dict) else cfgs)
+    ]
     order = layer.get("operation_order") or ()
     kinds = [step[:-5] for step in order if isinstance(step, str) and step.endswith("_attn")]
-    kinds = kinds if len(kinds) == len(cfgs) else ["cross" if i else "self" for i in range(len(cfgs))]
+    kinds = (
+        kinds if len(kinds) == len(cfgs) else ["cross" if i else "self" for i in range(len(cfgs))]
+    )
     num_layers = decoder.get("num_layers", 1)
     router = _router(node, name, known, num_layers)
-    return {"path": path, "type": name, "num_layers": num_layers, "router": router.text, "aqr": router,
-            "layer": plain(layer.get("type")), "with_cp": bool(layer.get("with_cp", False)),
-            "attentions": [_attention(plain(cfg.get("type")), kind, known) for cfg, kind in zip(cfgs, kinds)]}
+    return {
+        "path": path,
+        "type": name,
+        "num_layers": num_layers,
+        "router": router.text,
+        "aqr": router,
+        "layer": plain(layer.get("type")),
+        "with_cp": bool(layer.get("with_cp", False)),
+        "attentions": [
+            _attention(plain(cfg.get("type")), kind, known) for cfg, kind in zip(cfgs, kinds)
+        ],
+    }
 
 
 def _attention(name: Any, kind: str, known: Dict[str, Any]) -> Dict[str, Any]:
@@ -256,24 +351,40 @@ def _attention(name: Any, kind: str, known: Dict[str, Any]) -> Dict[str, Any]:
     if target is not None and left_out(name):
         dropped_by.append(left_out(name))
     elif not patched:
-        dropped_by.append(f"{name} is no class that this package patches; a subclass of one is, under any name, and "
-                       "third parties add theirs by an entry point")
+        dropped_by.append(
+            f"{name} is no class that this package patches; a subclass of one is, under any "
+            "name, and "
+            "third parties add theirs by an entry point"
+        )
     if not unpatched:
         dropped_by.append("the flash class drops every attn_mask")
-    return {"type": name, "kind": kind, "patched": patched, "unpatched": unpatched, "why": "; ".join(dropped_by)}
+    return {
+        "type": name,
+        "kind": kind,
+        "patched": patched,
+        "unpatched": unpatched,
+        "why": "; ".join(dropped_by),
+    }
 
 
-def _notes(switches: List[Dict[str, Any]], transformers: List[Dict[str, Any]], config: Dict[str, Any]) -> List[str]:
+def _notes(
+    switches: List[Dict[str, Any]], transformers: List[Dict[str, Any]], config: Dict[str, Any]
+) -> List[str]:
     notes = []
     on = [switch for switch in switches if switch["on"]]
     if not transformers:
         notes.append("no dict with a type and a decoder: this reads transformers in mmcv's form")
     if on and any(item["with_cp"] for item in transformers):
-        notes.append("with_cp=True loses a bias in attn_masks unpatched (reentrant checkpointing); patched it is kept")
+        notes.append(
+            "with_cp=True loses a bias in attn_masks unpatched (reentrant checkpointing); "
+            "patched it is kept"
+        )
     crossing = [a for item in transformers for a in item["attentions"] if a["kind"] == "cross"]
     if on and transformers and not any(a["patched"] for a in crossing):
         notes.append("a bias is on, and no cross attention here would receive it")
-    routed = any(s["path"].rpartition(".")[2] in ("aqr", "FLASHBIAS_AQR") and s["on"] for s in switches)
+    routed = any(
+        s["path"].rpartition(".")[2] in ("aqr", "FLASHBIAS_AQR") and s["on"] for s in switches
+    )
     if routed and not _monitored(config):
         notes.append("custom_hooks=[dict(type='BiasScaleMonitorHook')] would watch bias_scale")
     return notes
@@ -281,4 +392,6 @@ def _notes(switches: List[Dict[str, Any]], transformers: List[Dict[str, Any]], c
 
 def _monitored(config: Dict[str, Any]) -> bool:
     hooks = config.get("custom_hooks") or []
-    return any(isinstance(hook, dict) and hook.get("type") == "BiasScaleMonitorHook" for hook in hooks)
+    return any(
+        isinstance(hook, dict) and hook.get("type") == "BiasScaleMonitorHook" for hook in hooks
+    )

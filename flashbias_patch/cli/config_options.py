@@ -1,4 +1,5 @@
 """KEY=VALUE overrides of a config, read and merged as mmcv's and mmengine's --cfg-options are."""
+
 from __future__ import annotations
 
 from typing import Any, Dict, List, Sequence
@@ -7,7 +8,8 @@ DELETE = "_delete_"
 
 
 def parse(words: Sequence[str]) -> Dict[str, Any]:
-    """Nested dicts of `model.head.aqr.enable=True model.layers.0.type=X ...`; ValueError names a word without `=`."""
+    """Nested dicts of `model.head.aqr.enable=True model.layers.0.type=X ...`; ValueError names a
+    word without `=`."""
     options: Dict[str, Any] = {}
     for word in words:
         key, separator, text = word.partition("=")
@@ -24,7 +26,8 @@ def parse(words: Sequence[str]) -> Dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A number, a truth value, None, a string; a list of them where there are commas or brackets."""
+    """A number, a truth value, None, a string; a list of them where there are commas or
+    brackets."""
     text = text.strip("'\"").replace(" ", "")
     if text[:1] + text[-1:] in ("()", "[]") and len(text) > 1:
         entries = [_value(part) for part in _split(text[1:-1]) if part]
@@ -53,7 +56,8 @@ def _split(text: str) -> List[str]:
 
 
 def merge(into: Dict[str, Any], new: Dict[str, Any]) -> None:
-    """Merge `new` into `into` as configs inherit: dicts key by key unless `_delete_`, digits index lists."""
+    """Merge `new` into `into` as configs inherit: dicts key by key unless `_delete_`, digits index
+    lists."""
     for key, value in new.items():
         old = into.get(key)
         if not isinstance(value, dict):
@@ -61,7 +65,11 @@ def merge(into: Dict[str, Any], new: Dict[str, Any]) -> None:
         elif isinstance(old, dict) and not value.get(DELETE):
             into[key] = dict(old)
             merge(into[key], value)
-        elif isinstance(old, (list, tuple)) and value and all(str(index).isdigit() for index in value):
+        elif (
+            isinstance(old, (list, tuple))
+            and value
+            and all(str(index).isdigit() for index in value)
+        ):
             into[key] = _merged_list(key, old, value)
         else:
             into[key] = {k: v for k, v in value.items() if k != DELETE}

@@ -1,4 +1,6 @@
-"""`flashbias doctor`: versions, settings, backends, what would be patched in a repository, and known problems."""
+"""`flashbias doctor`: versions, settings, backends, what would be patched in a repository, and
+known problems."""
+
 from __future__ import annotations
 
 import argparse
@@ -15,16 +17,32 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional
 from . import config_check, self_checks, system
 
 NAME = "doctor"
-HELP = "show versions, settings, backends with their reasons and, for a repository, which classes would be patched"
+HELP = (
+    "show versions, settings, backends with their reasons and, for a repository, which "
+    "classes would be patched"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repo", metavar="DIR", help="a repository: list its classes that would be patched")
-    parser.add_argument("--config", metavar="FILE", help="an mmcv config: is a bias on, and which layers receive it")
-    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE",
-                        help="overrides of --config, as training scripts take them")
+    parser.add_argument(
+        "--repo", metavar="DIR", help="a repository: list its classes that would be patched"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="an mmcv config: is a bias on, and which layers receive it"
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="overrides of --config, as training scripts take them",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of text, to paste in an issue")
+    parser.add_argument(
+        "--markdown",
+        action="store_true",
+        help="print Markdown instead of text, to paste in an issue",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -87,7 +105,7 @@ def _backends() -> Any:
     device = torch.device("cuda" if cuda else "cpu")
     dtype = torch.float16 if cuda else torch.float32
     q, k = (torch.zeros(1, length, 8, 32, device=device, dtype=dtype) for length in (113, 203))
-    call = AttentionInputs(q, k, k, q[..., :1, :8], k[..., :1, :8], scale=32 ** -0.5)
+    call = AttentionInputs(q, k, k, q[..., :1, :8], k[..., :1, :8], scale=32**-0.5)
     name = None
     if cuda:
         major, minor = torch.cuda.get_device_capability()
@@ -96,7 +114,8 @@ def _backends() -> Any:
 
 
 def scan(root: str) -> List[Dict[str, Any]]:
-    """Classes in a repository that bear a target's name: where, and why not if they would be left alone.
+    """Classes in a repository that bear a target's name: where, and why not if they would be left
+    alone.
 
     Reads source text only; nothing of the repository is imported.
     """
@@ -121,15 +140,27 @@ def scan(root: str) -> List[Dict[str, Any]]:
             if isinstance(node, ast.ClassDef) and node.name in known:
                 target, reason = known[node.name], config_check.left_out(node.name)
                 misfit = _static_misfit(node, target)
-                if misfit is not None and target.otherwise is not None and not _static_misfit(node, target.otherwise):
+                if (
+                    misfit is not None
+                    and target.otherwise is not None
+                    and not _static_misfit(node, target.otherwise)
+                ):
                     target, misfit = target.otherwise, None
-                found.append({"class": node.name, "file": file, "line": node.lineno, "seam": target.seam,
-                              "reason": reason or misfit})
+                found.append(
+                    {
+                        "class": node.name,
+                        "file": file,
+                        "line": node.lineno,
+                        "seam": target.seam,
+                        "reason": reason or misfit,
+                    }
+                )
     return found
 
 
 def _parse(path: str, known: Iterable[str]) -> Optional[ast.Module]:
-    """The module at `path`; None where it names no target. Links to nothing, pipes and devices are OSErrors."""
+    """The module at `path`; None where it names no target. Links to nothing, pipes and devices are
+    OSErrors."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("not a regular file")
     with open(path, "rb") as file:
@@ -142,21 +173,30 @@ def _parse(path: str, known: Iterable[str]) -> Optional[ast.Module]:
 
 
 def _sources(root: str, found: List[Dict[str, Any]]) -> Iterator[str]:
-    """Python files below `root`; directories that cannot be read are added to `found`. Links to directories are not
-    followed, so that a loop of them ends."""
+    """Python files below `root`; directories that cannot be read are added to `found`. Links to
+    directories are not followed, so that a loop of them ends."""
 
     def unreadable(error: OSError) -> None:
-        found.append({"class": None, "file": os.path.relpath(error.filename or root, root),
-                      "reason": f"cannot be read: {error.strerror or error}"})
+        found.append(
+            {
+                "class": None,
+                "file": os.path.relpath(error.filename or root, root),
+                "reason": f"cannot be read: {error.strerror or error}",
+            }
+        )
 
     for folder, folders, files in os.walk(root, onerror=unreadable):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in ("build", "node_modules"))
+        folders[:] = sorted(
+            f for f in folders if not f.startswith(".") and f not in ("build", "node_modules")
+        )
         yield from (os.path.join(folder, f) for f in sorted(files) if f.endswith(".py"))
 
 
 def _static_misfit(node: ast.ClassDef, target: Any) -> Optional[str]:
     """catalog.misfit, as far as source text tells."""
-    forward = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "forward"), None)
+    forward = next(
+        (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "forward"), None
+    )
     if forward is None:
         return None if node.bases else "it has no forward"
     names = [a.arg for a in forward.args.args][1:]
@@ -167,35 +207,81 @@ def _static_misfit(node: ast.ClassDef, target: Any) -> Optional[str]:
     return None
 
 
-SYSTEM = {"os": "OS", "machine": "machine", "libc": "libc", "driver": "NVIDIA driver", "cuda": "torch's CUDA",
-          "cudnn": "cuDNN", "numpy_abi": "NumPy, torch"}  # fmt: skip
+SYSTEM = {
+    "os": "OS",
+    "machine": "machine",
+    "libc": "libc",
+    "driver": "NVIDIA driver",
+    "cuda": "torch's CUDA",
+    "cudnn": "cuDNN",
+    "numpy_abi": "NumPy, torch",
+}
 PRIVATE = ("home",)  # settings that hold a path: an issue shows only that they are set
 
 
 def _markdown(report: Dict[str, Any]) -> str:
-    """Made for an issue: what is installed and set, folded; no path of the machine but those of --repo and --config."""
+    """Made for an issue: what is installed and set, folded; no path of the machine but those of
+    --repo and --config."""
     from .. import settings
 
     def table(rows: Iterable[Any]) -> List[str]:
-        return ["| | |", "|---|---|", *("| " + " | ".join(_cell(word) for word in row) + " |" for row in rows), ""]
+        return [
+            "| | |",
+            "|---|---|",
+            *("| " + " | ".join(_cell(word) for word in row) + " |" for row in rows),
+            "",
+        ]
 
     found = report["settings"]
-    changed = [(variable.name, "set" if variable.field in PRIVATE else variable.shown(found[variable.field]))
-               for variable in settings.VARIABLES if found[variable.field] != variable.default]
-    versions = [("flashbias_patch", report["flashbias_patch"]), ("Python", report["python"]),
-                ("GPU", report["gpu"] or "none")]
+    changed = [
+        (
+            variable.name,
+            "set" if variable.field in PRIVATE else variable.shown(found[variable.field]),
+        )
+        for variable in settings.VARIABLES
+        if found[variable.field] != variable.default
+    ]
+    versions = [
+        ("flashbias_patch", report["flashbias_patch"]),
+        ("Python", report["python"]),
+        ("GPU", report["gpu"] or "none"),
+    ]
     lines = ["<details><summary>flashbias doctor</summary>", ""]
-    lines += table([*versions, *((SYSTEM[name], value or "-") for name, value in report["system"].items())])
-    lines += ["**Packages**", "", *table((name, version) for name, version in report["packages"].items() if version)]
-    lines += ["**Settings that are not the default**", "", *(table(changed) if changed else ["none", ""])]
+    lines += table(
+        [*versions, *((SYSTEM[name], value or "-") for name, value in report["system"].items())]
+    )
+    lines += [
+        "**Packages**",
+        "",
+        *table((name, version) for name, version in report["packages"].items() if version),
+    ]
+    lines += [
+        "**Settings that are not the default**",
+        "",
+        *(table(changed) if changed else ["none", ""]),
+    ]
     lines += ["**Backends**", ""]
-    lines += table((name, "; ".join(reasons) or "takes it") for name, reasons in report["backends"].items())
+    lines += table(
+        (name, "; ".join(reasons) or "takes it") for name, reasons in report["backends"].items()
+    )
     if report["unmendable"]:
-        lines += ["**In the way**", "", *table((entry["what"], entry["cure"]) for entry in report["unmendable"])]
+        lines += [
+            "**In the way**",
+            "",
+            *table((entry["what"], entry["cure"]) for entry in report["unmendable"]),
+        ]
     if "repository" in report:
-        lines += ["**Repository**", "", *table(
-            (f"{item['file']}:{item.get('line', 1)} {item['class'] or ''}", item["reason"] or f"patched ({item['seam']})")
-            for item in report["repository"])]
+        lines += [
+            "**Repository**",
+            "",
+            *table(
+                (
+                    f"{item['file']}:{item.get('line', 1)} {item['class'] or ''}",
+                    item["reason"] or f"patched ({item['seam']})",
+                )
+                for item in report["repository"]
+            ),
+        ]
     if "config" in report:
         lines += ["**Config**", "", "```", config_check.text(report["config"]), "```", ""]
     return "\n".join([*lines, "</details>"])
@@ -210,12 +296,21 @@ def _text(report: Dict[str, Any]) -> str:
 
     found, width = report["settings"], max(map(len, report["packages"]))
     lines = [f"flashbias_patch {report['flashbias_patch']} on Python {report['python']}"]
-    lines += ["system:"] + [f"  {SYSTEM[name]:<{width}} {value or '-'}" for name, value in report["system"].items()]
-    lines += ["packages:"] + [f"  {name:<{width}} {version or '-'}" for name, version in report["packages"].items()]
+    lines += ["system:"] + [
+        f"  {SYSTEM[name]:<{width}} {value or '-'}" for name, value in report["system"].items()
+    ]
+    lines += ["packages:"] + [
+        f"  {name:<{width}} {version or '-'}" for name, version in report["packages"].items()
+    ]
     lines.append("settings:")
-    lines += [f"  {variable.name:<20} {variable.shown(found[variable.field])}" for variable in settings.VARIABLES]
+    lines += [
+        f"  {variable.name:<20} {variable.shown(found[variable.field])}"
+        for variable in settings.VARIABLES
+    ]
     if not found["patch"]:
-        lines.append("  FLASHBIAS_PATCH is off: a run is not patched; below is what a patched one does")
+        lines.append(
+            "  FLASHBIAS_PATCH is off: a run is not patched; below is what a patched one does"
+        )
     lines.append(f"GPU: {report['gpu'] or 'none'}")
     lines.append("backends, in the order in which they are tried (for CMT's cross attention):")
     for name, reasons in report["backends"].items():
@@ -225,11 +320,17 @@ def _text(report: Dict[str, Any]) -> str:
     if report["missing"]:
         lines += ["this torch lacks:"] + [f"  {line}" for line in report["missing"]]
     lines += self_checks.text(report)
-    lines += [f"in the way: {entry['what']}\n  cure: {entry['cure']}" for entry in report["unmendable"]]
+    lines += [
+        f"in the way: {entry['what']}\n  cure: {entry['cure']}" for entry in report["unmendable"]
+    ]
     if "repository" in report:
         lines.append("repository:")
         for item in report["repository"]:
-            verdict = f"patched ({item['seam']})" if item["reason"] is None else f"left alone: {item['reason']}"
+            verdict = (
+                f"patched ({item['seam']})"
+                if item["reason"] is None
+                else f"left alone: {item['reason']}"
+            )
             lines.append(f"  {item['file']}:{item.get('line', 1)} {item['class'] or ''} {verdict}")
         if not report["repository"]:
             lines.append("  no class that this package patches; see docs/compatibility.md")

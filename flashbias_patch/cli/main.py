@@ -1,7 +1,9 @@
-"""`flashbias`: one subcommand per module, each with NAME, HELP, add_arguments(parser) and main(args) -> exit status.
+"""`flashbias`: one subcommand per module, each with NAME, HELP, add_arguments(parser) and
+main(args) -> exit status.
 
 Importing this module imports next to nothing: whatever takes time is imported under the guard.
 """
+
 from __future__ import annotations
 
 import os
@@ -17,7 +19,8 @@ INTERRUPTED = 130
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Entry point of the console script. Returns the exit status; 2 for a mistake in the command or environment."""
+    """Entry point of the console script. Returns the exit status; 2 for a mistake in the command or
+    environment."""
     words = sys.argv[1:] if argv is None else argv
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # its descriptor is closed
@@ -32,7 +35,8 @@ def _main(argv: Optional[List[str]]) -> int:
     from .. import __version__
 
     parser = argparse.ArgumentParser(
-        prog="flashbias", description="Run, check and compare training commands patched by flashbias_patch."
+        prog="flashbias",
+        description="Run, check and compare training commands patched by flashbias_patch.",
     )
     parser.add_argument("--version", action="version", version=f"flashbias_patch {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -41,7 +45,9 @@ def _main(argv: Optional[List[str]]) -> int:
         module = importlib.import_module(f"{__package__}.{name}")
         modules[name] = module
         sub = commands.add_parser(
-            module.NAME, help=module.HELP, description=module.HELP,
+            module.NAME,
+            help=module.HELP,
+            description=module.HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(sub)
@@ -50,12 +56,15 @@ def _main(argv: Optional[List[str]]) -> int:
 
 
 def mistaken_environment() -> bool:
-    """Name what is wrong with the FLASHBIAS_* variables; True if a value is, so that nothing may start."""
+    """Name what is wrong with the FLASHBIAS_* variables; True if a value is, so that nothing may
+    start."""
     from .. import environment, settings
 
     read = settings.current()
     mistakes = read.problems + environment.problems()
-    for problem in settings.unnamed(mistakes + read.unknown):  # importing this package named some of them
+    for problem in settings.unnamed(
+        mistakes + read.unknown
+    ):  # importing this package named some of them
         print("flashbias:", problem, file=sys.stderr)
     if mistakes:
         print("flashbias: nothing was run; correct the variables named above", file=sys.stderr)
@@ -63,7 +72,8 @@ def mistaken_environment() -> bool:
 
 
 def guarded(command: str, run: Callable[[], int]) -> int:
-    """run(), where an error that is no mistake of this package ends in one line instead of a traceback."""
+    """run(), where an error that is no mistake of this package ends in one line instead of a
+    traceback."""
     try:
         try:
             return run()
@@ -91,7 +101,8 @@ def guarded(command: str, run: Callable[[], int]) -> int:
 
 
 def _discard_output() -> None:
-    """Give up what cannot be written to standard output, so that Python does not try again at exit."""
+    """Give up what cannot be written to standard output, so that Python does not try again at
+    exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

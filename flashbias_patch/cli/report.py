@@ -17,11 +17,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--html", metavar="FILE", help="default DIR/report.html, when no other format is asked for"
     )
-    parser.add_argument("--markdown", metavar="FILE", help="for pasting in an issue; - is standard output")
     parser.add_argument(
-        "--json", metavar="FILE", help="figures and curves to keep, without this machine's paths; - is standard output"
+        "--markdown", metavar="FILE", help="for pasting in an issue; - is standard output"
     )
-    parser.add_argument("--process", metavar="WHICH", help="the training that is judged, as of `flashbias ab`")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="figures and curves to keep, without this machine's paths; - is standard output",
+    )
+    parser.add_argument(
+        "--process", metavar="WHICH", help="the training that is judged, as of `flashbias ab`"
+    )
     parser.add_argument(
         "--tensorboard", metavar="LOGDIR", help="one TensorBoard run for each run of the comparison"
     )
@@ -33,7 +39,8 @@ def main(args: argparse.Namespace) -> int:
         from ..ab import detections, lines, records, report, result, tensorboard
     except ImportError as error:
         print(
-            f'flashbias report: {error}; pip install "flashbias-patch[report]" brings what is missing',
+            f'flashbias report: {error}; pip install "flashbias-patch[report]" brings what is '
+            "missing",
             file=sys.stderr,
         )
         return 2
@@ -67,7 +74,9 @@ def _write(path: str, text: str) -> None:
         return
     folder = os.path.dirname(path)
     if folder:
-        with contextlib.suppress(FileExistsError):  # no directory: open() says so, with the whole path
+        with contextlib.suppress(
+            FileExistsError
+        ):  # no directory: open() says so, with the whole path
             os.makedirs(folder, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)

@@ -1,4 +1,5 @@
 """The part of `flashbias doctor` on self-checks that earlier processes passed."""
+
 from __future__ import annotations
 
 from typing import Any, Dict, List
@@ -25,6 +26,10 @@ def text(report: Dict[str, Any]) -> List[str]:
     lines = [f"self-checks passed in earlier processes ({found['file']}{used}):"]
     for row in found["rows"]:
         worst = row.get("worst")
-        evidence = f", error {worst} of what is tolerated" if isinstance(worst, (int, float)) else ""
-        lines.append(f"  {row['backend']:<10} {row['words']}: {row['checked']}{evidence}; {row['place']}")
+        evidence = (
+            f", error {worst} of what is tolerated" if isinstance(worst, (int, float)) else ""
+        )
+        lines.append(
+            f"  {row['backend']:<10} {row['words']}: {row['checked']}{evidence}; {row['place']}"
+        )
     return lines

@@ -1,4 +1,6 @@
-"""The machine for `flashbias doctor`: operating system, driver, cuDNN, packages, and whether NumPy and torch fit."""
+"""The machine for `flashbias doctor`: operating system, driver, cuDNN, packages, and whether NumPy
+and torch fit."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -8,15 +10,34 @@ import re
 import subprocess
 from typing import Any, Dict, Optional
 
-PACKAGES = ("torch", "torchvision", "triton", "wrapt", "mmcv-full", "mmcv", "mmcv-lite", "mmengine", "mmdet", "mmdet3d",
-            "mmsegmentation", "spconv", "nuscenes-devkit", "flash-attn", "flash-attn-4", "numpy", "numba", "onnx",
-            "onnxruntime")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "wrapt",
+    "mmcv-full",
+    "mmcv",
+    "mmcv-lite",
+    "mmengine",
+    "mmdet",
+    "mmdet3d",
+    "mmsegmentation",
+    "spconv",
+    "nuscenes-devkit",
+    "flash-attn",
+    "flash-attn-4",
+    "numpy",
+    "numba",
+    "onnx",
+    "onnxruntime",
+)
 DRIVER = "/proc/driver/nvidia/version"
 SECONDS = 5.0  # that nvidia-smi may take
 
 
 def packages() -> Dict[str, Optional[str]]:
-    """Version per package, None where it is missing. spconv has a distribution per CUDA version: its name is in the value."""
+    """Version per package, None where it is missing. spconv has a distribution per CUDA version:
+    its name is in the value."""
     found = {name: version(name) for name in PACKAGES}
     if found["spconv"] is None:
         for distribution in importlib.metadata.distributions():
@@ -34,11 +55,17 @@ def version(name: str) -> Optional[str]:
 
 
 def facts() -> Dict[str, Any]:
-    """JSON-able: os, machine, libc, driver, cuda, cudnn, numpy_abi. Imports torch where it is installed."""
+    """JSON-able: os, machine, libc, driver, cuda, cudnn, numpy_abi. Imports torch where it is
+    installed."""
     found: Dict[str, Any] = {
-        "os": platform.platform(), "machine": platform.machine(), "libc": " ".join(platform.libc_ver()).strip() or None,
-        "driver": driver(), "cuda": None, "cudnn": None, "numpy_abi": None,
-    }  # fmt: skip
+        "os": platform.platform(),
+        "machine": platform.machine(),
+        "libc": " ".join(platform.libc_ver()).strip() or None,
+        "driver": driver(),
+        "cuda": None,
+        "cudnn": None,
+        "numpy_abi": None,
+    }
     if importlib.util.find_spec("torch") is not None:
         import torch
 
@@ -65,8 +92,12 @@ def driver() -> Optional[str]:
     except OSError:
         pass
     try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
-                              text=True, timeout=SECONDS)
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None

@@ -39,12 +39,18 @@ class progress:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Optional[int] = None) -> str:
-    """Rows, the header first, in columns; those from `left` on to the right. A row that ends early may run over its last."""
+    """Rows, the header first, in columns; those from `left` on to the right. A row that ends early
+    may run over its last."""
     columns = len(rows[0])
-    widths = [max(len(row[i]) for row in rows if i < len(row) - (len(row) < columns)) for i in range(columns)]
+    widths = [
+        max(len(row[i]) for row in rows if i < len(row) - (len(row) < columns))
+        for i in range(columns)
+    ]
     left = columns if left is None else left
     return "\n".join(
-        "  ".join(word.ljust(width) if i < left else word.rjust(width) for i, (word, width) in enumerate(zip(row, widths)))
-        .rstrip()
+        "  ".join(
+            word.ljust(width) if i < left else word.rjust(width)
+            for i, (word, width) in enumerate(zip(row, widths))
+        ).rstrip()
         for row in rows
-    )  # fmt: skip
+    )

@@ -1,4 +1,5 @@
-"""`flashbias tune`: tile shapes of the fused kernels timed on this GPU; what beats the shipped ones is kept."""
+"""`flashbias tune`: tile shapes of the fused kernels timed on this GPU; what beats the shipped ones
+is kept."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ from .bench import BENCHMARK
 from .terminal import aligned, progress, unknown
 
 NAME = "tune"
-HELP = "time tile shapes of the fused kernels on this GPU and keep those that beat the shipped ones (ratio: tuned / shipped)"
+HELP = (
+    "time tile shapes of the fused kernels on this GPU and keep those that beat the shipped "
+    "ones (ratio: tuned / shipped)"
+)
 KERNELS = "flashbias_patch.attention.kernels"
 FEATURES = ("factors", "segments", "dropout", "padding", "mask")
 DROPOUT = 0.1
@@ -19,21 +23,32 @@ DROPOUT = 0.1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shapes", nargs="+", default=[], metavar="NAME",
-        help="named shapes of `flashbias bench`; `list` lists them (default: all). Those that share a tile shape (same "
-        "head dim and rank) are one class: it is searched on the largest, and no other may become slower",
-    )  # fmt: skip
+        "--shapes",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="named shapes of `flashbias bench`; `list` lists them (default: all). Those that "
+        "share a tile shape (same "
+        "head dim and rank) are one class: it is searched on the largest, and no other may "
+        "become slower",
+    )
     parser.add_argument(
         "--features", nargs="+", default=["factors"], choices=(*FEATURES, "none"),
         help="what the calls have beside q, k and v (default: factors)",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16")
     parser.add_argument(
-        "--seconds", type=_seconds, default=180.0, metavar="S", help="for each class, at most (default: 180)"
+        "--seconds",
+        type=_seconds,
+        default=180.0,
+        metavar="S",
+        help="for each class, at most (default: 180)",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="keep nothing")
-    what.add_argument("--show", action="store_true", help="print what is kept, for every GPU, and time nothing")
+    what.add_argument(
+        "--show", action="store_true", help="print what is kept, for every GPU, and time nothing"
+    )
     what.add_argument("--forget", action="store_true", help="remove what is kept, for every GPU")
 
 
@@ -48,7 +63,8 @@ def _seconds(text: str) -> float:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 2 for an unknown name or a missing library; 3 where nothing can be timed; 130 interrupted."""
+    """Exit status: 0; 2 for an unknown name or a missing library; 3 where nothing can be timed; 130
+    interrupted."""
     try:
         cache = importlib.import_module(KERNELS + ".cache")
         if args.forget:
@@ -77,7 +93,8 @@ def why_not() -> str:
 
     if not torch.cuda.is_available():
         return (
-            "cannot tune here: torch sees no CUDA device (torch.cuda.is_available() is False), and a tile shape can "
+            "cannot tune here: torch sees no CUDA device (torch.cuda.is_available() is False), "
+            "and a tile shape can "
             "only be timed on the GPU that will run it"
         )
     inputs = benchmark.make(benchmark.SHAPES["tiny"], torch.float16, torch.device("cuda"))
@@ -97,12 +114,23 @@ def _tune(args: argparse.Namespace, benchmark: Any) -> int:
     try:
         with progress() as bar:
             for place, group in enumerate(groups):
-                calls = [with_features(benchmark.make(benchmark.SHAPES[n], dtype, device), args.features) for n in group]
+                calls = [
+                    with_features(benchmark.make(benchmark.SHAPES[n], dtype, device), args.features)
+                    for n in group
+                ]
 
-                def say(elapsed: float, seconds: float, what: str, place: int = place, name: str = group[0]) -> None:
+                def say(
+                    elapsed: float,
+                    seconds: float,
+                    what: str,
+                    place: int = place,
+                    name: str = group[0],
+                ) -> None:
                     bar(place * seconds + elapsed, len(groups) * seconds, f"{name} {what}")
 
-                found = tune.tune(calls, seconds=args.seconds, progress=say, remember=not args.dry_run)
+                found = tune.tune(
+                    calls, seconds=args.seconds, progress=say, remember=not args.dry_run
+                )
                 cells += [_cells(tune, row, found.call) for row in found.rows]
     except KeyboardInterrupt:
         interrupted = True
@@ -139,7 +167,9 @@ def with_features(inputs: Any, features: Sequence[str]) -> Any:
         inputs = inputs._replace(q_factor=None, k_factor=None)
     if "segments" in features:
         weights = torch.randn(B, M, 1, 2, device=q.device, generator=generator).requires_grad_()
-        inputs = inputs._replace(segment_weights=weights, segment_lengths=(N * 3 // 4, N - N * 3 // 4))
+        inputs = inputs._replace(
+            segment_weights=weights, segment_lengths=(N * 3 // 4, N - N * 3 // 4)
+        )
     if "dropout" in features:
         inputs = inputs._replace(dropout_p=DROPOUT)
     if "padding" in features:
@@ -167,14 +197,22 @@ def _show(cache: Any) -> int:
     cells = [("gpu", "triton", "flashbias_patch", "class", "tile shape")]
     for row in rows:
         config = ", ".join(str(value) for value in row["config"])
-        cells.append((*(row[name] for name in cache.NAMES), " ".join(str(value) for value in row["key"]), config))
+        cells.append(
+            (
+                *(row[name] for name in cache.NAMES),
+                " ".join(str(value) for value in row["key"]),
+                config,
+            )
+        )
     print(aligned(cells))
     return 0
 
 
 def _forget(cache: Any) -> int:
     try:
-        print(f"removed: {cache.path()}" if cache.forget() else f"nothing is kept in {cache.path()}")
+        print(
+            f"removed: {cache.path()}" if cache.forget() else f"nothing is kept in {cache.path()}"
+        )
     except OSError as error:
         print(f"flashbias tune: {cache.path()} cannot be removed: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,6 @@
-"""`flashbias why NAME -- CMD...`: why a parameter such as bias_scale does not learn, link by link."""
+"""`flashbias why NAME -- CMD...`: why a parameter such as bias_scale does not learn, link by
+link."""
+
 from __future__ import annotations
 
 import argparse
@@ -15,7 +17,10 @@ from .. import launch, settings
 from .run import command_of
 
 NAME = "why"
-HELP = "run a few steps of a training command and say why a parameter does not learn: the first broken link, what to change"
+HELP = (
+    "run a few steps of a training command and say why a parameter does not learn: the first "
+    "broken link, what to change"
+)
 STEPS, TIMEOUT = 5, 1800.0
 GRACE = 30.0  # seconds that a command may take to end after its steps
 DONE = "stopped"  # the file that a process writes which ended after its steps
@@ -23,17 +28,33 @@ DONE = "stopped"  # the file that a process writes which ended after its steps
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_options(parser)
-    parser.add_argument("name", metavar="NAME", help="the parameter, e.g. bias_scale; patterns as in fnmatch")
-    parser.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD", help="the command that trains, after --")
+    parser.add_argument(
+        "name", metavar="NAME", help="the parameter, e.g. bias_scale; patterns as in fnmatch"
+    )
+    parser.add_argument(
+        "cmd", nargs=argparse.REMAINDER, metavar="CMD", help="the command that trains, after --"
+    )
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=_count, default=STEPS, help=f"optimizer steps to watch (default {STEPS}, at least 2)")
+    parser.add_argument(
+        "--steps",
+        type=_count,
+        default=STEPS,
+        help=f"optimizer steps to watch (default {STEPS}, at least 2)",
+    )
     parser.add_argument("--off", action="store_true", help="run the command unpatched")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
-                        help=f"end the command after this time (default {TIMEOUT:g})")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help=f"end the command after this time (default {TIMEOUT:g})",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of text, for an issue")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print Markdown instead of text, for an issue"
+    )
 
 
 def _options_after_name(args: argparse.Namespace) -> None:
@@ -41,7 +62,9 @@ def _options_after_name(args: argparse.Namespace) -> None:
     if args.cmd[:1] == ["--"] or "--" not in args.cmd or not args.cmd[0].startswith("-"):
         return
     end = args.cmd.index("--")
-    parser = argparse.ArgumentParser(prog="flashbias why NAME", add_help=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        prog="flashbias why NAME", add_help=False, argument_default=argparse.SUPPRESS
+    )
     _add_options(parser)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -56,12 +79,16 @@ def _count(text: str) -> int:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0 if every link holds, 1 if one is broken, 2 for a mistake, 3 if nothing could be watched."""
+    """Exit status: 0 if every link holds, 1 if one is broken, 2 for a mistake, 3 if nothing could
+    be watched."""
     _options_after_name(args)
     command = command_of(args)
     if not command:
-        print("flashbias why: CMD is missing: say what trains, e.g. "
-              f"flashbias why {args.name} -- python tools/train.py CONFIG", file=sys.stderr)
+        print(
+            "flashbias why: CMD is missing: say what trains, e.g. "
+            f"flashbias why {args.name} -- python tools/train.py CONFIG",
+            file=sys.stderr,
+        )
         return 2
     if shutil.which(command[0]) is None:
         print(f"flashbias why: CMD: {command[0]!r} is not a program on PATH", file=sys.stderr)
@@ -71,8 +98,11 @@ def main(args: argparse.Namespace) -> int:
         status, output = run_watched(command, directory, args.name, args.steps, patch, args.timeout)
         facts = read_facts(directory)
     if facts is None or (status and not facts["roots"]):
-        print("flashbias why: no process of the command called a module and ended in order "
-              f"(exit status {status}); the end of its output:\n{output}", file=sys.stderr)
+        print(
+            "flashbias why: no process of the command called a module and ended in order "
+            f"(exit status {status}); the end of its output:\n{output}",
+            file=sys.stderr,
+        )
         return 3
     report = make_report(args.name, facts, patch, status)
     if args.json:
@@ -87,8 +117,13 @@ def main(args: argparse.Namespace) -> int:
 def run_watched(
     command: List[str], directory: str, name: str, steps: int, patch: bool, timeout: float
 ) -> Tuple[Optional[int], str]:
-    """(exit status, the end of its output) of the command, watched by why/observer.py. """
-    extra = {"FLASHBIAS_PROBE": directory, launch.WHY: name, "FLASHBIAS_PROBE_STEPS": str(steps), "TORCHDYNAMO_DISABLE": "1"}
+    """(exit status, the end of its output) of the command, watched by why/observer.py."""
+    extra = {
+        "FLASHBIAS_PROBE": directory,
+        launch.WHY: name,
+        "FLASHBIAS_PROBE_STEPS": str(steps),
+        "TORCHDYNAMO_DISABLE": "1",
+    }
     env = launch.prepare_environment(os.environ, patch=patch, extra=extra)
     log = os.path.join(directory, "output.log")
     with open(log, "wb") as file:
@@ -97,13 +132,23 @@ def run_watched(
         return status, "".join(text.readlines()[-15:])
 
 
-def _wait(command: List[str], directory: str, env: Dict[str, str], log: Any, timeout: float) -> Optional[int]:
-    """Run to the end, to the time limit, or until a process that has written its facts does not end in GRACE seconds."""
+def _wait(
+    command: List[str], directory: str, env: Dict[str, str], log: Any, timeout: float
+) -> Optional[int]:
+    """Run to the end, to the time limit, or until a process that has written its facts does not end
+    in GRACE seconds."""
     from ..ab import processes
 
     begin, written = time.monotonic(), None
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env,
-                             start_new_session=True, preexec_fn=processes.end_with_parent())
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=env,
+        start_new_session=True,
+        preexec_fn=processes.end_with_parent(),
+    )
     try:
         while child.poll() is None:
             time.sleep(processes.POLL)
@@ -119,7 +164,8 @@ def _wait(command: List[str], directory: str, env: Dict[str, str], log: Any, tim
 
 
 def read_facts(directory: str) -> Optional[Dict[str, Any]]:
-    """The facts of the process that trained: of the lowest rank, with most steps and backward passes."""
+    """The facts of the process that trained: of the lowest rank, with most steps and backward
+    passes."""
     found: List[Tuple[Any, Dict[str, Any]]] = []
     for name in sorted(os.listdir(directory)):
         if name.startswith("rank") and name.endswith(".json"):
@@ -127,11 +173,15 @@ def read_facts(directory: str) -> Optional[Dict[str, Any]]:
                 facts = json.load(file)
             if facts["torch"]:
                 rank = int(name[4:].split("-")[0])
-                found.append(((-facts["steps"], -facts["backwards"], -len(facts["roots"]), rank), facts))
+                found.append(
+                    ((-facts["steps"], -facts["backwards"], -len(facts["roots"]), rank), facts)
+                )
     return min(found, key=lambda entry: entry[0])[1] if found else None
 
 
-def make_report(name: str, facts: Dict[str, Any], patch: bool, status: Optional[int]) -> Dict[str, Any]:
+def make_report(
+    name: str, facts: Dict[str, Any], patch: bool, status: Optional[int]
+) -> Dict[str, Any]:
     """The JSON-able report."""
     from ..why import diagnosis
 
@@ -140,5 +190,13 @@ def make_report(name: str, facts: Dict[str, Any], patch: bool, status: Optional[
         notes.append(f"the command ended with status {status}")
     if facts["skipped"]:
         notes.append(f"GradScaler left out {facts['skipped']} steps")
-    return {"name": name, "steps": facts["steps"], "patched": patch, "classes": facts["patched"], "torch": facts["torch"],
-            "calls": facts["calls"], "diagnoses": diagnosis.diagnose(facts), "notes": notes}
+    return {
+        "name": name,
+        "steps": facts["steps"],
+        "patched": patch,
+        "classes": facts["patched"],
+        "torch": facts["torch"],
+        "calls": facts["calls"],
+        "diagnoses": diagnosis.diagnose(facts),
+        "notes": notes,
+    }

@@ -1,8 +1,10 @@
 """Indexing a CPU tensor with CUDA indices, inside the methods of the family that do it.
 
-CMT's `_dn_loss_single_task` and PETR's `prepare_for_loss` take `batch_idx[known_indice]`: `batch_idx` is made on the
-CPU, `known_indice` comes from a CUDA tensor. torch before 1.13 copied the indices to the CPU; so does this, there only.
+CMT's `_dn_loss_single_task` and PETR's `prepare_for_loss` take `batch_idx[known_indice]`:
+`batch_idx` is made on the CPU, `known_indice` comes from a CUDA tensor. torch before 1.13 copied
+the indices to the CPU; so does this, there only.
 """
+
 from __future__ import annotations
 
 import functools

@@ -1,4 +1,5 @@
 """Names that import statements of a repository's modules get where the real ones are gone."""
+
 from __future__ import annotations
 
 import builtins
@@ -7,14 +8,18 @@ from typing import Any, Callable, List, Optional
 
 
 class Leftover(types.ModuleType):
-    """A module imported by accident: every name is there, and says what it is if it is ever called."""
+    """A module imported by accident: every name is there, and says what it is if it is ever
+    called."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
 
         def absent(*args: Any, **kwargs: Any) -> None:
-            raise ImportError(f"{self.__name__}.{name} is called, but {self.__name__} does not import here: install it")
+            raise ImportError(
+                f"{self.__name__}.{name} is called, but {self.__name__} does not import here: "
+                "install it"
+            )
 
         return absent
 
@@ -29,14 +34,21 @@ def leftover(name: str, fromlist: Any, usual: Callable[[], Any]) -> Optional[Any
 
 
 # Removed in NumPy 1.24, and the Python type that each was (np.long and np.unicode too).
-ALIASES = {**{name: getattr(builtins, name) for name in ("int", "float", "complex", "object", "str", "bool")},
-           "long": int, "unicode": str}  # fmt: skip
+ALIASES = {
+    **{
+        name: getattr(builtins, name)
+        for name in ("int", "float", "complex", "object", "str", "bool")
+    },
+    "long": int,
+    "unicode": str,
+}
 
 
 class NumPy(types.ModuleType):
     """NumPy as the importing module sees it: the removed aliases beside NumPy's own names.
 
-    It holds nothing: what anybody sets on NumPy later is seen here, and what is set here is set on NumPy.
+    It holds nothing: what anybody sets on NumPy later is seen here, and what is set here is set on
+    NumPy.
     """
 
     def __getattribute__(self, name: str) -> Any:
@@ -44,7 +56,9 @@ class NumPy(types.ModuleType):
             return NumPy
         import numpy
 
-        if name in ALIASES and name not in vars(numpy):  # not getattr: NumPy's own answer is a warning and an error
+        if name in ALIASES and name not in vars(
+            numpy
+        ):  # not getattr: NumPy's own answer is a warning and an error
             return ALIASES[name]
         return getattr(numpy, name)
 
@@ -75,7 +89,8 @@ def numpy_with_aliases(name: str, fromlist: Any, usual: Callable[[], Any]) -> Op
 
 
 def linear_with_bias(name: str, fromlist: Any, usual: Callable[[], Any]) -> Optional[Any]:
-    """torch.nn.modules.linear with `_LinearWithBias`, which is NonDynamicallyQuantizableLinear since torch 1.9."""
+    """torch.nn.modules.linear with `_LinearWithBias`, which is NonDynamicallyQuantizableLinear
+    since torch 1.9."""
     if name != "torch.nn.modules.linear" or "_LinearWithBias" not in (fromlist or ()):
         return None
     linear = usual()

@@ -1,4 +1,5 @@
 """Attention maps: the rows of chosen queries, and pictures of them."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

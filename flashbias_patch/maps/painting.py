@@ -1,4 +1,5 @@
 """paint(...): one query's attention over the BEV plane and the cameras, as a matplotlib figure."""
+
 from __future__ import annotations
 
 import math
@@ -30,7 +31,8 @@ def paint(
         title: of the figure.
 
     Returns:
-        matplotlib.figure.Figure; `figure.savefig("map.png")` writes it. Colours are relative to the row's largest weight.
+        matplotlib.figure.Figure; `figure.savefig("map.png")` writes it. Colours are relative to the
+            row's largest weight.
 
     Raises:
         ValueError: the parts do not sum to N, or the images or names are not one per camera.
@@ -43,38 +45,56 @@ def paint(
     views = cameras[0] if cameras else 0
     length = first + (math.prod(cameras) if cameras else 0)
     if row.dim() != 1 or row.shape[0] != length:
-        raise ValueError(f"row must have shape (N,) with N = {length} for bev={bev} and cameras={cameras}, "
-                         f"got {tuple(row.shape)}")
+        raise ValueError(
+            f"row must have shape (N,) with N = {length} for bev={bev} and cameras={cameras}, "
+            f"got {tuple(row.shape)}"
+        )
     for argument, given in (("images", images), ("names", names)):
         if given is not None and len(given) != views:
-            raise ValueError(f"{argument} must hold one entry for each of {views} cameras, got {len(given)}")
+            raise ValueError(
+                f"{argument} must hold one entry for each of {views} cameras, got {len(given)}"
+            )
     weights = row.detach().float().cpu()
     top = float(weights.max()) or 1.0 if length else 1.0
     lines = math.ceil(views / COLUMNS)
-    figure = Figure(figsize=(4 * bool(bev) + 3.2 * min(views, COLUMNS) + 0.4, max(3.6 * bool(bev), 1.9 * lines) + 0.5),
-                    layout="constrained")
+    figure = Figure(
+        figsize=(
+            4 * bool(bev) + 3.2 * min(views, COLUMNS) + 0.4,
+            max(3.6 * bool(bev), 1.9 * lines) + 0.5,
+        ),
+        layout="constrained",
+    )
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(max(lines, 1), bool(bev) + min(views, COLUMNS), width_ratios=[
-        *([1.4] if bev else []), *[1.0] * min(views, COLUMNS)])
+    grid = figure.add_gridspec(
+        max(lines, 1),
+        bool(bev) + min(views, COLUMNS),
+        width_ratios=[*([1.4] if bev else []), *[1.0] * min(views, COLUMNS)],
+    )
     if bev:
         axes = figure.add_subplot(grid[:, 0])
-        axes.imshow(weights[:first].reshape(bev).numpy(), origin="lower", cmap="magma", vmin=0, vmax=top)
+        axes.imshow(
+            weights[:first].reshape(bev).numpy(), origin="lower", cmap="magma", vmin=0, vmax=top
+        )
         _bare(axes, f"BEV: {100 * float(weights[:first].sum()):.0f} %")
     for view in range(views):
         assert cameras is not None
         axes = figure.add_subplot(grid[view // COLUMNS, bool(bev) + view % COLUMNS])
         size = cameras[1] * cameras[2]
-        part = weights[first + view * size: first + (view + 1) * size].reshape(cameras[1:])
+        part = weights[first + view * size : first + (view + 1) * size].reshape(cameras[1:])
         picture = None if images is None else torch.as_tensor(images[view])
         if picture is None:
             axes.imshow(part.numpy(), cmap="magma", vmin=0, vmax=top)
         else:
             height, width = picture.shape[:2]
-            large = torch.nn.functional.interpolate(part[None, None], (height, width), mode="bilinear")[0, 0]
+            large = torch.nn.functional.interpolate(
+                part[None, None], (height, width), mode="bilinear"
+            )[0, 0]
             axes.imshow(picture.numpy())
             shade = 0.25 + 0.65 * (large / top).clamp(0, 1)
             axes.imshow(large.numpy(), cmap="magma", vmin=0, vmax=top, alpha=shade.numpy())
-        _bare(axes, f"{names[view] if names else f'camera {view}'}: {100 * float(part.sum()):.0f} %")
+        _bare(
+            axes, f"{names[view] if names else f'camera {view}'}: {100 * float(part.sum()):.0f} %"
+        )
     if title:
         figure.suptitle(title)
     return figure

@@ -1,4 +1,6 @@
-"""attention_map(...): the attention weights of chosen queries, recomputed from the arguments of each patched attention."""
+"""attention_map(...): the attention weights of chosen queries, recomputed from the arguments of
+each patched attention."""
+
 from __future__ import annotations
 
 import contextlib
@@ -23,8 +25,8 @@ class AttentionMap(NamedTuple):
         kind: "self" where there are as many keys as queries, else "cross".
         queries: the positions of the rows, k of them.
         heads: the heads of the columns, h of them.
-        weights: (B, h, k, N), float32 or wider, detached, on the attention's device; before dropout. A row whose keys are
-            all masked is zero; every other row sums to 1.
+        weights: (B, h, k, N), float32 or wider, detached, on the attention's device; before
+            dropout. A row whose keys are all masked is zero; every other row sums to 1.
     """
 
     name: str
@@ -38,7 +40,9 @@ class AttentionMap(NamedTuple):
 class _Recording:
     """One open block."""
 
-    def __init__(self, root: nn.Module, queries: Tuple[int, ...], heads: Optional[Tuple[int, ...]]) -> None:
+    def __init__(
+        self, root: nn.Module, queries: Tuple[int, ...], heads: Optional[Tuple[int, ...]]
+    ) -> None:
         self.names = {module: name for name, module in root.named_modules()}
         self.queries, self.heads = queries, heads
         self.maps: List[AttentionMap] = []
@@ -50,15 +54,23 @@ class _Recording:
         call = self.calls.get(name, 0)
         self.calls[name] = call + 1
         M, H = inputs.q.shape[1:3]
-        heads = tuple(range(H)) if self.heads is None else tuple(_position(h, H, "heads", name) for h in self.heads)
+        heads = (
+            tuple(range(H))
+            if self.heads is None
+            else tuple(_position(h, H, "heads", name) for h in self.heads)
+        )
         queries = tuple(_position(row, M, "queries", name) for row in self.queries)
         weights = rows(inputs, queries)[:, list(heads)]
-        self.maps.append(AttentionMap(name, call, "self" if is_self else "cross", queries, heads, weights))
+        self.maps.append(
+            AttentionMap(name, call, "self" if is_self else "cross", queries, heads, weights)
+        )
 
 
 def _position(index: int, size: int, argument: str, name: str) -> int:
     if not -size <= index < size:
-        raise IndexError(f"{argument}: {index} is out of range: {name or 'the attention'} has {size}")
+        raise IndexError(
+            f"{argument}: {index} is out of range: {name or 'the attention'} has {size}"
+        )
     return index % size
 
 
@@ -78,7 +90,9 @@ def rows(inputs: attention_inputs.AttentionInputs, queries: Sequence[int]) -> Te
     return scores.masked_fill(masked, 0.0).softmax(-1).masked_fill(masked, 0.0)
 
 
-_open: contextvars.ContextVar[Tuple[_Recording, ...]] = contextvars.ContextVar("flashbias_attention_maps", default=())
+_open: contextvars.ContextVar[Tuple[_Recording, ...]] = contextvars.ContextVar(
+    "flashbias_attention_maps", default=()
+)
 _blocks = 0
 
 
@@ -93,14 +107,17 @@ def attention_map(
         maps[0].weights        # (B, H, 2, N) of the first attention that ran
 
     Args:
-        module: a layer or a whole model, in training or evaluation. A wrapper such as DistributedDataParallel is fine.
-        queries: positions along M; negative ones count from the end. In training the queries of denoising come first.
+        module: a layer or a whole model, in training or evaluation. A wrapper such as
+            DistributedDataParallel is fine.
+        queries: positions along M; negative ones count from the end. In training the queries of
+            denoising come first.
         heads: heads to keep; None: all.
 
-    The weights are recomputed exactly from the arguments that the attention was called with - masks, key padding and biases
-    included, before dropout: k x N numbers per layer and head, never M x N. The outputs and gradients of the model are
-    unchanged. What a checkpoint recomputes in a backward pass is not recorded again. Attention whose original code
-    runs (status() counts it as "original") has no map.
+    The weights are recomputed exactly from the arguments that the attention was called with -
+    masks, key padding and biases included, before dropout: k x N numbers per layer and head, never
+    M x N. The outputs and gradients of the model are unchanged. What a checkpoint recomputes in a
+    backward pass is not recorded again. Attention whose original code runs (status() counts it as
+    "original") has no map.
 
     Raises:
         TypeError: module is no nn.Module, or queries or heads are no integers.
@@ -109,15 +126,23 @@ def attention_map(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
-    recording = _Recording(module, _integers("queries", queries), None if heads is None else _integers("heads", heads))
+    recording = _Recording(
+        module, _integers("queries", queries), None if heads is None else _integers("heads", heads)
+    )
     watched = [each for each in recording.names if _is_patched(each)]
     if not watched:
-        raise ValueError(f"module: no attention below {type(module).__name__} is patched; "
-                         "flashbias_patch.status() shows what is")
+        raise ValueError(
+            f"module: no attention below {type(module).__name__} is patched; "
+            "flashbias_patch.status() shows what is"
+        )
     handles: List[Any] = []
     for each in watched:
-        handles.append(each.register_forward_pre_hook(lambda module, args: recording.running.append(module)))
-        handles.append(each.register_forward_hook(lambda module, args, out: _left(recording, module)))
+        handles.append(
+            each.register_forward_pre_hook(lambda module, args: recording.running.append(module))
+        )
+        handles.append(
+            each.register_forward_hook(lambda module, args, out: _left(recording, module))
+        )
     token = _open.set((*_open.get(), recording))
     try:
         with _listening():
@@ -134,8 +159,16 @@ def _left(recording: _Recording, module: nn.Module) -> None:
 
 
 def _integers(argument: str, values: Any) -> Tuple[int, ...]:
-    found = values.tolist() if isinstance(values, Tensor) else list(values) if hasattr(values, "__iter__") else None
-    if found is None or not all(isinstance(value, int) and not isinstance(value, bool) for value in found):
+    found = (
+        values.tolist()
+        if isinstance(values, Tensor)
+        else list(values)
+        if hasattr(values, "__iter__")
+        else None
+    )
+    if found is None or not all(
+        isinstance(value, int) and not isinstance(value, bool) for value in found
+    ):
         raise TypeError(f"{argument} must be a sequence of integers, got {values!r}")
     return tuple(found)
 
@@ -149,7 +182,8 @@ def _is_patched(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _listening() -> Iterator[None]:
-    """While a block is open, the seams call `_attend` in place of flash_bias_attention: no cost outside."""
+    """While a block is open, the seams call `_attend` in place of flash_bias_attention: no cost
+    outside."""
     global _blocks
     from ..patching import dual_core, inner_attention, seams
 
@@ -167,7 +201,8 @@ def _listening() -> Iterator[None]:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, **options: Any) -> Tensor:
-    """flash_bias_attention, and the rows for every open recording that this attention belongs to."""
+    """flash_bias_attention, and the rows for every open recording that this attention belongs
+    to."""
     out = attention.flash_bias_attention(q, k, v, bias, **options)
     if current_graph_task() == -1:
         for recording in _open.get():
@@ -177,7 +212,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, **options: Any) -
     return out
 
 
-def _record(recording: _Recording, q: Tensor, k: Tensor, v: Tensor, bias: Any, options: Dict[str, Any]) -> None:
-    masks: Dict[str, Any] = {name: options.get(name) for name in ("attn_mask", "key_padding_mask", "scale")}
+def _record(
+    recording: _Recording, q: Tensor, k: Tensor, v: Tensor, bias: Any, options: Dict[str, Any]
+) -> None:
+    masks: Dict[str, Any] = {
+        name: options.get(name) for name in ("attn_mask", "key_padding_mask", "scale")
+    }
     bias, masks["attn_mask"] = attention_inputs.read_descriptions(q, k, bias, masks["attn_mask"])
     recording.add(attention_inputs.build(q, k, v, bias, **masks), q.shape[1] == k.shape[1])

@@ -1,4 +1,6 @@
-"""FiniteWatch: the first output or gradient of a model that is not finite, with module, backend, precision and step."""
+"""FiniteWatch: the first output or gradient of a model that is not finite, with module, backend,
+precision and step."""
+
 from __future__ import annotations
 
 import weakref
@@ -20,7 +22,8 @@ class Finding(NamedTuple):
     Attributes:
         what: "input", "output" or "gradient" (of the loss with respect to the module's output).
         module: name in the model; kind: its class.
-        backends: the attention backends that computed in it; empty without attention, "original" for the unpatched code.
+        backends: the attention backends that computed in it; empty without attention, "original"
+            for the unpatched code.
         dtype: of the tensor. autocast: the dtype of the autocast that was open, or None.
         step: counted from 1, or as given to update().
         entries: how many are nan, and how many are infinite, of how many.
@@ -50,23 +53,28 @@ class _Seen(NamedTuple):
 
 
 class FiniteWatch:
-    """Names the first output or gradient of `model` that is nan or infinite; call `update()` once per step.
+    """Names the first output or gradient of `model` that is nan or infinite; call `update()` once
+    per step.
 
-    Each module's output, and the gradient that arrives at it in backward, are reduced to two numbers on their device; these
-    come over in one transfer per step, in `update()`. That costs two reductions per module, so it is for looking for a fault,
-    not for every training: open it, train until it speaks, and close it.
+    Each module's output, and the gradient that arrives at it in backward, are reduced to two
+    numbers on their device; these come over in one transfer per step, in `update()`. That costs two
+    reductions per module, so it is for looking for a fault, not for every training: open it, train
+    until it speaks, and close it.
 
     Args:
         model: the model, wrapped by DDP or not.
         names: watch only modules whose name starts with one of these; default: all.
         stop: raise FloatingPointError in `update()` where something is found. Default: one warning.
 
-    `first` holds the Finding, None so far. It is the first in the order of execution: of the forward pass where an output is
-    not finite, else of the backward pass, which begins at the loss. A GradScaler's first steps overflow by design; pass
-    `update(skipped=True)` for a step that it left out to forgive gradients of that step.
+    `first` holds the Finding, None so far. It is the first in the order of execution: of the
+    forward pass where an output is not finite, else of the backward pass, which begins at the loss.
+    A GradScaler's first steps overflow by design; pass `update(skipped=True)` for a step that it
+    left out to forgive gradients of that step.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str] = ("",), *, stop: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, names: Sequence[str] = ("",), *, stop: bool = False
+    ) -> None:
         self.model = unwrapped(model)
         self.stop = stop
         self.first: Optional[Finding] = None
@@ -77,7 +85,9 @@ class FiniteWatch:
         this = weakref.ref(self)
         for name, module in self.model.named_modules():
             if any(name.startswith(start) for start in names):
-                self._handles.append(module.register_forward_pre_hook(_before(this, name), with_kwargs=True))
+                self._handles.append(
+                    module.register_forward_pre_hook(_before(this, name), with_kwargs=True)
+                )
                 self._handles.append(module.register_forward_hook(_after(this, name)))
 
     def update(self, step: Optional[int] = None, *, skipped: bool = False) -> Optional[Finding]:
@@ -87,15 +97,32 @@ class FiniteWatch:
         if self.first is not None or not seen:
             return None
         counts = torch.stack([one.counts.to(seen[0].counts.device) for one in seen]).tolist()
-        bad = [(one, n) for one, n in zip(seen, counts) if any(n) and not (skipped and one.what == "gradient")]
-        bad.sort(key=lambda entry: entry[0].what == "gradient")  # stable: forward first, each in order
+        bad = [
+            (one, n)
+            for one, n in zip(seen, counts)
+            if any(n) and not (skipped and one.what == "gradient")
+        ]
+        bad.sort(
+            key=lambda entry: entry[0].what == "gradient"
+        )  # stable: forward first, each in order
         if not bad:
             return None
         one, (nans, infinite) = bad[0]
-        self.first = Finding(one.what, one.module, one.kind, one.backends, one.dtype, one.autocast, self._step,
-                             (int(nans), int(infinite), one.size), advice(one.what, one.dtype, one.backends, nans > 0))
+        self.first = Finding(
+            one.what,
+            one.module,
+            one.kind,
+            one.backends,
+            one.dtype,
+            one.autocast,
+            self._step,
+            (int(nans), int(infinite), one.size),
+            advice(one.what, one.dtype, one.backends, nans > 0),
+        )
         if rank() == 0:
-            journal.once(("monitor finite", id(self)), "warning", "monitor: %s", sentence(self.first))
+            journal.once(
+                ("monitor finite", id(self)), "warning", "monitor: %s", sentence(self.first)
+            )
         if self.stop:
             self.close()
             raise FloatingPointError(f"monitor: {sentence(self.first)}")
@@ -107,7 +134,7 @@ class FiniteWatch:
             handle.remove()
         self._handles = []
 
-    # -- hooks -----------------------------------------------------------------------------------------------------
+    # -- hooks -------------------------------------------------------------------------------------
 
     def _enter(self, name: str, module: nn.Module, args: Tuple[Any, ...]) -> None:
         if current_graph_task() == -1:
@@ -121,7 +148,9 @@ class FiniteWatch:
         recomputed = current_graph_task() != -1
         if not recomputed and self._calls:
             before = self._calls.pop()
-            backends = tuple(sorted(key for key, count in journal.calls.items() if count > before.get(key, 0)))
+            backends = tuple(
+                sorted(key for key, count in journal.calls.items() if count > before.get(key, 0))
+            )
         this = weakref.ref(self)
         for tensor in _tensors(out):
             if not recomputed:
@@ -129,13 +158,25 @@ class FiniteWatch:
             if tensor.requires_grad:
                 tensor.register_hook(_gradient(this, name, module, backends))
 
-    def _note(self, what: str, name: str, module: nn.Module, backends: Tuple[str, ...], tensor: Tensor) -> None:
+    def _note(
+        self, what: str, name: str, module: nn.Module, backends: Tuple[str, ...], tensor: Tensor
+    ) -> None:
         with torch.no_grad():
             values = tensor.detach()
             counts = torch.stack([values.isnan().sum(), values.isinf().sum()])
         autocast = str(torch.get_autocast_gpu_dtype())[6:] if torch.is_autocast_enabled() else None
-        self._seen.append(_Seen(what, name, type(module).__name__, backends, str(tensor.dtype)[6:], autocast,
-                                tensor.numel(), counts))
+        self._seen.append(
+            _Seen(
+                what,
+                name,
+                type(module).__name__,
+                backends,
+                str(tensor.dtype)[6:],
+                autocast,
+                tensor.numel(),
+                counts,
+            )
+        )
 
 
 def _before(this: Any, name: str) -> Any:
@@ -168,7 +209,11 @@ def _gradient(this: Any, name: str, module: nn.Module, backends: Tuple[str, ...]
 def _tensors(value: Any) -> Iterator[Tensor]:
     """Floating tensors of an output: alone, or in tuples, lists and dicts."""
     if isinstance(value, Tensor):
-        if type(value) in (Tensor, nn.Parameter) and value.is_floating_point() and value.layout == torch.strided:
+        if (
+            type(value) in (Tensor, nn.Parameter)
+            and value.is_floating_point()
+            and value.layout == torch.strided
+        ):
             yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
@@ -182,8 +227,12 @@ def sentence(found: Finding) -> str:
     nans, infinite, size = found.entries
     attention = f", attention by {', '.join(found.backends)}" if found.backends else ""
     autocast = f" under autocast to {found.autocast}" if found.autocast else ""
-    return (f"the first {found.what} that is not finite is that of {found.module or 'the model'} ({found.kind}{attention}, "
-            f"{found.dtype}{autocast}) at step {found.step}: {nans} nan and {infinite} infinite of {size}; {found.advice}")
+    return (
+        f"the first {found.what} that is not finite is that of {found.module or 'the model'} "
+        f"({found.kind}{attention}, "
+        f"{found.dtype}{autocast}) at step {found.step}: {nans} nan and {infinite} infinite of "
+        f"{size}; {found.advice}"
+    )
 
 
 def advice(what: str, dtype: str, backends: Sequence[str], is_nan: bool) -> str:
@@ -191,19 +240,37 @@ def advice(what: str, dtype: str, backends: Sequence[str], is_nan: bool) -> str:
     if what == "input":
         return "look at the batch: the data holds it already"
     if what == "gradient" and dtype == "float16":
-        return ("the gradient overflows float16: a GradScaler lowers its scale by itself in the first steps; if it "
-                "stays, use bfloat16, or clip gradients (grad_clip)")
+        return (
+            "the gradient overflows float16: a GradScaler lowers its scale by itself in the "
+            "first steps; if it "
+            "stays, use bfloat16, or clip gradients (grad_clip)"
+        )
     if what == "gradient":
-        return ("outputs are finite, so look at the operations after it, up to the loss: a root or a norm at 0, a "
-                "logarithm of 0, a division")
+        return (
+            "outputs are finite, so look at the operations after it, up to the loss: a root or a "
+            "norm at 0, a "
+            "logarithm of 0, a division"
+        )
     if dtype == "float16" and not is_nan:
-        return ("the values overflow float16 (65504): use bfloat16, or float32 for this module (force_fp32, "
-                "FLASHBIAS_DTYPE=bf16)")
+        return (
+            "the values overflow float16 (65504): use bfloat16, or float32 for this module "
+            "(force_fp32, "
+            "FLASHBIAS_DTYPE=bf16)"
+        )
     if backends == ("original",):
-        return "the unpatched attention gives nan for a query whose keys are all masked: run patched, which gives 0"
+        return (
+            "the unpatched attention gives nan for a query whose keys are all masked: run "
+            "patched, which gives 0"
+        )
     if backends:
-        return ("try FLASHBIAS_BACKEND=reference: if it stays, the inputs are too large; if it goes, report it with "
-                "flashbias doctor --markdown")
+        return (
+            "try FLASHBIAS_BACKEND=reference: if it stays, the inputs are too large; if it goes, "
+            "report it with "
+            "flashbias doctor --markdown"
+        )
     if dtype in HALF:
         return "compute this module in float32"
-    return "look at its parameters (a diverged learning rate) and at operations such as a logarithm or a root"
+    return (
+        "look at its parameters (a diverged learning rate) and at operations such as a "
+        "logarithm or a root"
+    )

@@ -1,7 +1,8 @@
 """BiasScaleMonitorHook for mmcv 1.x and mmengine, registered as soon as either is imported.
 
-    custom_hooks = [dict(type='BiasScaleMonitorHook', interval=50, patience=50)]
+custom_hooks = [dict(type='BiasScaleMonitorHook', interval=50, patience=50)]
 """
+
 from __future__ import annotations
 
 import importlib
@@ -21,10 +22,19 @@ def register(module: Any) -> None:
         if registry is None:  # mmengine.hooks does not show its own
             registry = importlib.import_module("mmengine.registry").HOOKS
         if registry.get(NAME) is None:
-            registry.register_module(name=NAME, module=make(module.Hook, mmengine=module.__name__ == "mmengine.hooks"))
+            registry.register_module(
+                name=NAME, module=make(module.Hook, mmengine=module.__name__ == "mmengine.hooks")
+            )
     except Exception as error:  # an import of theirs is not to fail by ours
-        journal.once(("monitor hook", module.__name__), "error", "%s is not registered with %s: %s: %s",
-                     NAME, module.__name__, type(error).__name__, error)
+        journal.once(
+            ("monitor hook", module.__name__),
+            "error",
+            "%s is not registered with %s: %s: %s",
+            NAME,
+            module.__name__,
+            type(error).__name__,
+            error,
+        )
 
 
 def make(base: type, mmengine: bool) -> type:
@@ -33,9 +43,9 @@ def make(base: type, mmengine: bool) -> type:
     class BiasScaleMonitorHook(base):  # type: ignore[misc, valid-type]
         """See monitor.ParameterMonitor. Scalars go to the runner's own log and TensorBoard too.
 
-        names: patterns of parameters; jsonl: a file, relative to the runner's work_dir, or None. At the default
-        priority it comes after the optimizer's hook and before the loggers. Iterations without a step of the optimizer
-        (accumulation) repeat the scalars of the last step.
+        names: patterns of parameters; jsonl: a file, relative to the runner's work_dir, or None. At
+        the default priority it comes after the optimizer's hook and before the loggers. Iterations
+        without a step of the optimizer (accumulation) repeat the scalars of the last step.
         """
 
         def __init__(
@@ -49,9 +59,16 @@ def make(base: type, mmengine: bool) -> type:
             from .parameters import check_counts
 
             super().__init__()
-            check_counts(interval=interval, patience=patience)  # while the runner is built, not when it starts to train
-            self.settings: Dict[str, Any] = {"names": names, "interval": interval, "patience": patience,
-                                             "jsonl": jsonl, "tensorboard": tensorboard}
+            check_counts(
+                interval=interval, patience=patience
+            )  # while the runner is built, not when it starts to train
+            self.settings: Dict[str, Any] = {
+                "names": names,
+                "interval": interval,
+                "patience": patience,
+                "jsonl": jsonl,
+                "tensorboard": tensorboard,
+            }
             self.monitor: Any = None
 
         def before_run(self, runner: Any) -> None:

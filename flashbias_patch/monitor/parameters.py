@@ -1,4 +1,6 @@
-"""Watching named parameters in training: value, gradient norm, step-to-step change, and a word when one is stuck."""
+"""Watching named parameters in training: value, gradient norm, step-to-step change, and a word when
+one is stuck."""
+
 from __future__ import annotations
 
 import fnmatch
@@ -19,33 +21,40 @@ DEFAULT_NAMES = ("*bias_scale",)
 FEW = 16  # parameters of at most so many entries are written out entry by entry
 TRANSFER = 10  # steps between transfers from the device, at most: each one waits for it
 
-# step; for each parameter: name, whether a step was taken, whether a gradient arrived, numbers on the device
+# step; for each parameter: name, whether a step was taken, whether a gradient arrived, numbers on
+# the device
 Row = Tuple[int, List[Tuple[str, bool, bool, Tensor]]]
 
 
 class ParameterMonitor:
-    """Records parameters once a step; call `update()` after every optimizer step (and before or after zero_grad).
+    """Records parameters once a step; call `update()` after every optimizer step (and before or
+    after zero_grad).
 
     Args:
         model: the model, wrapped by DDP or not.
-        names: patterns as in fnmatch against the names in the model, "*" in front implied: "bias_scale".
-        optimizer: one optimizer, or a sequence or dict of them. Gradients are read in the steps of these and of every
-            other torch optimizer that holds one of the parameters: unscaled there under GradScaler, after the closure
-            where a step is given one, and still there where a loop clears them before `update()`. Where none of them
-            is a torch optimizer, `.grad` is read in `update()`.
+        names: patterns as in fnmatch against the names in the model, "*" in front implied:
+            "bias_scale".
+        optimizer: one optimizer, or a sequence or dict of them. Gradients are read in the steps of
+            these and of every other torch optimizer that holds one of the parameters: unscaled
+            there under GradScaler, after the closure where a step is given one, and still there
+            where a loop clears them before `update()`. Where none of them is a torch optimizer,
+            `.grad` is read in `update()`.
         interval: steps between log lines.
-        patience: K: after so many steps in a row without gradient, or without a change of value, warn once.
-        jsonl, tensorboard: a file to append to, and a directory for scalars; rank 0 writes. If one of them cannot be
-            written, that is logged once and nothing more is written to it.
+        patience: K: after so many steps in a row without gradient, or without a change of value,
+            warn once.
+        jsonl, tensorboard: a file to append to, and a directory for scalars; rank 0 writes. If one
+            of them cannot be written, that is logged once and nothing more is written to it.
         log: write log lines to the logger `flashbias_patch`.
 
-    A record: step, name, value (the mean of several entries; `values` holds at most 16), grad_norm (None where no
-    gradient arrived), change (norm of the value's change since the record before), stepped (False where no step was
-    taken: gradient accumulation, or GradScaler left it out). In the JSONL a number that is not finite is null, and
-    `not_finite` names it. `last` holds the latest record of each parameter, of one with a step where there is one.
+    A record: step, name, value (the mean of several entries; `values` holds at most 16), grad_norm
+    (None where no gradient arrived), change (norm of the value's change since the record before),
+    stepped (False where no step was
+    taken: gradient accumulation, or GradScaler left it out). In the JSONL a number that is not
+    finite is null, and `not_finite` names it. `last` holds the latest record of each parameter, of
+    one with a step where there is one.
 
-    `update()` may be called in every iteration: those without a step count for nothing. A failure in here is logged
-    as an error and ends the watching, not the training.
+    `update()` may be called in every iteration: those without a step count for nothing. A failure
+    in here is logged as an error and ends the watching, not the training.
     """
 
     def __init__(
@@ -72,29 +81,51 @@ class ParameterMonitor:
         self._step = 0
         self._pending: List[Row] = []
         self._previous: Dict[str, Tensor] = {}
-        self._stuck: Dict[str, Dict[str, int]] = {name: dict.fromkeys(CAUSES, 0) for name in self.parameters}
+        self._stuck: Dict[str, Dict[str, int]] = {
+            name: dict.fromkeys(CAUSES, 0) for name in self.parameters
+        }
         self._broken = False
         self._steps = Steps(optimizer, self._current, self._previous)
-        self._guarded(lambda: self._previous.update({name: p.detach().clone() for name, p in self.parameters.items()}))
-        self._sinks = Sinks(jsonl if self.writes else None, tensorboard if self.writes else None, self._say)
+        self._guarded(
+            lambda: self._previous.update(
+                {name: p.detach().clone() for name, p in self.parameters.items()}
+            )
+        )
+        self._sinks = Sinks(
+            jsonl if self.writes else None, tensorboard if self.writes else None, self._say
+        )
         if not self.parameters:
-            known = [n for n, _ in self.model.named_parameters() if "aqr" in n or "bias" in n.rsplit(".", 1)[-1]]
-            self._say(("none", self.names), "monitor: no parameter is called %s%s", ", ".join(self.names),
-                      f"; there are {', '.join(known[:5])}, ..." if known else "")
+            known = [
+                n
+                for n, _ in self.model.named_parameters()
+                if "aqr" in n or "bias" in n.rsplit(".", 1)[-1]
+            ]
+            self._say(
+                ("none", self.names),
+                "monitor: no parameter is called %s%s",
+                ", ".join(self.names),
+                f"; there are {', '.join(known[:5])}, ..." if known else "",
+            )
 
     def update(self, step: Optional[int] = None, grad_scale: float = 1.0) -> None:
         """One training step, or one iteration of gradient accumulation, is over.
 
-        step: its number, default counted from 1. grad_scale: what `.grad` is still multiplied by, where there is no
+        step: its number, default counted from 1. grad_scale: what `.grad` is still multiplied by,
+        where there is no
         `optimizer` to read it from: scaler.get_scale() before scaler.unscale_, else 1.
         """
         self._step = self._step + 1 if step is None else step
-        self._guarded(lambda: self._record(1.0 if self.optimizer is not None and self._steps.watching else grad_scale))
+        self._guarded(
+            lambda: self._record(
+                1.0 if self.optimizer is not None and self._steps.watching else grad_scale
+            )
+        )
         if len(self._pending) >= min(self.interval, self.patience, TRANSFER):
             self.flush()
 
     def flush(self) -> None:
-        """Bring what is pending over from the device: one transfer, then files, log line and warnings."""
+        """Bring what is pending over from the device: one transfer, then files, log line and
+        warnings."""
         pending, self._pending = self._pending, []
         self._guarded(lambda: self._flush(pending))
 
@@ -112,11 +143,18 @@ class ParameterMonitor:
         except Exception as error:
             self._broken = True
             self._steps.close()
-            self._say(("broken",), "monitor: stopped at step %s: %s: %s", self._step, type(error).__name__, error,
-                      level="error")
+            self._say(
+                ("broken",),
+                "monitor: stopped at step %s: %s: %s",
+                self._step,
+                type(error).__name__,
+                error,
+                level="error",
+            )
 
     def _current(self) -> Dict[str, nn.Parameter]:
-        """The parameters as the model has them now: one that was replaced is followed, one that is gone is dropped."""
+        """The parameters as the model has them now: one that was replaced is followed, one that is
+        gone is dropped."""
         for name, known in list(self.parameters.items()):
             parameter = at(self.model, name)
             if parameter is known:
@@ -129,8 +167,12 @@ class ParameterMonitor:
                 self.parameters[name] = parameter
                 self._previous[name] = parameter.detach().clone()
                 self._steps.owned.discard(name)
-                self._say((name, "replaced"), "monitor: %s was replaced in the model; the new parameter is watched", name,
-                          level="info")
+                self._say(
+                    (name, "replaced"),
+                    "monitor: %s was replaced in the model; the new parameter is watched",
+                    name,
+                    level="info",
+                )
         return self.parameters
 
     def _record(self, grad_scale: float) -> None:
@@ -147,12 +189,31 @@ class ParameterMonitor:
                 step = seen.get(name)
                 stepped = step is not None or not self._steps.watching
                 gradient = parameter.grad
-                norm = step.norm if step is not None else None if gradient is None else gradient.detach().float().norm()
-                numbers = [value.mean(), value.new_zeros(()) if norm is None else norm / grad_scale, change,
-                           value.new_tensor(-1.0) if step is None or step.moved is None else step.moved,
-                           value.new_zeros(()) if step is None or step.found_inf is None else step.found_inf]
+                norm = (
+                    step.norm
+                    if step is not None
+                    else None
+                    if gradient is None
+                    else gradient.detach().float().norm()
+                )
+                numbers = [
+                    value.mean(),
+                    value.new_zeros(()) if norm is None else norm / grad_scale,
+                    change,
+                    value.new_tensor(-1.0) if step is None or step.moved is None else step.moved,
+                    value.new_zeros(())
+                    if step is None or step.found_inf is None
+                    else step.found_inf,
+                ]
                 numbers = [number.to(value.device, torch.float32).reshape(()) for number in numbers]
-                row.append((name, stepped, norm is not None, torch.cat([torch.stack(numbers), value.flatten()[:FEW]])))
+                row.append(
+                    (
+                        name,
+                        stepped,
+                        norm is not None,
+                        torch.cat([torch.stack(numbers), value.flatten()[:FEW]]),
+                    )
+                )
         self._pending.append((self._step, row))
 
     def _flush(self, pending: List[Row]) -> None:
@@ -163,27 +224,37 @@ class ParameterMonitor:
         start, lines = 0, []
         for step, row in pending:
             for name, stepped, arrived, part in row:
-                value, norm, change, moved, found_inf, *values = flat[start:start + len(part)]
+                value, norm, change, moved, found_inf, *values = flat[start : start + len(part)]
                 start += len(part)
                 # Whatever moved the parameter was a step, also one that no hook has seen.
                 stepped = (stepped or change != 0.0 and math.isfinite(change)) and not found_inf
-                record: Dict[str, Any] = {"step": step, "name": name, "value": value, "change": change,
-                                          "grad_norm": norm if arrived and stepped else None, "stepped": stepped}
+                record: Dict[str, Any] = {
+                    "step": step,
+                    "name": name,
+                    "value": value,
+                    "change": change,
+                    "grad_norm": norm if arrived and stepped else None,
+                    "stepped": stepped,
+                }
                 if len(values) > 1 and self._numel(name) <= FEW:
                     record["values"] = values
-                self._count(record, not_finite=arrived and not math.isfinite(norm), moved=moved > 0.0)
+                self._count(
+                    record, not_finite=arrived and not math.isfinite(norm), moved=moved > 0.0
+                )
                 if stepped or not self.last.get(name, {}).get("stepped"):
                     self.last[name] = record
                 lines.append(record)
             if self.log and self.writes and step % self.interval == 0:
-                journal.logger().info("step %d: %s", step, "; ".join(map(words, self.last.values())))
+                journal.logger().info(
+                    "step %d: %s", step, "; ".join(map(words, self.last.values()))
+                )
         self._sinks.write(lines)
 
     def _numel(self, name: str) -> int:
         parameter = self.parameters.get(name)
         return 0 if parameter is None else parameter.numel()
 
-    # -- stuck parameters -----------------------------------------------------------------------------------------
+    # -- stuck parameters --------------------------------------------------------------------------
 
     def _count(self, record: Dict[str, Any], not_finite: bool, moved: bool) -> None:
         name, norm = record["name"], record["grad_norm"]
@@ -192,24 +263,47 @@ class ParameterMonitor:
             return
         stepped = record["stepped"]
         if stepped:
-            bad = [what for what, key in (("gradient", "grad_norm"), ("value", "value"))
-                   if record[key] is not None and not math.isfinite(record[key])]
+            bad = [
+                what
+                for what, key in (("gradient", "grad_norm"), ("value", "value"))
+                if record[key] is not None and not math.isfinite(record[key])
+            ]
             if bad:
-                numbers = ", ".join(f"{record['grad_norm' if what == 'gradient' else what]:g}" for what in bad)
-                self._say((name, "not finite", bad[-1]), "monitor: %s: its %s not finite (%s), first at step %d",
-                          name, " and its ".join(bad) + (" are" if len(bad) > 1 else " is"), numbers, record["step"])
+                numbers = ", ".join(
+                    f"{record['grad_norm' if what == 'gradient' else what]:g}" for what in bad
+                )
+                self._say(
+                    (name, "not finite", bad[-1]),
+                    "monitor: %s: its %s not finite (%s), first at step %d",
+                    name,
+                    " and its ".join(bad) + (" are" if len(bad) > 1 else " is"),
+                    numbers,
+                    record["step"],
+                )
         still = stepped and record["change"] == 0.0 and bool(norm) and not not_finite
-        seen = {"none": stepped and norm is None, "zero": stepped and norm == 0.0, "unchanged": still and not moved,
-                "set back": still and moved, "left out": not stepped and not_finite,
-                "no step": not stepped and not not_finite}
+        seen = {
+            "none": stepped and norm is None,
+            "zero": stepped and norm == 0.0,
+            "unchanged": still and not moved,
+            "set back": still and moved,
+            "left out": not stepped and not_finite,
+            "no step": not stepped and not not_finite,
+        }
         for reason, present in seen.items():
             counts, limit = self._stuck[name], self.patience * PATIENCE.get(reason, 1)
             if stepped or reason in ("left out", "no step"):
                 counts[reason] = counts[reason] + 1 if present else 0
             if present and counts[reason] == limit:
                 what, cause = CAUSES[reason]
-                self._say((name, reason), "monitor: %s %s for %d steps: %s; link by link: flashbias why %s -- CMD",
-                          name, what, limit, self._likely(reason, parameter) or cause, name)
+                self._say(
+                    (name, reason),
+                    "monitor: %s %s for %d steps: %s; link by link: flashbias why %s -- CMD",
+                    name,
+                    what,
+                    limit,
+                    self._likely(reason, parameter) or cause,
+                    name,
+                )
 
     def _likely(self, reason: str, parameter: nn.Parameter) -> Optional[str]:
         if not parameter.requires_grad:
@@ -221,8 +315,11 @@ class ParameterMonitor:
             if all(g.get("lr") == 0 for g in groups):
                 return _words("lr 0", key="", how="")
         if reason == "none" and not journal.calls:
-            return ("no attention went through flashbias_patch; is it installed in this process "
-                    "(python -c 'import flashbias_patch; print(flashbias_patch.status())', flashbias doctor)?")
+            return (
+                "no attention went through flashbias_patch; is it installed in this process "
+                "(python -c 'import flashbias_patch; print(flashbias_patch.status())', flashbias "
+                "doctor)?"
+            )
         return None
 
     def _say(self, key: Any, message: str, *args: Any, level: str = "warning") -> None:
@@ -232,18 +329,35 @@ class ParameterMonitor:
 
 # reason -> (what is seen, its likely cause where nothing more is known)
 CAUSES = {
-    "none": ("got no gradient", "the bias is dropped on its way (a flash attention class that is not patched), lost by "
-                                "reentrant checkpointing, or the parameter is not used in forward"),
-    "zero": ("has a gradient of exactly 0", "the bias is the same for all keys of a query, which softmax does not see "
-                                            "(one segment, or uniform weights), it is multiplied by 0, or it is clamped "
-                                            "in forward and outside of the bounds"),
-    "unchanged": ("has not moved", "a gradient arrives, but no step moves it: see its learning rate, and whether the "
-                                   "step is smaller than its precision (half)"),
-    "set back": ("is moved by each step and set back", "it is clamped at its bound after the step, or restored"),
-    "left out": ("has gradients that are not finite, and no step was taken", "GradScaler leaves such steps out: the loss "
-                                                                              "or a gradient is nan or inf"),
-    "no step": ("was in no step of an optimizer", "the optimizer was built again without it, gradients are accumulated "
-                                                  "for longer than that, or GradScaler leaves every step out"),
+    "none": (
+        "got no gradient",
+        "the bias is dropped on its way (a flash attention class that is not patched), lost by "
+        "reentrant checkpointing, or the parameter is not used in forward",
+    ),
+    "zero": (
+        "has a gradient of exactly 0",
+        "the bias is the same for all keys of a query, which softmax does not see "
+        "(one segment, or uniform weights), it is multiplied by 0, or it is clamped "
+        "in forward and outside of the bounds",
+    ),
+    "unchanged": (
+        "has not moved",
+        "a gradient arrives, but no step moves it: see its learning rate, and whether the "
+        "step is smaller than its precision (half)",
+    ),
+    "set back": (
+        "is moved by each step and set back",
+        "it is clamped at its bound after the step, or restored",
+    ),
+    "left out": (
+        "has gradients that are not finite, and no step was taken",
+        "GradScaler leaves such steps out: the loss or a gradient is nan or inf",
+    ),
+    "no step": (
+        "was in no step of an optimizer",
+        "the optimizer was built again without it, gradients are accumulated "
+        "for longer than that, or GradScaler leaves every step out",
+    ),
 }
 PATIENCE = {"no step": 4}  # times patience: long accumulations are in order
 
@@ -273,14 +387,17 @@ def at(model: nn.Module, name: str) -> Optional[nn.Parameter]:
 def named(model: nn.Module, names: Sequence[str]) -> Dict[str, nn.Parameter]:
     """Parameters of the unwrapped model whose name fits one of the patterns."""
     return {
-        name: parameter for name, parameter in unwrapped(model).named_parameters()
+        name: parameter
+        for name, parameter in unwrapped(model).named_parameters()
         if any(fnmatch.fnmatchcase(name, "*" + pattern.lstrip("*")) for pattern in names)
     }
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Without DistributedDataParallel, MMDataParallel and the like."""
-    while isinstance(getattr(model, "module", None), nn.Module) and len(list(model.children())) == 1:
+    while (
+        isinstance(getattr(model, "module", None), nn.Module) and len(list(model.children())) == 1
+    ):
         model = model.module  # type: ignore[assignment]
     return model
 

@@ -1,4 +1,6 @@
-"""Files of the monitor: JSONL and TensorBoard. One that cannot be written is logged once and given up."""
+"""Files of the monitor: JSONL and TensorBoard. One that cannot be written is logged once and given
+up."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +13,9 @@ SCALARS = ("value", "grad_norm", "change")
 class Sinks:
     """Writes records; `say(key, message, *args)` logs a failure."""
 
-    def __init__(self, jsonl: Optional[str], tensorboard: Optional[str], say: Callable[..., None]) -> None:
+    def __init__(
+        self, jsonl: Optional[str], tensorboard: Optional[str], say: Callable[..., None]
+    ) -> None:
         self._jsonl, self._say = jsonl, say
         self._board: Any = None
         if tensorboard is not None:
@@ -26,7 +30,11 @@ class Sinks:
         if self._jsonl is not None:
             try:
                 with open(self._jsonl, "a") as file:
-                    file.write("".join(json.dumps(strict(record), allow_nan=False) + "\n" for record in records))
+                    file.write(
+                        "".join(
+                            json.dumps(strict(record), allow_nan=False) + "\n" for record in records
+                        )
+                    )
             except (OSError, ValueError) as error:
                 self._failed("jsonl", self._jsonl, error)
                 self._jsonl = None
@@ -35,7 +43,9 @@ class Sinks:
                 for record in records:
                     for key in SCALARS:
                         if record[key] is not None:
-                            self._board.add_scalar(f"{record['name']}/{key}", record[key], record["step"])
+                            self._board.add_scalar(
+                                f"{record['name']}/{key}", record[key], record["step"]
+                            )
             except Exception as error:  # its writer's thread hands on whatever stopped it
                 self._failed("tensorboard", self._board.log_dir, error)
                 self._board = None
@@ -49,8 +59,14 @@ class Sinks:
                 self._failed("tensorboard", board.log_dir, error)
 
     def _failed(self, kind: str, where: Any, error: Exception) -> None:
-        self._say(("sink", kind), "monitor: %s %s cannot be written, nothing more goes there: %s: %s", kind, where,
-                  type(error).__name__, error)
+        self._say(
+            ("sink", kind),
+            "monitor: %s %s cannot be written, nothing more goes there: %s: %s",
+            kind,
+            where,
+            type(error).__name__,
+            error,
+        )
 
 
 def strict(record: Dict[str, Any]) -> Dict[str, Any]:

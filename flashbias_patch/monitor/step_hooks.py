@@ -1,8 +1,10 @@
-"""Hooks before and after every optimizer's step: torch's own, and for torch before 2.0, which has none, a stand-in.
+"""Hooks before and after every optimizer's step: torch's own, and for torch before 2.0, which has
+none, a stand-in.
 
-The stand-in wraps the `step` of each optimizer class while a hook is registered. An optimizer whose learning-rate
-scheduler has put a `step` on the object itself is wrapped there.
+The stand-in wraps the `step` of each optimizer class while a hook is registered. An optimizer whose
+learning-rate scheduler has put a `step` on the object itself is wrapped there.
 """
+
 from __future__ import annotations
 
 import functools
@@ -19,7 +21,8 @@ _for_profile: Any = getattr(module.Optimizer, "_hook_for_profile", None)
 
 
 def register(before: bool, hook: Hook) -> Any:
-    """Call hook(optimizer, args, kwargs) around each step from now on; returns an object whose remove() ends that."""
+    """Call hook(optimizer, args, kwargs) around each step from now on; returns an object whose
+    remove() ends that."""
     name = "register_optimizer_step_pre_hook" if before else "register_optimizer_step_post_hook"
     own = getattr(module, name, None)
     return _Handle(before, hook) if own is None else own(hook)
@@ -52,7 +55,8 @@ def _wrap_all() -> None:
 
 
 def _watch_new(self: Any) -> Any:
-    """In place of what the constructor of every optimizer calls: classes that are new are wrapped too."""
+    """In place of what the constructor of every optimizer calls: classes that are new are wrapped
+    too."""
     result = _for_profile(self)
     for cls in type(self).__mro__:
         _wrap(cls)
@@ -61,7 +65,11 @@ def _watch_new(self: Any) -> Any:
 
 def _wrap(owner: Any) -> None:
     original = vars(owner).get("step")
-    if not callable(original) or hasattr(original, "__flashbias_step__") or owner is module.Optimizer:
+    if (
+        not callable(original)
+        or hasattr(original, "__flashbias_step__")
+        or owner is module.Optimizer
+    ):
         return
 
     @functools.wraps(original)
@@ -93,7 +101,9 @@ def _call(before: bool, optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str,
 def _unwrap_all() -> None:
     while _wrapped:
         owner, wrapper, original = _wrapped.pop()
-        if vars(owner).get("step") is wrapper:  # else somebody has wrapped it since, and it does nothing more
+        if (
+            vars(owner).get("step") is wrapper
+        ):  # else somebody has wrapped it since, and it does nothing more
             owner.step = original
     if getattr(module.Optimizer, "_hook_for_profile", None) is _watch_new:
         module.Optimizer._hook_for_profile = _for_profile  # type: ignore[attr-defined]

@@ -1,4 +1,6 @@
-"""The steps of optimizers, as watched parameters see them: gradient, movement, and steps that were left out."""
+"""The steps of optimizers, as watched parameters see them: gradient, movement, and steps that were
+left out."""
+
 from __future__ import annotations
 
 import weakref
@@ -14,25 +16,36 @@ from . import step_hooks
 
 @dataclass
 class Seen:
-    """One step of an optimizer, for one parameter. Tensors are scalars on the parameter's device."""
+    """One step of an optimizer, for one parameter. Tensors are scalars on the parameter's
+    device."""
 
     norm: Optional[Tensor]  # of the gradient, unscaled; None where there was no gradient
-    moved: Optional[Tensor] = None  # how far the parameter was from its last recorded value right after the step
+    moved: Optional[Tensor] = (
+        None  # how far the parameter was from its last recorded value right after the step
+    )
     found_inf: Optional[Tensor] = None  # not 0: a fused optimizer left this step out (GradScaler)
 
 
 class Steps:
-    """Watches every torch optimizer of the process that holds one of the parameters, or that was given.
+    """Watches every torch optimizer of the process that holds one of the parameters, or that was
+    given.
 
-    The hooks are global, so that an optimizer that is built later (a resumed or a restarted training) is seen too.
-    `parameters()` returns the watched parameters by name; `previous` holds their last recorded values.
+    The hooks are global, so that an optimizer that is built later (a resumed or a restarted
+    training) is seen too. `parameters()` returns the watched parameters by name; `previous` holds
+    their last recorded values.
     """
 
-    def __init__(self, optimizers: Any, parameters: Callable[[], Dict[str, nn.Parameter]],
-                 previous: Dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        optimizers: Any,
+        parameters: Callable[[], Dict[str, nn.Parameter]],
+        previous: Dict[str, Tensor],
+    ) -> None:
         self.given = flattened(optimizers)
         self.parameters, self.previous = parameters, previous
-        self.stepping: weakref.WeakSet[Any] = weakref.WeakSet()  # those that have stepped and hold a parameter
+        self.stepping: weakref.WeakSet[Any] = (
+            weakref.WeakSet()
+        )  # those that have stepped and hold a parameter
         self.owned: Set[str] = set()  # parameters that one of these holds
         self.watching = any(isinstance(o, Optimizer) for o in self.given)
         self._seen: Dict[str, Seen] = {}
@@ -48,16 +61,21 @@ class Steps:
         return seen
 
     def holders(self, parameter: nn.Parameter) -> List[Any]:
-        """The parameter groups that hold `parameter`, of optimizers given and of those that have stepped."""
-        return [group for optimizer in (*self.given, *self.stepping)
-                for group in getattr(optimizer, "param_groups", ()) if any(p is parameter for p in group["params"])]
+        """The parameter groups that hold `parameter`, of optimizers given and of those that have
+        stepped."""
+        return [
+            group
+            for optimizer in (*self.given, *self.stepping)
+            for group in getattr(optimizer, "param_groups", ())
+            if any(p is parameter for p in group["params"])
+        ]
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    # -- hooks ----------------------------------------------------------------------------------------------------
+    # -- hooks -------------------------------------------------------------------------------------
 
     def before(self, optimizer: Any, closure: bool) -> None:
         if not closure:  # a closure computes the gradients inside the step
@@ -84,20 +102,30 @@ class Steps:
             elif not given or name in self.owned or self.holders(parameter):
                 continue  # another optimizer's step
             gradient = parameter.grad
-            norm = None if gradient is None else gradient.detach().float().norm() / (1.0 if scale is None else scale)
+            norm = (
+                None
+                if gradient is None
+                else gradient.detach().float().norm() / (1.0 if scale is None else scale)
+            )
             self._seen[name] = Seen(norm, found_inf=found_inf if id(parameter) in held else None)
 
     def guarded(self, method: str, optimizer: Any, closure: bool) -> None:
-        """`before` or `after`; a failure is logged, and ends the watching instead of the training."""
+        """`before` or `after`; a failure is logged, and ends the watching instead of the
+        training."""
         if self._broken:
             return
         try:
             getattr(self, method)(optimizer, closure)
         except Exception as error:
             self._broken = True
-            journal.once(("monitor steps", id(self)), "error",
-                         "monitor: the steps of %s cannot be watched: %s: %s", type(optimizer).__name__,
-                         type(error).__name__, error)
+            journal.once(
+                ("monitor steps", id(self)),
+                "error",
+                "monitor: the steps of %s cannot be watched: %s: %s",
+                type(optimizer).__name__,
+                type(error).__name__,
+                error,
+            )
 
 
 def _hook(this: Any, method: str) -> Callable[[Any, Any, Any], None]:
@@ -105,7 +133,9 @@ def _hook(this: Any, method: str) -> Callable[[Any, Any, Any], None]:
         steps = this()
         if steps is not None:
             given = (*args, *kwargs.values())
-            steps.guarded(method, optimizer, any(callable(value) for value in given if value is not optimizer))
+            steps.guarded(
+                method, optimizer, any(callable(value) for value in given if value is not optimizer)
+            )
 
     return hook
 
@@ -120,7 +150,8 @@ def distance(parameter: Tensor, previous: Tensor) -> Tensor:
 
 
 def flattened(optimizers: Any) -> List[Any]:
-    """Optimizers from one, several, a dict of them, or wrappers that hold one (mmengine, Lightning, Accelerate)."""
+    """Optimizers from one, several, a dict of them, or wrappers that hold one (mmengine, Lightning,
+    Accelerate)."""
     if optimizers is None:
         return []
     if isinstance(optimizers, dict):

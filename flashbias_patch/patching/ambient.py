@@ -1,14 +1,27 @@
 """`with attention_bias(...)`: a bias for every patched attention in a block.
 
-Recomputation by a checkpoint finds the biases of its forward (attention/recovery/replay.py); threads started in the
-block find those of the block (threads.py).
+Recomputation by a checkpoint finds the biases of its forward (attention/recovery/replay.py);
+threads started in the block find those of the block (threads.py).
 """
+
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import functools
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+)
 
 from torch import Tensor
 
@@ -22,9 +35,9 @@ Bias = Union[AttentionBias, Tensor]
 
 
 class Block:
-    """One `with attention_bias(...)`: whether it is open, which kinds of attention were called in it, and whether any
-    of them was given the bias. A block in a generator may end in another thread or task than it
-    began in."""
+    """One `with attention_bias(...)`: whether it is open, which kinds of attention were called in
+    it, and whether any of them was given the bias. A block in a generator may end in another thread
+    or task than it began in."""
 
     __slots__ = ("open", "ended_elsewhere", "kinds", "given")
 
@@ -46,11 +59,18 @@ class Scope(NamedTuple):
 
 
 Scopes = Tuple[Scope, ...]
-_scopes: contextvars.ContextVar[Optional[Scopes]] = contextvars.ContextVar("flashbias_scopes", default=None)
+_scopes: contextvars.ContextVar[Optional[Scopes]] = contextvars.ContextVar(
+    "flashbias_scopes", default=None
+)
 # Of the block in which this thread was started; in force while that is open and _scopes is None.
-_inherited: contextvars.ContextVar[Scopes] = contextvars.ContextVar("flashbias_inherited_scopes", default=())
-# Tensors that need a gradient and are in force in another way: in a list of masks, where no checkpoint looks for them.
-_learned: contextvars.ContextVar[Tuple[Tensor, ...]] = contextvars.ContextVar("flashbias_learned", default=())
+_inherited: contextvars.ContextVar[Scopes] = contextvars.ContextVar(
+    "flashbias_inherited_scopes", default=()
+)
+# Tensors that need a gradient and are in force in another way: in a list of masks, where no
+# checkpoint looks for them.
+_learned: contextvars.ContextVar[Tuple[Tensor, ...]] = contextvars.ContextVar(
+    "flashbias_learned", default=()
+)
 ever_opened = False  # any `with attention_bias(...)` in this process
 
 
@@ -71,7 +91,9 @@ def _map_scopes(scopes: Scopes, function: Callable[[Tensor], Tensor]) -> Scopes:
     return tuple(scope._replace(bias=map_bias(scope.bias, function)) for scope in scopes)
 
 
-def _look_only(tensors: Tuple[Tensor, ...], function: Callable[[Tensor], Tensor]) -> Tuple[Tensor, ...]:
+def _look_only(
+    tensors: Tuple[Tensor, ...], function: Callable[[Tensor], Tensor]
+) -> Tuple[Tensor, ...]:
     for tensor in tensors:
         function(tensor)
     return tensors
@@ -89,14 +111,14 @@ def attention_bias(
 
     Args:
         bias: an AttentionBias, or a dense Tensor (M,N), (B,M,N), (B*H,M,N) or (B,H,M,N).
-        kind: which attentions: "cross", "self" or "all". An attention is what its `operation_name` says (mmcv sets it),
-            else self attention when its key is its query.
-        layers: indices of the attentions of that kind, counted in the order they are first called in the block;
-            None: all.
+        kind: which attentions: "cross", "self" or "all". An attention is what its `operation_name`
+            says (mmcv sets it), else self attention when its key is its query.
+        layers: indices of the attentions of that kind, counted in the order they are first called
+            in the block; None: all.
 
-    Blocks nest: biases of several add up. A bias whose shape does not fit raises ValueError where it is used.
-    The recomputation of a checkpoint called in the block has the bias too, and so has a thread started in the block, as
-    long as the block is open.
+    Blocks nest: biases of several add up. A bias whose shape does not fit raises ValueError where
+    it is used. The recomputation of a checkpoint called in the block has the bias too, and so has a
+    thread started in the block, as long as the block is open.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -105,7 +127,8 @@ def attention_bias(
     global ever_opened
     ever_opened = True
     replay.watch()
-    replay.current()  # a checkpoint around this block does not need the bias: it opens the block again
+    # a checkpoint around this block does not need the bias: it opens the block again
+    replay.current()
     block = Block()
     scope = Scope(bias, kind, None if layers is None else tuple(layers), block, {})
     before = _scopes.get()
@@ -116,7 +139,8 @@ def attention_bias(
         if not block.given:
             _warn_unused(scope)
     finally:
-        # Blocks in generators may end in another order than they began in, or in another context: each ends only itself.
+        # Blocks in generators may end in another order than they began in, or in another context:
+        # each ends only itself.
         block.open = False
         others = tuple(other for other in _scopes.get() or () if other.block is not block)
         try:
@@ -130,11 +154,17 @@ def _warn_unused(scope: Scope) -> None:
     """Say once why the bias of a block that ends was given to no attention."""
     kinds = scope.block.kinds
     if not kinds:
-        why = "no patched attention was called in the block; flashbias_patch.status() shows what is patched"
+        why = (
+            "no patched attention was called in the block; flashbias_patch.status() shows what "
+            "is patched"
+        )
     elif scope.kind not in (*kinds, "all"):
         why = f"only {' and '.join(sorted(kinds))} attentions were called in the block"
     else:
-        why = f"{len(scope.order)} attentions of this kind were called, and none has an index in layers={scope.layers}"
+        why = (
+            f"{len(scope.order)} attentions of this kind were called, and none has an index in "
+            f"layers={scope.layers}"
+        )
     journal.unreached(f"attention_bias(kind={scope.kind!r})", why)
 
 
@@ -151,7 +181,8 @@ def learned(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def active() -> bool:
-    """Whether any `with attention_bias(...)` may concern a call here. Not before one was opened (`ever_opened`)."""
+    """Whether any `with attention_bias(...)` may concern a call here. Not before one was opened
+    (`ever_opened`)."""
     scopes = _scopes.get()
     return bool(_inherited.get() if scopes is None else scopes) or bool(unreachable.modules)
 
@@ -174,11 +205,12 @@ def biases_for(module: Any, kind: str) -> List[Bias]:
     return found
 
 
-# -- threads -----------------------------------------------------------------------------------------------------------
+# -- threads ---------------------------------------------------------------------------------------
 
 
 def _of_another_thread(scopes: Scopes) -> Scopes:
-    """A thread counts the layers that it calls itself: its modules are others (replicas) or called at another time."""
+    """A thread counts the layers that it calls itself: its modules are others (replicas) or called
+    at another time."""
     return tuple(scope._replace(order={}) for scope in scopes)
 
 
@@ -188,14 +220,17 @@ def _for_thread(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_inheriting(scopes: Scopes, run: Callable[[], Any]) -> None:
-    """In a new thread. A worker thread of a pool outlives the block, and is then without its bias."""
+    """In a new thread. A worker thread of a pool outlives the block, and is then without its
+    bias."""
     _inherited.set(scopes)
     run()
 
 
 def _for_task(function: Callable[..., Any]) -> Callable[..., Any]:
     scopes = current_scopes()
-    return functools.partial(_run_task, _of_another_thread(scopes), function) if scopes else function
+    return (
+        functools.partial(_run_task, _of_another_thread(scopes), function) if scopes else function
+    )
 
 
 def _run_task(scopes: Scopes, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,5 @@
 """Any upstream signature -> one attention call: its biases, and projections to (B, L, H, D)."""
+
 from __future__ import annotations
 
 import inspect
@@ -20,7 +21,8 @@ Bias = Union[AttentionBias, Tensor]
 
 
 class Parameters:
-    """Where a forward's parameters stand, so that a value is found whether positional or keyword."""
+    """Where a forward's parameters stand, so that a value is found whether positional or
+    keyword."""
 
     def __init__(self, cls: type) -> None:
         signature = inspect.signature(inspect.unwrap(cls.forward))  # type: ignore[attr-defined]
@@ -29,12 +31,18 @@ class Parameters:
         self.accepts = {name for name in BIAS_KEYWORDS if name in names}
         self.may_hold_bias = tuple(name for name in ("attn_mask", *BIAS_KEYWORDS) if name in names)
 
-        self.defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+        self.defaults = {
+            name: parameter.default for name, parameter in signature.parameters.items()
+        }
 
     def defaults_without(self, known: Tuple[str, ...]) -> Tuple[Tuple[str, Any], ...]:
         """(name, default) of the parameters other than the `known` ones, *args and **kwargs."""
         empty = inspect.Parameter.empty
-        return tuple((n, None if d is empty else d) for n, d in list(self.defaults.items())[1:] if n not in known)
+        return tuple(
+            (n, None if d is empty else d)
+            for n, d in list(self.defaults.items())[1:]
+            if n not in known
+        )
 
     def places(self, *names: str) -> Tuple[int, ...]:
         """Positions of parameters; beyond every call's arguments for those that have none."""
@@ -46,7 +54,9 @@ class Parameters:
         index = self.position.get(name, len(args))
         return args[index] if index < len(args) else None
 
-    def without(self, name: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
+    def without(
+        self, name: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]
+    ) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
         """The same call with that parameter None."""
         return self.with_value(name, None, args, kwargs)
 
@@ -56,7 +66,7 @@ class Parameters:
         """The same call with another value of that parameter."""
         index = self.position.get(name, len(args))
         if name not in kwargs and index < len(args):
-            return (*args[:index], value, *args[index + 1:]), kwargs
+            return (*args[:index], value, *args[index + 1 :]), kwargs
         return args, {**kwargs, name: value}
 
 
@@ -65,8 +75,8 @@ def take_biases(
 ) -> Tuple[Tuple[Any, ...], Dict[str, Any], Tuple[Bias, ...]]:
     """Split what no code but this package's can add from a call: (args, kwargs, biases).
 
-    These are `attention_bias=` and `attn_bias=`, unless the forward has a parameter of that name, and AttentionBias objects
-    in the place of a mask or of such a parameter.
+    These are `attention_bias=` and `attn_bias=`, unless the forward has a parameter of that name,
+    and AttentionBias objects in the place of a mask or of such a parameter.
     """
     biases: Tuple[Bias, ...] = ()
     if "attention_bias" in kwargs or "attn_bias" in kwargs:
@@ -80,20 +90,28 @@ def take_biases(
     return args, kwargs, biases
 
 
-def take_bias_keywords(kwargs: Dict[str, Any], accepted: Any = ()) -> Tuple[Dict[str, Any], List[Bias]]:
-    """Split `attention_bias=` / `attn_bias=` from the keywords, unless the forward has a parameter of that name."""
+def take_bias_keywords(
+    kwargs: Dict[str, Any], accepted: Any = ()
+) -> Tuple[Dict[str, Any], List[Bias]]:
+    """Split `attention_bias=` / `attn_bias=` from the keywords, unless the forward has a parameter
+    of that name."""
     if "attention_bias" not in kwargs and "attn_bias" not in kwargs:
         return kwargs, []
     found = [kwargs[name] for name in BIAS_KEYWORDS if name in kwargs and name not in accepted]
-    rest = {key: value for key, value in kwargs.items() if key not in BIAS_KEYWORDS or key in accepted}
+    rest = {
+        key: value for key, value in kwargs.items() if key not in BIAS_KEYWORDS or key in accepted
+    }
     for bias in found:
         if bias is not None and not isinstance(bias, (AttentionBias, Tensor)):
-            raise TypeError(f"attention_bias must be an AttentionBias or a Tensor, got {type(bias).__name__}")
+            raise TypeError(
+                f"attention_bias must be an AttentionBias or a Tensor, got {type(bias).__name__}"
+            )
     return rest, [bias for bias in found if bias is not None]
 
 
 def kind_of(module: Any, query: Any, key: Any) -> str:
-    """"self" or "cross": what mmcv named the operation, else by whether the key is the query, or a view of all of it."""
+    """ "self" or "cross": what mmcv named the operation, else by whether the key is the query, or a
+    view of all of it."""
     name = getattr(module, "operation_name", None)
     if name in ("self_attn", "cross_attn"):
         return name[:-5]
@@ -101,17 +119,29 @@ def kind_of(module: Any, query: Any, key: Any) -> str:
 
 
 def _same_memory(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.is_meta or current_transform() is not None:
+    if (
+        not isinstance(a, Tensor)
+        or not isinstance(b, Tensor)
+        or a.is_meta
+        or current_transform() is not None
+    ):
         return False  # such tensors have no memory of their own
     return a.shape == b.shape and a.is_set_to(b)
 
 
 def project(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Optional[Tensor], num_heads: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    num_heads: int,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """The packed in-projection (3E, E), with as few matrix products as the identities of q, k and v allow.
+    """The packed in-projection (3E, E), with as few matrix products as the identities of q, k and v
+    allow.
 
-    Each result has two leading dimensions as its input and is a strided view (.., .., H, D) where it can be.
+    Each result has two leading dimensions as its input and is a strided view (.., .., H, D) where
+    it can be.
     """
     width = weight.shape[0] // 3
     if key is value:
@@ -119,7 +149,9 @@ def project(
             q, k, v = F.linear(query, weight, bias).chunk(3, -1)
         else:
             q = F.linear(query, weight[:width], None if bias is None else bias[:width])
-            k, v = F.linear(key, weight[width:], None if bias is None else bias[width:]).chunk(2, -1)
+            k, v = F.linear(key, weight[width:], None if bias is None else bias[width:]).chunk(
+                2, -1
+            )
     else:
         wq, wk, wv = weight.chunk(3)
         bq, bk, bv = (None, None, None) if bias is None else bias.chunk(3)

@@ -1,4 +1,6 @@
-"""The one table of what is patched: class name, the shape its forward must have, and the seam it gets."""
+"""The one table of what is patched: class name, the shape its forward must have, and the seam it
+gets."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -11,13 +13,16 @@ ENTRY_POINT_GROUP = "flashbias_patch.targets"
 
 
 class Target(NamedTuple):
-    """A class to patch: claimed by `name` only if its forward's parameters hold `leading`, in order, and `having`."""
+    """A class to patch: claimed by `name` only if its forward's parameters hold `leading`, in
+    order, and `having`."""
 
     name: str
     seam: str  # of its forward: a key of seams.SEAMS
     leading: Tuple[str, ...]
     having: Tuple[str, ...] = ()
-    others: Tuple[Tuple[str, str], ...] = ()  # further methods, wrapped where the class has them: (name, seam)
+    others: Tuple[
+        Tuple[str, str], ...
+    ] = ()  # further methods, wrapped where the class has them: (name, seam)
     otherwise: Any = None  # the target of another generation of the class, by the same name
 
 
@@ -33,15 +38,24 @@ TARGETS: Tuple[Target, ...] = (
     Target("GroupMultiheadAttention", "outer", _QKV, _POSITIONS),
     Target("MDHAMultiheadAttention", "outer", _QKV, _POSITIONS),
     Target("MultiheadAttention", "outer", _QKV, _POSITIONS),
-    Target("FlashMHA", "core", ("q", "k", "v"), ("key_padding_mask",),
-           otherwise=Target("FlashMHA", "dual core", _QKV, ("q", "k", "v", "attn_bias"))),
+    Target(
+        "FlashMHA",
+        "core",
+        ("q", "k", "v"),
+        ("key_padding_mask",),
+        otherwise=Target("FlashMHA", "dual core", _QKV, ("q", "k", "v", "attn_bias")),
+    ),
     Target("PETRTransformerDecoderLayer", "layer", ("query",), ("attn_masks",)),
     Target("PETRTemporalDecoderLayer", "layer", ("query",), ("attn_masks",)),
     Target("Detr3DTemporalDecoderLayer", "layer", ("query",), ("attn_masks",)),
     Target("MV2DFusionTransformerDecoderLayer", "layer", ("query",), ("attn_masks",)),
     Target("MDHATemporalDecoderLayer", "layer", ("query",), ("attn_masks",)),
-    Target("AttentionBiasGenerator", "bias generator", ("lidar_weights", "camera_weights"),
-           ("pts_bev_indices", "pts_pers_indices")),
+    Target(
+        "AttentionBiasGenerator",
+        "bias generator",
+        ("lidar_weights", "camera_weights"),
+        ("pts_bev_indices", "pts_pers_indices"),
+    ),
     Target("CmtTransformer", "transformer", ("x", "x_img", "query_embed"), (), _BUILT),
     Target("CmtLidarTransformer", "transformer", ("x", "mask", "query_embed"), (), _BUILT),
     Target("CmtImageTransformer", "transformer", ("x_img", "query_embed"), ("bs",), _BUILT),
@@ -51,7 +65,8 @@ TARGETS: Tuple[Target, ...] = (
     Target("CmtHead", "head", (), ("img_metas",), _CALLED_BY_HEAD),
 )
 
-# Modules known to define targets; forks elsewhere are found through the registries and by what they import.
+# Modules known to define targets; forks elsewhere are found through the registries and by what they
+# import.
 _UTILS = "projects.mmdet3d_plugin.models.utils"
 MODULES: Tuple[str, ...] = (
     "mmcv.cnn.bricks.transformer",
@@ -71,7 +86,10 @@ MODULES: Tuple[str, ...] = (
 )
 
 # Registries whose registrations are watched: module -> class with `_register_module`.
-REGISTRIES: Dict[str, str] = {"mmcv.utils.registry": "Registry", "mmengine.registry.registry": "Registry"}
+REGISTRIES: Dict[str, str] = {
+    "mmcv.utils.registry": "Registry",
+    "mmengine.registry.registry": "Registry",
+}
 
 _third_party: Optional[List[Target]] = None
 
@@ -93,10 +111,18 @@ def _entry_points() -> List[Target]:
         for entry in group:
             try:
                 value = entry.load()
-                _third_party.extend([value] if isinstance(value, Target) else [Target(*item) for item in value])
+                _third_party.extend(
+                    [value] if isinstance(value, Target) else [Target(*item) for item in value]
+                )
             except Exception as error:  # someone else's package must not cost the user theirs
-                journal.once(("entry point", entry.name), "error",
-                             "entry point %s of group %s is left out: %s", entry.name, ENTRY_POINT_GROUP, error)
+                journal.once(
+                    ("entry point", entry.name),
+                    "error",
+                    "entry point %s of group %s is left out: %s",
+                    entry.name,
+                    ENTRY_POINT_GROUP,
+                    error,
+                )
     return _third_party
 
 

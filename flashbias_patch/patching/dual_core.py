@@ -1,12 +1,15 @@
-"""The seam of FlashMHA's later generation: query/key/value or q/k/v, a dense bias as `attn_bias`, torch's SDPA inside.
+"""The seam of FlashMHA's later generation: query/key/value or q/k/v, a dense bias as `attn_bias`,
+torch's SDPA inside.
 
-    forward(query=None, key=None, value=None, q=None, k=None, v=None, attn_mask=None, key_padding_mask=None,
-            attn_bias=None, **kwargs)
+    forward(query=None, key=None, value=None, q=None, k=None, v=None, attn_mask=None,
+            key_padding_mask=None, attn_bias=None, **kwargs)
 
-Batch first; biases are (B, M, N), (B*H, M, N), (B, H, M, N) or, as such repositories hand them on, (M, B, N). How a fork
-reads boolean masks, and what it returns beside its output, is not known. So calls with boolean masks or key padding run
-the original, and before the first other one a small call is compared with it.
+Batch first; biases are (B, M, N), (B*H, M, N), (B, H, M, N) or, as such repositories hand them on,
+(M, B, N). How a fork reads boolean masks, and what it returns beside its output, is not known. So
+calls with boolean masks or key padding run the original, and before the first other one a small
+call is compared with it.
 """
+
 from __future__ import annotations
 
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -26,7 +29,10 @@ from .inner_attention import check_lengths
 
 NAMES = (("query", "q"), ("key", "k"), ("value", "v"))
 MASKS = ("attn_mask", "attn_bias")
-BIASED = "a bias of flashbias_patch cannot be exported through this generation of FlashMHA: hand it on as attn_bias"
+BIASED = (
+    "a bias of flashbias_patch cannot be exported through this generation of FlashMHA: hand "
+    "it on as attn_bias"
+)
 QUERIES, KEYS = 3, 5  # of the small call
 Result = Callable[[Tensor], Any]
 
@@ -34,13 +40,24 @@ Result = Callable[[Tensor], Any]
 class DualCoreSeam(seams.CoreSeam):
     def __init__(self, cls: type) -> None:
         super().__init__(cls)
-        known = (*(name for pair in NAMES for name in pair), *MASKS, "key_padding_mask", "attention_bias")
+        known = (
+            *(name for pair in NAMES for name in pair),
+            *MASKS,
+            "key_padding_mask",
+            "attention_bias",
+        )
         self.options = self.parameters.defaults_without(known)
         self.checking = False
         # By kind of module and call: what it returns, made of the output, or why it is left alone.
         self.verdicts: Dict[Any, Any] = {}
 
-    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    def __call__(
+        self,
+        wrapped: Callable[..., Any],
+        module: Any,
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
+    ) -> Any:
         if self.checking:
             return wrapped(*args, **kwargs)
         args, kwargs, own = arguments.take_biases(self.parameters, args, kwargs)
@@ -77,39 +94,63 @@ class DualCoreSeam(seams.CoreSeam):
         return tuple(found)
 
     def _unsupported(
-        self, module: Any, sequences: Tuple[Any, ...], masks: List[Any], args: Tuple[Any, ...], kwargs: Dict[str, Any]
+        self,
+        module: Any,
+        sequences: Tuple[Any, ...],
+        masks: List[Any],
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
     ) -> Optional[str]:
         if not all(isinstance(sequence, Tensor) and sequence.dim() == 3 for sequence in sequences):
             return "its query, key and value are not all given as (B, L, E)"
         if self.parameters.get("key_padding_mask", args, kwargs) is not None:
             return "key padding of this generation is not supported"
-        if any(mask is not None and not mask.is_floating_point() for mask in masks if isinstance(mask, Tensor)):
+        if any(
+            mask is not None and not mask.is_floating_point()
+            for mask in masks
+            if isinstance(mask, Tensor)
+        ):
             return "boolean masks of this generation are not supported"
         if set(kwargs) - set(self.parameters.position):
-            return f"{', '.join(sorted(set(kwargs) - set(self.parameters.position)))} is not supported"
+            return (
+                f"{', '.join(sorted(set(kwargs) - set(self.parameters.position)))} is not supported"
+            )
         return self._unknown_option(args, kwargs) or seams._unsupported(module, sequences[0])
 
-    def _output(self, module: Any, sequences: Tuple[Any, ...], opened: route.Route, biases: Tuple[Bias, ...]) -> Tensor:
+    def _output(
+        self, module: Any, sequences: Tuple[Any, ...], opened: route.Route, biases: Tuple[Bias, ...]
+    ) -> Tensor:
         q, k, v = sequences
         check_lengths(q, k, v, batch_first=True)
-        heads = arguments.project(q, k, v, module.in_proj_weight, module.in_proj_bias, module.num_heads)
+        heads = arguments.project(
+            q, k, v, module.in_proj_weight, module.in_proj_bias, module.num_heads
+        )
         B, M, H, D = heads[0].shape
         N = k.shape[1]
         bias = opened.total_bias(biases, B, H, M, N) if biases or opened.biases else None
         out = flash_bias_attention(
-            *heads, bias, dropout_p=_dropout_of(module), dtype=arguments.compute_dtype(heads[0].dtype)
+            *heads,
+            bias,
+            dropout_p=_dropout_of(module),
+            dtype=arguments.compute_dtype(heads[0].dtype),
         )
         return module.out_proj(out.reshape(B, M, H * D))
 
-    # -- the check -----------------------------------------------------------------------------------------------------
+    # -- the check ---------------------------------------------------------------------------------
 
     def _result(self, wrapped: Callable[..., Any], module: Any, sequences: Tuple[Any, ...]) -> Any:
         query = sequences[0]
         key = (
-            type(module), generators.plain_attributes(module), module.in_proj_weight.shape, module.num_heads,
-            module.in_proj_bias is None, module.in_proj_weight.dtype, query.dtype, query.device.type,
+            type(module),
+            generators.plain_attributes(module),
+            module.in_proj_weight.shape,
+            module.num_heads,
+            module.in_proj_bias is None,
+            module.in_proj_weight.dtype,
+            query.dtype,
+            query.device.type,
             torch.is_autocast_enabled(),
-        )  # fmt: skip
+        )
         if key not in self.verdicts:
             if query.is_cuda and torch.cuda.is_current_stream_capturing():
                 return "a CUDA graph is captured"
@@ -123,7 +164,9 @@ class DualCoreSeam(seams.CoreSeam):
         try:
             for each, _ in modes:
                 each.training = False
-            with undisturbed(query.device), torch.no_grad(), autocast(query.device.type, enabled=casting):
+            with undisturbed(query.device), torch.no_grad(), autocast(
+                query.device.type, enabled=casting
+            ):
                 return self._compare(wrapped, module, query)
         except Exception as error:
             if not errors.survivable(error):
@@ -146,19 +189,30 @@ class DualCoreSeam(seams.CoreSeam):
         for bias in (None, drawn(2, QUERIES, KEYS)):
             more = {} if bias is None else {"attn_bias": bias}
             given, again = (
-                wrapped(**{pair[form]: sequence for pair, sequence in zip(NAMES, sequences)}, **more) for form in (0, 1)
+                wrapped(
+                    **{pair[form]: sequence for pair, sequence in zip(NAMES, sequences)}, **more
+                )
+                for form in (0, 1)
             )
-            ours = self._output(module, sequences, route.Route(module, ()), () if bias is None else (bias,))
+            ours = self._output(
+                module, sequences, route.Route(module, ()), () if bias is None else (bias,)
+            )
             if isinstance(given, Tensor):
                 result, theirs, also = _as_it_is, given, again
-            elif isinstance(given, tuple) and isinstance(given[0], Tensor) and all(one is None for one in given[1:]):
+            elif (
+                isinstance(given, tuple)
+                and isinstance(given[0], Tensor)
+                and all(one is None for one in given[1:])
+            ):
                 result, theirs, also = _Beside(len(given) - 1), given[0], again[0]
             else:
                 return f"it returns {type(given).__name__}"
             half = 2e-2 if ours.dtype in (torch.float16, torch.bfloat16) else 1e-4
             for other in (theirs, also):
                 gap = (ours.double() - other.double()).abs().amax()
-                if other.dtype != ours.dtype or not bool(gap <= half * (1 + other.double().abs().amax())):
+                if other.dtype != ours.dtype or not bool(
+                    gap <= half * (1 + other.double().abs().amax())
+                ):
                     return f"its output is not that of attention (off by {float(gap):.2g})"
         return result
 

@@ -1,9 +1,12 @@
-"""While a model is traced or exported, the original attention runs: the file is that of an unpatched model.
+"""While a model is traced or exported, the original attention runs: the file is that of an
+unpatched model.
 
-torch.jit.trace and the TorchScript exporter of ONNX set a tracing state; torch.export, and the exporter of ONNX on top of
-it, set torch.compiler.is_exporting(). A bias becomes the original's dense attn_mask, made by plain operators. Flash
-classes, whose own code no exporter takes, are computed by plain operators too.
+torch.jit.trace and the TorchScript exporter of ONNX set a tracing state; torch.export, and the
+exporter of ONNX on top of it, set torch.compiler.is_exporting(). A bias becomes the original's
+dense attn_mask, made by plain operators. Flash classes, whose own code no exporter takes, are
+computed by plain operators too.
 """
+
 from __future__ import annotations
 
 from typing import Any, Callable, Dict, Tuple
@@ -17,10 +20,13 @@ from . import ambient
 # Since torch 2.7. Before, the code that runs while torch.export traces sees is_compiling() alone.
 _compiler = getattr(torch, "compiler", None)  # since torch 2.1
 is_exporting: Callable[[], bool] = getattr(_compiler, "is_exporting", is_compiling)
-CAN_TELL = hasattr(_compiler, "is_exporting")  # torch.export from torch.compile, while dynamo reads code
+CAN_TELL = hasattr(
+    _compiler, "is_exporting"
+)  # torch.export from torch.compile, while dynamo reads code
 
 REFUSED = (
-    "a bias or a router of flashbias_patch cannot be exported with torch.export.export(strict=True): export with strict=False"
+    "a bias or a router of flashbias_patch cannot be exported with "
+    "torch.export.export(strict=True): export with strict=False"
 )
 
 
@@ -29,9 +35,17 @@ def exporting() -> bool:
     return tracing_state() is not None or is_exporting()
 
 
-def original_alone(original: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
-    """The original method, for torch.export.export(strict=True); NotImplementedError where a bias would be lost."""
-    if _biased() or "attention_bias" in kwargs or "aqr" in module._modules or any(isinstance(a, AttentionBias) for a in args):
+def original_alone(
+    original: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]
+) -> Any:
+    """The original method, for torch.export.export(strict=True); NotImplementedError where a bias
+    would be lost."""
+    if (
+        _biased()
+        or "attention_bias" in kwargs
+        or "aqr" in module._modules
+        or any(isinstance(a, AttentionBias) for a in args)
+    ):
         raise NotImplementedError(REFUSED)
     return original(module, *args, **kwargs)
 
@@ -40,5 +54,6 @@ def _biased() -> bool:
     return ambient.ever_opened and bool(ambient.current_scopes())
 
 
-# What torch.compiler.assume_constant_result does, without all of torch._dynamo, which cannot read context variables.
+# What torch.compiler.assume_constant_result does, without all of torch._dynamo, which cannot read
+# context variables.
 _biased._dynamo_marked_constant = True  # type: ignore[attr-defined]

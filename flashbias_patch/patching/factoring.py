@@ -1,8 +1,11 @@
-"""FLASHBIAS_RANK / FLASHBIAS_ENERGY: dense biases that reach a patched layer go on as low-rank ones.
+"""FLASHBIAS_RANK / FLASHBIAS_ENERGY: dense biases that reach a patched layer go on as low-rank
+ones.
 
-A learned bias moves slowly, so each module's factorisation starts from its previous one. A recomputation under
-checkpointing must find the very same factors: it is recognised by its tensor, and starts where that one started.
+A learned bias moves slowly, so each module's factorisation starts from its previous one. A
+recomputation under checkpointing must find the very same factors: it is recognised by its tensor,
+and starts where that one started.
 """
+
 from __future__ import annotations
 
 import weakref
@@ -34,16 +37,27 @@ def enabled() -> bool:
 
 
 def low_rank(module: Any, given: Any, dense: DenseBias) -> AttentionBias:
-    """`dense`, which came as the object `given`, in low-rank form, or itself above FLASHBIAS_MAX_ERROR."""
+    """`dense`, which came as the object `given`, in low-rank form, or itself above
+    FLASHBIAS_MAX_ERROR."""
     read = settings.current()
     last = _last.get(module)
     tensor = given if isinstance(given, Tensor) else dense.tensor
-    # Nothing is recomputed under inference_mode, and a state from there could not be used in training.
+    # Nothing is recomputed under inference_mode, and a state from there could not be used in
+    # training.
     inference = is_inference(tensor) or torch.is_inference_mode_enabled()
-    again = not inference and last is not None and last.tensor() is tensor and last.version == tensor._version
+    again = (
+        not inference
+        and last is not None
+        and last.tensor() is tensor
+        and last.version == tensor._version
+    )
     start = None if last is None else last.started_from if again else last.state
     # An explicitly lower energy implies its own error; factorize knows.
-    limit = None if read.energy is not None and (1 - read.energy) ** 0.5 > read.max_error else read.max_error
+    limit = (
+        None
+        if read.energy is not None and (1 - read.energy) ** 0.5 > read.max_error
+        else read.max_error
+    )
     found = factorize(dense, read.rank, read.energy, warm_start=start, max_error=limit)
     if not inference:
         _last[module] = _Last(weakref.ref(tensor), tensor._version, start, found.state)

@@ -1,10 +1,13 @@
-"""The seam of AttentionBiasGenerator: its bias as a description (bias/tensor) instead of a dense (B, M, N) tensor.
+"""The seam of AttentionBiasGenerator: its bias as a description (bias/tensor) instead of a dense
+(B, M, N) tensor.
 
-The class paints a lidar and a camera weight of every query into windows around the query's place on the BEV grid and in
-one camera, times a clamped, learned scale. Forks may do something else under that name. So before the first call of a
-module is replaced, its own forward is run on a few queries of a synthetic call, and values and gradients are compared;
-where they differ, or where it leaves something behind that is not understood, it runs as ever.
+The class paints a lidar and a camera weight of every query into windows around the query's place on
+the BEV grid and in one camera, times a clamped, learned scale. Forks may do something else under
+that name. So before the first call of a module is replaced, its own forward is run on a few queries
+of a synthetic call, and values and gradients are compared; where they differ, or where it leaves
+something behind that is not understood, it runs as ever.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -24,9 +27,20 @@ from ..bias.tensor.core import traced
 
 NAMES = ("lidar_weights", "camera_weights", "pts_bev_indices", "pts_pers_indices")
 ATTRIBUTES = (
-    "bev_h", "bev_w", "num_views", "pers_h", "pers_w", "window_size", "use_local_bias", "use_gaussian_window",
-    "gaussian_sigma", "fp16", "learnable_scale", "min_scale", "max_scale",
-)  # fmt: skip
+    "bev_h",
+    "bev_w",
+    "num_views",
+    "pers_h",
+    "pers_w",
+    "window_size",
+    "use_local_bias",
+    "use_gaussian_window",
+    "gaussian_sigma",
+    "fp16",
+    "learnable_scale",
+    "min_scale",
+    "max_scale",
+)
 SCALE = "bias_scale"
 LIMIT = 5.0  # entries are brought into +- min(LIMIT, max_scale)
 QUERIES = 24  # of the synthetic call
@@ -52,7 +66,13 @@ class GeneratorSeam:
         self.checking = False
         self.verdicts: Dict[Any, _Verdict] = {}
 
-    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    def __call__(
+        self,
+        wrapped: Callable[..., Any],
+        module: Any,
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
+    ) -> Any:
         given = dict(zip(NAMES, args), **kwargs)
         if self.checking or set(given) != set(NAMES) or is_compiling() or traced():
             return wrapped(*args, **kwargs)
@@ -68,7 +88,11 @@ class GeneratorSeam:
     def _recipe(self, wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> _Verdict:
         scale = getattr(module, SCALE, None)
         # Not by module: nn.DataParallel makes new ones in every step.
-        settings = (type(module), *(getattr(module, name, None) for name in ATTRIBUTES), *plain_attributes(module))
+        settings = (
+            type(module),
+            *(getattr(module, name, None) for name in ATTRIBUTES),
+            *plain_attributes(module),
+        )
         dtypes = (*(tensor.dtype for tensor in tensors), getattr(scale, "dtype", None))
         device = tensors[0].device
         key = settings, dtypes, device.type, torch.is_autocast_enabled()
@@ -79,10 +103,16 @@ class GeneratorSeam:
             return "a CUDA graph is captured"
         verdict = self.verdicts[key] = self._judge(wrapped, module, tensors)
         if isinstance(verdict, str):
-            journal.once((self.name, verdict), "warning", "%s keeps its dense bias: %s", self.name, verdict)
+            journal.once(
+                (self.name, verdict), "warning", "%s keeps its dense bias: %s", self.name, verdict
+            )
         else:
-            journal.once((self.name, "described"), "info",
-                         "%s returns its bias as windows, not as a dense tensor", self.name)  # fmt: skip
+            journal.once(
+                (self.name, "described"),
+                "info",
+                "%s returns its bias as windows, not as a dense tensor",
+                self.name,
+            )
         return verdict
 
     def _judge(self, wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> _Verdict:
@@ -99,8 +129,11 @@ class GeneratorSeam:
         finally:
             self.checking = False
 
-    def _print_if_due(self, wrapped: Callable[..., Any], module: Any, recipe: Recipe, given: Dict[str, Tensor]) -> None:
-        """The module's own forward where its count of calls says that it prints statistics of its dense bias."""
+    def _print_if_due(
+        self, wrapped: Callable[..., Any], module: Any, recipe: Recipe, given: Dict[str, Tensor]
+    ) -> None:
+        """The module's own forward where its count of calls says that it prints statistics of its
+        dense bias."""
         if recipe.counter is None:
             return
         count = getattr(module, recipe.counter)
@@ -112,20 +145,30 @@ class GeneratorSeam:
             except Exception as error:
                 if not faults.out_of_memory(error):
                     raise
-                journal.once((self.name, "print"), "info", "%s: no memory for its debug print", self.name)
+                journal.once(
+                    (self.name, "print"), "info", "%s: no memory for its debug print", self.name
+                )
             finally:
                 self.checking = False
         setattr(module, recipe.counter, count + 1)
 
 
 def plain_attributes(module: nn.Module) -> Tuple[Tuple[str, Any], ...]:
-    """What a module's forward may depend on beside its class and tensors. Ints may be counts of calls."""
+    """What a module's forward may depend on beside its class and tensors. Ints may be counts of
+    calls."""
     held = module.__dict__.items()
-    return tuple(pair for pair in held if type(pair[1]) in (bool, float, str) and pair[0] != "_is_replica")
+    return tuple(
+        pair for pair in held if type(pair[1]) in (bool, float, str) and pair[0] != "_is_replica"
+    )
 
 
 def describe(
-    module: Any, recipe: Recipe, lidar_weights: Tensor, camera_weights: Tensor, bev: Tensor, camera: Tensor
+    module: Any,
+    recipe: Recipe,
+    lidar_weights: Tensor,
+    camera_weights: Tensor,
+    bev: Tensor,
+    camera: Tensor,
 ) -> Tensor:
     """The bias of one call as a BiasTensor (B, M, N)."""
     bias = bias_of(module, recipe.clamped, lidar_weights, camera_weights, bev, camera)
@@ -133,7 +176,12 @@ def describe(
 
 
 def bias_of(
-    module: Any, clamp_scale: bool, lidar_weights: Tensor, camera_weights: Tensor, bev: Tensor, camera: Tensor
+    module: Any,
+    clamp_scale: bool,
+    lidar_weights: Tensor,
+    camera_weights: Tensor,
+    bev: Tensor,
+    camera: Tensor,
 ) -> AttentionBias:
     scale = getattr(module, SCALE)
     weights = torch.stack([lidar_weights, camera_weights], -1)
@@ -155,7 +203,8 @@ def bias_of(
 
 
 def _bounded(module: Any, tensors: List[Tensor]) -> bool:
-    """Whether clamping weights is clamping entries: for boxes always, for Gaussian windows where nothing is clamped."""
+    """Whether clamping weights is clamping entries: for boxes always, for Gaussian windows where
+    nothing is clamped."""
     if not (module.use_local_bias and module.use_gaussian_window):
         return True
     if module.max_scale > LIMIT:
@@ -166,7 +215,7 @@ def _bounded(module: Any, tensors: List[Tensor]) -> bool:
     return bool((weights <= 1).all())
 
 
-# -- the check ---------------------------------------------------------------------------------------------------------
+# -- the check -------------------------------------------------------------------------------------
 
 
 def _judge(wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> _Verdict:
@@ -176,8 +225,14 @@ def _judge(wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> _
     if not all(type(getattr(module, n)) is int and getattr(module, n) > 0 for n in ATTRIBUTES[:6]):
         return f"expected positive ints as {', '.join(ATTRIBUTES[:6])}"
     given = _synthetic(module, tensors)
-    if any(tensor.shape[2:] != like.shape[2:] or tensor.dim() != like.dim() for tensor, like in zip(tensors, given)):
-        return f"its arguments have the shapes {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}"
+    if any(
+        tensor.shape[2:] != like.shape[2:] or tensor.dim() != like.dim()
+        for tensor, like in zip(tensors, given)
+    ):
+        return (
+            "its arguments have the shapes "
+            f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)}"
+        )
     counter = None
     dtype: Optional[torch.dtype] = None
     wrong = {True: "", False: ""}
@@ -186,7 +241,9 @@ def _judge(wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> _
             leaves = [tensor.detach().requires_grad_() for tensor in given[:2]]
             out = wrapped(**dict(zip(NAMES, (*leaves, *given[2:]))))
             learned = [t for t in (*leaves, scale) if isinstance(t, Tensor) and t.requires_grad]
-            grad = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype)
+            grad = (
+                torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype)
+            )
             theirs = _run(out, learned, grad)
             dtype = out.dtype
             for clamped in (True, False):
@@ -214,23 +271,35 @@ def _run(out: Tensor, learned: List[Tensor], grad: Tensor) -> List[Optional[Tens
     return [out.detach(), *torch.autograd.grad(out, learned, grad, allow_unused=True)]
 
 
-def _difference(ours: List[Optional[Tensor]], theirs: List[Optional[Tensor]], dtype: torch.dtype) -> str:
-    """How values and gradients differ by more than the roundings of their dtypes; "" if they do not."""
+def _difference(
+    ours: List[Optional[Tensor]], theirs: List[Optional[Tensor]], dtype: torch.dtype
+) -> str:
+    """How values and gradients differ by more than the roundings of their dtypes; "" if they do
+    not."""
     for place, (mine, true) in enumerate(zip(ours, theirs)):
         if mine is None and true is None:
             continue
         given = [tensor for tensor in (mine, true) if tensor is not None]
-        bound = max(TOLERANCE.get(each, 1e-5) for each in (dtype, *(tensor.dtype for tensor in given)))
-        wide = [torch.zeros((), device=given[0].device) if t is None else t.double() for t in (mine, true)]
+        bound = max(
+            TOLERANCE.get(each, 1e-5) for each in (dtype, *(tensor.dtype for tensor in given))
+        )
+        wide = [
+            torch.zeros((), device=given[0].device) if t is None else t.double()
+            for t in (mine, true)
+        ]
         gap, size = float((wide[0] - wide[1]).abs().amax()), float(wide[1].abs().amax())
         if not gap <= bound * (size + 1e-3) * (10 if place else 1):
             name = "gradients" if place else "values"
-            return f"its {name} are not those of windows (they differ by {gap:.2g} where the largest is {size:.2g})"
+            return (
+                f"its {name} are not those of windows (they differ by {gap:.2g} where the "
+                f"largest is {size:.2g})"
+            )
     return ""
 
 
 def _synthetic(module: Any, tensors: List[Tensor]) -> List[Tensor]:
-    """A call of few queries: places all over the grids, their edges among them, weights from -1 to 1."""
+    """A call of few queries: places all over the grids, their edges among them, weights from -1 to
+    1."""
     B, device = tensors[0].shape[0], tensors[0].device
     draw = torch.Generator().manual_seed(0)
 
@@ -239,8 +308,13 @@ def _synthetic(module: Any, tensors: List[Tensor]) -> List[Tensor]:
         drawn[:, 0], drawn[:, 1] = 0, size - 1
         return drawn.to(device)
 
-    weights = [torch.empty(B, QUERIES).uniform_(-1, 1, generator=draw).to(t.device, t.dtype) for t in tensors[:2]]
-    camera = torch.stack([places(module.num_views), places(module.pers_h), places(module.pers_w)], -1)
+    weights = [
+        torch.empty(B, QUERIES).uniform_(-1, 1, generator=draw).to(t.device, t.dtype)
+        for t in tensors[:2]
+    ]
+    camera = torch.stack(
+        [places(module.num_views), places(module.pers_h), places(module.pers_w)], -1
+    )
     bev = places(module.bev_h) * module.bev_w + places(module.bev_w)
     return [*weights, bev.to(tensors[2].dtype), camera.to(tensors[3].dtype)]
 
@@ -255,12 +329,15 @@ def _scales(module: Any) -> List[Optional[float]]:
 
 @contextlib.contextmanager
 def _with_scale(module: Any, value: Optional[float]) -> Iterator[Any]:
-    """The module's scale, or a stand-in of that value for it, which is what is in its place meanwhile."""
+    """The module's scale, or a stand-in of that value for it, which is what is in its place
+    meanwhile."""
     scale = getattr(module, SCALE)
     if not isinstance(scale, Tensor):
         yield scale
         return
-    store = next(d for d in (module._parameters, module._buffers, module.__dict__) if d.get(SCALE) is scale)
+    store = next(
+        d for d in (module._parameters, module._buffers, module.__dict__) if d.get(SCALE) is scale
+    )
     stand_in: Tensor = scale.detach().clone() if value is None else torch.full_like(scale, value)
     if store is module._parameters:
         stand_in = nn.Parameter(stand_in, scale.requires_grad)
@@ -286,7 +363,11 @@ def _state_kept(module: Any) -> Iterator[_Changes]:
         yield found
     finally:
         own, of_class = before
-        changed += [name for name, value in vars(type(module)).items() if value is not of_class.get(name, found)]
+        changed += [
+            name
+            for name, value in vars(type(module)).items()
+            if value is not of_class.get(name, found)
+        ]
         for name, value in list(module.__dict__.items()):
             if name not in own:
                 changed.append(name)
@@ -306,18 +387,22 @@ def _state_kept(module: Any) -> Iterator[_Changes]:
 
 
 def _periods(module: Any) -> Tuple[int, ...]:
-    """Numbers of calls after which the module may print: those in its code and in its attributes of such a name."""
+    """Numbers of calls after which the module may print: those in its code and in its attributes of
+    such a name."""
     numbers: List[int] = []
     for base in type(module).__mro__:
         if base.__module__.startswith("torch."):
             break
         for value in vars(base).values():
             code = getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
-            numbers += [constant for constant in getattr(code, "co_consts", ()) if type(constant) is int]
+            numbers += [
+                constant for constant in getattr(code, "co_consts", ()) if type(constant) is int
+            ]
     numbers += [
         value
         for name, value in module.__dict__.items()
-        if type(value) is int and any(word in name for word in ("interval", "freq", "every", "period"))
+        if type(value) is int
+        and any(word in name for word in ("interval", "freq", "every", "period"))
     ]
     return tuple(sorted({number for number in numbers if number >= LEAST_PERIOD}))
 

@@ -1,12 +1,14 @@
 """Finding classes and wrapping them; install and uninstall.
 
-Three ways lead to `claim`: wrapt post-import hooks on the modules of the catalog, the registries of mmcv 1.x and
-mmengine, and `repository.Finder` for modules of a user's repository that import flash_attn. wrapt calls a hook at the
-first import only; the Finder sees a module that is reloaded, or purged from sys.modules and imported again. What was
-imported before install() is found in sys.modules.
+Three ways lead to `claim`: wrapt post-import hooks on the modules of the catalog, the registries of
+mmcv 1.x and mmengine, and `repository.Finder` for modules of a user's repository that import
+flash_attn. wrapt calls a hook at the first import only; the Finder sees a module that is reloaded,
+or purged from sys.modules and imported again. What was imported before install() is found in
+sys.modules.
 
 Nothing here keeps a class alive: what is wrapped is remembered by weak references.
 """
+
 from __future__ import annotations
 
 import functools
@@ -24,7 +26,8 @@ from . import catalog, repository, trigger
 
 
 class Claim(NamedTuple):
-    """A wrapped attribute, by weak references to the class and to the wrapper that its attribute holds."""
+    """A wrapped attribute, by weak references to the class and to the wrapper that its attribute
+    holds."""
 
     class_ref: Callable[[], Optional[type]]
     attribute: str
@@ -56,7 +59,9 @@ def install() -> None:
         if _installed:
             return
         _installed = True
-        if not _hooked:  # wrapt has no way to take a hook back: the hooks look at `_installed` instead
+        if (
+            not _hooked
+        ):  # wrapt has no way to take a hook back: the hooks look at `_installed` instead
             for module in _HOOKS:
                 wrapt.register_post_import_hook(_on_import, module)
             wrapt.register_post_import_hook(_shield_from_dynamo, "torch._dynamo")
@@ -90,8 +95,11 @@ def uninstall() -> None:
             if owner is None:
                 continue
             if wrapper is None or vars(owner).get(claim.attribute) is not wrapper:
-                journal.logger().warning("%s.%s was replaced by someone else since: left as it is",
-                                         owner.__qualname__, claim.attribute)
+                journal.logger().warning(
+                    "%s.%s was replaced by someone else since: left as it is",
+                    owner.__qualname__,
+                    claim.attribute,
+                )
             elif wrapper.__flashbias_original__ is None:
                 delattr(owner, claim.attribute)
             else:
@@ -101,8 +109,9 @@ def uninstall() -> None:
 
 
 def _check_environment() -> None:
-    """Name unknown classes, patches and options in FLASHBIAS_* variables. Loading a third party's targets may import
-    torch, whose own import may be what this runs in: then it waits for the first module that is patched."""
+    """Name unknown classes, patches and options in FLASHBIAS_* variables. Loading a third party's
+    targets may import torch, whose own import may be what this runs in: then it waits for the first
+    module that is patched."""
     global _checked
     if not _checked and ("torch" in sys.modules or not environment.loads_third_parties()):
         _checked = True
@@ -118,8 +127,14 @@ def _on_import(module: Any) -> None:
         try:
             hook(module)
         except Exception as error:  # an error here must not become one of the user's import
-            journal.once(("import", name, str(error)), "error", "after the import of %s: %s: %s", name,
-                         type(error).__name__, error)
+            journal.once(
+                ("import", name, str(error)),
+                "error",
+                "after the import of %s: %s: %s",
+                name,
+                type(error).__name__,
+                error,
+            )
 
 
 def _on_module(module: Any) -> None:
@@ -128,8 +143,13 @@ def _on_module(module: Any) -> None:
         return
     names = catalog.targets()
     for value in list(getattr(module, "__dict__", {}).values()):
-        # not isinstance: some modules hold objects whose __class__ answers with a deprecation warning
-        if issubclass(type(value), type) and value.__name__ in names and not value.__module__.startswith("torch."):
+        # not isinstance: some modules hold objects whose __class__ answers with a deprecation
+        # warning
+        if (
+            issubclass(type(value), type)
+            and value.__name__ in names
+            and not value.__module__.startswith("torch.")
+        ):
             claim(value)
 
 
@@ -145,7 +165,8 @@ def _on_registry(module: Any) -> None:
         cls = args[0] if args else kwargs.get("module", kwargs.get("module_class"))
         if _installed and inspect.isclass(cls) and catalog.target_of(cls) is not None:
             claim(cls)
-            # The core it calls lives in the globals of the module that defines it, under its own name.
+            # The core it calls lives in the globals of the module that defines it, under its own
+            # name.
             _on_module(sys.modules.get(cls.__module__))
         return result
 
@@ -162,13 +183,21 @@ _HOOKS: Dict[str, Tuple[Callable[[Any], None], ...]] = {
 
 
 def claim(cls: type) -> bool:
-    """Wrap the methods of `cls` with the seams of its target, if it has the target's shape. Never raises."""
+    """Wrap the methods of `cls` with the seams of its target, if it has the target's shape. Never
+    raises."""
     try:
         return _claim(cls)
     except Exception as error:
         _refused[cls.__module__, cls.__qualname__] = f"{type(error).__name__}: {error}"
-        journal.once(("claim", cls.__module__, cls.__qualname__, str(error)), "error", "%s.%s is left unpatched: %s: %s",
-                     cls.__module__, cls.__qualname__, type(error).__name__, error)
+        journal.once(
+            ("claim", cls.__module__, cls.__qualname__, str(error)),
+            "error",
+            "%s.%s is left unpatched: %s: %s",
+            cls.__module__,
+            cls.__qualname__,
+            type(error).__name__,
+            error,
+        )
         return False
 
 
@@ -189,11 +218,19 @@ def _claim(cls: type) -> bool:
         for method, seam in (("forward", target.seam), *target.others):
             found = inspect.getattr_static(cls, method, None)
             if found is not None and not _is_patched(found):
-                _wrap(cls, method, seams.SEAMS[seam](cls), seam)  # not where it, or the one inherited, is wrapped
+                _wrap(
+                    cls, method, seams.SEAMS[seam](cls), seam
+                )  # not where it, or the one inherited, is wrapped
         if target.seam == "outer":
             _wrap_inner_attention()
         _refused.pop((cls.__module__, cls.__qualname__), None)
-    journal.once(("patched", cls.__module__, cls.__qualname__), "info", "patched %s.%s", cls.__module__, cls.__qualname__)
+    journal.once(
+        ("patched", cls.__module__, cls.__qualname__),
+        "info",
+        "patched %s.%s",
+        cls.__module__,
+        cls.__qualname__,
+    )
     _tell_missing()
     return True
 
@@ -203,7 +240,13 @@ def _tell_missing() -> None:
     from .. import _torch_internals as internals
 
     if internals.MISSING:
-        journal.once(("torch lacks",), "info", "torch %s lacks %s", internals.VERSION, "; ".join(internals.missing()))
+        journal.once(
+            ("torch lacks",),
+            "info",
+            "torch %s lacks %s",
+            internals.VERSION,
+            "; ".join(internals.missing()),
+        )
 
 
 def _wrap(owner: Any, attribute: str, wrapper: Callable[..., Any], seam: str) -> None:
@@ -228,13 +271,17 @@ def _wrap_inner_attention() -> None:
     wrapper.__flashbias_seam__ = inner_attention
     wrapper.__flashbias_original__ = original
     nn.MultiheadAttention.forward = wrapper  # type: ignore[method-assign]
-    _claims.append(Claim(weakref.ref(nn.MultiheadAttention), "forward", weakref.ref(wrapper), "inner"))
+    _claims.append(
+        Claim(weakref.ref(nn.MultiheadAttention), "forward", weakref.ref(wrapper), "inner")
+    )
 
 
 def _patched_function(original: Any, seam: Callable[..., Any]) -> Any:
-    """A function that hands a call of the method `original` to `seam`; under a strict torch.export, to nobody.
+    """A function that hands a call of the method `original` to `seam`; under a strict torch.export,
+    to nobody.
 
-    Not a wrapt.FunctionWrapper: torch.compile takes that for the function it wraps and runs the original code.
+    Not a wrapt.FunctionWrapper: torch.compile takes that for the function it wraps and runs the
+    original code.
     """
 
     from . import exporting  # imports torch, as whoever defines such a class
@@ -261,7 +308,9 @@ def _call(seam: Callable[..., Any], original: Any, instance: Any, args: Any, kwa
     return seam(original.__get__(instance, type(instance)), instance, args, kwargs)
 
 
-def _traced_call(seam: Callable[..., Any], original: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+def _traced_call(
+    seam: Callable[..., Any], original: Any, instance: Any, args: Any, kwargs: Any
+) -> Any:
     """A patched method as torch.compile and torch.export(strict=True) read it."""
     from . import exporting
 
@@ -271,7 +320,8 @@ def _traced_call(seam: Callable[..., Any], original: Any, instance: Any, args: A
 
 
 def _shield_from_dynamo(dynamo: Any) -> None:
-    """torch.compile breaks its graph at a patched call and leaves what is inside to run as it is."""
+    """torch.compile breaks its graph at a patched call and leaves what is inside to run as it
+    is."""
     global _call
     from .._torch_internals import outside_of_dynamo
 
@@ -291,4 +341,7 @@ def patched() -> List[Dict[str, str]]:
 def refused() -> List[Dict[str, str]]:
     """Classes that bear a target's name and are left alone, with the reason."""
     with _lock:
-        return [{"class": name, "module": module, "reason": why} for (module, name), why in _refused.items()]
+        return [
+            {"class": name, "module": module, "reason": why}
+            for (module, name), why in _refused.items()
+        ]

@@ -1,9 +1,11 @@
 """torch's multi-head attention below an outer forward, computed through FlashBias.
 
-`wrap_forward` wraps nn.MultiheadAttention.forward. Outside an outer forward the wrapper calls the original at once, and
-TorchScript and torch.compile see the original (see its docstring). `FunctionalAttention` does the same for forwards that
-call F.multi_head_attention_forward themselves; it is only opened for classes whose code mentions that function.
+`wrap_forward` wraps nn.MultiheadAttention.forward. Outside an outer forward the wrapper calls the
+original at once, and TorchScript and torch.compile see the original (see its docstring).
+`FunctionalAttention` does the same for forwards that call F.multi_head_attention_forward
+themselves; it is only opened for classes whose code mentions that function.
 """
+
 from __future__ import annotations
 
 import functools
@@ -39,9 +41,9 @@ _backward_hooks_of_all: Dict[int, Any] = getattr(nn.modules.module, "_global_bac
 def wrap_forward(original: Any) -> Any:
     """nn.MultiheadAttention.forward that computes through FlashBias inside an outer forward.
 
-    TorchScript compiles the source of `__wrapped__`, and resolves names through the wrapper's globals: they are the
-    original's. torch.compile traces `_torchdynamo_inline` in the wrapper's place and reads the wrapper's defaults: these are
-    the original's too.
+    TorchScript compiles the source of `__wrapped__`, and resolves names through the wrapper's
+    globals: they are the original's. torch.compile traces `_torchdynamo_inline` in the wrapper's
+    place and reads the wrapper's defaults: these are the original's too.
     """
     _route, _original, _attend = route.current, original, _attend_module
     _unreachable, _check = unreachable.modules, unreachable.check
@@ -49,27 +51,55 @@ def wrap_forward(original: Any) -> Any:
         return _wrap_earlier_forward(original)
 
     def forward(
-        self: Any, query: Any, key: Any, value: Any, key_padding_mask: Any, need_weights: Any, attn_mask: Any,
-        average_attn_weights: Any, is_causal: Any,
-    ) -> Any:  # fmt: skip
+        self: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        key_padding_mask: Any,
+        need_weights: Any,
+        attn_mask: Any,
+        average_attn_weights: Any,
+        is_causal: Any,
+    ) -> Any:
         open_route = _route()
         if open_route is None:
             if _unreachable:
                 _check(self)
             return _original(
-                self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                self,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
             )
         return _attend(
-            open_route, _original, self, query, key, value, key_padding_mask, need_weights, attn_mask,
-            average_attn_weights, is_causal,
-        )  # fmt: skip
+            open_route,
+            _original,
+            self,
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+        )
 
     return _in_place_of(original, forward)
 
 
 def _in_place_of(original: Any, forward: Any) -> Any:
     wrapper = types.FunctionType(
-        forward.__code__, original.__globals__, "forward", original.__defaults__, forward.__closure__
+        forward.__code__,
+        original.__globals__,
+        "forward",
+        original.__defaults__,
+        forward.__closure__,
     )
     functools.update_wrapper(wrapper, original)
     wrapper._torchdynamo_inline = original  # type: ignore[attr-defined]
@@ -77,7 +107,8 @@ def _in_place_of(original: Any, forward: Any) -> Any:
 
 
 def _wrap_earlier_forward(original: Any) -> Any:
-    """The same before torch 2.0, whose forward has no is_causal, or 1.11, where it has no average_attn_weights either."""
+    """The same before torch 2.0, whose forward has no is_causal, or 1.11, where it has no
+    average_attn_weights either."""
     averages = RELEASE >= (1, 11)
     _route, _original, _attend = route.current, original, _attend_module
     _unreachable, _check = unreachable.modules, unreachable.check
@@ -86,21 +117,51 @@ def _wrap_earlier_forward(original: Any) -> Any:
         return original(*arguments[: 8 if averages else 7])
 
     def forward(
-        self: Any, query: Any, key: Any, value: Any, key_padding_mask: Any, need_weights: Any, attn_mask: Any,
+        self: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        key_padding_mask: Any,
+        need_weights: Any,
+        attn_mask: Any,
         average_attn_weights: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         open_route = _route()
         if open_route is None:
             if _unreachable:
                 _check(self)
-            return _original(self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights)
+            return _original(
+                self,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+            )
         return _attend(
-            open_route, usual, self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
+            open_route,
+            usual,
+            self,
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
             False,
-        )  # fmt: skip
+        )
 
     def averaged(
-        self: Any, query: Any, key: Any, value: Any, key_padding_mask: Any, need_weights: Any, attn_mask: Any
+        self: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        key_padding_mask: Any,
+        need_weights: Any,
+        attn_mask: Any,
     ) -> Any:
         open_route = _route()
         if open_route is None:
@@ -108,14 +169,25 @@ def _wrap_earlier_forward(original: Any) -> Any:
                 _check(self)
             return _original(self, query, key, value, key_padding_mask, need_weights, attn_mask)
         return _attend(
-            open_route, usual, self, query, key, value, key_padding_mask, need_weights, attn_mask, True, False
-        )  # fmt: skip
+            open_route,
+            usual,
+            self,
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            True,
+            False,
+        )
 
     return _in_place_of(original, forward if averages else averaged)
 
 
 class InnerCall(NamedTuple):
-    """One call of torch's multi-head attention; sequences are (L, B, E), (B, L, E) if `batch_first`, or (L, E)."""
+    """One call of torch's multi-head attention; sequences are (L, B, E), (B, L, E) if
+    `batch_first`, or (L, E)."""
 
     query: Tensor
     key: Tensor
@@ -134,10 +206,18 @@ class InnerCall(NamedTuple):
 
 
 def _attend_module(
-    open_route: Route, original: Any, module: Any, query: Tensor, key: Tensor, value: Tensor,
-    key_padding_mask: Optional[Tensor], need_weights: bool, attn_mask: Optional[Tensor], average_attn_weights: bool,
+    open_route: Route,
+    original: Any,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Optional[Tensor],
+    need_weights: bool,
+    attn_mask: Optional[Tensor],
+    average_attn_weights: bool,
     is_causal: bool,
-) -> Any:  # fmt: skip
+) -> Any:
     """A call of nn.MultiheadAttention.forward inside an outer forward."""
     if open_route.biases:
         unreachable.remember(module)
@@ -146,40 +226,71 @@ def _attend_module(
     own: Dict[str, Any] = module._parameters if type(module) is nn.MultiheadAttention else _NOTHING
     outs: Dict[str, Any] = out_proj._parameters if type(out_proj) in _LINEAR else _NOTHING
     # A parametrised parameter, or one of a replica of nn.DataParallel, is an attribute only.
-    weight = own["in_proj_weight"] if "in_proj_weight" in own else module.in_proj_weight  # noqa: SIM401
-    offset = own["in_proj_bias"] if "in_proj_bias" in own else module.in_proj_bias  # noqa: SIM401
-    out_weight = outs["weight"] if "weight" in outs else out_proj.weight  # noqa: SIM401
-    out_offset = outs["bias"] if "bias" in outs else out_proj.bias  # noqa: SIM401
+    weight = own["in_proj_weight"] if "in_proj_weight" in own else module.in_proj_weight
+    offset = own["in_proj_bias"] if "in_proj_bias" in own else module.in_proj_bias
+    out_weight = outs["weight"] if "weight" in outs else out_proj.weight
+    out_offset = outs["bias"] if "bias" in outs else out_proj.bias
     dropout_p = module.dropout if module.training else 0.0
     unsupported = None
-    if not (module._qkv_same_embed_dim and module.bias_k is None and query.ndim == 3 and dropout_p < 1.0) or (
-        module.add_zero_attn or is_causal or _NESTED and query.is_nested
-    ):
+    if not (
+        module._qkv_same_embed_dim and module.bias_k is None and query.ndim == 3 and dropout_p < 1.0
+    ) or (module.add_zero_attn or is_causal or _NESTED and query.is_nested):
         unsupported = _unsupported(
-            query, dropout_p, is_causal, not module._qkv_same_embed_dim, module.bias_k is not None, module.add_zero_attn
+            query,
+            dropout_p,
+            is_causal,
+            not module._qkv_same_embed_dim,
+            module.bias_k is not None,
+            module.add_zero_attn,
         )
     arguments_ = (
-        query, key, value, module.batch_first, module.num_heads, weight, offset, out_weight, out_offset, dropout_p,
-        attn_mask, key_padding_mask, need_weights, average_attn_weights,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        module.batch_first,
+        module.num_heads,
+        weight,
+        offset,
+        out_weight,
+        out_offset,
+        dropout_p,
+        attn_mask,
+        key_padding_mask,
+        need_weights,
+        average_attn_weights,
+    )
     result = _attend(open_route, unsupported, arguments_)
     if result is None:
         masks = _masks_with_biases(open_route, InnerCall(*arguments_))
         if masks is not None:
-            (attn_mask, key_padding_mask), is_causal = masks, False  # is_causal only describes the mask given
+            (attn_mask, key_padding_mask), is_causal = (
+                masks,
+                False,
+            )  # is_causal only describes the mask given
         token = route.enter(None)  # the functional below it is not to be computed here either
         try:
             return original(
-                module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                module,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
             )
         finally:
             route.leave(token)
     weights = result[1]
     if weights is not None and (
-        module._backward_hooks or getattr(module, "_backward_pre_hooks", None) or _backward_hooks_of_all
+        module._backward_hooks
+        or getattr(module, "_backward_pre_hooks", None)
+        or _backward_hooks_of_all
         or tracing_state() is not None
     ):
-        # Code in C++ receives the outputs: the autograd function of torch's backward hooks, or the tracer.
+        # Code in C++ receives the outputs: the autograd function of torch's backward hooks, or the
+        # tracer.
         return result[0], weights.computed()
     return result
 
@@ -205,7 +316,8 @@ def _unsupported(
 def _attend(
     open_route: Route, unsupported: Optional[str], arguments_: Tuple[Any, ...]
 ) -> Optional[Tuple[Tensor, Optional[LazyWeights]]]:
-    """(output, weights or None) of a call with the arguments of InnerCall; None where the original code must run."""
+    """(output, weights or None) of a call with the arguments of InnerCall; None where the original
+    code must run."""
     open_route.reached = True
     if tracing_state() is not None or is_exporting():
         return None
@@ -221,10 +333,22 @@ def _attend(
 
 
 def _compute(
-    open_route: Route, query: Tensor, key: Tensor, value: Tensor, batch_first: bool, num_heads: int, weight: Tensor,
-    offset: Optional[Tensor], out_weight: Tensor, out_offset: Optional[Tensor], dropout_p: float,
-    attn_mask: Optional[Tensor], padding: Optional[Tensor], need_weights: bool, average: bool,
-) -> Tuple[Tensor, Optional[LazyWeights]]:  # fmt: skip
+    open_route: Route,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    batch_first: bool,
+    num_heads: int,
+    weight: Tensor,
+    offset: Optional[Tensor],
+    out_weight: Tensor,
+    out_offset: Optional[Tensor],
+    dropout_p: float,
+    attn_mask: Optional[Tensor],
+    padding: Optional[Tensor],
+    need_weights: bool,
+    average: bool,
+) -> Tuple[Tensor, Optional[LazyWeights]]:
     batched = query.ndim == 3
     batch_first = batch_first or not batched
     if not batched:
@@ -241,7 +365,13 @@ def _compute(
         B, M, H, _ = q.shape
         bias = open_route.total_bias(own, B, H, M, k.shape[1])
     out = flash_bias_attention(
-        q, k, v, bias, attn_mask=attn_mask, key_padding_mask=padding, dropout_p=dropout_p,
+        q,
+        k,
+        v,
+        bias,
+        attn_mask=attn_mask,
+        key_padding_mask=padding,
+        dropout_p=dropout_p,
         dtype=arguments.compute_dtype(q.dtype),
     )
     if not batch_first:
@@ -253,7 +383,9 @@ def _compute(
     return (out if batched else out[0]), weights
 
 
-def _batch_of_one(query: Tensor, key: Tensor, value: Tensor, padding: Optional[Tensor]) -> Tuple[Any, ...]:
+def _batch_of_one(
+    query: Tensor, key: Tensor, value: Tensor, padding: Optional[Tensor]
+) -> Tuple[Any, ...]:
     """(L, E) -> (1, L, E), keeping what is the same object the same object."""
     given = {id(t): t for t in (query, key, value)}
     made = {name: t.unsqueeze(0) for name, t in given.items()}
@@ -268,7 +400,8 @@ def check_lengths(query: Tensor, key: Tensor, value: Tensor, batch_first: bool) 
     if key.shape[:2] != value.shape[:2] or key.shape[batch] != query.shape[batch]:
         axes = "(batch, length, channels)" if batch_first else "(length, batch, channels)"
         raise ValueError(
-            f"key and value must have one length and query's batch size: query {tuple(query.shape)}, "
+            "key and value must have one length and query's batch size: query "
+            f"{tuple(query.shape)}, "
             f"key {tuple(key.shape)}, value {tuple(value.shape)}, as {axes}"
         )
 
@@ -278,10 +411,12 @@ def count_original(name: str, why: str) -> None:
     journal.fallback(name, "call", f"the original code ran: {why}", level="info")
 
 
-# -- the original code ---------------------------------------------------------------------------------------------
+# -- the original code -----------------------------------------------------------------------------
 
 
-def _masks_with_biases(open_route: Route, call: InnerCall) -> Optional[Tuple[Tensor, Optional[Tensor]]]:
+def _masks_with_biases(
+    open_route: Route, call: InnerCall
+) -> Optional[Tuple[Tensor, Optional[Tensor]]]:
     """(attn_mask, key_padding_mask) with the biases added to the mask; None if there are none."""
     query, mask, padding = call.query, call.attn_mask, call.key_padding_mask
     own: Tuple[Bias, ...] = (mask,) if isinstance(mask, AttentionBias) else ()
@@ -295,21 +430,29 @@ def _masks_with_biases(open_route: Route, call: InnerCall) -> Optional[Tuple[Ten
     bias = open_route.total_bias(own, B, call.num_heads, M, N)
     if bias is None:
         return None
-    if padding is not None and RELEASE < (2, 0):  # which takes a floating mask beside a boolean padding, and no other pair
+    if padding is not None and RELEASE < (
+        2,
+        0,
+    ):  # which takes a floating mask beside a boolean padding, and no other pair
         dense = dense_mask(bias, None if own else mask, B, call.num_heads, M, N, query)
         if not padding.is_floating_point():
             return dense, padding.bool()
         rows = padding.view(-1, 1, 1, N).expand(B, call.num_heads, 1, N).reshape(-1, 1, N)
         return dense + rows.to(dense.dtype), None
-    if padding is not None and not padding.is_floating_point():  # torch wants both masks of one kind
-        padding = torch.zeros_like(padding, dtype=query.dtype).masked_fill(padding.bool(), float("-inf"))
+    if (
+        padding is not None and not padding.is_floating_point()
+    ):  # torch wants both masks of one kind
+        padding = torch.zeros_like(padding, dtype=query.dtype).masked_fill(
+            padding.bool(), float("-inf")
+        )
     return dense_mask(bias, None if own else mask, B, call.num_heads, M, N, query), padding
 
 
 def dense_mask(
     bias: AttentionBias, attn_mask: Optional[Tensor], B: int, H: int, M: int, N: int, like: Tensor
 ) -> Tensor:
-    """bias + attn_mask as torch's multi-head attention takes it: (B*H, M, N), in the dtype and on the device of `like`."""
+    """bias + attn_mask as torch's multi-head attention takes it: (B*H, M, N), in the dtype and on
+    the device of `like`."""
     from ..attention.inputs import mask_4d
 
     total = bias.dense().to(like.device, like.dtype)
@@ -319,14 +462,14 @@ def dense_mask(
     return total.expand(B, H, M, N).reshape(B * H, M, N)
 
 
-# -- forwards that call the functional themselves ---------------------------------------------------------------------
+# -- forwards that call the functional themselves --------------------------------------------------
 
 
 class _FunctionalMode(TorchFunctionMode or object):  # type: ignore[misc]
     """Inside an outer forward, F.multi_head_attention_forward is computed through FlashBias.
 
-    A torch function mode is thread-local and open only during that forward. It sees every torch function of the forward,
-    which costs time; hence `mentions_functional`.
+    A torch function mode is thread-local and open only during that forward. It sees every torch
+    function of the forward, which costs time; hence `mentions_functional`.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -339,8 +482,9 @@ class _FunctionalMode(TorchFunctionMode or object):  # type: ignore[misc]
 
 
 class _FunctionReplaced:
-    """The same before torch 1.13, which has no function modes: torch.nn.functional's attribute is replaced while any
-    such forward runs, and acts in those only. Names that were imported from there keep the original code."""
+    """The same before torch 1.13, which has no function modes: torch.nn.functional's attribute is
+    replaced while any such forward runs, and acts in those only. Names that were imported from
+    there keep the original code."""
 
     _count, _lock = 0, threading.Lock()
 
@@ -372,7 +516,9 @@ def _replacement(*args: Any, **kwargs: Any) -> Any:
 _FUNCTION_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 
-def _attend_function(open_route: Route, original: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+def _attend_function(
+    open_route: Route, original: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]
+) -> Any:
     """A call of F.multi_head_attention_forward inside an outer forward."""
     if open_route.biases:
         unreachable.refuse(open_route.module)
@@ -381,15 +527,34 @@ def _attend_function(open_route: Route, original: Any, args: Tuple[Any, ...], kw
     given = bound.arguments
     dropout_p = given["dropout_p"] if given["training"] else 0.0
     static = given["static_k"] is not None or given["static_v"] is not None
-    unsupported = "static_k or static_v is not supported" if static else _unsupported(
-        given["query"], dropout_p, given.get("is_causal", False), given["use_separate_proj_weight"],
-        given["bias_k"] is not None or given["bias_v"] is not None, given["add_zero_attn"],
+    unsupported = (
+        "static_k or static_v is not supported"
+        if static
+        else _unsupported(
+            given["query"],
+            dropout_p,
+            given.get("is_causal", False),
+            given["use_separate_proj_weight"],
+            given["bias_k"] is not None or given["bias_v"] is not None,
+            given["add_zero_attn"],
+        )
     )
     arguments_ = (
-        given["query"], given["key"], given["value"], False, given["num_heads"], given["in_proj_weight"],
-        given["in_proj_bias"], given["out_proj_weight"], given["out_proj_bias"], dropout_p, given["attn_mask"],
-        given["key_padding_mask"], given["need_weights"], given.get("average_attn_weights", True),
-    )  # fmt: skip
+        given["query"],
+        given["key"],
+        given["value"],
+        False,
+        given["num_heads"],
+        given["in_proj_weight"],
+        given["in_proj_bias"],
+        given["out_proj_weight"],
+        given["out_proj_bias"],
+        dropout_p,
+        given["attn_mask"],
+        given["key_padding_mask"],
+        given["need_weights"],
+        given.get("average_attn_weights", True),
+    )
     result = _attend(open_route, unsupported, arguments_)
     if result is None:
         masks = _masks_with_biases(open_route, InnerCall(*arguments_))
@@ -402,7 +567,8 @@ def _attend_function(open_route: Route, original: Any, args: Tuple[Any, ...], kw
 
 
 def mentions_functional(classes: Any) -> bool:
-    """Whether the code of these classes, or of the modules that define them, names F.multi_head_attention_forward."""
+    """Whether the code of these classes, or of the modules that define them, names
+    F.multi_head_attention_forward."""
     return any(
         _names_functional(value)
         for cls in classes
@@ -422,7 +588,10 @@ def _names_functional(value: Any) -> bool:
         code = getattr(inspect.unwrap(value), "__code__", None)
         return any(FUNCTION in names for names in _names_in(code))
     if issubclass(type(value), type) and not value.__module__.startswith("torch."):
-        return any(type(inner) is types.FunctionType and _names_functional(inner) for inner in vars(value).values())
+        return any(
+            type(inner) is types.FunctionType and _names_functional(inner)
+            for inner in vars(value).values()
+        )
     return False
 
 

@@ -1,10 +1,12 @@
 """Modules of the user's repository that import flash_attn or need a compatibility patch.
 
-flash-attn 0.2.2 cannot be built any more and the family imports it at module scope. The import statements of such a
-module are compiled as calls of `import_name`, which uses a stand-in for a name that is missing. All else in the module
-is compiled as it is written, and nothing is put in sys.modules: `importlib.util.find_spec("flash_attn")` and every
-other module see the environment unchanged.
+flash-attn 0.2.2 cannot be built any more and the family imports it at module scope. The import
+statements of such a module are compiled as calls of `import_name`, which uses a stand-in for a name
+that is missing. All else in the module is compiled as it is written, and nothing is put in
+sys.modules: `importlib.util.find_spec("flash_attn")` and every other module see the environment
+unchanged.
 """
+
 from __future__ import annotations
 
 import ast
@@ -38,7 +40,8 @@ class Finder:
     def enable(cls, on_module: Callable[[Any], None], watched: Iterable[str] = ()) -> None:
         cls.disable()
         cls._instance = cls(on_module, watched)
-        # Before the path is searched and after the import hooks of others, which thus see every module.
+        # Before the path is searched and after the import hooks of others, which thus see every
+        # module.
         index = sys.meta_path.index(importlib.machinery.PathFinder) if _searches_path() else 0
         sys.meta_path.insert(index, cls._instance)  # type: ignore[arg-type]
 
@@ -92,7 +95,11 @@ class _Loader(importlib.machinery.SourceFileLoader):
     """Executes the module with its imports of `imports` rewritten, then offers it to be patched."""
 
     def __init__(
-        self, name: str, path: str, on_module: Callable[[Any], None], patches: Tuple[compat.Patch, ...] = (),
+        self,
+        name: str,
+        path: str,
+        on_module: Callable[[Any], None],
+        patches: Tuple[compat.Patch, ...] = (),
         imports: Tuple[str, ...] = (),
     ) -> None:
         super().__init__(name, path)
@@ -102,9 +109,13 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> Any:
         rewritten = self._rewritten() if self._imports else None
-        # Not by way of a cached .pyc, neither read nor written: an unpatched process shares that file.
-        return super().get_code(fullname) if rewritten is None else compile(
-            rewritten, self.path, "exec", dont_inherit=True)
+        # Not by way of a cached .pyc, neither read nor written: an unpatched process shares that
+        # file.
+        return (
+            super().get_code(fullname)
+            if rewritten is None
+            else compile(rewritten, self.path, "exec", dont_inherit=True)
+        )
 
     def _rewritten(self) -> Optional[ast.Module]:
         try:
@@ -128,10 +139,11 @@ class _Loader(importlib.machinery.SourceFileLoader):
         self._on_module(module)
 
     def _import(self, namespace: Any, name: str, item: Optional[str] = None) -> Any:
-        """The value that `import name` (item None), `import name as ...` ("") or `from name import item` binds.
+        """The value that `import name` (item None), `import name as ...` ("") or `from name import
+        item` binds.
 
-        `from name import *` (item "*") binds its names itself. The `builtins.__import__` of the moment is used, which
-        the user may have replaced.
+        `from name import *` (item "*") binds its names itself. The `builtins.__import__` of the
+        moment is used, which the user may have replaced.
         """
         fromlist: Tuple[str, ...] = () if item is None else (item or "__name__",)
 
@@ -150,24 +162,31 @@ class _Loader(importlib.machinery.SourceFileLoader):
         if not item:
             return module
         if item == "*":
-            public = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
+            public = getattr(module, "__all__", None) or [
+                n for n in vars(module) if not n.startswith("_")
+            ]
             namespace.update((public_name, getattr(module, public_name)) for public_name in public)
             return None
         try:
             return getattr(module, item)
         except AttributeError:
-            if f"{name}.{item}" in sys.modules:  # a submodule in the middle of its import, as in CPython's own
+            if (
+                f"{name}.{item}" in sys.modules
+            ):  # a submodule in the middle of its import, as in CPython's own
                 return sys.modules[f"{name}.{item}"]
             where = getattr(module, "__file__", None) or "unknown location"
-            raise ImportError(f"cannot import name {item!r} from {name!r} ({where})", name=name) from None
+            raise ImportError(
+                f"cannot import name {item!r} from {name!r} ({where})", name=name
+            ) from None
 
 
 class _Rewriter(ast.NodeTransformer):
     """Turns the import statements of some top-level modules into calls of `import_name`.
 
-    An import that the code itself expects to fail keeps its meaning: in the body of a `try` whose handler catches
-    ImportError and goes on, or under `contextlib.suppress`. So does an import of flash_attn inside a function, whose
-    caller may be prepared for its failure. NumPy is there in any case, and is only seen with its removed aliases.
+    An import that the code itself expects to fail keeps its meaning: in the body of a `try` whose
+    handler catches ImportError and goes on, or under `contextlib.suppress`. So does an import of
+    flash_attn inside a function, whose caller may be prepared for its failure. NumPy is there in
+    any case, and is only seen with its removed aliases.
     """
 
     def __init__(self, imports: Tuple[str, ...]) -> None:
@@ -189,7 +208,9 @@ class _Rewriter(ast.NodeTransformer):
         for alias in node.names:
             if self._stands_in(alias.name):
                 bound = alias.asname or alias.name.partition(".")[0]
-                statements.append(self._assign(node, bound, alias.name, "" if alias.asname else None))
+                statements.append(
+                    self._assign(node, bound, alias.name, "" if alias.asname else None)
+                )
             else:
                 statements.append(ast.copy_location(ast.Import(names=[alias]), node))
         return statements
@@ -202,16 +223,23 @@ class _Rewriter(ast.NodeTransformer):
             if node.module.partition(".")[0] != FLASH_ATTN:
                 return node
             return ast.copy_location(ast.Expr(self._call(node, node.module, "*")), node)
-        return [self._assign(node, alias.asname or alias.name, node.module, alias.name) for alias in node.names]
+        return [
+            self._assign(node, alias.asname or alias.name, node.module, alias.name)
+            for alias in node.names
+        ]
 
     def _assign(self, node: ast.stmt, bound: str, name: str, item: Optional[str]) -> ast.stmt:
         target = ast.Name(id=bound, ctx=ast.Store())
-        return ast.copy_location(ast.Assign(targets=[target], value=self._call(node, name, item)), node)
+        return ast.copy_location(
+            ast.Assign(targets=[target], value=self._call(node, name, item)), node
+        )
 
     def _call(self, node: ast.stmt, name: str, item: Optional[str]) -> ast.expr:
         self.changed = True
         function = ast.Name(id=IMPORT, ctx=ast.Load())
-        return ast.Call(func=function, args=[ast.Constant(value=name), ast.Constant(value=item)], keywords=[])
+        return ast.Call(
+            func=function, args=[ast.Constant(value=name), ast.Constant(value=item)], keywords=[]
+        )
 
     def _function(self, node: Any) -> Any:
         outer, self._optional = self._optional, 0
@@ -241,7 +269,9 @@ class _Rewriter(ast.NodeTransformer):
         return done
 
     def visit_Try(self, node: Any) -> Any:
-        catching = next((handler for handler in node.handlers if _catches_import_error(handler.type)), None)
+        catching = next(
+            (handler for handler in node.handlers if _catches_import_error(handler.type)), None
+        )
         return self._expecting(node, catching is not None and not _ends_in_raise(catching.body))
 
     visit_TryStar = visit_Try
@@ -250,12 +280,28 @@ class _Rewriter(ast.NodeTransformer):
         return self._expecting(node, any(_suppresses(item.context_expr) for item in node.items))
 
 
-# Exceptions that an `except` clause may name and that are no ImportError. A name that is not here may be one.
-_OTHER_ERRORS = frozenset({
-    "ArithmeticError", "AssertionError", "AttributeError", "KeyError", "IndexError", "LookupError", "NameError",
-    "NotImplementedError", "OSError", "IOError", "RuntimeError", "SyntaxError", "TypeError", "ValueError",
-    "KeyboardInterrupt", "SystemExit",
-})
+# Exceptions that an `except` clause may name and that are no ImportError. A name that is not here
+# may be one.
+_OTHER_ERRORS = frozenset(
+    {
+        "ArithmeticError",
+        "AssertionError",
+        "AttributeError",
+        "KeyError",
+        "IndexError",
+        "LookupError",
+        "NameError",
+        "NotImplementedError",
+        "OSError",
+        "IOError",
+        "RuntimeError",
+        "SyntaxError",
+        "TypeError",
+        "ValueError",
+        "KeyboardInterrupt",
+        "SystemExit",
+    }
+)
 _EXITS = ("exit", "quit", "_exit", "abort")
 
 
@@ -283,4 +329,10 @@ def _suppresses(expression: ast.expr) -> bool:
 
 def _last_name(node: ast.expr) -> str:
     """`ImportError` of `ImportError` and of `builtins.ImportError`; empty for anything else."""
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    return (
+        node.id
+        if isinstance(node, ast.Name)
+        else node.attr
+        if isinstance(node, ast.Attribute)
+        else ""
+    )

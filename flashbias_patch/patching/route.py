@@ -1,4 +1,5 @@
 """The state of one call of an outer forward: what its core adds, and what the core did with it."""
+
 from __future__ import annotations
 
 import contextvars
@@ -19,21 +20,36 @@ class Route:
     Attributes:
         module: the outer module; for a core that is called on its own, the core.
         biases: what no argument of the core can carry.
-        attn_mask, key_padding_mask: as the outer forward received them. Only a flash core looks at them, because the
-            flash class drops them.
+        attn_mask, key_padding_mask: as the outer forward received them. Only a flash core looks at
+            them, because the flash class drops them.
         reached: whether a core was called.
         used: positions in `biases` of those that were added to the scores of some core.
-        misfits: position -> the error of a bias that did not fit a core's sizes. A forward with two attentions may
-            hold a bias for one of them, so the error is raised only if the bias fits none.
+        misfits: position -> the error of a bias that did not fit a core's sizes. A forward with two
+            attentions may hold a bias for one of them, so the error is raised only if the bias fits
+            none.
         unsupported: why a core could not add the biases.
-        functional: whether F.multi_head_attention_forward is computed here too (inner_attention.FunctionalAttention).
+        functional: whether F.multi_head_attention_forward is computed here too
+            (inner_attention.FunctionalAttention).
     """
 
-    __slots__ = ("module", "biases", "attn_mask", "key_padding_mask", "reached", "used", "misfits", "unsupported",
-                 "functional")  # fmt: skip
+    __slots__ = (
+        "module",
+        "biases",
+        "attn_mask",
+        "key_padding_mask",
+        "reached",
+        "used",
+        "misfits",
+        "unsupported",
+        "functional",
+    )
 
     def __init__(
-        self, module: Any, biases: Tuple[Bias, ...], attn_mask: Any = None, key_padding_mask: Any = None
+        self,
+        module: Any,
+        biases: Tuple[Bias, ...],
+        attn_mask: Any = None,
+        key_padding_mask: Any = None,
     ) -> None:
         self.module = module
         self.biases = biases
@@ -45,8 +61,11 @@ class Route:
         self.unsupported: Optional[str] = None
         self.functional = False
 
-    def total_bias(self, own: Tuple[Bias, ...], B: int, H: int, M: int, N: int) -> Optional[AttentionBias]:
-        """The sum of the biases that fit a core of these sizes, and of its `own`; ValueError if one of `own` does not."""
+    def total_bias(
+        self, own: Tuple[Bias, ...], B: int, H: int, M: int, N: int
+    ) -> Optional[AttentionBias]:
+        """The sum of the biases that fit a core of these sizes, and of its `own`; ValueError if one
+        of `own` does not."""
         total: Optional[AttentionBias] = None
         for index, bias in enumerate((*self.biases, *own)):
             try:
@@ -70,12 +89,18 @@ class Route:
         """Take over what became of this route's biases in an inner one, which begins with them."""
         own = range(len(self.biases))
         self.reached = self.reached or inner.reached
-        self.used = (*self.used, *(index for index in inner.used if index in own and index not in self.used))
-        self.misfits.update({index: error for index, error in inner.misfits.items() if index in own})
+        self.used = (
+            *self.used,
+            *(index for index in inner.used if index in own and index not in self.used),
+        )
+        self.misfits.update(
+            {index: error for index, error in inner.misfits.items() if index in own}
+        )
         self.unsupported = self.unsupported or inner.unsupported
 
     def unused(self, first: int = 0) -> Tuple[int, ...]:
-        """Positions, from `first` on, of the biases that no core added; raises the error of one that fits no core."""
+        """Positions, from `first` on, of the biases that no core added; raises the error of one
+        that fits no core."""
         unused = tuple(index for index in range(first, len(self.biases)) if index not in self.used)
         for index in unused:
             if index in self.misfits:
@@ -84,18 +109,24 @@ class Route:
 
 
 def batch_first(bias: Bias, B: int, M: int, N: int) -> Bias:
-    """A bias that came length first, (M, B, N), as (B, M, N). Where M is B it is read as (B, M, N)."""
+    """A bias that came length first, (M, B, N), as (B, M, N). Where M is B it is read as (B, M,
+    N)."""
     if isinstance(bias, Tensor) and bias.dim() == 3 and bias.shape == (M, B, N) and M != B:
         return bias.transpose(0, 1)
     return bias
 
 
-variable: contextvars.ContextVar[Optional[Route]] = contextvars.ContextVar("flashbias_route", default=None)
+variable: contextvars.ContextVar[Optional[Route]] = contextvars.ContextVar(
+    "flashbias_route", default=None
+)
 current = variable.get
 enter = variable.set
 leave = variable.reset
 
 
 def is_bias(mask: Any) -> bool:
-    """Whether what stands in a mask's place is a bias: a description, or a floating tensor that requires a gradient."""
-    return isinstance(mask, (AttentionBias, BiasTensor)) or (isinstance(mask, Tensor) and mask.requires_grad)
+    """Whether what stands in a mask's place is a bias: a description, or a floating tensor that
+    requires a gradient."""
+    return isinstance(mask, (AttentionBias, BiasTensor)) or (
+        isinstance(mask, Tensor) and mask.requires_grad
+    )

@@ -1,11 +1,13 @@
 """The wrappers, one per seam.
 
-`outer`: a module in mmcv's shape around an attention. Its forward stays the repository's own and receives all of its
-arguments; a route is open while it runs, in which the core below it is computed here (inner_attention.py, CoreSeam).
+`outer`: a module in mmcv's shape around an attention. Its forward stays the repository's own and
+receives all of its arguments; a route is open while it runs, in which the core below it is computed
+here (inner_attention.py, CoreSeam).
 `core`: FlashMHA, which holds the projections itself.
 `layer`: a decoder layer. It takes `attention_bias=` and keeps a bias alive through its checkpoint.
 Those of transformers and heads are in transformers.py.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -20,14 +22,21 @@ from ..attention.recovery import replay
 from ..bias import AttentionBias
 from . import ambient, arguments, generators, route, transformers, unreachable
 from .arguments import Bias
-from .inner_attention import FunctionalAttention, check_lengths, count_original, dense_mask, mentions_functional
+from .inner_attention import (
+    FunctionalAttention,
+    check_lengths,
+    count_original,
+    dense_mask,
+    mentions_functional,
+)
 from .route import Route
 
 _NO_BIASES: Tuple[Bias, ...] = ()
 
 
 def _map_route(opened: Route, function: Callable[[Tensor], Tensor]) -> Route:
-    """For a recomputation: a route of its own, with `function` applied to the tensors that may need a gradient."""
+    """For a recomputation: a route of its own, with `function` applied to the tensors that may need
+    a gradient."""
     biases = tuple(ambient.map_bias(bias, function) for bias in opened.biases)
     mask = opened.attn_mask
     if isinstance(mask, Tensor) and mask.requires_grad:
@@ -46,37 +55,63 @@ replay.carry(route.variable, _map_route, _reopen)
 
 
 class OuterSeam:
-    """forward(query, key=None, value=None, ..., attn_mask, key_padding_mask) around an inner attention."""
+    """forward(query, key=None, value=None, ..., attn_mask, key_padding_mask) around an inner
+    attention."""
 
     def __init__(self, cls: type) -> None:
         self.name = cls.__qualname__
         self.parameters = arguments.Parameters(cls)
-        self.calls_functional: Dict[Optional[type], bool] = {}  # by the class of the inner attention
+        self.calls_functional: Dict[
+            Optional[type], bool
+        ] = {}  # by the class of the inner attention
         self.reached_once = False  # whether any call has reached its core
         self.mask_at, self.padding_at = self.parameters.places("attn_mask", "key_padding_mask")
 
-    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    def __call__(
+        self,
+        wrapped: Callable[..., Any],
+        module: Any,
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
+    ) -> Any:
         parameters, given, biases = self.parameters, len(args), _NO_BIASES
         # As parameters.get, which every call of every attention would call twice.
-        mask = kwargs["attn_mask"] if "attn_mask" in kwargs else args[self.mask_at] if self.mask_at < given else None
+        mask = (
+            kwargs["attn_mask"]
+            if "attn_mask" in kwargs
+            else args[self.mask_at]
+            if self.mask_at < given
+            else None
+        )
         if "key_padding_mask" in kwargs:
             padding = kwargs["key_padding_mask"]
         else:
             padding = args[self.padding_at] if self.padding_at < given else None
-        if parameters.accepts or "attention_bias" in kwargs or "attn_bias" in kwargs or isinstance(mask, AttentionBias):
+        if (
+            parameters.accepts
+            or "attention_bias" in kwargs
+            or "attn_bias" in kwargs
+            or isinstance(mask, AttentionBias)
+        ):
             args, kwargs, biases = arguments.take_biases(parameters, args, kwargs)
             mask = parameters.get("attn_mask", args, kwargs)
             if biases and getattr(module, "operation_name", None) == "self_attn":
                 biases = _of_self_attention(biases, parameters.get("query", args, kwargs))
         opened = Route(module, biases, mask, padding)
         if not replay.forward_gradients():
-            replay.current()  # a checkpoint around this call is to be known before anything is set for the call
+            # a checkpoint around this call is to be known before anything is set for the call
+            replay.current()
         parent = route.current()
-        if parent is not None and parent.module is module:  # a subclass' forward calling its parent's
+        if (
+            parent is not None and parent.module is module
+        ):  # a subclass' forward calling its parent's
             return _parents_forward(parent, opened, wrapped, args, kwargs)
         if ambient.ever_opened and ambient.active():
             query, key = parameters.get("query", args, kwargs), parameters.get("key", args, kwargs)
-            opened.biases = (*biases, *ambient.biases_for(module, arguments.kind_of(module, query, key)))
+            opened.biases = (
+                *biases,
+                *ambient.biases_for(module, arguments.kind_of(module, query, key)),
+            )
         if opened.biases and not _holds_core(module):
             args, kwargs = self._biases_as_mask(opened, args, kwargs)
         below = module._modules
@@ -102,7 +137,8 @@ class OuterSeam:
         return out
 
     def _calls_functional(self, module: Any, core: Optional[type]) -> bool:
-        """Whether F.multi_head_attention_forward may be called by other code than nn.MultiheadAttention."""
+        """Whether F.multi_head_attention_forward may be called by other code than
+        nn.MultiheadAttention."""
         found = mentions_functional({type(child) for child in module.modules()})
         self.calls_functional[core] = found
         return found
@@ -124,12 +160,14 @@ class OuterSeam:
 
 
 def _of_self_attention(biases: Tuple[Bias, ...], query: Tensor) -> Tuple[Bias, ...]:
-    """Without those of other keys: decoders that know `attention_bias` hand it to every attention of a layer."""
+    """Without those of other keys: decoders that know `attention_bias` hand it to every attention
+    of a layer."""
     return tuple(bias for bias in biases if bias.shape[-1] in query.shape[:-1])
 
 
 def _parents_forward(parent: Route, opened: Route, wrapped: Any, args: Any, kwargs: Any) -> Any:
-    """A forward called within another of the same module: it has masks of its own, and adds to the biases."""
+    """A forward called within another of the same module: it has masks of its own, and adds to the
+    biases."""
     inherited = len(parent.biases)
     opened.biases = (*parent.biases, *opened.biases)
     token = route.enter(opened)
@@ -144,7 +182,8 @@ def _parents_forward(parent: Route, opened: Route, wrapped: Any, args: Any, kwar
 
 
 def _check_used(name: str, opened: Route, first: int = 0) -> None:
-    """Warn about biases, from the position `first` on, that no core added; raise the error of one that fits none."""
+    """Warn about biases, from the position `first` on, that no core added; raise the error of one
+    that fits none."""
     if opened.unused(first):
         why = opened.unsupported or "the attention that it called has no place for it"
         journal.unreached(f"{name}: attention_bias", why)
@@ -152,7 +191,9 @@ def _check_used(name: str, opened: Route, first: int = 0) -> None:
 
 def _holds_core(module: nn.Module) -> bool:
     """Whether some nn.MultiheadAttention or patched FlashMHA is below an outer module."""
-    return _is_core(module._modules.get("attn")) or any(_is_core(child) for child in module.modules())
+    return _is_core(module._modules.get("attn")) or any(
+        _is_core(child) for child in module.modules()
+    )
 
 
 def _is_core(module: Any) -> bool:
@@ -161,23 +202,29 @@ def _is_core(module: Any) -> bool:
 
 
 def _sizes(module: Any, query: Tensor, key: Tensor, bias: Bias) -> Tuple[int, int, int]:
-    """(B, M, N) of sequences (L, B, E), (B, L, E) or (L, E): the layout that fits the bias, else as `batch_first` says."""
+    """(B, M, N) of sequences (L, B, E), (B, L, E) or (L, E): the layout that fits the bias, else as
+    `batch_first` says."""
     if query.dim() == 2:
         return 1, query.shape[0], key.shape[0]
     M, N = bias.shape[-2:]
     said = int(bool(getattr(module, "batch_first", False)))
-    fits = (axis for axis in (said, 1 - said) if key.shape[axis] == N and M in (1, query.shape[axis]))
+    fits = (
+        axis for axis in (said, 1 - said) if key.shape[axis] == N and M in (1, query.shape[axis])
+    )
     axis = next(fits, said)
     return query.shape[1 - axis], query.shape[axis], key.shape[axis]
 
 
-# -- FlashMHA ----------------------------------------------------------------------------------------------------
+# -- FlashMHA --------------------------------------------------------------------------------------
 
 _CORE_PARAMETERS = ("q", "k", "v", "key_padding_mask", "attn_mask", *arguments.BIAS_KEYWORDS)
 
 
-def new_route(module: Any, own: Tuple[Bias, ...], query: Any, key: Any) -> Tuple[Route, Tuple[Bias, ...]]:
-    """The route of a core that no patched outer forward is around, and `own` biases with the ambient ones."""
+def new_route(
+    module: Any, own: Tuple[Bias, ...], query: Any, key: Any
+) -> Tuple[Route, Tuple[Bias, ...]]:
+    """The route of a core that no patched outer forward is around, and `own` biases with the
+    ambient ones."""
     if not replay.forward_gradients():
         replay.current()
     if ambient.ever_opened and ambient.active():
@@ -188,7 +235,8 @@ def new_route(module: Any, own: Tuple[Bias, ...], query: Any, key: Any) -> Tuple
 
 
 def note_original(name: str, why: str, opened: Route, own: Tuple[Bias, ...]) -> None:
-    """Record that the core `name` runs its original code, which does not see the biases of this call."""
+    """Record that the core `name` runs its original code, which does not see the biases of this
+    call."""
     count_original(name, why)
     opened.unsupported = why
     if own:
@@ -196,16 +244,28 @@ def note_original(name: str, why: str, opened: Route, own: Tuple[Bias, ...]) -> 
 
 
 class CoreSeam:
-    """FlashMHA.forward(q, k, v, key_padding_mask=None): batch first, packed in_proj_weight, returns (out, None)."""
+    """FlashMHA.forward(q, k, v, key_padding_mask=None): batch first, packed in_proj_weight, returns
+    (out, None)."""
 
     def __init__(self, cls: type) -> None:
         self.name = cls.__qualname__
         self.parameters = arguments.Parameters(cls)
         self.options = self.parameters.defaults_without(_CORE_PARAMETERS)
 
-    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    def __call__(
+        self,
+        wrapped: Callable[..., Any],
+        module: Any,
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
+    ) -> Any:
         parameters, own = self.parameters, _NO_BIASES
-        if len(args) > 4 or "attn_mask" in kwargs or "attention_bias" in kwargs or "attn_bias" in kwargs:
+        if (
+            len(args) > 4
+            or "attn_mask" in kwargs
+            or "attention_bias" in kwargs
+            or "attn_bias" in kwargs
+        ):
             args, kwargs, own = arguments.take_biases(parameters, args, kwargs)
         q, k, v = (parameters.get(name, args, kwargs) for name in ("q", "k", "v"))
         opened = route.current()
@@ -236,14 +296,17 @@ class CoreSeam:
     def _masks(
         self, module: Any, opened: Route, args: Tuple[Any, ...], kwargs: Dict[str, Any]
     ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-        """(attn_mask, key_padding_mask) in torch's convention: what the core is handed, else what the outer forward was.
+        """(attn_mask, key_padding_mask) in torch's convention: what the core is handed, else what
+        the outer forward was.
 
-        The flash class drops its masks. Boolean masks and key padding are dropped here too, unless FLASHBIAS_MASKS says
-        otherwise; a floating mask is a bias, and is applied.
+        The flash class drops its masks. Boolean masks and key padding are dropped here too, unless
+        FLASHBIAS_MASKS says otherwise; a floating mask is a bias, and is applied.
         """
         mask = self.parameters.get("attn_mask", args, kwargs)
         keep = self.parameters.get("key_padding_mask", args, kwargs)
-        padding = None if keep is None else ~keep.bool()  # flash-attn's convention: True keeps a key
+        padding = (
+            None if keep is None else ~keep.bool()
+        )  # flash-attn's convention: True keeps a key
         outer_mask = opened.attn_mask if mask is None else None
         outer_padding = opened.key_padding_mask if padding is None else None
         if outer_mask is not None and outer_mask.is_floating_point():
@@ -252,12 +315,17 @@ class CoreSeam:
         if outer_mask is None and outer_padding is None:
             return mask, padding
         if settings.current().masks == "upstream":
-            journal.once("flash masks", "info",
-                         "flash attention classes drop boolean attn_mask and key_padding_mask, as upstream; "
-                         "FLASHBIAS_MASKS=honour applies them")
+            journal.once(
+                "flash masks",
+                "info",
+                "flash attention classes drop boolean attn_mask and key_padding_mask, as upstream; "
+                "FLASHBIAS_MASKS=honour applies them",
+            )
             return mask, padding
         unreachable.remember(module)
-        return (mask if outer_mask is None else outer_mask), (padding if outer_padding is None else outer_padding)
+        return (mask if outer_mask is None else outer_mask), (
+            padding if outer_padding is None else outer_padding
+        )
 
     def _attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, opened: Route, own: Tuple[Bias, ...],
@@ -266,23 +334,35 @@ class CoreSeam:
         check_lengths(q, k, v, batch_first=True)
         inner = getattr(module, "inner_attn", None)
         dropout_p = float(getattr(inner, "dropout_p", 0.0)) if module.training else 0.0
-        heads = arguments.project(q, k, v, module.in_proj_weight, module.in_proj_bias, module.num_heads)
+        heads = arguments.project(
+            q, k, v, module.in_proj_weight, module.in_proj_bias, module.num_heads
+        )
         B, M, H, D = heads[0].shape
         upstream = heads[0].dtype
         if heads[0].is_cuda and upstream == torch.float32:
-            upstream = torch.float16  # as upstream; on the CPU, where it does not run, its input's precision
+            upstream = (
+                torch.float16
+            )  # as upstream; on the CPU, where it does not run, its input's precision
         if attn_mask is not None and attn_mask.is_floating_point():
             own, attn_mask = (*own, attn_mask), None
         bias = opened.total_bias(own, B, H, M, k.shape[1]) if own or opened.biases else None
         out = flash_bias_attention(
-            *heads, bias, attn_mask=attn_mask, key_padding_mask=key_padding_mask, dropout_p=dropout_p,
+            *heads,
+            bias,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            dropout_p=dropout_p,
             dtype=arguments.compute_dtype(upstream),
         )
         return module.out_proj(out.reshape(B, M, H * D).to(module.out_proj.weight.dtype))
 
 
 def _unsupported(module: Any, q: Tensor) -> Optional[str]:
-    missing = [n for n in ("in_proj_weight", "in_proj_bias", "num_heads", "out_proj") if not hasattr(module, n)]
+    missing = [
+        n
+        for n in ("in_proj_weight", "in_proj_bias", "num_heads", "out_proj")
+        if not hasattr(module, n)
+    ]
     if missing:
         return f"it has no {', '.join(missing)}"
     if getattr(module, "causal", False):
@@ -290,16 +370,23 @@ def _unsupported(module: Any, q: Tensor) -> Optional[str]:
     return None if q.dim() == 3 else f"input of {q.dim()} dimensions is not supported"
 
 
-# -- decoder layers ----------------------------------------------------------------------------------------------
+# -- decoder layers --------------------------------------------------------------------------------
 
 
 class LayerSeam:
-    """forward(query, ..., attn_masks=[self, cross], ...): `attention_bias=` goes to its cross attention."""
+    """forward(query, ..., attn_masks=[self, cross], ...): `attention_bias=` goes to its cross
+    attention."""
 
     def __init__(self, cls: type) -> None:
         self.parameters = arguments.Parameters(cls)
 
-    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    def __call__(
+        self,
+        wrapped: Callable[..., Any],
+        module: Any,
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
+    ) -> Any:
         kwargs, biases = arguments.take_bias_keywords(kwargs, self.parameters.accepts)
         learned = _learned(self.parameters.get("attn_masks", args, kwargs))
         if not biases and not learned:
@@ -313,7 +400,8 @@ class LayerSeam:
 
 
 def _learned(masks: Any) -> List[Tensor]:
-    """The tensors that need a gradient in a list of masks, into which reentrant checkpointing would not look."""
+    """The tensors that need a gradient in a list of masks, into which reentrant checkpointing would
+    not look."""
     found: List[Tensor] = []
     for mask in masks if isinstance(masks, (list, tuple)) else (masks,):
         if isinstance(mask, Tensor):
@@ -331,6 +419,10 @@ def _dual_core(cls: type) -> Any:
 
 
 SEAMS: Dict[str, Callable[[type], Any]] = {
-    "outer": OuterSeam, "core": CoreSeam, "dual core": _dual_core, "layer": LayerSeam, **transformers.SEAMS,
+    "outer": OuterSeam,
+    "core": CoreSeam,
+    "dual core": _dual_core,
+    "layer": LayerSeam,
+    **transformers.SEAMS,
     **generators.SEAMS,
-}  # fmt: skip
+}

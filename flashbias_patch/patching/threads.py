@@ -1,8 +1,11 @@
-"""Handing context on to threads: nn.DataParallel runs its replicas in threads, which start with empty context variables.
+"""Handing context on to threads: nn.DataParallel runs its replicas in threads, which start with
+empty context variables.
 
-While a block of `handing_on` is open, threading.Thread.start and ThreadPoolExecutor.submit wrap what the new thread, or
-the task, runs. Code that calls neither of them inside the block is not affected.
+While a block of `handing_on` is open, threading.Thread.start and ThreadPoolExecutor.submit wrap
+what the new thread, or the task, runs. Code that calls neither of them inside the block is not
+affected.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -11,7 +14,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]  # returns the function itself where there is nothing to hand on
+Wrap = Callable[
+    [Callable[..., Any]], Callable[..., Any]
+]  # returns the function itself where there is nothing to hand on
 
 _lock = threading.Lock()
 _depth = 0
@@ -21,14 +26,16 @@ _made: Dict[Tuple[Any, Wrap], Any] = {}  # wrappers by what they wrap
 
 @contextlib.contextmanager
 def handing_on(wrap_run: Wrap, wrap_task: Wrap) -> Iterator[None]:
-    """Wrap the `run` of every thread started, and every function submitted to a pool, in this block (by any thread:
-    the wraps look at the context that calls them)."""
+    """Wrap the `run` of every thread started, and every function submitted to a pool, in this block
+    (by any thread: the wraps look at the context that calls them)."""
     global _depth
     with _lock:
         _depth += 1
         if _depth == 1:
-            _put_back[:] = [_replace(threading.Thread, "start", _start_with, wrap_run),
-                            _replace(ThreadPoolExecutor, "submit", _submit_with, wrap_task)]  # fmt: skip
+            _put_back[:] = [
+                _replace(threading.Thread, "start", _start_with, wrap_run),
+                _replace(ThreadPoolExecutor, "submit", _submit_with, wrap_task),
+            ]
     try:
         yield
     finally:
@@ -39,8 +46,11 @@ def handing_on(wrap_run: Wrap, wrap_task: Wrap) -> Iterator[None]:
                     put_back()
 
 
-def _replace(owner: Any, name: str, make: Callable[[Any, Wrap], Any], wrap: Wrap) -> Callable[[], None]:
-    """Replace a method; returns what puts it back, unless somebody else has replaced it meanwhile."""
+def _replace(
+    owner: Any, name: str, make: Callable[[Any, Wrap], Any], wrap: Wrap
+) -> Callable[[], None]:
+    """Replace a method; returns what puts it back, unless somebody else has replaced it
+    meanwhile."""
     original = getattr(owner, name)
     made = _made.get((original, wrap))
     if made is None:

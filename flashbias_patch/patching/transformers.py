@@ -1,9 +1,12 @@
-"""The transformer seam: `aqr=dict(enable=True, ...)` in a config builds a router, and its bias reaches every layer.
+"""The transformer seam: `aqr=dict(enable=True, ...)` in a config builds a router, and its bias
+reaches every layer.
 
-`__init__` takes the key, which the repository's class does not know; `forward` reads segments and queries off its own
-arguments and opens `attention_bias(..., kind="cross")` around the repository's code. The head's seams hand over what a
-transformer is not given: where its queries are, and a place among the losses.
+`__init__` takes the key, which the repository's class does not know; `forward` reads segments and
+queries off its own arguments and opens `attention_bias(..., kind="cross")` around the repository's
+code. The head's seams hand over what a transformer is not given: where its queries are, and a place
+among the losses.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -28,22 +31,28 @@ from .arguments import Parameters
 
 KEY = "aqr"
 BOTH = ("per", "hidden_dims", "init_bias_scale")  # options of every router
-PETR_CAMERAS = 6  # nuScenes; how many there are is only seen in forward, and a router is built before
+PETR_CAMERAS = (
+    6  # nuScenes; how many there are is only seen in forward, and a router is built before
+)
 
-# What a module is being constructed, or run, by one of these wrappers: an inner call of the same one passes through.
-_constructing: contextvars.ContextVar[Any] = contextvars.ContextVar("flashbias_constructing", default=None)
+# What a module is being constructed, or run, by one of these wrappers: an inner call of the same
+# one passes through.
+_constructing: contextvars.ContextVar[Any] = contextvars.ContextVar(
+    "flashbias_constructing", default=None
+)
 _running: contextvars.ContextVar[Any] = contextvars.ContextVar("flashbias_running", default=None)
 
-# router -> the supervision losses of forwards, oldest first, until the head's loss takes each; and outputs of a head ->
-# the loss of the forward that made them, None where it has none. Beside the modules, so that they pickle and deep-copy
-# as ever.
+# router -> the supervision losses of forwards, oldest first, until the head's loss takes each; and
+# outputs of a head -> the loss of the forward that made them, None where it has none. Beside the
+# modules, so that they pickle and deep-copy as ever.
 MOST = 16  # forwards without a loss that are remembered
 _pending: weakref.WeakKeyDictionary[AdaptiveQueryRouter, List[Tensor]] = weakref.WeakKeyDictionary()
 _of_output: Any = WeakIdKeyDictionary()
 
 
 class Keys(NamedTuple):
-    """The keys of one call: lidar (B, C, h, w), cameras (B, V, C, h, w) and flat memory (B, N, C), any of them None."""
+    """The keys of one call: lidar (B, C, h, w), cameras (B, V, C, h, w) and flat memory (B, N, C),
+    any of them None."""
 
     batch: int
     lidar: Optional[Tensor] = None
@@ -74,12 +83,22 @@ class Layout(NamedTuple):
 
 LAYOUTS: Dict[str, Layout] = {
     "CmtTransformer": Layout("query_embed", _cmt_keys, lidar=True, cameras=1),
-    "CmtLidarTransformer": Layout("query_embed", lambda get: Keys(len(get("x")), get("x")), lidar=True),
+    "CmtLidarTransformer": Layout(
+        "query_embed", lambda get: Keys(len(get("x")), get("x")), lidar=True
+    ),
     "CmtImageTransformer": Layout("query_embed", _image_keys, cameras=PETR_CAMERAS),
-    "PETRTransformer": Layout("query_embed", lambda get: Keys(len(get("x")), cameras=get("x")), cameras=PETR_CAMERAS),
-    "PETRDNTransformer": Layout("query_embed", lambda get: Keys(len(get("x")), cameras=get("x")), cameras=PETR_CAMERAS),
-    "PETRTemporalTransformer": Layout("query_pos", lambda get: Keys(len(get("memory")), flat=get("memory")),
-                                      cameras=PETR_CAMERAS, grid=False),
+    "PETRTransformer": Layout(
+        "query_embed", lambda get: Keys(len(get("x")), cameras=get("x")), cameras=PETR_CAMERAS
+    ),
+    "PETRDNTransformer": Layout(
+        "query_embed", lambda get: Keys(len(get("x")), cameras=get("x")), cameras=PETR_CAMERAS
+    ),
+    "PETRTemporalTransformer": Layout(
+        "query_pos",
+        lambda get: Keys(len(get("memory")), flat=get("memory")),
+        cameras=PETR_CAMERAS,
+        grid=False,
+    ),
 }
 
 
@@ -87,18 +106,25 @@ def layout_of(cls: type) -> Layout:
     return next(LAYOUTS[base.__name__] for base in cls.__mro__ if base.__name__ in LAYOUTS)
 
 
-# -- construction ------------------------------------------------------------------------------------------------------
+# -- construction ----------------------------------------------------------------------------------
 
 
 class ConstructorSeam:
-    """__init__(..., aqr=...): the router becomes the module's `aqr`, built last, before any optimiser can exist."""
+    """__init__(..., aqr=...): the router becomes the module's `aqr`, built last, before any
+    optimiser can exist."""
 
     def __init__(self, cls: type) -> None:
         self.name = cls.__qualname__
         self.layout = layout_of(cls)
         self.knows_key = KEY in inspect.signature(inspect.unwrap(cls.__init__)).parameters  # type: ignore[misc]
 
-    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    def __call__(
+        self,
+        wrapped: Callable[..., Any],
+        module: Any,
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
+    ) -> Any:
         if _constructing.get() is module or self.knows_key:
             return wrapped(*args, **kwargs)
         given = kwargs.get(KEY)
@@ -112,53 +138,85 @@ class ConstructorSeam:
             module.aqr = self._router(module, options)
 
     def _router(self, module: Any, options: aqr.Options) -> AdaptiveQueryRouter:
-        return build_router(self.name, self.layout, options, embed_dims=module.embed_dims, num_heads=_num_heads(module),
-                            num_layers=len(module.decoder.layers))
+        return build_router(
+            self.name,
+            self.layout,
+            options,
+            embed_dims=module.embed_dims,
+            num_heads=_num_heads(module),
+            num_layers=len(module.decoder.layers),
+        )
 
 
-def build_router(name: str, layout: Layout, options: aqr.Options, **sizes: Any) -> AdaptiveQueryRouter:
-    """The router of a transformer class `name`; ValueError names an option that does not fit it. sizes: embed_dims,
-    num_heads and num_layers."""
+def build_router(
+    name: str, layout: Layout, options: aqr.Options, **sizes: Any
+) -> AdaptiveQueryRouter:
+    """The router of a transformer class `name`; ValueError names an option that does not fit it.
+    sizes: embed_dims, num_heads and num_layers."""
     windows = options.bias == WINDOW
     cameras = layout.cameras if options.cameras is None else options.cameras
     if not layout.lidar and not cameras or not layout.cameras and cameras:
         raise ValueError(f"aqr.cameras: {cameras} does not fit {name}")
     if windows and not layout.grid:
-        raise ValueError(f"aqr.bias: 'window' needs rows and columns of the keys, which {name} is not given; "
-                         "use bias='modality'")
+        raise ValueError(
+            f"aqr.bias: 'window' needs rows and columns of the keys, which {name} is not given; "
+            "use bias='modality'"
+        )
     if windows:
         cameras = min(layout.cameras, 1)  # one weight for all cameras
     segments = int(layout.lidar) + cameras
     if (options.drop or options.supervision) and not (layout.lidar and cameras):
-        raise ValueError(f"aqr.drop and aqr.supervision need lidar and cameras; {name} has one of them")
+        raise ValueError(
+            f"aqr.drop and aqr.supervision need lidar and cameras; {name} has one of them"
+        )
     if options.supervision and not options.drop:
-        raise ValueError("aqr.supervision: needs aqr.drop > 0, it is the dropped sensor that it teaches")
+        raise ValueError(
+            "aqr.supervision: needs aqr.drop > 0, it is the dropped sensor that it teaches"
+        )
     if windows:
         router: AdaptiveQueryRouter = WindowRouter(
-            num_segments=segments, **{name: getattr(options, name) for name in (*BOTH, *ONLY[WINDOW])}, **sizes
+            num_segments=segments,
+            **{name: getattr(options, name) for name in (*BOTH, *ONLY[WINDOW])},
+            **sizes,
         )
     else:
         if segments == 1 and not options.locality:
-            journal.once((name, "one segment"), "warning",
-                         "aqr: %s has one segment, a bias that is the same for all its keys does nothing; "
-                         "set locality=True", name)
+            journal.once(
+                (name, "one segment"),
+                "warning",
+                "aqr: %s has one segment, a bias that is the same for all its keys does nothing; "
+                "set locality=True",
+                name,
+            )
         router = AdaptiveQueryRouter(
-            num_segments=segments, locality=options.locality, eps=options.eps,
-            **{name: getattr(options, name) for name in BOTH}, **sizes,
+            num_segments=segments,
+            locality=options.locality,
+            eps=options.eps,
+            **{name: getattr(options, name) for name in BOTH},
+            **sizes,
         )
     if options.drop:
         router.drop = aqr.ModalityDrop(options.drop, torch.initial_seed(), journal.rank())
     router.supervision = float(options.supervision)
-    journal.once((name, "router"), "info", "aqr: %s has a router over %d segments (bias=%r)", name, segments, options.bias)
+    journal.once(
+        (name, "router"),
+        "info",
+        "aqr: %s has a router over %d segments (bias=%r)",
+        name,
+        segments,
+        options.bias,
+    )
     return router
 
 
 def _num_heads(module: Any) -> Optional[int]:
     attentions = getattr(module.decoder.layers[0], "attentions", ())
-    return next((int(a.num_heads) for a in reversed(list(attentions)) if hasattr(a, "num_heads")), None)
+    return next(
+        (int(a.num_heads) for a in reversed(list(attentions)) if hasattr(a, "num_heads")), None
+    )
 
 
-# -- forward -----------------------------------------------------------------------------------------------------------
+# -- forward ---------------------------------------------------------------------------------------
 
 
 class TransformerSeam:
@@ -169,9 +227,17 @@ class TransformerSeam:
         self.layout = layout_of(cls)
         self.parameters = Parameters(cls)
         signature = inspect.signature(inspect.unwrap(cls.forward)).parameters  # type: ignore[attr-defined]
-        self.defaults = {name: p.default for name, p in signature.items() if p.default is not p.empty}
+        self.defaults = {
+            name: p.default for name, p in signature.items() if p.default is not p.empty
+        }
 
-    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    def __call__(
+        self,
+        wrapped: Callable[..., Any],
+        module: Any,
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
+    ) -> Any:
         router = module._modules.get(KEY)
         if not isinstance(router, AdaptiveQueryRouter) or _running.get() is module:
             return wrapped(*args, **kwargs)
@@ -189,9 +255,13 @@ class TransformerSeam:
         query = get(self.layout.query)
         segments = _segments(keys, router.num_segments, self.layout, self.name)
         supervised = dropped is not None and bool(router.supervision)
-        # The loss needs the logits' graph also where a checkpoint around the transformer runs without gradients.
-        with torch.enable_grad() if supervised and replay.in_function() else contextlib.nullcontext():
-            # The router reads and does not steer: its gradient would move reference points to change their weights.
+        # The loss needs the logits' graph also where a checkpoint around the transformer runs
+        # without gradients.
+        with (
+            torch.enable_grad() if supervised and replay.in_function() else contextlib.nullcontext()
+        ):
+            # The router reads and does not steer: its gradient would move reference points to
+            # change their weights.
             routing = router.route(
                 (query if query.dim() == 3 else query[None]).detach(),
                 _mean_features(keys, router.num_segments, self.layout).detach(),
@@ -217,7 +287,9 @@ class TransformerSeam:
 
     def _places(self, keys: Keys) -> Optional[Places]:
         provided = take_geometry()
-        first = replay.once(lambda: provided)  # a recomputation of the transformer alone is not provided with it again
+        first = replay.once(
+            lambda: provided
+        )  # a recomputation of the transformer alone is not provided with it again
         geometry = first if provided is None else provided
         if geometry is None or keys.flat is not None:
             return None
@@ -244,28 +316,36 @@ def _draw(drop: aqr.ModalityDrop, batch: int) -> List[Optional[str]]:
     """What is dropped in this forward, and in every recomputation of it."""
     if replay.out_of_reach():
         raise RuntimeError(
-            "aqr.drop: the torch.autograd.Function around this transformer does not hand its ctx to forward(), so that a "
-            "recomputation could not drop the same; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            "aqr.drop: the torch.autograd.Function around this transformer does not hand its ctx "
+            "to forward(), so that a "
+            "recomputation could not drop the same; use torch.utils.checkpoint.checkpoint(..., "
+            "use_reentrant=False)"
         )
     return replay.once(lambda: drop.draw(batch))  # type: ignore[no-any-return]
 
 
 def _segments(keys: Keys, wanted: int, layout: Layout, name: str) -> Tuple[int, ...]:
-    """Lengths in key order, from the tensors. A call without image has no camera keys: lengths of 0."""
+    """Lengths in key order, from the tensors. A call without image has no camera keys: lengths of
+    0."""
     cameras = wanted - int(layout.lidar)
     lengths = [] if keys.lidar is None else [keys.lidar.shape[-2] * keys.lidar.shape[-1]]
     if keys.flat is not None:
         count = keys.flat.shape[1]
         if count % cameras:
-            raise ValueError(f"aqr.cameras: {name} got {count} keys, which are not those of {cameras} cameras alike; "
-                             "set aqr.cameras to their number, or to 1")
+            raise ValueError(
+                f"aqr.cameras: {name} got {count} keys, which are not those of {cameras} cameras "
+                "alike; "
+                "set aqr.cameras to their number, or to 1"
+            )
         return (count // cameras,) * cameras
     if keys.cameras is None:
         return (*lengths, *(0,) * cameras)
     views, height, width = keys.cameras.shape[1], *keys.cameras.shape[-2:]
     if cameras not in (1, views):
-        raise ValueError(f"aqr.cameras: {name} got {views} views, the router was built for {cameras}; "
-                         f"set aqr.cameras={views}, or 1 for all as one segment")
+        raise ValueError(
+            f"aqr.cameras: {name} got {views} views, the router was built for {cameras}; "
+            f"set aqr.cameras={views}, or 1 for all as one segment"
+        )
     return (*lengths, *(views // cameras * height * width,) * cameras)
 
 
@@ -283,23 +363,32 @@ def _mean_features(keys: Keys, wanted: int, layout: Layout) -> Tensor:
     return torch.cat(parts, 1)
 
 
-# -- the head ----------------------------------------------------------------------------------------------------------
+# -- the head --------------------------------------------------------------------------------------
 
 
 class HeadSeam:
-    """forward of a head: its outputs keep their supervision; geometry and supervision of an aborted call are forgotten."""
+    """forward of a head: its outputs keep their supervision; geometry and supervision of an aborted
+    call are forgotten."""
 
     def __init__(self, cls: type) -> None:
         pass
 
-    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    def __call__(
+        self,
+        wrapped: Callable[..., Any],
+        module: Any,
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
+    ) -> Any:
         router = router_of(module)
         if router is None or replay.recomputing():
             return wrapped(*args, **kwargs)
         take_geometry()
         if not router.supervision:
             return wrapped(*args, **kwargs)
-        awaited = {id(loss) for loss in _of_output.values()}  # outputs that nobody holds have no loss to come
+        awaited = {
+            id(loss) for loss in _of_output.values()
+        }  # outputs that nobody holds have no loss to come
         earlier = [loss for loss in _pending.pop(router, ()) if id(loss) in awaited]
         outputs = wrapped(*args, **kwargs)
         own = _pending.get(router, [])
@@ -312,21 +401,33 @@ class HeadSeam:
 
 
 class QueryEmbedSeam:
-    """query_embed(ref_points, img_metas) of a CMT head: where the queries are, for the transformer called next."""
+    """query_embed(ref_points, img_metas) of a CMT head: where the queries are, for the transformer
+    called next."""
 
     def __init__(self, cls: type) -> None:
         pass
 
-    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    def __call__(
+        self,
+        wrapped: Callable[..., Any],
+        module: Any,
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
+    ) -> Any:
         router = router_of(module)
         if router is not None and router.needs_places:
             points = args[0] if args else kwargs["ref_points"]
             metas = args[1] if len(args) > 1 else kwargs["img_metas"]
             matrices = shape = None
             if all("lidar2img" in meta for meta in metas):
-                matrices = torch.stack([
-                    torch.stack([torch.as_tensor(m, dtype=torch.float32) for m in meta["lidar2img"]]) for meta in metas
-                ])
+                matrices = torch.stack(
+                    [
+                        torch.stack(
+                            [torch.as_tensor(m, dtype=torch.float32) for m in meta["lidar2img"]]
+                        )
+                        for meta in metas
+                    ]
+                )
                 shape = metas[0]["pad_shape"][0][:2]
             aqr.provide_geometry(points, module.pc_range, matrices, shape)
         return wrapped(*args, **kwargs)
@@ -338,10 +439,21 @@ class LossSeam:
     def __init__(self, cls: type) -> None:
         pass
 
-    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    def __call__(
+        self,
+        wrapped: Callable[..., Any],
+        module: Any,
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
+    ) -> Any:
         losses = wrapped(*args, **kwargs)
         router = router_of(module)
-        if router is not None and _pending.get(router) and isinstance(losses, dict) and "loss_aqr" not in losses:
+        if (
+            router is not None
+            and _pending.get(router)
+            and isinstance(losses, dict)
+            and "loss_aqr" not in losses
+        ):
             supervision = _take(_pending[router], (args, kwargs))
             if supervision is not None:
                 losses["loss_aqr"] = router.supervision * supervision
@@ -349,7 +461,8 @@ class LossSeam:
 
 
 def _take(pending: List[Tensor], given: Any) -> Optional[Tensor]:
-    """The loss of the forward that made a tensor of `given`; where no forward is known to have, the oldest. Once each."""
+    """The loss of the forward that made a tensor of `given`; where no forward is known to have, the
+    oldest. Once each."""
     made = [_of_output[tensor] for tensor in _tensors(given) if tensor in _of_output]
     wanted = made[0] if made else pending[0]
     index = next((i for i, loss in enumerate(pending) if loss is wanted), None)
@@ -366,7 +479,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def router_of(head: nn.Module) -> Optional[AdaptiveQueryRouter]:
-    """The router of a head's transformer, if it has one; also where the transformer is wrapped (CheckpointWrapper, FSDP)."""
+    """The router of a head's transformer, if it has one; also where the transformer is wrapped
+    (CheckpointWrapper, FSDP)."""
     module = head._modules.get("transformer")
     while module is not None:
         router = module._modules.get(KEY)

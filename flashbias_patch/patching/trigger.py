@@ -1,7 +1,10 @@
-"""Waiting for torch: with a sitecustomize every Python process pays for our import, and most never see a tensor.
+"""Waiting for torch: with a sitecustomize every Python process pays for our import, and most never
+see a tensor.
 
-Whatever defines a class to patch imports torch first; wrapt and the hooks are loaded then, not before.
+Whatever defines a class to patch imports torch first; wrapt and the hooks are loaded then, not
+before.
 """
+
 from __future__ import annotations
 
 import sys
@@ -12,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class _Trigger:
-    """A meta path finder that finds nothing; it installs the hooks when torch is first looked for."""
+    """A meta path finder that finds nothing; it installs the hooks when torch is first looked
+    for."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name == "torch":
@@ -45,7 +49,9 @@ def _install() -> None:
         from . import hooks
 
         hooks.install()
-    except ImportError as error:  # wrapt is missing: an interpreter that finds this package by PYTHONPATH alone
+    except (
+        ImportError
+    ) as error:  # wrapt is missing: an interpreter that finds this package by PYTHONPATH alone
         from .. import journal
 
         journal.logger().error("not installed: this process runs unpatched: %s", error)

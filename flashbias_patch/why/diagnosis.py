@@ -1,4 +1,5 @@
 """Facts -> a chain of links for each parameter; the first broken one is the diagnosis."""
+
 from __future__ import annotations
 
 import math
@@ -22,7 +23,8 @@ LINKS = {
 }
 TINY = 1e-4  # of the neighbours' gradient: said, not a broken link
 ROUNDING = 1e-6  # of the sum before it cancels: rounding only
-NEAR = 6  # nodes from the parameter, within which that sum is looked for: farther ones hold the whole batch
+# nodes from the parameter, within which that sum is looked for: farther ones hold the whole batch
+NEAR = 6
 FEW = 16  # entries, at most, of a parameter whose value a log prints
 DIGITS = 4  # that logs print
 
@@ -30,14 +32,17 @@ Link = Dict[str, str]
 
 
 def diagnose(facts: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """A diagnosis for each parameter: {name, verdict, broken (a link or None), also (further broken links), links, evidence}.
+    """A diagnosis for each parameter: {name, verdict, broken (a link or None), also (further broken
+    links), links, evidence}.
 
     A link: {link, status ("ok", "broken", "note" or "unknown"), finding, change, cause}.
     """
     if not facts["parameters"]:
         return [_finished(",".join(facts["patterns"]), [_missing(facts)], {})]
     held = {entry["name"].split(" (of ")[0] for entry in facts["parameters"] if entry["groups"]}
-    copies = [e for e in facts["parameters"] if not e["groups"] and e["name"].split(" (of ")[0] in held]
+    copies = [
+        e for e in facts["parameters"] if not e["groups"] and e["name"].split(" (of ")[0] in held
+    ]
     return [_of_parameter(entry, facts) for entry in facts["parameters"] if entry not in copies]
 
 
@@ -59,8 +64,13 @@ def _missing(facts: Dict[str, Any]) -> Link:
 
 
 def _of_parameter(entry: Dict[str, Any], facts: Dict[str, Any]) -> Dict[str, Any]:
-    links: List[Link] = [_ok("exists", f"{entry['name']}, {entry['dtype']}, shape {tuple(entry['shape'])}, in "
-                                       f"{entry['owner']}, value {entry['value']:.6g}")]
+    links: List[Link] = [
+        _ok(
+            "exists",
+            f"{entry['name']}, {entry['dtype']}, shape {tuple(entry['shape'])}, in "
+            f"{entry['owner']}, value {entry['value']:.6g}",
+        )
+    ]
     for check in CHECKS:
         found = check(entry, facts)
         if found is not None:
@@ -77,12 +87,21 @@ def _finished(name: str, links: List[Link], entry: Dict[str, Any]) -> Dict[str, 
         verdict = f"{name}: it learns" + (f"; {notes[0]}" if notes else "")
         if not any(link["link"] == "update" and link["status"] == "ok" for link in links):
             verdict = f"{name}: no broken link was seen, and no step either"
-    return {"name": name, "verdict": verdict, "broken": broken[0] if broken else None, "also": broken[1:], "links": links,
-            "evidence": {"received": entry.get("received", {}), "steps": entry.get("steps", []),
-                         "groups": entry.get("groups", [])}}
+    return {
+        "name": name,
+        "verdict": verdict,
+        "broken": broken[0] if broken else None,
+        "also": broken[1:],
+        "links": links,
+        "evidence": {
+            "received": entry.get("received", {}),
+            "steps": entry.get("steps", []),
+            "groups": entry.get("groups", []),
+        },
+    }
 
 
-# -- links -----------------------------------------------------------------------------------------------------------
+# -- links -----------------------------------------------------------------------------------------
 
 
 def _learnable(entry: Dict[str, Any], facts: Dict[str, Any]) -> Link:
@@ -102,23 +121,41 @@ def _optimizer(entry: Dict[str, Any], facts: Dict[str, Any]) -> Link:
         return _broken("replaced", where=f" in {entry['owner']}")
     group = entry["groups"][0]
     keys = _matching_keys(entry["name"], facts["paramwise"])
-    key = f" (paramwise_cfg.custom_keys[{keys[0][0]!r}], the longest key that is part of its name)" if keys else ""
+    key = (
+        f" (paramwise_cfg.custom_keys[{keys[0][0]!r}], the longest key that is part of its name)"
+        if keys
+        else ""
+    )
     if all(step["lr"] == 0 for step in entry["steps"]):
-        how = f": change that key, or add a longer one such as {entry['name'].rsplit('.', 1)[-1]!r}" if keys else ""
+        how = (
+            f": change that key, or add a longer one such as {entry['name'].rsplit('.', 1)[-1]!r}"
+            if keys
+            else ""
+        )
         return _broken("lr 0", key=key, how=how)
     words = f"{group['optimizer']}, group {group['index']} of {group['of']}, lr {group['lr']:.3g}"
     if group["largest_lr"] > 0 and group["lr"] < group["largest_lr"]:
         words += f" ({group['lr'] / group['largest_lr']:.3g}x of the largest group's)"
     words += f", weight decay {group['weight_decay']:.3g}"
     for name, options in keys[:1]:
-        words += f", multipliers of custom_keys[{name!r}]: {', '.join(f'{k} {v:g}' for k, v in options.items())}"
+        words += (
+            f", multipliers of custom_keys[{name!r}]: "
+            f"{', '.join(f'{k} {v:g}' for k, v in options.items())}"
+        )
     return _ok("optimizer", words)
 
 
-def _matching_keys(name: str, paramwise: List[Dict[str, Any]]) -> List[Tuple[str, Dict[str, float]]]:
-    """custom_keys that are part of the name; mmcv and mmengine take the longest, and of equally long ones the first in
-    the alphabet."""
-    found = [(key, options) for each in paramwise for key, options in each["custom_keys"].items() if key in name]
+def _matching_keys(
+    name: str, paramwise: List[Dict[str, Any]]
+) -> List[Tuple[str, Dict[str, float]]]:
+    """custom_keys that are part of the name; mmcv and mmengine take the longest, and of equally
+    long ones the first in the alphabet."""
+    found = [
+        (key, options)
+        for each in paramwise
+        for key, options in each["custom_keys"].items()
+        if key in name
+    ]
     return sorted(sorted(found), key=lambda item: len(item[0]), reverse=True)
 
 
@@ -130,8 +167,11 @@ def _loaded(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
     if not last["found"]:
         return _ok("loaded", f"the checkpoint has no {last['key']}: its initial value stays")
     if last["before"] != last["after"]:
-        return _note("loaded", f"a checkpoint set it before the first step: {_value(last['before'])} -> "
-                               f"{_value(last['after'])} ({last['key']})")
+        return _note(
+            "loaded",
+            f"a checkpoint set it before the first step: {_value(last['before'])} -> "
+            f"{_value(last['after'])} ({last['key']})",
+        )
     return _ok("loaded", f"the checkpoint's {last['key']} has the same value")
 
 
@@ -142,12 +182,23 @@ def _forward(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
             return _ok("forward")
         if not entry["iterations"]:
             return _unknown("forward", "no iteration was seen")
-        owner = f"; its module, {entry['owner']}, was never called" if entry["owner"] not in facts.get("called", ()) else ""
+        owner = (
+            f"; its module, {entry['owner']}, was never called"
+            if entry["owner"] not in facts.get("called", ())
+            else ""
+        )
         return _broken("unused", owner=owner)
     used = next((event for event in events if event["kind"] == "used"), events[0])
-    by = [f"{name} ({'used' if kept else 'dropped'})" for name, (kept, _) in entry["received"].items()
-          if not kept or re.search("attention|mha|decoder", name, re.IGNORECASE)]
-    return _ok("forward", f"first in {used['op']} at {used['site']}" + (f"; received by {', '.join(by[:6])}" if by else ""))
+    by = [
+        f"{name} ({'used' if kept else 'dropped'})"
+        for name, (kept, _) in entry["received"].items()
+        if not kept or re.search("attention|mha|decoder", name, re.IGNORECASE)
+    ]
+    return _ok(
+        "forward",
+        f"first in {used['op']} at {used['site']}"
+        + (f"; received by {', '.join(by[:6])}" if by else ""),
+    )
 
 
 def _loss(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
@@ -157,7 +208,11 @@ def _loss(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
     if any(it["reaches"] for it in iterations[-2:]):
         dropped = [name for name, (kept, lost) in entry["received"].items() if lost and not kept]
         if dropped:
-            return _note("loss", f"the loss depends on it, but {', '.join(dropped[:3])} drops the tensor made from it")
+            return _note(
+                "loss",
+                f"the loss depends on it, but {', '.join(dropped[:3])} drops the tensor made "
+                "from it",
+            )
         return _ok("loss")
     if not entry["requires_grad"]:
         return _unknown("loss", "it is frozen")
@@ -175,7 +230,8 @@ def _loss(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
         return _broken("no effect", reason=f"{reasons[0]['where']}: {reasons[0]['reason']}")
     if dropped_by:
         return _broken("dropped", where=dropped_by)
-    # A value that is only logged is detached too: the cut that matters is of the last tensor made from it.
+    # A value that is only logged is detached too: the cut that matters is of the last tensor made
+    # from it.
     if cuts and (not live or cuts[-1]["kind"] != "detached" or _last_live_is_cut(events)):
         return _broken(cuts[-1]["kind"], op=cuts[-1]["op"], site=cuts[-1]["site"])
     last = live[-1] if live else events[-1]
@@ -205,19 +261,30 @@ def _gradient(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
     return _of_gradient(entry, facts, iteration, step["gradient"], step)
 
 
-def _of_gradient(entry: Dict[str, Any], facts: Dict[str, Any], iteration: Dict[str, Any], gradient: Optional[float],
-                 step: Optional[Dict[str, Any]]) -> Link:  # fmt: skip
+def _of_gradient(
+    entry: Dict[str, Any],
+    facts: Dict[str, Any],
+    iteration: Dict[str, Any],
+    gradient: Optional[float],
+    step: Optional[Dict[str, Any]],
+) -> Link:
     path = iteration["path"]
     if gradient is None:
         if iteration["backward_gradient"] is not None:
             return _broken("cleared")
-        end = next((n for n in path if n["called"] and n["entering"] and n["leaving"] is None), None)
+        end = next(
+            (n for n in path if n["called"] and n["entering"] and n["leaving"] is None), None
+        )
         return _broken("no gradient", op=_op(end) if end else "an operation")
     if gradient == 0.0:
         return _zero(entry, path)
     words = f"norm {gradient:.3g}"
-    total = max((n["entering"][1] for n in path if n["entering"] and n["distance"] <= NEAR), default=0.0)
-    through_softmax = any(re.search("softmax|attention|Fused|Guarded|Flash", n["name"], re.IGNORECASE) for n in path)
+    total = max(
+        (n["entering"][1] for n in path if n["entering"] and n["distance"] <= NEAR), default=0.0
+    )
+    through_softmax = any(
+        re.search("softmax|attention|Fused|Guarded|Flash", n["name"], re.IGNORECASE) for n in path
+    )
     if through_softmax and math.isfinite(gradient) and 0 < gradient < ROUNDING * total:
         return _broken("cancels", size=gradient, total=total)
     if step is not None and step["rms"] is not None and step["neighbours"]:
@@ -268,8 +335,14 @@ def _update(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
         return None
     last = steps[-1]
     if all(step["moved"] == 0.0 for step in steps):
-        return _broken("too small", dtype=entry["dtype"], value=last["value"], spacing=last["spacing"], lr=last["lr"],
-                       gradient=last["gradient"])
+        return _broken(
+            "too small",
+            dtype=entry["dtype"],
+            value=last["value"],
+            spacing=last["spacing"],
+            lr=last["lr"],
+            gradient=last["gradient"],
+        )
     spacing = f"{entry['dtype']}'s spacing at {last['value']:.6g} is {last['spacing']:.2g}"
     return _ok("update", f"by {last['moved']:.3g}; {spacing}")
 
@@ -284,8 +357,12 @@ def _stays(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
     writes = [w for w in facts["writes"] if w["name"] == entry["name"]]
     loads = [load for load in entry.get("loads", []) if load["step"]]
     writer = f" ({writes[-1]['op']} at {writes[-1]['site']})" if writes else ""
-    writer = f" (a checkpoint is loaded into it: {loads[-1]['key']})" if loads and not writes else writer
-    return _broken("set back" if all(step["set_back"] for step in lost) else "overwritten", writer=writer)
+    writer = (
+        f" (a checkpoint is loaded into it: {loads[-1]['key']})" if loads and not writes else writer
+    )
+    return _broken(
+        "set back" if all(step["set_back"] for step in lost) else "overwritten", writer=writer
+    )
 
 
 def _visible(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
@@ -295,10 +372,13 @@ def _visible(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
     first, last = steps[0]["value"], steps[-1]["after"]
     if first == last or f"{first:.{DIGITS}f}" != f"{last:.{DIGITS}f}":
         return _ok("visible", f"{first:.8g} -> {last:.8g} in {len(steps)} steps")
-    needed = math.ceil(len(steps) * 0.5 * 10.0 ** -DIGITS / abs(last - first))
-    return _note("visible", f"the change is only invisible in {DIGITS} printed digits: {first:.9g} -> {last:.9g} in "
-                            f"{len(steps)} steps; at this pace {DIGITS} digits show it after about {needed} "
-                            "steps: print more digits")
+    needed = math.ceil(len(steps) * 0.5 * 10.0**-DIGITS / abs(last - first))
+    return _note(
+        "visible",
+        f"the change is only invisible in {DIGITS} printed digits: {first:.9g} -> {last:.9g} in "
+        f"{len(steps)} steps; at this pace {DIGITS} digits show it after about {needed} "
+        "steps: print more digits",
+    )
 
 
 CHECKS: Tuple[Callable[[Dict[str, Any], Dict[str, Any]], Optional[Link]], ...] = (
@@ -306,7 +386,7 @@ CHECKS: Tuple[Callable[[Dict[str, Any], Dict[str, Any]], Optional[Link]], ...] =
 )  # fmt: skip
 
 
-# -- words -----------------------------------------------------------------------------------------------------------
+# -- words -----------------------------------------------------------------------------------------
 
 
 def _events(entry: Dict[str, Any]) -> List[Dict[str, Any]]:

@@ -1,4 +1,6 @@
-"""The autograd graph between a loss and a parameter: whether there is a path, and where the gradient on it ends."""
+"""The autograd graph between a loss and a parameter: whether there is a path, and where the
+gradient on it ends."""
+
 from __future__ import annotations
 
 from typing import Any, Dict, Iterable, List, Optional, Set, Tuple
@@ -11,13 +13,19 @@ _no_functions = torch._C.DisableTorchFunction
 
 
 class Node:
-    """A node of the path: its distance from the parameter, and the sizes of the gradients that enter and leave it.
+    """A node of the path: its distance from the parameter, and the sizes of the gradients that
+    enter and leave it.
 
-    Sizes are (largest absolute value, sum of absolute values) as tensors; None where there was no gradient.
+    Sizes are (largest absolute value, sum of absolute values) as tensors; None where there was no
+    gradient.
     """
 
     def __init__(self, node: Any, distance: int, towards: Tuple[int, ...]) -> None:
-        self.name, self.distance, self.towards = node.name().replace("torch::autograd::", ""), distance, towards
+        self.name, self.distance, self.towards = (
+            node.name().replace("torch::autograd::", ""),
+            distance,
+            towards,
+        )
         self.site: Optional[Dict[str, Any]] = None
         self.entering: Optional[Tuple[Tensor, Tensor]] = None
         self.leaving: Optional[Tuple[Tensor, Tensor]] = None
@@ -34,13 +42,24 @@ class Node:
             self.dtype = str(found[0].dtype)[6:] if found else ""
 
     def as_dict(self) -> Dict[str, Any]:
-        return {"name": self.name, "distance": self.distance, "called": self.called, "dtype": self.dtype,
-                "site": self.site, "entering": _floats(self.entering), "leaving": _floats(self.leaving)}
+        return {
+            "name": self.name,
+            "distance": self.distance,
+            "called": self.called,
+            "dtype": self.dtype,
+            "site": self.site,
+            "entering": _floats(self.entering),
+            "leaving": _floats(self.leaving),
+        }
 
 
 def size_of(gradients: Iterable[Any]) -> Optional[Tuple[Tensor, Tensor]]:
     """(largest absolute value, sum of absolute values); None without a gradient."""
-    found = [g.detach().abs() for g in gradients if isinstance(g, Tensor) and g.numel() and g.layout == torch.strided]
+    found = [
+        g.detach().abs()
+        for g in gradients
+        if isinstance(g, Tensor) and g.numel() and g.layout == torch.strided
+    ]
     if not found:
         return None
     largest = torch.stack([g.amax().double() for g in found]).amax()
@@ -73,7 +92,8 @@ def parents_of(roots: List[Any]) -> Dict[Any, List[Tuple[Any, int]]]:
 
 
 def path(parents: Dict[Any, List[Tuple[Any, int]]], parameter: Tensor) -> List[Tuple[Any, Node]]:
-    """The nodes between `parameter` and the loss, nearest first; empty if the loss does not depend on it."""
+    """The nodes between `parameter` and the loss, nearest first; empty if the loss does not depend
+    on it."""
     leaf = next((node for node in parents if getattr(node, "variable", None) is parameter), None)
     if leaf is None:
         return []
@@ -84,7 +104,9 @@ def path(parents: Dict[Any, List[Tuple[Any, int]]], parameter: Tensor) -> List[T
             if parent not in distances:
                 distances[parent] = distances[node] + 1
                 order.append(parent)
-    return [(node, Node(node, distances[node], towards[node])) for node in order[1: MOST_HOOKED + 1]]
+    return [
+        (node, Node(node, distances[node], towards[node])) for node in order[1 : MOST_HOOKED + 1]
+    ]
 
 
 def depends(tensors: Iterable[Tensor], parameters: List[Tensor], most: int = 20000) -> bool:

@@ -1,8 +1,11 @@
-"""Inside every Python process of `flashbias why`: follows the named parameters for a few steps and writes facts.
+"""Inside every Python process of `flashbias why`: follows the named parameters for a few steps and
+writes facts.
 
-Started by sitecustomize when FLASHBIAS_PROBE names a directory and FLASHBIAS_PROBE_WHY the parameters. It never changes
-a number of the command. After the requested steps it writes `rank<rank>-pid<pid>.json` and ends the process.
+Started by sitecustomize when FLASHBIAS_PROBE names a directory and FLASHBIAS_PROBE_WHY the
+parameters. It never changes a number of the command. After the requested steps it writes
+`rank<rank>-pid<pid>.json` and ends the process.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -16,7 +19,9 @@ NAMES = "FLASHBIAS_PROBE_WHY"
 STEPS = "FLASHBIAS_PROBE_STEPS"
 DIRECTORY = "FLASHBIAS_PROBE"
 MOST_SUBJECTS = 16
-BACKWARDS_PER_STEP = 64  # backward passes without a step after which an iteration is counted all the same
+BACKWARDS_PER_STEP = (
+    64  # backward passes without a step after which an iteration is counted all the same
+)
 
 _observer: Optional[Observer] = None
 
@@ -30,7 +35,10 @@ def start(environ: Optional[Mapping[str, str]] = None) -> None:
 
         _observer = Observer(environ)
         wrapt.register_post_import_hook(_observer.torch_imported, "torch")
-        for module in ("mmcv.runner.optimizer.default_constructor", "mmengine.optim.optimizer.default_constructor"):
+        for module in (
+            "mmcv.runner.optimizer.default_constructor",
+            "mmengine.optim.optimizer.default_constructor",
+        ):
             wrapt.register_post_import_hook(_observer.constructor_imported, module)
 
 
@@ -45,7 +53,9 @@ class Observer:
         self.steps = self.backwards = self.skipped = self.since_step = 0
         self.subjects: Dict[int, Any] = {}  # id(parameter) -> subjects.Subject
         self.errors: List[str] = []
-        self.mult: List[Dict[str, Any]] = []  # paramwise_cfg of mmcv's and mmengine's optimizer constructors
+        self.mult: List[
+            Dict[str, Any]
+        ] = []  # paramwise_cfg of mmcv's and mmengine's optimizer constructors
         self.roots: List[Any] = []
         self.called: Set[str] = set()
         self._local = threading.local()
@@ -61,7 +71,7 @@ class Observer:
             self._local.stack = []
         return self._local.stack  # type: ignore[no-any-return]
 
-    # -- installing ------------------------------------------------------------------------------------------------
+    # -- installing --------------------------------------------------------------------------------
 
     def torch_imported(self, torch: Any) -> None:
         try:
@@ -81,9 +91,13 @@ class Observer:
         self.trace.__enter__()  # for the life of the process
         modules.register_module_forward_pre_hook(self._before_forward)
         try:
-            modules.register_module_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
+            modules.register_module_forward_hook(
+                self._after_forward, with_kwargs=True, always_call=True
+            )
         except TypeError:
-            modules.register_module_forward_hook(lambda m, args, out: self._after_forward(m, args, {}, out))
+            modules.register_module_forward_hook(
+                lambda m, args, out: self._after_forward(m, args, {}, out)
+            )
         optim.register_optimizer_step_pre_hook(self._before_step)
         optim.register_optimizer_step_post_hook(self._after_step)
         capture._wrap(torch.autograd, "backward", self._around_backward)
@@ -102,8 +116,12 @@ class Observer:
 
     def _around_constructor(self, original: Any) -> Any:
         def __call__(constructor: Any, *args: Any, **kwargs: Any) -> Any:
-            self.mult.append({"paramwise_cfg": getattr(constructor, "paramwise_cfg", None) or {},
-                              "base_lr": getattr(constructor, "base_lr", None)})
+            self.mult.append(
+                {
+                    "paramwise_cfg": getattr(constructor, "paramwise_cfg", None) or {},
+                    "base_lr": getattr(constructor, "base_lr", None),
+                }
+            )
             return original(constructor, *args, **kwargs)
 
         return __call__
@@ -117,7 +135,7 @@ class Observer:
         if len(self.errors) < 10:
             self.errors.append(f"{type(error).__name__}: {error}"[:300])
 
-    # -- modules ---------------------------------------------------------------------------------------------------
+    # -- modules -----------------------------------------------------------------------------------
 
     def _before_forward(self, module: Any, args: Any) -> None:
         if self.done:
@@ -151,7 +169,11 @@ class Observer:
         from . import graph
         from .trace import Mark, tensors_in
 
-        given = [mark for mark in map(self.trace.mark_of, tensors_in((args, kwargs), 4)) if mark is not None and mark.live]
+        given = [
+            mark
+            for mark in map(self.trace.mark_of, tensors_in((args, kwargs), 4))
+            if mark is not None and mark.live
+        ]
         if not given:
             return
         names = frozenset().union(*(mark.names for mark in given))
@@ -170,7 +192,8 @@ class Observer:
             subject.note_received(type(module).__name__, kept)
 
     def _find(self, root: Any) -> None:
-        """Watch what a module that is called at top level has of the parameters. Each is looked at once."""
+        """Watch what a module that is called at top level has of the parameters. Each is looked at
+        once."""
         if any(root is known for known in self.roots):
             return
         self.roots.append(root)
@@ -185,7 +208,7 @@ class Observer:
                 self.subjects[id(parameter)] = subject
                 self.trace.watch(label, parameter)
 
-    # -- backward --------------------------------------------------------------------------------------------------
+    # -- backward ----------------------------------------------------------------------------------
 
     def _around_backward(self, original: Any) -> Any:
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
@@ -217,7 +240,8 @@ class Observer:
         return backward
 
     def _watch_graph(self, tensors: Any) -> List[Any]:
-        """Hooks on the nodes between the loss and each parameter; also inside the recomputation of a checkpoint."""
+        """Hooks on the nodes between the loss and each parameter; also inside the recomputation of
+        a checkpoint."""
         from . import graph
 
         watched = []
@@ -233,7 +257,9 @@ class Observer:
                     subject.checkpoints = checkpoints
             for subject in self.subjects.values():
                 nodes = graph.path(parents, subject.parameter)
-                if nodes or any(getattr(node, "variable", None) is subject.parameter for node in parents):
+                if nodes or any(
+                    getattr(node, "variable", None) is subject.parameter for node in parents
+                ):
                     subject.reaches = True
                 handles = []
                 for node, measured in nodes:
@@ -244,7 +270,7 @@ class Observer:
             self._note(error)
         return watched
 
-    # -- optimizers ------------------------------------------------------------------------------------------------
+    # -- optimizers --------------------------------------------------------------------------------
 
     def _around_scaler(self, original: Any) -> Any:
         def step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -296,31 +322,51 @@ class Observer:
             subject.end_iteration(self.trace.events.get(subject.name, []))
         self.trace.clear()
 
-    # -- checkpoints -----------------------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------
 
     def _around_load(self, original: Any) -> Any:
-        def _load_from_state_dict(module: Any, state_dict: Any, prefix: Any, *args: Any, **kwargs: Any) -> Any:
+        def _load_from_state_dict(
+            module: Any, state_dict: Any, prefix: Any, *args: Any, **kwargs: Any
+        ) -> Any:
             from .subjects import matching
 
-            own = {} if self.done else {n: p for n, p in module._parameters.items() if matching(prefix + n, self.patterns)}
+            own = (
+                {}
+                if self.done
+                else {
+                    n: p
+                    for n, p in module._parameters.items()
+                    if matching(prefix + n, self.patterns)
+                }
+            )
             before = {n: _numbers(p) for n, p in own.items()}
             result = original(module, state_dict, prefix, *args, **kwargs)
             try:
                 for n, parameter in own.items():
                     if parameter is not None and len(LOADS) < 200:
-                        LOADS.append((parameter, {
-                            "key": prefix + n, "found": prefix + n in state_dict, "before": before[n],
-                            "after": _numbers(module._parameters[n]), "step": self.steps}))
+                        LOADS.append(
+                            (
+                                parameter,
+                                {
+                                    "key": prefix + n,
+                                    "found": prefix + n in state_dict,
+                                    "before": before[n],
+                                    "after": _numbers(module._parameters[n]),
+                                    "step": self.steps,
+                                },
+                            )
+                        )
             except Exception as error:
                 self._note(error)
             return result
 
         return _load_from_state_dict
 
-    # -- the end ---------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     def _stop(self) -> None:
-        """One forward or backward pass after the last step: what writes between steps has run by then."""
+        """One forward or backward pass after the last step: what writes between steps has run by
+        then."""
         with self.torch._C.DisableTorchFunction():
             for subject in self.subjects.values():
                 subject.note_value()

@@ -1,4 +1,5 @@
 """The diagnoses of `flashbias why` as text and as Markdown."""
+
 from __future__ import annotations
 
 from typing import Any, Dict, List
@@ -28,15 +29,20 @@ def markdown(report: Dict[str, Any]) -> str:
         if diagnosis["broken"]:
             lines += ["", f"Change: {_escaped(diagnosis['broken']['change'])}."]
         lines += ["", "| link | | found |", "|---|---|---|"]
-        lines += [f"| {LINKS[link['link']]} | {SIGNS[link['status']]} | {_escaped(link['finding'])} |"
-                  for link in diagnosis["links"]]
+        lines += [
+            f"| {LINKS[link['link']]} | {SIGNS[link['status']]} | {_escaped(link['finding'])} |"
+            for link in diagnosis["links"]
+        ]
     return "\n".join(lines + _notes(report))
 
 
 def _head(report: Dict[str, Any]) -> str:
     how = "patched" if report["patched"] else "unpatched"
     classes = f" ({', '.join(report['classes'])})" if report["classes"] else ""
-    return f"flashbias why {report['name']}: {report['steps']} steps, {how}{classes}, torch {report['torch']}"
+    return (
+        f"flashbias why {report['name']}: {report['steps']} steps, {how}{classes}, torch "
+        f"{report['torch']}"
+    )
 
 
 def _notes(report: Dict[str, Any]) -> List[str]:

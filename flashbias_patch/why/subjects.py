@@ -1,4 +1,5 @@
 """One watched parameter: what each step shows of it."""
+
 from __future__ import annotations
 
 import fnmatch
@@ -23,14 +24,21 @@ class Subject:
     """A parameter of `root`, and the facts about it."""
 
     def __init__(self, label: str, name: str, parameter: nn.Parameter, root: nn.Module) -> None:
-        self.name, self.own_name, self.parameter, self.root = label, name, parameter, unwrapped(root)
+        self.name, self.own_name, self.parameter, self.root = (
+            label,
+            name,
+            parameter,
+            unwrapped(root),
+        )
         self.reaches = False
         self.checkpoints = 0
         self.path: List[Node] = []
         self.backward_gradient: Optional[Tensor] = None
         self.steps: List[Dict[str, Any]] = []
         self.iterations: List[Dict[str, Any]] = []
-        self.received: Dict[str, List[int]] = {}  # class -> [times its output depended on it, times it did not]
+        self.received: Dict[
+            str, List[int]
+        ] = {}  # class -> [times its output depended on it, times it did not]
         self.first_dropped = ""
         self.groups: List[Dict[str, Any]] = []
         self.optimizers: List[str] = []
@@ -42,22 +50,33 @@ class Subject:
 
     def _accumulated(self, parameter: Tensor) -> None:
         with torch._C.DisableTorchFunction():
-            self.backward_gradient = None if parameter.grad is None else parameter.grad.detach().abs().amax()
+            self.backward_gradient = (
+                None if parameter.grad is None else parameter.grad.detach().abs().amax()
+            )
 
-    # -- one iteration -----------------------------------------------------------------------------------------------
+    # -- one iteration -----------------------------------------------------------------------------
 
     def begin_iteration(self) -> None:
         self.reaches, self.path = False, []
         self.note_value()
 
     def note_value(self) -> None:
-        """The value before a backward pass: not that of after the last step if something wrote in between."""
+        """The value before a backward pass: not that of after the last step if something wrote in
+        between."""
         if self.steps and "next" not in self.steps[-1]:
             last = self.steps[-1]
             value = self.parameter.detach()
             last["next"] = _first(value)
-            last["stayed"] = bool(torch.equal(value, last["_after"])) if last["_after"].shape == value.shape else False
-            last["set_back"] = bool(torch.equal(value, last["_was"])) if last["_was"].shape == value.shape else False
+            last["stayed"] = (
+                bool(torch.equal(value, last["_after"]))
+                if last["_after"].shape == value.shape
+                else False
+            )
+            last["set_back"] = (
+                bool(torch.equal(value, last["_was"]))
+                if last["_was"].shape == value.shape
+                else False
+            )
 
     def end_backward(self, nodes: List[Node]) -> None:
         if nodes:
@@ -70,15 +89,22 @@ class Subject:
             self.first_dropped = class_name
 
     def end_iteration(self, events: List[Dict[str, Any]]) -> None:
-        self.iterations.append({
-            "reaches": self.reaches, "checkpoints": self.checkpoints, "events": events[:60],
-            "path": [node.as_dict() for node in self.path], "dropped": self.first_dropped,
-            "backward_gradient": None if self.backward_gradient is None else float(self.backward_gradient),
-        })  # fmt: skip
+        self.iterations.append(
+            {
+                "reaches": self.reaches,
+                "checkpoints": self.checkpoints,
+                "events": events[:60],
+                "path": [node.as_dict() for node in self.path],
+                "dropped": self.first_dropped,
+                "backward_gradient": None
+                if self.backward_gradient is None
+                else float(self.backward_gradient),
+            }
+        )
         self.backward_gradient, self.first_dropped = None, ""
         self.reaches = False
 
-    # -- the optimizer's step ----------------------------------------------------------------------------------------
+    # -- the optimizer's step ----------------------------------------------------------------------
 
     def before_step(self, optimizer: Any) -> None:
         kind = type(optimizer).__name__
@@ -92,7 +118,9 @@ class Subject:
         if self._before is None and not self.groups:
             self.stale = self.stale or any(
                 p.shape == self.parameter.shape and p is not self.parameter and self._is_nowhere(p)
-                for group in optimizer.param_groups for p in group["params"])
+                for group in optimizer.param_groups
+                for p in group["params"]
+            )
 
     def _is_nowhere(self, parameter: Tensor) -> bool:
         return not any(parameter is p for p in self.root.parameters())
@@ -103,11 +131,16 @@ class Subject:
                   if p is not self.parameter and p.grad is not None][:NEIGHBOURS]  # fmt: skip
         sizes = sorted(_rms(p.grad) for p in others)
         lrs = sorted(float(g.get("lr", math.nan)) for g in optimizer.param_groups)
-        self.groups = [{
-            "optimizer": type(optimizer).__name__, "index": index, "of": len(optimizer.param_groups),
-            "lr": float(group.get("lr", math.nan)), "weight_decay": float(group.get("weight_decay", 0.0)),
-            "largest_lr": lrs[-1],
-        }]  # fmt: skip
+        self.groups = [
+            {
+                "optimizer": type(optimizer).__name__,
+                "index": index,
+                "of": len(optimizer.param_groups),
+                "lr": float(group.get("lr", math.nan)),
+                "weight_decay": float(group.get("weight_decay", 0.0)),
+                "largest_lr": lrs[-1],
+            }
+        ]
         value = self.parameter.detach()
         self.steps.append({
             "value": _first(value), "lr": self.groups[0]["lr"], "spacing": spacing(value),
@@ -125,23 +158,35 @@ class Subject:
         step["moved"] = float((value.double() - self._before.to(value.device).double()).norm())
         self._before = None
 
-    # -- as facts ----------------------------------------------------------------------------------------------------
+    # -- as facts ----------------------------------------------------------------------------------
 
     def as_dict(self) -> Dict[str, Any]:
         owner = self.root
         for part in self.own_name.split(".")[:-1]:
             owner = getattr(owner, part, owner)
-        now = at(self.root, self.own_name.split("module.", 1)[-1]) if self.own_name.startswith("module.") else at(
-            self.root, self.own_name)
+        now = (
+            at(self.root, self.own_name.split("module.", 1)[-1])
+            if self.own_name.startswith("module.")
+            else at(self.root, self.own_name)
+        )
         return {
-            "name": self.name, "root": type(self.root).__name__, "owner": type(owner).__name__,
-            "shape": list(self.parameter.shape), "dtype": str(self.parameter.dtype)[6:],
-            "requires_grad": self.parameter.requires_grad, "replaced": now is not None and now is not self.parameter,
-            "stale": self.stale, "groups": self.groups, "optimizers": self.optimizers, "received": self.received,
+            "name": self.name,
+            "root": type(self.root).__name__,
+            "owner": type(owner).__name__,
+            "shape": list(self.parameter.shape),
+            "dtype": str(self.parameter.dtype)[6:],
+            "requires_grad": self.parameter.requires_grad,
+            "replaced": now is not None and now is not self.parameter,
+            "stale": self.stale,
+            "groups": self.groups,
+            "optimizers": self.optimizers,
+            "received": self.received,
             "value": _first(self.parameter.detach()),
-            "steps": [{k: v for k, v in step.items() if not k.startswith("_")} for step in self.steps],
+            "steps": [
+                {k: v for k, v in step.items() if not k.startswith("_")} for step in self.steps
+            ],
             "iterations": self.iterations,
-        }  # fmt: skip
+        }
 
 
 def _first(value: Tensor) -> float:
@@ -161,4 +206,10 @@ def spacing(value: Tensor) -> float:
         return 0.0
     largest = float(value.detach().abs().amax())
     eps = torch.finfo(value.dtype).eps
-    return 0.0 if not math.isfinite(largest) else eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
+    return (
+        0.0
+        if not math.isfinite(largest)
+        else eps * 2.0 ** math.floor(math.log2(largest))
+        if largest
+        else 0.0
+    )

@@ -1,4 +1,5 @@
 """The facts of a process as one dict, and what there is where a parameter is missing."""
+
 from __future__ import annotations
 
 import gc
@@ -20,14 +21,23 @@ def facts(observer: Any) -> Dict[str, Any]:
         observer._collect_events()  # of an iteration that did not end
     torch = sys.modules.get("torch")
     found: Dict[str, Any] = {
-        "argv": getattr(sys, "orig_argv", None) or sys.argv, "patterns": list(observer.patterns),
-        "steps": observer.steps, "backwards": observer.backwards, "skipped": observer.skipped,
-        "roots": [type(root).__name__ for root in observer.roots[:20]], "errors": list(observer.errors),
-        "torch": getattr(torch, "__version__", None), "calls": dict(journal.calls),
-        "unreached": journal.unreached_biases(), "patched": _patched(),
+        "argv": getattr(sys, "orig_argv", None) or sys.argv,
+        "patterns": list(observer.patterns),
+        "steps": observer.steps,
+        "backwards": observer.backwards,
+        "skipped": observer.skipped,
+        "roots": [type(root).__name__ for root in observer.roots[:20]],
+        "errors": list(observer.errors),
+        "torch": getattr(torch, "__version__", None),
+        "calls": dict(journal.calls),
+        "unreached": journal.unreached_biases(),
+        "patched": _patched(),
         "called": sorted(observer.called),
-        "paramwise": [_plain(entry) for entry in observer.mult], "parameters": [], "writes": [], "others": {},
-    }  # fmt: skip
+        "paramwise": [_plain(entry) for entry in observer.mult],
+        "parameters": [],
+        "writes": [],
+        "others": {},
+    }
     if observer.trace is None:
         return found
     from .observer import LOADS
@@ -50,19 +60,28 @@ def _patched() -> List[str]:
 
 def _plain(entry: Dict[str, Any]) -> Dict[str, Any]:
     keys = (entry["paramwise_cfg"] or {}).get("custom_keys") or {}
-    return {"base_lr": entry["base_lr"],
-            "custom_keys": {str(k): {n: float(v) for n, v in dict(options).items() if isinstance(v, (int, float))}
-                            for k, options in dict(keys).items()}}
+    return {
+        "base_lr": entry["base_lr"],
+        "custom_keys": {
+            str(k): {n: float(v) for n, v in dict(options).items() if isinstance(v, (int, float))}
+            for k, options in dict(keys).items()
+        },
+    }
 
 
 def _others(observer: Any) -> Dict[str, Any]:
-    """Near names, attributes and buffers of that name, and options that are off, of every live module."""
+    """Near names, attributes and buffers of that name, and options that are off, of every live
+    module."""
     torch = observer.torch
     names: List[str] = []
     attributes: List[Dict[str, str]] = []
     switches: List[str] = []
     last = [pattern.rsplit(".", 1)[-1].strip("*") for pattern in observer.patterns]
-    for module in [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module) and "_parameters" in vars(o)]:
+    for module in [
+        o
+        for o in gc.get_objects()
+        if issubclass(type(o), torch.nn.Module) and "_parameters" in vars(o)
+    ]:
         for name in module._parameters:
             names.append(name)
         for name, value in [*module._buffers.items(), *vars(module).items()]:
@@ -76,5 +95,12 @@ def _others(observer: Any) -> Dict[str, Any]:
         if vars(module).get("aqr", 0) is None or module._modules.get("aqr", 0) is None:
             switches.append(f"{type(module).__name__}.aqr is None")
     near = sorted({name for pattern in last for name in [nearest(pattern, set(names))] if name})
-    near += sorted({name for name in names if any(word in name for word in ("bias_scale", "aqr", "logit_scale"))} - set(near))
+    near += sorted(
+        {
+            name
+            for name in names
+            if any(word in name for word in ("bias_scale", "aqr", "logit_scale"))
+        }
+        - set(near)
+    )
     return {"near": near[:5], "attributes": attributes[:5], "switches": sorted(set(switches))[:5]}

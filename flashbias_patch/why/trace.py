@@ -1,4 +1,6 @@
-"""Which operations and modules receive what is made from a parameter, seen by a torch function mode."""
+"""Which operations and modules receive what is made from a parameter, seen by a torch function
+mode."""
+
 from __future__ import annotations
 
 import os
@@ -14,19 +16,49 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-_VIEWS = {_DATA, *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real") if hasattr(Tensor, name))}
-_SILENT = {"requires_grad_", "register_hook", "retain_grad", "is_floating_point", "size", "dim", "numel", "stride",
-           "backward", "__len__", "__hash__", "__repr__", "data_ptr", "is_contiguous", "__format__", "untyped_storage",
-           "_make_subclass",
-           "register_post_accumulate_grad_hook", "is_complex", "has_names", "element_size", "get_device", "is_signed",
-           "storage_offset", "type"}  # fmt: skip
+_VIEWS = {
+    _DATA,
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("T", "mT", "H", "mH", "real")
+        if hasattr(Tensor, name)
+    ),
+}
+_SILENT = {
+    "requires_grad_",
+    "register_hook",
+    "retain_grad",
+    "is_floating_point",
+    "size",
+    "dim",
+    "numel",
+    "stride",
+    "backward",
+    "__len__",
+    "__hash__",
+    "__repr__",
+    "data_ptr",
+    "is_contiguous",
+    "__format__",
+    "untyped_storage",
+    "_make_subclass",
+    "register_post_accumulate_grad_hook",
+    "is_complex",
+    "has_names",
+    "element_size",
+    "get_device",
+    "is_signed",
+    "storage_offset",
+    "type",
+}
 _TO_PYTHON = {"item", "tolist", "numpy", "__float__", "__int__", "__array__", "__bool__"}
 _IN_PLACE = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 MOST_EVENTS = 200
 
 
 class Mark(NamedTuple):
-    """A tensor made from watched parameters: their names, and whether a gradient can flow from it to them."""
+    """A tensor made from watched parameters: their names, and whether a gradient can flow from it
+    to them."""
 
     names: FrozenSet[str]
     live: bool
@@ -35,9 +67,10 @@ class Mark(NamedTuple):
 class Trace(TorchFunctionMode):
     """Marks every tensor that is made from a watched parameter.
 
-    events: name -> the operations that took part, each {op, site, module, kind}. kind: "used", or how the gradient is cut:
-    "detached", "no_grad", "reentrant", "not differentiable"; "write" for a change in place outside an optimizer's step.
-    `module_of()` returns the innermost module that runs.
+    events: name -> the operations that took part, each {op, site, module, kind}. kind: "used", or
+    how the gradient is cut: "detached", "no_grad", "reentrant", "not differentiable"; "write" for a
+    change in place outside an optimizer's step. `module_of()` returns the innermost module that
+    runs.
     """
 
     def __init__(self, module_of: Callable[[], str]) -> None:
@@ -53,7 +86,9 @@ class Trace(TorchFunctionMode):
 
     def clear(self) -> None:
         """Forget one iteration."""
-        self.events: Dict[str, List[Dict[str, Any]]] = {name: [] for name, _ in self.watched.values()}
+        self.events: Dict[str, List[Dict[str, Any]]] = {
+            name: [] for name, _ in self.watched.values()
+        }
         self.sites: Dict[Any, Dict[str, Any]] = {}  # grad_fn -> the operation that made it
 
     def watch(self, name: str, parameter: Tensor) -> None:
@@ -85,11 +120,19 @@ class Trace(TorchFunctionMode):
 
     def _seen(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = getattr(func, "__name__", str(func))
-        if (name == "__get__" and func not in _VIEWS) or name in _SILENT or (name == "__set__" and func != _SET_DATA):
+        if (
+            (name == "__get__" and func not in _VIEWS)
+            or name in _SILENT
+            or (name == "__set__" and func != _SET_DATA)
+        ):
             return
         if not self.stepping:
             self._note_write(name, args, kwargs)
-        marks = [mark for mark in map(self.mark_of, tensors_in((args, kwargs), depth=3)) if mark is not None]
+        marks = [
+            mark
+            for mark in map(self.mark_of, tensors_in((args, kwargs), depth=3))
+            if mark is not None
+        ]
         if not marks or self.stepping:
             return
         names = frozenset().union(*(mark.names for mark in marks))
@@ -114,12 +157,22 @@ class Trace(TorchFunctionMode):
             return "detached"
         if not torch.is_grad_enabled():
             return "reentrant" if _in_checkpoint() else "no_grad"
-        return "detached" if name in ("tensor", "as_tensor", "new_tensor", "scalar_tensor") else "not differentiable"
+        return (
+            "detached"
+            if name in ("tensor", "as_tensor", "new_tensor", "scalar_tensor")
+            else "not differentiable"
+        )
 
     def _event(self, name: str, func: Any, args: Any, kwargs: Any, kind: str) -> Dict[str, Any]:
         op = "data" if func == _DATA else name.strip("_") or name
-        numbers = [f"{a:g}" for a in args if isinstance(a, (int, float)) and not isinstance(a, bool)]
-        numbers += [f"{k}={v:g}" for k, v in kwargs.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        numbers = [
+            f"{a:g}" for a in args if isinstance(a, (int, float)) and not isinstance(a, bool)
+        ]
+        numbers += [
+            f"{k}={v:g}"
+            for k, v in kwargs.items()
+            if isinstance(v, (int, float)) and not isinstance(v, bool)
+        ]
         op = f"{op}({', '.join(numbers)})" if numbers else op
         return {"op": op, "site": site(), "module": self.module_of(), "kind": kind}
 
@@ -127,25 +180,39 @@ class Trace(TorchFunctionMode):
         in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
         if not in_place and "out" not in kwargs:
             return
-        targets = list(tensors_in((args[:1], [kwargs.get(key) for key in ("out", "tensor", "input")]), depth=3))
+        targets = list(
+            tensors_in((args[:1], [kwargs.get(key) for key in ("out", "tensor", "input")]), depth=3)
+        )
         for target in targets:
             for label, parameter in self.watched.values():
                 if target is parameter or _same_memory(target, parameter):
                     if len(self.writes) < MOST_EVENTS:
-                        self.writes.append({"name": label, "op": name.strip("_"), "site": site(), "module": self.module_of()})
+                        self.writes.append(
+                            {
+                                "name": label,
+                                "op": name.strip("_"),
+                                "site": site(),
+                                "module": self.module_of(),
+                            }
+                        )
                     return
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
     try:
-        return (one.device == other.device and one.numel() > 0 and one.layout == torch.strided
-                and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0)
+        return (
+            one.device == other.device
+            and one.numel() > 0
+            and one.layout == torch.strided
+            and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+        )
     except (RuntimeError, NotImplementedError):  # tensors without storage
         return False
 
 
 def tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
-    """Tensors in `value`, in containers down to `depth`, and in objects that list theirs (AttentionBias.tensors)."""
+    """Tensors in `value`, in containers down to `depth`, and in objects that list theirs
+    (AttentionBias.tensors)."""
     if isinstance(value, Tensor):
         yield value
     elif depth > 0:
@@ -155,7 +222,9 @@ def tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
         elif isinstance(value, dict):
             for item in value.values():
                 yield from tensors_in(item, depth - 1)
-        elif type(value).__module__.startswith("flashbias_patch.bias") and hasattr(value, "tensors"):
+        elif type(value).__module__.startswith("flashbias_patch.bias") and hasattr(
+            value, "tensors"
+        ):
             yield from value.tensors()
 
 
@@ -180,10 +249,13 @@ def short(file: str) -> str:
 
 
 def _in_checkpoint() -> bool:
-    """Whether some caller is the forward of an autograd function in a file of checkpointing: torch's, mmcv's, fairscale's."""
+    """Whether some caller is the forward of an autograd function in a file of checkpointing:
+    torch's, mmcv's, fairscale's."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "forward" and "checkpoint" in os.path.basename(frame.f_code.co_filename):
+        if frame.f_code.co_name == "forward" and "checkpoint" in os.path.basename(
+            frame.f_code.co_filename
+        ):
             return True
         frame = frame.f_back
     return False

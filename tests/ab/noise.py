@@ -1,9 +1,11 @@
-"""Made-up training curves by the shape of their noise, and how often `flashbias ab` would say "differs" of them.
+"""Made-up training curves by the shape of their noise, and how often `flashbias ab` would say
+"differs" of them.
 
     python -m tests.ab.noise [TRIALS]       prints the table of docs/ab.md
 
-Each shape is the factor on a falling loss of one run: (rng, steps, side) -> (steps,), where side is A, B, or N for an
-A that was nudged in the last place. Nothing differs between A and B but what rounding does.
+Each shape is the factor on a falling loss of one run: (rng, steps, side) -> (steps,), where side is
+A, B, or N for an A that was nudged in the last place. Nothing differs between A and B but what
+rounding does.
 """
 
 from __future__ import annotations
@@ -46,7 +48,11 @@ def chaos(rng, n, growth, most, start):
     return 1 + envelope * most / (envelope + most) * wander(rng, n, 0.6)
 
 
-ULP = {"A": 2e-8, "N": 1e-6, "B": 6e-7}  # one weight's last place; all weights' last places; other sums everywhere
+ULP = {
+    "A": 2e-8,
+    "N": 1e-6,
+    "B": 6e-7,
+}  # one weight's last place; all weights' last places; other sums everywhere
 
 
 @shape("one ulp of noise in A, growing")
@@ -142,9 +148,11 @@ def _(rng, n, side):
 
 
 def word_of(rng, name, repeats, effect=None, parts=1):
-    """What `flashbias ab --repeats R` says of such runs, with the further runs that it makes (verdict.next_run).
+    """What `flashbias ab --repeats R` says of such runs, with the further runs that it makes
+    (verdict.next_run).
 
-    `parts`: so many curves, each with noise of its own, as parts of a loss. `effect`: a factor on B's first one.
+    `parts`: so many curves, each with noise of its own, as parts of a loss. `effect`: a factor on
+    B's first one.
     """
     factor, base = SHAPES[name], 5 * np.exp(-np.arange(STEPS) / 40)
 
@@ -159,7 +167,14 @@ def word_of(rng, name, repeats, effect=None, parts=1):
     while True:
         judged = parity.judge_together(
             [
-                parity.Curves("loss", "loss", None, False, *([run[i] for run in side] for side in (a, b, nudged)), 0.0)
+                parity.Curves(
+                    "loss",
+                    "loss",
+                    None,
+                    False,
+                    *([run[i] for run in side] for side in (a, b, nudged)),
+                    0.0,
+                )
                 for i in range(parts)
             ],
             redrawn="random numbers" in name,
@@ -182,13 +197,24 @@ def share(word, name, trials, **more):
 
 def table(trials=200):
     """Lines of Markdown."""
-    head = ["noise", *(f"false, {r} repeat{'s' * (r > 1)}" for r in (1, 2, 3)), "false, 12 parts", *EFFECTS]
+    head = [
+        "noise",
+        *(f"false, {r} repeat{'s' * (r > 1)}" for r in (1, 2, 3)),
+        "false, 12 parts",
+        *EFFECTS,
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in SHAPES:
         cells = [share("differs", name, trials, repeats=r) for r in (1, 2, 3)]
         cells.append(share("differs", name, trials // 2, repeats=2, parts=12))
-        power = [share("differs", name, trials // 2, repeats=2, effect=effect) for effect in EFFECTS]
-        lines.append("| " + " | ".join([name, *(f"{x:.1%}" for x in cells), *(f"{x:.0%}" for x in power)]) + " |")
+        power = [
+            share("differs", name, trials // 2, repeats=2, effect=effect) for effect in EFFECTS
+        ]
+        lines.append(
+            "| "
+            + " | ".join([name, *(f"{x:.1%}" for x in cells), *(f"{x:.0%}" for x in power)])
+            + " |"
+        )
     return lines
 
 

@@ -25,7 +25,8 @@ def step_times(rng, steps, mean, spread=0.004, noise=0.03, persistence=0.3):
 
 
 def losses(rng, steps, noise=0.0):
-    """(steps,) a falling loss; `noise` grows from zero, as the effect of nondeterministic kernels does."""
+    """(steps,) a falling loss; `noise` grows from zero, as the effect of nondeterministic kernels
+    does."""
     drift = (
         np.cumsum(rng.normal(size=steps))
         / np.sqrt(np.arange(1, steps + 1))
@@ -91,7 +92,10 @@ def ranks(loss, count=4, steps=30):
     """An A B B A experiment of `count` ranks, their losses `loss(label, rank, step)`."""
     runs = []
     for index, label in enumerate("ABBA"):
-        made = [make_run(label, index, np.ones(steps), [loss(label, r, i) for i in range(steps)]) for r in range(count)]
+        made = [
+            make_run(label, index, np.ones(steps), [loss(label, r, i) for i in range(steps)])
+            for r in range(count)
+        ]
         for rank, each in enumerate(made):
             each.processes[0].environment.update(rank=rank, world_size=count)
             each.processes[0].header["ppid"] = 7
@@ -101,15 +105,27 @@ def ranks(loss, count=4, steps=30):
 
 
 def trial(
-    seed, slowdown=0.0, memory=1.0, noise=0.002, part_at=None, jump=0.05, repeats=3, steps=60, spread=0.004
+    seed,
+    slowdown=0.0,
+    memory=1.0,
+    noise=0.002,
+    part_at=None,
+    jump=0.05,
+    repeats=3,
+    steps=60,
+    spread=0.004,
 ):
-    """An A B B A ... experiment whose B takes (1 + slowdown) the time and parts at a step, if at one.
+    """An A B B A ... experiment whose B takes (1 + slowdown) the time and parts at a step, if at
+    one.
 
-    `spread`: how much runs of the same thing differ, relatively; `noise`: how far their losses drift apart.
+    `spread`: how much runs of the same thing differ, relatively; `noise`: how far their losses
+    drift apart.
     """
     rng = np.random.default_rng(seed)
     runs = []
-    order = "".join("AB" if i % 2 == 0 else "BA" for i in range(repeats)) + ("A" if repeats == 1 else "")
+    order = "".join("AB" if i % 2 == 0 else "BA" for i in range(repeats)) + (
+        "A" if repeats == 1 else ""
+    )
     for index, label in enumerate(order):
         b = label == "B"
         loss, norm = losses(rng, steps, noise), 3 * losses(rng, steps, noise)

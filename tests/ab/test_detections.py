@@ -58,7 +58,12 @@ def test_same_detections_in_another_order_differ_in_nothing():
         for name in ("boxes", "scores", "labels"):
             sample[name] = sample[name][::-1]
     found = compare(a, b)
-    assert (found["matched"], found["only_a"], found["only_b"], found["labels_changed"]) == (36, 0, 0, 0)
+    assert (found["matched"], found["only_a"], found["only_b"], found["labels_changed"]) == (
+        36,
+        0,
+        0,
+        0,
+    )
     assert all(value["largest"] == 0 for value in found["differences"].values())
 
 
@@ -108,10 +113,15 @@ def test_frames_as_mini_cmt_writes_them(tmp_path):
     group = {"boxes": boxes, "labels": [0], "scores": [0.5]}
     (tmp_path / "p.json").write_text(
         json.dumps(
-            {"classes": CLASSES, "frames": [{"token": "t", "predictions": group, "ground_truth": group}]}
+            {
+                "classes": CLASSES,
+                "frames": [{"token": "t", "predictions": group, "ground_truth": group}],
+            }
         )
     )
-    assert load(str(tmp_path / "p.json"))["samples"][0]["boxes"] == [[1, 2, 3, 2.0, 4.0, 1.5, 0.1, 0, 0]]
+    assert load(str(tmp_path / "p.json"))["samples"][0]["boxes"] == [
+        [1, 2, 3, 2.0, 4.0, 1.5, 0.1, 0, 0]
+    ]
 
 
 def test_no_ground_truth_and_no_devkit_are_said(monkeypatch):
@@ -145,8 +155,12 @@ def test_nothing_in_common_has_no_differences():
         box[0] += 500
     pair = detections.compare(a, b)
     found = {"a_b": pair, "word": detections.judge(pair, None)}
-    assert detections.sentence(found) == "Patched does not detect the same: 0 boxes in common, 24 not."
-    assert "within" not in detections.pair_text("A against B", pair) and "at most" not in detections.pair_text("", pair)
+    assert (
+        detections.sentence(found) == "Patched does not detect the same: 0 boxes in common, 24 not."
+    )
+    assert "within" not in detections.pair_text(
+        "A against B", pair
+    ) and "at most" not in detections.pair_text("", pair)
 
 
 def test_comparison_of_runs(tmp_path):
@@ -166,12 +180,23 @@ def test_comparison_of_runs(tmp_path):
     found = detections.compare_runs(records.Experiment(str(tmp_path), ["x"], {}, runs))
     assert "no predictions of both sides" in found["error"]
     (problem,) = found["problems"]
-    assert problem.startswith("B2: ") and problem.endswith("was not written: CMD is given this path for {predictions}")
+    assert problem.startswith("B2: ") and problem.endswith(
+        "was not written: CMD is given this path for {predictions}"
+    )
 
 
 def test_markdown_shows_the_detections():
     pair = compare(document(samples=1), document(samples=1))
-    found = {"word": "identical", "a_b": pair, "a_a": None, "accuracy": {"A": {"why_not": "no *truth*"}}, "problems": []}
+    found = {
+        "word": "identical",
+        "a_b": pair,
+        "a_a": None,
+        "accuracy": {"A": {"why_not": "no *truth*"}},
+        "problems": [],
+    }
     experiment = records.Experiment("nowhere", ["x"], {"inference": True}, [])
     text = report.markdown(experiment, verdict.judge(experiment, detections=found))
-    assert "### Detections\n- detections, A against B: 12 matched" in text and "- A: no \\*truth\\*\n" in text
+    assert (
+        "### Detections\n- detections, A against B: 12 matched" in text
+        and "- A: no \\*truth\\*\n" in text
+    )

@@ -26,8 +26,14 @@ def judged(experiment):
 @pytest.mark.parametrize("noise", [0.0, 0.002, 0.01])
 @pytest.mark.parametrize("repeats", [1, 2, 3])
 def test_same_training_raises_no_alarm(noise, repeats):
-    words = [parities.worst(judged(synthetic.trial(seed, noise=noise, repeats=repeats))) for seed in range(TRIALS)]
-    assert words.count("differs") <= ALLOWED * TRIALS and words.count("undecided") <= 2 * ALLOWED * TRIALS
+    words = [
+        parities.worst(judged(synthetic.trial(seed, noise=noise, repeats=repeats)))
+        for seed in range(TRIALS)
+    ]
+    assert (
+        words.count("differs") <= ALLOWED * TRIALS
+        and words.count("undecided") <= 2 * ALLOWED * TRIALS
+    )
     assert set(words) <= {"identical", "within noise", "differs", "undecided"}
 
 
@@ -36,10 +42,14 @@ def test_same_training_raises_no_alarm(noise, repeats):
 @pytest.mark.parametrize("step", [0, 1, 20, 45])
 def test_divergence_is_found_where_it_begins(noise, step, repeats):
     found = [
-        judged(synthetic.trial(seed, noise=noise, part_at=step, jump=0.10, repeats=repeats)) for seed in range(TRIALS)
+        judged(synthetic.trial(seed, noise=noise, part_at=step, jump=0.10, repeats=repeats))
+        for seed in range(TRIALS)
     ]
     assert [parities.worst(each) for each in found].count("differs") >= 0.95 * TRIALS
-    exact = [min((p.first_step for p in each if p.first_step is not None), default=None) == step for each in found]
+    exact = [
+        min((p.first_step for p in each if p.first_step is not None), default=None) == step
+        for each in found
+    ]
     assert sum(exact) >= (1.0 if noise == 0 else 0.85) * TRIALS
 
 
@@ -56,7 +66,10 @@ def test_deterministic_command_is_held_to_rounding():
     off = curves() * (1 + 5e-3)
     assert parity("loss", [curves(), curves()], [off]).first_step == 0
     assert parity("loss", [curves(), curves()], [off], half=True).word == "differs"
-    assert parity("loss", [curves(), curves()], [curves() * (1 + 1e-3)], half=True).word == "within rounding"
+    assert (
+        parity("loss", [curves(), curves()], [curves() * (1 + 1e-3)], half=True).word
+        == "within rounding"
+    )
 
 
 def test_nudged_run_shows_how_far_rounding_may_drift():
@@ -75,7 +88,8 @@ def test_noise_of_the_patched_side_alone_is_a_difference():
 
 
 def chaotic(rng, steps, growth, most):
-    """A falling loss whose distance from the others grows from rounding to `most`, as training does on a GPU."""
+    """A falling loss whose distance from the others grows from rounding to `most`, as training does
+    on a GPU."""
     envelope = 1e-7 * np.exp(growth * np.arange(steps))
     envelope = envelope * most / (envelope + most)
     wander = np.zeros(steps)
@@ -91,7 +105,8 @@ def test_chaotic_training_raises_no_alarm(growth, repeats):
     differs = 0
     for _ in range(TRIALS):
         a, b, nudged = (
-            [chaotic(rng, 40, growth, 0.05) for _ in range(n)] for n in (max(2, repeats), repeats, 1)
+            [chaotic(rng, 40, growth, 0.05) for _ in range(n)]
+            for n in (max(2, repeats), repeats, 1)
         )
         differs += parity("loss", a, b).word == "differs"
         exact = 300 * np.exp(-np.arange(40) / 15)
@@ -113,10 +128,14 @@ def test_nan_on_one_side_parts_and_on_both_does_not():
     broken[12:] = np.inf
     judged = parity("loss", [curves(), curves()], [broken])
     assert (judged.word, judged.first_step, judged.largest_at) == ("differs", 12, 12)
-    assert parity("loss", [curves(), curves()], [broken, curves()]).word == "differs"  # one patched run is enough
+    assert (
+        parity("loss", [curves(), curves()], [broken, curves()]).word == "differs"
+    )  # one patched run is enough
     for b in ([broken], [curves()]):
         judged = parity("loss", [broken, broken], b)
-        assert judged.word == "not finite" and judged.why.startswith("unpatched from step 12 on, and patched ")
+        assert judged.word == "not finite" and judged.why.startswith(
+            "unpatched from step 12 on, and patched "
+        )
     once = curves()
     once[7] = np.inf
     assert "at step 7" in parity("loss", [once, curves()], [curves()]).why
@@ -137,7 +156,9 @@ def test_noise_as_large_as_the_loss_decides_nothing():
     judged = parity("loss", [curves(), wild], [curves() * 1.3])
     assert judged.word == "differs" and judged.first_step == 0  # before the noise begins
     judged = parity("loss", [curves(), wild], [curves() * np.where(np.arange(30) >= 20, 1.3, 1.0)])
-    assert (judged.word, judged.drowned_at) == ("undecided", 20) and judged.why.startswith("A differs from A by ")
+    assert (judged.word, judged.drowned_at) == ("undecided", 20) and judged.why.startswith(
+        "A differs from A by "
+    )
 
 
 def test_every_patched_run_must_part():
@@ -149,10 +170,14 @@ def test_every_patched_run_must_part():
 
 def test_ranks_and_parts_are_judged_apart():
     """What one rank, or one part of the loss, does is not hidden by the others' mean."""
-    verdict = judge(synthetic.ranks(lambda label, rank, i: 5.0 if label == "A" or rank != 2 or i < 9 else 5.6))
+    verdict = judge(
+        synthetic.ranks(lambda label, rank, i: 5.0 if label == "A" or rank != 2 or i < 9 else 5.6)
+    )
     loss = verdict.parities[0]
     assert (loss.word, loss.rank, loss.first_step) == ("differs", 2, 9)
-    verdict = judge(synthetic.ranks(lambda label, rank, i: float("nan") if rank == 1 and i == 4 else 5.0))
+    verdict = judge(
+        synthetic.ranks(lambda label, rank, i: float("nan") if rank == 1 and i == 4 else 5.0)
+    )
     assert verdict.parity_word == "not finite" and verdict.parities[0].rank == 1
     assert verdict.fails(["differs"]) == ["differs"] and verdict.fails(["fails"]) == ["fails"]
     found = synthetic.trial(0, noise=0.0)
@@ -166,7 +191,11 @@ def test_ranks_and_parts_are_judged_apart():
     verdict = judge(found)
     words = {p.quantity: p.word for p in verdict.parities}
     assert words["loss"] == "identical" and words["loss_cls"] == words["loss_box"] == "differs"
-    assert words["loss_tiny"] != "differs" and verdict.parity_word == "differs" and verdict.first_step == 7
+    assert (
+        words["loss_tiny"] != "differs"
+        and verdict.parity_word == "differs"
+        and verdict.first_step == 7
+    )
 
 
 @pytest.mark.parametrize("name", noises.SHAPES)
@@ -192,8 +221,16 @@ def test_gradient_norms_that_overflow_under_a_scaler_are_no_finding():
     norms = np.ones(30)
     scaling = norms.copy()
     scaling[[0, 5]] = np.inf
-    runs = [synthetic.make_run(label, i, np.ones(30), curves(), 1.0, norms, half=True) for i, label in enumerate("ABBA")]
+    runs = [
+        synthetic.make_run(label, i, np.ones(30), curves(), 1.0, norms, half=True)
+        for i, label in enumerate("ABBA")
+    ]
     for line, value in zip(runs[1].processes[0].steps, scaling):
         line["grad_norm"] = value
-    found = {p.quantity: p.word for p in parities.of_runs([runs[0], runs[3]], runs[1:3], [], half=True)}
-    assert found["gradient norm"] in ("identical", "within rounding", "undecided") and found["loss"] == "identical"
+    found = {
+        p.quantity: p.word for p in parities.of_runs([runs[0], runs[3]], runs[1:3], [], half=True)
+    }
+    assert (
+        found["gradient norm"] in ("identical", "within rounding", "undecided")
+        and found["loss"] == "identical"
+    )

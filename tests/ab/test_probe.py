@@ -75,7 +75,9 @@ def test_records_what_the_loop_did(tmp_path):
     )
     assert process.returncode == 0
     run = Run("A", 0, processes=[found])
-    assert run.series("loss").tolist() == pytest.approx([float(x) for x in output.split()], rel=1e-12)
+    assert run.series("loss").tolist() == pytest.approx(
+        [float(x) for x in output.split()], rel=1e-12
+    )
     assert found.ended and not found.stopped and found.error is None and not found.notes
     first = found.steps[0]
     assert set(first["loss_parts"]) == {"loss_cls", "loss_box"}
@@ -104,11 +106,15 @@ def test_stops_after_n_steps_and_not_before(tmp_path):
 
 
 def test_seed_is_given_and_the_users_own_wins(tmp_path):
-    body = "import random, numpy\nprint(random.random(), numpy.random.rand(), torch.rand(1).item())\n"
+    body = (
+        "import random, numpy\nprint(random.random(), numpy.random.rand(), torch.rand(1).item())\n"
+    )
     outputs = {python(tmp_path, body, FLASHBIAS_PROBE_SEED=seed)[1] for seed in ("3", "3", "4")}
     assert len(outputs) == 2
     own = {
-        python(tmp_path, "torch.manual_seed(7); print(torch.rand(1).item())", FLASHBIAS_PROBE_SEED=seed)[1]
+        python(
+            tmp_path, "torch.manual_seed(7); print(torch.rand(1).item())", FLASHBIAS_PROBE_SEED=seed
+        )[1]
         for seed in "34"
     }
     assert len(own) == 1
@@ -159,7 +165,7 @@ def test_scaled_losses_accumulation_and_a_second_optimizer(tmp_path):
             scaler and scaler.update()
             other.step()
             print(total)
-    """,
+    """,  # noqa: E501
     )
     assert process.returncode == 0, output
     assert len(found.steps) == 4  # the second optimiser's steps are not counted
@@ -202,7 +208,7 @@ def test_forked_trainer_records_and_forked_loader_does_not(tmp_path):
         for work in (train, time.sleep):
             child = fork.Process(target=work, args=() if work is train else (0,)); child.start(); child.join()
         print("done", child.exitcode)
-    """,
+    """,  # noqa: E501
     )
     assert "done 0" in output
     assert sorted(len(p.steps) for p in found) == [0, 3]
@@ -213,9 +219,17 @@ def test_starting_imports_no_torch_and_costs_no_step(tmp_path):
     environment = launch.prepare_environment(
         os.environ, patch=False, extra={"FLASHBIAS_PROBE": str(tmp_path / "probe")}
     )
-    code = "import sys; print(sorted(m for m in ('torch', 'numpy', 'rich', 'jinja2') if m in sys.modules))"
-    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip() == "[]"
-    (line,) = [json.loads(x) for x in next((tmp_path / "probe").glob("*")).read_text().splitlines()[:1]]
+    code = (
+        "import sys; print(sorted(m for m in ('torch', 'numpy', 'rich', 'jinja2') if m in "
+        "sys.modules))"
+    )
+    assert (
+        subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip()
+        == "[]"
+    )
+    (line,) = [
+        json.loads(x) for x in next((tmp_path / "probe").glob("*")).read_text().splitlines()[:1]
+    ]
     assert line["event"] == "process" and line["argv"][1:3] == ["-c", code]
 
 
@@ -254,7 +268,10 @@ def test_gradient_norm_over_kinds_of_gradients():
 
     from flashbias_patch.ab import capture
 
-    dense, half = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    dense, half = (
+        torch.nn.Parameter(torch.zeros(3)),
+        torch.nn.Parameter(torch.zeros(4, dtype=torch.float16)),
+    )
     sparse = torch.nn.Parameter(torch.zeros(5, 2))
     dense.grad, half.grad = torch.full((3,), 2.0), torch.full((4,), 1.0, dtype=torch.float16)
     sparse.grad = torch.sparse_coo_tensor([[0, 0]], torch.ones(2, 2), (5, 2))
@@ -269,12 +286,15 @@ def test_start_without_the_variable_does_nothing():
 
 
 def test_openmmlab_loss_parts_are_heard(tmp_path):
-    """mmcv 1.x's LogBuffer, mmdet's _parse_losses, mmengine's parse_losses: modules of those names and shapes."""
+    """mmcv 1.x's LogBuffer, mmdet's _parse_losses, mmengine's parse_losses: modules of those names
+    and shapes."""
     for name, body in {
-        "mmcv/runner/log_buffer": "class LogBuffer:\n    def update(self, vars, count=1): self.seen = vars\n",
+        "mmcv/runner/log_buffer": "class LogBuffer:\n    def update(self, vars, count=1): "
+        "self.seen = vars\n",
         "mmdet/models/detectors/base": "class BaseDetector:\n    def _parse_losses(self, losses):\n"
         "        return sum(losses.values()), {k: float(v) for k, v in losses.items()}\n",
-        "mmengine/model/base_model/base_model": "class BaseModel:\n    def parse_losses(self, losses):\n"
+        "mmengine/model/base_model/base_model": "class BaseModel:\n    def parse_losses(self, "
+        "losses):\n"
         "        return sum(losses.values()), losses\n",
     }.items():
         path = tmp_path / (name + ".py")
@@ -331,9 +351,13 @@ def test_where_the_generators_stand_is_told_once(tmp_path, seeds):
         assert process.returncode == 0, output
         assert ["random" in line for line in found.steps] == [True, False, False]
     assert len({found.steps[0]["random"] for _, _, (found,) in runs.values()}) == 1
-    plain, nudged, redrawn = ([part.split()[0] for part in output.split("drawn")[1:]] for _, output, _ in runs.values())
+    plain, nudged, redrawn = (
+        [part.split()[0] for part in output.split("drawn")[1:]] for _, output, _ in runs.values()
+    )
     assert plain == nudged and len(plain) == 3
-    assert all(a != b for a, b in zip(plain, redrawn))  # what is drawn right after the first step already
+    assert all(
+        a != b for a, b in zip(plain, redrawn)
+    )  # what is drawn right after the first step already
 
 
 def test_nudge_changes_parameters_by_rounding_only():
@@ -405,10 +429,15 @@ ITERATIONS = {
 
 
 def test_a_step_is_an_iteration(tmp_path):
-    """However many optimisers, closures or skipped steps there are in it; its loss is its own. One fork per kind."""
+    """However many optimisers, closures or skipped steps there are in it; its loss is its own. One
+    fork per kind."""
     import torch
 
-    kinds = {k: textwrap.dedent(v) for k, v in ITERATIONS.items() if "scaler" not in k or hasattr(torch.amp, "GradScaler")}
+    kinds = {
+        k: textwrap.dedent(v)
+        for k, v in ITERATIONS.items()
+        if "scaler" not in k or hasattr(torch.amp, "GradScaler")
+    }
     process, output, found = python(
         tmp_path,
         f"""
@@ -437,15 +466,22 @@ def test_a_step_is_an_iteration(tmp_path):
         kind, iterations, values = made[str(each.header["pid"])]
         assert (len(each.steps), iterations, each.stopped, each.notes) == (40, 40, True, []), kind
         if "two backward" not in kind:
-            assert [line["loss"] for line in each.steps[: len(values)]] == pytest.approx(values, rel=1e-6), kind
+            assert [line["loss"] for line in each.steps[: len(values)]] == pytest.approx(
+                values, rel=1e-6
+            ), kind
         if "scaler" in kind:
-            assert [line.get("skipped", False) for line in each.steps[:6]] == [True, False, False] * 2
+            assert [line.get("skipped", False) for line in each.steps[:6]] == [
+                True,
+                False,
+                False,
+            ] * 2
         if "closure" not in kind and "scaler" not in kind:
             assert all(line["grad_norm"] > 0 for line in each.steps), kind
 
 
 def test_descriptors_closed_by_the_command(tmp_path):
-    """Its steps are recorded all the same, it is stopped, and nothing is written into a file of its own."""
+    """Its steps are recorded all the same, it is stopped, and nothing is written into a file of its
+    own."""
     process, output, (found,) = python(
         tmp_path,
         """
@@ -508,7 +544,9 @@ def test_without_its_watcher_a_command_ends(tmp_path):
         FLASHBIAS_PROBE_WATCHER=str(watcher.pid),
     )
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not any(b'"step"' in p.read_bytes() for p in probes.glob("*.jsonl")):
+    while time.monotonic() < deadline and not any(
+        b'"step"' in p.read_bytes() for p in probes.glob("*.jsonl")
+    ):
         time.sleep(0.05)
     assert process.poll() is None
     watcher.kill()
@@ -527,9 +565,11 @@ def test_flash_attn_for_the_unpatched_side(tmp_path):
         wanted = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
         print(float((out - wanted).abs().max()) < 1e-5)
         step(torch.ones(2, 4))
-    """
+    """  # noqa: E501
     (tmp_path / "with").mkdir()
-    process, output, (found,) = python(tmp_path / "with", body, FLASHBIAS_PROBE_STAND_IN="1", FLASHBIAS_BACKEND="sdpa")
+    process, output, (found,) = python(
+        tmp_path / "with", body, FLASHBIAS_PROBE_STAND_IN="1", FLASHBIAS_BACKEND="sdpa"
+    )
     assert process.returncode == 0 and output.strip() == "True", output
     assert "calls" not in found.steps[0]
     try:

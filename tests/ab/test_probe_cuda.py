@@ -1,4 +1,5 @@
-"""The probe on a GPU: a simulated one, whose every event and wait is known, and a real one where there is one."""
+"""The probe on a GPU: a simulated one, whose every event and wait is known, and a real one where
+there is one."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ torch = pytest.importorskip("torch")
 
 
 class Simulated:
-    """A GPU that lags behind the host: work and events queue up; a wait lets it catch up, and is counted."""
+    """A GPU that lags behind the host: work and events queue up; a wait lets it catch up, and is
+    counted."""
 
     def __init__(self):
         self.end = 0.0  # seconds on the GPU's clock when everything queued will be done
@@ -65,7 +67,10 @@ class FakeTensor:
 @pytest.fixture
 def gpu(monkeypatch):
     found = Simulated()
-    stats = {"allocated_bytes": {"all": {"current": 1, "peak": 2}}, "reserved_bytes": {"all": {"peak": 3}}}
+    stats = {
+        "allocated_bytes": {"all": {"current": 1, "peak": 2}},
+        "reserved_bytes": {"all": {"peak": 3}},
+    }
     for owner, name, value in (
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "is_initialized", lambda: True),
@@ -105,7 +110,9 @@ def recorded(tmp_path):
     return load_process(str(path))
 
 
-def test_a_step_is_timed_by_the_gpu_without_the_recording_itself(gpu, recorder, tmp_path, monkeypatch):
+def test_a_step_is_timed_by_the_gpu_without_the_recording_itself(
+    gpu, recorder, tmp_path, monkeypatch
+):
     memory = cuda.Gpu.memory  # stands for everything the probe does between its two events
 
     def slow(self):
@@ -132,7 +139,9 @@ def test_no_step_waits_for_the_gpu(gpu, recorder, tmp_path):
     for _ in range(8):
         gpu.work(1.0)
         recorder.on_step(steps)
-    assert gpu.waits == 0 and not recorded(tmp_path).steps  # nothing has arrived yet, and nobody waited
+    assert (
+        gpu.waits == 0 and not recorded(tmp_path).steps
+    )  # nothing has arrived yet, and nobody waited
     gpu.done = 4.5
     gpu.work(1.0)
     recorder.on_step(steps)
@@ -174,7 +183,10 @@ def test_a_gpu_that_fails_costs_figures_not_the_command(gpu, recorder, tmp_path,
     recorder.pending[0].before.elapsed_time = broken
     recorder.end()
     found = recorded(tmp_path)
-    assert [line["step"] for line in found.steps] == [0, 1] and "illegal memory access" in found.notes[0]
+    assert [line["step"] for line in found.steps] == [
+        0,
+        1,
+    ] and "illegal memory access" in found.notes[0]
 
     def refuses(*args):
         raise RuntimeError("no GPU any more")
@@ -206,7 +218,7 @@ for i in range(14):
         torch.cuda.set_sync_debug_mode("error")  # whatever waits for the device inside the step raises
     optimizer.step()
     torch.cuda.set_sync_debug_mode("default")
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -233,6 +245,7 @@ def test_on_a_real_gpu(tmp_path, ranks):
     line = run.ranks[-1].steps[-1]
     assert line["memory"]["cuda_reserved_peak"] >= line["memory"]["cuda_peak"] > 60 * 2**20
     assert line["loss"] >= 0 and line["grad_norm"] >= 0 and line["params"]["bias_scale"] != 1
-    # Eight products of 4096 cubed, 1.1 TFLOP: the host is through in a millisecond or two, the GPU is not.
+    # Eight products of 4096 cubed, 1.1 TFLOP: the host is through in a millisecond or two, the GPU
+    # is not.
     seconds = run.step_seconds()[4:]
     assert (seconds > 5e-3).all() and (seconds < 1).all()

@@ -19,26 +19,38 @@ from flashbias_patch.ab.verdict import judge
 
 from . import synthetic
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 def rich_experiment():
-    """Everything a page can show: parts, parameters, gradients, backends, fallbacks, a failure, awkward
-    names.
+    """Everything a page can show: parts, parameters, gradients, backends, fallbacks, a failure,
+    awkward names.
     """
     found = synthetic.trial(3, slowdown=-0.25, memory=0.41, part_at=40, jump=0.2)
     for run in found.runs:
         for i, line in enumerate(run.processes[0].steps):
-            line["loss_parts"] = {"loss_cls": 1.0, "d0.loss_bbox": 2.0 / (i + 1), "<b>loss</b>": 0.0}
+            line["loss_parts"] = {
+                "loss_cls": 1.0,
+                "d0.loss_bbox": 2.0 / (i + 1),
+                "<b>loss</b>": 0.0,
+            }
             line["params"] = {
                 "transformer.decoder.bias_scale": 0.1 + (0.001 * i if run.label == "B" else 0.0)
             }
-            line["param_grads"] = {"transformer.decoder.bias_scale": 0.2 if run.label == "B" else None}
+            line["param_grads"] = {
+                "transformer.decoder.bias_scale": 0.2 if run.label == "B" else None
+            }
         run.seconds = 12.3
     found.runs[1].processes[0].fallbacks = [
         {"source": "triton", "call": "fp16 d32 <r8>", "reason": "a long reason " * 8, "count": 3}
     ]
-    found.command = ["python", "tools/train.py", "projects/configs/" + "very_long_name_" * 8 + ".py"]
+    found.command = [
+        "python",
+        "tools/train.py",
+        "projects/configs/" + "very_long_name_" * 8 + ".py",
+    ]
     return found
 
 
@@ -60,13 +72,16 @@ def test_sentence_and_cards_say_the_verdict():
     verdict = judge(experiment)
     text = words.sentence(verdict)
     assert re.fullmatch(
-        r"Patched takes 0\.7\d× the time \(faster\), needs 0\.41× the memory and does not train the same from step 40 on\.",
+        r"Patched takes 0\.7\d× the time \(faster\), needs 0\.41× the memory and does not train "
+        r"the same from step 40 on\.",
         text,
     )
     speed, memory, training = page.headlines(verdict)
     assert (speed["word"], memory["word"], training["big"]) == ("faster", "less memory", "Differs")
     assert speed["whisker"]["low"] < speed["whisker"]["value"] < speed["whisker"]["high"]
-    assert speed["whisker"]["one"] > speed["whisker"]["high"]  # 1x lies outside the interval: it is faster
+    assert (
+        speed["whisker"]["one"] > speed["whisker"]["high"]
+    )  # 1x lies outside the interval: it is faster
 
 
 def test_a_failure_is_the_headline_of_every_format():
@@ -74,7 +89,11 @@ def test_a_failure_is_the_headline_of_every_format():
     verdict = judge(experiment)
     says = "Unpatched fails: A5 crashed: exit status 1."
     assert words.sentence(verdict) == says and verdict.parity_word == "fails"
-    assert [card["word"] for card in page.headlines(verdict)] == ["undecided", "undecided", "crashed"]
+    assert [card["word"] for card in page.headlines(verdict)] == [
+        "undecided",
+        "undecided",
+        "crashed",
+    ]
     assert says in report.text(experiment, verdict) and says in report.markdown(experiment, verdict)
     assert f'<h1 class="bad">{says}</h1>' in html_of(experiment)
     assert result.compact(experiment, verdict)["headline"]["sentence"] == says
@@ -87,7 +106,10 @@ def test_markdown_holds_the_figures():
     assert "- `triton`, `fp16 d32 <r8>`" in text and "flashbias run --off -- python" in text
 
 
-NASTY = "```\n# heading <img src=x onerror=alert(1)> @everyone | cell | `code` [link](https://example.org) ~~~"
+NASTY = (
+    "```\n# heading <img src=x onerror=alert(1)> @everyone | cell | `code` "
+    "[link](https://example.org) ~~~"
+)
 
 
 def test_markdown_holds_the_watched_parameters():
@@ -95,7 +117,10 @@ def test_markdown_holds_the_watched_parameters():
     text = report.markdown(found, judge(found))
     name = "`transformer.decoder.bias_scale`"
     assert f"- {name}, A: first 0.1, last 0.1\n- {name}, B: first 0.1, last 0.159\n" in text
-    assert f"- {name}, A: gradient arrived: never, median norm -\n- {name}, B: gradient arrived: 60 of 60 steps, " in text
+    assert (
+        f"- {name}, A: gradient arrived: never, median norm -\n- {name}, B: gradient arrived: 60 "
+        "of 60 steps, " in text
+    )
 
 
 def outside_code(text):
@@ -120,7 +145,11 @@ def test_nothing_of_the_command_leaves_its_fence():
     experiment.options = {**experiment.options, "env_b": {"X": NASTY}}
     experiment.cwd = NASTY
     run = experiment.runs[1]
-    run.processes[0].environment = {**run.processes[0].environment, "gpu": NASTY, "modules": {"mmcv": NASTY}}
+    run.processes[0].environment = {
+        **run.processes[0].environment,
+        "gpu": NASTY,
+        "modules": {"mmcv": NASTY},
+    }
     experiment.runs[0].processes[0].environment = run.processes[0].environment
     run.processes[0].fallbacks = [{"source": NASTY, "call": NASTY, "reason": NASTY, "count": 1}]
     run.processes[0].notes, run.message = [f"probe: {NASTY}"], f"cannot be started: {NASTY}"
@@ -138,8 +167,18 @@ def test_nothing_of_the_command_leaves_its_fence():
 
 def test_result_holds_the_figures_and_no_path_of_the_machine():
     experiment = rich_experiment()
-    experiment.command = ["/opt/x/python", "train.py", "/data/frame/", "--load=/home/me/last.pth", "a/b"]
-    experiment.options = {**experiment.options, "repeats": 3, "env_b": {"HOME_OF": "/somewhere/else"}}
+    experiment.command = [
+        "/opt/x/python",
+        "train.py",
+        "/data/frame/",
+        "--load=/home/me/last.pth",
+        "a/b",
+    ]
+    experiment.options = {
+        **experiment.options,
+        "repeats": 3,
+        "env_b": {"HOME_OF": "/somewhere/else"},
+    }
     verdict = judge(experiment)
     found = json.loads(json.dumps(result.compact(experiment, verdict), allow_nan=False))
     assert found["command"] == (
@@ -148,12 +187,21 @@ def test_result_holds_the_figures_and_no_path_of_the_machine():
     )
     assert "/home" not in json.dumps(found) and "/opt" not in json.dumps(found)
     head = found["headline"]
-    assert head["time"]["ratio"] == pytest.approx(verdict.speed.value) and head["time"]["word"] == "faster"
-    assert head["memory"]["b_mib"] == pytest.approx(8192 * 0.41, rel=1e-6) and head["repeats"] == [3, 3]
+    assert (
+        head["time"]["ratio"] == pytest.approx(verdict.speed.value)
+        and head["time"]["word"] == "faster"
+    )
+    assert head["memory"]["b_mib"] == pytest.approx(8192 * 0.41, rel=1e-6) and head["repeats"] == [
+        3,
+        3,
+    ]
     assert head["memory"]["reserved_mib"] == [8192, pytest.approx(8192 * 0.41, rel=1e-6)]
     assert head["training"]["word"] == "differs" and head["training"]["first_step"] == 40
     assert found["runs"][0]["loss"][5] == pytest.approx(experiment.runs[0].series("loss")[5])
-    assert found["backends"] == {"triton": 3 * 360, "sdpa": 3 * 60} and found["fallbacks"][0]["count"] == 3
+    assert (
+        found["backends"] == {"triton": 3 * 360, "sdpa": 3 * 60}
+        and found["fallbacks"][0]["count"] == 3
+    )
     time, memory, loss = result.rows(found)
     assert time[0] == "time per step" and time[3].endswith("faster") and memory[2] == "3359 MiB"
     assert loss[3].startswith("differs: A from A")
@@ -190,7 +238,9 @@ def test_non_finite_values_leave_gaps():
     experiment = synthetic.trial(0)
     for line in experiment.runs[1].processes[0].steps[20:]:
         line["loss"] = math.nan
-    data = json.loads(re.search(r'id="charts">(.*?)</script>', html_of(experiment), re.DOTALL).group(1))
+    data = json.loads(
+        re.search(r'id="charts">(.*?)</script>', html_of(experiment), re.DOTALL).group(1)
+    )
     series = {s["name"]: s["values"] for s in data[0]["series"]}
     assert series["B2"][20] is None and series["A1"][20] is not None
 
@@ -208,7 +258,8 @@ def test_steps_without_figures_leave_gaps_and_no_warning():
     charts = json.loads(re.search(r'id="charts">(.*?)</script>', text, re.DOTALL).group(1))
     (memory,) = (chart for chart in charts if chart["title"] == "Memory")
     assert {s["name"]: [v is None for v in s["values"]] for s in memory["series"]} == {
-        name: [True] * 12 + [False] * 8 for name in ("A1", "A3")}
+        name: [True] * 12 + [False] * 8 for name in ("A1", "A3")
+    }
 
 
 @pytest.mark.parametrize("option", ["--json", "--markdown", "--html", "--tensorboard"])
@@ -219,7 +270,10 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys, o
     monkeypatch.setattr(tensorboard, "write", lambda experiment, folder: os.makedirs(folder))
     (tmp_path / "ab.json").write_text(json.dumps({"command": ["x"], "options": {}, "runs": []}))
     (tmp_path / "file").write_text("")
-    for path, says in ((tmp_path / "file" / "x", "Not a directory"), (tmp_path, "s a directory|exists")):
+    for path, says in (
+        (tmp_path / "file" / "x", "Not a directory"),
+        (tmp_path, "s a directory|exists"),
+    ):
         assert main.main(["report", str(tmp_path), option, str(path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert re.fullmatch(f"flashbias report: '{path}': .*({says})", line), line
@@ -290,15 +344,17 @@ def test_bench_html_of():
         }
     )
     assert (
-        text.index("triton") < text.index("sdpa") < text.index("flash: cannot: flash-attn is not installed")
+        text.index("triton")
+        < text.index("sdpa")
+        < text.index("flash: cannot: flash-attn is not installed")
     )
 
 
 # -- in a browser
 # ----------------------------------------------------------------------------------------------
 
-# Put in front of the page's own script: errors and, once all is drawn, measures, end up in the document's
-# title.
+# Put in front of the page's own script: errors and, once all is drawn, measures, end up in the
+# document's title.
 WATCH = """<script>
 window.problems = [];
 addEventListener("error", function (e) { problems.push(String(e.message || e.target.src)); }, true);
@@ -320,7 +376,7 @@ addEventListener("load", function () { setTimeout(function () {
     ground: getComputedStyle(document.body).backgroundColor,
     requests: performance.getEntriesByType("resource").map(function (r) { return r.name; }) }));
 }, 300); });
-</script>"""
+</script>"""  # noqa: E501
 
 
 def browse(tmp_path, text, width, dark=False):
@@ -349,7 +405,11 @@ def browse(tmp_path, text, width, dark=False):
     found = re.search(r'<body data-found="([^"]*)"', document)
     assert found and found.group(1), "the page's script did not come to its end"
     return json.loads(
-        found.group(1).replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+        found.group(1)
+        .replace("&quot;", '"')
+        .replace("&lt;", "<")
+        .replace("&gt;", ">")
+        .replace("&amp;", "&")
     )
 
 

@@ -36,7 +36,7 @@ def train(steps, seconds=0.002, loss=lambda i: 1.0 / (i + 1), random="drawn"):
         if record.limit and i + 1 >= record.limit:
             record.write({"event": "stop", "steps": i + 1})
             raise SystemExit(0)
-"""
+"""  # noqa: E501
 
 
 def command(tmp_path, body):
@@ -51,7 +51,9 @@ def compare(tmp_path, words, **options):
     runner.run_all(
         words,
         out,
-        Options(**{"repeats": 1, "steps": 12, "warmup": 2, "noise_run": False, "timeout": 20, **options}),
+        Options(
+            **{"repeats": 1, "steps": 12, "warmup": 2, "noise_run": False, "timeout": 20, **options}
+        ),
     )
     experiment = records.load(out)
     verdict = judge(experiment)
@@ -82,7 +84,13 @@ def processes_with(mark):
 
 @pytest.mark.parametrize(
     "repeats,noise,expected",
-    [(1, True, "ABA"), (1, False, "AB"), (2, True, "ABBA"), (3, True, "ABBAAB"), (4, False, "ABBAABBA")],
+    [
+        (1, True, "ABA"),
+        (1, False, "AB"),
+        (2, True, "ABBA"),
+        (3, True, "ABBAAB"),
+        (4, False, "ABBAABBA"),
+    ],
 )
 def test_schedule(repeats, noise, expected):
     assert schedule(repeats, noise) == expected
@@ -108,17 +116,21 @@ def test_another_draw_is_held_against_another_draw(tmp_path, drawn):
     patched, nudge = os.environ['FLASHBIAS_PATCH'] == '1', os.environ.get('FLASHBIAS_PROBE_NUDGE') or ''
     draw = 0.02 if patched else -0.02 if nudge.startswith('redraw') else 0.0
     train(100, loss=lambda i: 1.0 / (i + 1) * (1 + draw * (i > 0)), random="B" if patched and %r else "A")
-    """ % (drawn == "otherwise")
+    """ % (drawn == "otherwise")  # noqa: E501
     experiment, verdict = compare(tmp_path, command(tmp_path, body), noise_run=True)
     loss = verdict.parities[0]
     if drawn == "otherwise":
         assert [run.nudged for run in experiment.runs] == [False, False, False, True]
         assert experiment.runs[-1].redrawn and loss.word == "within noise" and loss.redrawn
-        assert any("random numbers" in note for note in verdict.notes) and "redrawn A" in wording.parity_line(loss)
+        assert any(
+            "random numbers" in note for note in verdict.notes
+        ) and "redrawn A" in wording.parity_line(loss)
     else:
         assert not any(run.redrawn for run in experiment.runs) and loss.word == "differs"
         # Before "differs" is said: four nudged As, and a second B.
-        assert [(run.label, run.nudged) for run in experiment.runs[3:]] == [("A", True)] * 4 + [("B", False)]
+        assert [(run.label, run.nudged) for run in experiment.runs[3:]] == [("A", True)] * 4 + [
+            ("B", False)
+        ]
         assert not any("random numbers" in note for note in verdict.notes)
 
 
@@ -134,25 +146,37 @@ for i in range(25):
     record.write({{"event": "step", "step": i, "loss": loss, "grad_norm": 1.0, "memory": probe._resident(),
                   **({{}} if last is None else {{"wall_s": now - last}})}})
     last = now
-"""
+"""  # noqa: E501
 
 
-@pytest.mark.parametrize("slowdown,more_mib,part_at", [(0.0, 0, 99), (0.5, 0, 99), (0.0, 200, 99), (0.0, 0, 7)])
-def test_known_differences_of_real_processes_are_found(tmp_path, monkeypatch, slowdown, more_mib, part_at):
+@pytest.mark.parametrize(
+    "slowdown,more_mib,part_at", [(0.0, 0, 99), (0.5, 0, 99), (0.0, 200, 99), (0.0, 0, 7)]
+)
+def test_known_differences_of_real_processes_are_found(
+    tmp_path, monkeypatch, slowdown, more_mib, part_at
+):
     """Time truly slept, memory truly held; what was not injected is not found."""
     monkeypatch.setattr(verdicts, "BUSY_SHARE", 2.0)  # other tests may run beside this one
     body = INJECTED.format(slowdown=slowdown, more_mib=more_mib, part_at=part_at)
     experiment, verdict = compare(tmp_path, command(tmp_path, body), repeats=2, steps=25)
     assert not verdict.problems and all(run.steps == 25 for run in experiment.runs)
-    assert verdict.speed_word == "slower" if slowdown else verdict.speed_word in ("undecided", "no difference")
+    assert (
+        verdict.speed_word == "slower"
+        if slowdown
+        else verdict.speed_word in ("undecided", "no difference")
+    )
     assert verdict.speed.value == pytest.approx(1 + slowdown, rel=0.15)
     assert (verdict.memory_word == "more memory") == bool(more_mib)
-    assert (verdict.parity_word, verdict.first_step) == (("differs", 7) if part_at == 7 else ("identical", None))
+    assert (verdict.parity_word, verdict.first_step) == (
+        ("differs", 7) if part_at == 7 else ("identical", None)
+    )
 
 
 def test_ends_by_itself_before_its_steps(tmp_path):
     experiment, _ = compare(tmp_path, command(tmp_path, "train(5)"))
-    assert [run.message for run in experiment.runs] == ["ended by itself; 5 steps recorded of 12"] * 2
+    assert [run.message for run in experiment.runs] == [
+        "ended by itself; 5 steps recorded of 12"
+    ] * 2
 
 
 def test_crash_of_the_patched_side_only(tmp_path):
@@ -165,15 +189,21 @@ def test_crash_of_the_patched_side_only(tmp_path):
     ]  # the crashed side is not repeated
     assert "exit status 3" in verdict.problems[0] and "B2 (patched)" in verdict.problems[0]
     assert "BOOM" in experiment.runs[1].log_tail and verdict.comparable
-    assert wording.sentence(verdict).endswith("Patched fails: B2 crashed after 6 of 12 steps: exit status 3.")
-    assert verdict.parity_word == "fails" and verdict.speed_word == verdict.memory_word == "undecided"
+    assert wording.sentence(verdict).endswith(
+        "Patched fails: B2 crashed after 6 of 12 steps: exit status 3."
+    )
+    assert (
+        verdict.parity_word == "fails" and verdict.speed_word == verdict.memory_word == "undecided"
+    )
 
 
 def test_crash_before_any_step(tmp_path):
     experiment, verdict = compare(tmp_path, command(tmp_path, "import no_such_module"))
     assert not verdict.comparable
     says = wording.sentence(verdict)
-    assert says.startswith("Unpatched and patched fail: A1 crashed before its first step: exit status 1. B2 crashed")
+    assert says.startswith(
+        "Unpatched and patched fail: A1 crashed before its first step: exit status 1. B2 crashed"
+    )
     assert "No module named 'no_such_module'" in experiment.runs[0].log_tail
 
 
@@ -223,7 +253,7 @@ def test_binary_output(tmp_path):
         sys.stdout.flush()
         train(3)
         os._exit(1)
-    """
+    """  # noqa: E501
     experiment, verdict = compare(tmp_path, command(tmp_path, body))
     assert "\\x00" in experiment.runs[0].log_tail and "\x1b" not in experiment.runs[0].log_tail
     assert "<script>alert" not in report.html(experiment, verdict)
@@ -234,7 +264,8 @@ def test_changes_directory_and_is_a_shell_script(tmp_path):
     words = command(tmp_path, "os.chdir('elsewhere')\ntrain(100)")
     script = tmp_path / "dist_train.sh"
     script.write_text(
-        f'cd {tmp_path}\nexport PYTHONPATH="$(dirname $0)":$PYTHONPATH\n{" ".join(words)}\necho finished\n'
+        f'cd {tmp_path}\nexport PYTHONPATH="$(dirname $0)":$PYTHONPATH\n{" ".join(words)}\necho '
+        "finished\n"
     )
     experiment, _ = compare(tmp_path, ["bash", str(script)])
     assert [(run.status, run.steps) for run in experiment.runs] == [("ok", 12)] * 2
@@ -245,7 +276,9 @@ def test_command_that_goes_on_after_its_steps_is_ended(tmp_path, monkeypatch):
     script = tmp_path / "run.sh"
     script.write_text(" ".join(command(tmp_path, "train(100)")) + "\nsleep 300\n")
     experiment, _ = compare(tmp_path, ["bash", str(script)])
-    assert all(run.status == "ok" and "after its 12 steps" in run.message for run in experiment.runs)
+    assert all(
+        run.status == "ok" and "after its 12 steps" in run.message for run in experiment.runs
+    )
 
 
 @pytest.mark.parametrize(
@@ -265,14 +298,17 @@ def test_no_steps(tmp_path, words, message):
 def test_command_that_cannot_be_started(tmp_path):
     (tmp_path / "notes.txt").write_text("text")
     experiment, _ = compare(tmp_path, [str(tmp_path / "notes.txt")])
-    assert experiment.runs[0].status == "not started" and "Permission denied" in experiment.runs[0].message
+    assert (
+        experiment.runs[0].status == "not started"
+        and "Permission denied" in experiment.runs[0].message
+    )
 
 
 def test_environment_of_a_side(tmp_path):
     body = """
         print('HAVE', *(os.environ.get(name) for name in ('ONLY', 'FLASHBIAS_PATCH', 'PYTHONHASHSEED')))
         train(12)
-    """
+    """  # noqa: E501
     experiment, _ = compare(tmp_path, command(tmp_path, body), env_b={"ONLY": "b"}, seed=5)
     assert [run.log_tail.strip() for run in experiment.runs] == ["HAVE None 0 5", "HAVE b 1 5"]
 
@@ -329,19 +365,35 @@ def test_interrupt_ends_the_child_and_still_reports(tmp_path, number):
     assert process.returncode == 130, errors
     assert "interrupted" in output and (tmp_path / "out" / "report.md").exists()
     assert processes_with(words[-1]) == []
-    assert cli(tmp_path, "report", "out", "--markdown", "-").communicate()[0].startswith("## flashbias A/B")
+    assert (
+        cli(tmp_path, "report", "out", "--markdown", "-")
+        .communicate()[0]
+        .startswith("## flashbias A/B")
+    )
 
 
-@pytest.mark.parametrize("options, nudged", [([], True), (["--no-aa"], False), (["--eval", "last.pth"], False)])
+@pytest.mark.parametrize(
+    "options, nudged", [([], True), (["--no-aa"], False), (["--eval", "last.pth"], False)]
+)
 def test_first_line_names_the_runs_that_may_follow(tmp_path, monkeypatch, capsys, options, nudged):
     """`make demo` says that it trains four times: A B A are three."""
+
     def run_all(*given):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "run_all", run_all)
     parser = argparse.ArgumentParser()
     cli_ab.add_arguments(parser)
-    words = [*options, "--repeats", "1", "--out", str(tmp_path / "out"), "--", sys.executable, "{predictions}"]
+    words = [
+        *options,
+        "--repeats",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+        "--",
+        sys.executable,
+        "{predictions}",
+    ]
     assert cli_ab.main(parser.parse_args(words)) == cli_ab.INTERRUPTED
     line = capsys.readouterr().out.splitlines()[0]
     assert ("then a nudged A unless B is identical" in line) is nudged
@@ -350,7 +402,8 @@ def test_first_line_names_the_runs_that_may_follow(tmp_path, monkeypatch, capsys
 
 def test_fail_if_and_exit_statuses(tmp_path):
     words = command(
-        tmp_path, "train(12, loss=lambda i: 1.0 + (0.5 if os.environ['FLASHBIAS_PATCH'] == '1' else 0))"
+        tmp_path,
+        "train(12, loss=lambda i: 1.0 + (0.5 if os.environ['FLASHBIAS_PATCH'] == '1' else 0))",
     )
     base = ["ab", "--repeats", "1", "--no-aa", "--steps", "12"]
     for extra, status, says in (
@@ -429,11 +482,14 @@ def test_eval_compares_predictions(tmp_path):
         "assert sys.argv[1] == 'last.pth'\n"
         "shift = 0.25 if os.environ['FLASHBIAS_PATCH'] == '1' else 0\n"
         "box = [1 + shift, 2, 0, 2, 4, 1.5, 0.1, 0, 0]\n"
-        "json.dump({'classes': ['car'], 'samples': [{'token': 't', 'boxes': [box], 'scores': [0.5], "
+        "json.dump({'classes': ['car'], 'samples': [{'token': 't', 'boxes': [box], 'scores': "
+        "[0.5], "
         "'labels': [0]}]}, open(sys.argv[2], 'w'))\n"
     )
     words = [sys.executable, str(script), "{checkpoint}", "{predictions}"]
-    process = cli(tmp_path, "ab", "--repeats", "1", "--out", "out", "--eval", "last.pth", "--", *words)
+    process = cli(
+        tmp_path, "ab", "--repeats", "1", "--out", "out", "--eval", "last.pth", "--", *words
+    )
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, output + errors
     assert "A against B: 1 matched" in output and "centre (m) 0.25" in output
@@ -441,7 +497,10 @@ def test_eval_compares_predictions(tmp_path):
     kept = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert kept["detections"]["a_b"]["differences"]["centre (m)"]["largest"] == pytest.approx(0.25)
     assert "A against A" in (tmp_path / "out" / "report.html").read_text()
-    assert kept["sentence"].startswith("Zero attention calls went through the patch.") and kept["parity_word"] == "differs"
+    assert (
+        kept["sentence"].startswith("Zero attention calls went through the patch.")
+        and kept["parity_word"] == "differs"
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")
@@ -467,7 +526,12 @@ def test_rich_terminal(tmp_path):
         shown += piece
     assert process.wait(timeout=60) == 0, process.stderr.read()
     text = shown.decode()
-    assert "A unpatched" in text and "12/12" in text and "time per step" in text and "identical" in text
+    assert (
+        "A unpatched" in text
+        and "12/12" in text
+        and "time per step" in text
+        and "identical" in text
+    )
 
 
 def test_out_of_memory_unpatched_only_is_the_best_result(tmp_path):
@@ -477,22 +541,54 @@ def test_out_of_memory_unpatched_only_is_the_best_result(tmp_path):
     train(100)
     """
     process = cli(
-        tmp_path, "ab", "--steps", "12", "--out", "out", "--fail-if", "differs", "--", *command(tmp_path, body)
+        tmp_path,
+        "ab",
+        "--steps",
+        "12",
+        "--out",
+        "out",
+        "--fail-if",
+        "differs",
+        "--",
+        *command(tmp_path, body),
     )
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, output + errors
-    assert "Unpatched runs out of memory; patched trains at 2" in output and "A1 (unpatched): out of memory" in output
+    assert (
+        "Unpatched runs out of memory; patched trains at 2" in output
+        and "A1 (unpatched): out of memory" in output
+    )
     kept = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert kept["failed"] is False and [run["status"] for run in kept["runs"]] == ["out of memory", "ok", "ok"]
+    assert kept["failed"] is False and [run["status"] for run in kept["runs"]] == [
+        "out of memory",
+        "ok",
+        "ok",
+    ]
 
 
 @pytest.mark.parametrize(
-    "body", ["train(6 if B else 100)", "if B: train(6); os._exit(3)\ntrain(100)", "if B: import no_module\ntrain(100)"]
+    "body",
+    [
+        "train(6 if B else 100)",
+        "if B: train(6); os._exit(3)\ntrain(100)",
+        "if B: import no_module\ntrain(100)",
+    ],
 )
 def test_a_failed_run_is_no_success_under_any_condition(tmp_path, body):
     words = command(tmp_path, "B = os.environ['FLASHBIAS_PATCH'] == '1'\n" + body)
     for extra, status in (["--fail-if", "slower"], 1), ([], 3):
-        process = cli(tmp_path, "ab", "--no-aa", "--steps", "12", "--out", f"out{status}", *extra, "--", *words)
+        process = cli(
+            tmp_path,
+            "ab",
+            "--no-aa",
+            "--steps",
+            "12",
+            "--out",
+            f"out{status}",
+            *extra,
+            "--",
+            *words,
+        )
         output, errors = process.communicate(timeout=60)
         assert process.returncode == status, output + errors
         assert "Patched fails: B2" in output
@@ -513,7 +609,10 @@ def test_a_record_that_vanishes_ends_the_run_and_keeps_what_was_read(tmp_path):
     process = cli(tmp_path, "ab", *options, "--", *words)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 3 and time.monotonic() - begin < 50, output + errors
-    lost = r"B2 \(patched\): record lost after \d+ of 90 steps: it could not be watched and was ended \(FileNotFoundError"
+    lost = (
+        r"B2 \(patched\): record lost after \d+ of 90 steps: it could not be watched and was "
+        r"ended \(FileNotFoundError"
+    )
     assert re.search(lost, output)
     assert "8 steps recorded" in output and processes_with(words[-1]) == []
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["failed"]
@@ -555,7 +654,9 @@ def test_the_commands_own_work_is_not_others(tmp_path):
 
 def test_a_closed_terminal_does_not_end_the_runs(tmp_path):
     words = command(tmp_path, "train(12)")
-    process = cli(tmp_path, "ab", "--repeats", "1", "--no-aa", "--steps", "12", "--out", "out", "--", *words)
+    process = cli(
+        tmp_path, "ab", "--repeats", "1", "--no-aa", "--steps", "12", "--out", "out", "--", *words
+    )
     process.stdout.close()
     process.wait(timeout=60)
     assert len(json.loads((tmp_path / "out" / "ab.json").read_text())["runs"]) == 2
@@ -578,12 +679,19 @@ def test_killed_by_sigkill_its_child_ends(tmp_path):
 
 
 @pytest.mark.parametrize("process,steps", [(None, 12), ("second", 9)])
-def test_a_second_training_of_the_command_may_come_to_its_end(tmp_path, monkeypatch, process, steps):
+def test_a_second_training_of_the_command_may_come_to_its_end(
+    tmp_path, monkeypatch, process, steps
+):
     monkeypatch.setattr(runner, "GRACE_TO_END", 2.0)
-    for name, body in (("first", "train(100)"), ("second", "time.sleep(0.5)\ntrain(9, seconds=0.4)")):
+    for name, body in (
+        ("first", "train(100)"),
+        ("second", "time.sleep(0.5)\ntrain(9, seconds=0.4)"),
+    ):
         words = command(tmp_path, body)
         os.rename(words[1], tmp_path / f"{name}.py")
-    (tmp_path / "both.sh").write_text("".join(f"{sys.executable} {tmp_path}/{name}.py\n" for name in ("first", "second")))
+    (tmp_path / "both.sh").write_text(
+        "".join(f"{sys.executable} {tmp_path}/{name}.py\n" for name in ("first", "second"))
+    )
     experiment, verdict = compare(tmp_path, ["bash", str(tmp_path / "both.sh")], process=process)
     assert [(run.status, run.steps) for run in experiment.runs] == [("ok", steps)] * 2
     assert any("1 first.py (12 steps), 2 second.py (9 steps)" in note for note in verdict.notes)

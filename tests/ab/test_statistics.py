@@ -17,7 +17,8 @@ ALLOWED = 0.05
 
 def speed_words(slowdown, repeats, **more):
     return [
-        judge(synthetic.trial(seed, slowdown, repeats=repeats, **more)).speed_word for seed in range(TRIALS)
+        judge(synthetic.trial(seed, slowdown, repeats=repeats, **more)).speed_word
+        for seed in range(TRIALS)
     ]
 
 
@@ -29,7 +30,8 @@ def test_equal_speed_raises_no_alarm(repeats, spread):
 
 
 def alarms(rng, spread, repeats, trials, shift=lambda run: 0.0):
-    """In how many of `trials` two equal sides are called different; `shift(run)` slows the run-th run."""
+    """In how many of `trials` two equal sides are called different; `shift(run)` slows the run-th
+    run."""
     order = "ABA" if repeats == 1 else "".join("AB" if i % 2 == 0 else "BA" for i in range(repeats))
     found = 0
     for _ in range(trials):
@@ -55,7 +57,9 @@ def test_equal_speed_raises_no_alarm_however_much_runs_differ(repeats, spread):
 def test_a_machine_that_warms_up_or_hiccups_raises_no_alarm():
     rng = np.random.default_rng(11)
     assert alarms(rng, 0.004, 2, 100, shift=lambda run: 0.01 * run) <= ALLOWED * 100
-    assert alarms(rng, 0.004, 2, 100, shift=lambda run: 0.15 * (rng.random() < 0.1)) <= ALLOWED * 100
+    assert (
+        alarms(rng, 0.004, 2, 100, shift=lambda run: 0.15 * (rng.random() < 0.1)) <= ALLOWED * 100
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,11 +148,16 @@ def test_midmean_is_the_mean_of_the_middle_half():
 def test_stalls_are_slower_though_the_usual_step_is_not(every, factor, repeats):
     rng, found = np.random.default_rng(3), []
     for _ in range(TRIALS):
-        steps = [np.exp(rng.normal(0, 0.002)) * np.exp(rng.normal(0, 0.03, 30)) for _ in range(2 * repeats)]
+        steps = [
+            np.exp(rng.normal(0, 0.002)) * np.exp(rng.normal(0, 0.03, 30))
+            for _ in range(2 * repeats)
+        ]
         stalling = np.where(np.arange(30) % every == every - 1, factor, 1.0)
         found.append(compare_times(steps[:repeats], [s * stalling for s in steps[repeats:]]))
     assert [ratio.word("slower", "faster") for ratio in found].count("slower") >= 0.7 * TRIALS
-    assert all(ratio.disagree and 0.9 < ratio.value < 1.1 and ratio.mean.value > 1.3 for ratio in found)
+    assert all(
+        ratio.disagree and 0.9 < ratio.value < 1.1 and ratio.mean.value > 1.3 for ratio in found
+    )
     assert statistics.stalls([steps[0] * stalling])[:2] == (30 // every, 30)
 
 

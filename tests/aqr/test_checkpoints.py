@@ -1,4 +1,6 @@
-"""A transformer with a router under checkpoints: losses and every gradient as without, drop and supervision too."""
+"""A transformer with a router under checkpoints: losses and every gradient as without, drop and
+supervision too."""
+
 from __future__ import annotations
 
 import functools
@@ -19,7 +21,9 @@ OPTIONS = {
     "locality": dict(locality=True),
     "drop": dict(drop=0.7, supervision=0.5),
     "drop, locality": dict(drop=0.7, supervision=0.5, locality=True, cameras=family.V),
-    "drop, windows": dict(drop=0.7, supervision=0.5, bias="window", window=3, camera_windows="all", per="layer"),
+    "drop, windows": dict(
+        drop=0.7, supervision=0.5, bias="window", window=3, camera_windows="all", per="layer"
+    ),
 }
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -28,11 +32,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def unchecked(monkeypatch):
     from flashbias_patch.attention import selfcheck
 
-    monkeypatch.setattr(selfcheck, "check", lambda *given: None)  # seconds, and nothing that is tested here
+    monkeypatch.setattr(
+        selfcheck, "check", lambda *given: None
+    )  # seconds, and nothing that is tested here
 
 
 class Positional(torch.nn.Module):
-    """Keyword tensors as positional ones: what checkpoints of other libraries look at for gradients."""
+    """Keyword tensors as positional ones: what checkpoints of other libraries look at for
+    gradients."""
 
     def __init__(self, module, kind, names):
         super().__init__()
@@ -43,7 +50,7 @@ class Positional(torch.nn.Module):
         rest = {name: value for name, value in kwargs.items() if name not in names}
 
         def function(*given):
-            return self.module(*given[:len(args)], **dict(zip(names, given[len(args):])), **rest)
+            return self.module(*given[: len(args)], **dict(zip(names, given[len(args) :])), **rest)
 
         return KINDS[self.kind](function, *args, *(kwargs[name] for name in names))
 
@@ -57,8 +64,11 @@ def head_of(options, place=None, kind=None):
     if place is None:
         return head
     names = ("query", "key", "value", "query_pos", "key_pos")
-    wrap = functools.partial(checkpointed, kind=kind) if kind.startswith("wrapper") else (
-        lambda module: Positional(module, kind, names))
+    wrap = (
+        functools.partial(checkpointed, kind=kind)
+        if kind.startswith("wrapper")
+        else (lambda module: Positional(module, kind, names))
+    )
     if place == "transformer":
         head.transformer = wrap(transformer)
     elif place == "decoder":
@@ -83,14 +93,20 @@ def train(head, steps=2):
         for part in reversed(parts):
             losses.append({name: loss.item() for name, loss in part.items()})
             sum(part.values()).backward()
-    names = {n.replace("_checkpoint_wrapped_module.", "").replace("module.", ""): p for n, p in head.named_parameters()}
+    names = {
+        n.replace("_checkpoint_wrapped_module.", "").replace("module.", ""): p
+        for n, p in head.named_parameters()
+    }
     return losses, {"x": x.grad, "x_img": x_img.grad, **{n: p.grad for n, p in names.items()}}
 
 
-@pytest.mark.parametrize("kind, place, options", [
-    pytest.param(*case, marks=() if case[1:] in QUICK else pytest.mark.slow)
-    for case in itertools.product(KINDS, PLACES, OPTIONS)
-])
+@pytest.mark.parametrize(
+    "kind, place, options",
+    [
+        pytest.param(*case, marks=() if case[1:] in QUICK else pytest.mark.slow)
+        for case in itertools.product(KINDS, PLACES, OPTIONS)
+    ],
+)
 def test_as_without_a_checkpoint(claimed, kind, place, options):
     expected_losses, expected = train(head_of(OPTIONS[options]))
     losses, found = train(head_of(OPTIONS[options], place, kind))
@@ -102,7 +118,9 @@ def test_as_without_a_checkpoint(claimed, kind, place, options):
             assert found[name] is None or not found[name].any(), name
         else:
             assert found[name] is not None, name
-            torch.testing.assert_close(found[name], exact, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found[name], exact, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_a_recomputation_is_not_recorded_and_draws_nothing(claimed):

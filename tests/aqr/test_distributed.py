@@ -1,4 +1,5 @@
 """Two processes (gloo): one batch without images, and the router is no unused parameter."""
+
 from __future__ import annotations
 
 import gc
@@ -17,7 +18,9 @@ OPTIONS = ({}, dict(bias="window", window=3, camera_windows="all"))
 
 
 def train(rank, port, folder, options):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
+    )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     import flashbias_patch
@@ -29,12 +32,18 @@ def train(rank, port, folder, options):
     assert all(hooks.claim(cls) for cls in family.CLASSES)
     torch.manual_seed(rank)  # DDP makes the parameters one
     module = family.CmtTransformer(aqr=dict(enable=True, **options))
-    model = DistributedDataParallel(module)  # find_unused_parameters=False: an unused one raises in the next step
+    model = DistributedDataParallel(
+        module
+    )  # find_unused_parameters=False: an unused one raises in the next step
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monitor = ParameterMonitor(model, optimizer=optimizer, jsonl=os.path.join(folder, f"{rank}.jsonl"))
+    monitor = ParameterMonitor(
+        model, optimizer=optimizer, jsonl=os.path.join(folder, f"{rank}.jsonl")
+    )
     given, _, _ = family.inputs("CmtTransformer", seed=rank)
     reference, metas = family.geometry(seed=rank)
-    matrices = torch.stack([torch.as_tensor(matrix) for matrix in metas[0]["lidar2img"]]).expand(family.B, -1, -1, -1)
+    matrices = torch.stack([torch.as_tensor(matrix) for matrix in metas[0]["lidar2img"]]).expand(
+        family.B, -1, -1, -1
+    )
     for step in range(3):
         images = given["x_img"] if (step + rank) % 2 else None
         optimizer.zero_grad()
@@ -44,9 +53,14 @@ def train(rank, port, folder, options):
         optimizer.step()
         monitor.update()
     monitor.close()
-    torch.save({n: p.detach() for n, p in module.aqr.named_parameters()}, os.path.join(folder, f"{rank}.pt"))
+    torch.save(
+        {n: p.detach() for n, p in module.aqr.named_parameters()},
+        os.path.join(folder, f"{rank}.pt"),
+    )
     del model, module, optimizer, monitor
-    gc.collect()  # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and it aborts
+    # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and it
+    # aborts
+    gc.collect()
     dist.destroy_process_group()
 
 

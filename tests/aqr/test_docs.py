@@ -1,4 +1,5 @@
 """The page's figures are those of the results."""
+
 from __future__ import annotations
 
 import json
@@ -14,7 +15,11 @@ def test_tables_are_made_from_the_results():
     page = (ROOT / "docs" / "aqr.md").read_text()
     report = json.loads((ROOT / "benchmarks" / "results" / "aqr_cpu.json").read_text())
     assert benchmark.with_tables(page, report) == page
-    assert all(item["relative_error"] < 1e-3 for case in report["cases"].values() for item in case["gradient"])
+    assert all(
+        item["relative_error"] < 1e-3
+        for case in report["cases"].values()
+        for item in case["gradient"]
+    )
 
 
 def test_pictures_of_windows_show_windows_around_the_objects(monkeypatch):

@@ -1,4 +1,6 @@
-"""The user's own AttentionBiasGenerator: patched, its bias is a description with the same values and gradients."""
+"""The user's own AttentionBiasGenerator: patched, its bias is a description with the same values
+and gradients."""
+
 from __future__ import annotations
 
 import logging
@@ -46,10 +48,13 @@ def generators():
 def call(batch=B, queries=M, seed=0, dtype=torch.float32, spread=1.0):
     g = torch.Generator().manual_seed(seed)
     weights = [
-        (torch.rand(batch, queries, generator=g) * 2 - 1).mul(spread).to(dtype).requires_grad_() for _ in range(2)
+        (torch.rand(batch, queries, generator=g) * 2 - 1).mul(spread).to(dtype).requires_grad_()
+        for _ in range(2)
     ]
     cells = torch.randint(0, 36, (batch, queries), generator=g).float()
-    places = torch.stack([torch.randint(0, n, (batch, queries), generator=g) for n in (2, 3, 4)], -1)
+    places = torch.stack(
+        [torch.randint(0, n, (batch, queries), generator=g) for n in (2, 3, 4)], -1
+    )
     places[:, 0] = 0  # no camera sees it
     names = ("lidar_weights", "camera_weights", "pts_bev_indices", "pts_pers_indices")
     return dict(zip(names, (*weights, cells, places)))
@@ -61,8 +66,14 @@ def compared(ours, theirs, given, form=lambda out: out):
     for module in (ours, theirs):
         out = form(module(**given))
         numbers = out.numbers() if type(out) is BiasTensor else out
-        grad = torch.randn(numbers.shape, generator=torch.Generator().manual_seed(5)).to(numbers.dtype)
-        learned = [t for t in (given["lidar_weights"], given["camera_weights"], module.bias_scale) if t.requires_grad]
+        grad = torch.randn(numbers.shape, generator=torch.Generator().manual_seed(5)).to(
+            numbers.dtype
+        )
+        learned = [
+            t
+            for t in (given["lidar_weights"], given["camera_weights"], module.bias_scale)
+            if t.requires_grad
+        ]
         found.append((out, numbers, torch.autograd.grad(numbers, learned, grad, allow_unused=True)))
     return found
 
@@ -73,10 +84,14 @@ def test_every_option(generators, options, batch, queries, caplog):
     caplog.set_level(logging.INFO)
     plain, patched = (cls(**OPTIONS[options]) for cls in generators)
     (out, numbers, grads), (_, exact, true) = compared(patched, plain, call(batch, queries))
-    near = dict(rtol=1e-3, atol=1e-3) if exact.dtype is torch.float16 else dict(rtol=1e-5, atol=1e-6)
+    near = (
+        dict(rtol=1e-3, atol=1e-3) if exact.dtype is torch.float16 else dict(rtol=1e-5, atol=1e-6)
+    )
     torch.testing.assert_close(numbers, exact, **near)
     for mine, other in zip(grads, true):
-        torch.testing.assert_close(mine, other, rtol=2e-3 if exact.dtype is torch.float16 else 1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            mine, other, rtol=2e-3 if exact.dtype is torch.float16 else 1e-4, atol=1e-4
+        )
     if options == "clamped gauss":  # clamped Gaussians have no such form
         assert type(out) is torch.Tensor
     else:
@@ -129,7 +144,11 @@ def test_the_check_leaves_nothing_behind(generators):
     state = {name: value.clone() for name, value in module.state_dict().items()}
     parameter, generator = module.bias_scale, torch.get_rng_state()
     module(**call())
-    assert module.bias_scale is parameter and parameter.grad is None and torch.equal(torch.get_rng_state(), generator)
+    assert (
+        module.bias_scale is parameter
+        and parameter.grad is None
+        and torch.equal(torch.get_rng_state(), generator)
+    )
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
@@ -162,7 +181,12 @@ def test_forks_that_do_something_else_stay_as_they_are(generators, twist, caplog
 
     class AttentionBiasGenerator(plain):
         def forward(self, lidar_weights, camera_weights, pts_bev_indices, pts_pers_indices):
-            return twist(plain.forward(self, lidar_weights, camera_weights, pts_bev_indices, pts_pers_indices), self)
+            return twist(
+                plain.forward(
+                    self, lidar_weights, camera_weights, pts_bev_indices, pts_pers_indices
+                ),
+                self,
+            )
 
     from flashbias_patch.patching import hooks
 

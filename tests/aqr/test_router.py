@@ -1,4 +1,5 @@
 """The router by itself: formula, places, gradients, precision, state."""
+
 from __future__ import annotations
 
 import copy
@@ -25,9 +26,12 @@ def made(seed=0, **kwargs):
 
 def written_out(router, query, features=None):
     """The docstring's formula in float64, entry by entry of the segments."""
+
     def norm(x):
         x = x.double()
-        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        return (x - x.mean(-1, keepdim=True)) / (
+            x.var(-1, keepdim=True, unbiased=False) + 1e-5
+        ).sqrt()
 
     p = {name: value.detach().double() for name, value in router.named_parameters()}
     hidden = nn.functional.gelu(norm(query) @ p["query_proj"].T + p["query_proj_bias"])
@@ -45,7 +49,9 @@ def test_bias_is_the_formula(with_features):
     features = features if with_features else None
     bias = router(query, SEGMENTS, features=features)
     assert bias.shape == (B, 1, M, 10) and bias.segments() is not None and bias.rank == S
-    torch.testing.assert_close(bias.dense().double(), written_out(router, query, features), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        bias.dense().double(), written_out(router, query, features), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_per_head_and_per_layer_scales():
@@ -59,15 +65,29 @@ def test_per_head_and_per_layer_scales():
     router, query, _ = made(per="layer", num_layers=2)
     with torch.no_grad():
         router.bias_scale.copy_(torch.tensor([1.0, 3.0]))
-    torch.testing.assert_close(router(query, SEGMENTS, layer=1).dense(), 3 * router(query, SEGMENTS, layer=0).dense())
+    torch.testing.assert_close(
+        router(query, SEGMENTS, layer=1).dense(), 3 * router(query, SEGMENTS, layer=0).dense()
+    )
     with pytest.raises(ValueError, match="layer"):
         router(query, SEGMENTS)
 
 
-@pytest.mark.parametrize("bad", [dict(per="rank"), dict(per="head"), dict(eps=0.0), dict(locality=dict(bev=-1.0)),
-                                 dict(locality=dict(lidar=1.0)), dict(hidden_dims=0)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(per="rank"),
+        dict(per="head"),
+        dict(eps=0.0),
+        dict(locality=dict(bev=-1.0)),
+        dict(locality=dict(lidar=1.0)),
+        dict(hidden_dims=0),
+    ],
+)
 def test_bad_arguments_are_refused_by_name(bad):
-    with pytest.raises(ValueError, match=next(iter(bad)) if "per" not in bad or bad["per"] == "rank" else "num_heads"):
+    with pytest.raises(
+        ValueError,
+        match=next(iter(bad)) if "per" not in bad or bad["per"] == "rank" else "num_heads",
+    ):
         aqr.AdaptiveQueryRouter(C, S, **bad)
 
 
@@ -103,7 +123,9 @@ def test_autocast_and_half_parameters_compute_in_float32():
 
 def places(seed=0):
     reference, metas = family.geometry(seed)
-    matrices = torch.stack([torch.stack([torch.tensor(m) for m in meta["lidar2img"]]) for meta in metas])
+    matrices = torch.stack(
+        [torch.stack([torch.tensor(m) for m in meta["lidar2img"]]) for meta in metas]
+    )
     aqr.provide_geometry(reference, (-10, -10, -2, 10, 10, 2), matrices, (20, 30))
     from flashbias_patch.aqr.geometry import take_geometry
 
@@ -114,13 +136,23 @@ def places(seed=0):
 
 def test_locality_is_the_squared_distance_in_metres_and_image_widths():
     reference, matrices, found = places()
-    assert found.lengths == (12, 6, 6, 6) and 0 < int(found.valid[..., 1:].sum()) < found.valid[..., 1:].numel()
+    assert (
+        found.lengths == (12, 6, 6, 6)
+        and 0 < int(found.valid[..., 1:].sum()) < found.valid[..., 1:].numel()
+    )
     torch.manual_seed(1)
     router = aqr.AdaptiveQueryRouter(C, 2, locality=dict(bev=0.1, camera=3.0), init_bias_scale=1.5)
     query = torch.randn(B, M, C)
-    dense = (router(query, (12, 18), places=found).dense()
-             - router.bias_scale * (router.route(query, places=found).weights.repeat_interleave(
-                 torch.tensor([12, 18]), -1)[:, None] + router.eps).log())
+    dense = (
+        router(query, (12, 18), places=found).dense()
+        - router.bias_scale
+        * (
+            router.route(query, places=found).weights.repeat_interleave(torch.tensor([12, 18]), -1)[
+                :, None
+            ]
+            + router.eps
+        ).log()
+    )
     point = reference[1, 2] * torch.tensor([20.0, 20.0, 4.0]) - torch.tensor([10.0, 10.0, 2.0])
     row, column = 2, 1
     key = torch.tensor([-10 + 20 * (column + 0.5) / 4, -10 + 20 * (row + 0.5) / 3])
@@ -130,13 +162,17 @@ def test_locality_is_the_squared_distance_in_metres_and_image_widths():
     for b in range(B):
         for m in range(M):
             for v in range(3):
-                point = reference[b, m] * torch.tensor([20.0, 20.0, 4.0]) - torch.tensor([10.0, 10.0, 2.0])
+                point = reference[b, m] * torch.tensor([20.0, 20.0, 4.0]) - torch.tensor(
+                    [10.0, 10.0, 2.0]
+                )
                 u, w, depth, _ = matrices[b, v] @ torch.cat([point, torch.ones(1)])
                 visible = depth > 0.1 and 0 <= u / depth < 30 and 0 <= w / depth < 20
                 key = torch.tensor([30 * 0.5 / 3, 20 * 1.5 / 2])  # row 1, column 0
-                distance = (torch.stack([u / depth, w / depth]) - key).pow(2).sum() / 30 ** 2
+                distance = (torch.stack([u / depth, w / depth]) - key).pow(2).sum() / 30**2
                 expected = -1.5 * 3.0 * distance if visible else torch.tensor(0.0)
-                torch.testing.assert_close(dense[b, 0, m, 12 + 6 * v + 3], expected, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    dense[b, 0, m, 12 + 6 * v + 3], expected, rtol=1e-4, atol=1e-4
+                )
                 seen += bool(visible)
     assert seen > 0
 
@@ -178,7 +214,9 @@ def test_checkpoint_without_router_loads_and_warns_by_name(caplog):
 
 def test_round_trip_copy_and_pickle():
     router, query, features = made(per="head", num_heads=2, locality=True)
-    other = aqr.AdaptiveQueryRouter(C, S, per="head", num_heads=2, locality=True, init_bias_scale=9.0)
+    other = aqr.AdaptiveQueryRouter(
+        C, S, per="head", num_heads=2, locality=True, init_bias_scale=9.0
+    )
     other.load_state_dict(router.state_dict())
     expected = router.route(query, features).logits
     for same in (other, copy.deepcopy(router), pickle.loads(pickle.dumps(router))):
@@ -188,9 +226,19 @@ def test_round_trip_copy_and_pickle():
 def test_drop_and_supervision():
     x, x_img = torch.ones(3, 4, 2, 2), torch.ones(6, 4, 2, 2)
     a, b = aqr.drop_modalities(x, x_img, ["lidar", None, "camera"])
-    assert a.sum((1, 2, 3)).tolist() == [0, 16, 16] and b.sum((1, 2, 3)).tolist() == [16, 16, 16, 16, 0, 0]
+    assert a.sum((1, 2, 3)).tolist() == [0, 16, 16] and b.sum((1, 2, 3)).tolist() == [
+        16,
+        16,
+        16,
+        16,
+        0,
+        0,
+    ]
     draws = aqr.ModalityDrop(0.5, seed=1).draw(4000)
-    assert abs(draws.count(None) / 4000 - 0.5) < 0.03 and abs(draws.count("lidar") / 4000 - 0.25) < 0.03
+    assert (
+        abs(draws.count(None) / 4000 - 0.5) < 0.03
+        and abs(draws.count("lidar") / 4000 - 0.25) < 0.03
+    )
     logits = torch.randn(3, M, S, requires_grad=True)
     loss = aqr.supervision_loss(logits, ["lidar", None, "camera"])
     log = logits.log_softmax(-1)
@@ -205,4 +253,6 @@ def test_recording():
     with aqr.record_routing() as seen:
         router.route(query)
     router.route(query)
-    assert len(seen) == 1 and seen[0].weights.shape == (B, M, S) and not seen[0].weights.requires_grad
+    assert (
+        len(seen) == 1 and seen[0].weights.shape == (B, M, S) and not seen[0].weights.requires_grad
+    )

@@ -1,4 +1,5 @@
 """The config key, the environment variable, and the bias on its way into every layer."""
+
 from __future__ import annotations
 
 import copy
@@ -58,13 +59,17 @@ def test_every_layer_gets_the_bias(claimed, name, with_cp):
     with aqr.record_routing() as seen:
         module(**given)
     logits = seen[0].logits
-    dense = (module.aqr.bias_scale * (logits.softmax(-1) + 1e-6).log()).repeat_interleave(torch.tensor(lengths), -1)
+    dense = (module.aqr.bias_scale * (logits.softmax(-1) + 1e-6).log()).repeat_interleave(
+        torch.tensor(lengths), -1
+    )
     for layer in module.decoder.layers:
         layer.use_checkpoint = False
     expected = with_dense_bias(module, given, dense[:, None])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     expected.pow(2).sum().backward()
-    torch.testing.assert_close(grads["aqr.bias_scale"], module.aqr.bias_scale.grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        grads["aqr.bias_scale"], module.aqr.bias_scale.grad, rtol=1e-3, atol=1e-4
+    )
     if len(lengths) > 1:
         router = module._modules.pop("aqr")
         plain = module(**given)[0]
@@ -73,12 +78,16 @@ def test_every_layer_gets_the_bias(claimed, name, with_cp):
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-@pytest.mark.parametrize("options", [{}, {"aqr": None}, {"aqr": False}, {"aqr": dict(enable=False, per="head")}])
+@pytest.mark.parametrize(
+    "options", [{}, {"aqr": None}, {"aqr": False}, {"aqr": dict(enable=False, per="head")}]
+)
 def test_unset_means_no_parameter_and_the_same_numbers(claimed, name, options):
     given, _, _ = family.inputs(name)
     torch.manual_seed(0)
     module = getattr(family, name)(**options)
-    assert not [n for n, _ in module.named_parameters() if "aqr" in n] and not hasattr(module, "aqr")
+    assert not [n for n, _ in module.named_parameters() if "aqr" in n] and not hasattr(
+        module, "aqr"
+    )
     got = module(**given)[0]
     claimed_off = type(module).forward.__wrapped__
     assert torch.equal(claimed_off(module, **given)[0], got)
@@ -91,7 +100,9 @@ def test_bias_scale_zero_is_the_model_without_router(claimed, name):
     plain = getattr(family, name)()
     after_plain = torch.get_rng_state()
     module = build(name, cameras, init_bias_scale=0.0)
-    assert torch.equal(torch.get_rng_state(), after_plain)  # the rest of the model is drawn as without a router
+    assert torch.equal(
+        torch.get_rng_state(), after_plain
+    )  # the rest of the model is drawn as without a router
     torch.testing.assert_close(module(**given)[0], plain(**given)[0], rtol=1e-5, atol=1e-6)
 
 
@@ -107,13 +118,17 @@ def test_positional_calls_and_no_grad(claimed):
         assert torch.equal(module(*given.values())[0], module(**given)[0])
 
 
-@pytest.mark.parametrize("text, scale", [("1", 1.0), ("init_bias_scale=0.25,per=head", 0.25), ("enable=1", 1.0)])
+@pytest.mark.parametrize(
+    "text, scale", [("1", 1.0), ("init_bias_scale=0.25,per=head", 0.25), ("enable=1", 1.0)]
+)
 def test_environment_variable(claimed, monkeypatch, text, scale):
     monkeypatch.setenv("FLASHBIAS_AQR", text)
     settings.reload()
     module = family.CmtTransformer()
     assert torch.all(module.aqr.bias_scale == scale)
-    assert not hasattr(family.CmtTransformer(aqr=dict(enable=False)), "aqr")  # a config that speaks wins
+    assert not hasattr(
+        family.CmtTransformer(aqr=dict(enable=False)), "aqr"
+    )  # a config that speaks wins
 
 
 @pytest.mark.parametrize("text", ["0", "off", ""])
@@ -131,14 +146,27 @@ def test_environment_variable_misspelt(claimed, monkeypatch, text):
         family.CmtTransformer()
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(scale=1), "unknown option scale"), (dict(drop="a"), "aqr.drop"), (dict(supervision=1.0), "aqr.drop"),
-    (dict(per="query"), "per"), (dict(cameras=0), None), (dict(lokality=True), "the nearest is locality"),
-    (dict(per="haed"), "nearest is 'head'"), (dict(cameras="2"), "aqr.cameras"), (dict(cameras=True), "aqr.cameras"),
-    (dict(cameras=-1), "aqr.cameras"), (dict(hidden_dims=0), "aqr.hidden_dims"), (dict(enable=2), "aqr.enable"),
-    (dict(init_bias_scale=float("nan")), "aqr.init_bias_scale"), (dict(drop=float("nan")), "aqr.drop"),
-    (dict(drop=0.5, supervision=-1.0), "aqr.supervision"), (dict(drop=1.5), "aqr.drop"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(scale=1), "unknown option scale"),
+        (dict(drop="a"), "aqr.drop"),
+        (dict(supervision=1.0), "aqr.drop"),
+        (dict(per="query"), "per"),
+        (dict(cameras=0), None),
+        (dict(lokality=True), "the nearest is locality"),
+        (dict(per="haed"), "nearest is 'head'"),
+        (dict(cameras="2"), "aqr.cameras"),
+        (dict(cameras=True), "aqr.cameras"),
+        (dict(cameras=-1), "aqr.cameras"),
+        (dict(hidden_dims=0), "aqr.hidden_dims"),
+        (dict(enable=2), "aqr.enable"),
+        (dict(init_bias_scale=float("nan")), "aqr.init_bias_scale"),
+        (dict(drop=float("nan")), "aqr.drop"),
+        (dict(drop=0.5, supervision=-1.0), "aqr.supervision"),
+        (dict(drop=1.5), "aqr.drop"),
+    ],
+)
 def test_options_are_checked(claimed, options, words):
     if words is None:
         assert family.CmtTransformer(aqr=dict(enable=True, **options)).aqr.num_segments == 1
@@ -233,7 +261,9 @@ def test_head_hands_over_the_geometry(claimed):
         module(given["x"], given["x_img"], metas, reference).pow(2).sum().backward()
     assert seen[0].places.lengths == (12, 6, 6, 6)
     assert (module.transformer.aqr.locality_raw.grad != 0).all()
-    with pytest.raises(ValueError, match="provide_geometry"):  # taken once: no stale places in a later call
+    with pytest.raises(
+        ValueError, match="provide_geometry"
+    ):  # taken once: no stale places in a later call
         module.transformer(**given)
 
 
@@ -261,7 +291,10 @@ def test_forwards_before_their_losses_keep_their_supervision(claimed, order):
     module = head(drop=1.0, supervision=0.5).train()
     with torch.no_grad():
         module.transformer.aqr.segment_proj.mul_(50)
-    batches = [(given["x"], given["x_img"], metas, reference), (given["x"].flip(1), given["x_img"] * 3, metas, reference)]
+    batches = [
+        (given["x"], given["x_img"], metas, reference),
+        (given["x"].flip(1), given["x_img"] * 3, metas, reference),
+    ]
     expected = [module.loss(module(*batch))["loss_aqr"].item() for batch in batches]
     assert abs(expected[0] - expected[1]) > 1e-4
     module.transformer.aqr.drop = aqr.ModalityDrop(1.0, torch.initial_seed())
@@ -281,7 +314,9 @@ def test_losses_of_unknown_outputs_are_taken_in_order(claimed):
     for _ in range(2):
         module.transformer(**given)
     outs = torch.ones(2)
-    assert [set(module.loss(outs)) for _ in range(3)] == [{"loss_cls", "loss_aqr"}] * 2 + [{"loss_cls"}]
+    assert [set(module.loss(outs)) for _ in range(3)] == [{"loss_cls", "loss_aqr"}] * 2 + [
+        {"loss_cls"}
+    ]
 
 
 def test_a_resumed_run_goes_on_with_the_drops(claimed, monkeypatch):
@@ -291,7 +326,7 @@ def test_a_resumed_run_goes_on_with_the_drops(claimed, monkeypatch):
     saved = module.state_dict()
     after = drop.draw(20)
     resumed = build("CmtTransformer", drop=0.5)
-    resumed.aqr.drop = aqr.ModalityDrop(0.5, seed=2 ** 64 - 1)
+    resumed.aqr.drop = aqr.ModalityDrop(0.5, seed=2**64 - 1)
     resumed.load_state_dict(saved)
     assert resumed.aqr.drop.draw(20) == after
     other = aqr.ModalityDrop(0.5, torch.initial_seed(), rank=1)
@@ -314,7 +349,9 @@ def test_visible_gain_learns_where_the_geometry_is_known(claimed, provided, loca
     reference, metas = family.geometry()
     module = head(locality=locality)
     if provided:
-        matrices = torch.stack([torch.as_tensor(m) for m in metas[0]["lidar2img"]]).expand(family.B, -1, -1, -1)
+        matrices = torch.stack([torch.as_tensor(m) for m in metas[0]["lidar2img"]]).expand(
+            family.B, -1, -1, -1
+        )
         aqr.provide_geometry(reference, module.pc_range, matrices, (20, 30))
         module.transformer(**given)[0].pow(2).sum().backward()
     else:
@@ -330,4 +367,6 @@ def test_uninstall_restores_constructor_and_forward():
     assert hooks.claim(family.CmtTransformer)
     assert vars(family.CmtTransformer)["forward"] is not own["forward"]
     hooks.uninstall()
-    assert dict(vars(family.CmtTransformer)) == own and "__init__" not in vars(family.CmtTransformer)
+    assert dict(vars(family.CmtTransformer)) == own and "__init__" not in vars(
+        family.CmtTransformer
+    )

@@ -1,4 +1,6 @@
-"""A repository with a generator of its own, both generations of attention: patched it trains as unpatched, with windows."""
+"""A repository with a generator of its own, both generations of attention: patched it trains as
+unpatched, with windows."""
+
 from __future__ import annotations
 
 import gc
@@ -41,7 +43,11 @@ def inputs(seed=0, batch=B, grad=True):
         for name, length in dict(query=M, memory=N, query_pos=M, memory_pos=N).items()
     }
     places = torch.stack([torch.randint(0, n, (batch, M), generator=g) for n in (2, 3, 4)], -1)
-    return dict(sequences, bev_indices=torch.randint(0, 36, (batch, M), generator=g).float(), camera_indices=places)
+    return dict(
+        sequences,
+        bev_indices=torch.randint(0, 36, (batch, M), generator=g).float(),
+        camera_indices=places,
+    )
 
 
 def make(cls, attention, with_cp, **options):
@@ -51,7 +57,10 @@ def make(cls, attention, with_cp, **options):
 
 def gradients(head, given):
     out = head(**given)
-    wanted = {**{n: t for n, t in given.items() if t.requires_grad}, **dict(head.named_parameters())}
+    wanted = {
+        **{n: t for n, t in given.items() if t.requires_grad},
+        **dict(head.named_parameters()),
+    }
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(5)))
     found = {name: tensor.grad for name, tensor in wanted.items()}
     for tensor in wanted.values():
@@ -77,7 +86,9 @@ def test_gradients_are_the_unpatched_ones(heads, attention, with_cp, options, ca
     caplog.set_level(logging.INFO)
     windows = []
     dense_bias = reference.grids.dense_bias
-    monkeypatch.setattr(reference.grids, "dense_bias", lambda parts: windows.append(1) or dense_bias(parts))
+    monkeypatch.setattr(
+        reference.grids, "dense_bias", lambda parts: windows.append(1) or dense_bias(parts)
+    )
     if attention == "PETRMultiheadFlashAttention" and options.get("fp16"):
         pytest.skip("torch's SDPA refuses a half mask with float32 sequences")
     plain, patched = (make(cls, attention, with_cp, **options) for cls in heads)
@@ -89,7 +100,9 @@ def test_gradients_are_the_unpatched_ones(heads, attention, with_cp, options, ca
         if grad is None:
             assert found[name] is None, name
         else:
-            torch.testing.assert_close(found[name], grad, msg=lambda text, name=name: f"{name}: {text}", **near)
+            torch.testing.assert_close(
+                found[name], grad, msg=lambda text, name=name: f"{name}: {text}", **near
+            )
     assert not became_dense(caplog), became_dense(caplog)
     assert journal.calls["original"] == 0
     if options.get("use_local_bias", True):
@@ -113,7 +126,9 @@ def test_training_is_the_unpatched_training(heads, attention, with_cp, caplog):
             ran.append(loss.item())
         losses.append(ran)
         scales.append(head.attention_bias_generator.bias_scale.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and scales[0] == pytest.approx(scales[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and scales[0] == pytest.approx(
+        scales[1], rel=1e-5
+    )
     assert abs(scales[1] - 2.5) > 1e-3 and not became_dense(caplog)
 
 
@@ -152,15 +167,24 @@ def test_dropout_reaches_the_later_generation(heads):
 
 
 def test_both_names_of_the_later_generation(heads):
-    plain, patched = (make(cls, "PETRMultiheadFlashAttention", False).layers[0].attentions[1].attn for cls in heads)
+    plain, patched = (
+        make(cls, "PETRMultiheadFlashAttention", False).layers[0].attentions[1].attn
+        for cls in heads
+    )
     q, k = torch.randn(B, M, E), torch.randn(B, N, E)
     bias = torch.randn(B, M, N)
     for core in (plain, patched):
         core.load_state_dict(plain.state_dict())
     for names in (("query", "key", "value"), ("q", "k", "v")):
         given = dict(zip(names, (q, k, k)))
-        for more in ({}, dict(attn_bias=bias), dict(attn_mask=bias), dict(attn_mask=bias, attn_bias=bias),
-                     dict(attn_bias=torch.randn(B * 2, M, N)), dict(attn_bias=bias.transpose(0, 1))):  # fmt: skip
+        for more in (
+            {},
+            dict(attn_bias=bias),
+            dict(attn_mask=bias),
+            dict(attn_mask=bias, attn_bias=bias),
+            dict(attn_bias=torch.randn(B * 2, M, N)),
+            dict(attn_bias=bias.transpose(0, 1)),
+        ):
             ours, theirs = patched(**given, **more), plain(**given, **more)
             assert type(ours) is tuple and ours[1] is None
             torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
@@ -176,7 +200,9 @@ def test_a_fork_of_the_later_generation_that_does_something_else(heads):
     class FlashMHA(base):
         def forward(self, query=None, key=None, value=None, q=None, k=None, v=None, attn_mask=None,
                     key_padding_mask=None, attn_bias=None, **kwargs):  # fmt: skip
-            out, _ = base.forward(self, query, key, value, q, k, v, attn_mask, key_padding_mask, attn_bias)
+            out, _ = base.forward(
+                self, query, key, value, q, k, v, attn_mask, key_padding_mask, attn_bias
+            )
             return out * 2, None
 
     from flashbias_patch.patching import hooks
@@ -188,11 +214,13 @@ def test_a_fork_of_the_later_generation_that_does_something_else(heads):
     assert journal.calls["original"] == 1
 
 
-# -- two processes -----------------------------------------------------------------------------------------------------
+# -- two processes ---------------------------------------------------------------------------------
 
 
 def train(rank, port, folder, patch):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
+    )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     found = {}
@@ -207,10 +235,14 @@ def train(rank, port, folder, patch):
                 optimizer.zero_grad()
                 loss_of(model(**inputs(10 * rank + step, grad=False))).backward()
                 optimizer.step()
-            found[attention] = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+            found[attention] = {
+                name: p.detach().clone() for name, p in model.module.named_parameters()
+            }
             del model, optimizer
     torch.save(found, os.path.join(folder, f"{patch}{rank}.pt"))
-    gc.collect()  # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and it aborts
+    # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and it
+    # aborts
+    gc.collect()
     dist.destroy_process_group()
 
 
@@ -220,7 +252,9 @@ def test_two_processes_train_as_unpatched(tmp_path):
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         mp.spawn(train, (port, str(tmp_path), patch), nprocs=2)
-    plain, first, second = (torch.load(str(tmp_path / f"{name}.pt")) for name in ("False0", "True0", "True1"))
+    plain, first, second = (
+        torch.load(str(tmp_path / f"{name}.pt")) for name in ("False0", "True0", "True1")
+    )
     for attention in ATTENTIONS:
         for name, parameter in first[attention].items():
             assert torch.equal(parameter, second[attention][name])

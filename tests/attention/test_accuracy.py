@@ -1,4 +1,6 @@
-"""sdpa and reference against float64: error at most twice plain PyTorch's own in the same precision (plus 1e-5)."""
+"""sdpa and reference against float64: error at most twice plain PyTorch's own in the same precision
+(plus 1e-5)."""
+
 import itertools
 
 import pytest
@@ -8,7 +10,7 @@ from flashbias_patch.attention import flash_bias_attention
 from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias
 from tests.capabilities import FASTEST
 
-BACKENDS = ("sdpa", "reference")[FASTEST != "sdpa":]
+BACKENDS = ("sdpa", "reference")[FASTEST != "sdpa" :]
 
 LENGTHS = [(1, 1), (1, 257), (113, 203), (128, 128), (257, 1)]
 
@@ -28,7 +30,10 @@ def dense_attention(q, k, v, bias=None, masked=None, scale=None):
 def make(M, N, B=2, H=3, D=16, R=3, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     shapes = dict(q=(B, M, H, D), k=(B, N, H, D), v=(B, N, H, D), a=(1, M, H, R), b=(B, N, 1, R))
-    return {name: torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+    return {
+        name: torch.randn(s, generator=g, dtype=torch.float64).to(dtype)
+        for name, s in shapes.items()
+    }
 
 
 def leaves(tensors, dtype):
@@ -37,18 +42,23 @@ def leaves(tensors, dtype):
 
 def run(function, tensors, grad_out):
     out = function(tensors)
-    grads = torch.autograd.grad(out, list(tensors.values()), grad_out.to(out.dtype), allow_unused=True)
+    grads = torch.autograd.grad(
+        out, list(tensors.values()), grad_out.to(out.dtype), allow_unused=True
+    )
     return [out.detach(), *grads]
 
 
 def assert_as_good_as_pytorch(function, plain, tensors):
-    """Compare outputs and gradients of every tensor with float64, and with plain PyTorch's error."""
+    """Compare outputs and gradients of every tensor with float64, and with plain PyTorch's
+    error."""
     dtype = tensors["q"].dtype
     # Gradients sum over M or N terms that may cancel to nothing (N = 1): allow that sum's rounding.
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     floor = 1e-5 + 8 * eps * max(tensors["q"].shape[1], tensors["k"].shape[1]) ** 0.5
     truth_in = leaves(tensors, torch.float64)
-    grad_out = torch.randn(plain(truth_in).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grad_out = torch.randn(
+        plain(truth_in).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     truth = run(plain, truth_in, grad_out)
     ours = run(function, leaves(tensors, dtype), grad_out)
     theirs = run(plain, leaves(tensors, dtype), grad_out)
@@ -63,7 +73,6 @@ def assert_as_good_as_pytorch(function, plain, tensors):
         assert error <= bound, f"{name}: {error:.3g} > {bound:.3g}"
 
 
-
 def dense_of(t):
     a, b = t["a"], t["b"]
     B, H = max(a.shape[0], b.shape[0]), max(a.shape[2], b.shape[2])
@@ -76,7 +85,9 @@ def dense_of(t):
 def test_low_rank_bias(backend, lengths, dtype):
     tensors = make(*lengths, dtype=dtype)
     assert_as_good_as_pytorch(
-        lambda t: flash_bias_attention(t["q"], t["k"], t["v"], LowRankBias(t["a"], t["b"]), backend=backend),
+        lambda t: flash_bias_attention(
+            t["q"], t["k"], t["v"], LowRankBias(t["a"], t["b"]), backend=backend
+        ),
         lambda t: dense_attention(t["q"], t["k"], t["v"], dense_of(t)),
         tensors,
     )
@@ -90,7 +101,9 @@ def test_half_on_the_reference(dtype):
         pytest.skip(f"plain PyTorch, to compare with: {error}")
     tensors = make(37, 41, dtype=dtype)
     assert_as_good_as_pytorch(
-        lambda t: flash_bias_attention(t["q"], t["k"], t["v"], LowRankBias(t["a"], t["b"]), backend="reference"),
+        lambda t: flash_bias_attention(
+            t["q"], t["k"], t["v"], LowRankBias(t["a"], t["b"]), backend="reference"
+        ),
         lambda t: dense_attention(t["q"], t["k"], t["v"], dense_of(t)),
         tensors,
     )
@@ -105,11 +118,20 @@ MASKS = ["(M,N)", "(B,M,N)", "(B*H,M,N)", "(B,H,M,N)"]
 def test_masks(backend, shape, kind, padding):
     B, H, M, N = 2, 3, 19, 23
     g = torch.Generator().manual_seed(2)
-    size = {"(M,N)": (M, N), "(B,M,N)": (B, M, N), "(B*H,M,N)": (B * H, M, N), "(B,H,M,N)": (B, H, M, N)}[shape]
+    size = {
+        "(M,N)": (M, N),
+        "(B,M,N)": (B, M, N),
+        "(B*H,M,N)": (B * H, M, N),
+        "(B,H,M,N)": (B, H, M, N),
+    }[shape]
     masked = torch.rand(size, generator=g) < 0.4
     masked[..., 3, :] = True  # a row with nothing to attend to
-    four = {"(M,N)": lambda m: m, "(B,M,N)": lambda m: m[:, None], "(B*H,M,N)": lambda m: m.view(B, H, M, N),
-            "(B,H,M,N)": lambda m: m}[shape](masked)
+    four = {
+        "(M,N)": lambda m: m,
+        "(B,M,N)": lambda m: m[:, None],
+        "(B*H,M,N)": lambda m: m.view(B, H, M, N),
+        "(B,H,M,N)": lambda m: m,
+    }[shape](masked)
     additive = torch.randn(four.shape, generator=g).masked_fill(four, float("-inf"))
     mask = {"bool": masked, "byte": masked.byte(), "float": additive.view(size)}[kind]
     keys = torch.rand(B, N, generator=g) < 0.3
@@ -123,16 +145,28 @@ def test_masks(backend, shape, kind, padding):
         if padding == "float":
             bias = bias + key_bias[:, None, None].to(bias.dtype)
         out_masked = four if padding != "bool" else four | keys[:, None, None]
-        return dense_attention(t["q"], t["k"], t["v"], bias + dense_of(t), out_masked.expand(B, H, M, N))
+        return dense_attention(
+            t["q"], t["k"], t["v"], bias + dense_of(t), out_masked.expand(B, H, M, N)
+        )
 
     tensors = make(M, N)
     assert_as_good_as_pytorch(
-        lambda t: flash_bias_attention(t["q"], t["k"], t["v"], LowRankBias(t["a"], t["b"]), attn_mask=mask,
-                                       key_padding_mask=given, backend=backend),
-        plain, tensors,
+        lambda t: flash_bias_attention(
+            t["q"],
+            t["k"],
+            t["v"],
+            LowRankBias(t["a"], t["b"]),
+            attn_mask=mask,
+            key_padding_mask=given,
+            backend=backend,
+        ),
+        plain,
+        tensors,
     )
     t = leaves(tensors, torch.float32)
-    out = flash_bias_attention(t["q"], t["k"], t["v"], attn_mask=mask, key_padding_mask=given, backend=backend)
+    out = flash_bias_attention(
+        t["q"], t["k"], t["v"], attn_mask=mask, key_padding_mask=given, backend=backend
+    )
     assert not out[:, 3].detach().any(), "a fully masked row must be zero"
 
 
@@ -140,10 +174,15 @@ def test_masks(backend, shape, kind, padding):
 def test_gradient_of_a_dense_bias(backend):
     B, H, M, N = 2, 3, 17, 29
     for size in [(M, N), (B, 1, M, N), (1, H, M, N), (B, H, M, N), (B, 1, 1, N)]:
-        tensors = {**make(M, N), "dense": torch.randn(size, generator=torch.Generator().manual_seed(3))}
+        tensors = {
+            **make(M, N),
+            "dense": torch.randn(size, generator=torch.Generator().manual_seed(3)),
+        }
         del tensors["a"], tensors["b"]
         assert_as_good_as_pytorch(
-            lambda t: flash_bias_attention(t["q"], t["k"], t["v"], DenseBias(t["dense"]), backend=backend),
+            lambda t: flash_bias_attention(
+                t["q"], t["k"], t["v"], DenseBias(t["dense"]), backend=backend
+            ),
             lambda t: dense_attention(t["q"], t["k"], t["v"], t["dense"]),
             tensors,
         )
@@ -152,7 +191,10 @@ def test_gradient_of_a_dense_bias(backend):
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_segments(backend):
     lengths = (5, 0, 11, 7)
-    tensors = {**make(13, sum(lengths)), "w": torch.randn(2, 13, 4, generator=torch.Generator().manual_seed(4))}
+    tensors = {
+        **make(13, sum(lengths)),
+        "w": torch.randn(2, 13, 4, generator=torch.Generator().manual_seed(4)),
+    }
 
     def plain(t):
         spread = t["w"].repeat_interleave(torch.tensor(lengths), -1)[:, None]
@@ -160,8 +202,14 @@ def test_segments(backend):
 
     assert_as_good_as_pytorch(
         lambda t: flash_bias_attention(
-            t["q"], t["k"], t["v"], ModalityBias(t["w"], lengths) + LowRankBias(t["a"], t["b"]), backend=backend),
-        plain, tensors,
+            t["q"],
+            t["k"],
+            t["v"],
+            ModalityBias(t["w"], lengths) + LowRankBias(t["a"], t["b"]),
+            backend=backend,
+        ),
+        plain,
+        tensors,
     )
 
 
@@ -171,10 +219,14 @@ def test_reference_holds_one_chunk_only(monkeypatch):
     monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", 2 * 3 * 31 * 4 * 5)  # five queries at a time
     largest = []
     scores = reference.scores
-    monkeypatch.setattr(reference, "scores", lambda inputs: largest.append(scores(inputs).numel()) or scores(inputs))
+    monkeypatch.setattr(
+        reference, "scores", lambda inputs: largest.append(scores(inputs).numel()) or scores(inputs)
+    )
     tensors = make(23, 31)
     assert_as_good_as_pytorch(
-        lambda t: flash_bias_attention(t["q"], t["k"], t["v"], LowRankBias(t["a"], t["b"]), backend="reference"),
+        lambda t: flash_bias_attention(
+            t["q"], t["k"], t["v"], LowRankBias(t["a"], t["b"]), backend="reference"
+        ),
         lambda t: dense_attention(t["q"], t["k"], t["v"], dense_of(t)),
         tensors,
     )
@@ -183,7 +235,8 @@ def test_reference_holds_one_chunk_only(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["reference"])
 def test_dropout_is_the_same_in_backward(backend):
-    """With v = identity the output is the dropped weights: the gradient must vanish where they were dropped."""
+    """With v = identity the output is the dropped weights: the gradient must vanish where they were
+    dropped."""
     N = 16
     q, k = torch.randn(1, 9, 1, N), torch.randn(1, N, 1, N)
     v = torch.eye(N).view(1, N, 1, N).clone().requires_grad_()
@@ -211,4 +264,6 @@ def test_unequal_value_dimension():
     v = torch.randn(2, 13, 3, 5)
     for backend in BACKENDS:
         out = flash_bias_attention(t["q"], t["k"], v, LowRankBias(t["a"], t["b"]), backend=backend)
-        torch.testing.assert_close(out, dense_attention(t["q"], t["k"], v, dense_of(t)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            out, dense_attention(t["q"], t["k"], v, dense_of(t)), rtol=1e-4, atol=1e-5
+        )

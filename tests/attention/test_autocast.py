@@ -1,4 +1,6 @@
-"""The precision asked for is the precision used, forward and backward, whatever autocast is open."""
+"""The precision asked for is the precision used, forward and backward, whatever autocast is
+open."""
+
 from __future__ import annotations
 
 import contextlib
@@ -30,7 +32,10 @@ def nested():
         yield
 
 
-CONTEXTS = {**{str(dtype): functools.partial(autocast, dtype) for dtype in HALVES}, "nested": nested}
+CONTEXTS = {
+    **{str(dtype): functools.partial(autocast, dtype) for dtype in HALVES},
+    "nested": nested,
+}
 FEATURES = ("none", "low rank", "modality", "distance", "dense", "mask", "padding", "dropout")
 
 
@@ -66,7 +71,8 @@ def problem(feature, dtype=torch.float32):
 
 
 def run(feature, context, backward, given_dtype=torch.float32, **options):
-    """[output, gradients ...] with the forward, and the backward pass if `backward`, inside `context`."""
+    """[output, gradients ...] with the forward, and the backward pass if `backward`, inside
+    `context`."""
     given, leaves = problem(feature, given_dtype)
     torch.manual_seed(5)
     with contextlib.ExitStack() as stack:
@@ -79,13 +85,18 @@ def run(feature, context, backward, given_dtype=torch.float32, **options):
 
 
 VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
-MATH_PATH = (("dense", "dropout") if VERSION < (2, 13) else ()) + (("mask", "padding") if VERSION < (2, 4) else ())
+MATH_PATH = (("dense", "dropout") if VERSION < (2, 13) else ()) + (
+    ("mask", "padding") if VERSION < (2, 4) else ()
+)
 
 
 def skip_where_old_sdpa_is_not_float32(backend, feature):
-    """Known gap: autograd of old SDPA's math path, which these features take on the CPU, obeys autocast in backward."""
+    """Known gap: autograd of old SDPA's math path, which these features take on the CPU, obeys
+    autocast in backward."""
     if backend == "sdpa" and feature in MATH_PATH:
-        pytest.skip("backward inside autocast is in half precision before torch 2.13 (docs/reliability.md)")
+        pytest.skip(
+            "backward inside autocast is in half precision before torch 2.13 (docs/reliability.md)"
+        )
 
 
 @pytest.mark.parametrize("backend", ("sdpa", "reference"))
@@ -117,7 +128,10 @@ def test_backward_alone_in_autocast(backend, feature):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
 @pytest.mark.parametrize("asked", (torch.float32, torch.float64))
 def test_the_dtype_argument_is_what_is_computed_in(dtype, asked):
-    found = [run("low rank", context, False, dtype, dtype=asked) for context in (contextlib.nullcontext, autocast)]
+    found = [
+        run("low rank", context, False, dtype, dtype=asked)
+        for context in (contextlib.nullcontext, autocast)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*found)) and found[0][0].dtype is dtype
 
 
@@ -135,8 +149,22 @@ def test_higher_derivatives_are_away_from_autocast_too():
 def test_gradients_after_a_failed_kernel_are_away_from_autocast():
     given, leaves = problem("none")
     q, k, v = (leaf.detach() for leaf in leaves)
-    call = recompute.Call(q, k, v, None, None, None, (), None, None, None, 0.0, 0.25,
-                          torch.empty(0, dtype=torch.int64), (True,) * 3 + (False,) * 4)  # fmt: skip
+    call = recompute.Call(
+        q,
+        k,
+        v,
+        None,
+        None,
+        None,
+        (),
+        None,
+        None,
+        None,
+        0.0,
+        0.25,
+        torch.empty(0, dtype=torch.int64),
+        (True,) * 3 + (False,) * 4,
+    )
     expected = recompute.plain_backward(call, torch.ones_like(q))
     with autocast():
         found = recompute.plain_backward(call, torch.ones_like(q))
@@ -149,7 +177,9 @@ def attention_class():
         yield load(f"{stand_ins.UTILS}.petr_transformer").PETRMultiheadAttention
 
 
-def test_a_patched_class_returns_what_the_unpatched_one_does_under_autocast(attention_class, installed, monkeypatch):
+def test_a_patched_class_returns_what_the_unpatched_one_does_under_autocast(
+    attention_class, installed, monkeypatch
+):
     torch.manual_seed(0)
     module = attention_class(64, 2).eval()
     x, memory = torch.randn(9, 2, 64) * 3, torch.randn(33, 2, 64) * 3
@@ -157,7 +187,11 @@ def test_a_patched_class_returns_what_the_unpatched_one_does_under_autocast(atte
 
     def attend(**kwargs):
         with torch.no_grad():
-            return module.attn(x, memory, memory, **kwargs)[0] if not kwargs else module(x, memory, memory, **kwargs) - x
+            return (
+                module.attn(x, memory, memory, **kwargs)[0]
+                if not kwargs
+                else module(x, memory, memory, **kwargs) - x
+            )
 
     exact = attend(attention_bias=bias)
     errors = {}

@@ -1,4 +1,6 @@
-"""GPUs before Ampere, by a pretended compute capability: which backends take a call, and why the others do not."""
+"""GPUs before Ampere, by a pretended compute capability: which backends take a call, and why the
+others do not."""
+
 from __future__ import annotations
 
 import pytest
@@ -36,14 +38,19 @@ def card(request, monkeypatch):
 @pytest.mark.parametrize("rank", [0, 8])
 def test_sdpa_computes_and_the_others_say_why_not(card, dtype, rank):
     q, k = (torch.empty(2, length, 8, 32, device="cuda", dtype=dtype) for length in (113, 203))
-    factors = [torch.empty(1, length, 1, rank, device="cuda", dtype=dtype) if rank else None for length in (113, 203)]
-    reasons = dispatch.explain(AttentionInputs(q, k, k, *factors, scale=32 ** -0.5))
+    factors = [
+        torch.empty(1, length, 1, rank, device="cuda", dtype=dtype) if rank else None
+        for length in (113, 203)
+    ]
+    reasons = dispatch.explain(AttentionInputs(q, k, k, *factors, scale=32**-0.5))
     assert [name for name, why in reasons.items() if not why] == ["sdpa", "reference"]
-    assert any("compute capability {}.{} is below 8.0".format(*card) in why for why in reasons["triton"])
+    assert any(
+        "compute capability {}.{} is below 8.0".format(*card) in why for why in reasons["triton"]
+    )
     said = " ".join(reasons["flash"])
     assert f"this GPU has {card[0]}.x" in said or "float16 and bfloat16 only" in said
 
 
 def test_no_table_of_another_capability_is_used(card):
     q = torch.empty(2, 900, 8, 32, device="cuda", dtype=torch.float16)
-    assert order.fastest(AttentionInputs(q, q, q, scale=32 ** -0.5), True) == ()
+    assert order.fastest(AttentionInputs(q, q, q, scale=32**-0.5), True) == ()

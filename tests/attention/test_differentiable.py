@@ -1,4 +1,6 @@
-"""Transforms of torch.func, forward mode and higher derivatives: as float64 gives them; ordinary calls stay as they were."""
+"""Transforms of torch.func, forward mode and higher derivatives: as float64 gives them; ordinary
+calls stay as they were."""
+
 from __future__ import annotations
 
 import pytest
@@ -14,7 +16,16 @@ from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias
 from tests.capabilities import FASTEST, checkpoint_options, needs_transforms, since
 
 B, M, N, H, D = 2, 3, 5, 2, 4
-FEATURES = ("none", "low rank", "modality", "dense", "dense with gradient", "mask", "padding", "all masked")
+FEATURES = (
+    "none",
+    "low rank",
+    "modality",
+    "dense",
+    "dense with gradient",
+    "mask",
+    "padding",
+    "all masked",
+)
 EPS = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 3e-2}
 
 
@@ -58,9 +69,13 @@ TRANSFORMS = {
     "grad": lambda f, q, k, v: torch.func.grad(square(f, k, v))(q),
     "vmap": lambda f, q, k, v: torch.func.vmap(lambda x: f(x, k, v))(torch.stack([q, 2 * q])),
     "vmap over keys": lambda f, q, k, v: torch.func.vmap(lambda x: f(q, x, x))(torch.stack([k, v])),
-    "vmap of grad": lambda f, q, k, v: torch.func.vmap(torch.func.grad(square(f, k, v)))(torch.stack([q, 2 * q])),
+    "vmap of grad": lambda f, q, k, v: torch.func.vmap(torch.func.grad(square(f, k, v)))(
+        torch.stack([q, 2 * q])
+    ),
     "jvp": lambda f, q, k, v: torch.func.jvp(lambda x: f(x, k, v), (q,), (q.cos(),))[1],
-    "jvp of k and v": lambda f, q, k, v: torch.func.jvp(lambda x, y: f(q, x, y), (k, v), (k.cos(), v.sin()))[1],
+    "jvp of k and v": lambda f, q, k, v: torch.func.jvp(
+        lambda x, y: f(q, x, y), (k, v), (k.cos(), v.sin())
+    )[1],
     "jacrev": lambda f, q, k, v: torch.func.jacrev(lambda x: f(x, k, v))(q),
     "jacfwd": lambda f, q, k, v: torch.func.jacfwd(lambda x: f(x, k, v))(q),
     "hessian": lambda f, q, k, v: torch.func.hessian(square(f, k, v))(q),
@@ -76,7 +91,10 @@ def forward_mode(f, q, k, v):
 
 def close(ours, exact, dtype):
     scale = max(1.0, float(exact.abs().max()))
-    assert ours.dtype is dtype and float((ours.double() - exact).abs().max()) <= 50 * EPS[dtype] * scale
+    assert (
+        ours.dtype is dtype
+        and float((ours.double() - exact).abs().max()) <= 50 * EPS[dtype] * scale
+    )
 
 
 def ordinary_calls_are_as_before(dtype, expected):
@@ -85,7 +103,11 @@ def ordinary_calls_are_as_before(dtype, expected):
     journal.calls.clear()
     out = flash_bias_attention(q.requires_grad_(), k, v)
     torch.autograd.grad(out.float().sum(), q)
-    assert dict(journal.calls) == {expected: 1} and not journal.fallbacks() and not dispatch.breakers.failures()
+    assert (
+        dict(journal.calls) == {expected: 1}
+        and not journal.fallbacks()
+        and not dispatch.breakers.failures()
+    )
 
 
 @needs_transforms
@@ -104,7 +126,9 @@ def test_transforms(name, feature, dtype):
 def test_transforms_with_half_inside_float32():
     operands, given = problem("low rank", torch.float32)
     for name in ("jvp", "hessian", "vmap of grad"):
-        ours = TRANSFORMS[name](lambda q, k, v: flash_bias_attention(q, k, v, dtype=torch.float16, **given), *operands)
+        ours = TRANSFORMS[name](
+            lambda q, k, v: flash_bias_attention(q, k, v, dtype=torch.float16, **given), *operands
+        )
         exact = TRANSFORMS[name](textbook(given), *operands)
         assert float((ours - exact).norm() / exact.norm()) < 2e-2
 
@@ -122,12 +146,14 @@ def test_a_transform_that_refuses_says_so_itself():
 @needs_transforms
 def test_random_vmap():
     (q, k, v), _ = problem("none")
-    ours = torch.func.vmap(lambda x: flash_bias_attention(x, k, v, dropout_p=0.5), randomness="different")
+    ours = torch.func.vmap(
+        lambda x: flash_bias_attention(x, k, v, dropout_p=0.5), randomness="different"
+    )
     first, second = ours(torch.stack([q, q]))
     assert not torch.equal(first, second)
 
 
-# -- differentiating gradients again -------------------------------------------------------------------------
+# -- differentiating gradients again ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guarded", (False, True), ids=("bare", "guarded"))
@@ -143,7 +169,9 @@ def test_double_backward(monkeypatch, feature, backend, guarded):
     for attend in (attention(given, backend), textbook(given)):
         out = attend(*operands)
         first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves, create_graph=True)
+        second = torch.autograd.grad(
+            sum(g.square().sum() for g in first), leaves, create_graph=True
+        )
         third = torch.autograd.grad(sum(g.square().sum() for g in second), leaves)
         found.append([out, *first, *second, *third])
     for ours, exact in zip(*found):
@@ -162,7 +190,9 @@ def test_numerically(backend):
 
     assert torch.autograd.gradgradcheck(attend, (*leaves, *factors))
     # An operand that is made of another one must not count twice.
-    assert torch.autograd.gradgradcheck(lambda q: attend(q, q.sum(1, True) * leaves[1], leaves[2], *factors), (leaves[0],))
+    assert torch.autograd.gradgradcheck(
+        lambda q: attend(q, q.sum(1, True) * leaves[1], leaves[2], *factors), (leaves[0],)
+    )
 
 
 def test_double_backward_of_the_reference_drops_the_same():
@@ -183,8 +213,12 @@ def test_a_batch_of_gradients(monkeypatch, backend, guarded):
     monkeypatch.setattr(guard, "LARGE", 0 if guarded else 1 << 60)
     operands, given = problem("low rank")
     leaves = [t.requires_grad_() for t in operands]
-    grads = torch.randn(4, B, M, H, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    ours = torch.autograd.grad(attention(given, backend)(*operands), leaves, grads, is_grads_batched=True)
+    grads = torch.randn(
+        4, B, M, H, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
+    ours = torch.autograd.grad(
+        attention(given, backend)(*operands), leaves, grads, is_grads_batched=True
+    )
     exact = torch.autograd.grad(textbook(given)(*operands), leaves, grads, is_grads_batched=True)
     for one, other in zip(ours, exact):
         torch.testing.assert_close(one, other)

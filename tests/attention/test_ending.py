@@ -1,4 +1,6 @@
-"""What a process waits for before it ends; benchmarks/exits.py sees that it helps, which takes a GPU."""
+"""What a process waits for before it ends; benchmarks/exits.py sees that it helps, which takes a
+GPU."""
+
 from types import SimpleNamespace
 
 import pytest

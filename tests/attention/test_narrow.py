@@ -1,4 +1,6 @@
-"""float16 inside float32 code: gradients as exact as float16 allows, however small the one that arrives."""
+"""float16 inside float32 code: gradients as exact as float16 allows, however small the one that
+arrives."""
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,7 +30,9 @@ def dense(g, M, N):
 
 
 def segments(g, M, N):
-    return [torch.randn(2, M, 1, 2, generator=g)], lambda p: ModalityBias(p[0], (N // 3, N - N // 3))
+    return [torch.randn(2, M, 1, 2, generator=g)], lambda p: ModalityBias(
+        p[0], (N // 3, N - N // 3)
+    )
 
 
 def relative(found, wanted):
@@ -50,14 +54,22 @@ def test_gradients_do_not_depend_on_the_size_of_the_one_that_arrives(biased, siz
         return torch.autograd.grad(out, leaves, (grad.to(cast) * factor).to(out.dtype))
 
     exact = gradients(torch.float64, size)
-    usual = [relative(a, b) for a, b in zip(gradients(torch.float32, 1.0, by=torch.float16), gradients(torch.float64, 1.0))]
+    usual = [
+        relative(a, b)
+        for a, b in zip(
+            gradients(torch.float32, 1.0, by=torch.float16), gradients(torch.float64, 1.0)
+        )
+    ]
     for found, wanted, error in zip(gradients(torch.float32, size, torch.float16), exact, usual):
         assert found.dtype is torch.float32
         assert relative(found, wanted) <= 2 * error + 1e-5
 
 
 @settings(deadline=None)
-@given(st.floats(min_value=2.0**-120, max_value=2.0**120), st.sampled_from((torch.float32, torch.float64, torch.bfloat16)))
+@given(
+    st.floats(min_value=2.0**-120, max_value=2.0**120),
+    st.sampled_from((torch.float32, torch.float64, torch.bfloat16)),
+)
 def test_the_largest_element_ends_between_4_and_8(size, dtype):
     grad = torch.tensor([[0.0, -size], [size / 3, 0.0]], dtype=dtype)
     power = narrow.power_for(grad)
@@ -67,7 +79,10 @@ def test_the_largest_element_ends_between_4_and_8(size, dtype):
 
 
 def test_nothing_to_go_by():
-    assert narrow.power_for(torch.zeros(3)).isfinite().all() and narrow.power_for(torch.zeros(3)).item() > 0
+    assert (
+        narrow.power_for(torch.zeros(3)).isfinite().all()
+        and narrow.power_for(torch.zeros(3)).item() > 0
+    )
     assert narrow.power_for(torch.ones(0, 3)).item() == 1.0
     q, k, v = operands(M=3, N=5)
     out = flash_bias_attention(q, k, v, dtype=torch.float16)
@@ -75,7 +90,11 @@ def test_nothing_to_go_by():
         assert not grad.any()
     q, k, v = operands(M=0, N=5)
     out = flash_bias_attention(q, k, v, dtype=torch.float16)
-    assert [g.shape for g in torch.autograd.grad(out, (q, k, v), out)] == [q.shape, k.shape, v.shape]
+    assert [g.shape for g in torch.autograd.grad(out, (q, k, v), out)] == [
+        q.shape,
+        k.shape,
+        v.shape,
+    ]
 
 
 @pytest.mark.parametrize("bad", (float("inf"), float("nan")))
@@ -116,7 +135,11 @@ def test_torchs_default_dtype_is_nothing_to_it():
     for default in (torch.float32, torch.float16):
         torch.set_default_dtype(default)
         try:
-            found.append(torch.autograd.grad(flash_bias_attention(q, k, v, dtype=torch.float16), (q, k, v), grad))
+            found.append(
+                torch.autograd.grad(
+                    flash_bias_attention(q, k, v, dtype=torch.float16), (q, k, v), grad
+                )
+            )
         finally:
             torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(*found))
@@ -128,8 +151,16 @@ def test_in_a_checkpoint():
     found = []
     for reentrant in (None, True, False):
         run = lambda *t: flash_bias_attention(*t, dtype=torch.float16)  # noqa: E731
-        out = run(q, k, v) if reentrant is None else checkpoint(run, q, k, v, **checkpoint_options(reentrant))
-        found.append(torch.autograd.grad(out, (q, k, v), grad) if reentrant is not True else _backward(out, (q, k, v), grad))
+        out = (
+            run(q, k, v)
+            if reentrant is None
+            else checkpoint(run, q, k, v, **checkpoint_options(reentrant))
+        )
+        found.append(
+            torch.autograd.grad(out, (q, k, v), grad)
+            if reentrant is not True
+            else _backward(out, (q, k, v), grad)
+        )
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other))
 
@@ -140,7 +171,8 @@ def _backward(out, leaves, grad):
 
 
 def textbook(q, k, v):
-    """By operators that can be differentiated twice, between float16 tensors (older torch has no products of them)."""
+    """By operators that can be differentiated twice, between float16 tensors (older torch has no
+    products of them)."""
     narrow_ones, _, power = narrow.narrowed((q, k, v), ())
     return narrow.widened(dense_attention(*(t.float() for t in narrow_ones)).half(), q.dtype, power)
 
@@ -153,7 +185,9 @@ def test_twice_and_by_functions():
     (exact,) = torch.autograd.grad(dense_attention(q, k, v), q, grad, create_graph=True)
     (wanted,) = torch.autograd.grad(exact.square().sum(), q)
     assert relative(twice, wanted.double()) < 5e-3
-    small = textbook(q, k, v).mul(grad * 1e-3).sum()  # a loss with a penalty on its own gradient, in one last pass
+    small = (
+        textbook(q, k, v).mul(grad * 1e-3).sum()
+    )  # a loss with a penalty on its own gradient, in one last pass
     (once,) = torch.autograd.grad(small, q, create_graph=True)
     (both,) = torch.autograd.grad(small + 1e3 * once.square().sum(), q)
     assert relative(both, (exact * 1e-3 + wanted * 1e-3).double()) < 5e-3
@@ -168,6 +202,8 @@ def test_compiled():
     q, k, v = operands(M=3, N=7)
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(3)) * 1e-9
     compiled = torch.compile(textbook, backend="aot_eager")
-    eager, traced = (torch.autograd.grad(run(q, k, v), (q, k, v), grad) for run in (textbook, compiled))
+    eager, traced = (
+        torch.autograd.grad(run(q, k, v), (q, k, v), grad) for run in (textbook, compiled)
+    )
     for a, b in zip(eager, traced):
         assert relative(b, a.double()) < 1e-3

@@ -1,4 +1,5 @@
 """The order in which backends are asked comes from what was measured."""
+
 import json
 
 import pytest
@@ -15,16 +16,24 @@ def benchmark():
 
 def test_the_table_is_what_was_measured():
     names = "order_h200", "order_masks_h200"
-    reports = [json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in names]
+    reports = [
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in names
+    ]
     assert order.TABLE[reports[0]["arch"]] == benchmark().table(*reports)
 
 
 def test_of_rows_that_two_runs_have_the_last_ones_count():
     def run(of_a, of_b):
-        times = {f"{clock} {mode}": {"a": of_a, "b": of_b} for clock in ("wall", "gpu") for mode in ("forward", "both")}
+        times = {
+            f"{clock} {mode}": {"a": of_a, "b": of_b}
+            for clock in ("wall", "gpu")
+            for mode in ("forward", "both")
+        }
         return {"rows": [dict(dtype="float16", features="", shape=[1, 2, 3], scores=48, **times)]}
 
-    assert benchmark().table(run(2, 1), run(2, 9))[True, "", True] == ((order.UNBOUNDED, ("a", "b")),)
+    assert benchmark().table(run(2, 1), run(2, 9))[True, "", True] == (
+        (order.UNBOUNDED, ("a", "b")),
+    )
 
 
 def test_neighbours_that_agree_become_one_row():
@@ -40,7 +49,11 @@ def test_unmeasured_devices_have_no_order():
 @pytest.mark.parametrize("M, first", [(10, "sdpa"), (10**6, "triton")])
 def test_the_row_is_chosen_by_class_and_size(monkeypatch, M, first):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (99, 0))
-    monkeypatch.setitem(order.TABLE, 99, {(True, "dropout", True): ((1000, ("sdpa",)), (order.UNBOUNDED, ("triton",)))})
+    monkeypatch.setitem(
+        order.TABLE,
+        99,
+        {(True, "dropout", True): ((1000, ("sdpa",)), (order.UNBOUNDED, ("triton",)))},
+    )
     order._rows.cache_clear()
 
     class OnCuda:

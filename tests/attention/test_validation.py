@@ -1,4 +1,5 @@
 """A user's mistake is refused at the door, by the argument's name; it is never a fallback."""
+
 import numpy as np
 import pytest
 import torch
@@ -30,19 +31,31 @@ q, k = torch.zeros(2, 5, 3, 8), torch.zeros(2, 7, 3, 8)
         (dict(scale="2"), TypeError, "scale must be a number"),
         (dict(scale=True), TypeError, "scale must be a number"),
         (dict(scale=torch.ones(2)), TypeError, "scale must be a number"),
-        (dict(scale=torch.tensor(0.5, requires_grad=True)), TypeError, "scale must be a number, .* multiply q by it"),
+        (
+            dict(scale=torch.tensor(0.5, requires_grad=True)),
+            TypeError,
+            "scale must be a number, .* multiply q by it",
+        ),
         (dict(dtype="fp16"), TypeError, "dtype must be"),
         (dict(dtype=16), TypeError, "dtype must be"),
         (dict(dtype=torch.int32), TypeError, "dtype must be"),
         (dict(dtype=torch.complex64), TypeError, "dtype must be"),
         (dict(dtype=torch.bool), TypeError, "dtype must be"),
         (dict(bias=3), TypeError, "bias must be"),
-        (dict(bias=LowRankBias(torch.zeros(1, 6, 1, 2), torch.zeros(1, 7, 1, 2))), ValueError, "M=5, N=7"),
+        (
+            dict(bias=LowRankBias(torch.zeros(1, 6, 1, 2), torch.zeros(1, 7, 1, 2))),
+            ValueError,
+            "M=5, N=7",
+        ),
         (dict(bias=torch.zeros(4, 4)), ValueError, "bias of shape"),
         (dict(attn_mask=torch.zeros(5, 6)), ValueError, "attn_mask of shape"),
         (dict(attn_mask=torch.zeros(5, 7, dtype=torch.long)), TypeError, "attn_mask must be"),
         (dict(key_padding_mask=torch.zeros(2, 6)), ValueError, "key_padding_mask"),
-        (dict(key_padding_mask=torch.zeros(2, 7, dtype=torch.int32)), TypeError, "key_padding_mask"),
+        (
+            dict(key_padding_mask=torch.zeros(2, 7, dtype=torch.int32)),
+            TypeError,
+            "key_padding_mask",
+        ),
         (dict(backend="fastest"), ValueError, "backend must be one of"),
     ],
 )
@@ -62,4 +75,6 @@ def test_no_backend_lists_every_reason():
 @pytest.mark.parametrize("scale", [2, torch.tensor(2.0), torch.tensor([2.0]), np.float32(2.0)])
 def test_a_scale_that_is_one_number(scale):
     x = torch.randn(2, 5, 3, 8)
-    assert torch.equal(flash_bias_attention(x, x, x, scale=scale), flash_bias_attention(x, x, x, scale=2.0))
+    assert torch.equal(
+        flash_bias_attention(x, x, x, scale=scale), flash_bias_attention(x, x, x, scale=2.0)
+    )

@@ -1,4 +1,6 @@
-"""Values and lengths that break CUDA kernels, on a GPU: each backend against plain PyTorch, which is given float64."""
+"""Values and lengths that break CUDA kernels, on a GPU: each backend against plain PyTorch, which
+is given float64."""
+
 from __future__ import annotations
 
 import math
@@ -42,10 +44,18 @@ def check(backend, dtype, bias, needs, B=2, k=None, v=None):
     grad = draw(B, M, H, D, seed=3)
 
     def run(attend):
-        leaves = {name: t.detach().clone().requires_grad_(name in needs) if t.stride(0) else t.requires_grad_(name in needs)
-                  for name, t in tensors.items()}
+        leaves = {
+            name: t.detach().clone().requires_grad_(name in needs)
+            if t.stride(0)
+            else t.requires_grad_(name in needs)
+            for name, t in tensors.items()
+        }
         out = attend(*leaves.values())
-        found = torch.autograd.grad(out, [leaves[name] for name in needs], grad.to(out.dtype)) if needs else ()
+        found = (
+            torch.autograd.grad(out, [leaves[name] for name in needs], grad.to(out.dtype))
+            if needs
+            else ()
+        )
         return [out.detach(), *found]
 
     got = run(lambda q, k, v, bias: flash_bias_attention(q, k, v, DenseBias(bias), backend=backend))
@@ -74,7 +84,9 @@ def test_every_set_of_gradients(backend, dtype, needs):
         check(backend, dtype, draw(2, H, 70, N), needs)
 
 
-@pytest.mark.parametrize("lengths", [(70, 64), (70, 192), (64, 65), (1, 65), (1, 64), (1, 1000), (33, 1025)])
+@pytest.mark.parametrize(
+    "lengths", [(70, 64), (70, 192), (64, 65), (1, 65), (1, 64), (1, 1000), (33, 1025)]
+)
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL])
 def test_lengths_of_sdpa(dtype, lengths):
     bias = draw(2, H, *lengths) - 200.0  # logsumexp far below -88.7
@@ -106,7 +118,10 @@ def test_infinite_modality_weights(backend):
 def test_a_long_mask_is_refused():
     q, k = (torch.zeros(1, n, 1, 8).cuda() for n in (2, 65536))
     hidden = torch.zeros(1, 65536, dtype=torch.bool).cuda()
-    assert any("65536 keys" in why for why in sdpa.backend.why_not(AttentionInputs(q, k, k, key_padding=hidden)))
+    assert any(
+        "65536 keys" in why
+        for why in sdpa.backend.why_not(AttentionInputs(q, k, k, key_padding=hidden))
+    )
     assert not sdpa.backend.why_not(AttentionInputs(q, k, k))
     out = flash_bias_attention(q, k, k + 1.0, key_padding_mask=hidden)
     assert torch.allclose(out, torch.ones_like(out))

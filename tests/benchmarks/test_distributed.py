@@ -1,4 +1,5 @@
 """The distributed benchmark's sharded part, and the launcher, on two processes of the CPU."""
+
 from __future__ import annotations
 
 import json
@@ -13,7 +14,19 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--device", "cpu", "--queries", "40", "--bev", "12", "--image-size", "128x64", "--dropout", "0", "--no-cp"]
+SMALL = [
+    "--device",
+    "cpu",
+    "--queries",
+    "40",
+    "--bev",
+    "12",
+    "--image-size",
+    "128x64",
+    "--dropout",
+    "0",
+    "--no-cp",
+]
 
 
 @pytest.fixture
@@ -21,36 +34,81 @@ def environment():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return {**os.environ, "PORT": str(port), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {
+        **os.environ,
+        "PORT": str(port),
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="fully_shard is newer")
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="fully_shard is newer"
+)
 def test_sharded_training_is_the_unsharded_one(environment, tmp_path):
     out = tmp_path / "fsdp.json"
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-                    environment["PORT"], str(ROOT / "benchmarks" / "distributed.py"), "fsdp", "--device", "cpu", "--tiny",
-                    "--out", str(out)], env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            environment["PORT"],
+            str(ROOT / "benchmarks" / "distributed.py"),
+            "fsdp",
+            "--device",
+            "cpu",
+            "--tiny",
+            "--out",
+            str(out),
+        ],
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     found = json.loads(out.read_text())["fsdp"]
     assert found["patched"]["calls"] and not found["unpatched"]["calls"]
     for name in ("patched", "unpatched"):
         assert found[name]["loss_difference"] < 1e-5 and found[name]["weights"] < 1e-6
-    assert len(found["losses_ddp_unpatched"]) == 2 and found["losses_ddp_unpatched"][0] != found["losses_ddp_unpatched"][1]
+    assert (
+        len(found["losses_ddp_unpatched"]) == 2
+        and found["losses_ddp_unpatched"][0] != found["losses_ddp_unpatched"][1]
+    )
 
 
 def losses_of(words, environment):
     """(losses of rank 0, what was logged)"""
     done = subprocess.run(words, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return [float(line.split("loss: ")[1].split()[0]) for line in done.stdout.splitlines()
-            if line.startswith("step")], done.stderr
+    return [
+        float(line.split("loss: ")[1].split()[0])
+        for line in done.stdout.splitlines()
+        if line.startswith("step")
+    ], done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_a_shell_launcher_runs_patched(environment):
-    script = ["bash", str(ROOT / "examples" / "mini_cmt" / "tools" / "dist_train.sh"), "mini", "2", "--steps", "2", *SMALL]
-    flashbias = [sys.executable, "-c", "import sys; from flashbias_patch.cli.main import main; sys.exit(main())", "run"]
+    script = [
+        "bash",
+        str(ROOT / "examples" / "mini_cmt" / "tools" / "dist_train.sh"),
+        "mini",
+        "2",
+        "--steps",
+        "2",
+        *SMALL,
+    ]
+    flashbias = [
+        sys.executable,
+        "-c",
+        "import sys; from flashbias_patch.cli.main import main; sys.exit(main())",
+        "run",
+    ]
     said = {**environment, "FLASHBIAS_LOG_LEVEL": "info"}
     unpatched, _ = losses_of([*flashbias, "--off", "--", *script], said)
     patched, log = losses_of([*flashbias, "--", *script], said)
@@ -59,6 +117,10 @@ def test_a_shell_launcher_runs_patched(environment):
 
 
 def test_the_launcher_says_how_it_is_used(environment):
-    done = subprocess.run(["bash", str(ROOT / "examples" / "mini_cmt" / "tools" / "dist_train.sh")], env=environment,
-                          text=True, stderr=subprocess.PIPE)
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples" / "mini_cmt" / "tools" / "dist_train.sh")],
+        env=environment,
+        text=True,
+        stderr=subprocess.PIPE,
+    )
     assert done.returncode == 2 and "PRESET PROCESSES" in done.stderr

@@ -1,5 +1,6 @@
-"""The host's work per call is held: a patched call makes few more function calls than an unpatched one, and no more
-operators. Counts have no noise; they are those of benchmarks/host_calls.py."""
+"""The host's work per call is held: a patched call makes few more function calls than an unpatched
+one, and no more operators. Counts have no noise; they are those of benchmarks/host_calls.py."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,6 @@
-"""What of the real runs can be tested without their third-party code: plans, searches, and how a profile is read."""
+"""What of the real runs can be tested without their third-party code: plans, searches, and how a
+profile is read."""
+
 from __future__ import annotations
 
 import json
@@ -31,13 +33,17 @@ def test_runs_are_made_in_the_order_abba():
 
     for runs in real_models.RUNS.values():
         order = real_models.in_order(runs, 2)
-        assert sorted(fields["name"] for fields in order) == sorted(2 * [fields["name"] for fields in runs])
+        assert sorted(fields["name"] for fields in order) == sorted(
+            2 * [fields["name"] for fields in runs]
+        )
         places = {}
         for place, fields in enumerate(order):
             places.setdefault(fields["name"], []).append(place)
         for name, (first, second) in places.items():
             a_first, a_second = places[real_models.counterpart(name)]
-            assert first + second == a_first + a_second  # a drift of the machine falls on both alike
+            assert (
+                first + second == a_first + a_second
+            )  # a drift of the machine falls on both alike
     pair = [{"name": "B fp32", "patch": True}, {"name": "A fp32", "patch": False}]
     assert [fields["name"][0] for fields in real_models.in_order(pair, 3)] == list("ABBAAB")
 
@@ -49,14 +55,19 @@ def test_every_field_of_a_plan_is_one_of_a_run():
     for runs in real_models.RUNS.values():
         for fields in real_models.chosen(runs, "", quick=True, tiny=True):
             run = real_models.Run(**fields)
-            assert real_worker.options(run, "cpu").size == (160, 64) and run.patch == run.name.startswith("B")
+            assert real_worker.options(run, "cpu").size == (
+                160,
+                64,
+            ) and run.patch == run.name.startswith("B")
 
 
 @pytest.mark.parametrize("words", (["--only", "petr|PETR"], ["--parts", "batch"]))
 def test_nothing_to_run_is_said(words, monkeypatch, capsys):
     import real_models
 
-    monkeypatch.setattr(sys, "argv", ["real_models.py", "--petr", "PETR", "--frame", "frame", *words])
+    monkeypatch.setattr(
+        sys, "argv", ["real_models.py", "--petr", "PETR", "--frame", "frame", *words]
+    )
     with pytest.raises(SystemExit) as ended:
         real_models.main()
     assert ended.value.code == 2 and "nothing to run" in capsys.readouterr().err
@@ -67,7 +78,11 @@ def test_only_is_searched_in_names():
 
     found = real_models.chosen(real_models.RUNS["cmt"], "drop0$", quick=False, tiny=False)
     assert {fields["name"] for fields in found} == {
-        "A fp32 drop0", "B fp32 drop0", "B fp32 dtype=fp16 drop0", "B flash drop0"}
+        "A fp32 drop0",
+        "B fp32 drop0",
+        "B fp32 dtype=fp16 drop0",
+        "B flash drop0",
+    }
 
 
 @pytest.mark.parametrize("best", [0, 1, 2, 3, 7, 16, 31, 40])
@@ -106,9 +121,16 @@ def test_each_run_is_a_process_and_one_that_dies_loses_its_run_only(monkeypatch)
     runs = [{"name": name, "patch": False, "repeat": 0} for name in ("one", "two", "three")]
     plan = {"family": "cmt", "runs": runs, "timeout": 9}
     lines = [line for line in real_models.work(plan) if "about" not in line]
-    assert [(line["name"], line["order"]) for line in lines] == [("one", 0), ("two", 1), ("three", 2)]
+    assert [(line["name"], line["order"]) for line in lines] == [
+        ("one", 0),
+        ("two", 1),
+        ("three", 2),
+    ]
     assert [("ok" in line, line.get("error")) for line in lines] == [
-        (True, None), (False, "the process died: -9"), (True, None)]
+        (True, None),
+        (False, "the process died: -9"),
+        (True, None),
+    ]
     assert len(folders) == 1
 
 
@@ -145,9 +167,25 @@ def test_every_run_of_a_benchmark_reaches_the_page(tmp_path, monkeypatch, capsys
     (tmp_path / "real_worker.py").write_text(WORKER)
     monkeypatch.setattr(real_models, "HERE", tmp_path)
     names = "A fp32( bias| cp)?$|B fp32( bias| cp)?$|B flash$"
-    monkeypatch.setattr(sys, "argv", [
-        "real_models.py", "--cmt", str(tmp_path), "--frame", str(tmp_path), "--parts", "train", "--only", names,
-        "--timeout", "2", "--out", str(tmp_path / "made.json")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "real_models.py",
+            "--cmt",
+            str(tmp_path),
+            "--frame",
+            str(tmp_path),
+            "--parts",
+            "train",
+            "--only",
+            names,
+            "--timeout",
+            "2",
+            "--out",
+            str(tmp_path / "made.json"),
+        ],
+    )
     real_models.main()
     made = json.loads((tmp_path / "made.json").read_text())
     order = [line["name"] for line in made["runs"]]
@@ -156,14 +194,24 @@ def test_every_run_of_a_benchmark_reaches_the_page(tmp_path, monkeypatch, capsys
     page = load("docs/make_performance.py")
     monkeypatch.setattr(page, "RESULTS", tmp_path)
     text = page.runs_of("made")
-    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text if line.startswith("| cmt")]
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for line in text
+        if line.startswith("| cmt")
+    ]
     shown = {row[1]: row[2:] for row in rows}
     assert len(rows) == len(shown) == 7 == len(set(order))
-    assert shown["unpatched"][:2] == ["1.005", "1.00x"] and shown["patched"][1].startswith("0.50x (0.4")
+    assert shown["unpatched"][:2] == ["1.005", "1.00x"] and shown["patched"][1].startswith(
+        "0.50x (0.4"
+    )
     assert shown["patched, `PETRMultiheadFlashAttention`"][0] == "the process died: 7"
     assert shown["patched, checkpointing"][0] == "no end after 2 s"
-    assert shown["patched, learned bias"][0] == "OutOfMemoryError: CUDA out of memory. (1 of 2 runs)"
-    assert "Order: 2 runs of each kind, a fresh process each, in the order A B B A" in "\n".join(text)
+    assert (
+        shown["patched, learned bias"][0] == "OutOfMemoryError: CUDA out of memory. (1 of 2 runs)"
+    )
+    assert "Order: 2 runs of each kind, a fresh process each, in the order A B B A" in "\n".join(
+        text
+    )
 
 
 def test_first_gradients_are_compared_across_processes(tmp_path):
@@ -174,45 +222,76 @@ def test_first_gradients_are_compared_across_processes(tmp_path):
     run = real_models.Run("A fp32 drop0", False, dropout=0.0)
     assert real_worker.Gradients(str(tmp_path)).error(run, torch.ones(4)) is None
     other = run._replace(name="B fp32 drop0", patch=True, with_cp=True, repeat=1)
-    assert real_worker.Gradients(str(tmp_path)).error(other, torch.ones(4) * 1.5) == pytest.approx(0.5)
+    assert real_worker.Gradients(str(tmp_path)).error(other, torch.ones(4) * 1.5) == pytest.approx(
+        0.5
+    )
     flash = other._replace(name="B flash drop0", attn=real_models.FLASH)
-    for repeat in range(2):  # no unpatched one to be held against: another patched one is not its stand-in
-        assert real_worker.Gradients(str(tmp_path)).error(flash._replace(repeat=repeat), torch.ones(4)) is None
+    for repeat in range(
+        2
+    ):  # no unpatched one to be held against: another patched one is not its stand-in
+        assert (
+            real_worker.Gradients(str(tmp_path)).error(flash._replace(repeat=repeat), torch.ones(4))
+            is None
+        )
 
 
 def event(cat, name, start, duration, correlation=None):
-    return {"ph": "X", "cat": cat, "name": name, "ts": start, "dur": duration,
-            "args": {} if correlation is None else {"correlation": correlation}}
+    return {
+        "ph": "X",
+        "cat": cat,
+        "name": name,
+        "ts": start,
+        "dur": duration,
+        "args": {} if correlation is None else {"correlation": correlation},
+    }
 
 
 def test_a_profile_is_read():
     import step_profile
 
     events = [
-        event("user_annotation", "step", 0, 1000), event("user_annotation", "head", 0, 400),
+        event("user_annotation", "step", 0, 1000),
+        event("user_annotation", "head", 0, 400),
         event("user_annotation", "backward", 400, 500),
-        event("cuda_runtime", "cudaLaunchKernel", 10, 5, 1), event("cuda_runtime", "cudaLaunchKernel", 450, 5, 2),
+        event("cuda_runtime", "cudaLaunchKernel", 10, 5, 1),
+        event("cuda_runtime", "cudaLaunchKernel", 450, 5, 2),
         event("cuda_runtime", "cudaStreamSynchronize", 900, 50),
         event("cpu_op", "aten::linear_sum", 250, 200),
-        event("kernel", "forward_kernel", 100, 100, 1), event("kernel", "sm90_xmma_gemm_f16", 150, 100, 2),
-        event("kernel", "something", 500, 100), event("gpu_memcpy", "Memcpy HtoD", 601, 9),
+        event("kernel", "forward_kernel", 100, 100, 1),
+        event("kernel", "sm90_xmma_gemm_f16", 150, 100, 2),
+        event("kernel", "something", 500, 100),
+        event("gpu_memcpy", "Memcpy HtoD", 601, 9),
     ]
     found = step_profile.summarise(events, 1, ("head", "backward"))
     assert (found["wall_ms"], found["gpu_busy_ms"], found["kernels"]) == (1.0, 0.259, 4)
     assert found["kind_ms"] == {"attention": 0.1, "matmul": 0.1, "other": 0.1, "copy": 0.009}
     assert found["phase_wall_ms"] == {"head": 0.4, "backward": 0.5}
-    assert found["phase_gpu_ms"]["head"] == {"ms": 0.1, "kernels": 1}  # by where it was launched, not where it ran
-    assert found["gaps"] == [{"name": "head: aten::linear_sum", "ms": 0.25, "count": 1}]  # 1 us is no gap
+    assert found["phase_gpu_ms"]["head"] == {
+        "ms": 0.1,
+        "kernels": 1,
+    }  # by where it was launched, not where it ran
+    assert found["gaps"] == [
+        {"name": "head: aten::linear_sum", "ms": 0.25, "count": 1}
+    ]  # 1 us is no gap
     assert found["blocking_calls"][0]["name"] == "cudaStreamSynchronize"
 
 
-@pytest.mark.parametrize("name, kind", [
-    ("void pytorch_flash::flash_fwd_kernel<...>", "attention"), ("rows_kernel", "attention"),
-    ("ampere_sgemm_128x64_tn", "matmul"), ("nvjet_hsh_128x256", "matmul"),
-    ("void cudnn::bn_fw_tr_1C11_kernel", "norm"), ("sm80_xmma_wgrad_implicit_gemm_tf32", "convolution"),
-    ("void at::native::multi_tensor_apply_kernel<..., FusedAdam>", "optimizer"),
-    ("void at::native::vectorized_elementwise_kernel<4, at::native::AddFunctor>", "elementwise"),
-])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
+        ("rows_kernel", "attention"),
+        ("ampere_sgemm_128x64_tn", "matmul"),
+        ("nvjet_hsh_128x256", "matmul"),
+        ("void cudnn::bn_fw_tr_1C11_kernel", "norm"),
+        ("sm80_xmma_wgrad_implicit_gemm_tf32", "convolution"),
+        ("void at::native::multi_tensor_apply_kernel<..., FusedAdam>", "optimizer"),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, at::native::AddFunctor>",
+            "elementwise",
+        ),
+    ],
+)
 def test_kernels_have_a_kind(name, kind):
     import step_profile
 
@@ -225,35 +304,60 @@ def test_a_real_trace_is_read_on_the_cpu():
 
     layer = torch.nn.Linear(4, 4)
     with step_profile.marked(layer, "forward", "head"):
-        found = step_profile.profile(lambda i: layer(torch.ones(2, 4)).sum().backward(), 2, ("head",), cuda=False)
+        found = step_profile.profile(
+            lambda i: layer(torch.ones(2, 4)).sum().backward(), 2, ("head",), cuda=False
+        )
     assert found["steps"] == 2 and found["wall_ms"] > 0 and found["phase_wall_ms"]["head"] > 0
     assert "forward" not in vars(layer)
 
 
 def test_the_list_needs_no_checkout():
-    done = subprocess.run([sys.executable, str(BENCHMARKS / "real_models.py"), "--list"], text=True, stdout=subprocess.PIPE,
-                          check=True)
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "real_models.py"), "--list"],
+        text=True,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
     assert "cmt: A fp32\n" in done.stdout and "streampetr: B flash drop0" in done.stdout
 
 
 def repeated(name, seconds, **more):
-    return [{"name": name, "family": "cmt", "patch": name[0] == "B", "repeat": i, "losses": [1.0], "peak_MiB": 100.0 + i,
-             "step_s": s, "times": [9.0, 2.0, *([s] * 6)], **more} for i, s in enumerate(seconds)]
+    return [
+        {
+            "name": name,
+            "family": "cmt",
+            "patch": name[0] == "B",
+            "repeat": i,
+            "losses": [1.0],
+            "peak_MiB": 100.0 + i,
+            "step_s": s,
+            "times": [9.0, 2.0, *([s] * 6)],
+            **more,
+        }
+        for i, s in enumerate(seconds)
+    ]
 
 
 def test_repeated_runs_are_one_row_with_an_interval():
     from tests.scripts import load
 
     page = load("docs/make_performance.py")
-    a, b, lost = page.merged([*repeated("A fp32", [1.0, 1.02]), *repeated("B fp32", [0.5, 0.51]),
-                              {"name": "B flash", "family": "cmt", "error": "out of memory"}])
+    a, b, lost = page.merged(
+        [
+            *repeated("A fp32", [1.0, 1.02]),
+            *repeated("B fp32", [0.5, 0.51]),
+            {"name": "B flash", "family": "cmt", "error": "out of memory"},
+        ]
+    )
     assert a["step_s"] == pytest.approx(1.01) and a["peak_MiB"] == 101.0
     cells = page.cells(b, a)
     assert cells[:1] == ["0.505"] and cells[1].startswith("0.50x (0.4") and cells[2] == "9.0"
     assert page.cells(lost, a)[0] == "out of memory"
     once = page.merged(repeated("A fp32", [1.0]) + repeated("B fp32", [0.5]))
     assert page.cells(once[1], once[0])[1] == "0.50x"  # no interval from one run
-    assert "one process" in page.ordered({}) and page.ordered({"order": "A B B A"}).startswith("Order: A B B A.")
+    assert "one process" in page.ordered({}) and page.ordered({"order": "A B B A"}).startswith(
+        "Order: A B B A."
+    )
 
 
 def test_the_page_shows_every_run_of_its_files():
@@ -262,6 +366,12 @@ def test_the_page_shows_every_run_of_its_files():
     page = load("docs/make_performance.py")
     for name in ("real_cmt_h200", "real_cmt_again_h200", "real_fp16_h200"):
         result = page.load(name)
-        rows = [line for line in page.runs_of(name) if line.startswith("| ") and not line.startswith("| size")]
+        rows = [
+            line
+            for line in page.runs_of(name)
+            if line.startswith("| ") and not line.startswith("| size")
+        ]
         runs = [*result["runs"], *result.get("family", ())]
-        assert len(rows) == len({(run["family"], run["name"]) for run in runs})  # repeats are one row
+        assert len(rows) == len(
+            {(run["family"], run["name"]) for run in runs}
+        )  # repeats are one row

@@ -1,4 +1,5 @@
 """The algebra of biases: every operation equals the same operation on dense tensors."""
+
 from __future__ import annotations
 
 import copy
@@ -50,7 +51,9 @@ def make(kind, seed):
 KINDS = ["low", "dense", "row", "modality", "other_modality", "distance", "alibi", "mask"]
 terms = st.lists(
     st.tuples(
-        st.sampled_from(KINDS), st.integers(0, 50), st.sampled_from([None, 2.0, -0.5, "head", "scalar"])
+        st.sampled_from(KINDS),
+        st.integers(0, 50),
+        st.sampled_from([None, 2.0, -0.5, "head", "scalar"]),
     ),
     min_size=1,
     max_size=4,
@@ -66,7 +69,9 @@ def sum_of_parts(bias):
         result = result + torch.einsum("bmhr,bnhr->bhmn", q, k)
     if parts.segments is not None:
         weights, lengths = parts.segments
-        result = result + weights.permute(0, 2, 1, 3).repeat_interleave(torch.tensor(lengths), dim=-1)
+        result = result + weights.permute(0, 2, 1, 3).repeat_interleave(
+            torch.tensor(lengths), dim=-1
+        )
     if parts.dense is not None:
         result = result + parts.dense
     return result if parts.mask is None else result.masked_fill(parts.mask, float("-inf"))
@@ -85,7 +90,11 @@ def test_sums_and_multiples_equal_the_dense_ones(drawn):
             factor = torch.tensor(1.5, dtype=F64)
         if factor is not None:
             bias = factor * bias if isinstance(factor, float) else bias * factor
-            shaped = factor[:, None, None] if isinstance(factor, torch.Tensor) and factor.dim() else factor
+            shaped = (
+                factor[:, None, None]
+                if isinstance(factor, torch.Tensor) and factor.dim()
+                else factor
+            )
             dense = dense if kind == "mask" else dense * shaped
         total = bias if total is None else total + bias
         expected = expected + dense
@@ -101,7 +110,9 @@ def test_sums_and_multiples_equal_the_dense_ones(drawn):
 def test_ranks_concatenate_and_kinds_stay_apart():
     low = make("low", 0)
     assert isinstance(low + low * 2, LowRankBias) and (low + low).rank == 4
-    assert isinstance(low + make("distance", 1), LowRankBias) and (low + make("distance", 1)).rank == 6
+    assert (
+        isinstance(low + make("distance", 1), LowRankBias) and (low + make("distance", 1)).rank == 6
+    )
     both = low + make("modality", 0)
     assert isinstance(both, SumBias) and both.rank == 4 and both.parts().segments is not None
     mixed = low + make("dense", 0) + make("mask", 0) + low
@@ -119,7 +130,11 @@ def test_sum_built_by_hand_merges_in_parts():
 
 def test_broadcast_stays_broadcast():
     low = LowRankBias(torch.randn(1, M, 1, 2), torch.randn(1, N, 1, 2))
-    assert low.shape == (1, 1, M, N) and (low + low).shape == (1, 1, M, N) and (low * 2).shape == (1, 1, M, N)
+    assert (
+        low.shape == (1, 1, M, N)
+        and (low + low).shape == (1, 1, M, N)
+        and (low * 2).shape == (1, 1, M, N)
+    )
     dense = DenseBias(torch.randn(1, M, N).expand(B * H, M, N), num_heads=H)
     assert dense.shape == (1, 1, M, N)
     assert DenseBias(torch.randn(B, 1, M, N).expand(B, H, M, N)).shape == (B, 1, M, N)
@@ -193,20 +208,40 @@ q, k = torch.zeros(2, M, 3, 2), torch.zeros(2, N, 1, 2)
         (lambda: LowRankBias(q.to("meta"), k), ValueError, "device"),
         (lambda: DenseBias(torch.ones(M, N, dtype=torch.bool)), TypeError, "MaskBias"),
         (lambda: DenseBias(torch.ones(M)), ValueError, r"\(5,\)"),
-        (lambda: DenseBias(torch.ones(7, M, N), num_heads=3), ValueError, r"num_heads=3.*\(7, 5, 7\)"),
+        (
+            lambda: DenseBias(torch.ones(7, M, N), num_heads=3),
+            ValueError,
+            r"num_heads=3.*\(7, 5, 7\)",
+        ),
         (lambda: DenseBias(torch.ones(2, 4, M, N), num_heads=3), ValueError, "3 or 1 heads"),
         (lambda: DenseBias(torch.ones(6, M, N), num_heads=0), ValueError, "num_heads"),
         (lambda: MaskBias(torch.ones(M, N)), TypeError, "mask.*float32"),
-        (lambda: LowRankBias(q, k) + LowRankBias(q, torch.zeros(2, N + 1, 1, 2)), ValueError, "keys 7 and 8"),
-        (lambda: LowRankBias(q, k) + DenseBias(torch.zeros(2, 2, M, N)), ValueError, "heads 3 and 2"),
+        (
+            lambda: LowRankBias(q, k) + LowRankBias(q, torch.zeros(2, N + 1, 1, 2)),
+            ValueError,
+            "keys 7 and 8",
+        ),
+        (
+            lambda: LowRankBias(q, k) + DenseBias(torch.zeros(2, 2, M, N)),
+            ValueError,
+            "heads 3 and 2",
+        ),
         (lambda: LowRankBias(q, k) * torch.ones(2), ValueError, r"\(3,\).*\(2, 3, 5, 7\).*\(2,\)"),
         (lambda: LowRankBias(q, k) * torch.ones(3, 1), ValueError, "factor"),
         (lambda: LowRankBias(q, k) * torch.tensor(2), TypeError, "factor"),
         (lambda: LowRankBias(q, k) * True, TypeError, "unsupported operand"),
         (lambda: LowRankBias(q, k) + 1.0, TypeError, "unsupported operand"),
         (lambda: SumBias([]), ValueError, "terms"),
-        (lambda: DenseBias(torch.ones(M, N)).factors(), ValueError, "DenseBias has no low-rank form"),
-        (lambda: (LowRankBias(q, k) + DenseBias(torch.ones(M, N))).factors(), ValueError, "no low-rank form"),
+        (
+            lambda: DenseBias(torch.ones(M, N)).factors(),
+            ValueError,
+            "DenseBias has no low-rank form",
+        ),
+        (
+            lambda: (LowRankBias(q, k) + DenseBias(torch.ones(M, N))).factors(),
+            ValueError,
+            "no low-rank form",
+        ),
     ],
 )
 def test_mistakes_are_named(build, error, words):

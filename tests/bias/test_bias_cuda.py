@@ -1,4 +1,6 @@
-"""The same on a GPU: digits of half factors, factorisation, its gradient, and nobody's random state moved."""
+"""The same on a GPU: digits of half factors, factorisation, its gradient, and nobody's random state
+moved."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,6 @@
-"""Exact biases: factors give what the formula says, gradients included, and nothing of size M*N is formed."""
+"""Exact biases: factors give what the formula says, gradients included, and nothing of size M*N is
+formed."""
+
 from __future__ import annotations
 
 import pytest
@@ -30,7 +32,11 @@ def test_modality_by_hand():
 
 
 def test_distance_by_hand():
-    x, y, scale = torch.randn(B, M, 2, dtype=F64), torch.randn(1, N, 2, dtype=F64), torch.rand(H, dtype=F64)
+    x, y, scale = (
+        torch.randn(B, M, 2, dtype=F64),
+        torch.randn(1, N, 2, dtype=F64),
+        torch.rand(H, dtype=F64),
+    )
     bias = SquaredDistanceBias(x, y, scale)
     expected = -scale[:, None, None] * torch.cdist(x, y.expand(B, N, 2)).square()[:, None]
     assert bias.shape == (B, H, M, N) and bias.rank == 4
@@ -55,7 +61,10 @@ def test_distance_per_segment_by_hand():
 
 def test_dropped_query_term_is_invisible_to_softmax():
     x, y = torch.randn(B, M, 2, dtype=F64) + 5, torch.randn(B, N, 2, dtype=F64) + 5
-    whole, dropped = SquaredDistanceBias(x, y, 0.5), SquaredDistanceBias(x, y, 0.5, drop_query_term=True)
+    whole, dropped = (
+        SquaredDistanceBias(x, y, 0.5),
+        SquaredDistanceBias(x, y, 0.5, drop_query_term=True),
+    )
     assert dropped.rank == 3 and torch.allclose(dropped.dense(), product(dropped))
     difference = whole.dense() - dropped.dense()
     assert torch.allclose(difference, difference[..., :1].expand_as(difference))
@@ -156,10 +165,16 @@ xy, keys_xy = torch.zeros(2, M, 2), torch.zeros(1, N, 2)
         (lambda: SquaredDistanceBias(xy, keys_xy, segments=(4,)), ValueError, "9 keys"),
         (lambda: SquaredDistanceBias(xy, keys_xy, "1"), TypeError, "scale"),
         (lambda: SquaredDistanceBias(xy, keys_xy, torch.ones(2, 2)), ValueError, "scale"),
-        (lambda: SquaredDistanceBias(xy, keys_xy, valid=torch.ones(2, M, 1)), TypeError, "valid.*float32"),
+        (
+            lambda: SquaredDistanceBias(xy, keys_xy, valid=torch.ones(2, M, 1)),
+            TypeError,
+            "valid.*float32",
+        ),
         (lambda: SquaredDistanceBias(xy, keys_xy, valid=torch.ones(2, M) > 0), ValueError, "valid"),
         (
-            lambda: SquaredDistanceBias(xy, keys_xy, valid=torch.ones(2, M, 1) > 0, drop_query_term=True),
+            lambda: SquaredDistanceBias(
+                xy, keys_xy, valid=torch.ones(2, M, 1) > 0, drop_query_term=True
+            ),
             ValueError,
             "drop_query_term",
         ),

@@ -1,4 +1,5 @@
 """The gallery page: its code runs, and every section has its picture."""
+
 from __future__ import annotations
 
 import runpy

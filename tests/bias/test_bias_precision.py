@@ -1,4 +1,5 @@
 """Scores from half-precision factors keep the digits of float32 ones."""
+
 from __future__ import annotations
 
 import pytest
@@ -56,7 +57,9 @@ def test_relative_error_whatever_the_magnitudes(dtype, q_size, k_size):
     assert split[0].shape == (2, 40, 1, 9) and split[1].shape == (1, 50, 4, 9)
     assert split[0].dtype == split[1].dtype == dtype
     bound = 3 * 2.0 ** (-22 if dtype == torch.float16 else -16) + 2.0**-22
-    floor = 1e-6 * size.max() if dtype == torch.float16 else 0.0  # what goes subnormal beside a large entry
+    floor = (
+        1e-6 * size.max() if dtype == torch.float16 else 0.0
+    )  # what goes subnormal beside a large entry
     assert ((accumulate(*split).double() - exact).abs() <= bound * size + floor).all()
 
 
@@ -87,7 +90,9 @@ def test_gradients_are_those_of_the_product(dtype):
     k = torch.randn(1, 40, 2, 3, generator=g).requires_grad_()
     upstream = torch.randn(2, 2, 30, 40, generator=g)
     got = torch.autograd.grad((accumulate(*split_factors(q, k, dtype)) * upstream).sum(), (q, k))
-    exact = torch.autograd.grad((LowRankBias(q.double(), k.double()).dense() * upstream).sum(), (q, k))
+    exact = torch.autograd.grad(
+        (LowRankBias(q.double(), k.double()).dense() * upstream).sum(), (q, k)
+    )
     for one, other in zip(got, exact):  # each column's gradient is rounded once to half
         assert (one - other).norm() < 2 * torch.finfo(dtype).eps * other.norm()
 

@@ -1,4 +1,6 @@
-"""A bias as a tensor: what it survives as a description, equal to the dense tensor in values and gradients."""
+"""A bias as a tensor: what it survives as a description, equal to the dense tensor in values and
+gradients."""
+
 from __future__ import annotations
 
 import copy
@@ -28,7 +30,14 @@ from flashbias_patch.bias import (
     described,
 )
 from flashbias_patch.bias.tensor import core as tensor
-from tests.capabilities import REENTRANT, RELEASE, needs_autocast, needs_compile, needs_transforms, since
+from tests.capabilities import (
+    REENTRANT,
+    RELEASE,
+    needs_autocast,
+    needs_compile,
+    needs_transforms,
+    since,
+)
 
 B, M, H, N = 2, 5, 2, 12 + 12
 FRAMES = (Grid(3, 4), Grid(2, 3, 2))
@@ -41,10 +50,19 @@ def generator(seed=0):
 
 def centres(seed=0, batch=B, queries=M):
     g = generator(seed)
-    return torch.stack([
-        torch.stack([torch.randint(0, n, (batch, queries), generator=g) for n in (f.views, f.rows, f.columns)], -1)
-        for f in FRAMES
-    ], 2)  # fmt: skip
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    torch.randint(0, n, (batch, queries), generator=g)
+                    for n in (f.views, f.rows, f.columns)
+                ],
+                -1,
+            )
+            for f in FRAMES
+        ],
+        2,
+    )
 
 
 class Made:
@@ -58,10 +76,16 @@ class Made:
         self.masks = torch.randn(B * H, M, N, generator=g, dtype=dtype)
         make = {
             "window": lambda: WindowBias(self.weights, centres(seed, batch), FRAMES, 3),
-            "gauss": lambda: WindowBias(self.weights, centres(seed, batch), FRAMES, (3, 4), sigma=1.0),
+            "gauss": lambda: WindowBias(
+                self.weights, centres(seed, batch), FRAMES, (3, 4), sigma=1.0
+            ),
             "modality": lambda: ModalityBias(self.weights, (12, 12)),
-            "low rank": lambda: LowRankBias(self.weights[:, :, None], torch.randn(1, N, 1, 2, generator=g, dtype=dtype)),
-            "dense": lambda: DenseBias(self.weights[..., :1] * torch.randn(1, 1, N, generator=g, dtype=dtype)),
+            "low rank": lambda: LowRankBias(
+                self.weights[:, :, None], torch.randn(1, N, 1, 2, generator=g, dtype=dtype)
+            ),
+            "dense": lambda: DenseBias(
+                self.weights[..., :1] * torch.randn(1, 1, N, generator=g, dtype=dtype)
+            ),
         }
         self.bias = make[kind]()
         self.tensor = described(self.bias)
@@ -86,7 +110,10 @@ STEPS = {
     "scale": (lambda t, m: t * m.scale, True),
     "number": (lambda t, m: 0.5 * t / 3, True),
     "each query": (lambda t, m: t * m.weights[..., :1], True),
-    "each head": (lambda t, m: t[:, None] * torch.arange(1.0, H + 1, dtype=F64)[:, None, None], True),
+    "each head": (
+        lambda t, m: t[:, None] * torch.arange(1.0, H + 1, dtype=F64)[:, None, None],
+        True,
+    ),
     "negative": (lambda t, m: -t, True),
     "clamp": (lambda t, m: torch.clamp(t, -0.5, 0.7), True),
     "clamp from below": (lambda t, m: t.clamp_min(-0.3), True),
@@ -96,7 +123,10 @@ STEPS = {
     "mask first": (lambda t, m: m.masks[:1] + t, True),
     "hidden": (lambda t, m: t.masked_fill(m.mask, float("-inf")), True),
     "hidden and scaled": (lambda t, m: t.masked_fill(m.mask, float("-inf")) * 2.0, True),
-    "hidden and turned": (lambda t, m: t.masked_fill(m.mask, float("-inf")).clamp(-9.0, 9.0), False),
+    "hidden and turned": (
+        lambda t, m: t.masked_fill(m.mask, float("-inf")).clamp(-9.0, 9.0),
+        False,
+    ),
     "filled": (lambda t, m: t.masked_fill(m.mask, -1.0), False),
     "batch": (lambda t, m: t[1:], True),
     "one of the batch": (lambda t, m: t[1], True),
@@ -119,8 +149,11 @@ STEPS = {
     "square": (lambda t, m: t * t, False),
     "sigmoid": (lambda t, m: t.sigmoid(), False),
     "clone": (lambda t, m: t.clone(), True),
-    "in place": (lambda t, m: t.clone().transpose(0, 1).clone().mul_(m.scale).transpose(0, 1), None),
-}  # fmt: skip
+    "in place": (
+        lambda t, m: t.clone().transpose(0, 1).clone().mul_(m.scale).transpose(0, 1),
+        None,
+    ),
+}
 EXACT = dict(rtol=1e-6, atol=1e-7)  # some steps go through float32
 
 
@@ -135,14 +168,22 @@ def test_a_step_is_the_dense_one(kind, step):
     found, exact = function(made.tensor, made), function(made.dense, made)
     if kind == "window" and stays is not None:
         assert (type(found) is BiasTensor and found._bias is not None) is stays
-    assert found.shape == exact.shape and found.dtype == exact.dtype and found.requires_grad == exact.requires_grad
-    if type(found) is BiasTensor and found._bias is not None:  # what it says it is, not only what it replays
+    assert (
+        found.shape == exact.shape
+        and found.dtype == exact.dtype
+        and found.requires_grad == exact.requires_grad
+    )
+    if (
+        type(found) is BiasTensor and found._bias is not None
+    ):  # what it says it is, not only what it replays
         bias = found._bias
         again = tensor.new(bias, found._layout, found.dtype)
         torch.testing.assert_close(again.numbers(), exact, **EXACT)
     torch.testing.assert_close(numbers(found), exact, **EXACT)
     finite = exact.isfinite()
-    ours = torch.autograd.grad(numbers(found)[finite].sum(), made.leaves, retain_graph=True, allow_unused=True)
+    ours = torch.autograd.grad(
+        numbers(found)[finite].sum(), made.leaves, retain_graph=True, allow_unused=True
+    )
     truth = torch.autograd.grad(exact[finite].sum(), made.leaves, allow_unused=True)
     for mine, true in zip(ours, truth):
         assert (mine is None) == (true is None)
@@ -152,20 +193,30 @@ def test_a_step_is_the_dense_one(kind, step):
 
 def attend(mask, queries=M, batch=B, seed=1, **more):
     g = generator(seed)
-    q, k, v = (torch.randn(batch, length, H, 4, generator=g, dtype=F64) for length in (queries, N, N))
+    q, k, v = (
+        torch.randn(batch, length, H, 4, generator=g, dtype=F64) for length in (queries, N, N)
+    )
     return flash_bias_attention(q, k, v, attn_mask=mask, backend="reference", **more)
 
 
 CHAINS = {
-    "as the repositories do": lambda t, m: (t * m.scale.clamp(0.5, 5.0)).clamp(-5, 5).transpose(0, 1).transpose(0, 1)
-    .unsqueeze(1).expand(-1, H, -1, -1).reshape(B * H, M, N) + m.masks,
+    "as the repositories do": lambda t, m: (
+        (t * m.scale.clamp(0.5, 5.0))
+        .clamp(-5, 5)
+        .transpose(0, 1)
+        .transpose(0, 1)
+        .unsqueeze(1)
+        .expand(-1, H, -1, -1)
+        .reshape(B * H, M, N)
+        + m.masks
+    ),
     "length first": lambda t, m: (m.scale * t).transpose(0, 1),
     "one for all": lambda t, m: t[0],
     "hidden": lambda t, m: t.masked_fill(m.mask[None], -math.inf).repeat_interleave(H, 0),
     "four": lambda t, m: t[:, None].expand(B, H, M, N),
     "heads in the wrong order": lambda t, m: t.repeat(H, 1, 1),
     "same for all": lambda t, m: t[:1],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ("window", "gauss", "modality"))
@@ -178,7 +229,10 @@ def test_attention_reads_the_description(kind, chain, argument, caplog):
     if chain == "length first":
         exact = exact.transpose(0, 1)
     g = generator(1)
-    q, k, v = (torch.randn(B, length, H, 4, generator=g, dtype=F64).requires_grad_() for length in (M, N, N))
+    q, k, v = (
+        torch.randn(B, length, H, 4, generator=g, dtype=F64).requires_grad_()
+        for length in (M, N, N)
+    )
     out = flash_bias_attention(q, k, v, **{argument: mask}, backend="reference")
     truth = flash_bias_attention(q, k, v, exact, backend="reference")
     torch.testing.assert_close(out, truth)
@@ -189,7 +243,8 @@ def test_attention_reads_the_description(kind, chain, argument, caplog):
         assert (mine is None) == (true is None)
         if true is not None:
             torch.testing.assert_close(mine, true)
-    # The wrong order of heads has no form that attention knows, clamped Gaussians none that windows have.
+    # The wrong order of heads has no form that attention knows, clamped Gaussians none that windows
+    # have.
     clamped = kind == "gauss" and chain == "as the repositories do"
     as_described = type(mask) is BiasTensor and mask._dense is None and not caplog.records
     assert as_described is (chain != "heads in the wrong order" and not clamped)
@@ -199,7 +254,11 @@ def test_windows_reach_the_kernels_as_windows():
     made = Made()
     q, k, v = (torch.randn(B, length, H, 4, dtype=F64) for length in (M, N, N))
     read = inputs.as_bias(CHAINS["as the repositories do"](made.tensor, made), B, H, M, N).parts()
-    assert read.windows is not None and read.windows.centres is made.bias.centres and read.dense.shape == (B, H, M, N)
+    assert (
+        read.windows is not None
+        and read.windows.centres is made.bias.centres
+        and read.dense.shape == (B, H, M, N)
+    )
     mask = described(WindowMask(centres(), FRAMES, 3)).repeat_interleave(H, 0)
     assert mask.dtype is torch.bool and mask.shape == (B * H, M, N)
     given = inputs.build(q, k, v, attn_mask=mask)
@@ -223,7 +282,7 @@ def test_a_wrong_size_is_an_error_as_ever():
         made.tensor.reshape(7, -1)
 
 
-# -- the tensor's own gradient -----------------------------------------------------------------------------------------
+# -- the tensor's own gradient ---------------------------------------------------------------------
 
 
 def own_gradient(made, way, chain, use=attend):
@@ -246,7 +305,9 @@ def own_gradient(made, way, chain, use=attend):
 
 
 @pytest.mark.parametrize("way", ("retain_grad", "hook", "autograd.grad"))
-@pytest.mark.parametrize("chain", ("as the repositories do", "one for all", "hidden", "four", "same for all"))
+@pytest.mark.parametrize(
+    "chain", ("as the repositories do", "one for all", "hidden", "four", "same for all")
+)
 def test_whoever_wants_the_gradient_of_the_bias_gets_it(way, chain):
     mine, true = own_gradient(Made(), way, CHAINS[chain])
     assert type(mine) is torch.Tensor and mine.shape == (B, M, N)
@@ -294,7 +355,7 @@ def test_a_leaf_of_somebodys_own():
     assert made.weights.grad is None
 
 
-# -- whatever else -----------------------------------------------------------------------------------------------------
+# -- whatever else ---------------------------------------------------------------------------------
 
 
 def test_numbers_are_made_once_and_told_once(caplog):
@@ -305,7 +366,9 @@ def test_numbers_are_made_once_and_told_once(caplog):
     exact = [made.dense.mean(), made.dense.std(), made.dense.min()]
     torch.testing.assert_close(found, exact)
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 3 and all("test_bias_tensor.py" in line for line in said) and "mean" in said[0]
+    assert (
+        len(said) == 3 and all("test_bias_tensor.py" in line for line in said) and "mean" in said[0]
+    )
     first = made.tensor.numbers()
     assert made.tensor.numbers() is first
     found[0].backward()
@@ -316,7 +379,13 @@ def test_looking_at_it_costs_no_numbers():
     t = Made().tensor
     assert (t.shape, t.dim(), t.size(0), t.numel(), t.dtype, t.device.type, t.ndim) == (
         (B, M, N), 3, B, B * M * N, F64, "cpu", 3)  # fmt: skip
-    assert t.requires_grad and not t.is_leaf and t.grad_fn is not None and t.is_floating_point() and len(t) == B
+    assert (
+        t.requires_grad
+        and not t.is_leaf
+        and t.grad_fn is not None
+        and t.is_floating_point()
+        and len(t) == B
+    )
     if RELEASE >= (1, 11):  # before, a single number stands for all
         assert t.is_contiguous() and t.stride() == (M * N, N, 1)
     assert not t.is_cuda and isinstance(t, torch.Tensor)
@@ -347,7 +416,14 @@ def test_changes_in_place_show_where_the_numbers_are_shared():
         view, copied = bias.transpose(0, 1), bias * 2.0
         view[1] = 7.0
         bias += 1.0
-        found.append([bias * 1.0, view * 1.0, copied * 1.0, *torch.autograd.grad(bias.sum() + copied.sum(), made.weights)])
+        found.append(
+            [
+                bias * 1.0,
+                view * 1.0,
+                copied * 1.0,
+                *torch.autograd.grad(bias.sum() + copied.sum(), made.weights),
+            ]
+        )
     for mine, true in zip(*found):
         torch.testing.assert_close(numbers(mine), true)
 
@@ -358,18 +434,27 @@ def test_without_grad_nothing_is_learned():
         t = made.tensor * 2.0
     assert not t.requires_grad and not attend(t).requires_grad
     with torch.inference_mode():
-        torch.testing.assert_close(attend(made.tensor.half().double()), attend(made.dense), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            attend(made.tensor.half().double()), attend(made.dense), rtol=1e-3, atol=1e-3
+        )
         made.tensor.mean()
-    mine, true = (torch.autograd.grad(t.pow(2).sum(), made.weights) for t in (made.tensor, made.dense))
+    mine, true = (
+        torch.autograd.grad(t.pow(2).sum(), made.weights) for t in (made.tensor, made.dense)
+    )
     torch.testing.assert_close(mine, true)
 
 
-@pytest.mark.parametrize("reentrant", (True, pytest.param(False, marks=since(1, 11, "use_reentrant"))))
+@pytest.mark.parametrize(
+    "reentrant", (True, pytest.param(False, marks=since(1, 11, "use_reentrant")))
+)
 @pytest.mark.parametrize("nested", (True, False))
 @pytest.mark.parametrize("densely", (True, False))
 def test_checkpoints(reentrant, nested, densely):
     if nested and reentrant:
-        pytest.skip("torch itself does not look into lists; patched layers checkpoint without reentrance there")
+        pytest.skip(
+            "torch itself does not look into lists; patched layers checkpoint without reentrance "
+            "there"
+        )
     made, options = Made(), REENTRANT if reentrant else {"use_reentrant": False}
     g = generator(2)
     q = torch.randn(B, M, H, 4, generator=g, dtype=F64, requires_grad=True)
@@ -379,7 +464,9 @@ def test_checkpoints(reentrant, nested, densely):
         mask = mask[0] if isinstance(mask, list) else mask
         if densely:
             mask = mask.sigmoid()
-        return flash_bias_attention(q, k, k, attn_mask=mask.unsqueeze(1).expand(-1, H, -1, -1), backend="reference")
+        return flash_bias_attention(
+            q, k, k, attn_mask=mask.unsqueeze(1).expand(-1, H, -1, -1), backend="reference"
+        )
 
     found = []
     for start, through in ((made.tensor, True), (made.dense, False)):
@@ -387,7 +474,11 @@ def test_checkpoints(reentrant, nested, densely):
         out = q
         for _ in range(2):
             given = [bias] if nested else bias
-            out = checkpoints.checkpoint(layer, out, given, **options) if through else layer(out, bias)
+            out = (
+                checkpoints.checkpoint(layer, out, given, **options)
+                if through
+                else layer(out, bias)
+            )
         (out.pow(2).sum() + bias[0, 0].sum()).backward()
         found.append([t.grad for t in (q, *made.leaves)])
         for leaf in (q, *made.leaves):
@@ -429,7 +520,9 @@ def test_code_that_does_not_dispatch_in_python():
     exact = made.dense.chunk(2)
     torch.testing.assert_close(list(pieces), list(exact))
     ours = torch.autograd.grad(pieces[0].pow(2).sum() + moved.sum(), made.weights)
-    torch.testing.assert_close(ours, torch.autograd.grad(exact[0].pow(2).sum() + 2 * made.dense.sum(), made.weights))
+    torch.testing.assert_close(
+        ours, torch.autograd.grad(exact[0].pow(2).sum() + 2 * made.dense.sum(), made.weights)
+    )
 
 
 @needs_transforms
@@ -462,7 +555,10 @@ def test_traced_and_exported_code_is_dense():
     traced = torch.jit.trace(Twice(), bias)
     torch.testing.assert_close(traced(other), other.transpose(0, 1) * 2)
     assert type(bias * 2) is BiasTensor
-    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):  # dynamo of 2.6 does not trace such objects
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (
+        2,
+        13,
+    ):  # dynamo of 2.6 does not trace such objects
         exported = torch.export.export(Describes(), (made.weights.detach(),))
         torch.testing.assert_close(exported.module()(made.weights.detach()), exact)
 
@@ -509,23 +605,35 @@ def test_forms_and_what_does_not_fit():
         described(per_head)
     with pytest.raises(ValueError, match="form: expected one of"):
         described(per_head, "nm")
-    shared = described(WindowBias(torch.randn(1, M, 2), centres(batch=1), FRAMES, 3), "mn", torch.float16)
-    assert shared.shape == (M, N) and shared.dtype is torch.float16 and shared.numbers().dtype is torch.float16
+    shared = described(
+        WindowBias(torch.randn(1, M, 2), centres(batch=1), FRAMES, 3), "mn", torch.float16
+    )
+    assert (
+        shared.shape == (M, N)
+        and shared.dtype is torch.float16
+        and shared.numbers().dtype is torch.float16
+    )
 
 
 @pytest.mark.parametrize("operation", (operator.mul, operator.truediv))
 @pytest.mark.parametrize("factor", (2.0, -2.0, 0.0))
 def test_a_masked_bias_by_a_tensor(operation, factor):
-    """A positive factor keeps the description; -inf times another is +inf or NaN, which only numbers can say."""
+    """A positive factor keeps the description; -inf times another is +inf or NaN, which only
+    numbers can say."""
     made = Made()
-    for scale in (torch.tensor(factor, dtype=made.dense.dtype), torch.nn.Parameter(torch.tensor([factor]).to(made.dense))):
+    for scale in (
+        torch.tensor(factor, dtype=made.dense.dtype),
+        torch.nn.Parameter(torch.tensor([factor]).to(made.dense)),
+    ):
         hidden, exact = (t.masked_fill(made.mask, -math.inf) for t in (made.tensor, made.dense))
         found = operation(hidden, scale)
         assert (type(found) is BiasTensor and found._bias is not None) == (factor > 0)
         torch.testing.assert_close(numbers(found), operation(exact, scale), equal_nan=True)
 
 
-steps = st.lists(st.sampled_from([name for name in STEPS if name not in ("in place",)]), min_size=1, max_size=5)
+steps = st.lists(
+    st.sampled_from([name for name in STEPS if name not in ("in place",)]), min_size=1, max_size=5
+)
 
 
 @settings(max_examples=100, deadline=None)

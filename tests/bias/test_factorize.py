@@ -1,4 +1,6 @@
-"""factorize keeps its promises on planted spectra: rank, energy, measured error, gradient, the way out."""
+"""factorize keeps its promises on planted spectra: rank, energy, measured error, gradient, the way
+out."""
+
 from __future__ import annotations
 
 import math
@@ -62,7 +64,10 @@ def test_fixed_rank_and_both(method):
     assert factorize(dense, rank=3, energy=0.9, method=method).rank == 2
     refused = factorize(dense, rank=1, method=method)
     assert refused.used_dense and refused.bias.dense() is not None and "max_error" in refused.reason
-    assert refused.relative_error == pytest.approx(math.sqrt(0.25 / 1.25), rel=1e-2) and refused.rank == 1
+    assert (
+        refused.relative_error == pytest.approx(math.sqrt(0.25 / 1.25), rel=1e-2)
+        and refused.rank == 1
+    )
     assert torch.equal(refused.bias.dense()[0, 0], dense)
     accepted = factorize(dense, rank=1, method=method, max_error=0.5)
     assert not accepted.used_dense and accepted.reason == ""
@@ -83,7 +88,11 @@ def test_no_low_rank_means_dense():
     dense = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
     for method in SEARCHES:
         result = factorize(dense, method=method)
-        assert result.used_dense and isinstance(result.bias, DenseBias) and "keeps 0.9999" in result.reason
+        assert (
+            result.used_dense
+            and isinstance(result.bias, DenseBias)
+            and "keeps 0.9999" in result.reason
+        )
         assert 0.02 < result.relative_error < 1
     assert result.state.hopeless
     again = factorize(dense, method="randomized", warm_start=result.state)
@@ -117,7 +126,11 @@ def test_wide_and_tall_and_half():
         assert factorize(dense, rank=1).relative_error < 1e-5
     half = planted([100.0] * 4).half()
     result = factorize(half)
-    assert result.bias.q_factor.dtype == torch.float32 and result.rank == 4 and result.relative_error < 1e-3
+    assert (
+        result.bias.q_factor.dtype == torch.float32
+        and result.rank == 4
+        and result.relative_error < 1e-3
+    )
 
 
 def test_repeated_heads_are_stored_once():
@@ -138,7 +151,9 @@ def test_equal_copies_get_their_own_gradients():
     assert bias.shape == (1, 3, 96, 200)
     assert storage_bytes(bias.q_factor) == 8 * 96 * 4
     weights = torch.tensor([1.0, 2.0, -1.0], dtype=F64)
-    (grad,) = torch.autograd.grad((bias.dense() * weights[:, None, None] * heads.detach()).sum(), heads)
+    (grad,) = torch.autograd.grad(
+        (bias.dense() * weights[:, None, None] * heads.detach()).sum(), heads
+    )
     assert torch.allclose(grad, weights[:, None, None] * heads.detach(), atol=1e-9)
 
 
@@ -170,7 +185,9 @@ def test_gradient_is_exact_for_a_bias_of_that_rank(method, lead):
     upstream = torch.randn(*lead, 70, 90, generator=g, dtype=F64)
     leaves = (a, b, scale)
     dense = scale * (a @ b.transpose(-2, -1))
-    got = torch.autograd.grad((factorize(dense, method=method).bias.dense() * upstream).sum(), leaves)
+    got = torch.autograd.grad(
+        (factorize(dense, method=method).bias.dense() * upstream).sum(), leaves
+    )
     exact = torch.autograd.grad((scale * (a @ b.transpose(-2, -1)) * upstream).sum(), leaves)
     for one, other in zip(got, exact):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-9)
@@ -232,7 +249,8 @@ def test_warm_start_follows_a_moving_bias():
 
 
 def test_warm_start_at_fixed_rank_recovers_from_a_jump():
-    """One pass from rows that no longer matter is not enough; the search begins again before giving up."""
+    """One pass from rows that no longer matter is not enough; the search begins again before giving
+    up."""
     values = [1.0] * 6 + [0.15] * 80
     first, other = planted(values, seed=1), planted(values, seed=2)
     state = factorize(first, rank=6, method="randomized", max_error=1.0).state
@@ -252,7 +270,10 @@ def test_warm_start_with_other_queries_and_unfitting_state():
 def test_randomness_is_private_and_repeatable():
     dense = planted([1.0] * 4 + [1e-3] * 20, 128, 300)
     before = torch.get_rng_state()
-    one, two = factorize(dense, rank=4, method="randomized"), factorize(dense, rank=4, method="randomized")
+    one, two = (
+        factorize(dense, rank=4, method="randomized"),
+        factorize(dense, rank=4, method="randomized"),
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(one.bias.q_factor, two.bias.q_factor)
     generator = torch.Generator().manual_seed(7)
@@ -270,7 +291,11 @@ def test_other_terms_are_kept():
     assert parts.dense is None and parts.segments is not None and torch.equal(parts.mask, mask.mask)
     assert parts.q_factor.shape[-1] == 4
     low = LowRankBias(torch.randn(1, 4, 1, 2), torch.randn(1, 5, 1, 2))
-    assert factorize(low).bias is low and factorize(low).relative_error == 0 and factorize(low).rank == 2
+    assert (
+        factorize(low).bias is low
+        and factorize(low).relative_error == 0
+        and factorize(low).rank == 2
+    )
 
 
 @needs_autocast

@@ -1,4 +1,6 @@
-"""Local windows on grids: the algebra and the plain backends against a loop over queries, frames and cells."""
+"""Local windows on grids: the algebra and the plain backends against a loop over queries, frames
+and cells."""
+
 from __future__ import annotations
 
 import copy
@@ -39,7 +41,11 @@ def places(seed=0, batch=B, frames=FRAMES, queries=M):
     return torch.stack(
         [
             torch.stack(
-                [torch.randint(-2, size + 2, (batch, queries), generator=g) for size in (f.views, f.rows, f.columns)], -1
+                [
+                    torch.randint(-2, size + 2, (batch, queries), generator=g)
+                    for size in (f.views, f.rows, f.columns)
+                ],
+                -1,
             )
             for f in frames
         ],
@@ -101,7 +107,9 @@ def test_dense_is_the_loop(side, sigma, batches):
     assert torch.equal(mask.dense() == 0, inside[: batches[1]])
 
 
-@pytest.mark.parametrize("dtype", (torch.int64, torch.int32, torch.int16, torch.int8, torch.float32, torch.float16, F64))
+@pytest.mark.parametrize(
+    "dtype", (torch.int64, torch.int32, torch.int16, torch.int8, torch.float32, torch.float16, F64)
+)
 def test_centres_of_every_dtype(dtype):
     centres = places()
     weights = torch.randn(B, M, S)
@@ -113,12 +121,20 @@ def test_bytes_as_centres_and_what_is_not_visible():
     centres = places().clamp_min(0).to(torch.uint8)
     visible = torch.zeros(B, M, S, dtype=torch.bool)
     assert not WindowBias(torch.ones(B, M, S), centres, FRAMES, 3, visible=visible).dense().any()
-    assert not WindowBias(torch.ones(B, M, S), places().half(), FRAMES, 3, visible=visible).dense().any()
+    assert (
+        not WindowBias(torch.ones(B, M, S), places().half(), FRAMES, 3, visible=visible)
+        .dense()
+        .any()
+    )
 
 
-@pytest.mark.parametrize("far", (1 << 40, -(1 << 40), 1e30, -1e30, math.inf, -math.inf, math.nan), ids=str)
+@pytest.mark.parametrize(
+    "far", (1 << 40, -(1 << 40), 1e30, -1e30, math.inf, -math.inf, math.nan), ids=str
+)
 def test_a_centre_far_away_is_no_window(far):
-    centres = torch.full((1, M, S, 3), far, dtype=torch.int64 if isinstance(far, int) else torch.float64)
+    centres = torch.full(
+        (1, M, S, 3), far, dtype=torch.int64 if isinstance(far, int) else torch.float64
+    )
     assert not WindowBias(torch.ones(1, M, S), centres, FRAMES, 100).dense().any()
 
 
@@ -133,7 +149,10 @@ def test_weights_that_are_not_finite_stay_in_their_window():
 
 def test_algebra_keeps_windows_and_their_gradients():
     centres, g = places(), generator(3)
-    one, two = (torch.randn(shape, generator=g, dtype=F64, requires_grad=True) for shape in ((B, M, S), (1, M, H, S)))
+    one, two = (
+        torch.randn(shape, generator=g, dtype=F64, requires_grad=True)
+        for shape in ((B, M, S), (1, M, H, S))
+    )
     per_head = torch.randn(H, generator=g, dtype=F64, requires_grad=True)
     scale = torch.tensor([1.5], dtype=F64, requires_grad=True)
     first = WindowBias(one, centres, FRAMES, 3)
@@ -144,7 +163,10 @@ def test_algebra_keeps_windows_and_their_gradients():
         (per_head * first, lambda: first.dense() * per_head[:, None, None]),
         (-first, lambda: -first.dense()),
         (first + second, lambda: first.dense() + second.dense()),
-        (first * scale + second * per_head, lambda: first.dense() * scale + second.dense() * per_head[:, None, None]),
+        (
+            first * scale + second * per_head,
+            lambda: first.dense() * scale + second.dense() * per_head[:, None, None],
+        ),
     ):
         assert isinstance(made, WindowBias)
         torch.testing.assert_close(made.dense(), exact().expand_as(made.dense()))
@@ -188,12 +210,20 @@ def test_the_same_windows_of_a_sum_add_their_weights():
 def test_moving_copying_and_looking():
     bias = WindowBias(torch.randn(B, M, S), places(), FRAMES, 3, 1.0)
     half = bias.to(dtype=torch.float16)
-    assert half.weights.dtype == torch.float16 and half.centres is bias.centres and half.sigmas == bias.sigmas
+    assert (
+        half.weights.dtype == torch.float16
+        and half.centres is bias.centres
+        and half.sigmas == bias.sigmas
+    )
     assert half.dense().dtype == torch.float16
     assert torch.equal(copy.deepcopy(bias).dense(), bias.dense())
     assert [t.shape for t in bias.tensors()] == [bias.weights.shape, bias.centres.shape]
     assert [t.shape for t in (bias + WindowMask(places(), FRAMES, 3)).tensors()][-1] == (B, M, S, 3)
-    assert "WindowBias" in repr(bias) and hash(Grid(2, 3)) == hash(Grid(2, 3, 1)) and Grid(2, 3, 4).size == 24
+    assert (
+        "WindowBias" in repr(bias)
+        and hash(Grid(2, 3)) == hash(Grid(2, 3, 1))
+        and Grid(2, 3, 4).size == 24
+    )
     assert factorize(bias).bias.shape == bias.shape  # nothing dense to factorise
 
 
@@ -203,7 +233,11 @@ GOOD = dict(weights=torch.zeros(B, M, S), centres=places(), frames=FRAMES, side=
 @pytest.mark.parametrize(
     "change, error, says",
     [
-        (dict(weights=torch.zeros(B, M, S).long()), TypeError, "weights: expected a floating tensor"),
+        (
+            dict(weights=torch.zeros(B, M, S).long()),
+            TypeError,
+            "weights: expected a floating tensor",
+        ),
         (dict(weights=torch.zeros(B, M)), ValueError, "weights: expected"),
         (dict(weights=torch.zeros(3, M, S)), ValueError, "weights: expected"),
         (dict(weights=torch.zeros(B, M + 1, S)), ValueError, "weights: expected"),
@@ -221,7 +255,7 @@ GOOD = dict(weights=torch.zeros(B, M, S), centres=places(), frames=FRAMES, side=
         (dict(visible=torch.ones(B, M, S)), TypeError, "visible: expected"),
         (dict(visible=torch.ones(B, M, dtype=torch.bool)), ValueError, "visible: expected"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_named(change, error, says):
     with pytest.raises(error, match=says):
         WindowBias(**{**GOOD, **change})
@@ -243,7 +277,9 @@ def test_grids_and_calls_that_do_not_fit():
 
 def call(bias, dtype, seed=5, v_dim=4, **more):
     g = generator(seed)
-    q, k = (torch.randn(B, length, H, 4, generator=g).to(dtype).requires_grad_() for length in (M, N))
+    q, k = (
+        torch.randn(B, length, H, 4, generator=g).to(dtype).requires_grad_() for length in (M, N)
+    )
     v = torch.randn(B, N, H, v_dim, generator=g).to(dtype).requires_grad_()
     return q, k, v, inputs.build(q, k, v, bias, **more)
 
@@ -282,7 +318,11 @@ def test_the_reference_holds_no_more_than_a_chunk(monkeypatch):
     monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", 2 * B * H * N * 4)
     seen = []
     dense_bias = reference.grids.dense_bias
-    monkeypatch.setattr(reference.grids, "dense_bias", lambda parts: seen.append(parts.weights.shape[1]) or dense_bias(parts))
+    monkeypatch.setattr(
+        reference.grids,
+        "dense_bias",
+        lambda parts: seen.append(parts.weights.shape[1]) or dense_bias(parts),
+    )
     weights = torch.randn(B, M, H, S, requires_grad=True)
     *_, given = call(WindowBias(weights, places(), FRAMES, 3), torch.float32)
     dispatch.attend(given, "reference").sum().backward()
@@ -305,11 +345,22 @@ def test_weights_keep_their_digits_in_half_precision(dtype):
     q, k, v, given = call(WindowBias(weights, places(), FRAMES, 3), dtype)
     assert given.windows.weights is weights
     out = dispatch.attend(given, "reference")
-    exact = attend_by_loop(q.double(), k.double(), v.double(), by_loop(weights.double(), places(), FRAMES, (3, 3))[0],
-                           torch.zeros(1, 1, 1, 1, dtype=torch.bool))  # fmt: skip
+    exact = attend_by_loop(
+        q.double(),
+        k.double(),
+        v.double(),
+        by_loop(weights.double(), places(), FRAMES, (3, 3))[0],
+        torch.zeros(1, 1, 1, 1, dtype=torch.bool),
+    )
     assert (out.double() - exact).abs().max() < 2 * torch.finfo(dtype).eps * exact.abs().max()
-    narrow = flash_bias_attention(q.float(), k.float(), v.float(), WindowBias(weights.requires_grad_(), places(), FRAMES, 3),
-                                  dtype=torch.float16, backend="reference")  # fmt: skip
+    narrow = flash_bias_attention(
+        q.float(),
+        k.float(),
+        v.float(),
+        WindowBias(weights.requires_grad_(), places(), FRAMES, 3),
+        dtype=torch.float16,
+        backend="reference",
+    )
     narrow.sum().backward()
     assert weights.grad.isfinite().all() and weights.grad.any()
 
@@ -324,8 +375,9 @@ def test_one_query_for_all():
     torch.testing.assert_close(dispatch.attend(given, "reference"), exact)
 
 
-
-grids = st.lists(st.builds(Grid, st.integers(1, 5), st.integers(1, 6), st.integers(1, 3)), min_size=1, max_size=3)
+grids = st.lists(
+    st.builds(Grid, st.integers(1, 5), st.integers(1, 6), st.integers(1, 3)), min_size=1, max_size=3
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -336,14 +388,20 @@ def test_any_windows(frames, data):
     sigmas = data.draw(st.none() | st.lists(st.floats(0.3, 5.0), min_size=count, max_size=count))
     seed = data.draw(st.integers(0, 1000))
     centres = places(seed, data.draw(st.sampled_from((1, B))), frames, queries)
-    weights = torch.randn(data.draw(st.sampled_from((1, B))), queries, H, count, generator=generator(seed), dtype=F64)
-    visible = data.draw(st.none() | st.just(torch.rand(centres.shape[:3], generator=generator(seed + 1)) < 0.6))
+    weights = torch.randn(
+        data.draw(st.sampled_from((1, B))), queries, H, count, generator=generator(seed), dtype=F64
+    )
+    visible = data.draw(
+        st.none() | st.just(torch.rand(centres.shape[:3], generator=generator(seed + 1)) < 0.6)
+    )
     bias = WindowBias(weights, centres, frames, sides, sigmas, visible)
     mask = WindowMask(centres, frames, sides, visible)
     exact, inside = by_loop(weights, centres, frames, sides, sigmas, visible)
     torch.testing.assert_close(bias.dense(), exact, rtol=1e-13, atol=1e-15)
     keys = exact.shape[-1]
     g = generator(seed + 2)
-    q, k, v = (torch.randn(B, length, H, 3, generator=g, dtype=F64) for length in (queries, keys, keys))
+    q, k, v = (
+        torch.randn(B, length, H, 3, generator=g, dtype=F64) for length in (queries, keys, keys)
+    )
     out = flash_bias_attention(q, k, v, bias + mask, backend="reference")
     torch.testing.assert_close(out, attend_by_loop(q, k, v, exact, ~inside), rtol=1e-10, atol=1e-12)

@@ -1,4 +1,5 @@
 """Run one case of the matrix: a training run with the fault, and the same without."""
+
 from __future__ import annotations
 
 from typing import Any, Dict, List, NamedTuple
@@ -25,7 +26,9 @@ def only(monkeypatch, *backends) -> None:
     """Let the chain be these backends, then sdpa and the reference."""
     dispatch.reset()
     names = {b.name: "none" for b in backends}
-    kept = {name: place for name, place in selection.MODULES.items() if name in ("sdpa", "reference")}
+    kept = {
+        name: place for name, place in selection.MODULES.items() if name in ("sdpa", "reference")
+    }
     monkeypatch.setattr(selection, "MODULES", {**names, **kept})
     for backend in backends:
         dispatch._loaded[backend.name] = backend
@@ -35,7 +38,9 @@ def run_case(case: Case, module, monkeypatch) -> Outcome:
     if not _unbroken:
         only(monkeypatch, Faulty(case.backend))
         _unbroken[True] = train(module)[0]
-    monkeypatch.setattr(guard, "LARGE", 0)  # small as these calls are, their backward is guarded as large ones' is
+    monkeypatch.setattr(
+        guard, "LARGE", 0
+    )  # small as these calls are, their backward is guarded as large ones' is
     only(monkeypatch, Faulty(case.backend, case.fault, case.passing, case.layer))
     backend = dispatch._loaded[case.backend]
     journal.reset()
@@ -48,4 +53,6 @@ def run_case(case: Case, module, monkeypatch) -> Outcome:
 
     losses = train(module, on_step=on_step)[0]
     last = {name: count - before.get(name, 0) for name, count in journal.calls.items()}
-    return Outcome(losses, _unbroken[True], journal.fallbacks(), {n: c for n, c in last.items() if c})
+    return Outcome(
+        losses, _unbroken[True], journal.fallbacks(), {n: c for n, c in last.items() if c}
+    )

@@ -1,7 +1,9 @@
 """The table of docs/reliability.md: faults tried and survived.
 
-    python -m pytest tests/chaos/test_matrix.py -m "slow or not slow"   # runs every case, then writes it
+python -m pytest tests/chaos/test_matrix.py -m "slow or not slow"   # runs every case, then writes
+it
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -16,7 +18,8 @@ survived: Set[str] = set()  # the cases that passed in this process
 
 
 def lines(found: Iterable[Case]) -> List[str]:
-    """One row for a fault, pass and moment: in how many backend x layer combinations it was survived, and how."""
+    """One row for a fault, pass and moment: in how many backend x layer combinations it was
+    survived, and how."""
     count = Counter((c.fault.name, c.passing, c.layer >= 0) for c in found)
     table = ["| fault | in | begins | runs | what happens |", "|---|---|---|---|---|"]
     for fault in FAULTS:

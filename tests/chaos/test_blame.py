@@ -1,4 +1,6 @@
-"""Errors of the caller's own code arrive as themselves, and nothing is remembered; a backend's own are survived."""
+"""Errors of the caller's own code arrive as themselves, and nothing is remembered; a backend's own
+are survived."""
+
 from __future__ import annotations
 
 import signal
@@ -20,7 +22,9 @@ from .faulty import Faulty
 from .matrix import only
 
 BACKENDS = ("sdpa", "reference")
-NEEDS_HOOKS = pytest.mark.skipif(guard._hooks_in_force is None, reason="before torch 2.8 such calls are not guarded")
+NEEDS_HOOKS = pytest.mark.skipif(
+    guard._hooks_in_force is None, reason="before torch 2.8 such calls are not guarded"
+)
 
 
 class Mine(Exception):
@@ -109,7 +113,9 @@ class Kind(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if "detach" in str(func) or "view" in str(func) or "transpose" in str(func):
-            return Kind(torch.empty(func(*[a.as_meta() if isinstance(a, Kind) else a for a in args]).shape))
+            return Kind(
+                torch.empty(func(*[a.as_meta() if isinstance(a, Kind) else a for a in args]).shape)
+            )
         raise Mine("no such operator")
 
     def as_meta(self):
@@ -148,23 +154,38 @@ def alarm_in_backward(backend):
     alarm(lambda: torch.autograd.backward(out, torch.ones_like(out), retain_graph=True))
 
 
-CASES = (pack_fails, unpack_fails, dispatch_mode_fails, dispatch_mode_fails_in_backward, function_mode_fails,
-         tensor_hook_fails, subclass_fails, alarm_in_forward, alarm_in_backward)  # fmt: skip
+CASES = (
+    pack_fails,
+    unpack_fails,
+    dispatch_mode_fails,
+    dispatch_mode_fails_in_backward,
+    function_mode_fails,
+    tensor_hook_fails,
+    subclass_fails,
+    alarm_in_forward,
+    alarm_in_backward,
+)
 
 
 def untouched(backend):
-    """No breaker is open, nothing was told, and an ordinary call uses the backend that it used before."""
+    """No breaker is open, nothing was told, and an ordinary call uses the backend that it used
+    before."""
     assert not dispatch.breakers.failures() and not journal.fallbacks()
     journal.calls.clear()
     out = call(backend)
     out.sum().backward()
     expected = call("reference")
     torch.testing.assert_close(out, expected)
-    assert journal.calls[backend or "sdpa"] >= 1 and set(journal.calls) <= {backend or "sdpa", "reference"}
+    assert journal.calls[backend or "sdpa"] >= 1 and set(journal.calls) <= {
+        backend or "sdpa",
+        "reference",
+    }
     assert dispatch.explain(dispatch.AttentionInputs(*tensors(), scale=1.0))["sdpa"] == []
 
 
-@pytest.mark.parametrize("guarded", (False, pytest.param(True, marks=NEEDS_HOOKS)), ids=("bare", "guarded"))
+@pytest.mark.parametrize(
+    "guarded", (False, pytest.param(True, marks=NEEDS_HOOKS)), ids=("bare", "guarded")
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_callers_error_arrives_as_it_is(monkeypatch, backend, case, guarded):
@@ -179,7 +200,9 @@ def test_the_callers_error_arrives_as_it_is(monkeypatch, backend, case, guarded)
             dispatch.reset()
 
 
-@pytest.mark.parametrize("error", (KeyboardInterrupt, SystemExit, TimeoutError, AssertionError), ids=lambda e: e.__name__)
+@pytest.mark.parametrize(
+    "error", (KeyboardInterrupt, SystemExit, TimeoutError, AssertionError), ids=lambda e: e.__name__
+)
 def test_whatever_a_signal_handler_raises(error):
     q, k, v = tensors(M=300, N=300)
     flash_bias_attention(q, k, v)
@@ -249,7 +272,9 @@ class PassingFunction(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("context", (lambda: FailingDispatch("nothing"), PassingFunction), ids=("dispatch", "function"))
+@pytest.mark.parametrize(
+    "context", (lambda: FailingDispatch("nothing"), PassingFunction), ids=("dispatch", "function")
+)
 def test_a_backend_that_fails_by_itself_is_out_under_a_mode_too(monkeypatch, context):
     backend = Persistent()
     only(monkeypatch, backend)
@@ -258,7 +283,9 @@ def test_a_backend_that_fails_by_itself_is_out_under_a_mode_too(monkeypatch, con
     torch.testing.assert_close(found, call("reference"))
     (told,) = journal.fallbacks()
     assert told["source"] == "triton" and told["reason"] == "RuntimeError: no such kernel"
-    assert [(name, reason) for _, name, reason in dispatch.breakers.failures()] == [("triton", told["reason"])]
+    assert [(name, reason) for _, name, reason in dispatch.breakers.failures()] == [
+        ("triton", told["reason"])
+    ]
 
 
 class Persistent(Faulty):
@@ -305,7 +332,9 @@ def test_the_last_resort_is_never_out(monkeypatch):
     dispatch._loaded["reference"] = broken
     dispatch._loaded["sdpa"] = Persistent("sdpa")
     for tried in (1, 2, 3):
-        with pytest.raises(dispatch.NoBackendError, match="sdpa: RuntimeError: no such kernel") as caught:
+        with pytest.raises(
+            dispatch.NoBackendError, match="sdpa: RuntimeError: no such kernel"
+        ) as caught:
             call()
         assert broken.tried == tried and str(caught.value.__cause__) == "no such kernel"
     assert [name for _, name, _ in dispatch.breakers.failures()] == ["sdpa"]

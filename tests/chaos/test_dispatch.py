@@ -1,4 +1,5 @@
 """What is caught, what is not, and what each leaves behind."""
+
 from __future__ import annotations
 
 import gc
@@ -49,9 +50,11 @@ def answer_of(**kwargs):
     return flash_bias_attention(q, k, v, **kwargs)
 
 
-# -- memory --------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
-OOM = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.53 GiB. GPU 0 has a total capacity")
+OOM = torch.cuda.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.53 GiB. GPU 0 has a total capacity"
+)
 
 
 def test_out_of_memory_is_retried_once_in_small_chunks_and_opens_no_breaker(monkeypatch):
@@ -60,7 +63,9 @@ def test_out_of_memory_is_retried_once_in_small_chunks_and_opens_no_breaker(monk
     monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", 64 << 20)
     chunks = []
     attend = reference.backend.attend
-    monkeypatch.setattr(reference.backend, "attend", lambda i, size: chunks.append(size) or attend(i, size))
+    monkeypatch.setattr(
+        reference.backend, "attend", lambda i, size: chunks.append(size) or attend(i, size)
+    )
     out = answer_of()
     assert chunks == [backward.LEAST_BYTES] and reference.CHUNK_BYTES["cuda"] > backward.LEAST_BYTES
     torch.testing.assert_close(out, answer_of(backend="reference"))
@@ -80,13 +85,21 @@ def test_out_of_memory_for_good_says_what_would_help(monkeypatch):
     with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
         flash_bias_attention(q, k, v, DenseBias(torch.zeros(6, 10)))
     text = str(caught.value)
-    for part in ("requested: 96.00 MiB", "free:", "with_cp=True", "expandable_segments", "FLASHBIAS_RANK", "M=6"):
+    for part in (
+        "requested: 96.00 MiB",
+        "free:",
+        "with_cp=True",
+        "expandable_segments",
+        "FLASHBIAS_RANK",
+        "M=6",
+    ):
         assert part in text
     assert not dispatch.breakers.failures()
 
 
 def test_small_chunks_drop_in_backward_what_they_dropped_in_forward(monkeypatch):
-    """Dropout is drawn chunk by chunk: the chunks must be forward's, not what a later call would cut."""
+    """Dropout is drawn chunk by chunk: the chunks must be forward's, not what a later call would
+    cut."""
     q, k, v = tensors(M=64)
     inputs = dispatch.AttentionInputs(q, k, v, dropout_p=0.5, scale=0.3)
     out = reference.backend.attend(inputs, 5 * 2 * 10 * 4)
@@ -95,7 +108,8 @@ def test_small_chunks_drop_in_backward_what_they_dropped_in_forward(monkeypatch)
 
 
 class Holding(Faulty):
-    """Fails with an error that its own frame holds, as a launcher's may: only Python's collector ends that circle."""
+    """Fails with an error that its own frame holds, as a launcher's may: only Python's collector
+    ends that circle."""
 
     def __init__(self):
         super().__init__("triton")
@@ -122,7 +136,7 @@ def test_a_failed_attempts_memory_is_free_at_once(monkeypatch):
         gc.enable()
 
 
-# -- what is not survived ------------------------------------------------------------------------------------
+# -- what is not survived --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sign", errors.STICKY)
@@ -132,7 +146,9 @@ def test_sticky_errors_are_raised_at_once(monkeypatch, caplog, sign):
     with pytest.raises(RuntimeError) as caught:
         answer_of()
     assert caught.value is error
-    assert traceback.extract_tb(caught.value.__traceback__)[-1].name == "__call__"  # where it happened
+    assert (
+        traceback.extract_tb(caught.value.__traceback__)[-1].name == "__call__"
+    )  # where it happened
     assert sum("CUDA_LAUNCH_BLOCKING=1" in r.message for r in caplog.records) == 1
     assert not journal.fallbacks() and not journal.calls
 
@@ -148,11 +164,13 @@ def test_interrupts_are_never_caught(monkeypatch, kind):
 def test_mistakes_of_the_caller_are_raised_and_nobody_is_blamed(monkeypatch):
     only(monkeypatch, Faulty("triton"))
     q, k, v = tensors()
-    for wrong, match in ((lambda: flash_bias_attention(q, k[:, :, :1], v), "k must have shape"),
-                         (lambda: flash_bias_attention(q, k, v, dropout_p=2), "dropout_p"),
-                         (lambda: flash_bias_attention(q, k, v, torch.zeros(3, 3)), "does not fit"),
-                         (lambda: flash_bias_attention(q, k.half(), v), "share a dtype"),
-                         (lambda: flash_bias_attention(q, k, v, backend="fast"), "must be one of")):
+    for wrong, match in (
+        (lambda: flash_bias_attention(q, k[:, :, :1], v), "k must have shape"),
+        (lambda: flash_bias_attention(q, k, v, dropout_p=2), "dropout_p"),
+        (lambda: flash_bias_attention(q, k, v, torch.zeros(3, 3)), "does not fit"),
+        (lambda: flash_bias_attention(q, k.half(), v), "share a dtype"),
+        (lambda: flash_bias_attention(q, k, v, backend="fast"), "must be one of"),
+    ):
         with pytest.raises((ValueError, TypeError), match=match):
             wrong()
     assert not journal.fallbacks() and not dispatch.breakers.by_class
@@ -169,7 +187,8 @@ def test_errors_of_the_users_own_hooks_come_through(monkeypatch):
 
 
 def test_recomputation_that_stops_early_is_no_failure():
-    """torch stops a recomputation with an exception, raised inside whatever saves the last tensor."""
+    """torch stops a recomputation with an exception, raised inside whatever saves the last
+    tensor."""
     q, k, v = tensors()
     out = checkpoint(flash_bias_attention, q, k, v, use_reentrant=False)
     out.sum().backward()
@@ -177,7 +196,7 @@ def test_recomputation_that_stops_early_is_no_failure():
     assert not dispatch.breakers.failures()
 
 
-# -- breakers ------------------------------------------------------------------------------------------------
+# -- breakers --------------------------------------------------------------------------------------
 
 
 def test_a_breaker_is_for_one_class_of_call(monkeypatch):
@@ -232,7 +251,9 @@ def test_strict_raises_with_the_chain_of_reasons_every_time(monkeypatch):
     for _ in range(2):
         with pytest.raises(dispatch.NoBackendError) as caught:
             answer_of()
-        assert "triton: RuntimeError: no luck" in str(caught.value) and "reference" in str(caught.value)
+        assert "triton: RuntimeError: no luck" in str(caught.value) and "reference" in str(
+            caught.value
+        )
 
 
 def test_strict_raises_where_a_self_check_fails(monkeypatch):
@@ -248,7 +269,13 @@ def test_a_pinned_backend_that_cannot_is_said_once_and_the_rest_answer(monkeypat
     settings.reload()
     answer_of()
     answer_of()
-    assert sum("FLASHBIAS_BACKEND=upstream cannot take it (CUDA only" in r.message for r in caplog.records) == 1
+    assert (
+        sum(
+            "FLASHBIAS_BACKEND=upstream cannot take it (CUDA only" in r.message
+            for r in caplog.records
+        )
+        == 1
+    )
     with pytest.raises(dispatch.NoBackendError, match="CUDA only"):
         answer_of(backend="upstream")  # an argument means that one and no other
     monkeypatch.setenv("FLASHBIAS_STRICT", "1")
@@ -257,11 +284,12 @@ def test_a_pinned_backend_that_cannot_is_said_once_and_the_rest_answer(monkeypat
         answer_of()
 
 
-# -- checkpoints ---------------------------------------------------------------------------------------------
+# -- checkpoints -----------------------------------------------------------------------------------
 
 
 class Recording(Faulty):
-    """Notes the queries it answers, so that forward and recomputation can be told to be one call."""
+    """Notes the queries it answers, so that forward and recomputation can be told to be one
+    call."""
 
     def __init__(self, name, *args, **kwargs):
         super().__init__(name, *args, **kwargs)
@@ -289,7 +317,9 @@ def owners(backends):
 
 @pytest.mark.parametrize("biased", (False, True))
 @pytest.mark.parametrize("passing, layer", (("forward", 2), ("backward", 0)))
-def test_recomputation_takes_the_backend_of_its_forward(patched, monkeypatch, passing, layer, biased):
+def test_recomputation_takes_the_backend_of_its_forward(
+    patched, monkeypatch, passing, layer, biased
+):
     boom = Fault("boom", lambda result: (_ for _ in ()).throw(RuntimeError("boom")))
     first, second = Recording("triton", boom, passing, layer), Recording("flash")
     only(monkeypatch, first, second)
@@ -301,15 +331,19 @@ def test_recomputation_takes_the_backend_of_its_forward(patched, monkeypatch, pa
     out = decoder(query=query, key=torch.randn(9, 1, 16), value=torch.randn(9, 1, 16), **kwargs)
     out.sum().backward()
     answered = owners([first, second])
-    assert len(answered) == 2 * LAYERS and all(len(names) == 2 and len(set(names)) == 1 for names in answered), answered
+    assert len(answered) == 2 * LAYERS and all(
+        len(names) == 2 and len(set(names)) == 1 for names in answered
+    ), answered
     assert {"boom" in f["reason"] for f in journal.fallbacks()} == {True}
     first.seen.clear(), second.seen.clear()
     decoder(query=query, key=torch.randn(9, 1, 16), value=torch.randn(9, 1, 16), **kwargs)
-    if passing == "backward" and not biased:  # the next forward knows (self and cross are one class here)
+    if (
+        passing == "backward" and not biased
+    ):  # the next forward knows (self and cross are one class here)
         assert not first.seen and len(second.seen) == 2 * LAYERS
 
 
-# -- under torch's own machinery -----------------------------------------------------------------------------
+# -- under torch's own machinery -------------------------------------------------------------------
 
 
 def test_nothing_is_checked_or_trusted_while_a_call_is_traced(monkeypatch):
@@ -317,7 +351,9 @@ def test_nothing_is_checked_or_trusted_while_a_call_is_traced(monkeypatch):
     only(monkeypatch, upstream)
     q, k, v = tensors(grad=False)
     traced = torch.jit.trace(lambda q: flash_bias_attention(q, k, v), q, check_trace=False)
-    assert not upstream.answered and not journal.fallbacks()  # known to go wrong, it is passed over unchecked
+    assert (
+        not upstream.answered and not journal.fallbacks()
+    )  # known to go wrong, it is passed over unchecked
     assert all("sdpa" not in found for found in dispatch.breakers.by_class.values())
     torch.testing.assert_close(traced(q), flash_bias_attention(q, k, v, backend="sdpa"))
 
@@ -325,22 +361,35 @@ def test_nothing_is_checked_or_trusted_while_a_call_is_traced(monkeypatch):
 @since(2, 3, "symbolic sizes as this test makes them")
 @pytest.mark.parametrize("feature", ("none", "padding", "low rank"))
 def test_sizes_may_be_symbols(feature):
-    """Neither a class of call nor a plan can be kept by them; a settled call of the same class changes nothing."""
+    """Neither a class of call nor a plan can be kept by them; a settled call of the same class
+    changes nothing."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def attend(q, k, v, padding, a, b):
         given = {"key_padding_mask": padding} if feature == "padding" else {}
-        return flash_bias_attention(q, k, v, LowRankBias(a, b) if feature == "low rank" else None, **given)
+        return flash_bias_attention(
+            q, k, v, LowRankBias(a, b) if feature == "low rank" else None, **given
+        )
 
     def operands(B, M, N):
         g = torch.Generator().manual_seed(0)
         hidden = torch.zeros(B, N).masked_fill(torch.arange(N) > N - 3, -math.inf)
         q, k, v = tensors(M, N, B=B, grad=False)
-        return q, k, v, hidden, torch.randn(B, M, 2, 3, generator=g), torch.randn(B, N, 2, 3, generator=g)
+        return (
+            q,
+            k,
+            v,
+            hidden,
+            torch.randn(B, M, 2, 3, generator=g),
+            torch.randn(B, N, 2, 3, generator=g),
+        )
 
     for _ in range(3):
         attend(*operands(2, 6, 10))
-    before = dict(dispatch.breakers.plans), {key: dict(found) for key, found in dispatch.breakers.by_class.items()}
+    before = (
+        dict(dispatch.breakers.plans),
+        {key: dict(found) for key, found in dispatch.breakers.by_class.items()},
+    )
     graph = make_fx(attend, tracing_mode="symbolic")(*operands(2, 6, 10))
     assert before == (dispatch.breakers.plans, dispatch.breakers.by_class)
     for sizes in ((2, 6, 10), (3, 5, 7)):

@@ -1,4 +1,5 @@
 """The guarded backward: nothing changes while nothing fails, and what happens when it does."""
+
 from __future__ import annotations
 
 import gc
@@ -25,7 +26,8 @@ from .training import LAYERS, decoder_of, train
 
 OOM = next(f for f in FAULTS if f.name == "OOM").act
 pytestmark = pytest.mark.skipif(
-    guard._hooks_in_force is None, reason="only torch 2.8 and later tell which saved-tensor hooks are in force"
+    guard._hooks_in_force is None,
+    reason="only torch 2.8 and later tell which saved-tensor hooks are in force",
 )
 
 
@@ -81,7 +83,7 @@ def is_guarded(out):
     return type(out.grad_fn).__name__ == "_GuardedBackward"
 
 
-# -- while nothing fails -------------------------------------------------------------------------------------
+# -- while nothing fails ---------------------------------------------------------------------------
 
 
 def test_large_calls_alone_are_guarded(monkeypatch):
@@ -92,7 +94,9 @@ def test_large_calls_alone_are_guarded(monkeypatch):
     monkeypatch.setattr(guard, "LARGE", 0)
     with torch.no_grad():
         assert not flash_bias_attention(q, k, v, backend="sdpa").requires_grad
-    assert not flash_bias_attention(*(t.detach() for t in (q, k, v)), backend="sdpa", dropout_p=0.1).requires_grad
+    assert not flash_bias_attention(
+        *(t.detach() for t in (q, k, v)), backend="sdpa", dropout_p=0.1
+    ).requires_grad
     only(monkeypatch, Faulty("triton"))
     assert not is_guarded(flash_bias_attention(q, k, v))  # it guards itself
 
@@ -131,14 +135,19 @@ def test_without_torchs_private_entry_points(monkeypatch):
     monkeypatch.setattr(guard, "_apply", guard._Guarded.apply)
     monkeypatch.setattr(guard, "_run_backward", guard._by_grad)
     out = flash_bias_attention(q, k, v, backend="sdpa")
-    assert is_guarded(out) and all(torch.equal(*pair) for pair in zip(gradients(out, (q, k, v)), expected))
+    assert is_guarded(out) and all(
+        torch.equal(*pair) for pair in zip(gradients(out, (q, k, v)), expected)
+    )
 
 
 def test_operands_made_of_one_another(monkeypatch):
     (x, *_), found = tensors(M=10), []
     for least in (0, 1 << 40):
         monkeypatch.setattr(guard, "LARGE", least)
-        found += [*gradients(flash_bias_attention(x, x, x), [x]), *gradients(flash_bias_attention(x, x * 2, x), [x])]
+        found += [
+            *gradients(flash_bias_attention(x, x, x), [x]),
+            *gradients(flash_bias_attention(x, x * 2, x), [x]),
+        ]
     torch.testing.assert_close(found[:2], found[2:])
 
 
@@ -154,7 +163,9 @@ def test_twice_differentiable_as_the_backend_is(monkeypatch):
     assert is_guarded(attend(q, k, v, a, b))
     assert torch.autograd.gradcheck(attend, (q, k, v, a, b))
     assert torch.autograd.gradgradcheck(attend, (q, k, v, a, b))
-    assert torch.autograd.gradgradcheck(lambda q: attend(q, q[:, :2].sum(1, True) * k, v, a, b), (q,))
+    assert torch.autograd.gradgradcheck(
+        lambda q: attend(q, q[:, :2].sum(1, True) * k, v, a, b), (q,)
+    )
 
 
 def test_a_retained_graph_can_be_used_again():
@@ -213,7 +224,9 @@ def test_the_output_may_be_changed_in_place():
     out = flash_bias_attention(q, k, v, backend="reference")
     out.mul_(2)
     expected = flash_bias_attention(q, k, v, backend="reference") * 2
-    assert all(torch.equal(a, b) for a, b in zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v))))
+    assert all(
+        torch.equal(a, b) for a, b in zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)))
+    )
 
 
 def test_transforms_and_forward_mode_meet_the_bare_backend(monkeypatch):
@@ -223,7 +236,9 @@ def test_transforms_and_forward_mode_meet_the_bare_backend(monkeypatch):
     torch.testing.assert_close(found[1], flash_bias_attention(2 * q, k, v))
     grad = torch.func.grad(lambda q: flash_bias_attention(q, k, v).sum())(q)
     leaf = q.clone().requires_grad_()
-    torch.testing.assert_close(grad, torch.autograd.grad(flash_bias_attention(leaf, k, v).sum(), leaf)[0])
+    torch.testing.assert_close(
+        grad, torch.autograd.grad(flash_bias_attention(leaf, k, v).sum(), leaf)[0]
+    )
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(leaf, torch.ones_like(leaf))
         assert forward_ad.unpack_dual(flash_bias_attention(dual, k, v)).tangent is not None
@@ -234,17 +249,27 @@ def test_hooks_of_the_user_meet_the_bare_backend():
     with torch.autograd.graph.save_on_cpu():
         out = flash_bias_attention(q, k, v, backend="sdpa")
     assert not is_guarded(out)
-    out = checkpoint(lambda *a: flash_bias_attention(*a, backend="sdpa"), q, k, v, use_reentrant=False)
+    out = checkpoint(
+        lambda *a: flash_bias_attention(*a, backend="sdpa"), q, k, v, use_reentrant=False
+    )
     expected = flash_bias_attention(q, k, v, backend="sdpa")
-    assert all(torch.equal(a, b) for a, b in zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v))))
+    assert all(
+        torch.equal(a, b) for a, b in zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)))
+    )
 
 
-# -- when it fails -------------------------------------------------------------------------------------------
+# -- when it fails ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bias", (None, DenseBias(torch.randn(6, 10)), LowRankBias(torch.ones(1, 6, 1, 1, requires_grad=True),
-                                                                                    torch.randn(1, 10, 1, 1))),
-                         ids=("none", "dense", "low rank"))  # fmt: skip
+@pytest.mark.parametrize(
+    "bias",
+    (
+        None,
+        DenseBias(torch.randn(6, 10)),
+        LowRankBias(torch.ones(1, 6, 1, 1, requires_grad=True), torch.randn(1, 10, 1, 1)),
+    ),
+    ids=("none", "dense", "low rank"),
+)
 def test_gradients_are_right_and_the_next_forward_asks_another(monkeypatch, bias):
     q, k, v = tensors()
     wanted = [q, k, v] + ([bias.q_factor] if isinstance(bias, LowRankBias) else [])
@@ -254,7 +279,10 @@ def test_gradients_are_right_and_the_next_forward_asks_another(monkeypatch, bias
     only(monkeypatch, backend)
     torch.testing.assert_close(gradients(flash_bias_attention(q, k, v, bias), wanted), expected)
     (told,) = journal.fallbacks()
-    assert told["reason"].startswith("backward: RuntimeError: CUDA error") and told["source"] == "flash"
+    assert (
+        told["reason"].startswith("backward: RuntimeError: CUDA error")
+        and told["source"] == "flash"
+    )
     flash_bias_attention(q, k, v, bias)
     assert backend.asked == 1
 
@@ -286,7 +314,9 @@ def test_out_of_memory_for_good_says_what_would_help(monkeypatch):
         out.sum().backward()
 
 
-@pytest.mark.parametrize("error", (RuntimeError("no luck"), torch.cuda.OutOfMemoryError("CUDA out of memory")), ids=repr)
+@pytest.mark.parametrize(
+    "error", (RuntimeError("no luck"), torch.cuda.OutOfMemoryError("CUDA out of memory")), ids=repr
+)
 def test_with_dropout_the_same_backend_runs_once_more(monkeypatch, error):
     q, k, v = tensors()
     found = []
@@ -329,8 +359,11 @@ def test_once_more_is_away_from_autocast_as_the_forward(monkeypatch):
     assert seen[-2:] == [False, False]
 
 
-@pytest.mark.parametrize("error", (KeyboardInterrupt(), RuntimeError("CUDA error: an illegal memory access was encountered")),
-                         ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    (KeyboardInterrupt(), RuntimeError("CUDA error: an illegal memory access was encountered")),
+    ids=repr,
+)
 def test_what_is_not_survived_is_raised_as_it_is(monkeypatch, error):
     only(monkeypatch, Plain(error))
     q, k, v = tensors()
@@ -350,7 +383,7 @@ def test_strict_raises(monkeypatch):
         out.sum().backward()
 
 
-# -- in checkpoints ------------------------------------------------------------------------------------------
+# -- in checkpoints --------------------------------------------------------------------------------
 
 
 class Counting(Faulty):
@@ -378,7 +411,12 @@ def loss_and_gradients(module, with_cp, biased, attn_drop=0.0):
     torch.manual_seed(7)
     out = decoder(query=query, key=memory, value=memory, attn_masks=[None, bias])
     out.square().mean().backward()
-    return [out.detach(), query.grad, *([factor.grad] if biased else []), *(p.grad for p in decoder.parameters())]
+    return [
+        out.detach(),
+        query.grad,
+        *([factor.grad] if biased else []),
+        *(p.grad for p in decoder.parameters()),
+    ]
 
 
 @pytest.mark.parametrize("name", ("triton", "sdpa"))
@@ -400,7 +438,9 @@ def test_failing_in_forward_or_in_recomputation(patched, monkeypatch, name, bias
     only(monkeypatch, Counting(name))
     expected = loss_and_gradients(patched, True, biased)
     only(monkeypatch, Counting(name, next(f for f in FAULTS if f.name == fault).act, at))
-    torch.testing.assert_close(loss_and_gradients(patched, True, biased), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        loss_and_gradients(patched, True, biased), expected, rtol=1e-4, atol=1e-6
+    )
     assert journal.fallbacks()
 
 
@@ -413,7 +453,9 @@ def test_failing_in_recomputation_with_dropout(patched, monkeypatch, biased, fau
     for at in (4, 6):
         backend = Counting("flash", bang, at)
         only(monkeypatch, backend)
-        torch.testing.assert_close(loss_and_gradients(patched, True, biased, attn_drop=0.4), expected, rtol=0, atol=0)
+        torch.testing.assert_close(
+            loss_and_gradients(patched, True, biased, attn_drop=0.4), expected, rtol=0, atol=0
+        )
         assert backend.count == 9 and "recomputation with dropout" in str(journal.fallbacks())
 
 
@@ -425,7 +467,9 @@ def test_failing_in_backward(patched, monkeypatch, biased, layer):
     backend = Faulty("flash", Fault("boom", FAULTS[3].act), "backward", layer)
     only(monkeypatch, backend)
     backend.on_step(1)
-    torch.testing.assert_close(loss_and_gradients(patched, True, biased), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        loss_and_gradients(patched, True, biased), expected, rtol=1e-4, atol=1e-6
+    )
     assert journal.fallbacks()
 
 
@@ -443,5 +487,7 @@ def test_the_operands_come_back_in_their_places():
     inputs = call(FEATURES)
     made = guard.Call(None, "x", None, inputs, None)
     again = made.inputs(made.operands(inputs))
-    assert all(a is b for a, b in zip(again.tensors(), inputs.tensors())) and isinstance(again, AttentionInputs)
+    assert all(a is b for a, b in zip(again.tensors(), inputs.tensors())) and isinstance(
+        again, AttentionInputs
+    )
     assert again.static() == inputs.static() == made.static

@@ -1,4 +1,6 @@
-"""Verdicts of self-checks on disk: kept, used by the next process, removed after a failure, and never trusted blindly."""
+"""Verdicts of self-checks on disk: kept, used by the next process, removed after a failure, and
+never trusted blindly."""
+
 from __future__ import annotations
 
 import json
@@ -28,11 +30,15 @@ def kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("FLASHBIAS_VERDICTS", "on")
     settings.reload()
-    monkeypatch.setattr(kept_verdicts, "wanted", lambda backend, key, name: settings.current().verdicts)
+    monkeypatch.setattr(
+        kept_verdicts, "wanted", lambda backend, key, name: settings.current().verdicts
+    )
     monkeypatch.setattr(kept_verdicts, "here", lambda device: "a GPU")
     kept_verdicts.reset()
     checked, real = [], selfcheck.check
-    monkeypatch.setattr(selfcheck, "check", lambda b, *given: checked.append(b.name) or real(b, *given))
+    monkeypatch.setattr(
+        selfcheck, "check", lambda b, *given: checked.append(b.name) or real(b, *given)
+    )
     yield checked
     kept_verdicts.reset()
 
@@ -46,7 +52,12 @@ def test_the_next_process_does_not_check_again(kept):
     dispatch.attend(call(), SDPA)
     assert kept == [SDPA]
     (row,) = kept_verdicts.rows()
-    assert row["backend"] == SDPA and row["problems"] and 0 <= row["worst"] <= 1 and row["seconds"] >= 0
+    assert (
+        row["backend"] == SDPA
+        and row["problems"]
+        and 0 <= row["worst"] <= 1
+        and row["seconds"] >= 0
+    )
     another_process()
     dispatch.attend(call(), SDPA)
     assert kept == [SDPA]
@@ -116,7 +127,10 @@ def test_a_failure_removes_the_verdict(kept):
     assert kept == [SDPA] * 2
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"place": 1}', '[{"place": "a GPU"}]', "\x00\xff" * 40, "[" * 10**5])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1, 2]", '{"place": 1}', '[{"place": "a GPU"}]', "\x00\xff" * 40, "[" * 10**5],
+)
 def test_a_damaged_file_counts_as_empty(kept, text):
     os.makedirs(os.path.dirname(kept_verdicts.path()), exist_ok=True)
     with open(kept_verdicts.path(), "w", encoding="latin-1") as file:
@@ -128,12 +142,18 @@ def test_a_damaged_file_counts_as_empty(kept, text):
 
 def test_a_file_of_another_user_counts_as_empty(kept, monkeypatch):
     dispatch.attend(call(), SDPA)
-    monkeypatch.setattr(os, "getuid", lambda: os.stat(kept_verdicts.path()).st_uid + 1, raising=False)
-    monkeypatch.setattr(os, "fstat", lambda handle: os.stat_result((0, 0, 0, 0, 12345, 0, 0, 0, 0, 0)))
+    monkeypatch.setattr(
+        os, "getuid", lambda: os.stat(kept_verdicts.path()).st_uid + 1, raising=False
+    )
+    monkeypatch.setattr(
+        os, "fstat", lambda handle: os.stat_result((0, 0, 0, 0, 12345, 0, 0, 0, 0, 0))
+    )
     assert kept_verdicts.rows() == []
 
 
-def test_a_directory_that_cannot_be_written_costs_a_check_and_nothing_else(kept, monkeypatch, tmp_path):
+def test_a_directory_that_cannot_be_written_costs_a_check_and_nothing_else(
+    kept, monkeypatch, tmp_path
+):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     dispatch.attend(call(), SDPA)
@@ -150,7 +170,9 @@ def _keep_some(directory, number):
 
 def test_several_processes_write_at_once(kept, tmp_path):
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_keep_some, args=(str(tmp_path), number)) for number in range(3)]
+    workers = [
+        context.Process(target=_keep_some, args=(str(tmp_path), number)) for number in range(3)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -175,5 +197,9 @@ def test_doctor_shows_them(kept, capsys):
     dispatch.attend(call(), SDPA)
     report = doctor.examine()
     assert json.loads(json.dumps(report))["self_checks"]["rows"][0]["backend"] == SDPA
-    (line,) = [line for line in doctor._text(report).splitlines() if line.startswith("  sdpa") and "a GPU" in line]
+    (line,) = [
+        line
+        for line in doctor._text(report).splitlines()
+        if line.startswith("  sdpa") and "a GPU" in line
+    ]
     assert "cpu float32 D8" in line and "of what is tolerated" in line

@@ -1,4 +1,6 @@
-"""Every backend x layer x pass x fault: training goes on, each step's loss is the unbroken run's."""
+"""Every backend x layer x pass x fault: training goes on, each step's loss is the unbroken
+run's."""
+
 from __future__ import annotations
 
 import logging
@@ -12,23 +14,38 @@ from .faulty import BACKENDS, FAULTS, cases
 from .matrix import run_case
 
 ALL = cases()
-# By default every fault x pass x moment with backends and layers taking turns; the slow tier runs them all.
+# By default every fault x pass x moment with backends and layers taking turns; the slow tier runs
+# them all.
 CHOSEN = {
-    (f.name, passing, late): [c for c in ALL if (c.fault, c.passing, c.layer >= 0) == (f, passing, late)]
-    for f in FAULTS for passing in ("forward", "backward") for late in (False, True)
+    (f.name, passing, late): [
+        c for c in ALL if (c.fault, c.passing, c.layer >= 0) == (f, passing, late)
+    ]
+    for f in FAULTS
+    for passing in ("forward", "backward")
+    for late in (False, True)
 }
 DEFAULT = [group[(5 * place) % len(group)] for place, group in enumerate(CHOSEN.values()) if group]
 
 
 def check(case, patched, monkeypatch, caplog):
-    if guard._hooks_in_force is None and case.passing == "backward" and case.backend not in guard.OWN_RESCUE:
-        pytest.skip("only torch 2.8 and later tell which saved-tensor hooks are in force: unguarded here")
+    if (
+        guard._hooks_in_force is None
+        and case.passing == "backward"
+        and case.backend not in guard.OWN_RESCUE
+    ):
+        pytest.skip(
+            "only torch 2.8 and later tell which saved-tensor hooks are in force: unguarded here"
+        )
     with caplog.at_level(logging.WARNING, "flashbias_patch"):
         outcome = run_case(case, patched, monkeypatch)
     assert outcome.losses == pytest.approx(outcome.unbroken, rel=2e-5), str(case)
     told = [f for f in outcome.fallbacks if f["source"] == case.backend]
-    lines = [r.message for r in caplog.records if r.message.startswith(f"{case.backend} passed over")]
-    assert len(lines) == len({(f["call"], f["reason"]) for f in told})  # one line a reason and class
+    lines = [
+        r.message for r in caplog.records if r.message.startswith(f"{case.backend} passed over")
+    ]
+    assert len(lines) == len(
+        {(f["call"], f["reason"]) for f in told}
+    )  # one line a reason and class
     if case.fault.name == "slow compile":
         assert not told
     elif case.fault.name == "OOM":
@@ -37,12 +54,16 @@ def check(case, patched, monkeypatch, caplog):
             assert outcome.answered_last.get(case.backend, 0) > 0
     else:
         assert told
-        assert all(f["count"] == 1 for f in told if "backward" not in f["reason"]), told  # paid for once
+        assert all(f["count"] == 1 for f in told if "backward" not in f["reason"]), (
+            told
+        )  # paid for once
         if case.layer < 0:
             assert case.backend not in outcome.answered_last
             if case.fault.silent:
-                assert all("self-check failed" in f["reason"] and "plain PyTorch is off by" in f["reason"]
-                           for f in told)
+                assert all(
+                    "self-check failed" in f["reason"] and "plain PyTorch is off by" in f["reason"]
+                    for f in told
+                )
     table.survived.add(str(case))
 
 

@@ -1,4 +1,6 @@
-"""Two ranks of which one falls back; and Triton tuning caches that are corrupt, unwritable or shared."""
+"""Two ranks of which one falls back; and Triton tuning caches that are corrupt, unwritable or
+shared."""
+
 from __future__ import annotations
 
 import json
@@ -36,7 +38,9 @@ KEY = configs.Key("forward", 90, True, 32, 16, True)
 CONFIG = configs.Config(32, 32, 4, 2)
 
 
-@pytest.mark.parametrize("text", ("", "{", "null", "[[1]]", '[[["forward"], ["x"]]]', "\x00\xff", "[[[], []]]"))
+@pytest.mark.parametrize(
+    "text", ("", "{", "null", "[[1]]", '[[["forward"], ["x"]]]', "\x00\xff", "[[[], []]]")
+)
 def test_a_corrupt_tuning_cache_is_as_good_as_none(cache, text):
     cache.parent.mkdir()
     cache.write_text(text)
@@ -63,14 +67,20 @@ def test_two_processes_tuning_at_once(cache, locks):
         "    def flock(*args): raise OSError(95, 'not supported')\n"
         "cache.fcntl = {'here': cache.fcntl, 'refused': NoLocks(), 'missing': None}[sys.argv[2]]\n"
         "for i in range(200):\n"
-        "    c.remember({c.Key('forward', 90, True, 32, int(sys.argv[1]) + i, True): c.Config(32, 32, 4, 2)})\n"
+        "    c.remember({c.Key('forward', 90, True, 32, int(sys.argv[1]) + i, True): "
+        "c.Config(32, 32, 4, 2)})\n"
     )
     environment = {**os.environ, "FLASHBIAS_PATCH": "0", "PYTHONPATH": str(two_ranks.ROOT)}
-    processes = [subprocess.Popen([sys.executable, "-c", source, str(n), locks], env=environment) for n in (0, 1000)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", source, str(n), locks], env=environment)
+        for n in (0, 1000)
+    ]
     assert [p.wait(120) for p in processes] == [0, 0]
     found = len(json.loads(cache.read_text()))
     assert found == 400 if locks == "here" else found >= 200
-    assert {p.name for p in cache.parent.iterdir()} - {"tuned.json.lock"} == {"tuned.json"}  # nothing half-written is left
+    assert {p.name for p in cache.parent.iterdir()} - {"tuned.json.lock"} == {
+        "tuned.json"
+    }  # nothing half-written is left
     assert locks == "refused" or not (cache.parent / "tuned.json.lock").exists()
 
 
@@ -79,7 +89,9 @@ def test_a_lock_that_is_not_given_back_costs_its_wait_only(cache, monkeypatch):
 
     monkeypatch.setattr(disk, "PATIENCE", 0.2)
     cache.parent.mkdir()
-    with disk.locked(disk.path() + ".lock", 0) as mine, disk.locked(disk.path() + ".lock", 0) as too:
+    with disk.locked(disk.path() + ".lock", 0) as mine, disk.locked(
+        disk.path() + ".lock", 0
+    ) as too:
         assert mine and not too
         began = time.monotonic()
         configs.remember({KEY: CONFIG})

@@ -1,4 +1,5 @@
 """The self-check: what passes, what it catches, and that nobody notices it."""
+
 from __future__ import annotations
 
 import itertools
@@ -19,13 +20,31 @@ from .matrix import only
 FEATURES = ("factors", "segments", "dense", "mask", "padding", "windows", "window mask")
 
 
-def call(features=("factors",), D=16, dtype=torch.float32, dropout_p=0.0, grad=True, M=9, N=14, Dv=None, R=3,
-         scale=0.2):
+def call(
+    features=("factors",),
+    D=16,
+    dtype=torch.float32,
+    dropout_p=0.0,
+    grad=True,
+    M=9,
+    N=14,
+    Dv=None,
+    R=3,
+    scale=0.2,
+):
     B, H = 1, 2
-    made = dict(q=torch.zeros(B, M, H, D, dtype=dtype, requires_grad=grad), k=torch.zeros(B, N, H, D, dtype=dtype),
-                v=torch.zeros(B, N, H, Dv or D, dtype=dtype), dropout_p=dropout_p, scale=scale)
+    made = dict(
+        q=torch.zeros(B, M, H, D, dtype=dtype, requires_grad=grad),
+        k=torch.zeros(B, N, H, D, dtype=dtype),
+        v=torch.zeros(B, N, H, Dv or D, dtype=dtype),
+        dropout_p=dropout_p,
+        scale=scale,
+    )
     if "factors" in features:
-        made.update(q_factor=torch.zeros(1, M, 1, R, dtype=dtype), k_factor=torch.zeros(B, N, H, R, dtype=dtype))
+        made.update(
+            q_factor=torch.zeros(1, M, 1, R, dtype=dtype),
+            k_factor=torch.zeros(B, N, H, R, dtype=dtype),
+        )
     if "segments" in features:
         made.update(segment_weights=torch.zeros(B, M, 1, 3), segment_lengths=(N - 2, 1, 1))
     if "dense" in features:
@@ -36,7 +55,11 @@ def call(features=("factors",), D=16, dtype=torch.float32, dropout_p=0.0, grad=T
         made.update(key_padding=torch.zeros(B, N))
     frames, sides = selfcheck.grids_of(N, 2)
     if "windows" in features:
-        made.update(windows=WindowParts(torch.zeros(B, M, H, 2), torch.zeros(1, M, 2, 3).int(), frames, sides, (1.0, 2.0)))
+        made.update(
+            windows=WindowParts(
+                torch.zeros(B, M, H, 2), torch.zeros(1, M, 2, 3).int(), frames, sides, (1.0, 2.0)
+            )
+        )
     if "window mask" in features:
         made.update(window_mask=WindowMaskParts(torch.zeros(B, M, 2, 3).int(), frames, sides))
     return AttentionInputs(**made)
@@ -61,14 +84,27 @@ class Twisted(Faulty):
 
 
 @pytest.mark.parametrize("name", ("sdpa", "reference"))
-@pytest.mark.parametrize("features", [(), *[(f,) for f in FEATURES], FEATURES, ("factors", "segments")], ids="+".join)
+@pytest.mark.parametrize(
+    "features", [(), *[(f,) for f in FEATURES], FEATURES, ("factors", "segments")], ids="+".join
+)
 @pytest.mark.parametrize("dropout_p", (0.0, 0.1))
 def test_right_backends_pass(name, features, dropout_p):
     assert check(dispatch.backend(name), call(features, dropout_p=dropout_p)) is None
 
 
-@pytest.mark.parametrize("kwargs", (dict(dtype=torch.float64), dict(dtype=torch.float16), dict(dtype=torch.bfloat16),
-                                    dict(Dv=5), dict(M=128, N=256), dict(grad=False), dict(scale=-1.0)), ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    (
+        dict(dtype=torch.float64),
+        dict(dtype=torch.float16),
+        dict(dtype=torch.bfloat16),
+        dict(Dv=5),
+        dict(M=128, N=256),
+        dict(grad=False),
+        dict(scale=-1.0),
+    ),
+    ids=str,
+)
 def test_right_backends_pass_in_other_classes(kwargs):
     assert check(dispatch.backend("reference"), call(FEATURES, **kwargs)) is None
     if not dispatch.backend("sdpa").why_not(call(FEATURES, **kwargs)):
@@ -83,7 +119,9 @@ def gradient_off(field):
         t = held[selfcheck.PLACES[field]]
         if not t.requires_grad:
             return inputs
-        held[selfcheck.PLACES[field]] = t * 1.1 - (t * 0.1).detach() if t.isfinite().all() else _finite_part(t)
+        held[selfcheck.PLACES[field]] = (
+            t * 1.1 - (t * 0.1).detach() if t.isfinite().all() else _finite_part(t)
+        )
         return inputs.with_tensors(held)
 
     return twist
@@ -100,22 +138,34 @@ def test_every_gradient_is_compared(field):
     assert found and f"gradient of {field} is off by 0.1" in found and "37 x 63" in found
 
 
-@pytest.mark.parametrize("twist, where", (
-    (lambda i: i._replace(q_factor=i.q_factor * 1.1), "output"),
-    (lambda i: i._replace(scale=i.scale * 1.05), "output"),
-    (lambda i: i._replace(mask=None), "output"),
-    (lambda i: i._replace(windows=i.windows._replace(sides=(2, 2))), "output"),
-    (lambda i: i._replace(windows=i.windows._replace(sigmas=None)), "output"),
-    (lambda i: i._replace(window_mask=i.window_mask._replace(centres=i.window_mask.centres + 1)), "output"),
-    (lambda i: i._replace(v=torch.cat([i.v[:, :-1], i.v[:, -1:] * float("nan")], 1)), "output is not finite"),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "twist, where",
+    (
+        (lambda i: i._replace(q_factor=i.q_factor * 1.1), "output"),
+        (lambda i: i._replace(scale=i.scale * 1.05), "output"),
+        (lambda i: i._replace(mask=None), "output"),
+        (lambda i: i._replace(windows=i.windows._replace(sides=(2, 2))), "output"),
+        (lambda i: i._replace(windows=i.windows._replace(sigmas=None)), "output"),
+        (
+            lambda i: i._replace(
+                window_mask=i.window_mask._replace(centres=i.window_mask.centres + 1)
+            ),
+            "output",
+        ),
+        (
+            lambda i: i._replace(v=torch.cat([i.v[:, :-1], i.v[:, -1:] * float("nan")], 1)),
+            "output is not finite",
+        ),
+    ),
+)
 def test_a_wrong_output_is_caught(twist, where):
     found = check(Twisted(twist), call(("factors", "mask", "windows", "window mask")))
     assert found.startswith(f"self-check failed: {where}")
 
 
 class Forgetting(Faulty):
-    """One float32 for a row's logsumexp, as flash-type kernels keep it: backward's weights are exp(score - lse)."""
+    """One float32 for a row's logsumexp, as flash-type kernels keep it: backward's weights are
+    exp(score - lse)."""
 
     def compute(self, inputs, seed=None):
         s = scores(inputs)
@@ -127,7 +177,9 @@ class Forgetting(Faulty):
         return right + out - out.detach()
 
 
-@pytest.mark.parametrize("features", [("dense",), ("padding",), ("dense", "padding", "mask")], ids="+".join)
+@pytest.mark.parametrize(
+    "features", [("dense",), ("padding",), ("dense", "padding", "mask")], ids="+".join
+)
 def test_a_logsumexp_without_digits_is_caught(features):
     assert check(Forgetting("triton"), call(())) is None
     found = check(Forgetting("triton"), call(features))
@@ -137,14 +189,17 @@ def test_a_logsumexp_without_digits_is_caught(features):
 def test_infinite_segment_weights_are_caught():
     def multiplied(inputs):
         weights = inputs.segment_weights
-        return inputs._replace(segment_weights=torch.where(weights == float("-inf"), weights * 0.0, weights))
+        return inputs._replace(
+            segment_weights=torch.where(weights == float("-inf"), weights * 0.0, weights)
+        )
 
     found = check(Twisted(multiplied), call(("segments",)))
     assert found and "is not finite" in found and "least finite number" in found
 
 
 def test_a_gradient_that_is_wrong_by_itself_is_caught():
-    """Of a library's kernels alone: where compiling costs seconds, each set of gradients would be compiled."""
+    """Of a library's kernels alone: where compiling costs seconds, each set of gradients would be
+    compiled."""
 
     def alone(inputs):
         held = [name for name in ("q", "k", "v", "dense") if getattr(inputs, name).requires_grad]
@@ -160,10 +215,14 @@ def test_a_library_meets_the_lengths_that_its_cuda_kernels_got_wrong():
     key = call_class.key_of(call(("dense",)))
     on_cuda = (torch.device("cuda"), *key[1:])
     lengths = [lengths for lengths, _ in selfcheck._problems(on_cuda, True)]
-    assert any(keys % 128 == 64 for _, keys in lengths) and any(keys % 32 == 1 for _, keys in lengths)
+    assert any(keys % 128 == 64 for _, keys in lengths) and any(
+        keys % 32 == 1 for _, keys in lengths
+    )
     assert any(queries == 1 for queries, _ in lengths)
     assert len(selfcheck._problems(on_cuda, False)) == 3  # those would be compiled for
-    for features in itertools.chain.from_iterable(itertools.combinations(FEATURES, n) for n in (1, 2)):
+    for features in itertools.chain.from_iterable(
+        itertools.combinations(FEATURES, n) for n in (1, 2)
+    ):
         key = call_class.key_of(call(features))
         for M, N in selfcheck.LIBRARY:
             inputs = selfcheck.problem_of(key, 3, M, N, selfcheck.LOW)
@@ -171,7 +230,8 @@ def test_a_library_meets_the_lengths_that_its_cuda_kernels_got_wrong():
 
 
 class Dropping(Faulty):
-    """Right without dropout; with it, `keep` and `factor` of forward, and another seed in backward if `forgetful`."""
+    """Right without dropout; with it, `keep` and `factor` of forward, and another seed in backward
+    if `forgetful`."""
 
     def __init__(self, keep=0.7, factor=1 / 0.7, forgetful=False):
         super().__init__("triton")
@@ -207,8 +267,11 @@ def test_lengths_that_are_whole_tiles_are_a_class_of_their_own(monkeypatch):
     only(monkeypatch, backend)
     odd, whole = call(M=1490, N=2238), call(M=128, N=384)
     assert torch.equal(dispatch.attend(odd), torch.zeros_like(odd.q)) and not backend.answered
-    reason, = dispatch.explain(odd)["upstream"]
-    assert "self-check failed: output is off by 0.2 where plain PyTorch is off by" in reason and "of 128" in reason
+    (reason,) = dispatch.explain(odd)["upstream"]
+    assert (
+        "self-check failed: output is off by 0.2 where plain PyTorch is off by" in reason
+        and "of 128" in reason
+    )
     dispatch.attend(whole)
     assert dispatch.explain(whole)["upstream"] == []
     assert dispatch.breakers.verdicts(call_class.key_of(whole))["upstream"] is TRUSTED
@@ -217,7 +280,9 @@ def test_lengths_that_are_whole_tiles_are_a_class_of_their_own(monkeypatch):
 def test_a_backend_is_checked_once_a_class(monkeypatch):
     checked = []
     real = selfcheck.check
-    monkeypatch.setattr(selfcheck, "check", lambda b, key, rank: checked.append(b.name) or real(b, key, rank))
+    monkeypatch.setattr(
+        selfcheck, "check", lambda b, key, rank: checked.append(b.name) or real(b, key, rank)
+    )
     only(monkeypatch, Faulty("triton"))
     for _ in range(3):
         dispatch.attend(call())
@@ -248,17 +313,27 @@ def saved_elsewhere():
     return torch.autograd.graph.saved_tensors_hooks(fail, fail)
 
 
-@pytest.mark.parametrize("context", (
-    torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16), Counting,
-    saved_elsewhere, lambda: torch.autograd.detect_anomaly(check_nan=True),
-), ids=("no_grad", "inference_mode", "autocast", "function mode", "saved tensor hooks", "anomaly"))  # fmt: skip
+@pytest.mark.parametrize(
+    "context",
+    (
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        Counting,
+        saved_elsewhere,
+        lambda: torch.autograd.detect_anomaly(check_nan=True),
+    ),
+    ids=("no_grad", "inference_mode", "autocast", "function mode", "saved tensor hooks", "anomaly"),
+)
 def test_the_callers_context_does_not_matter(context):
     inputs, Counting.calls = call(FEATURES, dropout_p=0.1), 0
     key, sdpa = call_class.key_of(inputs), dispatch.backend("sdpa")
     with context():
         assert selfcheck.check(sdpa, key, inputs.rank) is None
         assert selfcheck.check(Twisted(gradient_off("k")), key, inputs.rank)
-        slightly = Twisted(lambda i: i._replace(q=i.q * 1.002))  # less than autocast would round off
+        slightly = Twisted(
+            lambda i: i._replace(q=i.q * 1.002)
+        )  # less than autocast would round off
         assert selfcheck.check(slightly, key, inputs.rank)
     assert Counting.calls == 0
 
@@ -300,11 +375,22 @@ def test_exceptions_of_the_backend_come_through_and_are_a_reason(monkeypatch):
 
 def test_classes_tell_apart_what_kernels_tell_apart():
     variants = [call(c) for n in range(3) for c in itertools.combinations(FEATURES, n)]
-    variants += [call(D=8), call(dropout_p=0.1), call(grad=False), call(dtype=torch.float64), call(R=4), call(R=2),
-                 call(Dv=8), call(M=128, N=128), call(scale=-1.0)]
+    variants += [
+        call(D=8),
+        call(dropout_p=0.1),
+        call(grad=False),
+        call(dtype=torch.float64),
+        call(R=4),
+        call(R=2),
+        call(Dv=8),
+        call(M=128, N=128),
+        call(scale=-1.0),
+    ]
     keys = {call_class.key_of(v) for v in variants}
     assert len(keys) == len(variants)
-    assert len({call_class.key_of(call(M=M, N=N)) for M, N in ((9, 14), (10, 14), (900, 1001))}) == 1
+    assert (
+        len({call_class.key_of(call(M=M, N=N)) for M, N in ((9, 14), (10, 14), (900, 1001))}) == 1
+    )
     assert call(D=8, R=5).call_class() == "cpu float32 D8 R8 grad"
 
 
@@ -313,7 +399,9 @@ def test_concurrent_checks_leave_the_default_generator_alone(name):
     import threading
 
     backend, start = dispatch.backend(name), threading.Barrier(5)
-    calls = [call(features, dropout_p=0.2) for features in ((), ("mask",), ("dense",), ("padding",))]
+    calls = [
+        call(features, dropout_p=0.2) for features in ((), ("mask",), ("dense",), ("padding",))
+    ]
     drawn, found = [], []
 
     def work(inputs):

@@ -1,4 +1,5 @@
 """FlashBias' own function: where it is looked for, what is asked of it, how it is called."""
+
 from __future__ import annotations
 
 import sys
@@ -13,22 +14,22 @@ from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.selfcheck import problem_of
 
 # A stand-in with the published call shape, in plain PyTorch.
-STAND_IN = '''
+STAND_IN = """
 import torch
 class FlashBiasFunc(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, q_bias=None, k_bias=None, mask=None, causal=False, softmax_scale=None):
         raise RuntimeError("never called here")
 flash_bias_func = FlashBiasFunc.apply
-'''
-PLAIN = '''
+"""  # noqa: E501
+PLAIN = """
 import torch
 def flash_bias_func(q, k, v, q_bias, k_bias, mask=None, causal=False, softmax_scale=None):
     assert mask is None and causal is False
     assert q_bias.shape[:3] == q.shape[:3] and k_bias.shape[:3] == k.shape[:3]
     s = torch.einsum("bmhd,bnhd->bhmn", q, k) * softmax_scale + torch.einsum("bmhr,bnhr->bhmn", q_bias, k_bias)
     return torch.einsum("bhmn,bnhd->bmhd", s.softmax(-1), v)
-'''
+"""  # noqa: E501
 
 
 @pytest.fixture
@@ -89,15 +90,23 @@ def test_not_found_says_where_it_looked(place, monkeypatch, tmp_path):
     assert "FLASHBIAS_HOME (not set)" in loaded(monkeypatch)._missing
 
 
-@pytest.mark.parametrize("text, part", (
-    ("def flash_bias_func(q, k, v, bias): pass", "takes (q, k, v, bias), expected (q, k, v, q_bias"),
-    ("x = 1", "has no flash_bias_func"),
-    ("import a_module_that_is_not_there", "does not load: ModuleNotFoundError"),
-    ("def f(:", "does not load: SyntaxError"),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "text, part",
+    (
+        (
+            "def flash_bias_func(q, k, v, bias): pass",
+            "takes (q, k, v, bias), expected (q, k, v, q_bias",
+        ),
+        ("x = 1", "has no flash_bias_func"),
+        ("import a_module_that_is_not_there", "does not load: ModuleNotFoundError"),
+        ("def f(:", "does not load: SyntaxError"),
+    ),
+)
 def test_another_file_of_that_name_is_refused(place, monkeypatch, text, part):
     assert part in loaded(monkeypatch, place("checkout", text))._missing
-    assert text.startswith("x") or "flash_bias_func" in text or "flash_bias_triton" not in sys.modules
+    assert (
+        text.startswith("x") or "flash_bias_func" in text or "flash_bias_triton" not in sys.modules
+    )
 
 
 def test_why_not():

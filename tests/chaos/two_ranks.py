@@ -1,8 +1,10 @@
-"""Two ranks of one model under DDP; on rank 1 a backend fails. Prints the ranks' reduced gradients' distance.
+"""Two ranks of one model under DDP; on rank 1 a backend fails. Prints the ranks' reduced gradients'
+distance.
 
-    python -m tests.chaos.two_ranks                 # gloo, CPU (what the tests run)
-    python -m tests.chaos.two_ranks --backend nccl --out two_ranks.json  # two GPUs
+python -m tests.chaos.two_ranks                 # gloo, CPU (what the tests run)
+python -m tests.chaos.two_ranks --backend nccl --out two_ranks.json  # two GPUs
 """
+
 from __future__ import annotations
 
 import argparse
@@ -33,23 +35,43 @@ def rank_main(rank, port, backend, broken, results):
 
     os.environ["RANK"] = str(rank)
     torch.set_num_threads(1)
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2,
-                            timeout=datetime.timedelta(seconds=120))
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=120),
+    )
     if backend == "nccl":
         torch.cuda.set_device(rank)
     flashbias_patch.install()
     sys.path.insert(0, str(ROOT / "examples" / "mini_cmt"))
     module = importlib.import_module("projects.mmdet3d_plugin.models.utils.petr_transformer")
-    fault = next(f for f in FAULTS if f.name == "CompilationError") if broken and rank == 1 else None
+    fault = (
+        next(f for f in FAULTS if f.name == "CompilationError") if broken and rank == 1 else None
+    )
     faulty = Faulty("triton", fault, "forward", 1)
     order.TABLE.clear()  # the faulty one is asked first, whatever is fastest here
-    selection.MODULES = {"triton": "none", **{n: selection.MODULES[n] for n in ("sdpa", "reference")}}
+    selection.MODULES = {
+        "triton": "none",
+        **{n: selection.MODULES[n] for n in ("sdpa", "reference")},
+    }
     selection._loaded["triton"] = faulty
-    losses, grads = train(module, on_step=faulty.on_step, wrap=DistributedDataParallel, with_cp=False, seed=rank,
-                          device=f"cuda:{rank}" if backend == "nccl" else "cpu")
-    results.put((rank, losses, {name: g.cpu().numpy() for name, g in grads.items()}, journal.fallbacks()))
+    losses, grads = train(
+        module,
+        on_step=faulty.on_step,
+        wrap=DistributedDataParallel,
+        with_cp=False,
+        seed=rank,
+        device=f"cuda:{rank}" if backend == "nccl" else "cpu",
+    )
+    results.put(
+        (rank, losses, {name: g.cpu().numpy() for name, g in grads.items()}, journal.fallbacks())
+    )
     del grads
-    gc.collect()  # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and it aborts
+    # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and it
+    # aborts
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 
@@ -63,7 +85,10 @@ def run(backend="gloo", broken=True):
         port = s.getsockname()[1]
     context = mp.get_context("spawn")
     results = context.Queue()
-    ranks = [context.Process(target=rank_main, args=(r, port, backend, broken, results)) for r in range(2)]
+    ranks = [
+        context.Process(target=rank_main, args=(r, port, backend, broken, results))
+        for r in range(2)
+    ]
     for process in ranks:
         process.start()
     try:
@@ -90,15 +115,20 @@ def main():
     args = parser.parse_args()
     unbroken, fallen = run(args.backend, broken=False), run(args.backend)
     report = {
-        "backend": args.backend, "torch": torch.__version__,
+        "backend": args.backend,
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if args.backend == "nccl" else "cpu",
         "fallbacks": {rank: fallen[rank][2] for rank in (0, 1)},
         "ranks_differ_by": distance(fallen[0][1], fallen[1][1]),
         "unbroken_differs_by": distance(fallen[0][1], unbroken[0][1]),
         "losses": {"fallen": fallen[0][0], "unbroken": unbroken[0][0]},
     }
-    report["passed"] = (bool(fallen[1][2]) and not fallen[0][2] and report["ranks_differ_by"] == 0
-                        and report["unbroken_differs_by"] < 1e-4)
+    report["passed"] = (
+        bool(fallen[1][2])
+        and not fallen[0][2]
+        and report["ranks_differ_by"] == 0
+        and report["unbroken_differs_by"] < 1e-4
+    )
     print(json.dumps(report, indent=2))
     if args.out:
         Path(args.out).write_text(json.dumps(report, indent=2) + "\n")

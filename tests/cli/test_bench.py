@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def flashbias(*words):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("FLASHBIAS_", "TRITON_"))}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("FLASHBIAS_", "TRITON_"))
+    }
     environment.update(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
     return subprocess.run(
         [sys.executable, "-m", "flashbias_patch.cli.main", "bench", *words],
@@ -67,7 +69,9 @@ def test_names_and_exit_status(capsys):
 def test_without_a_gpu_it_measures_what_a_cpu_can(monkeypatch, capsys):
     """By default only small shapes, in float32; a shape that needs a GPU is one line."""
     asked = []
-    monkeypatch.setattr(benchmark, "run", lambda *words: asked.append(words[:3]) or {"rows": [], "environment": {}})
+    monkeypatch.setattr(
+        benchmark, "run", lambda *words: asked.append(words[:3]) or {"rows": [], "environment": {}}
+    )
 
     def status(*words):
         parser = argparse.ArgumentParser()
@@ -75,7 +79,10 @@ def test_without_a_gpu_it_measures_what_a_cpu_can(monkeypatch, capsys):
         return bench.main(parser.parse_args(words))
 
     assert status("--shapes", "cmt-800x320", "cmt-camera") == 3 and not asked
-    assert capsys.readouterr().err == "flashbias bench: cmt-800x320, cmt-camera: needs a GPU, and torch sees none\n"
+    assert (
+        capsys.readouterr().err
+        == "flashbias bench: cmt-800x320, cmt-camera: needs a GPU, and torch sees none\n"
+    )
     status("--backends", "sdpa")
     assert asked == [(["tiny", "square-1024"], ["sdpa"], "fp32")]
     assert "a CPU measures tiny, square-1024" in capsys.readouterr().err
@@ -152,7 +159,17 @@ def test_interrupt_keeps_what_there_is(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(benchmark, "measure", once)
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    words = ["--shapes", "tiny", "--backends", "sdpa", "reference", "--dtype", "fp32", "--out", str(tmp_path)]
+    words = [
+        "--shapes",
+        "tiny",
+        "--backends",
+        "sdpa",
+        "reference",
+        "--dtype",
+        "fp32",
+        "--out",
+        str(tmp_path),
+    ]
     assert bench.main(parser.parse_args(words)) == 130
     assert "interrupted" in capsys.readouterr().err
     kept = json.loads((tmp_path / "bench.json").read_text())
@@ -160,7 +177,8 @@ def test_interrupt_keeps_what_there_is(monkeypatch, capsys, tmp_path):
 
 
 class Events:
-    """CUDA's events, memory and waits as far as the benchmark asks: each call of `work` takes `seconds`."""
+    """CUDA's events, memory and waits as far as the benchmark asks: each call of `work` takes
+    `seconds`."""
 
     def __init__(self, seconds):
         self.now, self.seconds, self.peak, self.waits = 0.0, list(seconds), 0, 0
@@ -212,19 +230,35 @@ def test_on_a_real_gpu(tmp_path):
     words = ["bench", "--shapes", "tiny", "streampetr-r50", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "flashbias_patch.cli.main", *words], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "flashbias_patch.cli.main", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     ran = {(row["shape"], row["backend"]) for row in rows if row["forward_ms"] is not None}
-    assert {(s, b) for s in ("tiny", "streampetr-r50") for b in ("triton", "sdpa", "reference")} <= ran, rows
+    assert {
+        (s, b) for s in ("tiny", "streampetr-r50") for b in ("triton", "sdpa", "reference")
+    } <= ran, rows
     for row in rows:
         if row["forward_ms"] is not None:
-            assert 0 < row["forward_ms"] <= row["total_ms"] * 1.2 and row["extra_mib"] > 0 and row["error"] < 5e-3
+            assert (
+                0 < row["forward_ms"] <= row["total_ms"] * 1.2
+                and row["extra_mib"] > 0
+                and row["error"] < 5e-3
+            )
 
 
 def test_a_long_reason_does_not_widen_the_table():
-    measured = {"shape": "tiny", "backend": "sdpa", "forward_ms": 1.25, "total_ms": 3.5, "extra_mib": None, "error": 1e-5}
+    measured = {
+        "shape": "tiny",
+        "backend": "sdpa",
+        "forward_ms": 1.25,
+        "total_ms": 3.5,
+        "extra_mib": None,
+        "error": 1e-5,
+    }
     refused = {"shape": "tiny", "backend": "triton", "forward_ms": None, "why_not": "no GPU, " * 20}
     head, row, other = bench.table([measured, refused]).splitlines()
     assert head == "shape  backend  forward  forward+backward  extra memory  error"
@@ -234,8 +268,15 @@ def test_a_long_reason_does_not_widen_the_table():
 
 def test_a_backend_that_runs_nowhere_says_why_once():
     rows = [dict(shape=shape, backend="sdpa", forward_ms=1.0) for shape in ("tiny", "large")]
-    rows += [dict(shape=shape, backend="flash", why_not="not installed") for shape in ("tiny", "large")]
-    rows += [dict(shape=shape, backend="triton", why_not=f"no room for {shape}") for shape in ("tiny", "large")]
+    rows += [
+        dict(shape=shape, backend="flash", why_not="not installed") for shape in ("tiny", "large")
+    ]
+    rows += [
+        dict(shape=shape, backend="triton", why_not=f"no room for {shape}")
+        for shape in ("tiny", "large")
+    ]
     lines = bench.table(rows).split("\n")
-    assert lines[-1] == "flash cannot: not installed" and sum("flash" in line for line in lines) == 1
+    assert (
+        lines[-1] == "flash cannot: not installed" and sum("flash" in line for line in lines) == 1
+    )
     assert sum(line.startswith(("tiny ", "large ")) and "triton" in line for line in lines) == 2

@@ -1,4 +1,6 @@
-"""`flashbias doctor`: the machine, Markdown for an issue, and names that FLASHBIAS_TARGETS leaves out."""
+"""`flashbias doctor`: the machine, Markdown for an issue, and names that FLASHBIAS_TARGETS leaves
+out."""
+
 from __future__ import annotations
 
 import argparse
@@ -23,8 +25,17 @@ def test_markdown_is_folded_and_shows_no_path(capsys, monkeypatch):
     settings.reload()
     page = run(capsys, "--markdown")
     assert page.startswith("<details>") and page.rstrip().endswith("</details>")
-    assert "| FLASHBIAS_DTYPE | fp16 |" in page and "| FLASHBIAS_HOME | set |" in page and "private" not in page
-    assert "| OS | " in page and "| torch | " in page and "| reference | takes it |" in page and "| mmcv | " not in page
+    assert (
+        "| FLASHBIAS_DTYPE | fp16 |" in page
+        and "| FLASHBIAS_HOME | set |" in page
+        and "private" not in page
+    )
+    assert (
+        "| OS | " in page
+        and "| torch | " in page
+        and "| reference | takes it |" in page
+        and "| mmcv | " not in page
+    )
 
 
 def test_text_is_aligned_and_has_the_words_of_the_readme(capsys, monkeypatch):
@@ -33,8 +44,12 @@ def test_text_is_aligned_and_has_the_words_of_the_readme(capsys, monkeypatch):
     settings.reload()
     page = run(capsys)
     rows = dict(line.split() for line in page.splitlines() if line.startswith("  FLASHBIAS_"))
-    assert {name: rows[f"FLASHBIAS_{name}"] for name in ("PATCH", "STRICT", "TARGETS", "HOME", "COMPAT", "TUNE", "RANK")} \
-        == dict(PATCH="on", STRICT="off", TARGETS="all", HOME="unset", COMPAT="all", TUNE="off", RANK="1")
+    assert {
+        name: rows[f"FLASHBIAS_{name}"]
+        for name in ("PATCH", "STRICT", "TARGETS", "HOME", "COMPAT", "TUNE", "RANK")
+    } == dict(
+        PATCH="on", STRICT="off", TARGETS="all", HOME="unset", COMPAT="all", TUNE="off", RANK="1"
+    )
     packages = page.partition("packages:\n")[2].partition("settings:")[0].splitlines()
     (column,) = {line.index(line.split()[1], 2 + len(line.split()[0])) for line in packages}
     assert column > len("  nuscenes-devkit")
@@ -46,13 +61,17 @@ def test_json_has_the_machine(capsys):
     assert {"torchvision", "spconv", "nuscenes-devkit", "numpy"} <= set(report["packages"])
 
 
-@pytest.mark.parametrize("number, version", [(8902, (8, 9, 2)), (91002, (9, 10, 2)), (7605, (7, 6, 5))])
+@pytest.mark.parametrize(
+    "number, version", [(8902, (8, 9, 2)), (91002, (9, 10, 2)), (7605, (7, 6, 5))]
+)
 def test_cudnn_version(number, version):
     assert system.cudnn_version(number) == version
 
 
 def test_driver(tmp_path, monkeypatch):
-    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 2023\n")
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 2023\n"
+    )
     monkeypatch.setattr(system, "DRIVER", str(tmp_path / "version"))
     assert system.driver() == "535.104.05"
 
@@ -64,7 +83,9 @@ def test_driver(tmp_path, monkeypatch):
 def test_targets_can_be_left_out(monkeypatch, value, left_out):
     monkeypatch.setenv("FLASHBIAS_TARGETS", value)
     read = settings.reload()
-    assert {name for name in ("FlashMHA", "CmtHead", "PETRMultiheadAttention") if read.leaves_out(name)} == left_out
+    assert {
+        name for name in ("FlashMHA", "CmtHead", "PETRMultiheadAttention") if read.leaves_out(name)
+    } == left_out
     assert not environment.problems()
 
 

@@ -1,4 +1,6 @@
-"""How a Python process of a command starts: the chain of sitecustomize files, PYTHONPATH, other interpreters."""
+"""How a Python process of a command starts: the chain of sitecustomize files, PYTHONPATH, other
+interpreters."""
+
 from __future__ import annotations
 
 import ast
@@ -18,14 +20,26 @@ INSTALLED = "import flashbias_patch; print('installed', flashbias_patch.status()
 
 
 def clean(**env):
-    return {**{k: v for k, v in os.environ.items() if not k.startswith("FLASHBIAS_") and k != "PYTHONPATH"}, **env}
+    return {
+        **{
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("FLASHBIAS_") and k != "PYTHONPATH"
+        },
+        **env,
+    }
 
 
 def python(*words, path=(), cwd=None, **env):
-    """Run an interpreter with PYTHONPATH `path`; returns its output, in which there is no traceback."""
+    """Run an interpreter with PYTHONPATH `path`; returns its output, in which there is no
+    traceback."""
     env = clean(PYTHONPATH=os.pathsep.join(str(entry) for entry in path), **env)
-    done = subprocess.run([sys.executable, *words], env=env, cwd=cwd, text=True, capture_output=True, timeout=120)
-    assert "Traceback" not in done.stderr and "Error in sitecustomize" not in done.stderr, done.stderr
+    done = subprocess.run(
+        [sys.executable, *words], env=env, cwd=cwd, text=True, capture_output=True, timeout=120
+    )
+    assert "Traceback" not in done.stderr and "Error in sitecustomize" not in done.stderr, (
+        done.stderr
+    )
     assert done.returncode == 0, done.stderr
     return (done.stdout + done.stderr).split()
 
@@ -50,43 +64,71 @@ def copy(tmp_path):
 
 
 def test_the_example_is_the_bootstrap_file():
-    assert (EXAMPLE / "sitecustomize.py").read_text() == Path(launch.BOOTSTRAP, "sitecustomize.py").read_text()
+    assert (EXAMPLE / "sitecustomize.py").read_text() == Path(
+        launch.BOOTSTRAP, "sitecustomize.py"
+    ).read_text()
 
 
 def test_the_bootstrap_knows_the_words_for_off():
     source = Path(launch.BOOTSTRAP, "sitecustomize.py").read_text()
-    tuples = [[getattr(entry, "value", None) for entry in node.elts]
-              for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Tuple)]
+    tuples = [
+        [getattr(entry, "value", None) for entry in node.elts]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Tuple)
+    ]
     assert ["", *settings.FALSE] in tuples
 
 
 @pytest.mark.parametrize("on", ["1", "0"])
 def test_each_sitecustomize_of_a_path_runs_once(theirs, copy, on):
     """The bootstrap, the example folder and a copy of it, in any order, before the user's own."""
-    for folders in ((launch.BOOTSTRAP, EXAMPLE, copy), (copy, launch.BOOTSTRAP), (copy, EXAMPLE, launch.BOOTSTRAP)):
-        out = python("-c", "import sys; print('flashbias_patch' in sys.modules)", path=[*folders, theirs, ROOT],
-                     FLASHBIAS_PATCH=on)
+    for folders in (
+        (launch.BOOTSTRAP, EXAMPLE, copy),
+        (copy, launch.BOOTSTRAP),
+        (copy, EXAMPLE, launch.BOOTSTRAP),
+    ):
+        out = python(
+            "-c",
+            "import sys; print('flashbias_patch' in sys.modules)",
+            path=[*folders, theirs, ROOT],
+            FLASHBIAS_PATCH=on,
+        )
         assert out == ["theirs", str(on == "1")], folders
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_chain_of_another_tool_ends(theirs, tmp_path, order):
-    """As ddtrace and others do: execute whichever sitecustomize is not one's own, ours once more included."""
-    wrapper = write(tmp_path / "wrapper", (
-        "import os, sys\nfrom importlib.machinery import PathFinder\nfrom importlib.util import module_from_spec\n"
-        "own = os.path.dirname(os.path.abspath(__file__))\nprint('wrapper')\n"
-        "spec = PathFinder.find_spec('sitecustomize', [p for p in sys.path if os.path.abspath(p) != own])\n"
-        "spec.loader.exec_module(module_from_spec(spec))\n"))
+    """As ddtrace and others do: execute whichever sitecustomize is not one's own, ours once more
+    included."""
+    wrapper = write(
+        tmp_path / "wrapper",
+        (
+            "import os, sys\nfrom importlib.machinery import PathFinder\nfrom importlib.util "
+            "import module_from_spec\n"
+            "own = os.path.dirname(os.path.abspath(__file__))\nprint('wrapper')\n"
+            "spec = PathFinder.find_spec('sitecustomize', [p for p in sys.path if "
+            "os.path.abspath(p) != own])\n"
+            "spec.loader.exec_module(module_from_spec(spec))\n"
+        ),
+    )
     pair = [wrapper, launch.BOOTSTRAP] if order == "before" else [launch.BOOTSTRAP, wrapper]
     out = python("-c", INSTALLED, path=[*pair, theirs, ROOT], FLASHBIAS_PATCH="1")
     assert out == ["wrapper", "theirs", "installed", "True"]
 
 
 def test_import_sitecustomize_finds_the_users(theirs, copy):
-    code = "import sitecustomize, sys; print(sitecustomize.REGISTERED, sys.modules['sitecustomize'] is sitecustomize)"
+    code = (
+        "import sitecustomize, sys; print(sitecustomize.REGISTERED, "
+        "sys.modules['sitecustomize'] is sitecustomize)"
+    )
     assert python("-c", code, path=[launch.BOOTSTRAP, copy, theirs, ROOT], FLASHBIAS_PATCH="1") == [
-        "theirs", "[1]", "True"]
-    ours = python("-c", "import sitecustomize; print(sitecustomize.__file__)", path=[launch.BOOTSTRAP, ROOT])
+        "theirs",
+        "[1]",
+        "True",
+    ]
+    ours = python(
+        "-c", "import sitecustomize; print(sitecustomize.__file__)", path=[launch.BOOTSTRAP, ROOT]
+    )
     assert ours == [os.path.join(launch.BOOTSTRAP, "sitecustomize.py")]
 
 
@@ -96,7 +138,9 @@ def test_an_error_of_the_users_sitecustomize_is_reported_as_ever(tmp_path):
     lines = []
     for path in ([broken, ROOT], [launch.BOOTSTRAP, broken, ROOT]):
         env = clean(PYTHONPATH=os.pathsep.join(map(str, path)), FLASHBIAS_PATCH="1")
-        done = subprocess.run([sys.executable, "-c", INSTALLED], env=env, text=True, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, "-c", INSTALLED], env=env, text=True, capture_output=True
+        )
         assert done.stdout.split() == ["installed", "True"]
         lines.append(done.stderr)
     assert lines[0] == lines[1] and "planted" in lines[0]
@@ -104,11 +148,16 @@ def test_an_error_of_the_users_sitecustomize_is_reported_as_ever(tmp_path):
 
 def test_a_folder_of_that_name_is_no_sitecustomize(theirs, tmp_path):
     (tmp_path / "odd" / "sitecustomize").mkdir(parents=True)
-    out = python("-c", INSTALLED, path=[launch.BOOTSTRAP, tmp_path / "odd", theirs, ROOT], FLASHBIAS_PATCH="1")
+    out = python(
+        "-c",
+        INSTALLED,
+        path=[launch.BOOTSTRAP, tmp_path / "odd", theirs, ROOT],
+        FLASHBIAS_PATCH="1",
+    )
     assert out == ["theirs", "installed", "True"]
 
 
-# -- an interpreter without the package ------------------------------------------------------------------------------
+# -- an interpreter without the package ------------------------------------------------------------
 
 
 def test_an_interpreter_without_the_package_keeps_its_own_sitecustomize(theirs, tmp_path):
@@ -118,31 +167,59 @@ def test_an_interpreter_without_the_package_keeps_its_own_sitecustomize(theirs, 
     (bare / "flashbias_patch.py").write_text("raise ImportError('not here')")
     assert python("-c", "print(1)", path=[bare, theirs], FLASHBIAS_PATCH="1") == ["theirs", "1"]
     (bare / "torch.py").write_text("")
-    out = " ".join(python("-c", "import torch; import torch", path=[bare, theirs], FLASHBIAS_PATCH="1"))
+    out = " ".join(
+        python("-c", "import torch; import torch", path=[bare, theirs], FLASHBIAS_PATCH="1")
+    )
     assert out.count("this process runs unpatched") == 1 and "not here" in out
     assert python("-c", "import torch", path=[bare, theirs], FLASHBIAS_PATCH="0") == ["theirs"]
 
 
 def test_python_2_keeps_its_own_sitecustomize(theirs, copy):
-    """The file has no newer syntax, and its way without importlib's machinery runs the next one once."""
+    """The file has no newer syntax, and its way without importlib's machinery runs the next one
+    once."""
     source = Path(launch.BOOTSTRAP, "sitecustomize.py").read_text()
-    newer = (ast.JoinedStr, ast.AnnAssign, ast.NamedExpr, ast.AsyncFunctionDef, ast.Nonlocal, ast.YieldFrom)
-    assert not any(isinstance(node, newer) or getattr(node, "returns", None) or getattr(node, "annotation", None)
-                   for node in ast.walk(ast.parse(source)))
+    newer = (
+        ast.JoinedStr,
+        ast.AnnAssign,
+        ast.NamedExpr,
+        ast.AsyncFunctionDef,
+        ast.Nonlocal,
+        ast.YieldFrom,
+    )
+    assert not any(
+        isinstance(node, newer)
+        or getattr(node, "returns", None)
+        or getattr(node, "annotation", None)
+        for node in ast.walk(ast.parse(source))
+    )
     python2 = shutil.which("python2") or shutil.which("python2.7")
-    if python2 is not None and subprocess.run([python2, "-c", ""], capture_output=True).returncode == 0:
-        env = clean(PYTHONPATH=os.pathsep.join([launch.BOOTSTRAP, str(copy), str(theirs), str(ROOT)]), FLASHBIAS_PATCH="1")
+    if (
+        python2 is not None
+        and subprocess.run([python2, "-c", ""], capture_output=True).returncode == 0
+    ):
+        env = clean(
+            PYTHONPATH=os.pathsep.join([launch.BOOTSTRAP, str(copy), str(theirs), str(ROOT)]),
+            FLASHBIAS_PATCH="1",
+        )
         done = subprocess.run([python2, "-c", "print(1)"], env=env, text=True, capture_output=True)
         assert (done.stdout.split(), done.stderr) == (["theirs", "1"], "")
 
 
-# -- PYTHONPATH ------------------------------------------------------------------------------------------------------
+# -- PYTHONPATH ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given, kept", [
-    (None, []), ("", []), (os.pathsep + "/a", ["", "/a"]), ("/a" + os.pathsep, ["/a", ""]),
-    (os.pathsep, ["", ""]), ("/a" + os.pathsep * 2 + "/b", ["/a", "", "/b"]), ("/a", ["/a"]),
-])
+@pytest.mark.parametrize(
+    "given, kept",
+    [
+        (None, []),
+        ("", []),
+        (os.pathsep + "/a", ["", "/a"]),
+        ("/a" + os.pathsep, ["/a", ""]),
+        (os.pathsep, ["", ""]),
+        ("/a" + os.pathsep * 2 + "/b", ["/a", "", "/b"]),
+        ("/a", ["/a"]),
+    ],
+)
 def test_entries_of_pythonpath_survive(given, kept):
     env = {} if given is None else {"PYTHONPATH": given}
     once = launch.prepare_environment(env, patch=True)
@@ -157,11 +234,13 @@ def test_an_empty_entry_is_the_working_directory(tmp_path, given):
     (tmp_path / "projects.py").write_text("")
     (tmp_path / "tools" / "train.py").write_text("import projects; print('ok')")
     env = launch.prepare_environment(clean(PYTHONPATH=given), patch=True)
-    done = subprocess.run([sys.executable, "tools/train.py"], cwd=tmp_path, env=env, text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "tools/train.py"], cwd=tmp_path, env=env, text=True, capture_output=True
+    )
     assert done.stdout == "ok\n", done.stderr
 
 
-# -- ways to start Python --------------------------------------------------------------------------------------------
+# -- ways to start Python --------------------------------------------------------------------------
 
 WORKERS = """
 import multiprocessing, sys
@@ -179,7 +258,12 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 def test_workers_are_patched(tmp_path, theirs, method):
     (tmp_path / "work.py").write_text(WORKERS)
-    out = python(str(tmp_path / "work.py"), method, path=[launch.BOOTSTRAP, theirs, ROOT], FLASHBIAS_PATCH="1")
+    out = python(
+        str(tmp_path / "work.py"),
+        method,
+        path=[launch.BOOTSTRAP, theirs, ROOT],
+        FLASHBIAS_PATCH="1",
+    )
     assert out[-2:] == ["installed", "True"]
 
 
@@ -200,8 +284,15 @@ def test_other_ways_to_start_are_patched(tmp_path, theirs, way):
 
 
 def test_the_first_of_two_installs_is_used(tmp_path, theirs):
-    shutil.copytree(ROOT / "flashbias_patch", tmp_path / "other" / "flashbias_patch",
-                    ignore=shutil.ignore_patterns("__pycache__"))
-    out = python("-c", "import flashbias_patch; print(flashbias_patch.__file__)",
-                 path=[launch.BOOTSTRAP, tmp_path / "other", theirs, ROOT], FLASHBIAS_PATCH="1")
+    shutil.copytree(
+        ROOT / "flashbias_patch",
+        tmp_path / "other" / "flashbias_patch",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    out = python(
+        "-c",
+        "import flashbias_patch; print(flashbias_patch.__file__)",
+        path=[launch.BOOTSTRAP, tmp_path / "other", theirs, ROOT],
+        FLASHBIAS_PATCH="1",
+    )
     assert out == ["theirs", str(tmp_path / "other" / "flashbias_patch" / "__init__.py")]

@@ -37,12 +37,20 @@ def status(*words):
 
 
 def test_command_says_why_it_cannot_run_without_cuda():
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("FLASHBIAS_", "TRITON_"))}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("FLASHBIAS_", "TRITON_"))
+    }
     environment.update(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
-    done = subprocess.run([sys.executable, "-m", "flashbias_patch.cli.main", "tune", "--shapes", "tiny"],
-                          env=environment, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "flashbias_patch.cli.main", "tune", "--shapes", "tiny"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 3 and not done.stdout
-    assert "torch sees no CUDA device" in done.stderr and "on the GPU that will run it" in done.stderr
+    assert (
+        "torch sees no CUDA device" in done.stderr and "on the GPU that will run it" in done.stderr
+    )
 
 
 def test_names_and_exit_status(capsys, monkeypatch):
@@ -70,7 +78,10 @@ def test_show_and_forget(capsys):
     configs.remember({KEY: CONFIG})
     assert status("--show") == 0
     shown = capsys.readouterr().out.splitlines()
-    assert len(shown) == 2 and "forward 90 True 32 16 True False False  32, 32, 4, 2, 0, 0, 0" in shown[1]
+    assert (
+        len(shown) == 2
+        and "forward 90 True 32 16 True False False  32, 32, 4, 2, 0, 0, 0" in shown[1]
+    )
     assert status("--forget") == 0 and "removed: " in capsys.readouterr().out
     assert not os.path.exists(cache.path())
     assert status("--forget") == 0 and "nothing is kept in" in capsys.readouterr().out
@@ -88,7 +99,9 @@ def test_a_cache_that_cannot_be_removed(capsys, monkeypatch):
 
 def test_shapes_of_one_class_go_together_the_largest_first():
     groups = tune.classes(benchmark.SHAPES)
-    assert len(groups) == 3 and sorted(name for group in groups for name in group) == sorted(benchmark.SHAPES)
+    assert len(groups) == 3 and sorted(name for group in groups for name in group) == sorted(
+        benchmark.SHAPES
+    )
     assert groups[0][0] == "square-16384" and groups[0][-1] == "tiny"
 
 
@@ -96,11 +109,20 @@ def test_shapes_of_one_class_go_together_the_largest_first():
 def test_features_are_those_asked_for(feature):
     made = benchmark.make(benchmark.SHAPES["tiny"], torch.float32, torch.device("cpu"))
     inputs = tune.with_features(made, [feature])
-    has = dict(factors=inputs.q_factor is not None, segments=inputs.segment_weights is not None, mask=inputs.mask is not None,
-               dropout=inputs.dropout_p > 0, padding=inputs.key_padding is not None)  # fmt: skip
-    assert [name for name, there in has.items() if there] == ([] if feature == "none" else [feature])
+    has = dict(
+        factors=inputs.q_factor is not None,
+        segments=inputs.segment_weights is not None,
+        mask=inputs.mask is not None,
+        dropout=inputs.dropout_p > 0,
+        padding=inputs.key_padding is not None,
+    )
+    assert [name for name, there in has.items() if there] == (
+        [] if feature == "none" else [feature]
+    )
     key = trial.class_of(inputs)
-    assert key.plain == (feature in ("factors", "segments", "none")) and key.segments == (feature == "segments")
+    assert key.plain == (feature in ("factors", "segments", "none")) and key.segments == (
+        feature == "segments"
+    )
     assert key.pairs == (feature == "mask")
 
 
@@ -131,12 +153,18 @@ def test_the_table_and_what_it_was_asked_for(gpu, capsys):
     out = capsys.readouterr().out
     heads, forward, keys = out.splitlines()
     assert heads.split() == ["class", "kernel", "shipped", "tuned", "ratio"]
-    assert "32 x 32, 4 warps, 2 stages  32 x 32, 4 warps, 2 stages, 168 registers" in forward and forward.endswith("0.750")
+    assert (
+        "32 x 32, 4 warps, 2 stages  32 x 32, 4 warps, 2 stages, 168 registers" in forward
+        and forward.endswith("0.750")
+    )
     assert "- (the time was up; 4 tried)" in keys
 
 
 def test_interrupted_it_prints_what_there_is(gpu, capsys, monkeypatch):
-    small = {name: dict(batch=1, queries=8, keys=8, heads=1, head_dim=dim, rank=4) for name, dim in (("a", 16), ("b", 32))}
+    small = {
+        name: dict(batch=1, queries=8, keys=8, heads=1, head_dim=dim, rank=4)
+        for name, dim in (("a", 16), ("b", 32))
+    }
     monkeypatch.setattr(benchmark, "SHAPES", small)
     assert status() == 130
     said = capsys.readouterr()

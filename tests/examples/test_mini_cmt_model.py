@@ -1,4 +1,5 @@
 """What mini_cmt computes: masks, order of the keys, geometry, recomputation, losses, precision."""
+
 from __future__ import annotations
 
 import copy
@@ -26,10 +27,14 @@ def test_denoising_mask_blocks(mini_cmt):
     mask = mini_cmt.denoising.denoising_mask(groups, size, queries)
     noisy = groups * size
     assert mask.shape == (noisy + queries, noisy + queries) and mask.dtype == torch.bool
-    assert not mask[noisy:, noisy:].any() and mask[noisy:, :noisy].all() and not mask[:noisy, noisy:].any()
+    assert (
+        not mask[noisy:, noisy:].any()
+        and mask[noisy:, :noisy].all()
+        and not mask[:noisy, noisy:].any()
+    )
     for i in range(groups):
         for j in range(groups):
-            block = mask[i * size:(i + 1) * size, j * size:(j + 1) * size]
+            block = mask[i * size : (i + 1) * size, j * size : (j + 1) * size]
             assert block.all() if i != j else not block.any()
 
 
@@ -49,13 +54,18 @@ def test_pillars_without_scatter_reduce(mini_cmt, monkeypatch):
 
 
 def test_what_the_attentions_get(mini_cmt, built):
-    """Self attention: the square mask. Cross attention: none, a zero float padding mask, all keys."""
+    """Self attention: the square mask. Cross attention: none, a zero float padding mask, all
+    keys."""
     _, _, model, batch = built
     seen = []
     layer = model.pts_bbox_head.transformer.decoder.layers[0]
-    hooks = [attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((module.operation_name, args, kwargs)), with_kwargs=True)
-        for attention in layer.attentions]
+    hooks = [
+        attention.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append((module.operation_name, args, kwargs)),
+            with_kwargs=True,
+        )
+        for attention in layer.attentions
+    ]
     model.train()
     model(**batch)
     for hook in hooks:
@@ -67,7 +77,12 @@ def test_what_the_attentions_get(mini_cmt, built):
     assert self_args[0].shape == (queries, 2, 256)
     assert self_kwargs["attn_mask"].shape == (queries, queries)
     assert self_kwargs["attn_mask"].dtype == torch.bool
-    assert cross_args[1].shape == cross_args[2].shape == cross_kwargs["key_pos"].shape == (keys, 2, 256)
+    assert (
+        cross_args[1].shape
+        == cross_args[2].shape
+        == cross_kwargs["key_pos"].shape
+        == (keys, 2, 256)
+    )
     assert cross_kwargs["attn_mask"] is None
     padding = cross_kwargs["key_padding_mask"]
     assert padding.shape == (2, keys) and padding.is_floating_point() and not padding.any()
@@ -76,8 +91,13 @@ def test_what_the_attentions_get(mini_cmt, built):
 def test_keys_are_bev_then_view_by_view(mini_cmt, built):
     transformer = built[2].pts_bbox_head.transformer
     x, x_img = torch.randn(2, 256, 3, 4), torch.randn(2 * 6, 256, 2, 5)
-    _, memory = transformer(x, x_img, torch.randn(2, 7, 256), bev_pos_embed=torch.randn(12, 256),
-                            rv_pos_embed=torch.randn(12, 2, 5, 256))
+    _, memory = transformer(
+        x,
+        x_img,
+        torch.randn(2, 7, 256),
+        bev_pos_embed=torch.randn(12, 256),
+        rv_pos_embed=torch.randn(12, 2, 5, 256),
+    )
     assert memory.shape == (12 + 60, 2, 256)
     assert torch.equal(memory[1 * 4 + 3, 1], x[1, :, 1, 3])
     assert torch.equal(memory[12 + 4 * 10 + 1 * 5 + 2, 1], x_img[1 * 6 + 4, :, 1, 2])
@@ -107,8 +127,11 @@ def test_losses_are_named_by_layer(built):
 
 def test_a_frame_without_objects_trains(built):
     _, _, model, batch = built
-    empty = {**batch, "gt_bboxes_3d": [boxes[:0] for boxes in batch["gt_bboxes_3d"]],
-             "gt_labels_3d": [labels[:0] for labels in batch["gt_labels_3d"]]}
+    empty = {
+        **batch,
+        "gt_bboxes_3d": [boxes[:0] for boxes in batch["gt_bboxes_3d"]],
+        "gt_labels_3d": [labels[:0] for labels in batch["gt_labels_3d"]],
+    }
     losses = model.train()(**empty)
     assert "dn_loss_cls" not in losses and losses["loss_bbox"] == 0
     sum(losses.values()).backward()
@@ -117,13 +140,18 @@ def test_a_frame_without_objects_trains(built):
 @pytest.mark.parametrize("sensor", ["lidar", "camera"])
 def test_a_dropped_sensor_is_not_heard(built, sensor):
     _, _, model, batch = built
-    other = {**batch, "img": batch["img"].flip(-1)} if sensor == "camera" else {
-        **batch, "points": [cloud * 0.5 for cloud in batch["points"]]}
+    other = (
+        {**batch, "img": batch["img"].flip(-1)}
+        if sensor == "camera"
+        else {**batch, "points": [cloud * 0.5 for cloud in batch["points"]]}
+    )
     keys = ("points", "img", "img_metas")
     for drop in (None, sensor):
         metas = [{**meta, "drop": drop} for meta in batch["img_metas"]]
-        one, two = (model.eval()(**{**{key: data[key] for key in keys}, "img_metas": metas})
-                    for data in (batch, other))
+        one, two = (
+            model.eval()(**{**{key: data[key] for key in keys}, "img_metas": metas})
+            for data in (batch, other)
+        )
         assert torch.equal(one[0]["scores"], two[0]["scores"]) is (drop == sensor)
 
 
@@ -153,7 +181,9 @@ def test_a_query_is_embedded_as_the_token_it_lies_on(mini_cmt, built):
     point = (meta["img2lidar"][0] @ seen)[:3]
     reference = mini_cmt.boxes.normalise_points(point, config["data"]["pc_range"])[None, None]
     tokens = positions.rv_tokens(height, width, meta["img2lidar"], meta["img_shape"])
-    query = positions.queries(reference, meta["lidar2img"][None], meta["img2lidar"][None], meta["img_shape"])
+    query = positions.queries(
+        reference, meta["lidar2img"][None], meta["img2lidar"][None], meta["img_shape"]
+    )
     expected = positions.bev(reference[0, 0, :2]) + tokens[0, row, column]
     torch.testing.assert_close(query[0, 0], expected, rtol=1e-3, atol=1e-4)
 
@@ -161,7 +191,9 @@ def test_a_query_is_embedded_as_the_token_it_lies_on(mini_cmt, built):
 def test_boxes_survive_the_code(mini_cmt):
     boxes = torch.randn(20, 9)
     boxes[:, 3:6] = boxes[:, 3:6].exp()
-    torch.testing.assert_close(mini_cmt.boxes.decode_boxes(mini_cmt.boxes.encode_boxes(boxes)), boxes)
+    torch.testing.assert_close(
+        mini_cmt.boxes.decode_boxes(mini_cmt.boxes.encode_boxes(boxes)), boxes
+    )
 
 
 def test_unknown_velocity_costs_nothing(mini_cmt):
@@ -174,8 +206,9 @@ def test_unknown_velocity_costs_nothing(mini_cmt):
 def test_matching_finds_the_objects(mini_cmt):
     codes, logits = torch.randn(6, 10), torch.full((6, 3), -2.0)
     order = torch.tensor([4, 0, 5])
-    queries, objects = mini_cmt.matching.hungarian_match(logits, codes, torch.tensor([0, 1, 2]), codes[order],
-                                                         2.0, 0.25)
+    queries, objects = mini_cmt.matching.hungarian_match(
+        logits, codes, torch.tensor([0, 1, 2]), codes[order], 2.0, 0.25
+    )
     assert {(int(q), int(o)) for q, o in zip(queries, objects)} == {(4, 0), (0, 1), (5, 2)}
 
 

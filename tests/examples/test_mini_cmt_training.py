@@ -1,4 +1,5 @@
 """mini_cmt from its command line: it trains, repeats itself, saves, loads and evaluates."""
+
 from __future__ import annotations
 
 import json
@@ -19,9 +20,14 @@ LINE = re.compile(r"step (\d+)/(\d+)  loss: (\S+)  .*grad_norm: (\S+)  time: [\d
 
 def sources():
     real = frame_dir()
-    return [pytest.param([], id="synthetic"),
-            pytest.param(["--frame", str(real)], id="real",
-                         marks=[] if real else pytest.mark.skip(reason="no frame: set FLASHBIAS_FRAME"))]
+    return [
+        pytest.param([], id="synthetic"),
+        pytest.param(
+            ["--frame", str(real)],
+            id="real",
+            marks=[] if real else pytest.mark.skip(reason="no frame: set FLASHBIAS_FRAME"),
+        ),
+    ]
 
 
 def losses(text):
@@ -37,7 +43,9 @@ def test_two_steps_twice_are_the_same(mini_cmt, capsys, source):
         runs.append(losses(capsys.readouterr().out))
     assert len(runs[0]) == 2
     assert runs[0] == runs[1]
-    mini_cmt.train.main([*SMALL, *source, "--steps", "2", "--modality-dropout", "0.5", "--seed", "1"])
+    mini_cmt.train.main(
+        [*SMALL, *source, "--steps", "2", "--modality-dropout", "0.5", "--seed", "1"]
+    )
     assert losses(capsys.readouterr().out) != runs[0]
 
 
@@ -48,7 +56,9 @@ def test_it_learns(mini_cmt, capsys):
 
 
 def test_saved_and_loaded_predictions_agree(mini_cmt, tmp_path):
-    weights, before, after = (str(tmp_path / name) for name in ("last.pth", "before.json", "after.json"))
+    weights, before, after = (
+        str(tmp_path / name) for name in ("last.pth", "before.json", "after.json")
+    )
     mini_cmt.train.main([*SMALL, "--steps", "1", "--bs", "2", "--save", weights, "--eval", before])
     mini_cmt.train.main([*SMALL, "--steps", "0", "--bs", "2", "--load", weights, "--eval", after])
     with open(before) as a, open(after) as b:
@@ -80,7 +90,9 @@ def test_unknown_configuration_key_is_a_type_error(mini_cmt):
 
 def test_overridden_configuration_arrives(mini_cmt):
     path = "model.pts_bbox_head.transformer.decoder.transformerlayers"
-    args = mini_cmt.train.parse_args([*SMALL, path + ".with_cp=False", path + ".attn_cfgs.1.dropout=0.25"])
+    args = mini_cmt.train.parse_args(
+        [*SMALL, path + ".with_cp=False", path + ".attn_cfgs.1.dropout=0.25"]
+    )
     layer = mini_cmt.train.build(args)[1].pts_bbox_head.transformer.decoder.layers[0]
     assert layer.use_checkpoint is False
     assert [attention.attn.dropout for attention in layer.attentions] == [0.1, 0.25]
@@ -88,9 +100,20 @@ def test_overridden_configuration_arrives(mini_cmt):
 
 def python(*arguments):
     """Run in a process of its own, in the example's folder."""
-    environment = {**os.environ, "FLASHBIAS_PATCH": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(MINI_CMT)}
-    return subprocess.run([sys.executable, *arguments], cwd=str(MINI_CMT), env=environment, text=True,
-                          capture_output=True, timeout=240)
+    environment = {
+        **os.environ,
+        "FLASHBIAS_PATCH": "0",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(MINI_CMT),
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=str(MINI_CMT),
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=240,
+    )
 
 
 def test_without_flash_attn_the_error_says_so():
@@ -118,7 +141,9 @@ for name in ("unpad_input", "pad_input", "index_first_axis"):
 
 
 def test_flash_class_is_as_the_family_has_it():
-    code = FLASH_STUB + """
+    code = (
+        FLASH_STUB
+        + """
 import torch
 from projects.mmdet3d_plugin.models.utils.petr_transformer import PETRMultiheadFlashAttention
 with_bias, without = (PETRMultiheadFlashAttention(16, 4, dropout=p) for p in (0.1, 0.0))
@@ -133,13 +158,23 @@ except AssertionError as error:
 else:
     raise SystemExit("ran on the CPU")
 """
+    )
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_two_processes():
-    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tools/train.py",
-                  "--steps", "2", *SMALL)
+    done = python(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "tools/train.py",
+        "--steps",
+        "2",
+        *SMALL,
+    )
     assert done.returncode == 0, done.stderr
     assert len(losses(done.stdout)) == 2  # one process speaks

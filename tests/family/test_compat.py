@@ -1,4 +1,6 @@
-"""Compatibility patches on repositories made for the test: each where it is needed, off by name, inert elsewhere."""
+"""Compatibility patches on repositories made for the test: each where it is needed, off by name,
+inert elsewhere."""
+
 from __future__ import annotations
 
 import importlib
@@ -15,12 +17,21 @@ from flashbias_patch.compat import checkpoints, denoising, machine
 
 # what a module of a repository says -> the patch it needs, and what must hold in it
 SOURCES = {
-    "turtle": ("from turtle import down\nfrom tkinter import N\nvalue = 1\n", lambda m: m.value == 1),
+    "turtle": (
+        "from turtle import down\nfrom tkinter import N\nvalue = 1\n",
+        lambda m: m.value == 1,
+    ),
     "ipython": ("from IPython import embed\nvalue = 1\n", lambda m: m.value == 1),
-    "numpy_aliases": ("import numpy as np\nfrom numpy import float32\nvalue = np.zeros(2, np.int)\nkind = np.object\n",
-                      lambda m: m.value.dtype == numpy.dtype(int) and m.kind is object),
-    "linear_with_bias": ("from torch.nn.modules.linear import _LinearWithBias, Linear\nvalue = _LinearWithBias(2, 2)\n",
-                         lambda m: isinstance(m.value, torch.nn.Linear) and m.Linear is torch.nn.Linear),
+    "numpy_aliases": (
+        "import numpy as np\nfrom numpy import float32\nvalue = np.zeros(2, np.int)\nkind = "
+        "np.object\n",
+        lambda m: m.value.dtype == numpy.dtype(int) and m.kind is object,
+    ),
+    "linear_with_bias": (
+        "from torch.nn.modules.linear import _LinearWithBias, Linear\nvalue = _LinearWithBias(2, "
+        "2)\n",
+        lambda m: isinstance(m.value, torch.nn.Linear) and m.Linear is torch.nn.Linear,
+    ),
 }
 
 
@@ -156,10 +167,15 @@ class Other:
 @pytest.fixture
 def mask_dict():
     Elsewhere.moved = 0
-    return {"batch_idx": torch.tensor([5, 6, 7]), "known_indice": torch.tensor([2, 0]).as_subclass(Elsewhere)}
+    return {
+        "batch_idx": torch.tensor([5, 6, 7]),
+        "known_indice": torch.tensor([2, 0]).as_subclass(Elsewhere),
+    }
 
 
-@pytest.mark.skipif(denoising.TorchFunctionMode is None, reason="torch does this itself before 1.13")
+@pytest.mark.skipif(
+    denoising.TorchFunctionMode is None, reason="torch does this itself before 1.13"
+)
 def test_indices_from_another_device(installed, write, mask_dict):
     module = write(HEAD)()
     assert module.Head().prepare_for_loss(mask_dict).tolist() == [7, 5] and Elsewhere.moved == 1
@@ -173,12 +189,17 @@ def test_indices_from_another_device(installed, write, mask_dict):
 def test_on_one_device_nothing_is_opened(installed, write, monkeypatch):
     monkeypatch.setattr(denoising, "IndexFromAnyDevice", None)  # would fail if it were used
     head = write(HEAD)().Head()
-    assert head.prepare_for_loss({"batch_idx": torch.tensor([5, 6]), "known_indice": torch.tensor([1])}).tolist() == [6]
+    assert head.prepare_for_loss(
+        {"batch_idx": torch.tensor([5, 6]), "known_indice": torch.tensor([1])}
+    ).tolist() == [6]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_indices_on_a_real_gpu(installed, write):
-    mixed = {"batch_idx": torch.tensor([5, 6, 7]), "known_indice": torch.tensor([2, 0], device="cuda")}
+    mixed = {
+        "batch_idx": torch.tensor([5, 6, 7]),
+        "known_indice": torch.tensor([2, 0], device="cuda"),
+    }
     head = write(HEAD)().Head
     assert head().prepare_for_loss(mixed).tolist() == [7, 5]
     with pytest.raises(RuntimeError):
@@ -205,12 +226,18 @@ class Named:
         return getattr, self.named
 
 
-@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="torch < 2.6 loads everything")
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6),
+    reason="torch < 2.6 loads everything",
+)
 def test_mmengine_checkpoints_load_with_protection_on(tmp_path):
     hub = types.ModuleType("mmengine.logging.history_buffer")
     hub.HistoryBuffer = History
     good, bad = tmp_path / "iter_2.pth", tmp_path / "hostile.pth"
-    torch.save({"h": History(numpy.arange(3.0)), "n": numpy.float64(2.0), "mean": Named(History, "mean")}, good)
+    torch.save(
+        {"h": History(numpy.arange(3.0)), "n": numpy.float64(2.0), "mean": Named(History, "mean")},
+        good,
+    )
     torch.save({"mean": Named(History, "__init__")}, bad)
     before = set(torch.serialization.get_safe_globals())
     with pytest.raises(Exception, match="Weights only load failed"):
@@ -218,7 +245,11 @@ def test_mmengine_checkpoints_load_with_protection_on(tmp_path):
     undo = checkpoints.allow(hub)
     try:
         loaded = torch.load(good, weights_only=True)
-        assert loaded["h"].values.tolist() == [0.0, 1.0, 2.0] and loaded["n"] == 2.0 and loaded["mean"] is History.mean
+        assert (
+            loaded["h"].values.tolist() == [0.0, 1.0, 2.0]
+            and loaded["n"] == 2.0
+            and loaded["mean"] is History.mean
+        )
         with pytest.raises(Exception, match="only statistics of HistoryBuffer are safe"):
             torch.load(bad, weights_only=True)
     finally:
@@ -237,7 +268,11 @@ class Mine:
 def test_a_library_is_patched_once_per_installation(monkeypatch):
     """Its hook may be called more than once for one import."""
     calls = []
-    monkeypatch.setattr(checkpoints, "allow", lambda module: calls.append(module) or (lambda: calls.append("undone")))
+    monkeypatch.setattr(
+        checkpoints,
+        "allow",
+        lambda module: calls.append(module) or (lambda: calls.append("undone")),
+    )
     module = types.ModuleType("mmengine.logging.history_buffer")
     compat.on_module(module)
     compat.on_module(module)
@@ -260,7 +295,9 @@ def test_a_failing_patch_leaves_the_import_alone(installed, write, monkeypatch, 
 def test_what_cannot_be_mended_is_named_with_its_cure(monkeypatch):
     versions = {"mmcv-full": (1, 7, 2), "mmdet3d": (1, 0, 0)}
     monkeypatch.setattr(machine, "_version", versions.get)
-    monkeypatch.setattr(machine, "_source", lambda name: "mmcv_maximum_version = '1.7.0'" * (name == "mmdet3d"))
+    monkeypatch.setattr(
+        machine, "_source", lambda name: "mmcv_maximum_version = '1.7.0'" * (name == "mmdet3d")
+    )
     what, cure = machine.mmcv_assertion()
     assert "mmdet3d asserts mmcv <= 1.7.0" in what and "1.7.2" in cure
     versions["mmcv-full"] = (1, 6, 0)

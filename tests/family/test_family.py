@@ -1,4 +1,6 @@
-"""Every variant of seam and registration, patched against unpatched: one table of classes, one of calls."""
+"""Every variant of seam and registration, patched against unpatched: one table of classes, one of
+calls."""
+
 from __future__ import annotations
 
 import contextlib
@@ -33,8 +35,10 @@ OUTER = {
     "nested-super": ("variants", VARIANTS, "NestedSubclass", {}),
     "group": ("variants", VARIANTS, "GroupMultiheadAttention", {"group": 1}),
 }
-FLASH = {name: (name, PETR, "PETRMultiheadFlashAttention", {"attn_drop": drop}) for name, drop in
-         (("cmt", 0.0), ("streampetr", 0.1), ("mome", 0.1))}
+FLASH = {
+    name: (name, PETR, "PETRMultiheadFlashAttention", {"attn_drop": drop})
+    for name, drop in (("cmt", 0.0), ("streampetr", 0.1), ("mome", 0.1))
+}
 
 
 def keep_one(mask):
@@ -59,9 +63,11 @@ def masks(seed=5):
 
 
 def load_patched(load, module):
-    """Import a stand-in's module with the patches on, whatever other stand-ins this process has seen.
+    """Import a stand-in's module with the patches on, whatever other stand-ins this process has
+    seen.
 
-    Post-import hooks act once a process, and the stand-ins share their names: installing again finds what is loaded.
+    Post-import hooks act once a process, and the stand-ins share their names: installing again
+    finds what is loaded.
     """
     flashbias_patch.install()  # flash_attn's names, where the module imports them
     loaded = load(module)
@@ -87,7 +93,10 @@ def leaves_of(module, positions=True):
     names = {"query": M, "key": N, "value": N}
     if positions:
         names.update(query_pos=M, key_pos=N)
-    return {k: torch.randn(*((B, n, E) if first else (n, B, E)), requires_grad=True) for k, n in names.items()}
+    return {
+        k: torch.randn(*((B, n, E) if first else (n, B, E)), requires_grad=True)
+        for k, n in names.items()
+    }
 
 
 def results(module, args, kwargs, leaves):
@@ -128,11 +137,28 @@ FORMS = {
     "query only": lambda t: ((t["query"],), {}),
     "query and key": lambda t: ((t["query"], t["key"]), {}),
     "positional": lambda t: (
-        (t["query"], t["key"], t["value"], t["query_pos"], t["query_pos"], t["key_pos"], None, None), {}),
+        (
+            t["query"],
+            t["key"],
+            t["value"],
+            t["query_pos"],
+            t["query_pos"],
+            t["key_pos"],
+            None,
+            None,
+        ),
+        {},
+    ),
     "keywords": lambda t: ((), dict(t)),
     "identity": lambda t: ((t["query"], t["key"], t["value"]), {"identity": t["query_pos"]}),
-    "one tensor thrice": lambda t: ((t["query"], t["query"], t["query"]), {"query_pos": t["query_pos"]}),
-    "unknown keywords": lambda t: ((t["query"], t["key"]), {"reference_points": None, "spatial_shapes": 3}),
+    "one tensor thrice": lambda t: (
+        (t["query"], t["query"], t["query"]),
+        {"query_pos": t["query_pos"]},
+    ),
+    "unknown keywords": lambda t: (
+        (t["query"], t["key"]),
+        {"reference_points": None, "spatial_shapes": 3},
+    ),
 }
 
 
@@ -150,7 +176,12 @@ def test_the_old_name_of_identity(name):
     """mmcv renames `residual`; the shim sits outside that decorator."""
     with stand_in(OUTER[name]) as module:
         t = leaves_of(module)
-        compare(module, (t["query"], t["key"]), {"residual": t["query_pos"]}, [t["query"], t["key"], t["query_pos"]])
+        compare(
+            module,
+            (t["query"], t["key"]),
+            {"residual": t["query_pos"]},
+            [t["query"], t["key"], t["query_pos"]],
+        )
 
 
 @pytest.mark.parametrize("name", list(OUTER) + ["flash-" + name for name in FLASH])
@@ -161,7 +192,9 @@ def test_instances_do_not_notice(name):
         t = leaves_of(module)
         out = module(t["query"], t["key"])
         copies = [copy.deepcopy(module)]
-        if entry[0] != "variants":  # one module that defines several classes of one name: pickle refuses, as ever
+        if (
+            entry[0] != "variants"
+        ):  # one module that defines several classes of one name: pickle refuses, as ever
             copies.append(pickle.loads(pickle.dumps(module)))
         for copied in copies:
             assert list(copied.state_dict()) == list(module.state_dict())
@@ -176,8 +209,12 @@ def plain_flash(module, query, key, value, query_pos=None, key_pos=None):
     """What the flash classes mean: their prelude, and attention over the core's packed weights."""
     core = module.attn
     offsets = (None,) * 3 if core.in_proj_bias is None else core.in_proj_bias.chunk(3)
-    q, k, v = (F.linear(x, w, b).transpose(0, 1).unflatten(-1, (H, -1)) for x, w, b in
-               zip((query + query_pos, key + key_pos, value), core.in_proj_weight.chunk(3), offsets))
+    q, k, v = (
+        F.linear(x, w, b).transpose(0, 1).unflatten(-1, (H, -1))
+        for x, w, b in zip(
+            (query + query_pos, key + key_pos, value), core.in_proj_weight.chunk(3), offsets
+        )
+    )
     weights = (torch.einsum("bmhd,bnhd->bhmn", q, k) * q.shape[-1] ** -0.5).softmax(-1)
     out = torch.einsum("bhmn,bnhd->bmhd", weights, v).flatten(2)
     return query + core.out_proj(out).transpose(0, 1)
@@ -199,22 +236,32 @@ def test_flash_class_against_its_formula(name, mask):
 
 
 def test_flash_core_outside_the_family():
-    """FlashMHA in a package of another name, called by no outer class; True keeps a key, as flash-attn has it."""
+    """FlashMHA in a package of another name, called by no outer class; True keeps a key, as
+    flash-attn has it."""
     with stand_ins.repository("isfusion") as load:
         block = load_patched(load, "projects.isfusion.ops.fusion").InstanceFusion(E, H)
         torch.manual_seed(2)
         instances, scene = torch.randn(B, M, E), torch.randn(B, N, E)
         assert block(instances, scene).shape == (B, M, E)
-        assert "projects.isfusion.ops.flash" in {p["module"] for p in flashbias_patch.status()["patched"]}
+        assert "projects.isfusion.ops.flash" in {
+            p["module"] for p in flashbias_patch.status()["patched"]
+        }
         keep = torch.rand(B, N) < 0.6
         keep[:, 0] = True
         masked = block.attn(instances, scene, scene, key_padding_mask=keep)[0]
-        alone = torch.cat([block.attn(instances[b:b + 1], *(scene[b:b + 1, keep[b]],) * 2)[0] for b in range(B)])
+        alone = torch.cat(
+            [
+                block.attn(instances[b : b + 1], *(scene[b : b + 1, keep[b]],) * 2)[0]
+                for b in range(B)
+            ]
+        )
         torch.testing.assert_close(masked, alone)
         flashbias_patch.uninstall()
 
 
-@pytest.mark.parametrize("name, asked", [("ReturnsWeights", {"return_attn_weights": True}), ("AlwaysWeights", {})])
+@pytest.mark.parametrize(
+    "name, asked", [("ReturnsWeights", {"return_attn_weights": True}), ("AlwaysWeights", {})]
+)
 def test_who_asks_for_weights_gets_them(name, asked):
     with stand_in(("variants", VARIANTS, name, {})) as module:
         t = leaves_of(module)
@@ -234,22 +281,29 @@ def test_return_feat_gives_the_same_feature():
 
 @pytest.mark.parametrize("mask", ["none", "bool (M,N)"])
 def test_own_arithmetic_runs_as_it_is(mask):
-    """Claimed by name and shape, but there is no core below: the original answers, masks and all."""
+    """Claimed by name and shape, but there is no core below: the original answers, masks and
+    all."""
     with stand_in(("variants", VARIANTS, "OwnArithmetic", {})) as module:
         t = leaves_of(module, positions=False)
-        compare(module, (t["query"], t["key"]), masks()[mask], [t["query"], t["key"]], answered=False)
+        compare(
+            module, (t["query"], t["key"]), masks()[mask], [t["query"], t["key"]], answered=False
+        )
 
 
-@pytest.mark.parametrize("name,reason", [
-    ("NotAModule", None), ("PETRMultiheadFlashAttention", "expected (query, key, value)"),
-])
+@pytest.mark.parametrize(
+    "name,reason",
+    [("NotAModule", None), ("PETRMultiheadFlashAttention", "expected (query, key, value)")],
+)
 def test_a_name_alone_claims_nothing(name, reason):
     with stand_ins.repository("variants") as load:
         cls = getattr(load_patched(load, VARIANTS), name)
         x = torch.zeros(1)
         assert (cls()(x) if name == "NotAModule" else cls()(x, x)) is x
         hooks.claim(cls)
-        assert all(p["module"] != VARIANTS or p["class"] != name for p in flashbias_patch.status()["patched"])
+        assert all(
+            p["module"] != VARIANTS or p["class"] != name
+            for p in flashbias_patch.status()["patched"]
+        )
         if reason:
             assert any(reason in r["reason"] for r in flashbias_patch.status()["refused"])
         flashbias_patch.uninstall()
@@ -261,7 +315,9 @@ def test_internvl_is_left_alone():
         torch.manual_seed(3)
         core, x = module.FlashMHA(E, H), torch.randn(B, M, E)
         ours = core(x)[0]
-        assert not any(p["module"].startswith("internvl") for p in flashbias_patch.status()["patched"])
+        assert not any(
+            p["module"].startswith("internvl") for p in flashbias_patch.status()["patched"]
+        )
         flashbias_patch.uninstall()
         assert torch.equal(core(x)[0], ours)
 
@@ -277,7 +333,8 @@ def test_two_classes_of_one_name_are_each_patched():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_half_wrapper(training):
-    """StreamPETR's inner attention: in half through auto_fp16 when training, in float32 when not."""
+    """StreamPETR's inner attention: in half through auto_fp16 when training, in float32 when
+    not."""
     if training and not capabilities.half_runs_here():
         pytest.skip("this torch has no half arithmetic on the CPU")
     with stand_in(("streampetr", PETR, "PETRMultiheadAttention", {"fp16": True})) as module:

@@ -1,4 +1,5 @@
 """Decoder layers of the family: checkpointed, with temporal memory, with a learned mask."""
+
 from __future__ import annotations
 
 import pytest
@@ -13,7 +14,10 @@ ORDER = ("self_attn", "norm", "cross_attn", "norm", "ffn", "norm")
 
 
 def attentions(cross="PETRMultiheadAttention"):
-    return [dict(type="MultiheadAttention", embed_dims=E, num_heads=H), dict(type=cross, embed_dims=E, num_heads=H)]
+    return [
+        dict(type="MultiheadAttention", embed_dims=E, num_heads=H),
+        dict(type=cross, embed_dims=E, num_heads=H),
+    ]
 
 
 def tensors(**lengths):
@@ -43,7 +47,11 @@ def test_decoder_layer(name, with_cp):
         t = tensors(query=M, key=N, value=N, query_pos=M, key_pos=N)
         own = torch.rand(M, M) < 0.3
         own.fill_diagonal_(False)
-        compare(layer, {**t, "attn_masks": [own, None], "key_padding_mask": torch.zeros(B, N)}, list(t.values()))
+        compare(
+            layer,
+            {**t, "attn_masks": [own, None], "key_padding_mask": torch.zeros(B, N)},
+            list(t.values()),
+        )
 
 
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint")
@@ -60,11 +68,16 @@ def test_temporal_decoder_layer(with_cp):
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint")
 @pytest.mark.parametrize("with_cp", [False, True])
 def test_pme_decoder_learns_its_mask(with_cp):
-    """MEFormer: distance * scale + bias as a floating mask with -inf; checkpointed, only patched does it learn."""
+    """MEFormer: distance * scale + bias as a floating mask with -inf; checkpointed, only patched
+    does it learn."""
     with stand_ins.repository("mome") as load:
         module = load_patched(load, stand_ins.UTILS + ".pme_transformer")
-        layer = dict(type="PETRTransformerDecoderLayer", operation_order=("cross_attn", "norm", "ffn", "norm"),
-                     attn_cfgs=attentions()[1:], with_cp=with_cp)
+        layer = dict(
+            type="PETRTransformerDecoderLayer",
+            operation_order=("cross_attn", "norm", "ffn", "norm"),
+            attn_cfgs=attentions()[1:],
+            with_cp=with_cp,
+        )
         pme = module.PMETransformer(layer, H)
         t = tensors(query=M, memory=N)
         centers = torch.randn(B, M, 2), torch.randn(B, N, 2)

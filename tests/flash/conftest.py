@@ -1,4 +1,6 @@
-"""A flash-attn that is not there: plain PyTorch under the names of the three generations, on the CPU."""
+"""A flash-attn that is not there: plain PyTorch under the names of the three generations, on the
+CPU."""
+
 from __future__ import annotations
 
 import os
@@ -30,7 +32,11 @@ class FakeFlash:
         self.monkeypatch.setattr(fa, "_capability", lambda device: capability)
 
     def install(self, *generations):
-        names = {4: ("flash_attn", "flash_attn.cute"), 3: ("flash_attn_interface",), 2: ("flash_attn",)}
+        names = {
+            4: ("flash_attn", "flash_attn.cute"),
+            3: ("flash_attn_interface",),
+            2: ("flash_attn",),
+        }
         for generation in generations:
             for name in names[generation]:
                 module = sys.modules.get(name) or types.ModuleType(name)
@@ -44,7 +50,9 @@ class FakeFlash:
             assert q.shape[-1] == k.shape[-1] and q.shape[-1] % 8 == 0 == v.shape[-1] % 8
             assert generation == 4 or q.shape[-1] == v.shape[-1]
             assert generation == 2 or dropout_p is None
-            self.calls.append((generation, q.shape[-1], v.shape[-1], softmax_scale, dropout_p, deterministic))
+            self.calls.append(
+                (generation, q.shape[-1], v.shape[-1], softmax_scale, dropout_p, deterministic)
+            )
             scores = torch.einsum("bmhd,bnhd->bhmn", q.float(), k.float()) * softmax_scale
             out = torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), v.float()).to(q.dtype)
             return out if generation == 2 else (out, None)

@@ -1,4 +1,5 @@
 """The flash backend over flash-attn's three generations, which plain PyTorch stands in for."""
+
 from __future__ import annotations
 
 import sys
@@ -17,9 +18,21 @@ NAMES = ("q", "k", "v", "q_factor", "k_factor", "segment_weights")
 
 
 def call(
-    B=2, M=7, N=29, H=3, D=32, Dv=None, R=5, shared=False, dtype=torch.float16, split=False, segments=(), size=1.0,
-    seed=0, **rest,
-) -> AttentionInputs:  # fmt: skip
+    B=2,
+    M=7,
+    N=29,
+    H=3,
+    D=32,
+    Dv=None,
+    R=5,
+    shared=False,
+    dtype=torch.float16,
+    split=False,
+    segments=(),
+    size=1.0,
+    seed=0,
+    **rest,
+) -> AttentionInputs:
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape, dtype=dtype):
@@ -48,11 +61,15 @@ def evaluate(answer, inputs, convert=lambda t: t):
     inputs, leaves = with_grad(inputs, convert)
     out = answer(inputs)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
-    return {"out": out.detach(), **dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), upstream)))}
+    return {
+        "out": out.detach(),
+        **dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), upstream))),
+    }
 
 
 def plainly(inputs):
-    """Attention as written, every product rounded to the inputs' dtype: the yardstick of the accuracy standard."""
+    """Attention as written, every product rounded to the inputs' dtype: the yardstick of the
+    accuracy standard."""
     q, k, v = (t.transpose(1, 2) for t in inputs[:3])
     scores = (q @ k.mT) * inputs.scale
     dead = None
@@ -60,11 +77,15 @@ def plainly(inputs):
         scores = scores + inputs.q_factor.transpose(1, 2) @ inputs.k_factor.transpose(1, 2).mT
     if inputs.segment_weights is not None:
         lengths = torch.tensor(inputs.segment_lengths)
-        scores = scores + inputs.segment_weights.transpose(1, 2).repeat_interleave(lengths, -1).to(scores.dtype)
+        scores = scores + inputs.segment_weights.transpose(1, 2).repeat_interleave(lengths, -1).to(
+            scores.dtype
+        )
     if inputs.key_padding is not None:
         padding = inputs.key_padding[:, None, None]
         if padding.dtype is torch.bool:
-            padding = torch.zeros_like(padding, dtype=scores.dtype).masked_fill(padding, float("-inf"))
+            padding = torch.zeros_like(padding, dtype=scores.dtype).masked_fill(
+                padding, float("-inf")
+            )
         dead = (padding == float("-inf")).all(-1, keepdim=True)
         scores = (scores + padding.to(scores.dtype)).masked_fill(dead, 0.0)
     out = scores.softmax(-1) @ v
@@ -125,7 +146,9 @@ def test_triton_and_torch_columns_attend_alike(flash, written_by):
     check(call(M=3, N=17, H=2, R=3, shared=True, key_padding=torch.arange(17).expand(2, 17) > 11))
 
 
-@pytest.mark.parametrize("infinite", [lambda d: d, lambda d: torch.zeros(d.shape).masked_fill(d, float("-inf"))])
+@pytest.mark.parametrize(
+    "infinite", [lambda d: d, lambda d: torch.zeros(d.shape).masked_fill(d, float("-inf"))]
+)
 def test_a_batch_row_without_keys_gives_zeros(flash, infinite):
     flash.install(4)
     dead = torch.zeros(2, 29, dtype=torch.bool)
@@ -140,7 +163,10 @@ def test_split_factors_keep_their_digits(flash):
     flash.install(4)
     for D in (32, 64):
         inputs = call(D=D, R=1, split=True)
-        factors = torch.full((1, 7, 1, 1), 1.0003), torch.linspace(-300, 300, 29)[None, :, None, None]
+        factors = (
+            torch.full((1, 7, 1, 1), 1.0003),
+            torch.linspace(-300, 300, 29)[None, :, None, None],
+        )
         q_factor, k_factor = split_factors(*factors, torch.float16)
         out = backend(inputs._replace(q_factor=q_factor, k_factor=k_factor))
         doubles = [t.double() for t in (*inputs[:3], *factors)]
@@ -149,7 +175,8 @@ def test_split_factors_keep_their_digits(flash):
 
 
 def test_the_scale_costs_no_digits_where_columns_are_free(flash):
-    """Rank 8 and its low parts fit beside head dim 32; at rank 9 they do not, and the scale is rounded into q."""
+    """Rank 8 and its low parts fit beside head dim 32; at rank 9 they do not, and the scale is
+    rounded into q."""
     flash.install(4)
     for rank, scale in ((8, 2**0.5), (9, 1.0)):
         backend(call(R=rank))
@@ -165,7 +192,10 @@ def test_large_factors_do_not_overflow(flash):
     """Squared coordinates in half: dividing them by the scale 2**-2.5 would leave half's range."""
     flash.install(4)
     inputs = call(R=1)
-    q_factor, k_factor = torch.full((1, 7, 1, 1), 30000.0).half(), torch.full((1, 29, 1, 1), 1e-3).half()
+    q_factor, k_factor = (
+        torch.full((1, 7, 1, 1), 30000.0).half(),
+        torch.full((1, 29, 1, 1), 1e-3).half(),
+    )
     assert torch.isfinite(backend(inputs._replace(q_factor=q_factor, k_factor=k_factor))).all()
 
 
@@ -197,7 +227,8 @@ def test_dropout_goes_to_generation_2(flash):
 
 
 def test_head_dims_that_a_backward_pass_on_hopper_cannot_take(flash):
-    """4.0.0b36 does not compile q's 64 with v's 32; without gradients it does, as other architectures do."""
+    """4.0.0b36 does not compile q's 64 with v's 32; without gradients it does, as other
+    architectures do."""
     flash.install(4)
     wide = call(R=24)
     backend(wide)
@@ -241,7 +272,10 @@ def test_reasons_of_the_machine(flash):
     flash.on(None)
     assert "needs an NVIDIA GPU, the tensors are on cpu" in backend.why_not(call())
     flash.on(8)
-    assert any("only for compute capability 9.x, 10.x, 11.x, this GPU has 8.x" in r for r in backend.why_not(call()))
+    assert any(
+        "only for compute capability 9.x, 10.x, 11.x, this GPU has 8.x" in r
+        for r in backend.why_not(call())
+    )
     flash.on(10)
     assert any("head dim 144" in r and "128" in r for r in backend.why_not(call(D=128)))
 
@@ -251,10 +285,16 @@ def test_what_is_not_installed_says_how_to_install_it(flash):
     assert len(reasons) == 3 and all("pip install flashbias-patch[fa4]" in r for r in reasons)
 
 
-@pytest.mark.parametrize("error,words", [
-    (OSError("libcudart.so.11: cannot open"), "does not import: OSError: libcudart"),
-    (ModuleNotFoundError("No module named 'cutlass'", name="cutlass"), "needs the missing module cutlass"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error,words",
+    [
+        (OSError("libcudart.so.11: cannot open"), "does not import: OSError: libcudart"),
+        (
+            ModuleNotFoundError("No module named 'cutlass'", name="cutlass"),
+            "needs the missing module cutlass",
+        ),
+    ],
+)
 def test_an_installation_that_does_not_import_is_a_reason(flash, monkeypatch, error, words):
     def fail(name):
         raise error

@@ -1,12 +1,15 @@
-"""Sequences of calls, failures, transforms, threads and toggles: after each, an ordinary call is as it was.
+"""Sequences of calls, failures, transforms, threads and toggles: after each, an ordinary call is as
+it was.
 
-conftest resets all state around each test, so nothing that one call leaves for the next shows elsewhere. Here nothing is
-reset between the steps of a sequence. After every step an ordinary call must equal float64, within twice the error of
-plain PyTorch in the same precision, and use the first backend of its order.
+conftest resets all state around each test, so nothing that one call leaves for the next shows
+elsewhere. Here nothing is reset between the steps of a sequence. After every step an ordinary call
+must equal float64, within twice the error of plain PyTorch in the same precision, and use the first
+backend of its order.
 
 The first backend is a stand-in under the name "flash", so that failures can be injected into it.
 FLASHBIAS_SEQUENCES=N runs N sequences in each test.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -18,7 +21,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -36,7 +45,10 @@ from tests import stand_ins
 PER_TEST = int(os.environ.get("FLASHBIAS_SEQUENCES", "0"))
 STEPS = 12
 B, M, N, H = 2, 3, 5, 2
-ORDINARY, DOOMED = 8, 4  # head dims: of calls that never fail by themselves, and of those that are made to
+ORDINARY, DOOMED = (
+    8,
+    4,
+)  # head dims: of calls that never fail by themselves, and of those that are made to
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 FEATURES = ("none", "low rank", "modality", "dense", "mask", "padding")
 
@@ -131,7 +143,8 @@ CONTEXTS = {
 
 
 class Problem:
-    """One call in one dtype: operands, what float64 gives, and the error that plain PyTorch makes."""
+    """One call in one dtype: operands, what float64 gives, and the error that plain PyTorch
+    makes."""
 
     made = {}
 
@@ -153,9 +166,15 @@ class Problem:
         self.extra, self.masks = [], {}
         self.make_bias = lambda extra: None
         if feature == "low rank":
-            self.extra, self.make_bias = [draw(1, M, H, 2), draw(B, N, 1, 2)], lambda extra: LowRankBias(*extra)
+            self.extra, self.make_bias = (
+                [draw(1, M, H, 2), draw(B, N, 1, 2)],
+                lambda extra: LowRankBias(*extra),
+            )
         elif feature == "modality":
-            self.extra, self.make_bias = [draw(B, M, 2)], lambda extra: ModalityBias(extra[0], (2, N - 2))
+            self.extra, self.make_bias = (
+                [draw(B, M, 2)],
+                lambda extra: ModalityBias(extra[0], (2, N - 2)),
+            )
         elif feature == "dense":
             self.extra, self.make_bias = [draw(1, H, M, N)], lambda extra: DenseBias(extra[0])
         elif feature == "mask":
@@ -176,7 +195,10 @@ class Problem:
         return flash_bias_attention(q, k, v, bias, **self.masks)
 
     def leaves(self, dtype=None):
-        return [t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in (*self.operands, *self.extra)]
+        return [
+            t.detach().clone().to(dtype or t.dtype).requires_grad_()
+            for t in (*self.operands, *self.extra)
+        ]
 
     def run(self, attend, dtype=None, inside=None):
         """[output, gradients ...]; `inside` wraps the call."""
@@ -196,7 +218,9 @@ class Problem:
     def check(self, found):
         for place, (ours, exact, bound) in enumerate(zip(found, self.exact, self.bounds)):
             error = self.error(ours, exact)
-            assert error <= bound, f"{'output' if not place else f'gradient {place}'} is off by {error}, bound {bound}"
+            assert error <= bound, (
+                f"{'output' if not place else f'gradient {place}'} is off by {error}, bound {bound}"
+            )
 
 
 class Sequences(RuleBasedStateMachine):
@@ -211,7 +235,7 @@ class Sequences(RuleBasedStateMachine):
         self.environment = {}
         self.restore()
 
-    # -- state -------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def restore(self):
         self.flash.errors.clear()
@@ -245,7 +269,7 @@ class Sequences(RuleBasedStateMachine):
     def injectable(self):
         return self.backend == "flash" and not self.strict
 
-    # -- toggles -----------------------------------------------------------------------------------------
+    # -- toggles -----------------------------------------------------------------------------------
 
     @rule(kind=st.sampled_from(sorted(CONTEXTS)))
     def open_context(self, kind):
@@ -259,7 +283,10 @@ class Sequences(RuleBasedStateMachine):
     def close_context(self):
         self.open_contexts.pop()[1].__exit__(None, None, None)
 
-    @rule(name=st.sampled_from(("flash", "sdpa", "reference")), strict=st.sampled_from((False, False, True)))
+    @rule(
+        name=st.sampled_from(("flash", "sdpa", "reference")),
+        strict=st.sampled_from((False, False, True)),
+    )
     def set_environment(self, name, strict):
         self.environment.clear()
         if name != "flash":
@@ -280,9 +307,13 @@ class Sequences(RuleBasedStateMachine):
     def deterministic_algorithms(self, on):
         torch.use_deterministic_algorithms(on)
 
-    # -- calls -------------------------------------------------------------------------------------------
+    # -- calls -------------------------------------------------------------------------------------
 
-    @rule(feature=st.sampled_from(FEATURES), dtype=st.sampled_from(sorted(DTYPES)), D=st.sampled_from((ORDINARY, DOOMED)))
+    @rule(
+        feature=st.sampled_from(FEATURES),
+        dtype=st.sampled_from(sorted(DTYPES)),
+        D=st.sampled_from((ORDINARY, DOOMED)),
+    )
     def call(self, feature, dtype, D):
         self.flash.errors.clear()
         problem = Problem.of(feature, DTYPES[dtype], D)
@@ -314,11 +345,17 @@ class Sequences(RuleBasedStateMachine):
         for _ in range(2):
             torch.manual_seed(7)
             with torch.enable_grad():
-                found.append(problem.run(lambda q, k, v, bias: flash_bias_attention(q, k, v, dropout_p=p)))
+                found.append(
+                    problem.run(lambda q, k, v, bias: flash_bias_attention(q, k, v, dropout_p=p))
+                )
         assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*found))
 
     @precondition(lambda self: flashbias_patch.status()["installed"])
-    @rule(learned=st.booleans(), kind=st.sampled_from(("none", "reentrant", "hooks")), training=st.booleans())
+    @rule(
+        learned=st.booleans(),
+        kind=st.sampled_from(("none", "reentrant", "hooks")),
+        training=st.booleans(),
+    )
     def patched_module(self, learned, kind, training):
         if self.strict:
             return
@@ -346,20 +383,30 @@ class Sequences(RuleBasedStateMachine):
             return [out.detach(), inner.grad, outer.grad, *([bias.grad] if learned else [])]
 
         def with_mask(module, inner, outer, value):
-            return self.original(module, inner, outer, value, attn_mask=bias.to(inner.dtype) if learned else None)
+            return self.original(
+                module, inner, outer, value, attn_mask=bias.to(inner.dtype) if learned else None
+            )
 
         ambient = (lambda: attention_bias(bias, kind="all")) if learned else contextlib.nullcontext
         ours = run(self.cls.forward, module, torch.Tensor.clone, ambient)
         with torch.autocast("cpu", enabled=False):
-            exact = run(with_mask, copy.deepcopy(module).double(), torch.Tensor.double, contextlib.nullcontext)
+            exact = run(
+                with_mask,
+                copy.deepcopy(module).double(),
+                torch.Tensor.double,
+                contextlib.nullcontext,
+            )
         plain = run(with_mask, module, torch.Tensor.clone, contextlib.nullcontext)
         for one, other, right in zip(ours, plain, exact):
             assert Problem.error(one, right) <= 2 * Problem.error(other, right) + 2e-6
 
-    # -- transforms --------------------------------------------------------------------------------------
+    # -- transforms --------------------------------------------------------------------------------
 
     @precondition(lambda self: not self.is_open("hooks"))
-    @rule(name=st.sampled_from(("grad", "vmap", "jvp", "jacrev", "hessian")), feature=st.sampled_from(FEATURES))
+    @rule(
+        name=st.sampled_from(("grad", "vmap", "jvp", "jacrev", "hessian")),
+        feature=st.sampled_from(FEATURES),
+    )
     def transform(self, name, feature):
         problem = Problem.of(feature, torch.float64, ORDINARY)
         q, k, v = (t[:1, :2] for t in problem.operands)
@@ -397,9 +444,12 @@ class Sequences(RuleBasedStateMachine):
         for one, other in zip(*found):
             torch.testing.assert_close(one, other)
 
-    # -- failures of the caller ----------------------------------------------------------------------------
+    # -- failures of the caller --------------------------------------------------------------------
 
-    @rule(error=st.sampled_from((Mine, TimeoutError, AssertionError, KeyboardInterrupt)), grad=st.booleans())
+    @rule(
+        error=st.sampled_from((Mine, TimeoutError, AssertionError, KeyboardInterrupt)),
+        grad=st.booleans(),
+    )
     def mode_fails(self, error, grad):
         problem = Problem.of("dense", torch.float32, ORDINARY)
         with pytest.raises(error), torch.set_grad_enabled(grad), FailingDispatch(error):
@@ -412,7 +462,9 @@ class Sequences(RuleBasedStateMachine):
         def pack(tensor):
             raise Mine("disk full")
 
-        with pytest.raises(Mine), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, same):
+        with pytest.raises(Mine), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(
+            pack, same
+        ):
             problem.run(problem.ours)
 
     @rule()
@@ -441,17 +493,20 @@ class Sequences(RuleBasedStateMachine):
         with pytest.raises(ValueError, match="k must have shape"):
             flash_bias_attention(q, k[:, :, :1], v)
 
-    # -- failures of the backend ---------------------------------------------------------------------------
+    # -- failures of the backend -------------------------------------------------------------------
 
     @precondition(injectable)
     @rule(phase=st.sampled_from(("forward", "backward")), count=st.sampled_from((1, -1)),
           feature=st.sampled_from(FEATURES), memory=st.booleans())  # fmt: skip
     def backend_fails(self, phase, count, feature, memory):
-        """It is out for that class of call, or, if memory ran out, for this call only; the result is right."""
+        """It is out for that class of call, or, if memory ran out, for this call only; the result
+        is right."""
         if phase == "backward" and (guard.LARGE or self.is_open("hooks")):
             return  # not guarded
         problem = Problem.of(feature, torch.float32, DOOMED)
-        error = RuntimeError("CUDA out of memory" if memory else "CUDA error: invalid configuration argument")
+        error = RuntimeError(
+            "CUDA out of memory" if memory else "CUDA error: invalid configuration argument"
+        )
         before = len(dispatch.breakers.failures())
         with torch.enable_grad():
             tried = self.flash.tried
@@ -461,10 +516,12 @@ class Sequences(RuleBasedStateMachine):
             problem.check(problem.run(problem.ours))
             self.flash.errors.clear()
             problem.check(problem.run(problem.ours))
-        transient = count == 1 and self.is_open("dispatch mode", "function mode")  # then it may be the mode's doing
+        transient = count == 1 and self.is_open(
+            "dispatch mode", "function mode"
+        )  # then it may be the mode's doing
         assert len(dispatch.breakers.failures()) - before == (used and not memory and not transient)
 
-    # -- threads -----------------------------------------------------------------------------------------
+    # -- threads -----------------------------------------------------------------------------------
 
     @rule(failing=st.booleans())
     def threads(self, failing):
@@ -482,14 +539,16 @@ class Sequences(RuleBasedStateMachine):
             except BaseException as error:
                 errors.append(error)
 
-        workers = [threading.Thread(target=work, args=(failing and place == 0,)) for place in range(2)]
+        workers = [
+            threading.Thread(target=work, args=(failing and place == 0,)) for place in range(2)
+        ]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
         assert not errors, errors
 
-    # -- what must hold after every step -------------------------------------------------------------------
+    # -- what must hold after every step -----------------------------------------------------------
 
     @invariant()
     def ordinary_calls_are_as_they_were(self):
@@ -501,7 +560,9 @@ class Sequences(RuleBasedStateMachine):
         assert dict(used) == {self.first(): 1}, f"{dict(used)} where {self.first()} comes first"
         assert torch.equal(torch.get_rng_state(), state)
         assert all(key[2] == DOOMED for key, _, _ in dispatch.breakers.failures())
-        assert replay.recomputing() is False and torch._C._functorch.peek_interpreter_stack() is None
+        assert (
+            replay.recomputing() is False and torch._C._functorch.peek_interpreter_stack() is None
+        )
 
 
 def flash_attend(q, k, v, bias):
@@ -530,7 +591,9 @@ def attention_class():
 
 @pytest.fixture
 def prepared(attention_class, monkeypatch):
-    places = {name: place for name, place in selection.MODULES.items() if name in ("sdpa", "reference")}
+    places = {
+        name: place for name, place in selection.MODULES.items() if name in ("sdpa", "reference")
+    }
     monkeypatch.setattr(selection, "MODULES", {"flash": "none", **places})
     monkeypatch.setattr(guard, "LARGE", guard.LARGE)
     dispatch.reset()

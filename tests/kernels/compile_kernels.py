@@ -1,7 +1,9 @@
-"""Compile every class of kernel variant without a GPU: `python compile_kernels.py [arch ...]`, needs only Triton.
+"""Compile every class of kernel variant without a GPU: `python compile_kernels.py [arch ...]`,
+needs only Triton.
 
-Tiles are those that configs.py ships for the architecture; where shared memory has no room the next is compiled, as
-a launch would do. Prints one line a variant; the last is "compiled N". Works from Triton 3.0 on.
+Tiles are those that configs.py ships for the architecture; where shared memory has no room the next
+is compiled, as a launch would do. Prints one line a variant; the last is "compiled N". Works from
+Triton 3.0 on.
 """
 
 from __future__ import annotations
@@ -27,17 +29,33 @@ KERNELS = os.path.join(HERE, os.pardir, os.pardir, "flashbias_patch", "attention
 
 
 def load():
-    """The kernels' modules, their package stood in for, and PyTorch too: concatenate.py's launchers name it."""
+    """The kernels' modules, their package stood in for, and PyTorch too: concatenate.py's launchers
+    name it."""
     package = types.ModuleType("flashbias_kernels")
     package.__path__ = [KERNELS]
     sys.modules["flashbias_kernels"] = package
     torch = mock.MagicMock()
     torch.autograd.Function = object
-    names = ("torch", "torch.nn", "torch.nn.functional", "torch.autograd", "torch.autograd.function")
+    names = (
+        "torch",
+        "torch.nn",
+        "torch.nn.functional",
+        "torch.autograd",
+        "torch.autograd.function",
+    )
     real = {name: sys.modules.get(name) for name in names}
     sys.modules.update(dict.fromkeys(names, torch))
     try:
-        files = ("forward", "backward", "sums", "concatenate", "configs", "window_tiles", "window_forward", "window_backward")
+        files = (
+            "forward",
+            "backward",
+            "sums",
+            "concatenate",
+            "configs",
+            "window_tiles",
+            "window_forward",
+            "window_backward",
+        )
         return [importlib.import_module("flashbias_kernels." + name) for name in files]
     finally:
         for name, module in real.items():
@@ -46,18 +64,53 @@ def load():
                 sys.modules[name] = module
 
 
-forward, backward, sums, concatenate, configs, window_tiles, window_forward, window_backward = load()
+forward, backward, sums, concatenate, configs, window_tiles, window_forward, window_backward = (
+    load()
+)
 configs._loaded = True  # no tiles that this machine has tuned
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448}  # bytes a program can have
 
 POINTERS = dict(
-    LSE="fp32", PART_LSE="fp32", PARTS="fp32", ROWS="fp32", MASK="u8", BLOCKS="i32", ORDER="i32", COUNTS="i32",
-    FRAMES="i32", WIDTHS="fp32", LIST="i64", NUMBERS="i32", CENTRES="fp32", SHOWN="fp32", WINDOWS="fp32", PATCHES="i64",
-    OWNERS="i32", FLAGS="u8", WS="fp32", DWINDOWS="fp32", CODES="i64", ENDS="i32",
-    SEED="i64", DQF="fp32", DW="fp32", DKF="fp32", DDENSE="fp32", DENSE="fp32",
-)  # fmt: skip
+    LSE="fp32",
+    PART_LSE="fp32",
+    PARTS="fp32",
+    ROWS="fp32",
+    MASK="u8",
+    BLOCKS="i32",
+    ORDER="i32",
+    COUNTS="i32",
+    FRAMES="i32",
+    WIDTHS="fp32",
+    LIST="i64",
+    NUMBERS="i32",
+    CENTRES="fp32",
+    SHOWN="fp32",
+    WINDOWS="fp32",
+    PATCHES="i64",
+    OWNERS="i32",
+    FLAGS="u8",
+    WS="fp32",
+    DWINDOWS="fp32",
+    CODES="i64",
+    ENDS="i32",
+    SEED="i64",
+    DQF="fp32",
+    DW="fp32",
+    DKF="fp32",
+    DDENSE="fp32",
+    DENSE="fp32",
+)
 SIZES = ("B", "H", "M", "N", "L", "R", "P")
-FLOATS = ("scale", "unit", "fold_unit", "score_scale", "dropout_p", "keep_scale", "dq_scale", "dk_scale")
+FLOATS = (
+    "scale",
+    "unit",
+    "fold_unit",
+    "score_scale",
+    "dropout_p",
+    "keep_scale",
+    "dq_scale",
+    "dk_scale",
+)
 OLD = "constants" in inspect.signature(ASTSource.__init__).parameters
 BY_PLACE = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2)
 
@@ -69,7 +122,12 @@ def build(kernel, constants, dtype, arch, pointers, config):
         if name in constants:
             if not OLD:
                 signature[name] = "constexpr"
-        elif name in pointers or name.isupper() and name[-2:] not in ("_H", "_L") and name not in SIZES:
+        elif (
+            name in pointers
+            or name.isupper()
+            and name[-2:] not in ("_H", "_L")
+            and name not in SIZES
+        ):
             signature[key] = "*" + pointers.get(name, POINTERS.get(name, dtype))
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
@@ -80,7 +138,9 @@ def build(kernel, constants, dtype, arch, pointers, config):
         source = ASTSource(
             fn=kernel,
             signature=signature,
-            constants={kernel.arg_names.index(k) if BY_PLACE else k: v for k, v in constants.items()},
+            constants={
+                kernel.arg_names.index(k) if BY_PLACE else k: v for k, v in constants.items()
+            },
         )
     else:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -91,8 +151,15 @@ def build(kernel, constants, dtype, arch, pointers, config):
 
 
 PLAIN = dict(
-    D=32, BLOCK_D=32, BLOCK_R=16, SEGMENTS=0, HAS_DENSE=False, HAS_MASK=False, PAD_KIND=0, DROPOUT=False,
-)  # fmt: skip
+    D=32,
+    BLOCK_D=32,
+    BLOCK_R=16,
+    SEGMENTS=0,
+    HAS_DENSE=False,
+    HAS_MASK=False,
+    PAD_KIND=0,
+    DROPOUT=False,
+)
 # name -> (dtype, what differs from PLAIN, pointer types that differ)
 VARIANTS = {
     "no bias": ("fp16", dict(BLOCK_R=0), {}),
@@ -106,8 +173,13 @@ VARIANTS = {
     ),
     "added padding": ("bf16", dict(PAD_KIND=2, D=128, BLOCK_D=128, BLOCK_R=64), dict(PAD="fp32")),
     "mask": ("fp16", dict(HAS_MASK=True), {}),
-    # What is 1 is compiled in: ptxas of Triton 3.6 crashed on such a kernel that read the bias element by element.
-    "one key": ("fp16", dict(BLOCK_R=0, HAS_DENSE=True, N=1, splits=1, num_blocks=1), dict(DENSE="fp16")),
+    # What is 1 is compiled in: ptxas of Triton 3.6 crashed on such a kernel that read the bias
+    # element by element.
+    "one key": (
+        "fp16",
+        dict(BLOCK_R=0, HAS_DENSE=True, N=1, splits=1, num_blocks=1),
+        dict(DENSE="fp16"),
+    ),
     "float32": ("fp32", dict(HAS_DENSE=True, DROPOUT=True), {}),
 }
 WINDOW = dict(F=2, MODE=1, MASKED=False, BLOCK_R=0)
@@ -117,12 +189,25 @@ WINDOW_VARIANTS = {
     "gauss": ("bf16", dict(MODE=2), {}),
     "box, dropout": ("fp16", dict(DROPOUT=True), {}),
     "mask": ("fp16", dict(MODE=0, MASKED=True), {}),
-    "gauss and mask": ("fp16", dict(MODE=2, MASKED=True, SEGMENTS=2, DROPOUT=True, HAS_MASK=True), {}),
+    "gauss and mask": (
+        "fp16",
+        dict(MODE=2, MASKED=True, SEGMENTS=2, DROPOUT=True, HAS_MASK=True),
+        {},
+    ),
     "box, segments, split": ("bf16", dict(SEGMENTS=2), {}),
     "box, padding": ("fp16", dict(PAD_KIND=1, BLOCK_R=16), dict(PAD="u8")),
     "box and everything": (
         "fp16",
-        dict(D=40, BLOCK_D=64, SEGMENTS=2, HAS_DENSE=True, HAS_MASK=True, PAD_KIND=2, DROPOUT=True, BLOCK_R=16),
+        dict(
+            D=40,
+            BLOCK_D=64,
+            SEGMENTS=2,
+            HAS_DENSE=True,
+            HAS_MASK=True,
+            PAD_KIND=2,
+            DROPOUT=True,
+            BLOCK_R=16,
+        ),
         dict(PAD="fp32"),
     ),
     "wide heads": ("bf16", dict(D=128, BLOCK_D=128, BLOCK_R=64), {}),
@@ -138,12 +223,27 @@ COVERING = {86: ("factors", "everything", "added padding", "float32", "low colum
 COVERING[89] = COVERING[86]
 # All windows on 90 under the oldest Triton and current ones; elsewhere one of each kind of kernel.
 WINDOW_COVERING = ("windows: box, dropout", "windows: gauss and mask", "windows: float32")
-ALL_WINDOWS = tuple(int(part) for part in triton.__version__.split(".")[:2]) not in ((3, 1), (3, 2), (3, 4))
+ALL_WINDOWS = tuple(int(part) for part in triton.__version__.split(".")[:2]) not in (
+    (3, 1),
+    (3, 2),
+    (3, 4),
+)
 ONE = configs.Config(0, 0, 4, 2)  # of kernels without a choice
 JOIN = dict(
-    HEADS=8, D=32, R=8, LOW=0, PADDING=0, MASKED=concatenate.MASKED, WIDTH=40, BLOCK_D=32, BLOCK_R=8, REST=0,
-    BLOCK_REST=1, ROWS=concatenate.ROWS, WIDE=False,
-)  # fmt: skip
+    HEADS=8,
+    D=32,
+    R=8,
+    LOW=0,
+    PADDING=0,
+    MASKED=concatenate.MASKED,
+    WIDTH=40,
+    BLOCK_D=32,
+    BLOCK_R=8,
+    REST=0,
+    BLOCK_REST=1,
+    ROWS=concatenate.ROWS,
+    WIDE=False,
+)
 JOIN_POINTERS = ("q", "q_factor", "q_out", "k", "k_factor", "k_out")
 SUM = dict(HEADS=1, COLUMNS=8, BLOCK=8, SUM_B=2, SUM_H=8, B=1)
 
@@ -154,19 +254,28 @@ def tiles(kind, arch, dtype, constants):
     columns = constants["BLOCK_D"], constants["BLOCK_R"]
     if "MODE" in constants:
         kind = ("mask " if constants["MASKED"] else "window ") + kind
-    key = configs.Key(kind, arch, dtype != "fp32", *columns, plain, constants["SEGMENTS"] > 0, pairs)
+    key = configs.Key(
+        kind, arch, dtype != "fp32", *columns, plain, constants["SEGMENTS"] > 0, pairs
+    )
     return configs.candidates(key)
 
 
 def apart(constants):
     """As problem.apart has it, of the constants that a variant is compiled for."""
     masked = constants["HAS_MASK"] or constants["PAD_KIND"] == 1 or constants.get("MASKED", False)
-    return constants["HAS_DENSE"] or constants["PAD_KIND"] == 2 or constants["SEGMENTS"] > 0 and masked
+    return (
+        constants["HAS_DENSE"] or constants["PAD_KIND"] == 2 or constants["SEGMENTS"] > 0 and masked
+    )
 
 
 def folded(dtype, constants):
     """As problem.folded has it, likewise (KEYS' rank)."""
-    return not apart(constants) and dtype != "fp32" and not constants["DROPOUT"] and constants["BLOCK_R"] in (0, 16)
+    return (
+        not apart(constants)
+        and dtype != "fp32"
+        and not constants["DROPOUT"]
+        and constants["BLOCK_R"] in (0, 16)
+    )
 
 
 def variants(arch):
@@ -178,9 +287,17 @@ def variants(arch):
         rows = dict(pointers, ROWS=dtype if fold["FOLDED"] else "fp32")
         grads = dict(KEYS, **fold, DENSE_GRAD=DENSE_GRAD.get(name, 0), SHARED_KF=name != "float32")
         for kind, kernel, more in (
-            ("forward", forward.forward_kernel, dict(PARTIAL="split" in name, HAS_LOW=name in ("no bias", "everything"))),
+            (
+                "forward",
+                forward.forward_kernel,
+                dict(PARTIAL="split" in name, HAS_LOW=name in ("no bias", "everything")),
+            ),
             ("keys", backward.keys_kernel, grads),
-            ("queries", backward.queries_kernel, dict(QUERIES, **fold, NEED_W=base["SEGMENTS"] > 0)),
+            (
+                "queries",
+                backward.queries_kernel,
+                dict(QUERIES, **fold, NEED_W=base["SEGMENTS"] > 0),
+            ),
         ):
             yield name, kernel, dict(base, **more), dtype, rows, tiles(kind, arch, dtype, base)
     yield from window_variants(arch)
@@ -190,11 +307,25 @@ def variants(arch):
         yield f"exp2 {exp}", forward.forward_kernel, exact, "fp16", {}, chosen
     tile = dict(D=40, BLOCK_D=64, BLOCK_M=16)
     for pair in (False, True):
-        yield "combine" + " apart" * pair, forward.combine_kernel, dict(tile, HAS_LOW=True, APART=pair), "fp16", {}, [ONE]
+        yield (
+            "combine" + " apart" * pair,
+            forward.combine_kernel,
+            dict(tile, HAS_LOW=True, APART=pair),
+            "fp16",
+            {},
+            [ONE],
+        )
     for dtype in ("fp16", "bf16", "fp32"):
         made = dict(tile, SEGMENTS=2, HAS_LOW=True, FOLDED=dtype != "fp32", APART=False, R=8)
         yield "rows", backward.rows_kernel, made, dtype, dict(ROWS=dtype), [ONE]
-    yield "rows apart", backward.rows_kernel, dict(made, FOLDED=False, APART=True), "fp16", {}, [ONE]
+    yield (
+        "rows apart",
+        backward.rows_kernel,
+        dict(made, FOLDED=False, APART=True),
+        "fp16",
+        {},
+        [ONE],
+    )
     for kind, pad in ((1, "u8"), (2, "fp16")):
         seen = dict(PAD_KIND=kind, BLOCK_N=64, MANY=32)
         yield "visible", forward.visible_kernel, seen, "fp16", dict(PAD=pad), [ONE]
@@ -202,14 +333,40 @@ def variants(arch):
     yield "prepare", forward.prepare_kernel, made, "fp16", {}, [ONE]
     halves = dict.fromkeys(JOIN_POINTERS, "fp16")
     low = dict(JOIN, LOW=1, PADDING=1, WIDTH=56, REST=8, BLOCK_REST=8, WIDE=True)
-    yield "low columns, padding", concatenate._join_kernel, low, "fp16", dict(halves, padding="u8"), [ONE]
+    yield (
+        "low columns, padding",
+        concatenate._join_kernel,
+        low,
+        "fp16",
+        dict(halves, padding="u8"),
+        [ONE],
+    )
     halves = dict.fromkeys(JOIN_POINTERS, "bf16")
     added = dict(JOIN, R=0, BLOCK_R=1, PADDING=2, REST=8, BLOCK_REST=8)
-    yield "added padding", concatenate._join_kernel, added, "bf16", dict(halves, padding="fp32"), [ONE]
+    yield (
+        "added padding",
+        concatenate._join_kernel,
+        added,
+        "bf16",
+        dict(halves, padding="fp32"),
+        [ONE],
+    )
     columns = {f"{name}{i}": size for i in range(3) for name, size in SUM.items()}
     grads = {f"{name}{i}": "fp16" for i in range(3) for name in ("grad", "out")}
-    yield "sums", concatenate._sum_kernel, dict(columns, ROWS=concatenate.ROWS, WIDE=False), "fp16", grads, [ONE]
-    columns = {f"{name}{i}": size for i in range(3) for name, size in SUM.items() if name not in ("SUM_B", "B")}
+    yield (
+        "sums",
+        concatenate._sum_kernel,
+        dict(columns, ROWS=concatenate.ROWS, WIDE=False),
+        "fp16",
+        grads,
+        [ONE],
+    )
+    columns = {
+        f"{name}{i}": size
+        for i in range(3)
+        for name, size in SUM.items()
+        if name not in ("SUM_B", "B")
+    }
     parts = {f"PARTS{i}": "fp32" for i in range(3)}
     yield "sums of parts", sums.sum_kernel, dict(columns, ROWS=32), "fp16", parts, [ONE]
 
@@ -222,23 +379,73 @@ def window_variants(arch):
         types = dict(pointers, ROWS=dtype if fold else "fp32")
         keys = {key: value for key, value in base.items() if key != "F"}
         grads = dict(R=8 if base["BLOCK_R"] else 0, FOLDED=fold)
-        rows = {key: base[key] for key in ("F", "MODE", "D", "BLOCK_D", "BLOCK_R", "SEGMENTS", "APART")}
+        rows = {
+            key: base[key] for key in ("F", "MODE", "D", "BLOCK_D", "BLOCK_R", "SEGMENTS", "APART")
+        }
         for kind, kernel, constants, more in (
-            ("forward", window_forward.window_forward_kernel, base, dict(PARTIAL="split" in name, HAS_LOW=True)),
-            ("keys", window_backward.window_keys_kernel, keys, dict(grads, NEED_KV=True, NEED_KF=True, SHARED_KF=False)),
-            ("queries", window_backward.window_queries_kernel, base, dict(
-                grads, NEED_Q=True, NEED_QF=True, NEED_W=base["SEGMENTS"] > 0, NEED_WINDOWS=base["MODE"] > 0)),
-        ):  # fmt: skip
-            yield f"windows: {name}", kernel, dict(constants, **more), dtype, types, tiles(kind, arch, dtype, base)
+            (
+                "forward",
+                window_forward.window_forward_kernel,
+                base,
+                dict(PARTIAL="split" in name, HAS_LOW=True),
+            ),
+            (
+                "keys",
+                window_backward.window_keys_kernel,
+                keys,
+                dict(grads, NEED_KV=True, NEED_KF=True, SHARED_KF=False),
+            ),
+            (
+                "queries",
+                window_backward.window_queries_kernel,
+                base,
+                dict(
+                    grads,
+                    NEED_Q=True,
+                    NEED_QF=True,
+                    NEED_W=base["SEGMENTS"] > 0,
+                    NEED_WINDOWS=base["MODE"] > 0,
+                ),
+            ),
+        ):
+            yield (
+                f"windows: {name}",
+                kernel,
+                dict(constants, **more),
+                dtype,
+                types,
+                tiles(kind, arch, dtype, base),
+            )
         more = dict(grads, HAS_LOW=dtype != "fp32", BLOCK_M=64)
-        yield f"windows: {name}", window_backward.window_rows_kernel, dict(rows, **more), dtype, types, [ONE]
+        yield (
+            f"windows: {name}",
+            window_backward.window_rows_kernel,
+            dict(rows, **more),
+            dtype,
+            types,
+            [ONE],
+        )
     centres = dict(CENTRES="i32")
     yield "window places", window_tiles.places_kernel, dict(F=2, BLOCK=128), "fp32", centres, [ONE]
-    yield "window centres", window_tiles.centres_kernel, dict(F=2, BLOCK=128), "fp32", centres, [ONE]
+    yield (
+        "window centres",
+        window_tiles.centres_kernel,
+        dict(F=2, BLOCK=128),
+        "fp32",
+        centres,
+        [ONE],
+    )
     for compact in (False, True):
         made = dict(F=2, COMPACT=compact, BLOCK_M=64, CHUNK=64)
         yield "window lists", window_tiles.lists_kernel, made, "fp32", {}, [ONE]
-    yield "window blocks", window_tiles.blocks_kernel, dict(BLOCK=64), "fp32", dict(BLOCKS="i32"), [ONE]
+    yield (
+        "window blocks",
+        window_tiles.blocks_kernel,
+        dict(BLOCK=64),
+        "fp32",
+        dict(BLOCKS="i32"),
+        [ONE],
+    )
 
 
 def fitting(kernel, constants, dtype, arch, pointers, choices):
@@ -258,7 +465,9 @@ def main(archs):
     for arch in archs:
         for name, kernel, constants, dtype, pointers, choices in variants(arch):
             if name.startswith("windows: "):
-                if not (arch == 90 and ALL_WINDOWS) and (arch in COVERING or name not in WINDOW_COVERING):
+                if not (arch == 90 and ALL_WINDOWS) and (
+                    arch in COVERING or name not in WINDOW_COVERING
+                ):
                     continue
             elif name not in COVERING.get(arch, [name]):
                 continue

@@ -1,4 +1,5 @@
-"""The kernels run in Triton's interpreter, on the CPU. Triton reads the variable when a kernel is decorated."""
+"""The kernels run in Triton's interpreter, on the CPU. Triton reads the variable when a kernel is
+decorated."""
 
 import os
 

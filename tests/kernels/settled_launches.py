@@ -1,8 +1,10 @@
-"""What reaches the GPU's driver when a call's launches are settled, against what Triton's own launch hands over.
+"""What reaches the GPU's driver when a call's launches are settled, against what Triton's own
+launch hands over.
 
-`python settled_launches.py` prints one line a case; needs Triton and PyTorch, no GPU: the driver is a stand-in that notes
-its arguments, the kernels are compiled for Hopper. Every case runs twice, forward and backward, with other tensors of the
-same signature; then with tensors at odd addresses, which are another class.
+`python settled_launches.py` prints one line a case; needs Triton and PyTorch, no GPU: the driver is
+a stand-in that notes its arguments, the kernels are compiled for Hopper. Every case runs twice,
+forward and backward, with other tensors of the same signature; then with tensors at odd addresses,
+which are another class.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ class Launcher:
         for place, tensor in enumerate(tensors):
             address = own[place] if isinstance(own[place], int) else own[place].data_ptr()
             # By address alone where a plan hands it over (settled.Launch.at).
-            assert address == (tensor if isinstance(tensor, int) else tensor.data_ptr()), (self.name, place)
+            assert address == (tensor if isinstance(tensor, int) else tensor.data_ptr()), (
+                self.name,
+                place,
+            )
             own[place] = lies_at(address), address % 16
         launched.append((self.name, arguments[:3], [(type(value), value) for value in own]))
 
@@ -79,14 +84,20 @@ class Driver:
 
 driver.set_active(Driver())
 _run = JITFunction.run
-JITFunction.run = lambda self, *args, **kwargs: through_triton.append(self) or _run(self, *args, **kwargs)
+JITFunction.run = lambda self, *args, **kwargs: (
+    through_triton.append(self) or _run(self, *args, **kwargs)
+)
 
 from flashbias_patch.attention.kernels import operator, problem, settled  # noqa: E402
 
 _launch = settled.Launch.__call__
 _launch_at = settled.Launch.at
-settled.Launch.at = lambda self, stream, *addresses: handed.append(addresses) or _launch_at(self, stream, *addresses)
-settled.Launch.__call__ = lambda self, *tensors, **options: handed.append(tensors) or _launch(self, *tensors, **options)
+settled.Launch.at = lambda self, stream, *addresses: (
+    handed.append(addresses) or _launch_at(self, stream, *addresses)
+)
+settled.Launch.__call__ = lambda self, *tensors, **options: (
+    handed.append(tensors) or _launch(self, *tensors, **options)
+)
 problem.arch_of = lambda tensor: (90, 132)
 
 
@@ -121,7 +132,9 @@ def attention(rank=0, segments=False, dense=False, padding=False, dropout_p=0.0,
     grads = torch.autograd.grad(out, wanted, torch.randn(out.shape).half())
     for leaf, grad in zip(wanted, grads):
         assert grad.shape == leaf.shape and grad.dtype == leaf.dtype
-    return sorted(launched, key=repr)  # of the first pass, each kernel is finished before the next is begun
+    return sorted(
+        launched, key=repr
+    )  # of the first pass, each kernel is finished before the next is begun
 
 
 CASES = {
@@ -143,5 +156,8 @@ if __name__ == "__main__":
         assert odd != first and odd == attention(**CASES[name], odd=True), name
         assert attention(**CASES[name]) == first, name
         del through_triton[:]
-        print(f"{name}: {len(first)} launches, {sum(len(one[2]) for one in first)} arguments", flush=True)
+        print(
+            f"{name}: {len(first)} launches, {sum(len(one[2]) for one in first)} arguments",
+            flush=True,
+        )
     print("settled", len(sys.argv[1:] or CASES))

@@ -1,4 +1,5 @@
-"""The kernels, interpreted, against float64: error at most twice plain PyTorch's in the same precision, plus 1e-5."""
+"""The kernels, interpreted, against float64: error at most twice plain PyTorch's in the same
+precision, plus 1e-5."""
 
 from __future__ import annotations
 
@@ -36,23 +37,41 @@ def strict(monkeypatch):
 
 @pytest.fixture
 def bfloat16_products(monkeypatch):
-    """The interpreter keeps bfloat16 as uint16 and multiplies these numbers: tl.dot's operands are widened for it."""
+    """The interpreter keeps bfloat16 as uint16 and multiplies these numbers: tl.dot's operands are
+    widened for it."""
     from triton.runtime import interpreter
 
     builder = getattr(interpreter, "InterpreterBuilder", None)
     original = getattr(builder, "create_dot", None)
     if original is None:
-        pytest.skip("this Triton's interpreter multiplies bfloat16's bit patterns, and its create_dot is elsewhere")
+        pytest.skip(
+            "this Triton's interpreter multiplies bfloat16's bit patterns, and its create_dot is "
+            "elsewhere"
+        )
 
     def widened(self, a, b, *rest):
-        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        a, b = (
+            self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
+        )
         return original(self, a, b, *rest)
 
     monkeypatch.setattr(builder, "create_dot", widened)
 
 
 def problem(
-    M, N, D=16, R=0, dtype=FULL, B=2, H=2, S=0, dense=None, mask=None, padding=None, shared=False, p=0.0
+    M,
+    N,
+    D=16,
+    R=0,
+    dtype=FULL,
+    B=2,
+    H=2,
+    S=0,
+    dense=None,
+    mask=None,
+    padding=None,
+    shared=False,
+    p=0.0,
 ):
     """(the seven tensors, keyword arguments of what has no gradient, the output's gradient)"""
     generator = torch.Generator().manual_seed(M * 1000 + N + D + R)
@@ -96,9 +115,16 @@ def plainly(tensors, rest, grad, dtype, seed):
     lengths = tuple(rest.get("segment_lengths") or ())
     q = leaves[0]
     call = Call(
-        *leaves[:6], lengths, leaves[6], rest.get("mask"), rest.get("key_padding"), rest["dropout_p"],
-        q.shape[-1] ** -0.5, seed, (True,) * 7,
-    )  # fmt: skip
+        *leaves[:6],
+        lengths,
+        leaves[6],
+        rest.get("mask"),
+        rest.get("key_padding"),
+        rest["dropout_p"],
+        q.shape[-1] ** -0.5,
+        seed,
+        (True,) * 7,
+    )
     return grads(_attend(call, leaves, 0, q.shape[1]), leaves, grad)
 
 
@@ -127,10 +153,16 @@ def check(tensors, rest, grad):
 
 # Every length, rank, head dim and dtype appears; not every combination.
 COVERING = [
-    ((1, 1), 1, 16, FULL), ((1, 257), 3, 32, HALF), ((113, 203), 8, 32, HALF), ((128, 128), 13, 64, HALF),
-    ((257, 1), 2, 40, FULL), ((33, 70), 33, 80, FULL), ((20, 65), 64, 128, HALF), ((40, 50), 16, 8, HALF),
+    ((1, 1), 1, 16, FULL),
+    ((1, 257), 3, 32, HALF),
+    ((113, 203), 8, 32, HALF),
+    ((128, 128), 13, 64, HALF),
+    ((257, 1), 2, 40, FULL),
+    ((33, 70), 33, 80, FULL),
+    ((20, 65), 64, 128, HALF),
+    ((40, 50), 16, 8, HALF),
     ((17, 130), 0, 40, HALF),
-]  # fmt: skip
+]
 REST = [
     (lengths, rank, dim, dtype)
     for place, lengths in enumerate([(1, 1), (1, 257), (113, 203), (128, 128), (257, 1)])
@@ -146,7 +178,9 @@ def test_factors(lengths, rank, dim, dtype):
     check(*problem(*lengths, D=dim, R=rank, dtype=dtype, B=1, H=1))
 
 
-@pytest.mark.parametrize("name", ["shared factors", "shared segments with factors", "dense", "added padding"])
+@pytest.mark.parametrize(
+    "name", ["shared factors", "shared segments with factors", "dense", "added padding"]
+)
 def test_bfloat16(bfloat16_products, name):
     check(*problem(20, 70, **dict(FEATURES[name], dtype=BRAIN)))
 
@@ -203,7 +237,8 @@ def test_a_shared_factors_gradient_added_to_by_every_head(monkeypatch, splits):
     ],
 )
 def test_split(monkeypatch, name, deterministic):
-    """Cut over keys and over queries, results combined; in deterministic mode the same bits again."""
+    """Cut over keys and over queries, results combined; in deterministic mode the same bits
+    again."""
     monkeypatch.setattr(configs, "INTERPRETED", configs.Config(16, 16, 4, 1, splits=3))
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -220,7 +255,9 @@ def test_rows_without_keys_give_zeros():
     rest["mask"] = torch.zeros(1, 1, 20, 40, dtype=torch.bool)
     rest["mask"][:, :, 3:9] = True
     tensors[6][:, :, 11] = -float("inf")
-    results = dict(zip(("out",) + NAMES, list(_with_gaps(fused(tensors, rest, grad, FULL), tensors))))
+    results = dict(
+        zip(("out",) + NAMES, list(_with_gaps(fused(tensors, rest, grad, FULL), tensors)))
+    )
     for name, result in results.items():
         assert result is None or torch.isfinite(result).all(), name
     for row in (3, 8, 11):
@@ -258,12 +295,24 @@ def test_strided_views_are_not_copied(monkeypatch):
 
 
 def test_rows_of_masks_begin_at_multiples_of_16(monkeypatch):
-    mask, dense = torch.rand(1, 2, 9, 21) < 0.5, torch.randn(1, 1, 9, 21).to(HALF).expand(3, 2, 9, 21)
+    mask, dense = (
+        torch.rand(1, 2, 9, 21) < 0.5,
+        torch.randn(1, 1, 9, 21).to(HALF).expand(3, 2, 9, 21),
+    )
     for tensor in (mask.view(torch.uint8), dense, dense.float()):
         aligned = problem_module.aligned_rows(tensor)
-        assert torch.equal(aligned, tensor) and aligned.shape == tensor.shape and aligned.stride(2) == 32
+        assert (
+            torch.equal(aligned, tensor)
+            and aligned.shape == tensor.shape
+            and aligned.stride(2) == 32
+        )
     assert problem_module.aligned_rows(dense).stride()[:2] == (0, 0)  # what is shared stays shared
-    for tensor in (dense[..., :16].contiguous(), dense[:, :, :1], aligned, torch.zeros(1, 1, 4, 48)):
+    for tensor in (
+        dense[..., :16].contiguous(),
+        dense[:, :, :1],
+        aligned,
+        torch.zeros(1, 1, 4, 48),
+    ):
         assert problem_module.aligned_rows(tensor) is tensor
     q, k = torch.zeros(3, 9, 2, 16).to(HALF), torch.zeros(3, 21, 2, 16).to(HALF)
     case = operator._problem(q, k, k, None, None, None, (), dense, mask, None, 0.0, 0.25)
@@ -292,7 +341,9 @@ def test_dropout_repeats_with_the_generator_and_backward_uses_the_same_mask():
     assert abs(float(kept.float().mean()) - (1 - p)) < 0.1
     torch.manual_seed(7)
     seed = torch.randint(1 << 62, (1,), dtype=torch.int64)
-    assert torch.equal(kept, keep_mask(seed, torch.tensor(0), torch.arange(M)[:, None], torch.arange(N), p))
+    assert torch.equal(
+        kept, keep_mask(seed, torch.tensor(0), torch.arange(M)[:, None], torch.arange(N), p)
+    )
     row = torch.zeros_like(out)
     row[0, 4] = 1.0
     (dv,) = torch.autograd.grad(out, v, row)
@@ -300,8 +351,8 @@ def test_dropout_repeats_with_the_generator_and_backward_uses_the_same_mask():
 
 
 def test_delta_does_not_see_the_output_rounded():
-    """Its error would be common to all keys, and add up in gradients that are sums over keys. What remains is that of the
-    weights, rounded before they meet v."""
+    """Its error would be common to all keys, and add up in gradients that are sums over keys. What
+    remains is that of the weights, rounded before they meet v."""
     q, k, v, grad = (torch.randn(1, length, 2, 16).to(HALF) for length in (20, 300, 300, 20))
     case = operator._problem(q, k, v, None, None, None, (), None, None, None, 0.0, 0.25)
     passed = launch.Passed(grad, *launch.forward(case, None, training=True), None)
@@ -316,11 +367,14 @@ def test_delta_does_not_see_the_output_rounded():
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
 @pytest.mark.parametrize("rank", [0, 8, 10])
 def test_folded_rows_are_those_not_folded(monkeypatch, rank, dtype):
-    """lse and delta in three halves each, whether they are tiny or large, beside the columns of q_factor."""
+    """lse and delta in three halves each, whether they are tiny or large, beside the columns of
+    q_factor."""
     M, H, D, S = 70, 2, 16, 2
     tensors, rest, grad = problem(M, 30, D, rank, dtype, B=1, S=S)
     q, k, v, qf, kf, weights = tensors[:6]
-    case = operator._problem(q, k, v, qf, kf, weights, rest["segment_lengths"], None, None, None, 0.0, 0.25)
+    case = operator._problem(
+        q, k, v, qf, kf, weights, rest["segment_lengths"], None, None, None, 0.0, 0.25
+    )
     sizes = torch.logspace(-7, 4, M)[:, None]
     out = torch.ones(1, M, H, D) * sizes[None, :, :, None]
     lse = torch.randn(H, M) * sizes.flip(0).T
@@ -334,9 +388,15 @@ def test_folded_rows_are_those_not_folded(monkeypatch, rank, dtype):
     by = folded[:2].double()
     tile = folded[2:].double().view(S, H, -1, 16)
     wanted = pairs.double().view(S, H, -1, 2)
-    found = torch.stack([-(tile[..., rank + 3 * place :][..., :3] @ by[place][by[place] > 0]) for place in (0, 1)], -1)
+    found = torch.stack(
+        [-(tile[..., rank + 3 * place :][..., :3] @ by[place][by[place] > 0]) for place in (0, 1)],
+        -1,
+    )
     found[..., 0] *= case.score_scale
-    assert (by > 0).sum(1).tolist() == [3, 3] and (by[0].argmax(), by[1].argmax()) == (rank, rank + 3)
+    assert (by > 0).sum(1).tolist() == [3, 3] and (by[0].argmax(), by[1].argmax()) == (
+        rank,
+        rank + 3,
+    )
     hidden = wanted[..., 0] == float("inf")
     assert hidden[:, :, M:].all() and (found[..., 0][hidden] > 3.7e5).all()
     error = (found - wanted).abs()[~hidden]
@@ -346,7 +406,9 @@ def test_folded_rows_are_those_not_folded(monkeypatch, rank, dtype):
     assert not tile[..., rank + 6 :].any()
 
 
-@pytest.mark.parametrize("name", ["shared factors", "shared segments with factors", "dense", "added padding"])
+@pytest.mark.parametrize(
+    "name", ["shared factors", "shared segments with factors", "dense", "added padding"]
+)
 def test_folding_leaves_gradients_as_they_are(monkeypatch, name):
     case = FEATURES[name]
     tensors, rest, grad = problem(20, 70, dtype=HALF, **case)
@@ -357,13 +419,16 @@ def test_folding_leaves_gradients_as_they_are(monkeypatch, name):
 
 
 def test_scores_far_beyond_float16s_largest_number():
-    """lse is 2e5 and more, of which a half has no number: the weights are 1 for the largest score, whose key gets all."""
+    """lse is 2e5 and more, of which a half has no number: the weights are 1 for the largest score,
+    whose key gets all."""
     q, k, v = torch.zeros(1, 3, 1, 16), torch.randn(1, 9, 1, 16), torch.randn(1, 9, 1, 16)
     k[..., 0], q[..., 0] = torch.tensor([100.0] * 4 + [1000.0] + [10.0] * 4)[None, :, None], 900.0
     q, k, v = (x.to(HALF).requires_grad_() for x in (q, k, v))
     out = fused_attention(q, k, v, scale=0.25)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-    assert torch.equal(out, v[:, 4:5].expand_as(out)) and torch.equal(dv[0, :, 0, 0], 3.0 * (torch.arange(9) == 4))
+    assert torch.equal(out, v[:, 4:5].expand_as(out)) and torch.equal(
+        dv[0, :, 0, 0], 3.0 * (torch.arange(9) == 4)
+    )
     assert not dq.any() and not dk.any()
 
 
@@ -376,20 +441,27 @@ def test_a_small_scale_is_not_folded():
     found = torch.autograd.grad(out, leaves[1:], grad)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     weights = (torch.einsum("bmhd,bnhd->bhmn", *exact[:2]) * 1e-4).softmax(-1)
-    wanted = torch.autograd.grad(torch.einsum("bhmn,bnhd->bmhd", weights, exact[2]), exact[1:], grad.double())
+    wanted = torch.autograd.grad(
+        torch.einsum("bhmn,bnhd->bmhd", weights, exact[2]), exact[1:], grad.double()
+    )
     for a, b in zip(found, wanted):
         assert (a - b).norm() <= 2e-3 * b.norm()
 
 
 def test_small_gradients_survive_float16(small=1e-7):
-    """Weights of 1/N times a small gradient are nothing in float16, which backward rounds them to: narrow.py scales."""
+    """Weights of 1/N times a small gradient are nothing in float16, which backward rounds them to:
+    narrow.py scales."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randn(1, n, 1, 16, generator=generator).requires_grad_()  # noqa: E731
     q, k, v, grad = draw(16), draw(512), draw(512), draw(16).detach() * small
     exact = torch.autograd.grad(attend_dense(AttentionInputs(q, k, v, scale=0.25)), (q, k, v), grad)
     (nq, nk, nv), _, power = narrow.narrowed((q, k, v), ())
-    found = torch.autograd.grad(narrow.widened(fused_attention(nq, nk, nv), FULL, power), (q, k, v), grad)
-    lost = torch.autograd.grad(fused_attention(q.half(), k.half(), v.half()), (q, k, v), grad.half())
+    found = torch.autograd.grad(
+        narrow.widened(fused_attention(nq, nk, nv), FULL, power), (q, k, v), grad
+    )
+    lost = torch.autograd.grad(
+        fused_attention(q.half(), k.half(), v.half()), (q, k, v), grad.half()
+    )
     for a, b, c in zip(found, exact, lost):
         assert (a - b).norm() <= 2e-3 * b.norm() < 0.01 * (c - b).norm()
 
@@ -404,7 +476,8 @@ def test_only_wanted_gradients(wanted):
 
 
 def test_backward_falls_back_inside_itself(monkeypatch, caplog):
-    """A kernel that fails in backward costs speed, not the run; what the user pressed is not swallowed."""
+    """A kernel that fails in backward costs speed, not the run; what the user pressed is not
+    swallowed."""
     tensors, rest, grad = problem(20, 40, R=3, S=2, mask=(1, 1, 20, 40), p=0.2, shared=True, B=1)
     want = fused(tensors, rest, grad, FULL)
     monkeypatch.setattr(operator, "_told", False)
@@ -434,9 +507,16 @@ def test_recomputed_gradients_in_chunks(monkeypatch):
     tensors, rest, grad = problem(33, 20, R=3, S=2, dense=(2, 1, 33, 20), mask=(1, 1, 33, 20))
     leaves = leaves_of(tensors, FULL)
     call = Call(
-        *leaves[:6], tuple(rest["segment_lengths"]), leaves[6], rest["mask"], None, 0.0, 0.25, torch.zeros(1),
+        *leaves[:6],
+        tuple(rest["segment_lengths"]),
+        leaves[6],
+        rest["mask"],
+        None,
+        0.0,
+        0.25,
+        torch.zeros(1),
         (True,) * 7,
-    )  # fmt: skip
+    )
     whole = plain_backward(call, grad)
     monkeypatch.setattr(recompute, "CHUNK_ELEMENTS", 1)
     for a, b in zip(whole[:7], plain_backward(call, grad)):  # there are no windows
@@ -453,7 +533,8 @@ def test_a_negative_scale():
 
 @pytest.mark.skipif(not hasattr(torch.library, "custom_op"), reason="torch < 2.4")
 def test_compiles_into_one_graph():
-    """Traced with fake tensors, forward and backward, shapes of every output as they really come."""
+    """Traced with fake tensors, forward and backward, shapes of every output as they really
+    come."""
     tensors, rest, grad = problem(20, 40, R=3, S=2, dense=(1, 1, 20, 40), B=1)
 
     def model(*leaves):
@@ -478,4 +559,6 @@ def test_compiles_into_one_graph():
     torch.library.opcheck(operator._op, arguments, test_utils=utilities)
     strided = [torch.randn(1, 2, length, 16).transpose(1, 2) for length in (20, 40, 40)]
     nothing = (None, None, None, [], None, None, None, 0.0)
-    torch.library.opcheck(operator._op, (*strided, *nothing, -0.25), test_utils=utilities)  # q is copied, scaled
+    torch.library.opcheck(
+        operator._op, (*strided, *nothing, -0.25), test_utils=utilities
+    )  # q is copied, scaled

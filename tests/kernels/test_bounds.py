@@ -1,5 +1,7 @@
-"""Every address that a kernel reads or writes lies inside a tensor that its launch was handed, as compute-sanitizer's
-memcheck would have it on a GPU: what Triton's interpreter touches is plain memory."""
+"""Every address that a kernel reads or writes lies inside a tensor that its launch was handed, as
+compute-sanitizer's memcheck would have it on a GPU: what Triton's interpreter touches is plain
+memory."""
+
 import numpy as np
 import pytest
 import torch
@@ -26,11 +28,14 @@ CASES = [
 
 @pytest.fixture
 def watched(monkeypatch):
-    """The number of addresses looked at so far, in a list; one outside what the running launch was handed fails."""
+    """The number of addresses looked at so far, in a list; one outside what the running launch was
+    handed fails."""
     from triton.runtime import interpreter
 
     builder = getattr(interpreter, "InterpreterBuilder", None)
-    if not all(hasattr(builder, f"create_{name}") for name in ("masked_load", "masked_store", "atomic_rmw")):
+    if not all(
+        hasattr(builder, f"create_{name}") for name in ("masked_load", "masked_store", "atomic_rmw")
+    ):
         pytest.skip("this Triton's interpreter reads and writes elsewhere")
     spans, seen = [], [0]
     launch = settled.Launch.__call__
@@ -44,14 +49,20 @@ def watched(monkeypatch):
         original = getattr(builder, method)
 
         def checked(self, *arguments):
-            where, visible = arguments[pointers].data, np.broadcast_to(arguments[mask].data, arguments[pointers].data.shape)
+            where, visible = (
+                arguments[pointers].data,
+                np.broadcast_to(arguments[mask].data, arguments[pointers].data.shape),
+            )
             addresses = where[visible.astype(bool)].astype(np.int64)
             if spans:
                 starts, ends = np.array(spans).T
                 place = np.searchsorted(starts, addresses, side="right") - 1
                 inside = (place >= 0) & (addresses < ends[place])
                 if not inside.all():
-                    raise IndexError(f"{method}: {(~inside).sum()} of {inside.size} addresses are outside every tensor")
+                    raise IndexError(
+                        f"{method}: {(~inside).sum()} of {inside.size} addresses are outside "
+                        "every tensor"
+                    )
                 seen[0] += addresses.size
             return original(self, *arguments)
 
@@ -81,10 +92,22 @@ def test_inside_the_tensors(monkeypatch, watched, separate, lengths, D, R, dtype
     assert watched[0] > 6 * 2 * 2 * lengths[0] * D  # batch 2, 2 heads
 
 
-@pytest.mark.parametrize("name", [
-    "half", *[pytest.param(name, marks=pytest.mark.slow) for name in (
-        "everything", "grids below a patch", "mask on grids below a patch", "one query, mask", "many queries")],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "half",
+        *[
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "everything",
+                "grids below a patch",
+                "mask on grids below a patch",
+                "one query, mask",
+                "many queries",
+            )
+        ],
+    ],
+)
 def test_windows_inside_the_tensors(watched, name):
     windows._kept.clear()
     cases = load("benchmarks/window_cases.py")

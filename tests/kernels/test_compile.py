@@ -1,5 +1,5 @@
-"""Every class of kernel variant compiles without a GPU, here by the installed Triton for Hopper, whose tiles are the
-largest; tools/triton_matrix.sh has the other versions and architectures.
+"""Every class of kernel variant compiles without a GPU, here by the installed Triton for Hopper,
+whose tiles are the largest; tools/triton_matrix.sh has the other versions and architectures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def test_compiles(tmp_path):
         text=True,
     )
     assert done.returncode == 0 and "compiled " in done.stdout, done.stdout[-3000:]
-    # A thread reads byte by byte its share of one tile of a mask, the cut one. Whole tiles are read 8 or 16 bytes at a time.
+    # A thread reads byte by byte its share of one tile of a mask, the cut one. Whole tiles are read
+    # 8 or 16 bytes at a time.
     for kernel in ("forward_kernel", "queries_kernel"):
         (line,) = re.findall(rf"90 {kernel} mask: (\d+) x (\d+), .* byte loads (\d+),", done.stdout)
         queries, keys, loads = map(int, line)

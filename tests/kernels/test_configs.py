@@ -24,7 +24,9 @@ def test_every_call_finds_a_shipped_tile(kernel, arch, half):
         for block_r in (0, 16, 32, 64):
             found = configs.candidates(Key(kernel, arch, half, block_d, block_r, True))
             assert len(found) > len(configs.SMALLER)
-            assert half or all(config.warps <= 4 for config in found), "tf32x3 and eight warps crash"
+            assert half or all(config.warps <= 4 for config in found), (
+                "tf32x3 and eight warps crash"
+            )
 
 
 def test_what_does_not_fit_is_passed_over_and_remembered():
@@ -44,7 +46,9 @@ def test_what_does_not_fit_is_passed_over_and_remembered():
     assert count > 1 and tried[count:] == [configs.SMALLER[0]]
     with pytest.raises(RuntimeError, match="no tile shape fits"):
         configs._working.clear()
-        configs.first_working(KEY, lambda config: (_ for _ in ()).throw(OutOfResources(1, 0, "registers")))
+        configs.first_working(
+            KEY, lambda config: (_ for _ in ()).throw(OutOfResources(1, 0, "registers"))
+        )
 
 
 def test_tuned_choices_survive_on_disk(monkeypatch):
@@ -130,7 +134,9 @@ def test_reading_again_finds_what_another_process_wrote(monkeypatch):
 
 def elsewhere(monkeypatch, name, value):
     places = dict(zip(cache.NAMES, cache.here()))
-    monkeypatch.setattr(cache, "here", lambda: tuple({**places, name: value}[each] for each in cache.NAMES))
+    monkeypatch.setattr(
+        cache, "here", lambda: tuple({**places, name: value}[each] for each in cache.NAMES)
+    )
 
 
 def again(monkeypatch):
@@ -161,8 +167,19 @@ def test_rows_of_the_old_format_and_damaged_ones_are_dropped(monkeypatch):
     good, shipped = Config(32, 32, 4, 1), configs.candidates(KEY)[0]
     configs.remember({KEY: good})
     (row,) = cache.rows()
-    damaged = [{**row, "config": numbers} for numbers in ([48, 32, 4, 1], [32, 32, 4], [32, 32, 4, 99], [True] * 4,
-                                                          [32, 32, 64, 1], ["a", 32, 4, 1], [1024, 32, 4, 1], None)]
+    damaged = [
+        {**row, "config": numbers}
+        for numbers in (
+            [48, 32, 4, 1],
+            [32, 32, 4],
+            [32, 32, 4, 99],
+            [True] * 4,
+            [32, 32, 64, 1],
+            ["a", 32, 4, 1],
+            [1024, 32, 4, 1],
+            None,
+        )
+    ]
     for bad in ([list(KEY), list(good)], {**row, "gpu": 7}, {**row, "key": None}, *damaged):
         with open(cache.path(), "w") as file:
             json.dump([bad], file)

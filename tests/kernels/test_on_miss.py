@@ -1,4 +1,5 @@
-"""FLASHBIAS_TUNE: which calls start the tuner, that it happens once, and that nothing it does ends a training."""
+"""FLASHBIAS_TUNE: which calls start the tuner, that it happens once, and that nothing it does ends
+a training."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def call(M=2048, N=1024, **rest):
 def ada(monkeypatch, untuned):
     """A GPU of compute capability 8.9, as far as on_miss knows."""
     monkeypatch.setattr(on_miss, "_met", set())
-    monkeypatch.setattr(trial, "class_of", lambda inputs, kernel="forward": KEY._replace(kernel=kernel))
+    monkeypatch.setattr(
+        trial, "class_of", lambda inputs, kernel="forward": KEY._replace(kernel=kernel)
+    )
 
 
 @pytest.fixture
@@ -46,7 +49,10 @@ def tuned(monkeypatch):
     def stand_in(inputs, *, seconds, kernels):
         asked.append((seconds, tuple(kernels)))
         configs.remember({KEY: FOUND})
-        rows = [tune.Row(k, KEY, FOUND, FOUND if k == "forward" else None, 0.8, "", 3, {}) for k in kernels]
+        rows = [
+            tune.Row(k, KEY, FOUND, FOUND if k == "forward" else None, 0.8, "", 3, {})
+            for k in kernels
+        ]
         return tune.Report("a call", rows, 1.0)
 
     monkeypatch.setattr(tune, "tune", stand_in)
@@ -78,7 +84,9 @@ def test_only_what_was_not_measured(tuned, monkeypatch):
     configs.remember({KEY._replace(kernel="keys"): FOUND})
     on_miss.tune(call(), 9.0)
     assert tuned == [(9.0, ("forward", "queries"))]
-    monkeypatch.setattr(trial, "class_of", lambda inputs, kernel="forward": KEY._replace(arch=90, kernel=kernel))
+    monkeypatch.setattr(
+        trial, "class_of", lambda inputs, kernel="forward": KEY._replace(arch=90, kernel=kernel)
+    )
     on_miss.tune(call(), 9.0)
     assert len(tuned) == 1
 
@@ -87,7 +95,9 @@ def test_not_when_it_would_disturb(tuned, monkeypatch):
     """And the next call of the class, where it would not, is tuned for."""
     on_miss.tune(call(M=64, N=64), 9.0)  # bound by launching
     with monkeypatch.context() as patch:
-        patch.setattr(selfcheck, "possible", lambda inputs: False)  # traced, captured or transformed
+        patch.setattr(
+            selfcheck, "possible", lambda inputs: False
+        )  # traced, captured or transformed
         on_miss.tune(call(), 9.0)
     thread = threading.Thread(target=on_miss.tune, args=(call(), 9.0))
     thread.start()
@@ -115,7 +125,9 @@ def test_a_failure_leaves_the_shipped_shapes(monkeypatch, caplog):
 
     monkeypatch.setattr(tune, "tune", fail)
     on_miss.tune(call(), 9.0)
-    assert "gave up, the shipped tile shapes are used: RuntimeError: CUDA out of memory" in caplog.text
+    assert (
+        "gave up, the shipped tile shapes are used: RuntimeError: CUDA out of memory" in caplog.text
+    )
     assert configs.candidates(KEY)[0] == configs.shipped(KEY)[0]
 
 
@@ -174,8 +186,15 @@ print(configs.candidates(KEY)[0] == FOUND)
 def test_of_two_ranks_one_tunes_and_both_use_it(tmp_path):
     log = tmp_path / "log"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "FLASHBIAS_PATCH": "0"}
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(log)], env=environment, stdout=subprocess.PIPE, text=True)
-             for _ in range(2)]  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(log)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
     assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ["True", "True"]
     assert log.read_text() == "tuned\n"
     assert {row["key"][0] for row in json.loads(Path(cache.path()).read_text())} == set(KERNELS)
@@ -196,7 +215,9 @@ def test_the_backend_asks_where_the_variable_is_on_and_nothing_is_compiled(monke
     assert not triton_fused.backend.tune, "off by default"
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "is_compiling"), reason="torch 2.1 and 2.2 do not tell")
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_compiling"), reason="torch 2.1 and 2.2 do not tell"
+)
 def test_torch_compile_does_not_tune(monkeypatch):
     asked = []
     monkeypatch.setattr(on_miss, "tune", lambda inputs, seconds: asked.append(seconds))
@@ -204,5 +225,7 @@ def test_torch_compile_does_not_tune(monkeypatch):
     backend = triton_fused.TritonFused()
     backend.tune = 45.0
     rest = call(8, 8)[1:]
-    out = torch.compile(lambda q: backend.traced(AttentionInputs(q, *rest)), backend="eager", fullgraph=True)(torch.zeros(3))
+    out = torch.compile(
+        lambda q: backend.traced(AttentionInputs(q, *rest)), backend="eager", fullgraph=True
+    )(torch.zeros(3))
     assert not asked and bool((out == 1).all())

@@ -21,7 +21,11 @@ SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "settled_launc
 def test_the_driver_gets_what_triton_would_hand_it():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, SCRIPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, SCRIPT],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert done.returncode == 0 and "settled 5" in done.stdout, done.stdout[-3000:]
 
@@ -84,7 +88,11 @@ class Stream:
 def test_backwards_kernels_side_by_side(monkeypatch, fails):
     """Both after the fork, and joined again, whatever happens between."""
     notes = []
-    q, k, factor = torch.randn(1, 5, 2, 16, requires_grad=True), torch.randn(1, 7, 2, 16, requires_grad=True), None
+    q, k, factor = (
+        torch.randn(1, 5, 2, 16, requires_grad=True),
+        torch.randn(1, 7, 2, 16, requires_grad=True),
+        None,
+    )
 
     def gradients():
         return torch.autograd.grad(fused_attention(q, k, k, factor, factor).square().sum(), (q, k))
@@ -100,9 +108,18 @@ def test_backwards_kernels_side_by_side(monkeypatch, fails):
             launch(*tensors)
 
         step.launch = noted
-    monkeypatch.setattr(launch, "_streams", lambda problem: (Stream("one", notes), Stream("other", notes)))
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients(), want))  # rescued where a kernel fails
-    assert notes == ["other waits for one", "queries on other", "keys on None", "one waits for other"]
+    monkeypatch.setattr(
+        launch, "_streams", lambda problem: (Stream("one", notes), Stream("other", notes))
+    )
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients(), want)
+    )  # rescued where a kernel fails
+    assert notes == [
+        "other waits for one",
+        "queries on other",
+        "keys on None",
+        "one waits for other",
+    ]
 
 
 def test_the_queries_kernels_stream_goes_first(monkeypatch):

@@ -1,4 +1,5 @@
-"""The search for tile shapes, on a GPU of the tests' own: it costs what they say, and a fake clock counts it."""
+"""The search for tile shapes, on a GPU of the tests' own: it costs what they say, and a fake clock
+counts it."""
 
 from __future__ import annotations
 
@@ -39,7 +40,14 @@ def away(config, best=BEST):
 class World:
     """launch.forward and backward, and the timer and clock that go with them."""
 
-    def __init__(self, monkeypatch, cost=away, compiling=0.0, fails=lambda config: None, wrong=lambda config, M: False):
+    def __init__(
+        self,
+        monkeypatch,
+        cost=away,
+        compiling=0.0,
+        fails=lambda config: None,
+        wrong=lambda config, M: False,
+    ):
         self.cost, self.compiling, self.fails, self.wrong = cost, compiling, fails, wrong
         self.now, self.compiled, self.runs, self.M = 0.0, set(), [], 0
         monkeypatch.setattr(launch, "forward", self.forward)
@@ -87,7 +95,9 @@ def test_the_fastest_wins_and_is_remembered(monkeypatch):
         assert row.ratio == pytest.approx(1.1**-5)
         assert configs._tuned[row.key] == BEST and row.key == trial.class_of(call(), row.kernel)
     assert configs.generation > before and not configs._forced
-    assert all(0 <= elapsed <= seconds for elapsed, seconds, _ in said) and "keys 64 x 32, 8 warps" in str(said)
+    assert all(
+        0 <= elapsed <= seconds for elapsed, seconds, _ in said
+    ) and "keys 64 x 32, 8 warps" in str(said)
     monkeypatch.setattr(configs, "_tuned", {})
     configs.reload()
     assert configs._tuned[trial.class_of(call())] == BEST, "it is on disk"
@@ -102,7 +112,10 @@ def test_kernels_and_remembering_are_the_callers_choice(monkeypatch):
 @pytest.mark.parametrize("where", ["in the call", "in the small one"])
 def test_a_shape_with_another_result_is_refused(monkeypatch, where):
     small = trial.SMALL[0]
-    world = World(monkeypatch, wrong=lambda config, M: config == BEST and (small == M) == (where == "in the small one"))
+    world = World(
+        monkeypatch,
+        wrong=lambda config, M: config == BEST and (small == M) == (where == "in the small one"),
+    )
     for row in world.tune().rows:
         assert row.tuned not in (None, BEST) and away(row.tuned) == pytest.approx(1.1)
         assert "off by" in row.skipped[BEST]
@@ -111,7 +124,9 @@ def test_a_shape_with_another_result_is_refused(monkeypatch, where):
 def test_a_result_that_is_not_a_number_is_refused():
     one = torch.ones(4)
     assert not trial.distance([one * float("nan")], [one]) <= 1e9
-    assert trial.distance([one * float("inf")], [one * float("inf")]) == 0  # a row without keys, in both
+    assert (
+        trial.distance([one * float("inf")], [one * float("inf")]) == 0
+    )  # a row without keys, in both
     assert not trial.distance([one], [one * float("inf")]) <= 1e9
     late = torch.ones(10_000)
     late[-1] = 2
@@ -128,7 +143,9 @@ def test_the_time_given_is_kept(monkeypatch, compiling, seconds):
     if compiling == 1.0:
         assert not why, "what was found in the time is used"
     else:
-        assert why <= {"the time was up", "nothing is 3% faster, of what there was time for"} and why
+        assert (
+            why <= {"the time was up", "nothing is 3% faster, of what there was time for"} and why
+        )
 
 
 def test_what_could_not_be_checked_in_time_is_not_remembered(monkeypatch):
@@ -148,16 +165,24 @@ def test_what_could_not_be_checked_in_time_is_not_remembered(monkeypatch):
 
 @pytest.mark.parametrize("ratio, taken", [(0.98, False), (0.96, True), (1.2, False)])
 def test_margin(monkeypatch, ratio, taken):
-    world = World(monkeypatch, cost=lambda config, M: {SHIPPED: 1.0, BEST: ratio}.get(config, 1.5 if ratio < 1 else 1.2))
+    world = World(
+        monkeypatch,
+        cost=lambda config, M: {SHIPPED: 1.0, BEST: ratio}.get(config, 1.5 if ratio < 1 else 1.2),
+    )
     monkeypatch.setattr(tune, "tiles", lambda key, config: [SHIPPED, BEST])
     (row,) = world.tune(kernels=["forward"]).rows
     assert (row.tuned == BEST, bool(configs._tuned)) == (taken, taken)
     assert taken or "3% faster" in row.why
 
 
-@pytest.mark.parametrize("error", [
-    OutOfResources(300000, 232448, "shared memory"), RuntimeError("PassManager::run failed"), MemoryError("none left"),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources(300000, 232448, "shared memory"),
+        RuntimeError("PassManager::run failed"),
+        MemoryError("none left"),
+    ],
+)
 def test_what_does_not_fit_or_compile_is_left_out(monkeypatch, error):
     world = World(monkeypatch, fails=lambda config: error if config.warps == 8 else None)
     for row in world.tune().rows:
@@ -170,7 +195,9 @@ def test_a_lost_gpu_ends_it(monkeypatch, caplog):
     world = World(monkeypatch, fails=lambda config: lost if config.block_n == 32 else None)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         world.tune()
-    assert "the forward kernel was tried with 32 x 32, 4 warps" in caplog.text and not configs._forced
+    assert (
+        "the forward kernel was tried with 32 x 32, 4 warps" in caplog.text and not configs._forced
+    )
 
 
 def test_a_shape_that_is_clearly_slower_is_run_once(monkeypatch):
@@ -185,7 +212,9 @@ def test_a_shape_that_is_clearly_slower_is_run_once(monkeypatch):
 def test_no_other_call_of_the_class_may_become_slower(monkeypatch, counts):
     """Unless it is too short for the kernels to matter."""
     monkeypatch.setattr(trial, "LEAST", 1 if counts else 1 << 40)
-    world = World(monkeypatch, cost=lambda config, M: away(config) if M == 40 else 1 + (config.block_m == 64))
+    world = World(
+        monkeypatch, cost=lambda config, M: away(config) if M == 40 else 1 + (config.block_m == 64)
+    )
     (row,) = world.tune([call(), call(M=48)], kernels=["forward"]).rows
     assert row.tuned == (None if counts else BEST)
     with pytest.raises(ValueError, match="calls: expected one class of call"):
@@ -201,7 +230,9 @@ def test_float32_stays_with_four_warps():
             grid = tune.tiles(key, shipped)
             assert {config.warps for config in grid} == ({4, 8} if half else {4})
             assert grid[0] == shipped and len(grid) == len(set(grid)) <= 18
-            assert all(0.5 <= c.block_m / shipped.block_m <= 2 and 16 <= c.block_n <= 128 for c in grid)
+            assert all(
+                0.5 <= c.block_m / shipped.block_m <= 2 and 16 <= c.block_n <= 128 for c in grid
+            )
 
 
 def test_random_state_and_modes_are_left_alone(monkeypatch):
@@ -217,15 +248,20 @@ def test_random_state_and_modes_are_left_alone(monkeypatch):
 
 FEATURES = {
     "factors": {},
-    "segments and dropout": dict(segment_weights=torch.randn(1, 20, 1, 2), segment_lengths=(20, 13), dropout_p=0.2),
-    "mask and padding": dict(mask=torch.rand(1, 1, 20, 33) < 0.3, key_padding=torch.arange(33)[None] > 30),
+    "segments and dropout": dict(
+        segment_weights=torch.randn(1, 20, 1, 2), segment_lengths=(20, 13), dropout_p=0.2
+    ),
+    "mask and padding": dict(
+        mask=torch.rand(1, 1, 20, 33) < 0.3, key_padding=torch.arange(33)[None] > 30
+    ),
     "dense": dict(dense=torch.randn(1, 2, 20, 33).requires_grad_()),
 }
 
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_the_kernels_themselves(monkeypatch, name):
-    """Interpreted: each is run by itself, on the shape that is forced, under the class that launches ask for."""
+    """Interpreted: each is run by itself, on the shape that is forced, under the class that
+    launches ask for."""
     inputs = call(20, 33, R=0 if "segments" in name else 4, dtype=torch.float32, **FEATURES[name])
     other = Config(16, 16, 4, 1)
     asked, candidates = [], configs.candidates
@@ -269,7 +305,12 @@ def test_the_gpu_is_timed_behind_a_pause(monkeypatch, pauses):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
     if pauses:
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("pause" if cycles > 0 else ""), raising=False)
+        monkeypatch.setattr(
+            torch.cuda,
+            "_sleep",
+            lambda cycles: done.append("pause" if cycles > 0 else ""),
+            raising=False,
+        )
     else:
         monkeypatch.delattr(torch.cuda, "_sleep", raising=False)
     assert trial.cuda_times(lambda: done.append("run"), 2) == [2.0, 2.0]

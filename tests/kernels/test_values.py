@@ -1,5 +1,7 @@
-"""Rows whose keys are all at a large finite value, and weights of -inf: output and gradients against float64, by error at
-most twice plain PyTorch's in the same precision. Near -1e9 that error is the digits that float32 has for such scores."""
+"""Rows whose keys are all at a large finite value, and weights of -inf: output and gradients
+against float64, by error at most twice plain PyTorch's in the same precision. Near -1e9 that error
+is the digits that float32 has for such scores."""
+
 from __future__ import annotations
 
 import math
@@ -30,7 +32,9 @@ def strict(monkeypatch):
         raise  # the error that is being handled
 
     monkeypatch.setattr(operator, "plain_backward", fail)
-    monkeypatch.setattr(problem_module, "empty", lambda *size, **options: torch.full(*size, float("nan"), **options))
+    monkeypatch.setattr(
+        problem_module, "empty", lambda *size, **options: torch.full(*size, float("nan"), **options)
+    )
 
 
 def random(*size):
@@ -66,10 +70,22 @@ def beyond(key):
     return (torch.arange(N) >= key).expand(1, 1, M, N)
 
 
-SOME = {0: (HIDDEN, None, None), 1: (None, HIDDEN, None), 2: (None, HIDDEN, HIDDEN), 3: (HIDDEN,) * 3}
-FAR = {0: (-1e30, None, None), 1: (-1e9, -1e9 + 64, -1e9), 2: (1e9, 1e9, 1e9), 3: (None, LEAST, -1e5)}
+SOME = {
+    0: (HIDDEN, None, None),
+    1: (None, HIDDEN, None),
+    2: (None, HIDDEN, HIDDEN),
+    3: (HIDDEN,) * 3,
+}
+FAR = {
+    0: (-1e30, None, None),
+    1: (-1e9, -1e9 + 64, -1e9),
+    2: (1e9, 1e9, 1e9),
+    3: (None, LEAST, -1e5),
+}
 TERMS = {
-    **{f"dense {value:.0e}": dict(dense=dense(value)) for value in (-1e4, -1e9, LEAST, 1e9, -LEAST)},
+    **{
+        f"dense {value:.0e}": dict(dense=dense(value)) for value in (-1e4, -1e9, LEAST, 1e9, -LEAST)
+    },
     "padding -1e9": dict(key_padding=padding(-1e9)),
     "padding of finfo.min": dict(key_padding=padding(LEAST)),
     "padding of finfo.min, half": dict(key_padding=padding(LEAST, whole=False)),
@@ -81,8 +97,12 @@ TERMS = {
     "weights far below": dict(segment_weights=weights(FAR)),
     "weights -inf, dense": dict(segment_weights=weights(SOME), dense=dense(-1e9)),
     "weights -inf, mask": dict(segment_weights=weights(SOME), mask=beyond(60)),
-    "weights -1e9, mask hides the others": dict(segment_weights=weights({0: (-1e9, -1e9, 0.0)}), mask=beyond(55)),
-    "weights -inf, padding": dict(segment_weights=weights(SOME), key_padding=(torch.arange(N) > 60).expand(B, N)),
+    "weights -1e9, mask hides the others": dict(
+        segment_weights=weights({0: (-1e9, -1e9, 0.0)}), mask=beyond(55)
+    ),
+    "weights -inf, padding": dict(
+        segment_weights=weights(SOME), key_padding=(torch.arange(N) > 60).expand(B, N)
+    ),
 }
 
 
@@ -109,11 +129,22 @@ def plainly(**arguments):
     return attend_dense(AttentionInputs(**arguments))
 
 
-@pytest.mark.parametrize("dtype, name, splits", [
-    *[(FULL, name, 0) for name in TERMS],
-    *[(HALF, name, 0) for name in ("dense -1e+09", "padding of finfo.min", "weights -inf", "weights far below")],
-    *[(FULL, name, 3) for name in ("dense -1e+09", "weights -inf", "weights far below")],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, name, splits",
+    [
+        *[(FULL, name, 0) for name in TERMS],
+        *[
+            (HALF, name, 0)
+            for name in (
+                "dense -1e+09",
+                "padding of finfo.min",
+                "weights -inf",
+                "weights far below",
+            )
+        ],
+        *[(FULL, name, 3) for name in ("dense -1e+09", "weights -inf", "weights far below")],
+    ],
+)
 def test_rows_far_from_zero(monkeypatch, dtype, name, splits):
     if splits:
         monkeypatch.setattr(configs, "INTERPRETED", configs.Config(16, 16, 4, 1, splits=splits))
@@ -128,7 +159,8 @@ def test_rows_far_from_zero(monkeypatch, dtype, name, splits):
 
 
 def test_the_sum_of_two_terms_of_finfo_min_hides_nothing():
-    """It overflows to -inf in plain PyTorch; the weights are those of the row that is masked once."""
+    """It overflows to -inf in plain PyTorch; the weights are those of the row that is masked
+    once."""
     twice = run(fused_attention, FULL, dict(dense=dense(LEAST), key_padding=padding(LEAST)))
     exact = run(plainly, FULL, dict(dense=dense(LEAST), key_padding=padding(LEAST)), torch.float64)
     for part, wanted in exact.items():

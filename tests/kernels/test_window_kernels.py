@@ -1,4 +1,6 @@
-"""Windows on grids in the kernels, interpreted, against float64: error at most twice plain PyTorch's, plus 1e-5."""
+"""Windows on grids in the kernels, interpreted, against float64: error at most twice plain
+PyTorch's, plus 1e-5."""
+
 from __future__ import annotations
 
 import math
@@ -21,11 +23,18 @@ HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 # Block sizes, and into how many parts the loops are cut.
 TILES = {"pairs of patches, split": (32, 128, 3), "small": (16, 64, 0), "small, split": (16, 64, 3)}
 # Of CASES, those that run by default; the others are slow ones.
-QUICK = ("half, dropout", "gauss and the same mask", "mask on grids below a patch", "segments, half")
+QUICK = (
+    "half, dropout",
+    "gauss and the same mask",
+    "mask on grids below a patch",
+    "segments, half",
+)
 
 
 def quick(names, chosen):
-    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [
+        name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +53,15 @@ def check(case):
 
 def tile(monkeypatch, block_m, block_n, splits=0):
     def candidates(key):
-        return [Config(block_m, 64 if "keys" in key.kernel or "mask" in key.kernel else block_n, 4, 1, splits=splits)]
+        return [
+            Config(
+                block_m,
+                64 if "keys" in key.kernel or "mask" in key.kernel else block_n,
+                4,
+                1,
+                splits=splits,
+            )
+        ]
 
     monkeypatch.setattr(configs, "candidates", candidates)
     configs.generation += 1
@@ -61,7 +78,10 @@ def test_pairs_of_patches(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["gauss", "mask", "segments, half", "half, dropout", "everything", "grids below a patch"])
+@pytest.mark.parametrize(
+    "case",
+    ["gauss", "mask", "segments, half", "half, dropout", "everything", "grids below a patch"],
+)
 @pytest.mark.parametrize("size", TILES)
 def test_tiles_and_splits(monkeypatch, case, size):
     tile(monkeypatch, *TILES[size])
@@ -81,7 +101,12 @@ def test_large_weights():
     case.leaves["windows"] *= 5e3
     check(case)
     largest = torch.finfo(FULL).max  # beside which float64 loses the scores: as 1e9
-    for value, dtypes in ((1e9, (FULL, HALF)), (-1e9, (FULL,)), (largest, (HALF,)), (-math.inf, (FULL,))):
+    for value, dtypes in (
+        (1e9, (FULL, HALF)),
+        (-1e9, (FULL,)),
+        (largest, (HALF,)),
+        (-math.inf, (FULL,)),
+    ):
         for dtype in dtypes:
             case.leaves["windows"] = torch.full_like(case.leaves["windows"], min(value, 1e9))
             want = cast(case, dtype).plain(torch.float64)
@@ -138,7 +163,9 @@ def test_tables_are_shared_and_follow_the_centres():
     case = Case()
     made = windows.make(*windows.arguments(case.windows, None))
     first = windows.tables_of(made)
-    other = case.windows._replace(centres=case.windows.centres.detach(), weights=case.windows.weights * 2)
+    other = case.windows._replace(
+        centres=case.windows.centres.detach(), weights=case.windows.weights * 2
+    )
     assert windows.tables_of(windows.make(*windows.arguments(other, None))) is first
     case.windows.centres.add_(1)
     assert windows.tables_of(made) is not first
@@ -172,12 +199,16 @@ def test_counted_keys_number_each_key_once():
     for frames in (WIDE, SMALL):
         keys = patches.counted_keys(frames, torch.device("cpu"))
         assert len(keys.unique()) == len(keys) == sum(frame.size for frame in frames)
-        words = patches.tables(frames, (1,) * len(frames), (1,) * len(frames), None, (), torch.device("cpu"))[0]
+        words = patches.tables(
+            frames, (1,) * len(frames), (1,) * len(frames), None, (), torch.device("cpu")
+        )[0]
         assert int(keys.max()) < 64 * len(words)
 
 
 @pytest.mark.skipif(not hasattr(torch.library, "custom_op"), reason="torch < 2.4")
-@pytest.mark.parametrize("case", quick(["box", "segments and mask", "gauss and the same mask"], ["box"]))
+@pytest.mark.parametrize(
+    "case", quick(["box", "segments and mask", "gauss and the same mask"], ["box"])
+)
 def test_compiles_into_one_graph(case):
     case = Case(**{**CASES[case], "dtype": FULL})
     want = case.fused()
@@ -190,7 +221,12 @@ def test_compiles_into_one_graph(case):
         assert torch.allclose(one, two, atol=1e-6)
     inputs = case.inputs({name: t.detach() for name, t in case.leaves.items()})
     lengths = list(inputs.segment_lengths or ())
-    given = (*inputs[:6], lengths, *inputs[7:12], *windows.arguments(inputs.windows, inputs.window_mask))
+    given = (
+        *inputs[:6],
+        lengths,
+        *inputs[7:12],
+        *windows.arguments(inputs.windows, inputs.window_mask),
+    )
     torch.library.opcheck(operator._op, given, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -1,4 +1,5 @@
 """The runner hooks, on stand-ins of both runners; the real mmcv 1.x where it is installed."""
+
 from __future__ import annotations
 
 import json
@@ -57,8 +58,13 @@ def test_mmcv_hook(tmp_path):
     hook = registry[hooks.NAME](interval=2, patience=3)
     assert not hasattr(hook, "priority")  # mmcv 1.x refuses hooks that have one
     model = Model()
-    runner = types.SimpleNamespace(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), iter=0,
-                                   work_dir=str(tmp_path), log_buffer=LogBuffer())
+    runner = types.SimpleNamespace(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), 0.1),
+        iter=0,
+        work_dir=str(tmp_path),
+        log_buffer=LogBuffer(),
+    )
     hook.before_run(runner)
     for runner.iter in range(4):
         step(runner)
@@ -72,14 +78,22 @@ def test_mmcv_hook(tmp_path):
 def test_mmengine_hook(tmp_path, monkeypatch):
     registry = Registry()
     monkeypatch.setitem(sys.modules, "mmengine", module("mmengine"))
-    monkeypatch.setitem(sys.modules, "mmengine.registry", module("mmengine.registry", HOOKS=registry))
+    monkeypatch.setitem(
+        sys.modules, "mmengine.registry", module("mmengine.registry", HOOKS=registry)
+    )
     hooks.register(module("mmengine.hooks"))
     hook = registry[hooks.NAME](interval=1, jsonl=None)
     model, scalars = Model(), {}
     hub = types.SimpleNamespace(update_scalar=scalars.__setitem__)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    runner = types.SimpleNamespace(model=model, optimizer=optimizer, iter=0, work_dir=str(tmp_path), message_hub=hub,
-                                   optim_wrapper=types.SimpleNamespace(optimizer=optimizer))
+    runner = types.SimpleNamespace(
+        model=model,
+        optimizer=optimizer,
+        iter=0,
+        work_dir=str(tmp_path),
+        message_hub=hub,
+        optim_wrapper=types.SimpleNamespace(optimizer=optimizer),
+    )
     hook.before_run(runner)
     hook.before_train(runner)
     step(runner)
@@ -124,10 +138,17 @@ class Model(nn.Module):
 
 
 @pytest.mark.openmmlab
-@pytest.mark.parametrize("kind, taken", [
-    ("OptimizerHook", [1, 2, 3, 4, 5]), ("GradientCumulativeOptimizerHook", [2, 4, 5]), ("Fp16OptimizerHook", [2, 3, 4, 5])])
+@pytest.mark.parametrize(
+    "kind, taken",
+    [
+        ("OptimizerHook", [1, 2, 3, 4, 5]),
+        ("GradientCumulativeOptimizerHook", [2, 4, 5]),
+        ("Fp16OptimizerHook", [2, 3, 4, 5]),
+    ],
+)
 def test_real_mmcv_steps(tmp_path, kind, taken):
-    """Iterations of mmcv's own runner and optimizer hooks: accumulated over two, and left out by GradScaler."""
+    """Iterations of mmcv's own runner and optimizer hooks: accumulated over two, and left out by
+    GradScaler."""
     pytest.importorskip("mmcv.runner")
     code = textwrap.dedent("""
         from mmcv.runner import EpochBasedRunner
@@ -148,14 +169,22 @@ def test_real_mmcv_steps(tmp_path, kind, taken):
             dict(policy="fixed"), config, None, dict(interval=2, hooks=[dict(type="TextLoggerHook")]),
             custom_hooks_config=[dict(type="BiasScaleMonitorHook", interval=2, patience=2)])
         runner.run([torch.utils.data.DataLoader(torch.ones(5, 3))], [("train", 1)])
-    """)
-    environment = {"PATH": "/usr/bin:/bin", "FLASHBIAS_PATCH": "1", "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", MODEL + code, str(tmp_path), kind], env=environment)
+    """)  # noqa: E501
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "FLASHBIAS_PATCH": "1",
+        "PYTHONPATH": ":".join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", MODEL + code, str(tmp_path), kind], env=environment
+    )
     if done.returncode == 77:
         pytest.skip("this torch has no GradScaler for the CPU")
     assert done.returncode == 0
     found = [json.loads(line) for line in (tmp_path / "bias_scale.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in found] == [1, 2, 3, 4, 5] and [r["step"] for r in found if r["stepped"]] == taken
+    assert [r["step"] for r in found] == [1, 2, 3, 4, 5] and [
+        r["step"] for r in found if r["stepped"]
+    ] == taken
     assert {r["grad_norm"] for r in found if r["stepped"]} == {3.0}
 
 
@@ -172,8 +201,12 @@ def test_real_mmcv_runner(tmp_path):
             dict(policy="fixed"), dict(grad_clip=None), None, dict(interval=2, hooks=[dict(type="TextLoggerHook")]),
             custom_hooks_config=[dict(type="BiasScaleMonitorHook", interval=2)])
         runner.run([torch.utils.data.DataLoader(torch.ones(4, 3))], [("train", 1)])
-    """)
-    environment = {"PATH": "/usr/bin:/bin", "FLASHBIAS_PATCH": "1", "PYTHONPATH": ":".join(sys.path)}
+    """)  # noqa: E501
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "FLASHBIAS_PATCH": "1",
+        "PYTHONPATH": ":".join(sys.path),
+    }
     subprocess.run([sys.executable, "-c", MODEL + code, str(tmp_path)], check=True, env=environment)
     found = [json.loads(line) for line in (tmp_path / "bias_scale.jsonl").read_text().splitlines()]
     assert [r["grad_norm"] for r in found] == [3.0] * 4

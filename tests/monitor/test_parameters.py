@@ -1,4 +1,5 @@
 """What the monitor records, and when it says that a parameter is stuck."""
+
 from __future__ import annotations
 
 import json
@@ -43,24 +44,35 @@ def train(model, optimizer, monitor, steps, loss=None, scale=1.0, **update):
 def test_value_gradient_and_change(tmp_path, given_optimizer):
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monitor = ParameterMonitor(model, jsonl=str(tmp_path / "m.jsonl"), optimizer=optimizer if given_optimizer else None)
+    monitor = ParameterMonitor(
+        model, jsonl=str(tmp_path / "m.jsonl"), optimizer=optimizer if given_optimizer else None
+    )
     expected = model.linear(torch.ones(1, 2)).sum().item()
     train(model, optimizer, monitor, 3)
     found = records(tmp_path / "m.jsonl")
-    assert [(r["step"], r["name"]) for r in found[:2]] == [(1, "aqr.bias_scale"), (1, "heads.bias_scale")]
+    assert [(r["step"], r["name"]) for r in found[:2]] == [
+        (1, "aqr.bias_scale"),
+        (1, "heads.bias_scale"),
+    ]
     assert len(found) == 6
     assert found[0]["grad_norm"] == pytest.approx(abs(expected), rel=1e-5)
     assert found[0]["value"] == pytest.approx(2.0 - 0.1 * expected, rel=1e-5)
     assert found[0]["change"] == pytest.approx(0.1 * abs(expected), rel=1e-4)
-    assert found[1]["values"] == pytest.approx([0.9, 2.9]) and found[1]["value"] == pytest.approx(1.9)
-    assert found[1]["grad_norm"] == pytest.approx(2 ** 0.5, rel=1e-6)
+    assert found[1]["values"] == pytest.approx([0.9, 2.9]) and found[1]["value"] == pytest.approx(
+        1.9
+    )
+    assert found[1]["grad_norm"] == pytest.approx(2**0.5, rel=1e-6)
 
 
 def test_gradients_cleared_before_update_and_loss_scaling(tmp_path):
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     monitor = ParameterMonitor(model, optimizer=optimizer, jsonl=str(tmp_path / "m.jsonl"))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if hasattr(getattr(torch, "amp", None), "GradScaler") else None
+    scaler = (
+        torch.amp.GradScaler("cpu", init_scale=1024.0)
+        if hasattr(getattr(torch, "amp", None), "GradScaler")
+        else None
+    )
     if scaler is None:
         pytest.skip("GradScaler on the CPU needs torch 2.3")
     for factor in (1.0, float("inf")):
@@ -71,7 +83,7 @@ def test_gradients_cleared_before_update_and_loss_scaling(tmp_path):
         monitor.update()
     monitor.flush()
     found = [r for r in records(tmp_path / "m.jsonl") if r["name"] == "heads.bias_scale"]
-    assert found[0]["grad_norm"] == pytest.approx(2 ** 0.5, rel=1e-6)
+    assert found[0]["grad_norm"] == pytest.approx(2**0.5, rel=1e-6)
     assert found[1]["grad_norm"] is None  # the scaler skipped that step
 
 
@@ -80,15 +92,27 @@ def test_given_scale_is_divided_out(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     monitor = ParameterMonitor(model, "heads.bias_scale", jsonl=str(tmp_path / "m.jsonl"))
     train(model, optimizer, monitor, 1, scale=512.0, grad_scale=512.0)
-    assert records(tmp_path / "m.jsonl")[0]["grad_norm"] == pytest.approx(2 ** 0.5, rel=1e-6)
+    assert records(tmp_path / "m.jsonl")[0]["grad_norm"] == pytest.approx(2**0.5, rel=1e-6)
 
 
 STUCK = {
     "no gradient": (lambda m: m.linear.weight.sum, "got no gradient", "no attention went through"),
-    "zero": (lambda m: lambda: (m(torch.ones(1, 2)) * 0.0), "gradient of exactly 0", "softmax does not see"),
-    "not in the optimizer": (lambda m: lambda: m(torch.ones(1, 2)), "has not moved", "the optimizer does not hold it"),
+    "zero": (
+        lambda m: lambda: m(torch.ones(1, 2)) * 0.0,
+        "gradient of exactly 0",
+        "softmax does not see",
+    ),
+    "not in the optimizer": (
+        lambda m: lambda: m(torch.ones(1, 2)),
+        "has not moved",
+        "the optimizer does not hold it",
+    ),
     "lr": (lambda m: lambda: m(torch.ones(1, 2)), "has not moved", "learning rate is 0"),
-    "frozen": (lambda m: lambda: m(torch.ones(1, 2)), "got no gradient", "does not require a gradient"),
+    "frozen": (
+        lambda m: lambda: m(torch.ones(1, 2)),
+        "got no gradient",
+        "does not require a gradient",
+    ),
 }
 
 
@@ -142,7 +166,9 @@ def test_an_unknown_name_is_told(caplog):
 def test_other_ranks_write_nothing(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("RANK", "1")
     model = Model()
-    monitor = ParameterMonitor(model, jsonl=str(tmp_path / "m.jsonl"), tensorboard=str(tmp_path / "tb"), patience=2)
+    monitor = ParameterMonitor(
+        model, jsonl=str(tmp_path / "m.jsonl"), tensorboard=str(tmp_path / "tb"), patience=2
+    )
     with caplog.at_level(logging.INFO, "flashbias_patch"):
         train(model, torch.optim.SGD(model.parameters(), 0.0), monitor, 3)
     assert not list(tmp_path.iterdir()) and not caplog.records

@@ -1,4 +1,6 @@
-"""What counts as a step: closures, accumulation, GradScaler, several and replaced optimizers and parameters, NaN, clamps."""
+"""What counts as a step: closures, accumulation, GradScaler, several and replaced optimizers and
+parameters, NaN, clamps."""
+
 from __future__ import annotations
 
 import json
@@ -18,12 +20,14 @@ from .test_parameters import Model, records
 
 NAME = "heads.bias_scale"
 X = torch.ones(1, 2)
-NORM = 2 ** 0.5  # of the gradient of heads.bias_scale
+NORM = 2**0.5  # of the gradient of heads.bias_scale
 
 
 def watched(model, optimizer=None, tmp_path=None, **options):
     jsonl = None if tmp_path is None else str(tmp_path / "m.jsonl")
-    return ParameterMonitor(model, NAME, optimizer=optimizer, **{"interval": 1, "jsonl": jsonl, **options})
+    return ParameterMonitor(
+        model, NAME, optimizer=optimizer, **{"interval": 1, "jsonl": jsonl, **options}
+    )
 
 
 @pytest.fixture
@@ -32,11 +36,18 @@ def warnings(caplog):
     return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("make", [
-    lambda p: torch.optim.SGD(p, 1e-3), lambda p: torch.optim.LBFGS(p, 1e-3, max_iter=2),
-    pytest.param(lambda p: torch.optim.AdamW(p, 1e-3, foreach=True), marks=since(1, 12, "foreach=")),
-    pytest.param(lambda p: torch.optim.AdamW(p, 1e-3, fused=True), marks=since(2, 0, "fused=")),
-], ids=["sgd", "lbfgs", "foreach", "fused"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, 1e-3),
+        lambda p: torch.optim.LBFGS(p, 1e-3, max_iter=2),
+        pytest.param(
+            lambda p: torch.optim.AdamW(p, 1e-3, foreach=True), marks=since(1, 12, "foreach=")
+        ),
+        pytest.param(lambda p: torch.optim.AdamW(p, 1e-3, fused=True), marks=since(2, 0, "fused=")),
+    ],
+    ids=["sgd", "lbfgs", "foreach", "fused"],
+)
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("closure", [True, False])
 def test_the_gradient_of_the_step_itself(warnings, make, given, closure):
@@ -44,6 +55,7 @@ def test_the_gradient_of_the_step_itself(warnings, make, given, closure):
     optimizer = make(list(model.parameters()))
     monitor = watched(model, optimizer if given else None, patience=3)
     for factor in (1.0, 10.0, 100.0, 1000.0):
+
         def compute(factor=factor):
             optimizer.zero_grad(set_to_none=True)
             loss = model(X) * factor
@@ -77,10 +89,16 @@ def test_accumulation_counts_steps_only(tmp_path, warnings, caplog):
     assert [r["step"] for r in found if r["stepped"]] == [4, 8]
     assert [r["grad_norm"] for r in found if not r["stepped"]] == [None] * 8
     assert monitor.last[NAME]["step"] == 8 and not warnings()
-    assert "no optimizer step" in caplog.records[0].getMessage() and "grad 5.66" in caplog.records[-1].getMessage()
+    assert (
+        "no optimizer step" in caplog.records[0].getMessage()
+        and "grad 5.66" in caplog.records[-1].getMessage()
+    )
 
 
-@pytest.mark.skipif(not hasattr(getattr(torch, "amp", None), "GradScaler"), reason="GradScaler on the CPU needs torch 2.3")
+@pytest.mark.skipif(
+    not hasattr(getattr(torch, "amp", None), "GradScaler"),
+    reason="GradScaler on the CPU needs torch 2.3",
+)
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_that_grad_scaler_leaves_out(tmp_path, warnings, fused):
     model = Model()
@@ -130,7 +148,9 @@ def test_an_optimizer_and_a_parameter_that_are_built_again(warnings):
             optimizer.step()
             optimizer.zero_grad()
             monitor.update()
-    assert monitor.last[NAME]["value"] == pytest.approx(6.6) and monitor.last[NAME]["grad_norm"] == pytest.approx(NORM)
+    assert monitor.last[NAME]["value"] == pytest.approx(6.6) and monitor.last[NAME][
+        "grad_norm"
+    ] == pytest.approx(NORM)
     assert not warnings()
 
 
@@ -166,8 +186,14 @@ def test_nan_is_named_once_with_its_first_step(tmp_path, warnings):
     def refuse(word):
         raise AssertionError(word)
 
-    found = [json.loads(text, parse_constant=refuse) for text in (tmp_path / "m.jsonl").read_text().splitlines()]
-    assert found[2]["not_finite"] == ["value", "grad_norm", "change"] and found[2]["values"] == [None, None]
+    found = [
+        json.loads(text, parse_constant=refuse)
+        for text in (tmp_path / "m.jsonl").read_text().splitlines()
+    ]
+    assert found[2]["not_finite"] == ["value", "grad_norm", "change"] and found[2]["values"] == [
+        None,
+        None,
+    ]
     assert "not_finite" not in found[1]
 
 
@@ -179,12 +205,16 @@ def test_a_clamped_parameter(warnings, inside):
     monitor = watched(model, optimizer, patience=3)
     for _ in range(6):
         optimizer.zero_grad()
-        (model.heads.bias_scale.clamp(min=1.0) if inside else model.heads.bias_scale).sum().backward()
+        (
+            model.heads.bias_scale.clamp(min=1.0) if inside else model.heads.bias_scale
+        ).sum().backward()
         optimizer.step()
         model.heads.bias_scale.data.clamp_(min=0.0)
         monitor.update()
     (line,) = warnings()
-    assert ("gradient of exactly 0" if inside else "is moved by each step and set back") in line and "clamp" in line
+    assert (
+        "gradient of exactly 0" if inside else "is moved by each step and set back"
+    ) in line and "clamp" in line
 
 
 @pytest.mark.parametrize("fault", ["directory", "full", "tensorboard"])
@@ -214,6 +244,7 @@ def test_a_failure_ends_the_watching_and_an_interrupt_passes(monkeypatch, caplog
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     monitor = watched(model, optimizer)
     for error in (KeyboardInterrupt, RuntimeError):
+
         def fail(*given, error=error):
             raise error("no")
 
@@ -226,7 +257,9 @@ def test_a_failure_ends_the_watching_and_an_interrupt_passes(monkeypatch, caplog
         else:
             monitor.update()
             monitor.update()
-    assert [r.levelname for r in caplog.records] == ["ERROR"] and "stopped at step 2: RuntimeError: no" in caplog.text
+    assert [r.levelname for r in caplog.records] == [
+        "ERROR"
+    ] and "stopped at step 2: RuntimeError: no" in caplog.text
 
 
 def test_a_parameter_without_a_shape_ends_the_watching(caplog):
@@ -259,11 +292,21 @@ def test_closing_takes_the_hooks_back():
     if not hasattr(optimizers, "_global_optimizer_pre_hooks"):  # torch 2.0
         before = len(step_hooks._hooks)
         monitor = watched(Model())
-        assert len(step_hooks._hooks) == before + 2 and hasattr(torch.optim.SGD.step, "__flashbias_step__")
+        assert len(step_hooks._hooks) == before + 2 and hasattr(
+            torch.optim.SGD.step, "__flashbias_step__"
+        )
         monitor.close()
-        assert len(step_hooks._hooks) == before and hasattr(torch.optim.SGD.step, "__flashbias_step__") is (before > 0)
+        assert len(step_hooks._hooks) == before and hasattr(
+            torch.optim.SGD.step, "__flashbias_step__"
+        ) is (before > 0)
         return
-    before = len(optimizers._global_optimizer_pre_hooks), len(optimizers._global_optimizer_post_hooks)
+    before = (
+        len(optimizers._global_optimizer_pre_hooks),
+        len(optimizers._global_optimizer_post_hooks),
+    )
     monitor = watched(Model())
     monitor.close()
-    assert before == (len(optimizers._global_optimizer_pre_hooks), len(optimizers._global_optimizer_post_hooks))
+    assert before == (
+        len(optimizers._global_optimizer_pre_hooks),
+        len(optimizers._global_optimizer_post_hooks),
+    )

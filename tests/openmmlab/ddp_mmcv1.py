@@ -1,4 +1,6 @@
-"""One rank of test_distributed_two_processes: a patched model in mmcv's MMDistributedDataParallel."""
+"""One rank of test_distributed_two_processes: a patched model in mmcv's
+MMDistributedDataParallel."""
+
 import gc
 import os
 
@@ -21,11 +23,17 @@ with stand_ins.repository("cmt", openmmlab=False) as load:
     from tests.openmmlab.helpers import answered, batches
 
     torch.manual_seed(0)
-    model = test_mmcv1.Trainable(build_from_cfg(test_mmcv1.layer_config(with_cp=False), TRANSFORMER_LAYER))
+    model = test_mmcv1.Trainable(
+        build_from_cfg(test_mmcv1.layer_config(with_cp=False), TRANSFORMER_LAYER)
+    )
     wrapped = MMDistributedDataParallel(model, broadcast_buffers=False)
     wrapped.train_step(batches(2)[rank], None)["loss"].backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    torch.save({"grads": grads, "answered": answered()}, os.path.join(os.environ["OUT"], f"rank{rank}.pt"))
+    torch.save(
+        {"grads": grads, "answered": answered()}, os.path.join(os.environ["OUT"], f"rank{rank}.pt")
+    )
 del wrapped, model, grads
-gc.collect()  # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and torch 2.14 aborts
+# DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and torch
+# 2.14 aborts
+gc.collect()
 dist.destroy_process_group()

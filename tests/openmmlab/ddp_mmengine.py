@@ -1,4 +1,6 @@
-"""One rank of test_distributed_two_processes: a patched model in mmengine's MMDistributedDataParallel."""
+"""One rank of test_distributed_two_processes: a patched model in mmengine's
+MMDistributedDataParallel."""
+
 import gc
 import os
 
@@ -21,7 +23,11 @@ with stand_ins.repository("mmdet3d", openmmlab=False) as load:
     wrapped = MMDistributedDataParallel(test_mmengine.Trainable(), broadcast_buffers=False)
     wrapped(batches(2)[rank], mode="loss")["loss"].backward()
     grads = {name: parameter.grad for name, parameter in wrapped.module.named_parameters()}
-    torch.save({"grads": grads, "answered": answered()}, os.path.join(os.environ["OUT"], f"rank{rank}.pt"))
+    torch.save(
+        {"grads": grads, "answered": answered()}, os.path.join(os.environ["OUT"], f"rank{rank}.pt")
+    )
 del wrapped, grads
-gc.collect()  # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and torch 2.14 aborts
+# DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and torch
+# 2.14 aborts
+gc.collect()
 dist.destroy_process_group()

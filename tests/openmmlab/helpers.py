@@ -1,4 +1,5 @@
 """What both generations' tests share: inputs, and one call unpatched and patched."""
+
 from __future__ import annotations
 
 import os
@@ -18,8 +19,10 @@ def inputs(seed=0, M=13, N=29, B=2, batch_first=False):
     """query, key, query_pos, key_pos as leaves; and a boolean self mask without an empty row."""
     torch.manual_seed(seed)
     lengths = {"query": M, "key": N, "query_pos": M, "key_pos": N}
-    tensors = {name: torch.randn(*((B, n, E) if batch_first else (n, B, E)), requires_grad=True)
-               for name, n in lengths.items()}
+    tensors = {
+        name: torch.randn(*((B, n, E) if batch_first else (n, B, E)), requires_grad=True)
+        for name, n in lengths.items()
+    }
     mask = torch.rand(M, M) < 0.3
     mask.fill_diagonal_(False)
     return tensors, mask
@@ -32,12 +35,15 @@ def run(module, call, leaves):
     torch.manual_seed(7)
     out = call(module)
     (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-    return [out.detach()] + [leaf.grad.clone() if leaf.grad is not None else None
-                             for leaf in (*leaves, *module.parameters())]
+    return [out.detach()] + [
+        leaf.grad.clone() if leaf.grad is not None else None
+        for leaf in (*leaves, *module.parameters())
+    ]
 
 
 def both_ways(module, call, leaves):
-    """(unpatched, patched) results of `run`; the patched one was answered by a backend, not by the original code."""
+    """(unpatched, patched) results of `run`; the patched one was answered by a backend, not by the
+    original code."""
     flashbias_patch.uninstall()
     theirs = run(module, call, leaves)
     flashbias_patch.install()
@@ -49,7 +55,9 @@ def both_ways(module, call, leaves):
 
 def answered():
     """Calls that a backend answered so far in this process."""
-    return sum(count for name, count in flashbias_patch.status()["calls"].items() if name != "original")
+    return sum(
+        count for name, count in flashbias_patch.status()["calls"].items() if name != "original"
+    )
 
 
 def assert_same(theirs, ours, rtol=2e-4, atol=2e-5):
@@ -69,7 +77,11 @@ class Detector(torch.nn.Module):
 
     def loss(self, features):
         query, key = features[:9], features[9:]
-        return self.head(self.layer(query, key=key, value=key, attn_masks=[None, None])).square().mean()
+        return (
+            self.head(self.layer(query, key=key, value=key, attn_masks=[None, None]))
+            .square()
+            .mean()
+        )
 
 
 def batches(count, seed=3):
@@ -82,10 +94,26 @@ def two_processes(script, tmp_path, **env):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    base = {**os.environ, "PYTHONPATH": ROOT, "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "OUT": str(tmp_path), **env}
-    started = [subprocess.Popen([sys.executable, script], env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(2)]
+    base = {
+        **os.environ,
+        "PYTHONPATH": ROOT,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "OUT": str(tmp_path),
+        **env,
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, script],
+            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
     try:
         outputs = [process.communicate(timeout=300)[0] for process in started]
     finally:

@@ -1,4 +1,6 @@
-"""Checkpoints of every make, around any module: torch's under several names, and stand-ins for other libraries'."""
+"""Checkpoints of every make, around any module: torch's under several names, and stand-ins for
+other libraries'."""
+
 from __future__ import annotations
 
 import functools
@@ -11,13 +13,19 @@ from torch.utils.checkpoint import checkpoint as bound_before_install
 from tests.capabilities import REENTRANT
 
 try:
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        CheckpointImpl,
+        checkpoint_wrapper,
+    )
 except ImportError:  # before torch 1.12
     CheckpointImpl = ()
 
 
 def detached(args):
-    return [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
+    return [
+        a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a
+        for a in args
+    ]
 
 
 def gradients_of(args):
@@ -52,7 +60,8 @@ else:
 
 
 class FunctionOfSavedTensors(torch.autograd.Function):
-    """As Megatron's: arguments through save_for_backward; a decorated forward, whose apply is bound once."""
+    """As Megatron's: arguments through save_for_backward; a decorated forward, whose apply is bound
+    once."""
 
     @staticmethod
     @custom_fwd
@@ -79,7 +88,8 @@ megatron = FunctionOfSavedTensors.apply
 
 
 def hooks(function, *args):
-    """As DeepSpeed's non-reentrant checkpoint: saved-tensor hooks of its own, which recompute when first unpacked."""
+    """As DeepSpeed's non-reentrant checkpoint: saved-tensor hooks of its own, which recompute when
+    first unpacked."""
     state = torch.get_rng_state()
     storage, places = {}, []
 

@@ -1,4 +1,5 @@
 """examples/mini_cmt as the repository to patch: imported fresh, and forgotten afterwards."""
+
 from __future__ import annotations
 
 import importlib

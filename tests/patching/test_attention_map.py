@@ -1,4 +1,6 @@
-"""attention_map(...): the rows of chosen queries against the whole matrix in float64; outputs and gradients untouched."""
+"""attention_map(...): the rows of chosen queries against the whole matrix in float64; outputs and
+gradients untouched."""
+
 from __future__ import annotations
 
 import copy
@@ -34,9 +36,11 @@ def expected(attention, query, key, bias=None, hidden=None):
     """(B, H, M, N) in float64 from the projections of nn.MultiheadAttention or FlashMHA."""
     core = attention.attn
     weight = core.in_proj_weight.detach().double()
-    offset = torch.zeros(3 * E) if core.in_proj_bias is None else core.in_proj_bias.detach().double()
+    offset = (
+        torch.zeros(3 * E) if core.in_proj_bias is None else core.in_proj_bias.detach().double()
+    )
     q = query.double() @ weight[:E].T + offset[:E]
-    k = key.double() @ weight[E:2 * E].T + offset[E:2 * E]
+    k = key.double() @ weight[E : 2 * E].T + offset[E : 2 * E]
     q, k = (x.reshape(-1, B, H, E // H).permute(1, 2, 0, 3) for x in (q, k))
     scores = q @ k.transpose(-1, -2) / (E // H) ** 0.5
     scores = scores if bias is None else scores + bias.double()
@@ -52,7 +56,10 @@ def layer(patched):
 def biases(kind):
     generator = torch.Generator().manual_seed(5)
     if kind == "low rank":
-        return LowRankBias(torch.randn(B, M, 1, 3, generator=generator), torch.randn(1, N, H, 3, generator=generator))
+        return LowRankBias(
+            torch.randn(B, M, 1, 3, generator=generator),
+            torch.randn(1, N, H, 3, generator=generator),
+        )
     if kind == "segments":
         return ModalityBias(torch.randn(B, M, 1, 2, generator=generator), segments=(5, N - 5))
     return torch.randn(B, H, M, N, generator=generator)
@@ -69,20 +76,29 @@ def test_rows_equal_float64(patched, kind, cross):
     options = {"key_padding_mask": padding, **({} if bias is None else {"attention_bias": bias})}
     with torch.no_grad(), flashbias_patch.attention_map(layer, QUERIES) as maps:
         layer(query, key, **options)
-    assert [(one.name.split(".")[0], one.kind, one.call) for one in maps] == [("self_attn", "self", 0), ("cross", "cross", 0)]
+    assert [(one.name.split(".")[0], one.kind, one.call) for one in maps] == [
+        ("self_attn", "self", 0),
+        ("cross", "cross", 0),
+    ]
     assert maps[1].queries == (3, 0, M - 1) and maps[1].heads == (0, 1, 2, 3)
     assert maps[1].weights.shape == (B, H, 3, N)
     with torch.no_grad():
         between = layer.self_attn(query, query, query)
     dense = None if bias is None else bias if isinstance(bias, torch.Tensor) else bias.dense()
-    wanted = expected(layer.cross, between, key, dense, None if padding is None else padding[:, None, None])
-    torch.testing.assert_close(maps[1].weights.double(), wanted[:, :, QUERIES], rtol=1e-5, atol=1e-6)
+    wanted = expected(
+        layer.cross, between, key, dense, None if padding is None else padding[:, None, None]
+    )
+    torch.testing.assert_close(
+        maps[1].weights.double(), wanted[:, :, QUERIES], rtol=1e-5, atol=1e-6
+    )
     torch.testing.assert_close(maps[1].weights.sum(-1), torch.ones(B, H, 3))
 
 
 def test_heads_a_single_layer_and_several_calls(layer):
     query, key = inputs()
-    with torch.no_grad(), flashbias_patch.attention_map(layer.cross, torch.tensor([2]), heads=[1, -1]) as maps:
+    with torch.no_grad(), flashbias_patch.attention_map(
+        layer.cross, torch.tensor([2]), heads=[1, -1]
+    ) as maps:
         layer(query, key)
         layer(query, key)
     assert [one.call for one in maps] == [0, 1] and {one.name for one in maps} == {""}
@@ -97,7 +113,9 @@ def test_a_training_step_is_unchanged(patched):
     layer(query, key).square().sum().backward()
     with flashbias_patch.attention_map(other, QUERIES) as maps:
         for use_reentrant in (False, True):
-            checkpoint(other, query.requires_grad_(), key, use_reentrant=use_reentrant).square().sum().backward()
+            checkpoint(
+                other, query.requires_grad_(), key, use_reentrant=use_reentrant
+            ).square().sum().backward()
     assert len(maps) == 4  # nothing of the recomputations
     for one, two in zip(layer.parameters(), other.parameters()):
         torch.testing.assert_close(2 * one.grad, two.grad, rtol=1e-5, atol=1e-5)
@@ -110,12 +128,18 @@ def test_nothing_of_size_m_by_n_is_made(patched, monkeypatch):
 
     torch.manual_seed(0)
     layer, sizes, scores = Layer(patched).eval(), [], reference.scores
-    monkeypatch.setattr(reference, "scores", lambda call: sizes.append(tuple(scores(call).shape)) or scores(call))
+    monkeypatch.setattr(
+        reference, "scores", lambda call: sizes.append(tuple(scores(call).shape)) or scores(call)
+    )
     query = torch.randn(1000, B, E)
     bias = LowRankBias(torch.randn(1, 1000, 1, 4), torch.randn(1, N, 1, 4))
     with torch.no_grad(), flashbias_patch.attention_map(layer.cross, [5, 900]) as maps:
         layer.cross(query, inputs()[1], inputs()[1], attention_bias=bias)
-    assert len(maps) == 1 and (B, H, 2, N) in sizes and all(shape[2] == 2 for shape in sizes if shape[1] == H)
+    assert (
+        len(maps) == 1
+        and (B, H, 2, N) in sizes
+        and all(shape[2] == 2 for shape in sizes if shape[1] == H)
+    )
 
 
 def test_nothing_is_left_behind(layer):
@@ -127,7 +151,9 @@ def test_nothing_is_left_behind(layer):
             layer(*inputs())
         assert inner_attention.flash_bias_attention is not original and len(inner) == 2
         raise RuntimeError("mine")
-    assert inner_attention.flash_bias_attention is original and seams.flash_bias_attention is original
+    assert (
+        inner_attention.flash_bias_attention is original and seams.flash_bias_attention is original
+    )
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
 
 
@@ -138,7 +164,9 @@ def test_mistakes_are_named(layer):
         flashbias_patch.attention_map(layer, 3).__enter__()
     with pytest.raises(TypeError, match="module must be an nn.Module"):
         flashbias_patch.attention_map(layer.forward, [0]).__enter__()
-    with pytest.raises(IndexError, match="queries: 13 is out of range"), flashbias_patch.attention_map(layer, [M]):
+    with pytest.raises(
+        IndexError, match="queries: 13 is out of range"
+    ), flashbias_patch.attention_map(layer, [M]):
         layer(*inputs())
 
 
@@ -146,7 +174,9 @@ def test_paint(layer):
     pytest.importorskip("matplotlib")
     row = torch.rand(4 * 3 + 6 * 2 * 5).softmax(0)
     images = [torch.rand(20, 50, 3).numpy() for _ in range(6)]
-    figure = flashbias_patch.maps.paint(row, bev=(4, 3), cameras=(6, 2, 5), images=images, title="query 3")
+    figure = flashbias_patch.maps.paint(
+        row, bev=(4, 3), cameras=(6, 2, 5), images=images, title="query 3"
+    )
     assert len(figure.axes) == 7
     shares = [float(axes.get_title().split(": ")[1].split()[0]) for axes in figure.axes]
     assert sum(shares) == pytest.approx(100, abs=4)

@@ -1,4 +1,5 @@
 """Attention weights arrive wherever the code looks at them, and cost nothing where it does not."""
+
 from __future__ import annotations
 
 import copy
@@ -16,7 +17,19 @@ from flashbias_patch.attention import weights as weights_module
 from flashbias_patch.bias import LowRankBias
 from tests.capabilities import REENTRANT, needs_compile, needs_transforms, since
 
-from .test_core_arguments import FLOATING_PADDING, B, E, H, M, N, added, given_masks, gradients, outer, sequences
+from .test_core_arguments import (
+    FLOATING_PADDING,
+    B,
+    E,
+    H,
+    M,
+    N,
+    added,
+    given_masks,
+    gradients,
+    outer,
+    sequences,
+)
 from .test_parity import assert_equal
 
 
@@ -29,15 +42,30 @@ def _installed(installed):
 def computed(monkeypatch):
     """A list with an entry for each time that weights were computed."""
     calls, real = [], weights_module.attention_weights
-    monkeypatch.setattr(weights_module, "attention_weights", lambda *a, **k: calls.append(1) or real(*a, **k))
+    monkeypatch.setattr(
+        weights_module, "attention_weights", lambda *a, **k: calls.append(1) or real(*a, **k)
+    )
     return calls
 
 
 def keeping(take, **options):
     """A forward that keeps what `take` makes of its attention's result."""
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
-        result = self.attn(query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, **options)
+
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
+        result = self.attn(
+            query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, **options
+        )
         return query + take(self, *result)
 
     return forward
@@ -48,9 +76,14 @@ def kept(self, out, probabilities):
     return out
 
 
-@pytest.mark.parametrize("options", [
-    {}, pytest.param(dict(average_attn_weights=False), marks=since(1, 11, "average_attn_weights")), dict(need_weights=True)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param(dict(average_attn_weights=False), marks=since(1, 11, "average_attn_weights")),
+        dict(need_weights=True),
+    ],
+)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("inner", [{}, dict(batch_first=True)])
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
@@ -67,16 +100,31 @@ def test_weights_are_torchs_with_every_mask(options, biased, inner):
         masks = dict(kwargs)
         if biased:
             masks["attn_mask"] = added(bias, mask).flatten(0, 1)
-        if FLOATING_PADDING and padding is not None and padding.dtype == torch.bool and (mask is None) is biased:
-            masks["key_padding_mask"] = torch.zeros(padding.shape).masked_fill(padding, float("-inf"))
+        if (
+            FLOATING_PADDING
+            and padding is not None
+            and padding.dtype == torch.bool
+            and (mask is None) is biased
+        ):
+            masks["key_padding_mask"] = torch.zeros(padding.shape).masked_fill(
+                padding, float("-inf")
+            )
         original(module, query, key, key, **masks)
         theirs = module.kept
         module(query, key, key, **kwargs, **({"attention_bias": bias} if biased else {}))
         ours = module.kept
         assert journal.calls["original"] == 0
-        assert (ours.shape, ours.dtype, ours.dim(), len(ours)) == (theirs.shape, theirs.dtype, theirs.dim(), len(theirs))
+        assert (ours.shape, ours.dtype, ours.dim(), len(ours)) == (
+            theirs.shape,
+            theirs.dtype,
+            theirs.dim(),
+            len(theirs),
+        )
         leaves = [query, key, bias]
-        assert_equal([ours.clone(), *gradients(module, ours * 1, leaves)], [theirs, *gradients(module, theirs, leaves)])
+        assert_equal(
+            [ours.clone(), *gradients(module, ours * 1, leaves)],
+            [theirs, *gradients(module, theirs, leaves)],
+        )
 
 
 @since(1, 11, "attention of unbatched sequences")
@@ -103,23 +151,37 @@ def test_who_ignores_them_computes_none(computed):
     module, (query, key) = cls(), sequences()
     out = module(query, key, key, attention_bias=torch.randn(M, N))
     out.sum().backward()
-    assert module.kept.shape == (B, M, N) and module.kept.dtype == torch.float32 and module.kept.device == out.device
+    assert (
+        module.kept.shape == (B, M, N)
+        and module.kept.dtype == torch.float32
+        and module.kept.device == out.device
+    )
     assert not computed and isinstance(module.kept, torch.Tensor) and module.kept in {module.kept}
 
 
 def used(way):
     """A way to use weights: a function of them."""
     return {
-        "arithmetic": lambda w: w * 2, "method": lambda w: w.mean(1), "function": lambda w: torch.stack([w, w]),
-        "index": lambda w: w[0, :2], "rows": lambda w: torch.stack(list(w)), "data": lambda w: w.data,
-        "numpy": lambda w: torch.from_numpy(w.detach().numpy()), "list": lambda w: torch.tensor(w.tolist()),
-        "to": lambda w: w.to(torch.float64).float(), "detach": lambda w: w.detach().cpu(),
+        "arithmetic": lambda w: w * 2,
+        "method": lambda w: w.mean(1),
+        "function": lambda w: torch.stack([w, w]),
+        "index": lambda w: w[0, :2],
+        "rows": lambda w: torch.stack(list(w)),
+        "data": lambda w: w.data,
+        "numpy": lambda w: torch.from_numpy(w.detach().numpy()),
+        "list": lambda w: torch.tensor(w.tolist()),
+        "to": lambda w: w.to(torch.float64).float(),
+        "detach": lambda w: w.detach().cpu(),
         "einsum": lambda w: torch.einsum("bmn->nm", w),
-        "deepcopy": lambda w: copy.deepcopy(w.detach()), "pickle": lambda w: pickle.loads(pickle.dumps(w.detach())),
-        "saved": lambda w: saved(w), "out=": lambda w: torch.add(w.detach(), 1, out=torch.empty(w.shape)),
-        "repr": lambda w: torch.tensor([len(repr(w))]), "in place": lambda w: w.detach().mul_(2),
-        "compare": lambda w: w == w, "where": lambda w: torch.where(w > 0.2, w, torch.zeros(())),
-    }[way]  # fmt: skip
+        "deepcopy": lambda w: copy.deepcopy(w.detach()),
+        "pickle": lambda w: pickle.loads(pickle.dumps(w.detach())),
+        "saved": lambda w: saved(w),
+        "out=": lambda w: torch.add(w.detach(), 1, out=torch.empty(w.shape)),
+        "repr": lambda w: torch.tensor([len(repr(w))]),
+        "in place": lambda w: w.detach().mul_(2),
+        "compare": lambda w: w == w,
+        "where": lambda w: torch.where(w > 0.2, w, torch.zeros(())),
+    }[way]
 
 
 def saved(w):
@@ -129,8 +191,27 @@ def saved(w):
     return torch.load(buffer)["weights"]
 
 
-WAYS = ("arithmetic", "method", "function", "index", "rows", "data", "numpy", "list", "to", "detach", "einsum", "deepcopy",
-        "pickle", "saved", "out=", "repr", "in place", "compare", "where")  # fmt: skip
+WAYS = (
+    "arithmetic",
+    "method",
+    "function",
+    "index",
+    "rows",
+    "data",
+    "numpy",
+    "list",
+    "to",
+    "detach",
+    "einsum",
+    "deepcopy",
+    "pickle",
+    "saved",
+    "out=",
+    "repr",
+    "in place",
+    "compare",
+    "where",
+)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -146,10 +227,14 @@ def test_every_use_computes_them(way, computed):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", [
-    "forward hook", pytest.param("always calling", marks=since(2, 1, "always_call")),
-    pytest.param("pre hook and kwargs", marks=since(2, 0, "with_kwargs")),
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "forward hook",
+        pytest.param("always calling", marks=since(2, 1, "always_call")),
+        pytest.param("pre hook and kwargs", marks=since(2, 0, "with_kwargs")),
+    ],
+)
 def test_a_hook_on_the_inner_module(name, computed):
     """How attention maps of CMT and PETR are drawn."""
     cls, original = outer(keeping(lambda self, out, _: out))
@@ -176,7 +261,9 @@ def test_a_hook_on_the_inner_module(name, computed):
 
 def test_a_full_backward_hook_on_the_inner_module():
     """torch passes the outputs through an autograd function: weights keep their gradient."""
-    cls, original = outer(keeping(lambda self, out, probabilities: out + probabilities.square().mean()))
+    cls, original = outer(
+        keeping(lambda self, out, probabilities: out + probabilities.square().mean())
+    )
     module, (query, key) = cls(), sequences()
     grads = []
     module.attn.register_full_backward_hook(lambda inner, g_in, g_out: grads.append(g_out[1]))
@@ -188,7 +275,9 @@ def test_a_full_backward_hook_on_the_inner_module():
 
 
 def test_weights_in_the_loss():
-    cls, original = outer(keeping(lambda self, out, probabilities: out + probabilities.square().mean()))
+    cls, original = outer(
+        keeping(lambda self, out, probabilities: out + probabilities.square().mean())
+    )
     module, (query, key) = cls(), sequences()
     bias = torch.randn(M, N, requires_grad=True)
     theirs = original(module, query, key, key, attn_mask=bias)
@@ -198,7 +287,8 @@ def test_weights_in_the_loss():
 
 
 def test_they_are_computed_in_the_mode_of_the_call():
-    """Read first under no_grad or inference_mode, they still carry a gradient afterwards; and the other way round."""
+    """Read first under no_grad or inference_mode, they still carry a gradient afterwards; and the
+    other way round."""
     cls, _ = outer(keeping(kept))
     module, (query, key) = cls(), sequences()
     for mode in (torch.no_grad, torch.inference_mode):
@@ -234,15 +324,29 @@ def test_a_fully_masked_row_is_zero():
     mask = torch.zeros(M, N, dtype=torch.bool)
     mask[2] = True
     module(query, key, key, attn_mask=mask)
-    assert not module.kept[:, 2].detach().any() and torch.allclose(module.kept[:, 0].sum(-1), torch.ones(B))
+    assert not module.kept[:, 2].detach().any() and torch.allclose(
+        module.kept[:, 0].sum(-1), torch.ones(B)
+    )
 
 
-@pytest.mark.parametrize("reentrant", [pytest.param(False, marks=since(1, 11, "use_reentrant")), True])
+@pytest.mark.parametrize(
+    "reentrant", [pytest.param(False, marks=since(1, 11, "use_reentrant")), True]
+)
 def test_inside_a_checkpoint_of_the_inner_attention(reentrant):
     """Weights that are ignored do no harm. Used, they have the right gradient, or raise."""
 
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
         options = {"use_reentrant": False} if not reentrant else REENTRANT
         out, probabilities = checkpoint(self.attn, query, key, value, **options)
         self.kept = probabilities
@@ -252,7 +356,10 @@ def test_inside_a_checkpoint_of_the_inner_attention(reentrant):
     module, (query, key) = cls(), sequences()
     for module.in_loss in (False, True):
         theirs = original(module, query, key, key)
-        their_grads, their_weights = gradients_by_backward(module, theirs, [query, key]), module.kept
+        their_grads, their_weights = (
+            gradients_by_backward(module, theirs, [query, key]),
+            module.kept,
+        )
         ours = module(query, key, key)
         torch.testing.assert_close(ours, theirs)
         torch.testing.assert_close(module.kept.detach(), their_weights.detach())
@@ -271,9 +378,13 @@ def gradients_by_backward(module, out, leaves):
     return [leaf.grad for leaf in leaves]
 
 
-@pytest.mark.parametrize("dtype", [
-    pytest.param(torch.bfloat16, marks=since(1, 10, "softmax in bfloat16 on the CPU")), torch.float64
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.bfloat16, marks=since(1, 10, "softmax in bfloat16 on the CPU")),
+        torch.float64,
+    ],
+)
 def test_dtypes(dtype):
     cls, original = outer(keeping(kept))
     module = cls().to(dtype)
@@ -288,7 +399,9 @@ def test_dtypes(dtype):
     module(query, key, key)
     assert module.kept.dtype == theirs.dtype
     truth = theirs.double()
-    tolerance = dict(rtol=0.05, atol=1e-2) if dtype is torch.bfloat16 else dict(rtol=1e-12, atol=1e-12)
+    tolerance = (
+        dict(rtol=0.05, atol=1e-2) if dtype is torch.bfloat16 else dict(rtol=1e-12, atol=1e-12)
+    )
     torch.testing.assert_close((module.kept + 0).double(), truth, **tolerance)
 
 
@@ -319,7 +432,9 @@ def test_of_a_traced_module():
 @needs_compile
 def test_of_a_compiled_module():
     torch._dynamo.reset()
-    cls, original = outer(keeping(lambda self, out, probabilities: out + probabilities.square().mean()))
+    cls, original = outer(
+        keeping(lambda self, out, probabilities: out + probabilities.square().mean())
+    )
     module, (query, key) = cls(), sequences()
     theirs = original(module, query, key, key)
     torch.testing.assert_close(torch.compile(module, backend="eager")(query, key, key), theirs)
@@ -328,12 +443,16 @@ def test_of_a_compiled_module():
 @needs_transforms
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_under_vmap_and_grad():
-    cls, original = outer(keeping(lambda self, out, probabilities: out + probabilities.square().mean()))
+    cls, original = outer(
+        keeping(lambda self, out, probabilities: out + probabilities.square().mean())
+    )
     module, (query, key) = cls().eval(), sequences(False)
     for transform in (lambda f: torch.func.grad(lambda q: f(q).sum()), torch.func.vmap):
         queries = query[None] if transform is torch.func.vmap else query
-        torch.testing.assert_close(transform(lambda q: module(q, key, key))(queries),
-                                   transform(lambda q: original(module, q, key, key))(queries))
+        torch.testing.assert_close(
+            transform(lambda q: module(q, key, key))(queries),
+            transform(lambda q: original(module, q, key, key))(queries),
+        )
 
 
 def test_structured_biases_and_the_function_itself():
@@ -342,7 +461,9 @@ def test_structured_biases_and_the_function_itself():
     padding = torch.arange(N).expand(B, N) > 4
     got = weights_module.attention_weights(q, k, bias, key_padding_mask=padding)
     scores = torch.einsum("bmhd,bnhd->bhmn", q, k) / 2 + bias.dense()
-    torch.testing.assert_close(got, scores.masked_fill(padding[:, None, None], float("-inf")).softmax(-1))
+    torch.testing.assert_close(
+        got, scores.masked_fill(padding[:, None, None], float("-inf")).softmax(-1)
+    )
     v = torch.randn(B, N, H, 4)
     out = flashbias_patch.flash_bias_attention(q, k, v, bias, key_padding_mask=padding)
     torch.testing.assert_close(torch.einsum("bhmn,bnhd->bmhd", got, v), out)

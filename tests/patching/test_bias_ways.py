@@ -1,8 +1,10 @@
-"""Three ways a bias reaches a patched layer, with and without checkpointing: the gradients of a dense reference.
+"""Three ways a bias reaches a patched layer, with and without checkpointing: the gradients of a
+dense reference.
 
-The reference is the same repository unpatched, without checkpointing, in float64, given the dense bias as the
-cross attention's mask.
+The reference is the same repository unpatched, without checkpointing, in float64, given the dense
+bias as the cross attention's mask.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -41,23 +43,38 @@ class BiasModule(nn.Module):
 def decoder_of(module, attention, with_cp, dropout=0.0):
     torch.manual_seed(0)
     layer = dict(
-        type="PETRTransformerDecoderLayer", with_cp=with_cp, feedforward_channels=32, ffn_dropout=dropout,
-        attn_cfgs=[dict(type="MultiheadAttention", embed_dims=E, num_heads=H, attn_drop=0.0),
-                   dict(type=attention, embed_dims=E, num_heads=H, attn_drop=0.0)])
-    return module.PETRTransformerDecoder(transformerlayers=layer, num_layers=LAYERS, return_intermediate=True).train()
+        type="PETRTransformerDecoderLayer",
+        with_cp=with_cp,
+        feedforward_channels=32,
+        ffn_dropout=dropout,
+        attn_cfgs=[
+            dict(type="MultiheadAttention", embed_dims=E, num_heads=H, attn_drop=0.0),
+            dict(type=attention, embed_dims=E, num_heads=H, attn_drop=0.0),
+        ],
+    )
+    return module.PETRTransformerDecoder(
+        transformerlayers=layer, num_layers=LAYERS, return_intermediate=True
+    ).train()
 
 
 def inputs(grads, dtype=torch.float32):
     g = torch.Generator().manual_seed(3)
-    made = {name: torch.randn(n, B, E, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grads)
-            for name, n in dict(query=M, key=N, value=N, query_pos=M, key_pos=N).items()}
+    made = {
+        name: torch.randn(n, B, E, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grads)
+        for name, n in dict(query=M, key=N, value=N, query_pos=M, key_pos=N).items()
+    }
     return made
 
 
 def gradients(decoder, bias_module, tensors, out):
-    wanted = {**{f"input {k}": t for k, t in tensors.items() if t.requires_grad},
-              **dict(decoder.named_parameters()), "bias_scale": bias_module.bias_scale}
-    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(out.dtype)
+    wanted = {
+        **{f"input {k}": t for k, t in tensors.items() if t.requires_grad},
+        **dict(decoder.named_parameters()),
+        "bias_scale": bias_module.bias_scale,
+    }
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(
+        out.dtype
+    )
     out.backward(g)
     return {"out": out.detach(), **{name: t.grad for name, t in wanted.items()}}
 
@@ -93,7 +110,9 @@ def reference(repository, grads):
 
 
 @pytest.mark.parametrize("grads", [False, True], ids=["inputs without grad", "inputs with grad"])
-@pytest.mark.parametrize("way, with_cp, structured", list(itertools.product(WAYS, [False, True], [False, True])))
+@pytest.mark.parametrize(
+    "way, with_cp, structured", list(itertools.product(WAYS, [False, True], [False, True]))
+)
 def test_bias_scale_gets_the_dense_gradient(repository, way, with_cp, structured, grads):
     truth = reference(repository, grads)
     flashbias_patch.install()
@@ -106,7 +125,8 @@ def test_bias_scale_gets_the_dense_gradient(repository, way, with_cp, structured
 
 @pytest.mark.parametrize("way, with_cp", list(itertools.product(WAYS, [False, True])))
 def test_the_flash_class_no_longer_drops_it(installed, repository, way, with_cp):
-    """Against the same class with the bias added in float64 by its formula: see test_parity.flash_truth."""
+    """Against the same class with the bias added in float64 by its formula: see
+    test_parity.flash_truth."""
     module = repository()
     results = []
     for structured in (True, False):
@@ -119,7 +139,8 @@ def test_the_flash_class_no_longer_drops_it(installed, repository, way, with_cp)
 
 
 def test_unpatched_and_checkpointed_the_gradient_is_lost(repository):
-    """The complaint this package began with; if torch or the family mends it, this test should go."""
+    """The complaint this package began with; if torch or the family mends it, this test should
+    go."""
     flashbias_patch.uninstall()
     decoder = decoder_of(repository(), "PETRMultiheadAttention", with_cp=True)
     bias_module, tensors = BiasModule(), inputs(False)
@@ -138,7 +159,9 @@ def test_unpatched_and_checkpointed_the_gradient_is_lost(repository):
 def test_without_a_bias_checkpointing_is_left_exactly_as_it_is(patched, monkeypatch):
     seen = []
     plain = torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: seen.append(k) or plain(*a, **k))
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *a, **k: seen.append(k) or plain(*a, **k)
+    )
     decoder = decoder_of(patched, "PETRMultiheadAttention", with_cp=True)
     decoder(**inputs(True), attn_masks=[torch.zeros(M, M, dtype=torch.bool), None]).sum().backward()
     assert seen == [{}] * LAYERS
@@ -146,7 +169,11 @@ def test_without_a_bias_checkpointing_is_left_exactly_as_it_is(patched, monkeypa
 
 
 def test_what_a_block_wraps_is_put_back_after_an_error(patched):
-    checkpoint, start, submit = torch.utils.checkpoint.checkpoint, threading.Thread.start, ThreadPoolExecutor.submit
+    checkpoint, start, submit = (
+        torch.utils.checkpoint.checkpoint,
+        threading.Thread.start,
+        ThreadPoolExecutor.submit,
+    )
     with pytest.raises(ZeroDivisionError):
         with flashbias_patch.attention_bias(torch.zeros(M, N)):
             assert torch.utils.checkpoint.checkpoint is checkpoint
@@ -178,7 +205,9 @@ def test_names_bound_by_from_import_are_reached(installed):
         "    def forward(self, query, attn_masks=None, **kwargs):\n"
         "        return checkpoint(self.inner, query, attn_masks, **options)\n"
         "    def inner(self, query, attn_masks):\n"
-        "        return query * attn_masks[1]\n", namespace)
+        "        return query * attn_masks[1]\n",
+        namespace,
+    )
     from flashbias_patch.patching import hooks
 
     plain = namespace["checkpoint"]
@@ -208,7 +237,9 @@ def test_kinds_and_layers(patched):
 def test_mistakes_are_refused_with_the_shapes(patched):
     decoder = decoder_of(patched, "PETRMultiheadAttention", with_cp=False)
     with pytest.raises(ValueError, match=f"M={M}, N={N}"):
-        with flashbias_patch.attention_bias(LowRankBias(torch.zeros(1, M + 1, 1, 2), torch.zeros(1, N, 1, 2))):
+        with flashbias_patch.attention_bias(
+            LowRankBias(torch.zeros(1, M + 1, 1, 2), torch.zeros(1, N, 1, 2))
+        ):
             decoder(**inputs(False))
     with pytest.raises(ValueError, match="bias of shape"):
         decoder(**inputs(False), attention_bias=torch.zeros(3, 3))
@@ -243,7 +274,8 @@ def test_bias_reaches_the_original_code_as_a_dense_mask(patched):
 
 def test_twenty_steps_move_bias_scale_as_the_dense_reference(repository):
     def train(biased):
-        # float64: Adam divides by the gradient's size, so that rounding of vanishing ones becomes a whole step
+        # float64: Adam divides by the gradient's size, so that rounding of vanishing ones becomes a
+        # whole step
         decoder = decoder_of(repository(), "PETRMultiheadAttention", with_cp=biased).double()
         bias_module, tensors = BiasModule().double(), inputs(False, torch.float64)
         optimizer = torch.optim.AdamW([*decoder.parameters(), *bias_module.parameters()], lr=1e-2)

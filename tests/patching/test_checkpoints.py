@@ -1,4 +1,6 @@
-"""A bias under every make of checkpoint, at every place: output and all gradients as without checkpointing (float64)."""
+"""A bias under every make of checkpoint, at every place: output and all gradients as without
+checkpointing (float64)."""
+
 from __future__ import annotations
 
 import gc
@@ -28,8 +30,18 @@ class PETRMultiheadAttention(nn.Module):
         self.attn = nn.MultiheadAttention(E, H, dropout)
         self.checkpoint = lambda function, *args: function(*args)
 
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
         key = query if key is None else key
         value = key if value is None else value
 
@@ -42,12 +54,17 @@ class PETRMultiheadAttention(nn.Module):
 class PETRTransformerDecoderLayer(nn.Module):
     def __init__(self, dropout):
         super().__init__()
-        self.attentions = nn.ModuleList([
-            PETRMultiheadAttention("self_attn", dropout), PETRMultiheadAttention("cross_attn", dropout),
-        ])
+        self.attentions = nn.ModuleList(
+            [
+                PETRMultiheadAttention("self_attn", dropout),
+                PETRMultiheadAttention("cross_attn", dropout),
+            ]
+        )
         self.norm = nn.LayerNorm(E)
 
-    def forward(self, query, key=None, value=None, query_pos=None, key_pos=None, attn_masks=None, **kwargs):
+    def forward(
+        self, query, key=None, value=None, query_pos=None, key_pos=None, attn_masks=None, **kwargs
+    ):
         masks = attn_masks or [None, None]
         query = self.attentions[0](query, attn_mask=masks[0], **kwargs)
         return self.norm(self.attentions[1](query, key, value, attn_mask=masks[1]))
@@ -69,7 +86,9 @@ def patched(installed, monkeypatch):
     from flashbias_patch.attention import selfcheck
     from flashbias_patch.patching import hooks as patching
 
-    monkeypatch.setattr(selfcheck, "check", lambda *given: None)  # seconds, and nothing that is tested here
+    monkeypatch.setattr(
+        selfcheck, "check", lambda *given: None
+    )  # seconds, and nothing that is tested here
     for cls in (PETRMultiheadAttention, PETRTransformerDecoderLayer):
         assert patching.claim(cls)
 
@@ -92,13 +111,18 @@ def decoder_of(place=None, kind=None, dropout=0.0):
 
 
 class Inputs:
-    """Query, memory, and a bias: fixed, learned as a leaf, or computed from a scale that all layers share."""
+    """Query, memory, and a bias: fixed, learned as a leaf, or computed from a scale that all layers
+    share."""
 
     def __init__(self, learned=None, seed=3):
         g = torch.Generator().manual_seed(seed)
         self.query = torch.randn(M, B, E, generator=g, dtype=torch.float64).requires_grad_()
         self.memory = torch.randn(N, B, E, generator=g, dtype=torch.float64).requires_grad_()
-        self.a = torch.randn(1, M, 1, 2, generator=g, dtype=torch.float64).mul_(2).requires_grad_(learned == "leaf")
+        self.a = (
+            torch.randn(1, M, 1, 2, generator=g, dtype=torch.float64)
+            .mul_(2)
+            .requires_grad_(learned == "leaf")
+        )
         self.b = torch.randn(1, N, 1, 2, generator=g, dtype=torch.float64)
         self.scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=learned == "shared")
         self.learned = learned
@@ -110,12 +134,16 @@ class Inputs:
         return LowRankBias(a, self.b)
 
     def leaves(self):
-        return {name: t for name, t in vars(self).items() if isinstance(t, torch.Tensor) and t.requires_grad}
+        return {
+            name: t
+            for name, t in vars(self).items()
+            if isinstance(t, torch.Tensor) and t.requires_grad
+        }
 
 
 def run(decoder, inputs, way, one_memory=True):
-    """Nested, torch's non-reentrant checkpoint hands `key` and `value` on as two tensors where they were one: unpatched
-    attention then saves others than in the forward, and fails."""
+    """Nested, torch's non-reentrant checkpoint hands `key` and `value` on as two tensors where they
+    were one: unpatched attention then saves others than in the forward, and fails."""
     torch.manual_seed(11)
     given = inputs.query, inputs.memory, inputs.memory if one_memory else inputs.memory * 0.5
     if way == "keyword":
@@ -130,8 +158,14 @@ def gradients(decoder, inputs, out=None):
     if out is not None:
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)
         (out * weight).sum().backward()
-    names = {n.replace("_checkpoint_wrapped_module.", "").replace("module.", ""): p for n, p in decoder.named_parameters()}
-    return {**{n: p.grad for n, p in names.items()}, **{n: t.grad for n, t in inputs.leaves().items()}}
+    names = {
+        n.replace("_checkpoint_wrapped_module.", "").replace("module.", ""): p
+        for n, p in decoder.named_parameters()
+    }
+    return {
+        **{n: p.grad for n, p in names.items()},
+        **{n: t.grad for n, t in inputs.leaves().items()},
+    }
 
 
 def assert_equal(found, expected):
@@ -140,20 +174,29 @@ def assert_equal(found, expected):
         if exact is None or found[name] is None:
             assert found[name] is exact, name
         else:
-            torch.testing.assert_close(found[name], exact, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                found[name], exact, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def may_refuse(kind, place, way, learned):
-    """torch's own limit: such a checkpoint differentiates itself, and frees the graph of what it finds in a closure."""
-    inside = way == "masks" or (way == "keyword" and place in ("layer", "decoder", "decoder and layer"))
+    """torch's own limit: such a checkpoint differentiates itself, and frees the graph of what it
+    finds in a closure."""
+    inside = way == "masks" or (
+        way == "keyword" and place in ("layer", "decoder", "decoder and layer")
+    )
     return learned is not None and kind in OWN_BACKWARD and inside
 
 
 def cases():
-    for kind, place, way, learned in itertools.product(KINDS, PLACES, WAYS, (None, "leaf", "shared")):
+    for kind, place, way, learned in itertools.product(
+        KINDS, PLACES, WAYS, (None, "leaf", "shared")
+    ):
         for dropout in (0.0, 0.3) if way == "scope" else (0.0,):
             quick = learned == "shared" and (way != "scope" or dropout)
-            yield pytest.param(kind, place, way, learned, dropout, marks=() if quick else pytest.mark.slow)
+            yield pytest.param(
+                kind, place, way, learned, dropout, marks=() if quick else pytest.mark.slow
+            )
 
 
 @pytest.mark.parametrize("kind, place, way, learned, dropout", list(cases()))
@@ -175,7 +218,7 @@ def test_as_without_a_checkpoint(patched, kind, place, way, learned, dropout):
     assert_equal(found, expected)
 
 
-# -- several forwards, several backwards -----------------------------------------------------------------------------
+# -- several forwards, several backwards -----------------------------------------------------------
 
 MAKES = [kind for kind in KINDS if "wrapper" not in kind and "bound" not in kind]
 
@@ -191,7 +234,9 @@ def compare(make, kind, place="layer", learned="shared"):
 
 
 def loss_of(out, seed):
-    return (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=out.dtype)).sum()
+    return (
+        out * torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=out.dtype)
+    ).sum()
 
 
 @pytest.mark.parametrize("kind", MAKES)
@@ -217,9 +262,13 @@ def test_two_forwards_with_different_biases_before_their_backwards(patched, kind
         for step in range(2):
             with flashbias_patch.attention_bias(inputs.bias() * (step + 1.0)):
                 losses.append(loss_of(decoder(inputs.query, inputs.memory, inputs.memory), step))
-        losses.append(loss_of(decoder(inputs.query, inputs.memory, inputs.memory), 2))  # without a bias
+        losses.append(
+            loss_of(decoder(inputs.query, inputs.memory, inputs.memory), 2)
+        )  # without a bias
         for loss in reversed(losses) if reverse else losses:
-            with flashbias_patch.attention_bias(torch.ones(M, N, dtype=torch.float64) * torch.arange(N)):
+            with flashbias_patch.attention_bias(
+                torch.ones(M, N, dtype=torch.float64) * torch.arange(N)
+            ):
                 loss.backward()  # inside another block: no concern of a recomputation
 
     compare(make, kind)
@@ -259,8 +308,11 @@ def test_a_block_inside_the_checkpointed_function_counts_once(patched, kind):
                 return decoder(query, memory, memory)
 
         with flashbias_patch.attention_bias(LowRankBias(inputs.a * 0.3, inputs.b)):
-            out = function(inputs.query, inputs.memory) if decoder.plain else KINDS[kind](
-                function, inputs.query, inputs.memory)
+            out = (
+                function(inputs.query, inputs.memory)
+                if decoder.plain
+                else KINDS[kind](function, inputs.query, inputs.memory)
+            )
         loss_of(out, 0).backward()
 
     results = []
@@ -289,7 +341,7 @@ def test_the_bias_as_an_argument_of_the_checkpointed_function(patched, kind):
     assert_equal(results[1], results[0])
 
 
-# -- what cannot be restored, and what must not be left behind ---------------------------------------------------------
+# -- what cannot be restored, and what must not be left behind -------------------------------------
 
 
 class WithSetupContext(torch.autograd.Function):
@@ -315,11 +367,17 @@ class WithSetupContext(torch.autograd.Function):
 def test_a_function_without_ctx_is_an_error_at_the_recomputation(patched):
     decoder, inputs = decoder_of(), Inputs()
     with flashbias_patch.attention_bias(inputs.bias()):
-        out = WithSetupContext.apply(lambda query: decoder(query, inputs.memory, inputs.memory), inputs.query)
-    with pytest.raises(RuntimeError, match="recomputed in a backward pass without the bias.*use_reentrant=False"):
+        out = WithSetupContext.apply(
+            lambda query: decoder(query, inputs.memory, inputs.memory), inputs.query
+        )
+    with pytest.raises(
+        RuntimeError, match="recomputed in a backward pass without the bias.*use_reentrant=False"
+    ):
         out.sum().backward()
     other = Inputs()  # no bias, no error
-    WithSetupContext.apply(lambda query: decoder_of()(query, other.memory, other.memory), other.query).sum().backward()
+    WithSetupContext.apply(
+        lambda query: decoder_of()(query, other.memory, other.memory), other.query
+    ).sum().backward()
     run(decoder, Inputs(), "scope").sum().backward()
 
 
@@ -412,7 +470,7 @@ def test_hooks_that_stay_open_over_several_steps_replay_nothing():
         replay.unwatch()
 
 
-# -- Functions without ctx, several checkpoints that share a learned bias, uninstall -----------------------------------
+# -- Functions without ctx, several checkpoints that share a learned bias, uninstall ---------------
 
 
 def within(kind, function):
@@ -421,12 +479,17 @@ def within(kind, function):
 
 @since(2, 0, "setup_context")
 @pytest.mark.parametrize("way", ("scope", "keyword"))
-def test_a_function_without_ctx_around_an_inner_attention_is_an_error_at_the_recomputation(patched, way):
+def test_a_function_without_ctx_around_an_inner_attention_is_an_error_at_the_recomputation(
+    patched, way
+):
     decoder, inputs = decoder_of(), Inputs()
     for layer in decoder.layers:
         layer.attentions[1].checkpoint = WithSetupContext.apply
     out = run(decoder, inputs, way)
-    with pytest.raises(RuntimeError, match="MultiheadAttention is recomputed.*without the bias.*use_reentrant=False"):
+    with pytest.raises(
+        RuntimeError,
+        match="MultiheadAttention is recomputed.*without the bias.*use_reentrant=False",
+    ):
         out.sum().backward()
     other = decoder_of()  # no bias, no error
     other.layers[0].attentions[1].checkpoint = WithSetupContext.apply
@@ -434,7 +497,9 @@ def test_a_function_without_ctx_around_an_inner_attention_is_an_error_at_the_rec
 
 
 @since(2, 0, "setup_context")
-@pytest.mark.parametrize("outer, inner", [("fairscale", None), ("non-reentrant", None), (None, "fairscale")])
+@pytest.mark.parametrize(
+    "outer, inner", [("fairscale", None), ("non-reentrant", None), (None, "fairscale")]
+)
 def test_a_function_without_ctx_among_others_is_right_or_an_error(patched, outer, inner):
     expected_inputs, inputs = Inputs(), Inputs()
     plain = decoder_of()
@@ -491,7 +556,9 @@ def shared_bias(checkpointed_layers, kind, learned, observe=None):
 @pytest.mark.parametrize("observe", (None, "loss", "hook", "retain_grad"))
 @pytest.mark.parametrize("layers", ((0,), (1,), (0, 1)))
 @pytest.mark.parametrize("kind", ("fairscale", "megatron"))
-def test_a_learned_bias_of_several_layers_receives_its_gradient_once(patched, kind, layers, observe):
+def test_a_learned_bias_of_several_layers_receives_its_gradient_once(
+    patched, kind, layers, observe
+):
     """DistributedDataParallel reduces what arrives first."""
     expected, once = shared_bias((), None, "shared", observe)
     found, times = shared_bias(layers, kind, "shared", observe)
@@ -530,13 +597,17 @@ def test_a_pass_that_fails_leaves_no_gradient_for_the_next(patched):
 
 
 @pytest.mark.parametrize("way", ("scope", "keyword"))
-@pytest.mark.parametrize("kind", [kind for kind in ("fairscale", "megatron", "non-reentrant") if kind in KINDS])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ("fairscale", "megatron", "non-reentrant") if kind in KINDS]
+)
 def test_uninstall_before_a_recomputation_is_an_error(patched, kind, way):
     decoder, inputs = decoder_of("module", kind), Inputs()
     out = run(decoder, inputs, way)
     without_bias = decoder_of("module", kind)(inputs.query, inputs.memory, inputs.memory)
     flashbias_patch.uninstall()
-    with pytest.raises(RuntimeError, match=r"uninstalled after a checkpoint's forward.*uninstall\(\) after"):
+    with pytest.raises(
+        RuntimeError, match=r"uninstalled after a checkpoint's forward.*uninstall\(\) after"
+    ):
         out.sum().backward()
     if kind != "non-reentrant":  # torch's own compares what both passes save
         without_bias.sum().backward()
@@ -553,7 +624,9 @@ def test_a_bias_changed_in_place_before_a_recomputation_is_an_error(patched, kin
     outs[0].sum().backward()
     with torch.no_grad():
         (bias if dense else bias.q_factor).mul_(-1.0)
-    with pytest.raises(RuntimeError, match="changed in place after a checkpoint's forward.*change a copy"):
+    with pytest.raises(
+        RuntimeError, match="changed in place after a checkpoint's forward.*change a copy"
+    ):
         outs[1].sum().backward()
     with flashbias_patch.attention_bias(bias):  # as it is now
         decoder(inputs.query, inputs.memory, inputs.memory).sum().backward()

@@ -1,4 +1,6 @@
-"""A core gets what its outer forward hands to it: masks that the forward changes, makes or drops, however often it calls."""
+"""A core gets what its outer forward hands to it: masks that the forward changes, makes or drops,
+however often it calls."""
+
 from __future__ import annotations
 
 import pytest
@@ -46,7 +48,9 @@ def sequences(grad=True):
 
 def gradients(module, out, leaves):
     leaves = [*leaves, *module.parameters()]
-    return torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel()).view_as(out), allow_unused=True)
+    return torch.autograd.grad(
+        out, leaves, torch.linspace(-1, 1, out.numel()).view_as(out), allow_unused=True
+    )
 
 
 def same_as_original(forward, kwargs, leaves=(), want_core=True, **members):
@@ -60,7 +64,9 @@ def same_as_original(forward, kwargs, leaves=(), want_core=True, **members):
     their_grads = gradients(module, theirs, leaves)
     journal.reset()
     ours = module(query, key, key, **kwargs)
-    assert (sum(journal.calls.values()) - journal.calls["original"] > 0) is want_core, dict(journal.calls)
+    assert (sum(journal.calls.values()) - journal.calls["original"] > 0) is want_core, dict(
+        journal.calls
+    )
     assert_equal([ours, *gradients(module, ours, leaves)], [theirs, *their_grads])
 
 
@@ -69,10 +75,27 @@ def learned(kwargs):
 
 
 def changing(change):
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
-        key, value, attn_mask, key_padding_mask = change(self, key, value, attn_mask, key_padding_mask)
-        return query + self.attn(query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0]
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
+        key, value, attn_mask, key_padding_mask = change(
+            self, key, value, attn_mask, key_padding_mask
+        )
+        return (
+            query
+            + self.attn(query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[
+                0
+            ]
+        )
 
     return forward
 
@@ -89,15 +112,38 @@ CHANGES = {
     "mask dropped": lambda self, k, v, m, p: (k, v, None, p),
     "padding dropped": lambda self, k, v, m, p: (k, v, m, None),
     "mask scaled": lambda self, k, v, m, p: (k, v, None if m is None else m * 0.1, p),
-    "mask scaled by a parameter": lambda self, k, v, m, p: (k, v, None if m is None else m * self.mask_scale, p),
+    "mask scaled by a parameter": lambda self, k, v, m, p: (
+        k,
+        v,
+        None if m is None else m * self.mask_scale,
+        p,
+    ),
     "mask softened": lambda self, k, v, m, p: (k, v, None if m is None else m.bool() * -2.0, p),
-    "mask made": lambda self, k, v, m, p: (k, v, torch.ones(M, N).triu(1).bool() if m is None else m, p),
-    "padding made": lambda self, k, v, m, p: (k, v, m, torch.arange(N).expand(B, N) > 4 if p is None else p),
+    "mask made": lambda self, k, v, m, p: (
+        k,
+        v,
+        torch.ones(M, N).triu(1).bool() if m is None else m,
+        p,
+    ),
+    "padding made": lambda self, k, v, m, p: (
+        k,
+        v,
+        m,
+        torch.arange(N).expand(B, N) > 4 if p is None else p,
+    ),
     "padding made a mask": lambda self, k, v, m, p: (
-        k, v, m, None) if p is None else (k, v, p[:, None, None].expand(B, H, M, N).reshape(B * H, M, N), None),
-    "mask for each head": lambda self, k, v, m, p: (k, v, None if m is None else m.expand(B * H, M, N), p),
+        (k, v, m, None)
+        if p is None
+        else (k, v, p[:, None, None].expand(B, H, M, N).reshape(B * H, M, N), None)
+    ),
+    "mask for each head": lambda self, k, v, m, p: (
+        k,
+        v,
+        None if m is None else m.expand(B * H, M, N),
+        p,
+    ),
     "null key": null_key,
-}  # fmt: skip
+}
 
 
 FLOATING_PADDING = RELEASE >= (2, 0)  # before, torch itself takes none beside a floating mask
@@ -110,19 +156,27 @@ def given_masks():
     boolean[:, :3] = torch.tensor([False, True, False])
     padding[:, :3] = torch.tensor([False, False, True])
     return {
-        "none": {}, "bool": dict(attn_mask=boolean), "float": dict(attn_mask=torch.randn(M, N, generator=g)),
+        "none": {},
+        "bool": dict(attn_mask=boolean),
+        "float": dict(attn_mask=torch.randn(M, N, generator=g)),
         "learned": dict(attn_mask=torch.randn(M, N, generator=g).requires_grad_()),
         "padding": dict(key_padding_mask=padding),
         "both": dict(attn_mask=boolean, key_padding_mask=padding),
-        **({"float padding": dict(key_padding_mask=torch.randn(B, N, generator=g))} if FLOATING_PADDING else {}),
-    }  # fmt: skip
+        **(
+            {"float padding": dict(key_padding_mask=torch.randn(B, N, generator=g))}
+            if FLOATING_PADDING
+            else {}
+        ),
+    }
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 @pytest.mark.parametrize("change", list(CHANGES))
 def test_the_forward_changes_its_masks(change):
     for kwargs in given_masks().values():
-        if "inverted" not in change or not any(torch.is_floating_point(mask) for mask in kwargs.values()):
+        if "inverted" not in change or not any(
+            torch.is_floating_point(mask) for mask in kwargs.values()
+        ):
             same_as_original(changing(CHANGES[change]), kwargs, learned(kwargs))
 
 
@@ -133,21 +187,61 @@ def test_a_bias_is_added_to_the_masks_that_the_core_is_handed():
     mask, bias = given_masks()["bool"]["attn_mask"], torch.randn(B, H, M, N, requires_grad=True)
     ours = module(query, key, key, attn_mask=mask, attention_bias=bias)
     dense = bias.flatten(0, 1).masked_fill(~mask, float("-inf"))
-    theirs = query + nn.MultiheadAttention.forward.__wrapped__(module.attn, query, key, key, attn_mask=dense)[0]
-    assert_equal([ours, *gradients(module, ours, [bias, query])], [theirs, *gradients(module, theirs, [bias, query])])
+    theirs = (
+        query
+        + nn.MultiheadAttention.forward.__wrapped__(module.attn, query, key, key, attn_mask=dense)[
+            0
+        ]
+    )
+    assert_equal(
+        [ours, *gradients(module, ours, [bias, query])],
+        [theirs, *gradients(module, theirs, [bias, query])],
+    )
 
 
-def two_attentions(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                   key_padding_mask=None, **kwargs):
+def two_attentions(
+    self,
+    query,
+    key=None,
+    value=None,
+    identity=None,
+    query_pos=None,
+    key_pos=None,
+    attn_mask=None,
+    key_padding_mask=None,
+    **kwargs,
+):
     query = query + self.attn(query, query, query)[0]
-    return query + self.attn(query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0]
+    return (
+        query
+        + self.attn(query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0]
+    )
 
 
-def often(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-          key_padding_mask=None, **kwargs):
+def often(
+    self,
+    query,
+    key=None,
+    value=None,
+    identity=None,
+    query_pos=None,
+    key_pos=None,
+    attn_mask=None,
+    key_padding_mask=None,
+    **kwargs,
+):
     for part in range(3):
-        query = query + self.attn(query, key, value, key_padding_mask=key_padding_mask,
-                                  attn_mask=attn_mask if part else None, need_weights=False)[0]
+        query = (
+            query
+            + self.attn(
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                attn_mask=attn_mask if part else None,
+                need_weights=False,
+            )[0]
+        )
     return query
 
 
@@ -162,16 +256,30 @@ def test_a_bias_goes_to_the_attention_that_it_fits():
     cls, original = outer(two_attentions)
     module, (query, key) = cls(), sequences()
     bias = torch.randn(M, N)
-    torch.testing.assert_close(module(query, key, key, attention_bias=bias),
-                               original(module, query, key, key, attn_mask=bias))
+    torch.testing.assert_close(
+        module(query, key, key, attention_bias=bias),
+        original(module, query, key, key, attn_mask=bias),
+    )
     with pytest.raises(ValueError, match="does not fit"):
         module(query, key, key, attention_bias=torch.randn(M, N + 1))
 
 
 def test_torch_functions_of_an_ordinary_forward_are_not_watched():
-    """A function mode costs time, and is needed only for code that calls F.multi_head_attention_forward itself."""
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
+    """A function mode costs time, and is needed only for code that calls
+    F.multi_head_attention_forward itself."""
+
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
         self.modes = _torch_internals.modes()
         return query + self.attn(query, key, value)[0]
 
@@ -184,8 +292,18 @@ def test_torch_functions_of_an_ordinary_forward_are_not_watched():
 def test_a_subclass_hands_its_parent_other_masks_and_biases():
     cls, original = outer(changing(lambda self, k, v, m, p: (k, v, m, p)))
 
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
         first = cls.forward(self, query, key, value, attn_mask=~attn_mask, **kwargs)
         return first + cls.forward(self, query, key, value, attention_bias=self.extra) - query
 
@@ -193,22 +311,43 @@ def test_a_subclass_hands_its_parent_other_masks_and_biases():
     assert hooks.claim(child)
     module, (query, key) = child(), sequences()
     module.extra = torch.randn(M, N)
-    mask, bias = given_masks()["bool"]["attn_mask"], LowRankBias(torch.randn(1, M, H, 2), torch.randn(B, N, 1, 2))
+    mask, bias = (
+        given_masks()["bool"]["attn_mask"],
+        LowRankBias(torch.randn(1, M, H, 2), torch.randn(B, N, 1, 2)),
+    )
     dense = bias.dense()
-    wanted = (original(module, query, key, key, attn_mask=dense.masked_fill(~mask, float("-inf")).flatten(0, 1))
-              + original(module, query, key, key, attn_mask=(dense + module.extra).flatten(0, 1)) - query)
+    wanted = (
+        original(
+            module, query, key, key, attn_mask=dense.masked_fill(~mask, float("-inf")).flatten(0, 1)
+        )
+        + original(module, query, key, key, attn_mask=(dense + module.extra).flatten(0, 1))
+        - query
+    )
     torch.testing.assert_close(module(query, key, key, attn_mask=mask, attention_bias=bias), wanted)
 
 
-# -- an early return is one call's affair -------------------------------------------------------------------------------
+# -- an early return is one call's affair ----------------------------------------------------------
 
 
-def leaving(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-            key_padding_mask=None, **kwargs):
+def leaving(
+    self,
+    query,
+    key=None,
+    value=None,
+    identity=None,
+    query_pos=None,
+    key_pos=None,
+    attn_mask=None,
+    key_padding_mask=None,
+    **kwargs,
+):
     self.runs = getattr(self, "runs", 0) + 1
     if key.shape[0] == 0:
         return query
-    return query + self.attn(query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0]
+    return (
+        query
+        + self.attn(query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0]
+    )
 
 
 def test_an_early_return_runs_once_and_changes_nothing(caplog):
@@ -216,11 +355,16 @@ def test_an_early_return_runs_once_and_changes_nothing(caplog):
     first, other, (query, key) = cls(), cls(), sequences()
     first(query, key, key)
     padding = torch.zeros(B, 0, dtype=torch.bool)
-    assert other(query, key[:0], key[:0], key_padding_mask=padding, attention_bias=torch.zeros(M, 0)) is query
+    assert (
+        other(query, key[:0], key[:0], key_padding_mask=padding, attention_bias=torch.zeros(M, 0))
+        is query
+    )
     assert other.runs == 1
     bias = torch.randn(M, N)
-    torch.testing.assert_close(first(query, key, key, attention_bias=bias),
-                               original(first, query, key, key, attn_mask=bias))
+    torch.testing.assert_close(
+        first(query, key, key, attention_bias=bias),
+        original(first, query, key, key, attn_mask=bias),
+    )
     assert journal.calls["original"] == 0 and not journal.fallbacks()
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
@@ -239,21 +383,41 @@ def test_a_bias_that_no_core_adds_is_warned_of_once(caplog):
     for _ in range(3):
         module(query, key[:0], key[:0], attention_bias=torch.zeros(M, 0))
     lines = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert lines == [f"{cls.__qualname__}: attention_bias has no effect: its forward did not call its "
-                     "nn.MultiheadAttention or FlashMHA"]
+    assert lines == [
+        f"{cls.__qualname__}: attention_bias has no effect: its forward did not call its "
+        "nn.MultiheadAttention or FlashMHA"
+    ]
 
 
 def warnings_of(caplog):
     return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
-@pytest.mark.parametrize("kind, layers, why", [
-    ("self", None, "attention_bias(kind='self') has no effect: only cross attentions were called in the block"),
-    ("cross", [1, 2], "attention_bias(kind='cross') has no effect: 1 attentions of this kind were called, and none has "
-                      "an index in layers=(1, 2)"),
-    ("cross", None, "attention_bias(kind='cross') has no effect: no patched attention was called in the block; "
-                    "flashbias_patch.status() shows what is patched"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, layers, why",
+    [
+        (
+            "self",
+            None,
+            "attention_bias(kind='self') has no effect: only cross attentions were called "
+            "in the block",
+        ),
+        (
+            "cross",
+            [1, 2],
+            "attention_bias(kind='cross') has no effect: 1 attentions of this kind "
+            "were called, and none has "
+            "an index in layers=(1, 2)",
+        ),
+        (
+            "cross",
+            None,
+            "attention_bias(kind='cross') has no effect: no patched attention was called "
+            "in the block; "
+            "flashbias_patch.status() shows what is patched",
+        ),
+    ],
+)
 def test_a_block_whose_bias_nobody_takes_is_warned_of_once(caplog, kind, layers, why):
     cls, original = outer(leaving)
     module, (query, key) = cls(), sequences()
@@ -274,34 +438,68 @@ def test_a_block_whose_bias_is_taken_or_that_fails_is_not_warned_of(caplog):
     assert not warnings_of(caplog)
 
 
-# -- structured biases where a mask is expected ---------------------------------------------------------------------------
+# -- structured biases where a mask is expected ----------------------------------------------------
 
 
 def test_a_structured_bias_is_never_handed_to_the_forward():
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, attention_bias=None, **kwargs):
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        attention_bias=None,
+        **kwargs,
+    ):
         assert attn_mask is None or attn_mask.dtype == torch.bool
         if attention_bias is not None:  # as one generation of forks has it: (M, B, N)
             attn_mask = attention_bias.transpose(0, 1).repeat_interleave(H, 0)
-        return query + self.attn(query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0]
+        return (
+            query
+            + self.attn(query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[
+                0
+            ]
+        )
 
     cls, original = outer(forward)
     module, (query, key) = cls(), sequences()
     dense = torch.randn(B, M, N)
     wanted = original(module, query, key, key, attention_bias=dense.transpose(0, 1))
-    for kwargs in (dict(attn_mask=DenseBias(dense[:, None])), dict(attention_bias=DenseBias(dense[:, None])),
-                   dict(attention_bias=dense.transpose(0, 1)), dict(attn_bias=dense)):
+    for kwargs in (
+        dict(attn_mask=DenseBias(dense[:, None])),
+        dict(attention_bias=DenseBias(dense[:, None])),
+        dict(attention_bias=dense.transpose(0, 1)),
+        dict(attn_bias=dense),
+    ):
         torch.testing.assert_close(module(query, key, key, **kwargs), wanted)
 
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_bias_tensor_that_the_forward_reshapes_stays_a_description(grad):
-    """As one generation of forks does: (M, B, N) to (B*H, M, N), then the inner attention's mask."""
+    """As one generation of forks does: (M, B, N) to (B*H, M, N), then the inner attention's
+    mask."""
     masks = []
 
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, attention_bias=None, **kwargs):
-        masks.append(attention_bias.transpose(0, 1).unsqueeze(1).expand(B, H, M, N).reshape(B * H, M, N))
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        attention_bias=None,
+        **kwargs,
+    ):
+        masks.append(
+            attention_bias.transpose(0, 1).unsqueeze(1).expand(B, H, M, N).reshape(B * H, M, N)
+        )
         return query + self.attn(query, key, value, attn_mask=masks[-1])[0]
 
     cls, original = outer(forward)
@@ -317,18 +515,34 @@ def test_a_bias_tensor_that_the_forward_reshapes_stays_a_description(grad):
     assert masks[-1]._dense is None and journal.calls["original"] == 0
 
 
-# -- the original code, with a bias ---------------------------------------------------------------------------------------
+# -- the original code, with a bias ----------------------------------------------------------------
 
-ORIGINALS = [dict(kdim=8, vdim=8), dict(add_bias_kv=True), dict(add_zero_attn=True), dict(batch_first=True, kdim=8, vdim=8)]
+ORIGINALS = [
+    dict(kdim=8, vdim=8),
+    dict(add_bias_kv=True),
+    dict(add_zero_attn=True),
+    dict(batch_first=True, kdim=8, vdim=8),
+]
 
 
 @pytest.mark.parametrize("options", ORIGINALS)
 def test_the_original_code_gets_the_bias_in_the_inner_layout(options):
-    """Also where the outer class says `batch_first` and takes (M, B, E), as the flash class does."""
+    """Also where the outer class says `batch_first` and takes (M, B, E), as the flash class
+    does."""
     first = options.get("batch_first", False)
 
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
         q, k, v = (x.transpose(0, 1) if first else x for x in (query, key, value))
         out = self.attn(q, k, v, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0]
         return query + (out.transpose(0, 1) if first else out)
@@ -345,8 +559,10 @@ def test_the_original_code_gets_the_bias_in_the_inner_layout(options):
         dense = added(bias, kwargs.get("attn_mask")).flatten(0, 1)
         theirs = original(module, query, key, key, attn_mask=dense, key_padding_mask=padding)
         ours = module(query, key, key, attention_bias=bias, **kwargs)
-        assert_equal([ours, *gradients(module, ours, [query, bias])],
-                     [theirs, *gradients(module, theirs, [query, bias])])
+        assert_equal(
+            [ours, *gradients(module, ours, [query, bias])],
+            [theirs, *gradients(module, theirs, [query, bias])],
+        )
     assert journal.calls["original"] == sum(journal.calls.values()) == 5
 
 
@@ -358,16 +574,38 @@ def added(bias, mask):
 
 @since(2, 0, "is_causal")
 def test_a_hint_that_the_mask_is_causal_does_not_lose_the_bias():
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
-        return query + self.attn(query, key, value, attn_mask=attn_mask, is_causal=True, need_weights=False)[0]
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
+        return (
+            query
+            + self.attn(query, key, value, attn_mask=attn_mask, is_causal=True, need_weights=False)[
+                0
+            ]
+        )
 
     cls, _ = outer(forward)
     module, query = cls(), sequences()[0]
     causal, bias = torch.ones(M, M).triu(1).bool(), torch.randn(M, M)
     dense = bias.masked_fill(causal, float("-inf"))
-    wanted = query + nn.MultiheadAttention.forward.__wrapped__(module.attn, query, query, query, attn_mask=dense)[0]
-    torch.testing.assert_close(module(query, query, query, attn_mask=causal, attention_bias=bias), wanted)
+    wanted = (
+        query
+        + nn.MultiheadAttention.forward.__wrapped__(
+            module.attn, query, query, query, attn_mask=dense
+        )[0]
+    )
+    torch.testing.assert_close(
+        module(query, query, query, attn_mask=causal, attention_bias=bias), wanted
+    )
 
 
 @since(1, 11, "attention of unbatched sequences")
@@ -379,17 +617,25 @@ def test_unbatched_queries(options, biased):
     cls, original = outer(changing(lambda self, k, v, m, p: (k, v, m, p)))
     module, query = cls(**options), torch.randn(M, E, requires_grad=True)
     key, bias = torch.randn(N, options.get("kdim", E), requires_grad=True), torch.randn(M, N)
-    for masks in (dict(attn_mask=torch.arange(M * N).view(M, N) % 3 == 1), dict(attn_mask=torch.randn(M, N)),
-                  dict(attn_mask=torch.randn(H, M, N)), dict(key_padding_mask=torch.arange(N) > 4), {}):
+    for masks in (
+        dict(attn_mask=torch.arange(M * N).view(M, N) % 3 == 1),
+        dict(attn_mask=torch.randn(M, N)),
+        dict(attn_mask=torch.randn(H, M, N)),
+        dict(key_padding_mask=torch.arange(N) > 4),
+        {},
+    ):
         with_bias = {**masks, "attn_mask": added(bias, masks.get("attn_mask"))} if biased else masks
         theirs = original(module, query, key, key, **with_bias)
         journal.reset()
         ours = module(query, key, key, **masks, **({"attention_bias": bias} if biased else {}))
         assert bool(journal.calls["original"]) is bool(options) and ours.shape == (M, E)
-        assert_equal([ours, *gradients(module, ours, [query, key])], [theirs, *gradients(module, theirs, [query, key])])
+        assert_equal(
+            [ours, *gradients(module, ours, [query, key])],
+            [theirs, *gradients(module, theirs, [query, key])],
+        )
 
 
-# -- FlashMHA -------------------------------------------------------------------------------------------------------------
+# -- FlashMHA --------------------------------------------------------------------------------------
 
 
 def flash_classes():
@@ -419,15 +665,29 @@ def test_a_flash_core_that_is_handed_padding_believes_it(monkeypatch, masks):
         base = load(f"{stand_ins.UTILS}.petr_transformer").PETRMultiheadFlashAttention
 
         class Fork(base):
-            def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                        key_padding_mask=None, **kwargs):
+            def forward(
+                self,
+                query,
+                key=None,
+                value=None,
+                identity=None,
+                query_pos=None,
+                key_pos=None,
+                attn_mask=None,
+                key_padding_mask=None,
+                **kwargs,
+            ):
                 q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-                return query + self.attn(q=q, k=k, v=v, key_padding_mask=key_padding_mask)[0].transpose(0, 1)
+                return query + self.attn(q=q, k=k, v=v, key_padding_mask=key_padding_mask)[
+                    0
+                ].transpose(0, 1)
 
         assert hooks.claim(Fork)
         module, (query, key) = Fork(E, H), sequences()
         keep = ~given_masks()["padding"]["key_padding_mask"]
-        wanted = flash_truth(module, query, key, key, biases=(None, (~keep)[:, None, None].expand(B, H, M, N)))
+        wanted = flash_truth(
+            module, query, key, key, biases=(None, (~keep)[:, None, None].expand(B, H, M, N))
+        )
         torch.testing.assert_close(module(query, key, key, key_padding_mask=keep), wanted)
 
 
@@ -439,7 +699,9 @@ def test_kinds_of_a_bare_flash_core(kind):
         x, other, bias = torch.randn(M, B, E), torch.randn(B, M, E), torch.randn(M, M) * 3
         q = x.transpose(0, 1)
         for key, own in ((other, "cross"), (q, "self"), (x.transpose(0, 1), "self")):
-            wanted = core(q, key, key, **({"attention_bias": bias} if kind in (own, "all") else {}))[0]
+            wanted = core(
+                q, key, key, **({"attention_bias": bias} if kind in (own, "all") else {})
+            )[0]
             with flashbias_patch.attention_bias(bias, kind=kind):
                 torch.testing.assert_close(core(q, key, key)[0], wanted)
         with pytest.raises(ValueError, match="does not fit"):
@@ -448,13 +710,26 @@ def test_kinds_of_a_bare_flash_core(kind):
 
 @since(2, 0, "setup_context")
 def test_a_flash_core_in_a_function_without_ctx_is_an_error_at_the_recomputation():
-    """What the outer forward adds to it, a floating mask that the flash class drops too, cannot be found again."""
+    """What the outer forward adds to it, a floating mask that the flash class drops too, cannot be
+    found again."""
     from .test_checkpoints import WithSetupContext
 
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        return WithSetupContext.apply(lambda *given: self.attn(*given, key_padding_mask=None)[0], q, k, v)
+        return WithSetupContext.apply(
+            lambda *given: self.attn(*given, key_padding_mask=None)[0], q, k, v
+        )
 
     with stand_ins.repository("isfusion") as load:
         core = load("projects.isfusion.ops.flash").FlashMHA(E, H)

@@ -1,4 +1,6 @@
-"""A patched model is traced and exported as the unpatched one: the same graph, the same numbers in onnxruntime."""
+"""A patched model is traced and exported as the unpatched one: the same graph, the same numbers in
+onnxruntime."""
+
 from __future__ import annotations
 
 import io
@@ -48,13 +50,21 @@ class Biased(nn.Module):
 
 
 BIASES = {
-    "low rank": lambda: LowRankBias(torch.linspace(-1, 1, M * 3).reshape(1, M, 1, 3), torch.ones(1, N, 1, 3)
-                                    * torch.arange(N)[None, :, None, None] / N),
-    "segments": lambda: ModalityBias(torch.linspace(-1, 1, M * 2).reshape(1, M, 1, 2), segments=(4, N - 4)),
-    "windows": lambda: WindowBias(torch.linspace(0, 2, M).reshape(1, M, 1), torch.arange(3 * M).reshape(1, M, 1, 3) % 4,
-                                  [Grid(1, 1, N)], 3),
+    "low rank": lambda: LowRankBias(
+        torch.linspace(-1, 1, M * 3).reshape(1, M, 1, 3),
+        torch.ones(1, N, 1, 3) * torch.arange(N)[None, :, None, None] / N,
+    ),
+    "segments": lambda: ModalityBias(
+        torch.linspace(-1, 1, M * 2).reshape(1, M, 1, 2), segments=(4, N - 4)
+    ),
+    "windows": lambda: WindowBias(
+        torch.linspace(0, 2, M).reshape(1, M, 1),
+        torch.arange(3 * M).reshape(1, M, 1, 3) % 4,
+        [Grid(1, 1, N)],
+        3,
+    ),
     "alibi": lambda: AlibiBias(torch.linspace(0.1, 1, H), M, N),
-}  # fmt: skip
+}
 
 QUICK = ("low rank", "windows")
 
@@ -80,7 +90,9 @@ def onnx_script(model):
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, inputs(), file, opset_version=17, **({"dynamo": False} if NON_STRICT else {}))
+        torch.onnx.export(
+            model, inputs(), file, opset_version=17, **({"dynamo": False} if NON_STRICT else {})
+        )
     return run_onnx(file.getvalue())
 
 
@@ -93,16 +105,25 @@ def onnx_dynamo(model):
 
 def export(model, strict=False):
     program = torch.export.export(model, inputs(), strict=strict)
-    return Counter(str(n.target) for n in program.graph.nodes if n.op == "call_function"), program.module()(*inputs())
+    return Counter(
+        str(n.target) for n in program.graph.nodes if n.op == "call_function"
+    ), program.module()(*inputs())
 
 
 def export_strict(model):
     return export(model, strict=True)
 
 
-needs_export = pytest.mark.skipif(not NON_STRICT, reason="torch.export cannot be told from torch.compile before torch 2.7")
-WAYS = [traced, onnx_script, pytest.param(export, marks=needs_export), pytest.param(export_strict, marks=needs_export),
-        pytest.param(onnx_dynamo, marks=[needs_export, pytest.mark.slow])]
+needs_export = pytest.mark.skipif(
+    not NON_STRICT, reason="torch.export cannot be told from torch.compile before torch 2.7"
+)
+WAYS = [
+    traced,
+    onnx_script,
+    pytest.param(export, marks=needs_export),
+    pytest.param(export_strict, marks=needs_export),
+    pytest.param(onnx_dynamo, marks=[needs_export, pytest.mark.slow]),
+]
 
 
 @pytest.fixture
@@ -118,14 +139,19 @@ def test_as_unpatched(model, way):
         flashbias_patch.install()
         patched, again = way(model)
         expected = model(*inputs())
-    assert flashbias_patch.status()["patched"] and flashbias_patch.status()["calls"]  # patched, and computes outside
+    assert (
+        flashbias_patch.status()["patched"] and flashbias_patch.status()["calls"]
+    )  # patched, and computes outside
     assert patched == unpatched
     torch.testing.assert_close(again, numbers, rtol=0, atol=0)
     torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
     assert not exporting() and not flashbias_patch.status()["fallbacks"]
 
 
-@pytest.mark.parametrize("kind", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BIASES])
+@pytest.mark.parametrize(
+    "kind",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BIASES],
+)
 @pytest.mark.parametrize("way", [traced, onnx_script, *WAYS[2:3], *WAYS[4:]])
 def test_a_bias_is_exported_in_plain_operators(model, way, kind):
     flashbias_patch.install()
@@ -148,7 +174,8 @@ def test_a_strict_export_refuses_a_bias(model):
 
 @needs_export
 def test_a_strict_export_beside_a_block(model):
-    """After a block, the model is exported as ever; inside one, which torch.compile cannot read, the bias is refused."""
+    """After a block, the model is exported as ever; inside one, which torch.compile cannot read,
+    the bias is refused."""
     flashbias_patch.install()
     with flashbias_patch.attention_bias(BIASES["low rank"](), kind="cross"):
         with pytest.raises(Exception) as raised:
@@ -174,7 +201,9 @@ def test_a_flash_class_is_exported_in_plain_operators(repository, way):
     """Its own code, flash-attn's kernels, no exporter takes."""
     flashbias_patch.install()
     torch.manual_seed(0)
-    model = repository().PETRMultiheadFlashAttention(embed_dims=E, num_heads=H, batch_first=True).eval()
+    model = (
+        repository().PETRMultiheadFlashAttention(embed_dims=E, num_heads=H, batch_first=True).eval()
+    )
     with torch.no_grad():
         ops, numbers = way(Biased(Cross(model), BIASES["low rank"]).eval())
         expected = Biased(Cross(model), BIASES["low rank"]).eval()(*inputs())

@@ -1,4 +1,6 @@
-"""FLASHBIAS_RANK and FLASHBIAS_ENERGY: dense biases computed as low-rank ones, measured and reported."""
+"""FLASHBIAS_RANK and FLASHBIAS_ENERGY: dense biases computed as low-rank ones, measured and
+reported."""
+
 from __future__ import annotations
 
 import pytest
@@ -7,7 +9,16 @@ import torch
 import flashbias_patch
 from flashbias_patch.attention import dispatch
 
-from .test_bias_ways import WAYS, BiasModule, assert_same, decoder_of, gradients, inputs, reference, run_biased
+from .test_bias_ways import (
+    WAYS,
+    BiasModule,
+    assert_same,
+    decoder_of,
+    gradients,
+    inputs,
+    reference,
+    run_biased,
+)
 
 
 def setting(monkeypatch, **variables):
@@ -31,7 +42,9 @@ def seen(monkeypatch):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("with_cp", [False, True])
-def test_low_rank_inside_and_the_gradient_of_the_dense_one(repository, monkeypatch, seen, way, with_cp):
+def test_low_rank_inside_and_the_gradient_of_the_dense_one(
+    repository, monkeypatch, seen, way, with_cp
+):
     """The map has rank 3: the projection's gradient is the exact one, through recomputation too."""
     truth = reference(repository, True)
     setting(monkeypatch, energy=0.999999)
@@ -53,7 +66,11 @@ def test_low_rank_inside_and_the_gradient_of_the_dense_one(repository, monkeypat
 
 def test_above_the_error_the_dense_bias_is_used_and_said(patched, monkeypatch, seen, caplog):
     setting(monkeypatch, rank=1)
-    decoder, maker, tensors = decoder_of(patched, "PETRMultiheadAttention", False), BiasModule(), inputs(False)
+    decoder, maker, tensors = (
+        decoder_of(patched, "PETRMultiheadAttention", False),
+        BiasModule(),
+        inputs(False),
+    )
     out = run_biased(decoder, maker, tensors, "ambient", structured=False)
     assert (0, True) in seen and not any(rank for rank, _ in seen)
     assert "max_error" in flashbias_patch.status()["factorizations"][0]["used_dense"]
@@ -65,13 +82,18 @@ def test_above_the_error_the_dense_bias_is_used_and_said(patched, monkeypatch, s
 
 
 def test_by_default_a_dense_bias_is_exact(patched, seen):
-    decoder, maker, tensors = decoder_of(patched, "PETRMultiheadAttention", False), BiasModule(), inputs(False)
+    decoder, maker, tensors = (
+        decoder_of(patched, "PETRMultiheadAttention", False),
+        BiasModule(),
+        inputs(False),
+    )
     run_biased(decoder, maker, tensors, "ambient", structured=False)
     assert (0, True) in seen and not flashbias_patch.status()["factorizations"]
 
 
 def test_under_inference_mode(monkeypatch):
-    """Inference tensors have no version. What is factorised there leaves nothing that training would meet."""
+    """Inference tensors have no version. What is factorised there leaves nothing that training
+    would meet."""
     from flashbias_patch.bias import DenseBias
     from flashbias_patch.patching import factoring
 

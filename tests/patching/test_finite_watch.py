@@ -1,4 +1,5 @@
 """FiniteWatch names the first value that is not finite."""
+
 from __future__ import annotations
 
 import logging
@@ -14,7 +15,12 @@ from flashbias_patch.monitor import FiniteWatch
 class Model(nn.Module):
     def __init__(self, fault=lambda x: x):
         super().__init__()
-        self.first, self.middle, self.last, self.fault = nn.Linear(4, 4), Fault(), nn.Linear(4, 1), fault
+        self.first, self.middle, self.last, self.fault = (
+            nn.Linear(4, 4),
+            Fault(),
+            nn.Linear(4, 1),
+            fault,
+        )
         self.middle.function = fault
 
     def forward(self, x):
@@ -51,7 +57,13 @@ def test_an_output_is_named_once_with_its_step(caplog):
             step(model)
             watch.update(number)
     found = watch.first
-    assert (found.what, found.module, found.kind, found.step, found.entries) == ("output", "middle", "Fault", 11, (12, 0, 12))
+    assert (found.what, found.module, found.kind, found.step, found.entries) == (
+        "output",
+        "middle",
+        "Fault",
+        11,
+        (12, 0, 12),
+    )
     assert len(caplog.records) == 1 and "that of middle (Fault, float32) at step 11" in caplog.text
 
 
@@ -60,7 +72,11 @@ def test_a_gradient_is_named_where_outputs_are_finite():
     watch = FiniteWatch(model)
     step(model)
     found = watch.update()
-    assert (found.what, found.module, found.kind) == ("gradient", "first", "Linear") and "root" in found.advice
+    assert (found.what, found.module, found.kind) == (
+        "gradient",
+        "first",
+        "Linear",
+    ) and "root" in found.advice
     assert found.entries[0] == 12
 
 
@@ -74,7 +90,11 @@ def test_the_batch_and_a_module_that_overflows_float16():
     watch = FiniteWatch(model)
     model(torch.ones(3, 4))
     found = watch.update()
-    assert (found.module, found.dtype, found.entries) == ("middle", "float16", (0, 12, 12)) and "bfloat16" in found.advice
+    assert (found.module, found.dtype, found.entries) == (
+        "middle",
+        "float16",
+        (0, 12, 12),
+    ) and "bfloat16" in found.advice
 
 
 def test_a_skipped_step_is_forgiven_and_stop_raises():
@@ -103,7 +123,11 @@ def test_attention_names_its_backend_and_the_original(patched):
     watch = FiniteWatch(attention)
     attention(query, key, key)
     found = watch.update()
-    assert found.backends == ("sdpa",) and found.module == "attn" and "FLASHBIAS_BACKEND=reference" in found.advice
+    assert (
+        found.backends == ("sdpa",)
+        and found.module == "attn"
+        and "FLASHBIAS_BACKEND=reference" in found.advice
+    )
     assert flashbias_patch.status()["calls"]
 
 

@@ -1,4 +1,6 @@
-"""Forwards that call F.multi_head_attention_forward themselves, or code in the same module that does."""
+"""Forwards that call F.multi_head_attention_forward themselves, or code in the same module that
+does."""
+
 from __future__ import annotations
 
 import pytest
@@ -24,15 +26,44 @@ class Direct(nn.Module):
         self.num_heads, self.batch_first = H, False
         self.attn = nn.MultiheadAttention(E, H)
 
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
-        return query + call(query, key, value, self.attn, key_padding_mask=key_padding_mask, attn_mask=attn_mask)[0]
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
+        return (
+            query
+            + call(
+                query, key, value, self.attn, key_padding_mask=key_padding_mask, attn_mask=attn_mask
+            )[0]
+        )
 
 
 def call(query, key, value, attention, **masks):
     functional = F.multi_head_attention_forward
-    return functional(query, key, value, E, H, attention.in_proj_weight, attention.in_proj_bias, None, None, False, 0.0,
-                      attention.out_proj.weight, attention.out_proj.bias, **masks)
+    return functional(
+        query,
+        key,
+        value,
+        E,
+        H,
+        attention.in_proj_weight,
+        attention.in_proj_bias,
+        None,
+        None,
+        False,
+        0.0,
+        attention.out_proj.weight,
+        attention.out_proj.bias,
+        **masks,
+    )
 
 
 class OwnAttention(nn.Module):
@@ -47,9 +78,22 @@ class OwnAttention(nn.Module):
         return call(query, key, value, self, **masks)
 
 
-def with_own(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-             key_padding_mask=None, **kwargs):
-    return query + self.own(query, key, value, key_padding_mask=key_padding_mask, attn_mask=attn_mask)[0]
+def with_own(
+    self,
+    query,
+    key=None,
+    value=None,
+    identity=None,
+    query_pos=None,
+    key_pos=None,
+    attn_mask=None,
+    key_padding_mask=None,
+    **kwargs,
+):
+    return (
+        query
+        + self.own(query, key, value, key_padding_mask=key_padding_mask, attn_mask=attn_mask)[0]
+    )
 
 
 def make_own(self):
@@ -73,12 +117,20 @@ def test_masks_and_biases(fork):
         pairs = [(module(query, key, key, **kwargs), original(module, query, key, key, **kwargs))]
         if "attn_mask" not in kwargs:
             bias = torch.randn(M, N)
-            pairs.append((module(query, key, key, **kwargs, attention_bias=bias),
-                          original(module, query, key, key, **kwargs, attn_mask=bias)))
+            pairs.append(
+                (
+                    module(query, key, key, **kwargs, attention_bias=bias),
+                    original(module, query, key, key, **kwargs, attn_mask=bias),
+                )
+            )
         for ours, theirs in pairs:
             torch.testing.assert_close(ours, theirs)
-            for mine, base in zip(*(torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)
-                                    for out in (ours, theirs))):
+            for mine, base in zip(
+                *(
+                    torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)
+                    for out in (ours, theirs)
+                )
+            ):
                 torch.testing.assert_close(mine, base, rtol=1e-3, atol=1e-4)
     assert journal.calls["original"] == 0 and journal.calls[FASTEST] >= len(given_masks())
 
@@ -91,23 +143,50 @@ def test_the_original_function_gets_the_bias():
 
     def zero_attn(query, key, value, attention, **masks):
         return F.multi_head_attention_forward(
-            query, key, value, E, H, attention.in_proj_weight, attention.in_proj_bias, None, None, True, 0.0,
-            attention.out_proj.weight, attention.out_proj.bias, **masks)
+            query,
+            key,
+            value,
+            E,
+            H,
+            attention.in_proj_weight,
+            attention.in_proj_bias,
+            None,
+            None,
+            True,
+            0.0,
+            attention.out_proj.weight,
+            attention.out_proj.bias,
+            **masks,
+        )
 
     globals()["call"], plain = zero_attn, call
     try:
         bias, padding = torch.randn(M, N), torch.zeros(key.shape[1], N)
         ours = module(query, key, key, attention_bias=bias, key_padding_mask=padding.bool())
-        torch.testing.assert_close(ours, original(module, query, key, key, attn_mask=bias, key_padding_mask=padding))
+        torch.testing.assert_close(
+            ours, original(module, query, key, key, attn_mask=bias, key_padding_mask=padding)
+        )
         assert journal.calls["original"] == 1
     finally:
         globals()["call"] = plain
 
 
 def test_without_an_attention_inside():
-    """`same_as_original` on a forward that computes by itself: masks reach it, and the original runs."""
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
+    """`same_as_original` on a forward that computes by itself: masks reach it, and the original
+    runs."""
+
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
         scores = torch.einsum("mbe,nbe->bmn", query, key)
         scores = scores if attn_mask is None else scores.masked_fill(attn_mask, float("-inf"))
         return query + torch.einsum("bmn,nbe->mbe", scores.softmax(-1), value)
@@ -122,15 +201,31 @@ def test_a_bias_in_a_function_without_ctx_around_the_call_is_an_error():
     from .test_checkpoints import WithSetupContext
 
     class Checkpointed(Direct):
-        def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                    key_padding_mask=None, **kwargs):
-            return WithSetupContext.apply(lambda q, k: call(q, k, k, self.attn, attn_mask=attn_mask)[0], query, key)
+        def forward(
+            self,
+            query,
+            key=None,
+            value=None,
+            identity=None,
+            query_pos=None,
+            key_pos=None,
+            attn_mask=None,
+            key_padding_mask=None,
+            **kwargs,
+        ):
+            return WithSetupContext.apply(
+                lambda q, k: call(q, k, k, self.attn, attn_mask=attn_mask)[0], query, key
+            )
 
     cls = type("PETRMultiheadAttention", (Checkpointed,), {})
     original = cls.forward
     assert hooks.claim(cls)
     module, (query, key) = cls(), sequences()
-    with pytest.raises(RuntimeError, match="a recomputation of PETRMultiheadAttention would be without it"):
+    with pytest.raises(
+        RuntimeError, match="a recomputation of PETRMultiheadAttention would be without it"
+    ):
         module(query, key, key, attention_bias=torch.randn(M, N))
     mask = torch.rand(M, N) < 0.3
-    torch.testing.assert_close(module(query, key, key, attn_mask=mask), original(module, query, key, key, attn_mask=mask))
+    torch.testing.assert_close(
+        module(query, key, key, attn_mask=mask), original(module, query, key, key, attn_mask=mask)
+    )

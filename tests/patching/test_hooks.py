@@ -1,4 +1,5 @@
 """Finding, wrapping and putting back; what a hook must never break."""
+
 from __future__ import annotations
 
 import copy
@@ -19,13 +20,22 @@ from flashbias_patch.patching import catalog, hooks, seams
 
 from .conftest import MODULE, forget
 
-TARGETS = {"MultiheadAttention", "PETRMultiheadAttention", "PETRMultiheadFlashAttention", "FlashMHA",
-           "PETRTransformerDecoderLayer"}
+TARGETS = {
+    "MultiheadAttention",
+    "PETRMultiheadAttention",
+    "PETRMultiheadFlashAttention",
+    "FlashMHA",
+    "PETRTransformerDecoderLayer",
+}
 
 
 def names(package="projects"):
     """Patched classes of the repository under test; other tests' modules may be loaded too."""
-    return {entry["class"] for entry in flashbias_patch.status()["patched"] if entry["module"].startswith(package)}
+    return {
+        entry["class"]
+        for entry in flashbias_patch.status()["patched"]
+        if entry["module"].startswith(package)
+    }
 
 
 def test_every_target_of_a_repository_is_found(patched):
@@ -48,7 +58,9 @@ def test_uninstall_puts_the_identical_objects_back(repository):
     flashbias_patch.uninstall()
     assert all(vars(cls).get("forward") is old for cls, old in zip(classes, before))
     assert not flashbias_patch.status()["installed"] and not flashbias_patch.status()["patched"]
-    assert not any(type(finder).__module__.startswith("flashbias_patch") for finder in sys.meta_path)
+    assert not any(
+        type(finder).__module__.startswith("flashbias_patch") for finder in sys.meta_path
+    )
 
 
 def test_install_twice_wraps_once_and_again_after_uninstall(patched):
@@ -77,8 +89,11 @@ def test_targets_setting_narrows(monkeypatch, repository):
 
 
 def refusal(cls):
-    return next(r["reason"] for r in flashbias_patch.status()["refused"]
-                if (r["module"], r["class"]) == (cls.__module__, cls.__qualname__))
+    return next(
+        r["reason"]
+        for r in flashbias_patch.status()["refused"]
+        if (r["module"], r["class"]) == (cls.__module__, cls.__qualname__)
+    )
 
 
 def outer_class(name="PETRMultiheadAttention"):
@@ -87,9 +102,21 @@ def outer_class(name="PETRMultiheadAttention"):
             super().__init__()
             self.attn = nn.MultiheadAttention(8, 2)
 
-        def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None,
-                    attn_mask=None, key_padding_mask=None, **kwargs):
-            return self.attn(query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0]
+        def forward(
+            self,
+            query,
+            key=None,
+            value=None,
+            identity=None,
+            query_pos=None,
+            key_pos=None,
+            attn_mask=None,
+            key_padding_mask=None,
+            **kwargs,
+        ):
+            return self.attn(
+                query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask
+            )[0]
 
     Outer.__name__ = Outer.__qualname__ = name
     return Outer
@@ -105,8 +132,15 @@ def test_subclasses_are_wrapped_once_each(installed):
     Base = outer_class()
 
     class Child(Base):
-        def forward(self, query, key=None, value=None, attn_mask=None, key_padding_mask=None, **kwargs):
-            return super().forward(query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask) * 2
+        def forward(
+            self, query, key=None, value=None, attn_mask=None, key_padding_mask=None, **kwargs
+        ):
+            return (
+                super().forward(
+                    query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask
+                )
+                * 2
+            )
 
     class Silent(Base):
         pass
@@ -147,7 +181,9 @@ def test_a_hook_that_raises_leaves_the_import_alone(installed, repository, monke
     module.PETRMultiheadAttention(8, 2)(x)
 
 
-@pytest.mark.parametrize("name", ["MultiheadAttention", "PETRMultiheadAttention", "PETRMultiheadFlashAttention"])
+@pytest.mark.parametrize(
+    "name", ["MultiheadAttention", "PETRMultiheadAttention", "PETRMultiheadFlashAttention"]
+)
 def test_instances_do_not_notice(patched, repository, name, tmp_path):
     cls = getattr(patched, name)
     module = cls(16, 2)
@@ -169,7 +205,9 @@ def test_instances_do_not_notice(patched, repository, name, tmp_path):
 
 def test_signatures_are_unchanged(repository):
     module = repository()
-    before = {name: inspect.signature(getattr(module, name).forward) for name in TARGETS - {"FlashMHA"}}
+    before = {
+        name: inspect.signature(getattr(module, name).forward) for name in TARGETS - {"FlashMHA"}
+    }
     docs = module.PETRMultiheadAttention.forward.__doc__
     flashbias_patch.install()
     assert {name: inspect.signature(getattr(module, name).forward) for name in before} == before
@@ -210,7 +248,8 @@ def test_forks_are_found_by_registration(installed, name):
 
 
 def test_a_core_is_found_beside_its_registered_outer_class(installed, monkeypatch):
-    """FlashMHA is in no registry: it is found in the globals of the module whose class is registered."""
+    """FlashMHA is in no registry: it is found in the globals of the module whose class is
+    registered."""
     fork = types.ModuleType("a_fork_somewhere")
     monkeypatch.setitem(sys.modules, fork.__name__, fork)
 
@@ -253,7 +292,7 @@ def test_third_party_targets(installed, monkeypatch):
     monkeypatch.setattr(catalog, "_third_party", None)
 
 
-# -- the flash_attn stand-in -----------------------------------------------------------------------------------------
+# -- the flash_attn stand-in -----------------------------------------------------------------------
 
 
 def test_flash_attn_is_seen_by_its_importers_only(patched):
@@ -284,15 +323,21 @@ def write_package(tmp_path, source):
 
 
 def test_a_real_flash_attn_is_never_shadowed(installed, monkeypatch, tmp_path):
-    real, interface = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.flash_attn_interface")
+    real, interface = (
+        types.ModuleType("flash_attn"),
+        types.ModuleType("flash_attn.flash_attn_interface"),
+    )
     real.__path__ = []
     real.flash_attn_interface = interface
     interface.flash_attn_unpadded_kvpacked_func = marker = object()
     monkeypatch.setitem(sys.modules, "flash_attn", real)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    write_package(tmp_path, "from flash_attn.flash_attn_interface import flash_attn_unpadded_kvpacked_func as a\n"
-                            "from flash_attn.flash_attn_interface import flash_attn_varlen_kvpacked_func as b\n"
-                            "from flash_attn.bert_padding import unpad_input as c\n")
+    write_package(
+        tmp_path,
+        "from flash_attn.flash_attn_interface import flash_attn_unpadded_kvpacked_func as a\n"
+        "from flash_attn.flash_attn_interface import flash_attn_varlen_kvpacked_func as b\n"
+        "from flash_attn.bert_padding import unpad_input as c\n",
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     module = importlib.import_module("some_fork.attention")
     from flashbias_patch.patching import stand_ins
@@ -300,7 +345,9 @@ def test_a_real_flash_attn_is_never_shadowed(installed, monkeypatch, tmp_path):
     assert module.a is marker
     assert module.b is stand_ins.flash_attn_varlen_kvpacked_func
     assert module.c is stand_ins.unpad_input
-    assert sys.modules["flash_attn"] is real and not hasattr(interface, "flash_attn_varlen_kvpacked_func")
+    assert sys.modules["flash_attn"] is real and not hasattr(
+        interface, "flash_attn_varlen_kvpacked_func"
+    )
 
 
 def test_an_unknown_submodule_of_flash_attn_is_still_missing(installed, monkeypatch, tmp_path):
@@ -320,7 +367,8 @@ def test_stand_in_functions_compute():
     assert longest == 7 and offsets.tolist() == [0, 7, 10]
     torch.testing.assert_close(stand_ins.pad_input(flat, indices, 2, 7)[keep], kv.flatten(2)[keep])
     out = stand_ins.flash_attn_varlen_kvpacked_func(
-        q.flatten(0, 1), flat.view(-1, 2, 2, 8), torch.tensor([0, 5, 10]), offsets, 5, longest)
+        q.flatten(0, 1), flat.view(-1, 2, 2, 8), torch.tensor([0, 5, 10]), offsets, 5, longest
+    )
     expected = flash_bias_attention(q, kv[:, :, 0], kv[:, :, 1], key_padding_mask=~keep)
     torch.testing.assert_close(out.view(2, 5, 2, 8), expected)
 

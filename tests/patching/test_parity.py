@@ -1,4 +1,6 @@
-"""Patched equals unpatched: outputs and the gradients of every input and parameter, over the argument space."""
+"""Patched equals unpatched: outputs and the gradients of every input and parameter, over the
+argument space."""
+
 from __future__ import annotations
 
 import warnings
@@ -21,11 +23,18 @@ PADDINGS = ("none", "bool", "float")
 @st.composite
 def calls(draw):
     return dict(
-        B=draw(st.integers(1, 3)), M=draw(st.integers(1, 9)), N=draw(st.integers(1, 11)),
-        batch_first=draw(st.booleans()), mask=draw(st.sampled_from(MASKS)), padding=draw(st.sampled_from(PADDINGS)),
-        key=draw(st.sampled_from(("given", "default", "shared"))), positions=draw(st.booleans()),
-        identity=draw(st.sampled_from(("default", "identity", "residual"))), positional=draw(st.booleans()),
-        training=draw(st.booleans()), seed=draw(st.integers(0, 2**16)),
+        B=draw(st.integers(1, 3)),
+        M=draw(st.integers(1, 9)),
+        N=draw(st.integers(1, 11)),
+        batch_first=draw(st.booleans()),
+        mask=draw(st.sampled_from(MASKS)),
+        padding=draw(st.sampled_from(PADDINGS)),
+        key=draw(st.sampled_from(("given", "default", "shared"))),
+        positions=draw(st.booleans()),
+        identity=draw(st.sampled_from(("default", "identity", "residual"))),
+        positional=draw(st.booleans()),
+        training=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
     )
 
 
@@ -55,13 +64,23 @@ def build(c):
     if c["padding"] != "none":
         padding = torch.rand(B, N, generator=g) < 0.3
         padding[:, 0] = False
-        if c["padding"] == "float" and (RELEASE >= (2, 0) or mask is None):  # torch before takes no such pair
+        if c["padding"] == "float" and (
+            RELEASE >= (2, 0) or mask is None
+        ):  # torch before takes no such pair
             padding = torch.zeros(B, N).masked_fill(padding, float("-inf"))
     masks = dict(attn_mask=mask, key_padding_mask=padding)
     given_names = dict(query=query, key=key, value=value, **identity, **positions, **masks)
     if c["positional"] and c["identity"] != "residual":
-        args = (query, key, value, given_names.get("identity"), positions.get("query_pos"),
-                positions.get("key_pos"), mask, padding)
+        args = (
+            query,
+            key,
+            value,
+            given_names.get("identity"),
+            positions.get("query_pos"),
+            positions.get("key_pos"),
+            mask,
+            padding,
+        )
         kwargs = {}
     else:
         args, kwargs = (query,), {k: v for k, v in given_names.items() if k != "query"}
@@ -88,7 +107,9 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("name", ["MultiheadAttention", "PETRMultiheadAttention"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(c=calls())
 def test_patched_equals_unpatched(repository, name, c):
     torch.manual_seed(c["seed"])
@@ -111,13 +132,17 @@ def flash_truth(module, query, key, value, positions=(None, None), biases=()):
     k = key if positions[1] is None else key + positions[1]
     weights = core.in_proj_weight.chunk(3)
     offsets = (None,) * 3 if core.in_proj_bias is None else core.in_proj_bias.chunk(3)
-    heads = [torch.nn.functional.linear(x, w, b).transpose(0, 1).unflatten(-1, (H, -1))
-             for x, w, b in zip((q, k, value), weights, offsets)]
+    heads = [
+        torch.nn.functional.linear(x, w, b).transpose(0, 1).unflatten(-1, (H, -1))
+        for x, w, b in zip((q, k, value), weights, offsets)
+    ]
     out = dense_attention(*heads, *biases).flatten(2)
     return query + core.out_proj(out).transpose(0, 1)
 
 
-@pytest.mark.parametrize("attn_drop", [0.0, 0.1])  # the flash class takes it for its projections' bias
+@pytest.mark.parametrize(
+    "attn_drop", [0.0, 0.1]
+)  # the flash class takes it for its projections' bias
 def test_flash_class_runs_on_the_cpu_as_its_formula(patched, attn_drop):
     module = patched.PETRMultiheadFlashAttention(E, H, attn_drop=attn_drop)
     assert (module.attn.in_proj_bias is None) == (attn_drop == 0.0)
@@ -125,8 +150,10 @@ def test_flash_class_runs_on_the_cpu_as_its_formula(patched, attn_drop):
     tensors = [query, key, value, qp, kp]
     theirs = flash_truth(module, query, key, value, (qp, kp))
     ours = module(query, key, value, query_pos=qp, key_pos=kp)
-    grads = [torch.autograd.grad(out, [*tensors, *module.parameters()], torch.ones_like(out))
-             for out in (ours, theirs)]
+    grads = [
+        torch.autograd.grad(out, [*tensors, *module.parameters()], torch.ones_like(out))
+        for out in (ours, theirs)
+    ]
     assert_equal([ours, *grads[0]], [theirs, *grads[1]])
 
 
@@ -136,19 +163,25 @@ def test_flash_class_drops_boolean_masks_as_upstream_unless_told(patched, monkey
     query, key = torch.randn(5, 2, E), torch.randn(7, 2, E)
     mask, padding = torch.rand(5, 7) < 0.5, torch.rand(2, 7) < 0.3
     plain = module(query, key, key)
-    torch.testing.assert_close(module(query, key, key, attn_mask=mask, key_padding_mask=padding), plain)
+    torch.testing.assert_close(
+        module(query, key, key, attn_mask=mask, key_padding_mask=padding), plain
+    )
     module(query, key, key, attn_mask=mask)
     assert sum("FLASHBIAS_MASKS" in r.message for r in caplog.records) == 1
     monkeypatch.setenv("FLASHBIAS_MASKS", "honour")
     flashbias_patch.settings.reload()
     honoured = module(query, key, key, attn_mask=mask, key_padding_mask=padding)
     masked = (mask | padding[:, None, None]).expand(2, H, 5, 7)
-    torch.testing.assert_close(honoured, flash_truth(module, query, key, key, biases=(None, masked)))
+    torch.testing.assert_close(
+        honoured, flash_truth(module, query, key, key, biases=(None, masked))
+    )
 
 
 @pytest.mark.parametrize("dtype, allowed", [("fp16", 3e-3), ("bf16", 3e-2)])
 @pytest.mark.parametrize("size", (1.0, 1e-9))
-def test_another_precision_keeps_the_callers_and_small_gradients(patched, monkeypatch, dtype, allowed, size):
+def test_another_precision_keeps_the_callers_and_small_gradients(
+    patched, monkeypatch, dtype, allowed, size
+):
     module = patched.PETRMultiheadAttention(E, H).eval()
     query, key = (torch.randn(n, 2, E, requires_grad=True) for n in (5, 7))
     wanted = torch.autograd.grad(module(query, key, key), (query, key), torch.full((5, 2, E), size))
@@ -156,7 +189,9 @@ def test_another_precision_keeps_the_callers_and_small_gradients(patched, monkey
     flashbias_patch.settings.reload()
     out = module(query, key, key)
     assert out.dtype is torch.float32
-    for found, exact in zip(torch.autograd.grad(out, (query, key), torch.full((5, 2, E), size)), wanted):
+    for found, exact in zip(
+        torch.autograd.grad(out, (query, key), torch.full((5, 2, E), size)), wanted
+    ):
         assert found.dtype is torch.float32
         assert 0 < (found - exact).norm() <= allowed * exact.norm()
 
@@ -169,16 +204,21 @@ def test_core_alone(patched):
     out, weights = core(q, kv, kv)
     assert weights is None and out.shape == q.shape
     torch.testing.assert_close(core(q=q, k=kv, v=kv)[0], out)
-    masked, _ = core(q, kv, kv, key_padding_mask=~padding)  # flash-attn's convention: True keeps a key
-    heads = [torch.nn.functional.linear(x, w, b).unflatten(-1, (H, -1)) for x, w, b in
-             zip((q, kv, kv), core.in_proj_weight.chunk(3), core.in_proj_bias.chunk(3))]
-    expected = core.out_proj(dense_attention(*heads, None, padding[:, None, None].expand(2, H, 5, 7)).flatten(2))
+    masked, _ = core(
+        q, kv, kv, key_padding_mask=~padding
+    )  # flash-attn's convention: True keeps a key
+    heads = [
+        torch.nn.functional.linear(x, w, b).unflatten(-1, (H, -1))
+        for x, w, b in zip((q, kv, kv), core.in_proj_weight.chunk(3), core.in_proj_bias.chunk(3))
+    ]
+    expected = core.out_proj(
+        dense_attention(*heads, None, padding[:, None, None].expand(2, H, 5, 7)).flatten(2)
+    )
     torch.testing.assert_close(masked, expected)
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [dict(kdim=8, vdim=8), dict(add_bias_kv=True), dict(add_zero_attn=True)],
+    "arguments", [dict(kdim=8, vdim=8), dict(add_bias_kv=True), dict(add_zero_attn=True)]
 )
 def test_what_is_not_supported_runs_the_original_code(patched, arguments):
     module = patched.PETRMultiheadAttention(E, H, **arguments)
@@ -192,15 +232,20 @@ def test_what_is_not_supported_runs_the_original_code(patched, arguments):
     torch.testing.assert_close(ours, module(query, key, key))
 
 
-@pytest.mark.parametrize("inner, name", [(True, "in_proj_weight"), (False, "weight"), (False, "bias")])
+@pytest.mark.parametrize(
+    "inner, name", [(True, "in_proj_weight"), (False, "weight"), (False, "bias")]
+)
 def test_a_class_that_computes_a_parameter_is_heard(patched, inner, name):
-    """The class of a module may be replaced once it is built, as adapters do, with a property over the parameter."""
+    """The class of a module may be replaced once it is built, as adapters do, with a property over
+    the parameter."""
     module = patched.PETRMultiheadAttention(E, H).eval()
     query, key = torch.randn(5, 2, E), torch.randn(7, 2, E)
     torch.nn.init.normal_(module.attn.out_proj.bias)
     module(query, key, key)
     part = module.attn if inner else module.attn.out_proj
-    part.__class__ = type("Adapted", (type(part),), {name: property(lambda self: 2 * self._parameters[name])})
+    part.__class__ = type(
+        "Adapted", (type(part),), {name: property(lambda self: 2 * self._parameters[name])}
+    )
 
     def run():
         out = module(query, key, key)

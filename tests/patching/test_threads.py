@@ -1,4 +1,5 @@
 """Threads started inside `with attention_bias(...)` have its bias; others never do."""
+
 from __future__ import annotations
 
 import asyncio
@@ -47,13 +48,18 @@ class OwnThread(threading.Thread):
         super().run()
 
 
-@pytest.mark.parametrize("start", (threading.Thread, OwnThread, lambda target: threading.Timer(0.0, target)),
-                         ids=("Thread", "a subclass", "Timer"))
+@pytest.mark.parametrize(
+    "start",
+    (threading.Thread, OwnThread, lambda target: threading.Timer(0.0, target)),
+    ids=("Thread", "a subclass", "Timer"),
+)
 def test_a_thread_started_in_the_block_has_the_bias(patched, start):  # noqa: F811
     call = Call()
     with call.block():
         torch.testing.assert_close(in_thread(call, start), call.with_bias)
-        torch.testing.assert_close(in_thread(lambda: in_thread(call)), call.with_bias)  # and one that it starts
+        torch.testing.assert_close(
+            in_thread(lambda: in_thread(call)), call.with_bias
+        )  # and one that it starts
     torch.testing.assert_close(in_thread(call, start), call.without)
 
 
@@ -100,10 +106,14 @@ def test_a_thread_that_outlives_the_block_goes_on_without(patched):  # noqa: F81
 def test_a_pool_has_the_bias_of_whoever_submits(patched):  # noqa: F811
     call = Call()
     with ThreadPoolExecutor(1) as pool:
-        torch.testing.assert_close(pool.submit(call).result(), call.without)  # the worker exists before the block
+        torch.testing.assert_close(
+            pool.submit(call).result(), call.without
+        )  # the worker exists before the block
         with call.block():
             torch.testing.assert_close(pool.submit(call).result(), call.with_bias)
-            torch.testing.assert_close(list(pool.map(lambda _: call(), range(2)))[1], call.with_bias)
+            torch.testing.assert_close(
+                list(pool.map(lambda _: call(), range(2)))[1], call.with_bias
+            )
         torch.testing.assert_close(pool.submit(call).result(), call.without)
     with ThreadPoolExecutor(1) as pool:
         with call.block():
@@ -117,7 +127,8 @@ def test_many_threads_with_biases_of_their_own(patched):  # noqa: F811
     with torch.no_grad():
         expected = {
             (i, scale): call.decoder(*call.given, attention_bias=call.inputs.bias() * scale)
-            for i, call in enumerate(calls) for scale in scales
+            for i, call in enumerate(calls)
+            for scale in scales
         }
 
     def work(i, scale):
@@ -144,11 +155,15 @@ def test_each_thread_counts_its_own_layers(patched):  # noqa: F811
     with flashbias_patch.attention_bias(call.inputs.bias(), layers=[0]):
         here = call()
         for replica in replicas:
-            torch.testing.assert_close(in_thread(lambda replica=replica: replica(*call.given)), here)
+            torch.testing.assert_close(
+                in_thread(lambda replica=replica: replica(*call.given)), here
+            )
     assert (here - call.without).abs().max() > 1e-3 and (here - call.with_bias).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ("reentrant", "non-reentrant", "fairscale", "hooks") if kind in KINDS])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ("reentrant", "non-reentrant", "fairscale", "hooks") if kind in KINDS]
+)
 @pytest.mark.parametrize("backward_in", ("main", "thread", "another thread"))
 def test_checkpoints_in_threads(patched, kind, backward_in):  # noqa: F811
     results = []
@@ -174,7 +189,9 @@ def test_checkpoints_in_threads(patched, kind, backward_in):  # noqa: F811
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_data_parallel(patched):  # noqa: F811
     call = Call()
-    model = torch.nn.DataParallel(call.decoder.cuda(), [0] if torch.cuda.device_count() == 1 else [0, 1], dim=1)
+    model = torch.nn.DataParallel(
+        call.decoder.cuda(), [0] if torch.cuda.device_count() == 1 else [0, 1], dim=1
+    )
     given = [tensor.detach().cuda() for tensor in call.given]
     with call.block():
         torch.testing.assert_close(model(*given).cpu(), call.with_bias)
@@ -183,7 +200,9 @@ def test_data_parallel(patched):  # noqa: F811
 
 def test_what_others_wrap_meanwhile_stays(patched, monkeypatch):  # noqa: F811
     call, seen = Call(), []
-    monkeypatch.setattr(threading.Thread, "start", threading.Thread.start)  # put back after the test
+    monkeypatch.setattr(
+        threading.Thread, "start", threading.Thread.start
+    )  # put back after the test
     with call.block():
         ours = threading.Thread.start
 
@@ -201,7 +220,7 @@ def test_what_others_wrap_meanwhile_stays(patched, monkeypatch):  # noqa: F811
     assert len(seen) == 4
 
 
-# -- blocks in generators: they end in another order than they began in, or in another thread ---------------------------
+# -- blocks in generators: they end in another order than they began in, or in another thread ------
 
 
 def generated(call, factor):
@@ -280,7 +299,8 @@ def test_a_recomputation_after_a_block_that_ended_in_another_thread(patched, kin
 
 
 def test_parts_of_a_learned_gradient_from_two_threads_of_one_pass():
-    """Each GPU of a backward pass has a thread: what another one adds during an addition must not be lost."""
+    """Each GPU of a backward pass has a thread: what another one adds during an addition must not
+    be lost."""
     one_pass, tensor, others = learned.PassGradients(), object(), []
 
     class Part:

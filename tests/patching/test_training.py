@@ -1,4 +1,5 @@
 """Training machinery around a patched layer with a learned bias."""
+
 from __future__ import annotations
 
 import gc
@@ -14,11 +15,21 @@ import flashbias_patch
 from tests.capabilities import RELEASE, needs_compile, since
 
 from .conftest import MINI_CMT, MODULE
-from .test_bias_ways import B, BiasModule, assert_same, decoder_of, gradients, inputs, reference, run_biased
+from .test_bias_ways import (
+    B,
+    BiasModule,
+    assert_same,
+    decoder_of,
+    gradients,
+    inputs,
+    reference,
+    run_biased,
+)
 
 
 class Model(nn.Module):
-    """A decoder and the module that makes its bias, as one model; `slice_` is this rank's part of the batch."""
+    """A decoder and the module that makes its bias, as one model; `slice_` is this rank's part of
+    the batch."""
 
     def __init__(self, module, with_cp, attention="PETRMultiheadAttention"):
         super().__init__()
@@ -66,15 +77,26 @@ def test_autocast(repository, with_cp):
     """bfloat16 autocast: the gradient of bias_scale is the dense float64 one, to that precision."""
     truth = reference(repository, False)
     flashbias_patch.install()
-    decoder, maker, tensors = decoder_of(repository(), "PETRMultiheadAttention", with_cp), BiasModule(), inputs(False)
+    decoder, maker, tensors = (
+        decoder_of(repository(), "PETRMultiheadAttention", with_cp),
+        BiasModule(),
+        inputs(False),
+    )
     rtol = 0.05 if RELEASE >= (2, 0) else 0.07  # plain PyTorch errs by 0.011 and, before 2.0, 0.020
     with torch.autocast("cpu", torch.bfloat16):
         out = run_biased(decoder, maker, tensors, "ambient", True)
     found = gradients(decoder, maker, tensors, out.float())
-    assert_same({k: found[k] for k in ("out", "bias_scale")}, {k: truth[k] for k in ("out", "bias_scale")}, rtol)
+    assert_same(
+        {k: found[k] for k in ("out", "bias_scale")},
+        {k: truth[k] for k in ("out", "bias_scale")},
+        rtol,
+    )
 
 
-@pytest.mark.skipif(not hasattr(getattr(torch, "amp", None), "GradScaler"), reason="torch.amp.GradScaler came with torch 2.3")
+@pytest.mark.skipif(
+    not hasattr(getattr(torch, "amp", None), "GradScaler"),
+    reason="torch.amp.GradScaler came with torch 2.3",
+)
 def test_grad_scaler(patched):
     model = Model(patched, with_cp=True)
     plain = gradients_of(model, model(inputs(False)))
@@ -98,7 +120,9 @@ def test_compiled_with_a_bias(patched):
     flashbias_patch.journal.reset()
     compiled = torch.compile(model, backend="aot_eager")
     found = gradients_of(model, compiled(tensors))
-    assert sum(flashbias_patch.status()["calls"].values()) == 4, "the compiled decoder ran unpatched"
+    assert sum(flashbias_patch.status()["calls"].values()) == 4, (
+        "the compiled decoder ran unpatched"
+    )
     assert_same(found, expected, rtol=1e-4)
 
 
@@ -116,7 +140,9 @@ def ddp_worker(rank, port, folder):
     import importlib
     import sys
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
+    )
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     flashbias_patch.install()
@@ -138,13 +164,17 @@ def ddp_worker(rank, port, folder):
                 warnings.simplefilter("ignore")
                 out = ddp(tensors, part, way)
             layers, queries, _, channels = out.shape
-            whole = torch.randn((layers, queries, B, channels), generator=torch.Generator().manual_seed(5))
+            whole = torch.randn(
+                (layers, queries, B, channels), generator=torch.Generator().manual_seed(5)
+            )
             (out * whole[:, :, part]).sum().backward()
             grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         if rank == 0:
             torch.save(grads, os.path.join(folder, f"{i}.pt"))
     del model, ddp, out, grads
-    gc.collect()  # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and it aborts
+    # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and it
+    # aborts
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 

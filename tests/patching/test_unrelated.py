@@ -1,4 +1,5 @@
 """An nn.MultiheadAttention that is nobody's target behaves in a patched process as before."""
+
 from __future__ import annotations
 
 import copy
@@ -24,7 +25,8 @@ class Unrelated(nn.Module):
 
 @pytest.fixture
 def call(patched):
-    """A patched process in which patched layers have run, and an unrelated module with its expected output."""
+    """A patched process in which patched layers have run, and an unrelated module with its expected
+    output."""
     patched.PETRMultiheadAttention(16, 2)(torch.randn(3, 2, 16))
     flashbias_patch.uninstall()
     module, x = Unrelated().eval(), torch.randn(2, 5, 16)
@@ -87,4 +89,6 @@ def test_a_patched_layer_compiles_to_the_right_result(patched):
     out = compiled(query, key, key)
     assert sum(flashbias_patch.status()["calls"].values()) == 1, "the compiled module ran unpatched"
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.autograd.grad(out.sum(), query)[0], expected_grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.sum(), query)[0], expected_grad, rtol=1e-4, atol=1e-5
+    )

@@ -1,11 +1,13 @@
-"""Importing the stand-ins: packages in the shape of mmcv 1.x and mmengine, and repositories of the family.
+"""Importing the stand-ins: packages in the shape of mmcv 1.x and mmengine, and repositories of the
+family.
 
-    with stand_ins.repository("cmt") as load:
-        Attention = load("projects.mmdet3d_plugin.models.utils.petr_transformer").PETRMultiheadAttention
+    with stand_ins.repository("cmt") as load: Attention =
+        load("projects.mmdet3d_plugin.models.utils.petr_transformer").PETRMultiheadAttention
 
-They are written from facts about the public repositories (class names, signatures, what calls what), not from their
-source. `REPOSITORIES` says what each one stands for.
+They are written from facts about the public repositories (class names, signatures, what calls
+what), not from their source. `REPOSITORIES` says what each one stands for.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -19,13 +21,17 @@ OPENMMLAB = os.path.join(HERE, "openmmlab")
 UTILS = "projects.mmdet3d_plugin.models.utils"
 
 REPOSITORIES = {
-    "cmt": "FlashMHA and nn.MultiheadAttention classes, checkpointed decoder layer over mmcv's BaseTransformerLayer",
-    "streampetr": "MultiheadAttentionWrapper with half and float32 routes, temporal decoder layer of its own (Far3D too)",
+    "cmt": "FlashMHA and nn.MultiheadAttention classes, checkpointed decoder layer over mmcv's "
+    "BaseTransformerLayer",
+    "streampetr": "MultiheadAttentionWrapper with half and float32 routes, temporal decoder "
+    "layer of its own (Far3D too)",
     "petr": "no flash class, torch's checkpoint bound by name",
     "mome": "CMT's classes and the PME decoder: a floating, learned mask (MEFormer too)",
-    "aqr": "AQR on CMT: a generator of dense window biases, both generations of attention that take them",
+    "aqr": "AQR on CMT: a generator of dense window biases, both generations of attention that "
+    "take them",
     "mmdet3d": "projects/PETR of mmdet3d >= 1.1, registered with mmengine",
-    "isfusion": "FlashMHA in a package of another name, called without an outer class, for flash-attn 2.x",
+    "isfusion": "FlashMHA in a package of another name, called without an outer class, for "
+    "flash-attn 2.x",
     "internvl": "classes of the same names that have another shape: to be left alone",
     "variants": "forwards that add parameters, return weights, subclass or bear another's name",
 }
@@ -42,10 +48,12 @@ def path(name: str) -> str:
 
 @contextlib.contextmanager
 def repository(name: str, openmmlab: bool = True) -> Iterator[Callable[[str], Any]]:
-    """Put a stand-in repository on sys.path, yield an importer, and take all that was imported out again.
+    """Put a stand-in repository on sys.path, yield an importer, and take all that was imported out
+    again.
 
     Args:
-        openmmlab: put the stand-ins of mmcv and mmengine there too; False uses those that are installed.
+        openmmlab: put the stand-ins of mmcv and mmengine there too; False uses those that are
+            installed.
     """
     paths = [path(name)] + ([OPENMMLAB] if openmmlab else [])
     tops = _TOP_LEVEL if openmmlab else ("projects", "internvl")
@@ -62,4 +70,6 @@ def repository(name: str, openmmlab: bool = True) -> Iterator[Callable[[str], An
 
 
 def _take_out(tops: Any) -> dict:
-    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in tops}
+    return {
+        name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in tops
+    }

@@ -1,4 +1,6 @@
-"""`flashbias why` names the cause of each small program, seen in a process of its own kind: the observer, the diagnosis."""
+"""`flashbias why` names the cause of each small program, seen in a process of its own kind: the
+observer, the diagnosis."""
+
 from __future__ import annotations
 
 import json
@@ -13,7 +15,7 @@ from flashbias_patch.why import diagnosis
 
 from .programs import MODEL, PROGRAMS
 
-RUNNER = '''
+RUNNER = """
 import json, os, sys, traceback
 programs, out = json.load(open(sys.argv[1])), sys.argv[2]
 import torch, torch._dynamo, torch.utils.checkpoint
@@ -34,7 +36,7 @@ for name, source in programs.items():
         observer._observer.finish()
         os._exit(0)
     os.wait()
-'''
+"""  # noqa: E501
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +44,23 @@ def facts(tmp_path_factory):
     """The facts of every program; each runs in a fork of one process that has imported torch."""
     folder = tmp_path_factory.mktemp("why")
     sources = folder / "programs.json"
-    sources.write_text(json.dumps({name: MODEL + program for name, (program, _, _) in PROGRAMS.items()}))
+    sources.write_text(
+        json.dumps({name: MODEL + program for name, (program, _, _) in PROGRAMS.items()})
+    )
     (folder / "runner.py").write_text(RUNNER)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FLASHBIAS_PATCH": "0", launch.WHY: "bias_scale"}
-    done = subprocess.run([sys.executable, str(folder / "runner.py"), str(sources), str(folder)], env=env,
-                          capture_output=True, text=True, timeout=240)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "FLASHBIAS_PATCH": "0",
+        launch.WHY: "bias_scale",
+    }
+    done = subprocess.run(
+        [sys.executable, str(folder / "runner.py"), str(sources), str(folder)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     found = {}
     for name in PROGRAMS:

@@ -1,13 +1,15 @@
 """An installed flash-attn, of any generation that takes the call, under a low-rank bias.
 
-The bias and key padding become columns of q and k (kernels/concatenate.py). Flash-attn is never required; it
-is looked for once, and only when a call could use it.
+The bias and key padding become columns of q and k (kernels/concatenate.py). Flash-attn is never
+required; it is looked for once, and only when a call could use it.
 
-    generation  import                                    runs on            dropout  head dims of q and v
-    4           flash_attn.cute.flash_attn_func           Hopper, Blackwell  no       may differ
-    3           flash_attn_interface.flash_attn_func      Hopper             no       made equal by padding v
-    2           flash_attn.flash_attn_func                Ampere and later   yes      made equal by padding v
+    generation  import                                    runs on            dropout  head dims of q
+    and v 4           flash_attn.cute.flash_attn_func           Hopper, Blackwell  no       may
+    differ 3           flash_attn_interface.flash_attn_func      Hopper             no       made
+    equal by padding v 2           flash_attn.flash_attn_func                Ampere and later   yes
+    made equal by padding v
 """
+
 from __future__ import annotations
 
 import functools
@@ -27,8 +29,9 @@ from . import reference
 from .sdpa import HALF, segments_to_factors
 
 ALIGN = 16  # of the joined head dim: the tensor cores' step, so narrower columns cost the same
-# With 40 / 32, 40 / 40 and 48 / 32 columns of q and v, 4.0.0b36 gave a gradient of q on Hopper that is wrong by 1.3
-# relative, with 32 / 32 and 64 / 64 a right one (benchmarks/results/attention_peers_h200.json, flash_backend_h200.json).
+# With 40 / 32, 40 / 40 and 48 / 32 columns of q and v, 4.0.0b36 gave a gradient of q on Hopper that
+# is wrong by 1.3 relative, with 32 / 32 and 64 / 64 a right one
+# (benchmarks/results/attention_peers_h200.json, flash_backend_h200.json).
 HOPPER_BACKWARD_ALIGN = 64
 V_ALIGN = 8  # 16 bytes, which every generation asks of a head dim
 INSTALL = "pip install flashbias-patch[fa4]"
@@ -69,7 +72,8 @@ class FlashAttention:
         given, dead = inputs, _dead_rows(inputs)
         padding = inputs.key_padding
         if padding is not None and padding.dtype is not torch.bool:
-            # Half precision has no digits for keys that are all at -1e9: relative to the sample's largest.
+            # Half precision has no digits for keys that are all at -1e9: relative to the sample's
+            # largest.
             top = padding.amax(-1, keepdim=True)
             if possible(inputs) and any_far(top):
                 return reference.backend(given)
@@ -117,7 +121,8 @@ def _reasons_of_the_call(inputs: AttentionInputs) -> List[str]:
 
 
 def _reasons_of(generation: Generation, inputs: AttentionInputs) -> List[str]:
-    """Why this generation does not take the call. Imports nothing if it could not take it anyway."""
+    """Why this generation does not take the call. Imports nothing if it could not take it
+    anyway."""
     reasons = []
     if inputs.dropout_p and not generation.dropout:
         reasons.append("no dropout")
@@ -163,7 +168,9 @@ def _function(module: str) -> Union[Callable[..., Any], str]:
         if error.name is None or error.name == module or error.name == top:
             return missing
         return f"{module} needs the missing module {error.name} ({INSTALL})"
-    except Exception as error:  # built for another torch or CUDA: OSError, ImportError, RuntimeError, ...
+    except (
+        Exception
+    ) as error:  # built for another torch or CUDA: OSError, ImportError, RuntimeError, ...
         return f"{module} does not import: {type(error).__name__}: {error}"
     # A stand-in that this package offers to modules importing flash_attn would end here again.
     ours = __name__.split(".")[0] + "."
@@ -202,12 +209,14 @@ def _columns(inputs: AttentionInputs) -> Tuple[Tensor, Tensor, float]:
 
 
 def _plan(inputs: AttentionInputs) -> Plan:
-    """Where the scale goes. Scores are (q' . k') * softmax_scale; write scale = r * 2**e with 1 <= r < 2.
+    """Where the scale goes. Scores are (q' . k') * softmax_scale; write scale = r * 2**e with 1 <=
+    r < 2.
 
-    Multiplying q by the scale rounds q, and so every score, once more in half precision. Multiplying q by
-    2**e is exact and r is applied by flash-attn in float32, if the factors are divided by r. Dividing rounds
-    them: what that loses goes into columns of its own, which are free where they fit into the padding. Where
-    they do not fit, the scale goes into q: dividing alone would lose the digits that split factors keep.
+    Multiplying q by the scale rounds q, and so every score, once more in half precision.
+    Multiplying q by 2**e is exact and r is applied by flash-attn in float32, if the factors are
+    divided by r. Dividing rounds them: what that loses goes into columns of its own, which are free
+    where they fit into the padding. Where they do not fit, the scale goes into q: dividing alone
+    would lose the digits that split factors keep.
     """
     columns = _count(inputs)
     width = _rounded(columns, inputs)
@@ -221,9 +230,13 @@ def _plan(inputs: AttentionInputs) -> Plan:
 
 def _as_it_is(inputs: AttentionInputs) -> bool:
     """Whether there is nothing to add to q and k."""
-    nothing = inputs.q_factor is None and inputs.segment_weights is None and inputs.key_padding is None
+    nothing = (
+        inputs.q_factor is None and inputs.segment_weights is None and inputs.key_padding is None
+    )
     D = inputs.q.shape[-1]
-    right = D == 32 or D % HOPPER_BACKWARD_ALIGN == 0 if _hopper_backward(inputs) else D % V_ALIGN == 0
+    right = (
+        D == 32 or D % HOPPER_BACKWARD_ALIGN == 0 if _hopper_backward(inputs) else D % V_ALIGN == 0
+    )
     return nothing and inputs.scale > 0 and right
 
 

@@ -1,4 +1,6 @@
-"""Plain PyTorch, chunked over queries: never holds (B, H, M, N), takes every call, on any device."""
+"""Plain PyTorch, chunked over queries: never holds (B, H, M, N), takes every call, on any
+device."""
+
 from __future__ import annotations
 
 import functools
@@ -13,11 +15,18 @@ from .. import differentiable
 from ..inputs import TENSORS, AttentionInputs
 from ..values import bounded, relative_weights
 
-# Tensors of AttentionInputs that are cut along the queries, with the dimension of M; the rest is used whole.
+# Tensors of AttentionInputs that are cut along the queries, with the dimension of M; the rest is
+# used whole.
 QUERY_AXIS = {
-    "q": 1, "q_factor": 1, "segment_weights": 1, "dense": 2, "mask": 2, "window_weights": 1, "window_centres": 1,
+    "q": 1,
+    "q_factor": 1,
+    "segment_weights": 1,
+    "dense": 2,
+    "mask": 2,
+    "window_weights": 1,
+    "window_centres": 1,
     "window_mask_centres": 1,
-}  # fmt: skip
+}
 AXES = tuple(QUERY_AXIS.get(name) for name in TENSORS)
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
@@ -32,7 +41,8 @@ class Reference:
         return self.attend(inputs, CHUNK_BYTES.get(inputs.q.device.type, 256 << 20))
 
     def attend(self, inputs: AttentionInputs, chunk_bytes: int) -> Tensor:
-        """The same in chunks of queries whose float32 scores take `chunk_bytes` (at least one query)."""
+        """The same in chunks of queries whose float32 scores take `chunk_bytes` (at least one
+        query)."""
         seed = None
         if inputs.dropout_p:
             # Drawn on the CPU whatever the device: reading a CUDA generator would synchronise.
@@ -62,7 +72,8 @@ def cut(inputs: AttentionInputs, start: int, stop: int) -> AttentionInputs:
 
 
 def scores(inputs: AttentionInputs) -> Tensor:
-    """q k^T * scale + every part of the bias, (B, H, M, N) in at least float32; -inf where masked out."""
+    """q k^T * scale + every part of the bias, (B, H, M, N) in at least float32; -inf where masked
+    out."""
     dtype = torch.promote_types(torch.float32, inputs.q.dtype)
 
     def heads_first(tensor: Optional[Tensor]) -> Tensor:
@@ -88,14 +99,23 @@ def scores(inputs: AttentionInputs) -> Tensor:
     if inputs.mask is not None:
         s = s.masked_fill(inputs.mask, float("-inf"))
     if padding is not None:
-        s = s.masked_fill(padding, float("-inf")) if padding.dtype is torch.bool else s + padding.to(dtype)
+        s = (
+            s.masked_fill(padding, float("-inf"))
+            if padding.dtype is torch.bool
+            else s + padding.to(dtype)
+        )
     return s
 
 
 def attend_dense(inputs: AttentionInputs, generator: Optional[torch.Generator] = None) -> Tensor:
-    """The whole call at once, scores materialised. A fully masked row gives zeros, and zero gradients."""
+    """The whole call at once, scores materialised. A fully masked row gives zeros, and zero
+    gradients."""
     s = scores(inputs)
-    dead = s.detach().amax(-1, keepdim=True) == float("-inf") if s.shape[-1] else s.new_zeros(()).bool()
+    dead = (
+        s.detach().amax(-1, keepdim=True) == float("-inf")
+        if s.shape[-1]
+        else s.new_zeros(()).bool()
+    )
     p = torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
     if inputs.dropout_p:
         keep = torch.rand(p.shape, device=p.device, generator=generator) >= inputs.dropout_p
@@ -108,15 +128,22 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, static: AttentionInputs, drawn: Tuple[Optional[int], int], *tensors: Optional[Tensor]
+        ctx: Any,
+        static: AttentionInputs,
+        drawn: Tuple[Optional[int], int],
+        *tensors: Optional[Tensor],
     ) -> Tensor:
         inputs = static.with_tensors(tensors)
-        seed, rows = ctx.drawn = drawn  # dropout is drawn chunk by chunk: backward must cut as forward did
+        seed, rows = ctx.drawn = (
+            drawn  # dropout is drawn chunk by chunk: backward must cut as forward did
+        )
         ctx.static = static
         ctx.save_for_backward(*tensors)
         out = inputs.q.new_empty(*inputs.q.shape[:3], inputs.v.shape[-1])
         for start, stop in _chunks(inputs, rows):
-            out[:, start:stop] = attend_dense(cut(inputs, start, stop), _generator(inputs, seed, start))
+            out[:, start:stop] = attend_dense(
+                cut(inputs, start, stop), _generator(inputs, seed, start)
+            )
         return out
 
     @staticmethod
@@ -132,15 +159,24 @@ class _Chunked(torch.autograd.Function):
 def attend_in_chunks(inputs: AttentionInputs, seed: Optional[int], rows: int) -> Tensor:
     """What the backend computes, in differentiable operators, with the same dropout."""
     chunks = _chunks(inputs, rows) or [(0, 0)]
-    return torch.cat([
-        attend_dense(cut(inputs, start, stop), _generator(inputs, seed, start)) for start, stop in chunks
-    ], 1)  # fmt: skip
+    return torch.cat(
+        [
+            attend_dense(cut(inputs, start, stop), _generator(inputs, seed, start))
+            for start, stop in chunks
+        ],
+        1,
+    )
 
 
 def gradients(
-    inputs: AttentionInputs, grad_out: Tensor, needed: Tuple[bool, ...], seed: Optional[int], rows: int
+    inputs: AttentionInputs,
+    grad_out: Tensor,
+    needed: Tuple[bool, ...],
+    seed: Optional[int],
+    rows: int,
 ) -> List[Optional[Tensor]]:
-    """Gradients of the tensors named in TENSORS (None where not `needed`), in chunks of `rows` queries."""
+    """Gradients of the tensors named in TENSORS (None where not `needed`), in chunks of `rows`
+    queries."""
     whole = inputs.tensors()
     wanted = [i for i, need in enumerate(needed) if need]
     totals: List[Optional[Tensor]] = [None] * len(whole)
@@ -150,21 +186,29 @@ def gradients(
             part[i] = part[i].detach().requires_grad_()
         with torch.enable_grad(), internals.autocast_off():
             out = attend_dense(inputs.with_tensors(part), _generator(inputs, seed, start))
-            found = torch.autograd.grad(out, [part[i] for i in wanted], grad_out[:, start:stop], allow_unused=True)
+            found = torch.autograd.grad(
+                out, [part[i] for i in wanted], grad_out[:, start:stop], allow_unused=True
+            )
         for i, grad in zip(wanted, found):
             if grad is None:
                 continue
             tensor, axis = whole[i], AXES[i]
             assert tensor is not None
-            if totals[i] is None:  # made from the gradient: under vmap it has the gradient's own batch
-                totals[i] = grad.new_zeros(tensor.shape, dtype=torch.promote_types(torch.float32, tensor.dtype))
+            if (
+                totals[i] is None
+            ):  # made from the gradient: under vmap it has the gradient's own batch
+                totals[i] = grad.new_zeros(
+                    tensor.shape, dtype=torch.promote_types(torch.float32, tensor.dtype)
+                )
             total = totals[i]
             assert total is not None
             if axis is not None and total.shape[axis] == inputs.q.shape[1]:
                 total = total.narrow(axis, start, stop - start)
             total += grad
     for i in wanted:  # what no chunk reached
-        totals[i] = torch.zeros_like(whole[i]) if totals[i] is None else totals[i].to(whole[i].dtype)  # type: ignore
+        total, like = totals[i], whole[i]
+        assert like is not None
+        totals[i] = torch.zeros_like(like) if total is None else total.to(like.dtype)
     return totals
 
 
@@ -173,7 +217,9 @@ def _chunks(inputs: AttentionInputs, rows: int) -> List[Tuple[int, int]]:
     return [(start, min(start + rows, M)) for start in range(0, M, rows)]
 
 
-def _generator(inputs: AttentionInputs, seed: Optional[int], start: int) -> Optional[torch.Generator]:
+def _generator(
+    inputs: AttentionInputs, seed: Optional[int], start: int
+) -> Optional[torch.Generator]:
     if seed is None:
         return None
     return torch.Generator(inputs.q.device).manual_seed(seed + start)

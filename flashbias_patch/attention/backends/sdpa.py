@@ -1,7 +1,10 @@
-"""torch's scaled_dot_product_attention: low-rank factors by concatenation, masks and dense biases as attn_mask.
+"""torch's scaled_dot_product_attention: low-rank factors by concatenation, masks and dense biases
+as attn_mask.
 
-Concatenation (FlashBias, arXiv 2505.12044, section 3.2): [q * scale, q_factor] . [k, k_factor] with scale 1.
+Concatenation (FlashBias, arXiv 2505.12044, section 3.2): [q * scale, q_factor] . [k, k_factor] with
+scale 1.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -22,11 +25,16 @@ from . import reference
 
 OLD = RELEASE < (2, 1)
 HALF = (torch.float16, torch.bfloat16)
-MOST_KEYS = 65535  # of a masked call on CUDA: kernels of several torch versions crash beyond (pytorch #145040)
-_read = internals.tracing_state  # None where numbers may be read: subclasses and transforms are seen to elsewhere
+# of a masked call on CUDA: kernels of several torch versions crash beyond (pytorch #145040)
+MOST_KEYS = 65535
+_read = (
+    internals.tracing_state
+)  # None where numbers may be read: subclasses and transforms are seen to elsewhere
 FEW = 64  # rows of additive terms on the CPU, whose maxima Python looks at
 ALIGN = 8  # every fused SDPA kernel wants head dims in multiples of eight
-WINDOW_ENTRIES = 1 << 25  # of a window bias or mask written out, up to which it is: 64 MiB in half precision
+WINDOW_ENTRIES = (
+    1 << 25
+)  # of a window bias or mask written out, up to which it is: 64 MiB in half precision
 
 
 class Sdpa:
@@ -35,7 +43,10 @@ class Sdpa:
 
     def why_not(self, inputs: AttentionInputs) -> List[str]:
         if OLD:
-            return [f"torch {torch.__version__} is older than 2.1, whose scaled_dot_product_attention takes a scale"]
+            return [
+                f"torch {torch.__version__} is older than 2.1, whose "
+                "scaled_dot_product_attention takes a scale"
+            ]
         reasons = []
         if 0 in inputs.q.shape or 0 in inputs.k.shape:
             reasons.append(f"empty: q {tuple(inputs.q.shape)}, k {tuple(inputs.k.shape)}")
@@ -46,7 +57,9 @@ class Sdpa:
         if inputs.windows is not None or inputs.window_mask is not None:
             entries = window_entries(inputs)
             if entries > WINDOW_ENTRIES:
-                reasons.append(f"windows written out are {entries} entries, more than {WINDOW_ENTRIES}")
+                reasons.append(
+                    f"windows written out are {entries} entries, more than {WINDOW_ENTRIES}"
+                )
         return reasons
 
     def traced(self, inputs: AttentionInputs) -> Tensor:
@@ -58,7 +71,9 @@ class Sdpa:
         if inputs.windows is not None or inputs.window_mask is not None:
             inputs = windows_to_dense(inputs)
         dropout_p, attn_mask, dead = inputs.dropout_p, None, None
-        if not (inputs.dense is inputs.mask is inputs.key_padding is inputs.segment_weights is None):
+        if not (
+            inputs.dense is inputs.mask is inputs.key_padding is inputs.segment_weights is None
+        ):
             masks = _masks(inputs)
             if masks is None:
                 return reference.backend(given)
@@ -79,10 +94,14 @@ class Sdpa:
             v = F.pad(v, (0, q.shape[-1] - head_dim))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if kernel is None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
+            )
         else:
             with kernel:
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
+                out = F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
+                )
         if again and not dropout_p and out.requires_grad:
             differentiable.allow_again(out.grad_fn, q, k, v, attn_mask, scale)
         if dead is not None:
@@ -96,16 +115,26 @@ backend = Sdpa()
 
 
 def _masks(inputs: AttentionInputs) -> Optional[Tuple[Optional[Tensor], Optional[Tensor]]]:
-    """(SDPA's attn_mask, rows whose keys are all masked); None where plain PyTorch must compute the call (values.py)."""
+    """(SDPA's attn_mask, rows whose keys are all masked); None where plain PyTorch must compute the
+    call (values.py)."""
     additive, masked = merge_terms(inputs)
     if additive is None:
         return merge_masks(inputs, None, masked, None, False)
     q = inputs.q
     top = (additive.detach() if additive.requires_grad else additive).amax(-1, keepdim=True)
-    if top.is_cpu and type(top) is Tensor and inputs.segment_weights is None and top.numel() <= FEW and _read() is None:
+    if (
+        top.is_cpu
+        and type(top) is Tensor
+        and inputs.segment_weights is None
+        and top.numel() <= FEW
+        and _read() is None
+    ):
         peaks = top.view(-1).tolist()
-        if not any(peaks):  # every row's largest term is 0, as of a padding that hides some keys, or none
-            # A copy: torch saves it for backward, and until then the caller may change its own mask in place.
+        if not any(
+            peaks
+        ):  # every row's largest term is 0, as of a padding that hides some keys, or none
+            # A copy: torch saves it for backward, and until then the caller may change its own mask
+            # in place.
             return additive.to(q.dtype, copy=True), None
     # Else a kernel's running maximum is enough.
     exact = inputs.needs_grad or q.dtype in HALF or inputs.segment_weights is not None
@@ -115,10 +144,11 @@ def _masks(inputs: AttentionInputs) -> Optional[Tuple[Optional[Tensor], Optional
 
 
 def segments_to_factors(inputs: AttentionInputs) -> AttentionInputs:
-    """Segment weights as one more block of low-rank columns: weight times the indicator of its segment.
+    """Segment weights as one more block of low-rank columns: weight times the indicator of its
+    segment.
 
-    Relative to the row's largest, and no less than LEAST_WEIGHT, since -inf times 0 is no number: rows whose weights are
-    all -inf are the caller's to clear (values.rows_without_keys).
+    Relative to the row's largest, and no less than LEAST_WEIGHT, since -inf times 0 is no number:
+    rows whose weights are all -inf are the caller's to clear (values.rows_without_keys).
     """
     if inputs.segment_weights is None:
         return inputs
@@ -126,7 +156,9 @@ def segments_to_factors(inputs: AttentionInputs) -> AttentionInputs:
 
     weights = relative_weights(inputs.segment_weights).clamp_min(LEAST_WEIGHT)
     lengths = torch.tensor(inputs.segment_lengths)
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(weights.device, non_blocking=True)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(
+        weights.device, non_blocking=True
+    )
     indicator = F.one_hot(segment, len(lengths)).to(weights.dtype)[None, :, None]
     if inputs.q.dtype in HALF:
         weights, indicator = split_factors(weights, indicator, inputs.q.dtype)
@@ -135,7 +167,9 @@ def segments_to_factors(inputs: AttentionInputs) -> AttentionInputs:
     if inputs.q_factor is not None:
         weights = _join(inputs.q_factor, weights)
         indicator = _join(inputs.k_factor, indicator)
-    return inputs._replace(q_factor=weights, k_factor=indicator, segment_weights=None, segment_lengths=None)
+    return inputs._replace(
+        q_factor=weights, k_factor=indicator, segment_weights=None, segment_lengths=None
+    )
 
 
 def window_entries(inputs: AttentionInputs) -> int:
@@ -153,15 +187,20 @@ def windows_to_dense(inputs: AttentionInputs) -> AttentionInputs:
     """Windows joined to the dense bias, and to the mask."""
     if inputs.windows is not None:
         bias = grids.dense_bias(inputs.windows)
-        inputs = inputs._replace(windows=None, dense=bias if inputs.dense is None else bias + inputs.dense)
+        inputs = inputs._replace(
+            windows=None, dense=bias if inputs.dense is None else bias + inputs.dense
+        )
     if inputs.window_mask is not None:
         mask = grids.hidden(inputs.window_mask)
-        inputs = inputs._replace(window_mask=None, mask=mask if inputs.mask is None else mask | inputs.mask)
+        inputs = inputs._replace(
+            window_mask=None, mask=mask if inputs.mask is None else mask | inputs.mask
+        )
     return inputs
 
 
 def _join(a: Optional[Tensor], b: Tensor) -> Tensor:
-    """Concatenate along the rank, expanding batch and heads only as far as the other operand needs."""
+    """Concatenate along the rank, expanding batch and heads only as far as the other operand
+    needs."""
     assert a is not None
     shape = [max(x, y) for x, y in zip(a.shape[:3], b.shape[:3])]
     return torch.cat([a.expand(*shape, -1), b.expand(*shape, -1)], -1)
@@ -185,11 +224,15 @@ def merge_terms(inputs: AttentionInputs) -> Tuple[Optional[Tensor], Optional[Ten
     padding = inputs.key_padding
     if padding is not None:
         batch, length = padding.shape
-        padding = padding.view(batch, 1, 1, length) if padding.is_contiguous() else padding[:, None, None]
+        padding = (
+            padding.view(batch, 1, 1, length) if padding.is_contiguous() else padding[:, None, None]
+        )
         if padding.dtype is torch.bool:
             masked = padding if masked is None else masked | padding
         else:
-            additive = padding if additive is None else bounded(_wide(additive)) + bounded(_wide(padding))
+            additive = (
+                padding if additive is None else bounded(_wide(additive)) + bounded(_wide(padding))
+            )
     if additive is not None and masked is not None:
         additive, masked = additive.masked_fill(masked, float("-inf")), None
     return additive, masked
@@ -200,12 +243,16 @@ def _wide(term: Tensor) -> Tensor:
 
 
 def merge_masks(
-    inputs: AttentionInputs, additive: Optional[Tensor], masked: Optional[Tensor], top: Optional[Tensor], shifted: bool
+    inputs: AttentionInputs,
+    additive: Optional[Tensor],
+    masked: Optional[Tensor],
+    top: Optional[Tensor],
+    shifted: bool,
 ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
     """(SDPA's attn_mask, rows whose keys are all masked). SDPA's masks mean True = take part.
 
-    Such rows would be NaN: they are let through and zeroed afterwards, which also zeroes their gradients. `additive`, whose
-    rows have the maxima `top`, is relative to these if `shifted`.
+    Such rows would be NaN: they are let through and zeroed afterwards, which also zeroes their
+    gradients. `additive`, whose rows have the maxima `top`, is relative to these if `shifted`.
     """
     weights, dead, visible = inputs.segment_weights, None, None
     if masked is not None:
@@ -226,13 +273,20 @@ def merge_masks(
     return (masked if additive is None else additive), dead
 
 
-def for_cuda(q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+def for_cuda(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor]
+) -> Tuple[Tensor, Tensor, Tensor]:
     """q, k and v as torch's CUDA kernels can take them."""
     # Expanded keys: wrong in the efficient kernel at N % 32 == 1 (pytorch #191937).
     k, v = (t.contiguous() if _is_expanded(t) else t for t in (k, v))
-    mask_alone = attn_mask is not None and attn_mask.requires_grad and not any(t.requires_grad for t in (q, k, v))
+    mask_alone = (
+        attn_mask is not None
+        and attn_mask.requires_grad
+        and not any(t.requires_grad for t in (q, k, v))
+    )
     if mask_alone and torch.is_grad_enabled() and possible(AttentionInputs(q, k, v)):
-        # Forward would not store the logsumexp that the mask's gradient is computed from (pytorch #148476).
+        # Forward would not store the logsumexp that the mask's gradient is computed from (pytorch
+        # #148476).
         q = q.detach().requires_grad_()
     return q, k, v
 
@@ -249,13 +303,17 @@ def _is_masked(inputs: AttentionInputs) -> bool:
 def _kernel(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], dropout_p: float
 ) -> Tuple[Optional[ContextManager[Any]], bool]:
-    """(context that picks the SDPA kernel, if any is needed; whether v must be padded to q's head dim).
+    """(context that picks the SDPA kernel, if any is needed; whether v must be padded to q's head
+    dim).
 
-    On CUDA in half precision cuDNN takes unequal head dims, flash does not (it would end in the math kernel,
-    which holds the scores). The CPU's fused kernel wants equal ones, and is not selected here. cuDNN is left out where
-    there is a mask and a gradient, which it may answer with NaN (pytorch #196678), and for a single query.
+    On CUDA in half precision cuDNN takes unequal head dims, flash does not (it would end in the
+    math kernel, which holds the scores). The CPU's fused kernel wants equal ones, and is not
+    selected here. cuDNN is left out where there is a mask and a gradient, which it may answer with
+    NaN (pytorch #196678), and for a single query.
     """
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, attn_mask))
+    grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k, v, attn_mask)
+    )
     if q.is_cuda and (attn_mask is not None and grad or q.shape[1] == 1):
         return _without_cudnn(), False
     if q.shape[-1] == v.shape[-1] or attn_mask is not None:
@@ -272,7 +330,9 @@ def _without_cudnn() -> ContextManager[Any]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
     except ImportError:  # before torch 2.3, which has no cuDNN attention either
         return contextlib.nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
 
 
 def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> bool:

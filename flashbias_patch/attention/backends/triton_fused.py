@@ -1,4 +1,5 @@
-"""This package's own Triton kernels: every feature, forward and backward, on any GPU that Triton serves."""
+"""This package's own Triton kernels: every feature, forward and backward, on any GPU that Triton
+serves."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def _why_not_windows(inputs: AttentionInputs) -> List[str]:
         reasons.append("a bias and a mask of windows lie on different frames")
     if inputs.dense is not None and inputs.dense.requires_grad:
         reasons.append("windows beside a dense bias that requires a gradient")
-    if inputs.segment_weights is not None and not patches.aligned(inputs.segment_lengths or (), frames):
+    if inputs.segment_weights is not None and not patches.aligned(
+        inputs.segment_lengths or (), frames
+    ):
         reasons.append("segments do not end where frames of windows end")
     return reasons
 
@@ -73,7 +76,9 @@ class TritonFused:
         elif torch.version.hip:
             reasons.append("not tried on ROCm")
         elif _capability(q.device.index) < (8, 0):
-            reasons.append("compute capability {}.{} is below 8.0".format(*_capability(q.device.index)))
+            reasons.append(
+                "compute capability {}.{} is below 8.0".format(*_capability(q.device.index))
+            )
         if q.dtype not in DTYPES:
             reasons.append(f"dtype {str(q.dtype)[6:]} is not float16, bfloat16 or float32")
         if v.shape[-1] != q.shape[-1]:

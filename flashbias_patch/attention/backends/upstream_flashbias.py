@@ -1,9 +1,11 @@
-"""FlashBias' published Triton kernel (github.com/thuml/FlashBias, arXiv 2505.12044), where it is found.
+"""FlashBias' published Triton kernel (github.com/thuml/FlashBias, arXiv 2505.12044), where it is
+found.
 
-It is one file, flash_bias_triton.py, not a package: it is loaded by path. Its authors pin triton 3.0.0; on
-current Triton it is wrong at lengths that are not multiples of its tiles, which the self-check finds out
-(selfcheck.py).
+It is one file, flash_bias_triton.py, not a package: it is loaded by path. Its authors pin triton
+3.0.0; on current Triton it is wrong at lengths that are not multiples of its tiles, which the
+self-check finds out (selfcheck.py).
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -29,7 +31,9 @@ class Upstream:
     name = "upstream"
 
     def __init__(self) -> None:
-        self._searched_for: Optional[settings.Settings] = None  # the settings that the search was made under
+        self._searched_for: Optional[settings.Settings] = (
+            None  # the settings that the search was made under
+        )
         self._function: Optional[Callable[..., Tensor]] = None
         self._missing = ""
 
@@ -67,7 +71,8 @@ class Upstream:
         inputs = segments_to_factors(inputs)
         q, k, v, q_factor, k_factor = inputs[:5]
         assert q_factor is not None and k_factor is not None
-        # Expanded here, so that autograd sums the gradients of shared factors and the kernel need not.
+        # Expanded here, so that autograd sums the gradients of shared factors and the kernel need
+        # not.
         q_factor, k_factor = q_factor.expand(*q.shape[:3], -1), k_factor.expand(*k.shape[:3], -1)
         out = self._function(q, k, v, q_factor, k_factor, None, False, inputs.scale)
         if weights is None or lengths is None:
@@ -79,7 +84,9 @@ class Upstream:
         path, looked = find()
         if path is None:
             where = ", ".join(looked)
-            self._missing = f"no {FILE}; looked in: {where}. Set FLASHBIAS_HOME to a checkout of FlashBias"
+            self._missing = (
+                f"no {FILE}; looked in: {where}. Set FLASHBIAS_HOME to a checkout of FlashBias"
+            )
             return
         try:
             self._function = load(path)
@@ -91,9 +98,11 @@ backend = Upstream()
 
 
 def find() -> Tuple[Optional[str], List[str]]:
-    """(path or None, the places looked in): FLASHBIAS_HOME, external/FlashBias/ of the working directory, sys.path.
+    """(path or None, the places looked in): FLASHBIAS_HOME, external/FlashBias/ of the working
+    directory, sys.path.
 
-    Code of the working directory, which nobody may have asked for, is run only if FLASHBIAS_BACKEND=upstream does.
+    Code of the working directory, which nobody may have asked for, is run only if
+    FLASHBIAS_BACKEND=upstream does.
     """
     read, here = settings.current(), os.getcwd()
     places = [("FLASHBIAS_HOME", read.home)] if read.home else []
@@ -137,7 +146,8 @@ def load(path: str) -> Callable[..., Tensor]:
 
 
 def _parameters(function: Any) -> Tuple[str, ...]:
-    """Names of its parameters; of an autograd Function's `apply`, those of its forward without ctx."""
+    """Names of its parameters; of an autograd Function's `apply`, those of its forward without
+    ctx."""
     owner = getattr(function, "__self__", None)
     if inspect.isclass(owner) and issubclass(owner, torch.autograd.Function):
         return tuple(inspect.signature(owner.forward).parameters)[1:]

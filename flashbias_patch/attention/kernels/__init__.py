@@ -1,1 +1,2 @@
-"""Triton kernels for attention with a low-rank, piecewise constant or dense bias. Needs triton; import on demand."""
+"""Triton kernels for attention with a low-rank, piecewise constant or dense bias. Needs triton;
+import on demand."""

@@ -1,17 +1,20 @@
-"""Backward in two passes, neither of which adds into what another program writes (but for a shared dk_factor).
+"""Backward in two passes, neither of which adds into what another program writes (but for a shared
+dk_factor).
 
-`keys_kernel` owns a block of keys and keeps dk, dv and dk_factor in registers; `queries_kernel` owns a block of queries
-and keeps dq, dq_factor and the segments' row sums. Scores are computed twice; one pass that adds dq into a float32
-buffer, by atomics or by the bulk copy engine, was measured slower (docs/kernel-notes.md).
+`keys_kernel` owns a block of keys and keeps dk, dv and dk_factor in registers; `queries_kernel`
+owns a block of queries and keeps dq, dq_factor and the segments' row sums. Scores are computed
+twice; one pass that adds dq into a float32 buffer, by atomics or by the bulk copy engine, was
+measured slower (docs/kernel-notes.md).
 
 With p = exp2(s - lse): dv = p^T do, dp = do v^T, ds = p (dp - delta), delta = rowsum(do * out),
 dq = ds k * scale, dk = ds^T q * scale, dq_factor = ds k_factor, dk_factor = ds^T q_factor.
 
-Where they are FOLDED (problem.py), lse and delta are subtracted by the matrix products themselves: a tile of factors has
-COLUMNS columns, of which six that the rank leaves free hold them, in parts (common.weights). That takes a fifth off the
-keys kernel, which no longer loads, broadcasts and subtracts two numbers a row.
-Imports nothing but Triton.
+Where they are FOLDED (problem.py), lse and delta are subtracted by the matrix products themselves:
+a tile of factors has COLUMNS columns, of which six that the rank leaves free hold them, in parts
+(common.weights). That takes a fifth off the keys kernel, which no longer loads, broadcasts and
+subtracts two numbers a row. Imports nothing but Triton.
 """
+
 import triton
 import triton.language as tl
 
@@ -41,18 +44,23 @@ from .common import (
 
 @triton.jit
 def rows_kernel(
-    OUT, LOW, DO, LSE, W, QF, ROWS, out_b, out_m, out_h, do_b, do_m, do_h, w_b, w_m, w_h, qf_b, qf_m, qf_h,
+    OUT, LOW, DO, LSE, W, QF, ROWS, out_b, out_m, out_h, do_b, do_m, do_h, w_b, w_m, w_h, qf_b,
+    qf_m, qf_h,
     heads, H, M, padded, unit,
-    HAS_LOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_LOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SEGMENTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     FOLDED: tl.constexpr, APART: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """What backward needs of each row: lse - weight of the segment, and delta = sum of DO * (OUT + LOW).
+    """What backward needs of each row: lse - weight of the segment, and delta = sum of DO * (OUT +
+    LOW).
 
-    ROWS (SEGMENTS or 1, B * H, padded, 2): both of a row in one place, since a vector of fewer values than threads is
-    loaded by every thread anew. FOLDED: (SEGMENTS or 1, B * H, padded, COLUMNS), each row its R columns of q_factor, then
-    -lse * unit and -delta in three parts each; before all of them two rows, what these parts are multiplied by.
-    APART: (SEGMENTS or 1, B * H, padded, 4), LSE's two numbers, delta, and the weight, which is not subtracted.
-    Rows from M on get lse +inf and delta 0, which makes their p zero.
+    ROWS (SEGMENTS or 1, B * H, padded, 2): both of a row in one place, since a vector of fewer
+    values than threads is
+    loaded by every thread anew. FOLDED: (SEGMENTS or 1, B * H, padded, COLUMNS), each row its R
+    columns of q_factor, then -lse * unit and -delta in three parts each; before all of them two
+    rows, what these parts are multiplied by.
+    APART: (SEGMENTS or 1, B * H, padded, 4), LSE's two numbers, delta, and the weight, which is not
+    subtracted. Rows from M on get lse +inf and delta 0, which makes their p zero.
     """
     blocks_m = padded // BLOCK_M
     pid = tl.program_id(0)
@@ -64,7 +72,9 @@ def rows_kernel(
     out = load_tile(OUT + place, out_m, first_row, M, BLOCK_M, D, BLOCK_D, True).to(tl.float32)
     if HAS_LOW:
         out += load_tile(LOW + place, out_m, first_row, M, BLOCK_M, D, BLOCK_D, True).to(tl.float32)
-    do = load_tile(DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
+    do = load_tile(
+        DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True
+    )
     delta = tl.sum(out * do.to(tl.float32), 1)
     if APART:
         lse = load_row_values(LSE + wide(bh) * M * 2, 2, first_row, M, BLOCK_M, float("inf"))
@@ -79,7 +89,10 @@ def rows_kernel(
         columns = tl.arange(0, COLUMNS)[None, :]
         if pid == 0:
             both = tl.arange(0, 2)[:, None]
-            tl.store(ROWS + both * COLUMNS + columns, weights(columns, R + 3 * both).to(ROWS.dtype.element_ty))
+            tl.store(
+                ROWS + both * COLUMNS + columns,
+                weights(columns, R + 3 * both).to(ROWS.dtype.element_ty),
+            )
         ROWS += 2 * COLUMNS
         tile = tl.zeros([BLOCK_M, COLUMNS], dtype=tl.float32)
         if R > 0:
@@ -96,7 +109,10 @@ def rows_kernel(
         base = (wide(segment) * heads + bh) * padded + first_row
         if FOLDED:
             whole = parts(tile, columns, R, -shifted * unit, ROWS.dtype.element_ty)
-            tl.store(ROWS + base * COLUMNS + lanes[:, None] * COLUMNS + columns, whole.to(ROWS.dtype.element_ty))
+            tl.store(
+                ROWS + base * COLUMNS + lanes[:, None] * COLUMNS + columns,
+                whole.to(ROWS.dtype.element_ty),
+            )
         elif APART:
             ROW = ROWS + base * 4 + 4 * lanes
             tl.store(ROW, lse)
@@ -110,16 +126,20 @@ def rows_kernel(
 
 @triton.jit
 def _weight_tile(ROWS, which, ROW_COUNT: tl.constexpr):
-    """(ROW_COUNT, COLUMNS), each row the weights of lse (`which` 0) or delta (1), with which ROWS begins.
+    """(ROW_COUNT, COLUMNS), each row the weights of lse (`which` 0) or delta (1), with which ROWS
+    begins.
 
-    Loaded, since an operand that is computed is held in registers, where it makes the tensor cores' products wait.
+    Loaded, since an operand that is computed is held in registers, where it makes the tensor cores'
+    products wait.
     """
     columns = tl.arange(0, COLUMNS)[None, :]
     return tl.load(ROWS + which * COLUMNS + tl.arange(0, ROW_COUNT)[:, None] * 0 + columns)
 
 
 @triton.jit
-def _repeat_tile(base, stride, start, end, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def _repeat_tile(
+    base, stride, start, end, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):
     rows = tl.minimum(tl.arange(0, ROWS), end - 1 - start)
     cols = tl.arange(0, BLOCK_COLS)
     pointers = base + wide(start) * stride + rows[:, None] * stride + cols[None, :]
@@ -130,7 +150,9 @@ def _repeat_tile(base, stride, start, end, ROWS: tl.constexpr, COLS: tl.constexp
 
 
 @triton.jit
-def _store_tile(BASE, stride, start, end, tile, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def _store_tile(
+    BASE, stride, start, end, tile, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_COLS)
     pointers = BASE + wide(start) * stride + rows[:, None] * stride + cols[None, :]
@@ -143,11 +165,16 @@ def _load_pairs_by_key(
     base, stride, first_row, row_end, first_key, key_end, whole, OTHER: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """load_pairs as (keys, queries), where a block of keys is `whole` or not for a program's whole life."""
+    """load_pairs as (keys, queries), where a block of keys is `whole` or not for a program's whole
+    life."""
     if whole:
-        tile = load_pairs(base, stride, first_row, row_end, first_key, key_end, OTHER, ROWS, KEYS, False)
+        tile = load_pairs(
+            base, stride, first_row, row_end, first_key, key_end, OTHER, ROWS, KEYS, False
+        )
     else:
-        tile = load_pairs(base, stride, first_row, row_end, first_key, key_end, OTHER, ROWS, KEYS, True)
+        tile = load_pairs(
+            base, stride, first_row, row_end, first_key, key_end, OTHER, ROWS, KEYS, True
+        )
     return tl.trans(tile)
 
 
@@ -157,7 +184,9 @@ def _store_pairs(
     ROWS: tl.constexpr, KEYS: tl.constexpr, ADD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """What load_pairs would load, written (ADD: added to)."""
-    pointers, inside = pair_tile(BASE, stride, first_row, row_end, first_key, key_end, ROWS, KEYS, EDGE)
+    pointers, inside = pair_tile(
+        BASE, stride, first_row, row_end, first_key, key_end, ROWS, KEYS, EDGE
+    )
     if ADD:
         tl.atomic_add(pointers, tile, mask=inside, sem="relaxed")
     else:
@@ -170,13 +199,18 @@ def keys_kernel(
     q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h,
     dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, do_b, do_m, do_h,
     dk_s, dkf_s, dkf_b, dkf_n, dkf_h, dd_s, dd_b, dd_h, dd_m,
-    heads, H, M, N, splits, split_rows, num_blocks, padded, score_scale, dk_scale, dropout_p, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
-    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr,
+    heads, H, M, N, splits, split_rows, num_blocks, padded, score_scale, dk_scale, dropout_p,
+    keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr,
+    DROPOUT: tl.constexpr,
     NEED_KV: tl.constexpr, NEED_KF: tl.constexpr, DENSE_GRAD: tl.constexpr, SHARED_KF: tl.constexpr,
-    FOLDED: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
+    FOLDED: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EXP: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys against queries split * split_rows .. + split_rows. Tiles are (keys, queries).
+    """A block of keys against queries split * split_rows .. + split_rows. Tiles are (keys,
+    queries).
 
     DK, DV (splits, B, N, H, D), DKF written (SHARED_KF: added to).
     DENSE_GRAD: 0 none, 1 written, 2 added to, 3 summed over the queries and written.
@@ -201,13 +235,27 @@ def keys_kernel(
     lanes = tl.arange(0, BLOCK_N)
     inside = start + lanes < end
     whole = start + BLOCK_N <= end
-    # Beyond the end the last key is repeated: its scores are finite, so p needs no mask in the loop, and what these
-    # rows of dk and dv collect is not stored.
+    # Beyond the end the last key is repeated: its scores are finite, so p needs no mask in the
+    # loop, and what these rows of dk and dv collect is not stored.
     keys = tl.minimum(start + lanes, end - 1)
     cols = tl.arange(0, BLOCK_D)
     in_head = (cols < D)[None, :]
-    k_pointers = K + wide(b) * k_b + wide(h) * k_h + wide(start) * k_n + (keys - start)[:, None] * k_n + cols[None, :]
-    v_pointers = V + wide(b) * v_b + wide(h) * v_h + wide(start) * v_n + (keys - start)[:, None] * v_n + cols[None, :]
+    k_pointers = (
+        K
+        + wide(b) * k_b
+        + wide(h) * k_h
+        + wide(start) * k_n
+        + (keys - start)[:, None] * k_n
+        + cols[None, :]
+    )
+    v_pointers = (
+        V
+        + wide(b) * v_b
+        + wide(h) * v_h
+        + wide(start) * v_n
+        + (keys - start)[:, None] * v_n
+        + cols[None, :]
+    )
     if D == BLOCK_D:
         k = tl.load(k_pointers)
         v = tl.load(v_pointers)
@@ -255,7 +303,9 @@ def keys_kernel(
         s = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         if FOLDED:
             lanes_m = tl.arange(0, BLOCK_M)[:, None]
-            qf = tl.load(ROWS + first_row * COLUMNS + lanes_m * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+            qf = tl.load(
+                ROWS + first_row * COLUMNS + lanes_m * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            )
         elif BLOCK_R > 0:
             qf = _repeat_tile(QF, qf_m, first_row, row_hi, BLOCK_M, BLOCK_R, BLOCK_R)
         if FOLDED or BLOCK_R > 0:
@@ -278,11 +328,29 @@ def keys_kernel(
             padding = s
             if HAS_DENSE:
                 dense = _load_pairs_by_key(
-                    DENSE, dense_m, first_row, row_hi, start, end, whole, float("-inf"), BLOCK_M, BLOCK_N
+                    DENSE,
+                    dense_m,
+                    first_row,
+                    row_hi,
+                    start,
+                    end,
+                    whole,
+                    float("-inf"),
+                    BLOCK_M,
+                    BLOCK_N,
                 )
             if PAD_KIND == 2:
                 padding = pad[:, None]
-            x = add_terms(s, score_scale, dense, padding, weight[None, :], HAS_DENSE, PAD_KIND == 2, SEGMENTS > 0)
+            x = add_terms(
+                s,
+                score_scale,
+                dense,
+                padding,
+                weight[None, :],
+                HAS_DENSE,
+                PAD_KIND == 2,
+                SEGMENTS > 0,
+            )
             x = (x - peak[None, :]) - log_total[None, :]
         else:
             lse_delta = tl.load(ROWS + 2 * first_row + tl.arange(0, 2 * BLOCK_M))
@@ -290,7 +358,9 @@ def keys_kernel(
             x = s * score_scale - lse[None, :]
         p = exp2(x, EXP)
         if HAS_MASK:
-            hidden = _load_pairs_by_key(MASK, mask_m, first_row, row_hi, start, end, whole, 1, BLOCK_M, BLOCK_N)
+            hidden = _load_pairs_by_key(
+                MASK, mask_m, first_row, row_hi, start, end, whole, 1, BLOCK_M, BLOCK_N
+            )
             p = tl.where(hidden == 0, p, 0.0)
         if PAD_KIND == 1:
             p = tl.where(visible[:, None], p, 0.0)
@@ -315,9 +385,33 @@ def keys_kernel(
         elif DENSE_GRAD > 0:
             tile = tl.trans(ds)
             if whole:
-                _store_pairs(DDENSE, dd_m, first_row, row_hi, start, end, tile, BLOCK_M, BLOCK_N, DENSE_GRAD == 2, False)
+                _store_pairs(
+                    DDENSE,
+                    dd_m,
+                    first_row,
+                    row_hi,
+                    start,
+                    end,
+                    tile,
+                    BLOCK_M,
+                    BLOCK_N,
+                    DENSE_GRAD == 2,
+                    False,
+                )
             else:
-                _store_pairs(DDENSE, dd_m, first_row, row_hi, start, end, tile, BLOCK_M, BLOCK_N, DENSE_GRAD == 2, True)
+                _store_pairs(
+                    DDENSE,
+                    dd_m,
+                    first_row,
+                    row_hi,
+                    start,
+                    end,
+                    tile,
+                    BLOCK_M,
+                    BLOCK_N,
+                    DENSE_GRAD == 2,
+                    True,
+                )
 
     if NEED_KV:
         if DROPOUT:
@@ -344,7 +438,8 @@ def _queries_step(
     first_row, start, end, shift, M, score_scale, dropout_p, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr,
-    PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr, NEED_Q: tl.constexpr, NEED_QF: tl.constexpr,
+    PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr, NEED_Q: tl.constexpr,
+    NEED_QF: tl.constexpr,
     NEED_W: tl.constexpr, FOLDED: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     k = load_tile(K, k_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
@@ -361,16 +456,24 @@ def _queries_step(
         dense = s
         padding = s
         if HAS_DENSE:
-            dense = load_pairs(DENSE, dense_m, first_row, M, start, end, float("-inf"), BLOCK_M, BLOCK_N, EDGE)
+            dense = load_pairs(
+                DENSE, dense_m, first_row, M, start, end, float("-inf"), BLOCK_M, BLOCK_N, EDGE
+            )
         if PAD_KIND == 2:
             padding = (bounded(load_keys(PAD, keys, end, float("-inf"), EDGE)) * LOG2E)[None, :]
-        x = add_terms(s, score_scale, dense, padding, weight[:, None], HAS_DENSE, PAD_KIND == 2, SEGMENTS > 0)
+        x = add_terms(
+            s, score_scale, dense, padding, weight[:, None], HAS_DENSE, PAD_KIND == 2, SEGMENTS > 0
+        )
         x = (x - lse[:, None]) - log_total[:, None]
     else:
         x = s * score_scale - lse[:, None]
     p = exp2(x, EXP)
     if HAS_MASK:
-        p = tl.where(load_pairs(MASK, mask_m, first_row, M, start, end, 1, BLOCK_M, BLOCK_N, EDGE) == 0, p, 0.0)
+        p = tl.where(
+            load_pairs(MASK, mask_m, first_row, M, start, end, 1, BLOCK_M, BLOCK_N, EDGE) == 0,
+            p,
+            0.0,
+        )
     if PAD_KIND == 1:
         p = tl.where((load_keys(PAD, keys, end, 1, EDGE) == 0)[None, :], p, 0.0)
     elif EDGE and PAD_KIND == 0:
@@ -394,16 +497,21 @@ def _queries_step(
 
 @triton.jit
 def queries_kernel(
-    Q, K, V, QF, KF, W, ENDS, DENSE, MASK, PAD, BLOCKS, ORDER, COUNTS, SEED, DO, LSE, ROWS, DQ, DQF, DW,
+    Q, K, V, QF, KF, W, ENDS, DENSE, MASK, PAD, BLOCKS, ORDER, COUNTS, SEED, DO, LSE, ROWS, DQ,
+    DQF, DW,
     q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h, w_b, w_m, w_h,
     dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, do_b, do_m, do_h, dq_s, dqf_s, dw_s,
     H, M, N, splits, split_keys, num_blocks, padded, score_scale, dq_scale, dropout_p, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
-    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr,
-    NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr, FOLDED: tl.constexpr, VECTOR: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr, FOLDED: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
-    """DQ (splits, B, M, H, D) and DQF (splits, B, M, H, R) written, DW (splits, B, M, H, SEGMENTS) added to."""
+    """DQ (splits, B, M, H, D) and DQF (splits, B, M, H, R) written, DW (splits, B, M, H, SEGMENTS)
+    added to."""
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
     split = (pid // blocks_m) % splits
@@ -417,7 +525,9 @@ def queries_kernel(
     K += wide(b) * k_b + wide(h) * k_h
     V += wide(b) * v_b + wide(h) * v_h
     q = load_tile(Q + wide(b) * q_b + wide(h) * q_h, q_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
-    do = load_tile(DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True)
+    do = load_tile(
+        DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True
+    )
     if APART:
         lse = load_row_values(LSE + wide(bh) * M * 2, 2, first_row, M, BLOCK_M, float("inf"))
         log_total = load_row_values(LSE + wide(bh) * M * 2 + 1, 2, first_row, M, BLOCK_M, 0.0)
@@ -427,7 +537,16 @@ def queries_kernel(
     if FOLDED:
         of_delta = _weight_tile(ROWS, 1, BLOCK_N)
         ROWS += 2 * COLUMNS
-        delta = load_tile(ROWS + wide(bh) * padded * COLUMNS, COLUMNS, first_row, M, BLOCK_M, COLUMNS, COLUMNS, True)
+        delta = load_tile(
+            ROWS + wide(bh) * padded * COLUMNS,
+            COLUMNS,
+            first_row,
+            M,
+            BLOCK_M,
+            COLUMNS,
+            COLUMNS,
+            True,
+        )
     else:
         if APART:
             delta = load_row_values(ROWS + wide(bh) * padded * 4 + 2, 4, first_row, M, BLOCK_M, 0.0)
@@ -478,8 +597,10 @@ def queries_kernel(
                 dq, dqf, row_sum = _queries_step(
                     dq, dqf, row_sum, q, qf, do, lse, log_total, weight, delta, of_delta,
                     K, V, KF, DENSE, MASK, PAD, seed, bh,
-                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, N, drop_shift, M, score_scale, dropout_p, keep_scale,
-                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND, APART, DROPOUT,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, N, drop_shift, M,
+                    score_scale, dropout_p, keep_scale,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND,
+                    APART, DROPOUT,
                     NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, False,
                 )  # fmt: skip
         for index in range(whole, hi):
@@ -494,12 +615,15 @@ def queries_kernel(
             dq, dqf, row_sum = _queries_step(
                 dq, dqf, row_sum, q, qf, do, shift, log_total, weight, delta, of_delta,
                 K, V, KF, DENSE, MASK, PAD, seed, bh,
-                k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, drop_shift, M, score_scale, dropout_p, keep_scale,
-                BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND, APART, DROPOUT,
+                k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, drop_shift, M, score_scale,
+                dropout_p, keep_scale,
+                BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND,
+                APART, DROPOUT,
                 NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, True,
             )  # fmt: skip
             if NEED_W:
-                # Its own rows and nobody else's: an atomic only because the rows are written again and again.
+                # Its own rows and nobody else's: an atomic only because the rows are written again
+                # and again.
                 tl.atomic_add(DW + dw_offsets + segment, row_sum, mask=rows < M, sem="relaxed")
     else:
         split_lo = split * split_keys
@@ -520,16 +644,20 @@ def queries_kernel(
                 dq, dqf, row_sum = _queries_step(
                     dq, dqf, row_sum, q, qf, do, shift, log_total, weight, delta, of_delta,
                     K, V, KF, DENSE, MASK, PAD, seed, bh,
-                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, drop_shift, M, score_scale, dropout_p, keep_scale,
-                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND, APART, DROPOUT,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, drop_shift, M,
+                    score_scale, dropout_p, keep_scale,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND,
+                    APART, DROPOUT,
                     NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, False,
                 )  # fmt: skip
             if tail < hi:
                 dq, dqf, row_sum = _queries_step(
                     dq, dqf, row_sum, q, qf, do, shift, log_total, weight, delta, of_delta,
                     K, V, KF, DENSE, MASK, PAD, seed, bh,
-                    k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, drop_shift, M, score_scale, dropout_p, keep_scale,
-                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND, APART, DROPOUT,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, drop_shift, M,
+                    score_scale, dropout_p, keep_scale,
+                    BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND,
+                    APART, DROPOUT,
                     NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, True,
                 )  # fmt: skip
             if NEED_W:

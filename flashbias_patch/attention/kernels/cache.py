@@ -1,9 +1,11 @@
 """The disk cache of tuned tile shapes: one JSON file, shared by processes, GPUs and versions.
 
-A list of rows {"gpu", "triton", "flashbias_patch", "key", "config"}. The first three are what a measurement depends on
-beside its key; rows of other machines' GPUs or other versions are kept and not used. Anything else in the file, also
-the rows without these names that earlier versions wrote, is dropped.
+A list of rows {"gpu", "triton", "flashbias_patch", "key", "config"}. The first three are what a
+measurement depends on beside its key; rows of other machines' GPUs or other versions are kept and
+not used. Anything else in the file, also the rows without these names that earlier versions wrote,
+is dropped.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -27,10 +29,13 @@ Entry = Tuple[Sequence[Any], Sequence[Any]]  # a key and a config, as plain sequ
 
 
 def directory() -> str:
-    """Of the file; where no home is known, a path below no directory, at which nothing can be written."""
+    """Of the file; where no home is known, a path below no directory, at which nothing can be
+    written."""
     home = os.environ.get("XDG_CACHE_HOME")
     if not home:
-        user = os.path.expanduser("~")  # "~" itself for a user whom the system does not know, as in some containers
+        user = os.path.expanduser(
+            "~"
+        )  # "~" itself for a user whom the system does not know, as in some containers
         home = os.devnull if user == "~" else os.path.join(user, ".cache")
     return os.path.join(home, "flashbias_patch")
 
@@ -51,22 +56,30 @@ def here() -> Tuple[str, str, str]:
 
 
 def entries() -> List[Entry]:
-    """What was tuned on this GPU by these versions. ValueError or OSError where the file cannot be read."""
+    """What was tuned on this GPU by these versions. ValueError or OSError where the file cannot be
+    read."""
     place = here()
     return [(row["key"], row["config"]) for row in rows() if _place(row) == place]
 
 
 def merge(found: Sequence[Entry]) -> None:
-    """Add `found` to the file, over older rows of the same keys; what other processes wrote meanwhile stays."""
+    """Add `found` to the file, over older rows of the same keys; what other processes wrote
+    meanwhile stays."""
     place = here()
-    new = [{**dict(zip(NAMES, place)), "key": list(key), "config": list(config)} for key, config in found]
+    new = [
+        {**dict(zip(NAMES, place)), "key": list(key), "config": list(config)}
+        for key, config in found
+    ]
     os.makedirs(directory(), exist_ok=True)
     with _alone():
-        write(path(), list({(_place(row), tuple(row["key"])): row for row in _known() + new}.values()))
+        write(
+            path(), list({(_place(row), tuple(row["key"])): row for row in _known() + new}.values())
+        )
 
 
 def forget(keys: Optional[Sequence[Sequence[Any]]] = None) -> bool:
-    """Remove the rows of `keys` that are in use here, or (None) the whole file; False if there is no file."""
+    """Remove the rows of `keys` that are in use here, or (None) the whole file; False if there is
+    no file."""
     if not os.path.exists(path()):
         return False
     place = here() if keys else None
@@ -75,17 +88,22 @@ def forget(keys: Optional[Sequence[Sequence[Any]]] = None) -> bool:
         if keys is None:
             os.unlink(path())
         else:
-            write(path(), [row for row in _known() if _place(row) != place or row["key"] not in gone])
+            write(
+                path(), [row for row in _known() if _place(row) != place or row["key"] not in gone]
+            )
     return True
 
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Under the file's lock, where there are locks: without, at worst another process's latest rows are lost."""
+    """Under the file's lock, where there are locks: without, at worst another process's latest rows
+    are lost."""
     with contextlib.ExitStack() as stack:
         try:
             if not stack.enter_context(locked(path() + ".lock", PATIENCE)):
-                log.debug("tuning cache %s is held by another process; written without its lock", path())
+                log.debug(
+                    "tuning cache %s is held by another process; written without its lock", path()
+                )
         except OSError as error:
             log.debug("tuning cache %s cannot be locked: %s", path(), error)
         yield
@@ -131,7 +149,8 @@ def write(name: str, whole: List[Row]) -> None:
 
 @contextlib.contextmanager
 def locked(name: str, seconds: float) -> Iterator[bool]:
-    """Whether this process holds the lock file `name`, after waiting for at most `seconds`; OSError where it cannot."""
+    """Whether this process holds the lock file `name`, after waiting for at most `seconds`; OSError
+    where it cannot."""
     handle = _acquire(name, time.monotonic() + seconds)
     try:
         yield handle is not None

@@ -2,18 +2,23 @@
 
 Imports nothing but Triton, so that the kernels can be compiled where there is no PyTorch.
 
-Scores live in log2 units: softmax(s) = exp2(s * log2(e) - lse2), one multiply-add and one exponential an element.
+Scores live in log2 units: softmax(s) = exp2(s * log2(e) - lse2), one multiply-add and one
+exponential an element.
 """
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LARGEST = tl.constexpr(5e37)  # the sum of a dense bias, padding and a segment weight stays finite, times log2(e) too
+LARGEST = tl.constexpr(
+    5e37
+)  # the sum of a dense bias, padding and a segment weight stays finite, times log2(e) too
 COLUMNS = tl.constexpr(16)  # of a tile of factors with room for what problem.folded speaks of
 
-# exp2 of four elements, three on the special-function unit and one as a polynomial on the multiply-add units: at
-# head dim 32 exponentials are the scarcest thing (16 a clock on each multiprocessor). Degree 3, relative error 1e-4,
-# under half precision's own rounding. The integer part of x is added to the exponent bits.
+# exp2 of four elements, three on the special-function unit and one as a polynomial on the
+# multiply-add units: at head dim 32 exponentials are the scarcest thing (16 a clock on each
+# multiprocessor). Degree 3, relative error 1e-4, under half precision's own rounding. The integer
+# part of x is added to the exponent bits.
 EXP2_MIXED = tl.constexpr(
     """{
     .reg .f32 a, b, c, t, j, f, p, x;
@@ -42,7 +47,8 @@ EXP2_MIXED = tl.constexpr(
 
 @triton.jit
 def exp2(x, EXP: tl.constexpr):
-    """EXP 0: tl.exp2. 1: the bare instruction, denormals flushed. 2: a quarter by polynomial (half precision only)."""
+    """EXP 0: tl.exp2. 1: the bare instruction, denormals flushed. 2: a quarter by polynomial (half
+    precision only)."""
     if EXP == 2:
         return tl.inline_asm_elementwise(
             EXP2_MIXED, "=f,=f,=f,=f,f,f,f,f", [x], dtype=tl.float32, is_pure=True, pack=4
@@ -57,7 +63,8 @@ def exp2(x, EXP: tl.constexpr):
 
 @triton.jit
 def _upper(x):
-    """x rounded to the eleven leading bits of its significand, what tf32 keeps; the tensor cores would cut."""
+    """x rounded to the eleven leading bits of its significand, what tf32 keeps; the tensor cores
+    would cut."""
     return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
 
 
@@ -65,8 +72,9 @@ def _upper(x):
 def dot(a, b, acc):
     """acc + a b, float32 by three tf32 products, which keeps float32-grade error.
 
-    As input_precision="tf32x3", without that option's provision for infinities: a comparison and a select an element. The
-    tensor cores cut where they add, which over hundreds of tiles comes to 1e-4: the sum over tiles is ours.
+    As input_precision="tf32x3", without that option's provision for infinities: a comparison and a
+    select an element. The tensor cores cut where they add, which over hundreds of tiles comes to
+    1e-4: the sum over tiles is ours.
     """
     if a.dtype == tl.float32:
         a_upper, b_upper = _upper(a), _upper(b)
@@ -79,7 +87,8 @@ def dot(a, b, acc):
 
 @triton.jit
 def bounded(x):
-    """x as float32. Finite numbers stay within +-LARGEST: finfo.min * log2(e) would be -inf, which hides a key."""
+    """x as float32. Finite numbers stay within +-LARGEST: finfo.min * log2(e) would be -inf, which
+    hides a key."""
     x = x.to(tl.float32)
     beyond = (tl.abs(x) > LARGEST) & (tl.abs(x) < float("inf"))
     return tl.where(beyond, tl.where(x > 0, LARGEST, -LARGEST), x)
@@ -90,9 +99,11 @@ def add_terms(
     s, score_scale, dense, padding, weight,
     HAS_DENSE: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """s * score_scale + the additive terms, in log2 units; padding comes in these units, dense and weight do not.
+    """s * score_scale + the additive terms, in log2 units; padding comes in these units, dense and
+    weight do not.
 
-    Every step is one explicit fma, so that forward and backward round alike: at -1e9 one place less is a factor of 2^128.
+    Every step is one explicit fma, so that forward and backward round alike: at -1e9 one place less
+    is a factor of 2^128.
     """
     if HAS_DENSE:
         dense = dense.to(tl.float32) if dense.dtype == tl.float16 else bounded(dense)
@@ -112,7 +123,8 @@ def load_weights(W, stride, first_row, end, ROWS: tl.constexpr):
 
 @triton.jit
 def largest_weight(W, stride, first_row, end, SEGMENTS: tl.constexpr, ROWS: tl.constexpr):
-    """The largest of each row's segment weights, 0 where all are -inf: with it subtracted, lse keeps its digits."""
+    """The largest of each row's segment weights, 0 where all are -inf: with it subtracted, lse
+    keeps its digits."""
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     for segment in tl.static_range(SEGMENTS):
         top = tl.maximum(top, load_weights(W + segment, stride, first_row, end, ROWS))
@@ -121,14 +133,16 @@ def largest_weight(W, stride, first_row, end, SEGMENTS: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def weights(columns, first):
-    """What the three parts of a number (`parts`) are multiplied by, in the columns from `first` on; zero elsewhere."""
+    """What the three parts of a number (`parts`) are multiplied by, in the columns from `first` on;
+    zero elsewhere."""
     small = tl.where(columns == first + 2, 0.00000095367431640625, 0.0)  # 2^-20, 2^-8, 2^4
     return tl.where(columns == first, 16.0, tl.where(columns == first + 1, 0.00390625, small))
 
 
 @triton.jit
 def parts(tile, columns, first, values, HALF: tl.constexpr):
-    """`tile` with values (a row) in three columns from `first` on, each a HALF: their sum by `weights` is the value.
+    """`tile` with values (a row) in three columns from `first` on, each a HALF: their sum by
+    `weights` is the value.
 
     float16: to 2^-34 of it or 2^-44, up to a million, where it stays. bfloat16: to 2^-25.
     """
@@ -151,16 +165,24 @@ def wide(index):
 
 @triton.jit
 def multiples(a, b, c, d, VECTOR: tl.constexpr):
-    """The same strides, known to the compiler as multiples of VECTOR elements: it learns of multiples of 16 alone, and
-    copies element by element where a head is 40 columns wide."""
+    """The same strides, known to the compiler as multiples of VECTOR elements: it learns of
+    multiples of 16 alone, and copies element by element where a head is 40 columns wide."""
     return a // VECTOR * VECTOR, b // VECTOR * VECTOR, c // VECTOR * VECTOR, d // VECTOR * VECTOR
 
 
 @triton.jit
 def load_tile(
-    base, stride, start, end, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr, EDGE: tl.constexpr
+    base,
+    stride,
+    start,
+    end,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
-    """Rows start .. start + ROWS of a row-strided matrix; zeros from row `end` (if EDGE) and from column COLS."""
+    """Rows start .. start + ROWS of a row-strided matrix; zeros from row `end` (if EDGE) and from
+    column COLS."""
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_COLS)
     pointers = base + wide(start) * stride + rows[:, None] * stride + cols[None, :]
@@ -179,7 +201,9 @@ def load_tile(
 def load_row_values(base, stride, start, end, ROWS: tl.constexpr, OTHER: tl.constexpr):
     """A value a row, float32, OTHER from row `end`."""
     rows = tl.arange(0, ROWS)
-    return tl.load(base + wide(start) * stride + rows * stride, mask=start + rows < end, other=OTHER).to(tl.float32)
+    return tl.load(
+        base + wide(start) * stride + rows * stride, mask=start + rows < end, other=OTHER
+    ).to(tl.float32)
 
 
 @triton.jit
@@ -193,11 +217,21 @@ def load_keys(base, keys, end, OTHER: tl.constexpr, EDGE: tl.constexpr):
 
 @triton.jit
 def pair_tile(
-    base, stride, first_row, row_end, first_key, key_end, ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr
+    base,
+    stride,
+    first_row,
+    row_end,
+    first_key,
+    key_end,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
-    """Pointers to a tile (queries, keys) of a matrix, and which of them lie before row_end and (if EDGE) key_end.
+    """Pointers to a tile (queries, keys) of a matrix, and which of them lie before row_end and (if
+    EDGE) key_end.
 
-    Whole tiles ask nothing about their keys: where neighbours may differ, a row is read element by element.
+    Whole tiles ask nothing about their keys: where neighbours may differ, a row is read element by
+    element.
     """
     rows = tl.arange(0, ROWS)
     keys = tl.arange(0, KEYS)
@@ -213,14 +247,18 @@ def load_pairs(
     base, stride, first_row, row_end, first_key, key_end, OTHER: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """A tile (queries, keys) of a mask or dense bias, OTHER from row_end and (if EDGE) from key_end."""
-    pointers, inside = pair_tile(base, stride, first_row, row_end, first_key, key_end, ROWS, KEYS, EDGE)
+    """A tile (queries, keys) of a mask or dense bias, OTHER from row_end and (if EDGE) from
+    key_end."""
+    pointers, inside = pair_tile(
+        base, stride, first_row, row_end, first_key, key_end, ROWS, KEYS, EDGE
+    )
     return tl.load(pointers, mask=inside, other=OTHER)
 
 
 @triton.jit
 def _philox_words(seed, batch_head, row, key):
-    """Philox 4x32-7 (Salmon et al., SC11) of each row and key: (.., 2, 2), the last two the key's bit 3 and the row's."""
+    """Philox 4x32-7 (Salmon et al., SC11) of each row and key: (.., 2, 2), the last two the key's
+    bit 3 and the row's."""
     nil = (row + key) * 0
     a, b, c, d = tl.philox(seed, nil + key, nil + row, nil + batch_head, nil, 7)
     return tl.join(tl.join(a, c), tl.join(b, d))
@@ -232,34 +270,56 @@ def _threshold(dropout_p):
 
 
 @triton.jit
-def keep_tile(seed, batch_head, first_row, first_key, dropout_p, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """Which attention weights dropout keeps in a tile (queries, keys); both firsts must be multiples of 16.
+def keep_tile(
+    seed, batch_head, first_row, first_key, dropout_p, ROWS: tl.constexpr, KEYS: tl.constexpr
+):
+    """Which attention weights dropout keeps in a tile (queries, keys); both firsts must be
+    multiples of 16.
 
-    Eight weights share a call of Philox, sixteen bits each. Its counter is the row without bit 3, the key without bits 3
-    and 0, and the batch and head; those three bits choose the sixteen. They are the ones that a thread holds in a tile of
-    scores as the tensor cores leave it, so that nothing has to move between threads.
+    Eight weights share a call of Philox, sixteen bits each. Its counter is the row without bit 3,
+    the key without bits 3 and 0, and the batch and head; those three bits choose the sixteen. They
+    are the ones that a thread holds in a tile of scores as the tensor cores leave it, so that
+    nothing has to move between threads.
     """
     row = tl.reshape(tl.arange(0, ROWS // 2), [ROWS // 16, 8, 1, 1])
     key = tl.reshape(tl.arange(0, KEYS // 4), [1, 1, KEYS // 16, 4])
-    words = _philox_words(seed, batch_head, first_row + row // 8 * 16 + row % 8, first_key + key // 4 * 16 + key % 4 * 2)
-    halves = tl.join(words << 16, words & 0xFFFF0000)  # rows' 16, 8, keys' 16, 4, key bit 3, row bit 3, key bit 0
-    return tl.reshape(tl.permute(halves, (0, 5, 1, 2, 4, 3, 6)), [ROWS, KEYS]) >= _threshold(dropout_p)
+    words = _philox_words(
+        seed,
+        batch_head,
+        first_row + row // 8 * 16 + row % 8,
+        first_key + key // 4 * 16 + key % 4 * 2,
+    )
+    halves = tl.join(
+        words << 16, words & 0xFFFF0000
+    )  # rows' 16, 8, keys' 16, 4, key bit 3, row bit 3, key bit 0
+    return tl.reshape(tl.permute(halves, (0, 5, 1, 2, 4, 3, 6)), [ROWS, KEYS]) >= _threshold(
+        dropout_p
+    )
 
 
 @triton.jit
-def keep_tile_by_key(seed, batch_head, first_row, first_key, dropout_p, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """keep_tile as (keys, queries), where a thread holds bit 3 of either but not the key's bit 0."""
+def keep_tile_by_key(
+    seed, batch_head, first_row, first_key, dropout_p, ROWS: tl.constexpr, KEYS: tl.constexpr
+):
+    """keep_tile as (keys, queries), where a thread holds bit 3 of either but not the key's bit
+    0."""
     row = tl.reshape(tl.arange(0, ROWS // 2), [ROWS // 16, 8, 1, 1])
     key = tl.reshape(tl.arange(0, KEYS // 2), [1, 1, KEYS // 16, 8])
     words = _philox_words(
-        seed, batch_head, first_row + row // 8 * 16 + row % 8, first_key + key // 8 * 16 + key % 8 // 2 * 2
+        seed,
+        batch_head,
+        first_row + row // 8 * 16 + row % 8,
+        first_key + key // 8 * 16 + key % 8 // 2 * 2,
     )
     low = tl.reshape(key % 2 == 0, [1, 1, KEYS // 16, 8, 1, 1])
-    halves = tl.where(low, words << 16, words & 0xFFFF0000)  # rows' 16, 8, keys' 16, 8, key bit 3, row bit 3
+    halves = tl.where(
+        low, words << 16, words & 0xFFFF0000
+    )  # rows' 16, 8, keys' 16, 8, key bit 3, row bit 3
     return tl.reshape(tl.permute(halves, (2, 4, 3, 0, 5, 1)), [KEYS, ROWS]) >= _threshold(dropout_p)
 
 
 @triton.jit
 def dropout_shift(first_key, segment):
-    """What to add to a key of that segment, which begins at `first_key`, so that dropout counts it from a multiple of 16."""
+    """What to add to a key of that segment, which begins at `first_key`, so that dropout counts it
+    from a multiple of 16."""
     return (first_key + 15) // 16 * 16 + 16 * segment - first_key

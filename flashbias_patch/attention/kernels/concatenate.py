@@ -1,12 +1,14 @@
-"""A low-rank bias as more columns of q and k (FlashBias, arXiv 2505.12044, section 3.2), in one launch.
+"""A low-rank bias as more columns of q and k (FlashBias, arXiv 2505.12044, section 3.2), in one
+launch.
 
     q' = [q * q_mult | f | low | 1 1 | 0]        f = q_factor * factor_mult
     k' = [k          | k_factor | k_factor | p   | 0]
 
-so that (q' . k') * softmax_scale = q . k * scale + q_factor . k_factor + key_padding. `low` is what f loses
-by being rounded, `p` the key padding in two columns (rounded, and what that lost). Without Triton, the same
-in plain PyTorch.
+so that (q' . k') * softmax_scale = q . k * scale + q_factor . k_factor + key_padding. `low` is what
+f loses by being rounded, `p` the key padding in two columns (rounded, and what that lost). Without
+Triton, the same in plain PyTorch.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -24,7 +26,8 @@ try:
 except ImportError:
     triton = None
 
-# A score that ends as a weight of zero. Minus infinity would make NaN of the zeros it is multiplied with.
+# A score that ends as a weight of zero. Minus infinity would make NaN of the zeros it is multiplied
+# with.
 MASKED = -60000.0
 PADDING_COLUMNS = 2
 
@@ -44,8 +47,13 @@ class Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor],
-        key_padding: Optional[Tensor], plan: Plan,
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        q_factor: Optional[Tensor],
+        k_factor: Optional[Tensor],
+        key_padding: Optional[Tensor],
+        plan: Plan,
     ) -> Tuple[Tensor, Tensor]:
         ctx.plan, ctx.head_dim = plan, q.shape[-1]
         if q_factor is not None and k_factor is not None:
@@ -62,7 +70,8 @@ class Joined(torch.autograd.Function):
             Part(q_grad, q_grad.shape[:3] + (D,), 0, plan.q_mult) if need[0] else None,
             Part(k_grad, k_grad.shape[:3] + (D,), 0, 1.0) if need[1] else None,
             Part(q_grad, ctx.factor_shapes[0], D, plan.factor_mult) if need[2] else None,
-            # The low columns hold a rounding error: the gradient through them is below half precision's own.
+            # The low columns hold a rounding error: the gradient through them is below half
+            # precision's own.
             Part(k_grad, ctx.factor_shapes[1], D, 1.0) if need[3] else None,
         ]
         return (*split(parts), None, None)
@@ -78,14 +87,15 @@ def join(
 ) -> Tuple[Tensor, Tensor]:
     """q' and k' as above, differentiable in q, k and the factors.
 
-    q (B, M, H, D), k (B, N, H, D); q_factor (B|1, M, H|1, R), k_factor (B|1, N, H|1, R), all of one dtype and
-    any strides; key_padding (B, N), bool with True = masked out, or floating and added.
+    q (B, M, H, D), k (B, N, H, D); q_factor (B|1, M, H|1, R), k_factor (B|1, N, H|1, R), all of one
+    dtype and any strides; key_padding (B, N), bool with True = masked out, or floating and added.
     """
     return Joined.apply(q, k, q_factor, k_factor, key_padding, plan)
 
 
 class Part(NamedTuple):
-    """mult * columns first .. first + shape[-1] of `grad` (B, L, H, W), summed over what is 1 in `shape`."""
+    """mult * columns first .. first + shape[-1] of `grad` (B, L, H, W), summed over what is 1 in
+    `shape`."""
 
     grad: Tensor
     shape: Tuple[int, ...]
@@ -108,7 +118,9 @@ def split(parts: List[Optional[Part]]) -> List[Optional[Tensor]]:
     rest = [part for part in parts if part is not None and not part.is_view]
     launch = bool(rest) and _launches(rest[0].grad)
     sums = iter(_sum(rest) if launch else [part.in_torch() for part in rest])
-    return [None if part is None else part.columns() if part.is_view else next(sums) for part in parts]
+    return [
+        None if part is None else part.columns() if part.is_view else next(sums) for part in parts
+    ]
 
 
 def _launches(tensor: Tensor) -> bool:
@@ -162,8 +174,10 @@ if triton is not None:
 
     @triton.jit
     def _write_rows(
-        x, factor, padding, out, first, rows, x_l, x_h, x_d, f_l, f_h, f_d, p_l, x_mult, f_mult, p_mult,
-        QUERIES: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr,
+        x, factor, padding, out, first, rows, x_l, x_h, x_d, f_l, f_h, f_d, p_l, x_mult, f_mult,
+        p_mult,
+        QUERIES: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+        LOW: tl.constexpr,
         PADDING: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCK_R: tl.constexpr, REST: tl.constexpr, BLOCK_REST: tl.constexpr, ROWS: tl.constexpr,
         WIDE: tl.constexpr,
@@ -184,7 +198,9 @@ if triton is not None:
         if R > 0:
             col = tl.arange(0, BLOCK_R)[None, :]
             inside = within & (col < R)
-            value = tl.load(factor + position * f_l + head * f_h + col * f_d, mask=inside, other=0.0)
+            value = tl.load(
+                factor + position * f_l + head * f_h + col * f_d, mask=inside, other=0.0
+            )
             low = value
             if QUERIES:
                 exact = value.to(tl.float32) * f_mult
@@ -216,7 +232,8 @@ if triton is not None:
         q, q_factor, q_out, q_blocks, q_rows, q_b, q_l, q_h, q_d, qf_b, qf_l, qf_h, qf_d,
         k, k_factor, k_out, padding, k_rows, k_b, k_l, k_h, k_d, kf_b, kf_l, kf_h, kf_d, p_b, p_l,
         q_mult, factor_mult, p_mult,
-        HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr, PADDING: tl.constexpr,
+        HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr,
+        PADDING: tl.constexpr,
         MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
         REST: tl.constexpr, BLOCK_REST: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
@@ -225,15 +242,18 @@ if triton is not None:
         if block < q_blocks:
             _write_rows(
                 q + batch * q_b, q_factor + batch * qf_b, padding, q_out + batch * q_rows * WIDTH,
-                block * ROWS, q_rows, q_l, q_h, q_d, qf_l, qf_h, qf_d, p_l, q_mult, factor_mult, p_mult,
+                block * ROWS, q_rows, q_l, q_h, q_d, qf_l, qf_h, qf_d, p_l, q_mult, factor_mult,
+                p_mult,
                 True, HEADS, D, R, LOW, PADDING, MASKED, WIDTH, BLOCK_D, BLOCK_R, REST, BLOCK_REST,
                 ROWS, WIDE,
             )  # fmt: skip
         else:
             block -= q_blocks
             _write_rows(
-                k + batch * k_b, k_factor + batch * kf_b, padding + batch * p_b, k_out + batch * k_rows * WIDTH,
-                block * ROWS, k_rows, k_l, k_h, k_d, kf_l, kf_h, kf_d, p_l, q_mult, factor_mult, p_mult,
+                k + batch * k_b, k_factor + batch * kf_b, padding + batch * p_b,
+                k_out + batch * k_rows * WIDTH,
+                block * ROWS, k_rows, k_l, k_h, k_d, kf_l, kf_h, kf_d, p_l, q_mult, factor_mult,
+                p_mult,
                 False, HEADS, D, R, LOW, PADDING, MASKED, WIDTH, BLOCK_D, BLOCK_R, REST, BLOCK_REST,
                 ROWS, WIDE,
             )  # fmt: skip
@@ -244,14 +264,17 @@ if triton is not None:
         HEADS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SUM_B: tl.constexpr,
         SUM_H: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
-        """Rows (position, HEADS) of one batch row of out: mult * sum of grad over SUM_B and SUM_H."""
+        """Rows (position, HEADS) of one batch row of out: mult * sum of grad over SUM_B and
+        SUM_H."""
         row = _index(first, ROWS, WIDE)
         col = tl.arange(0, BLOCK)[None, :]
         within = (row < rows) & (col < COLUMNS)
         source = grad + (row // HEADS) * g_l + (row % HEADS) * g_h + col * g_d
         total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
         for _ in range(SUM_B):
-            for head in tl.static_range(SUM_H):  # unrolled, so that the loads are in flight together
+            for head in tl.static_range(
+                SUM_H
+            ):  # unrolled, so that the loads are in flight together
                 total += tl.load(source + head * g_h, mask=within, other=0.0).to(tl.float32)
             source += g_b
         tl.store(out + row * COLUMNS + col, (total * mult).to(out.dtype.element_ty), mask=within)
@@ -303,7 +326,9 @@ def _strides(tensor: Optional[Tensor]) -> Tuple[int, ...]:
 
 def _reach(tensor: Tensor) -> int:
     """Elements from the first to the last of a batch row: beyond 2**31 offsets need 64 bits."""
-    return sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape[1:], tensor.stride()[1:]))
+    return sum(
+        (size - 1) * abs(stride) for size, stride in zip(tensor.shape[1:], tensor.stride()[1:])
+    )
 
 
 def _is_wide(*tensors: Optional[Tensor]) -> bool:
@@ -322,13 +347,16 @@ def _join(
     N, R = k.shape[1], 0 if q_factor is None else q_factor.shape[-1]
     q_out, k_out = q.new_empty(B, M, H, plan.width), k.new_empty(B, N, H, plan.width)
     kind = 0 if key_padding is None else 1 if key_padding.dtype is torch.bool else 2
-    padding = key_padding.view(torch.uint8) if kind == 1 and key_padding is not None else key_padding
+    padding = (
+        key_padding.view(torch.uint8) if kind == 1 and key_padding is not None else key_padding
+    )
     p_b, p_l = (0, 0) if padding is None else padding.stride()
     rest = plan.width - D - R * (1 + plan.low)
     q_blocks = triton.cdiv(M * H, ROWS)
     with _on_device(q):
         _join_kernel[(q_blocks + triton.cdiv(N * H, ROWS), B)](
-            q, q if q_factor is None else q_factor, q_out, q_blocks, M * H, *_strides(q), *_strides(q_factor),
+            q, q if q_factor is None else q_factor, q_out, q_blocks, M * H, *_strides(q),
+            *_strides(q_factor),
             k, k if k_factor is None else k_factor, k_out, k if padding is None else padding, N * H,
             *_strides(k), *_strides(k_factor), p_b, p_l,
             plan.q_mult, plan.factor_mult, 1.0 / plan.softmax_scale,
@@ -352,7 +380,12 @@ def _sum(parts: List[Part]) -> List[Tensor]:
         own = triton.cdiv(length * heads, ROWS) if i < len(parts) else 0
         blocks, batch = blocks + own, max(batch, b)
         arguments += [part.columns(), out, own, length * heads, *part.grad.stride(), part.mult]
-        sizes = {"B": b, "HEADS": heads, "COLUMNS": columns, "BLOCK": triton.next_power_of_2(columns)}
+        sizes = {
+            "B": b,
+            "HEADS": heads,
+            "COLUMNS": columns,
+            "BLOCK": triton.next_power_of_2(columns),
+        }
         sizes.update(SUM_B=B // b, SUM_H=H // heads)
         constants.update({f"{name}{i}": size for name, size in sizes.items()})
     with _on_device(parts[0].grad):

@@ -1,4 +1,6 @@
-"""Which tile shape each kernel uses: a shipped table, what was tuned on request, and what to try when one won't fit."""
+"""Which tile shape each kernel uses: a shipped table, what was tuned on request, and what to try
+when one won't fit."""
+
 from __future__ import annotations
 
 import contextlib
@@ -11,13 +13,19 @@ from . import cache
 
 log = logging.getLogger("flashbias_patch")
 
-KERNELS = ("forward", "keys", "queries")  # with windows: "window " and, where they are a mask, "mask " before these
+KERNELS = (
+    "forward",
+    "keys",
+    "queries",
+)  # with windows: "window " and, where they are a mask, "mask " before these
 
 
 class Config(NamedTuple):
-    """A tile of block_m queries by block_n keys; exp: see common.exp2; splits: 0 lets the launcher choose.
+    """A tile of block_m queries by block_n keys; exp: see common.exp2; splits: 0 lets the launcher
+    choose.
 
-    registers: what a thread may use at most, so that more programs run side by side (0: the compiler's choice).
+    registers: what a thread may use at most, so that more programs run side by side (0: the
+    compiler's choice).
     """
 
     block_m: int
@@ -30,7 +38,8 @@ class Config(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a choice depends on. `arch` is 10 * major + minor; block_d and block_r are powers of two (0: no factors)."""
+    """What a choice depends on. `arch` is 10 * major + minor; block_d and block_r are powers of two
+    (0: no factors)."""
 
     kernel: str
     arch: int
@@ -42,8 +51,9 @@ class Key(NamedTuple):
     pairs: bool = False  # a mask or dense bias, a value for each query and key
 
 
-# (kernel, arch, half) -> rows of (largest block_d, largest block_r, Config), first that fits. Arch 90 measured on an
-# H200 (docs/kernel-notes.md); the others follow its shapes within their shared memory and are not measured.
+# (kernel, arch, half) -> rows of (largest block_d, largest block_r, Config), first that fits. Arch
+# 90 measured on an H200 (docs/kernel-notes.md); the others follow its shapes within their shared
+# memory and are not measured.
 TABLE: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("forward", 90, True): [
         (32, 0, Config(64, 128, 4, 3, registers=168)),
@@ -92,7 +102,11 @@ WINDOWS: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
         (128, 64, Config(64, 64, 4, 3)),
     ],
     ("window keys", 90, True): [
-        (32, 0, Config(64, 64, 4, 3, registers=152)),  # one program beside three of the queries kernel
+        (
+            32,
+            0,
+            Config(64, 64, 4, 3, registers=152),
+        ),  # one program beside three of the queries kernel
         (32, 16, Config(64, 64, 4, 3, registers=168)),
         (64, 64, Config(64, 64, 4, 3)),
         (128, 64, Config(64, 64, 4, 2)),
@@ -109,12 +123,16 @@ for _kind in ("window", "mask"):
     for _kernel in KERNELS:
         for _arch in (90, 80):
             _place = f"{_kind} {_kernel}", _arch, True
-            WINDOWS.setdefault(_place, [(64, 64, Config(64, 64, 4, 2)), (128, 64, Config(32, 64, 4, 2))])
+            WINDOWS.setdefault(
+                _place, [(64, 64, Config(64, 64, 4, 2)), (128, 64, Config(32, 64, 4, 2))]
+            )
             WINDOWS[f"{_kind} {_kernel}", _arch, False] = [
-                (64, 64, Config(64 if _kernel == "forward" else 32, 64, 4, 1)), (128, 64, Config(16, 64, 4, 1)),
+                (64, 64, Config(64 if _kernel == "forward" else 32, 64, 4, 1)), (128, 64,
+                Config(16, 64, 4, 1)),
             ]  # fmt: skip
 SMALLER_WINDOWS = [Config(32, 64, 4, 2), Config(32, 64, 4, 1), Config(16, 64, 4, 1)]
-# Asked before TABLE: PAIRS where there is a mask or dense bias, then BUSY where there is one of these, padding or dropout.
+# Asked before TABLE: PAIRS where there is a mask or dense bias, then BUSY where there is one of
+# these, padding or dropout.
 PAIRS: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("forward", 90, True): [(32, 16, Config(64, 64, 4, 3))],
     ("keys", 90, True): [(32, 16, Config(64, 64, 4, 3, registers=168))],
@@ -137,7 +155,8 @@ SMALLER = [Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
 # The interpreter has no inline assembly and no use for large tiles.
 INTERPRETED = Config(32, 64, 4, 1)
 
-# Counts up whenever candidates() may answer otherwise than before: what was derived from its answers is then out of date.
+# Counts up whenever candidates() may answer otherwise than before: what was derived from its
+# answers is then out of date.
 generation = 0
 
 _forced: Dict[Key, Config] = {}
@@ -179,7 +198,8 @@ def candidates(key: Key) -> List[Config]:
 
 
 def first_working(key: Key, launch: Callable[[Config], Any]) -> Any:
-    """launch(config) with the first candidate that the GPU has room for; later calls go straight to it."""
+    """launch(config) with the first candidate that the GPU has room for; later calls go straight to
+    it."""
     refusal: Optional[BaseException] = None
     for place, config in enumerate(candidates(key)):
         try:
@@ -245,10 +265,22 @@ def _load() -> None:
 def _sensible(config: Config) -> Config:
     """A damaged number must not reach the compiler, whose failure would cost the whole backend."""
     powers = config.block_m, config.block_n, config.warps
-    good = all(type(number) is int for number in config) and all(n > 0 and not n & n - 1 for n in powers)
-    sizes = min(powers[:2]) >= 16 and max(powers) <= 256 and config.warps <= 16 and 1 <= config.stages <= 8
+    good = all(type(number) is int for number in config) and all(
+        n > 0 and not n & n - 1 for n in powers
+    )
+    sizes = (
+        min(powers[:2]) >= 16
+        and max(powers) <= 256
+        and config.warps <= 16
+        and 1 <= config.stages <= 8
+    )
     extras = 0 <= config.exp <= 2 and 0 <= config.splits <= 256 and 0 <= config.registers <= 255
-    if not good or not sizes or not extras or config.block_m * config.block_n * config.stages > 1 << 17:
+    if (
+        not good
+        or not sizes
+        or not extras
+        or config.block_m * config.block_n * config.stages > 1 << 17
+    ):
         raise ValueError(config)
     return config
 

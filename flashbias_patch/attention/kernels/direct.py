@@ -1,9 +1,12 @@
-"""A settled call of the fused operator: from the addresses of its tensors to the launches, with nothing to decide.
+"""A settled call of the fused operator: from the addresses of its tensors to the launches, with
+nothing to decide.
 
-The long way (operator.py, launch.py) makes a Problem of a call's tensors and steps of the Problem. Where the kernels take
-the tensors as they are, a later call of the same signature needs their addresses alone. Such a call is a plan here:
-memory that is allocated and launches that follow, in order. Small calls wait for the processor, so this is their time.
+The long way (operator.py, launch.py) makes a Problem of a call's tensors and steps of the Problem.
+Where the kernels take the tensors as they are, a later call of the same signature needs their
+addresses alone. Such a call is a plan here: memory that is allocated and launches that follow, in
+order. Small calls wait for the processor, so this is their time.
 """
+
 from __future__ import annotations
 
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -18,13 +21,22 @@ from .problem import Problem
 from .settled import Launch
 
 Signed = Tuple[Tuple[Any, ...], List[int]]
-Made = Tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
+Made = Tuple[
+    Tensor,
+    Optional[Tensor],
+    Tensor,
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+]
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def signed(tensors: Sequence[Optional[Tensor]]) -> Signed:
-    """(what a launch depends on of these tensors, their addresses, 0 for None): as settled.signature."""
+    """(what a launch depends on of these tensors, their addresses, 0 for None): as
+    settled.signature."""
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     return tuple([
         None if t is None else (t.shape, t.stride(), t.dtype, t.device, address & 15)
@@ -54,7 +66,10 @@ class Blocks(NamedTuple):
         """Addresses of ORDER and COUNTS, and what holds their memory."""
         if self.visible is None:
             return self.ends, self.ends, None
-        held = [torch.empty(shape, dtype=torch.int32, device=device) for shape in (self.shape, self.shape[:1])]
+        held = [
+            torch.empty(shape, dtype=torch.int32, device=device)
+            for shape in (self.shape, self.shape[:1])
+        ]
         order, counts = held[0].data_ptr(), held[1].data_ptr()
         self.visible.at(stream, padding, self.blocks, order, counts)
         return order, counts, held
@@ -64,7 +79,9 @@ def blocks_of(keys: Keys, padding: Optional[Tensor]) -> Blocks:
     if keys.table is None:
         return Blocks(0, 0, None, (0, 0))
     blocks, ends = (tensor.data_ptr() for tensor in keys.table)
-    return Blocks(blocks, ends, keys.visible, (0 if padding is None else padding.shape[0], keys.count))
+    return Blocks(
+        blocks, ends, keys.visible, (0 if padding is None else padding.shape[0], keys.count)
+    )
 
 
 def _compiled(*launches: Optional[Launch]) -> bool:
@@ -88,8 +105,11 @@ class ForwardPlan:
         self.dropout = problem.dropout_p > 0
 
     @staticmethod
-    def of(inputs: Sequence[Any], problem: Problem, step: Any, prepare: Optional[Prepare]) -> Optional[ForwardPlan]:
-        """The plan of a call that the long way has computed; None where its tensors are copied otherwise."""
+    def of(
+        inputs: Sequence[Any], problem: Problem, step: Any, prepare: Optional[Prepare]
+    ) -> Optional[ForwardPlan]:
+        """The plan of a call that the long way has computed; None where its tensors are copied
+        otherwise."""
         if type(step) is not Forward or problem.scaled and prepare is None:
             return None
         q, k, v, _, _, weights, _, dense, mask, padding = problem[:10]
@@ -99,7 +119,9 @@ class ForwardPlan:
             used, given = [q, *used], [inputs[0], *given]  # type: ignore[list-item]
         copied = None if prepare is None or not prepare.launches else prepare.copy
         combined = step.combine if step.splits > 1 else None
-        if not _same(given, used) or not _compiled(step.attend, step.keys.visible, combined, copied):
+        if not _same(given, used) or not _compiled(
+            step.attend, step.keys.visible, combined, copied
+        ):
             return None
         return ForwardPlan(problem, step, prepare)
 
@@ -135,7 +157,8 @@ class ForwardPlan:
             blocks, ends = self.blocks.blocks, self.blocks.ends
             order, counts, held = self.blocks(stream, pp, device)
         step.attend.at(
-            stream, pq, pk, pv, pqf or pq, pkf or pq, pw or pq, ends, pd or pq, pm or pq, pp or pq, blocks, order, counts,
+            stream, pq, pk, pv, pqf or pq, pkf or pq, pw or pq, ends, pd or pq, pm or pq, pp or pq,
+            blocks, order, counts,
             pq if seed is None else seed.data_ptr(), to, p_low, to_lse,
         )  # fmt: skip
         if step.splits > 1:
@@ -145,9 +168,12 @@ class ForwardPlan:
 
 
 class BackwardPlan:
-    """A backward pass on one stream: the rows, one launch over the keys and one over the queries, and the sums."""
+    """A backward pass on one stream: the rows, one launch over the keys and one over the queries,
+    and the sums."""
 
-    def __init__(self, rows: Rows, steps: Sequence[Any], sums: Sums, problem: Problem, needs: Needs) -> None:
+    def __init__(
+        self, rows: Rows, steps: Sequence[Any], sums: Sums, problem: Problem, needs: Needs
+    ) -> None:
         self.rows, self.steps, self.sums = rows, steps, sums
         self.blocks = [blocks_of(step.keys, problem.padding) for step in steps]
         self.places = [tuple(step.sums.items()) for step in steps]
@@ -155,22 +181,44 @@ class BackwardPlan:
 
     @staticmethod
     def of(
-        given: Sequence[Optional[Tensor]], grad_out: Tensor, problem: Problem, passed: Passed, needs: Needs, kept: Any
+        given: Sequence[Optional[Tensor]],
+        grad_out: Tensor,
+        problem: Problem,
+        passed: Passed,
+        needs: Needs,
+        kept: Any,
     ) -> Optional[BackwardPlan]:
-        """The plan of a call that the long way has computed; `given`: q to padding, with the copies that forward made."""
+        """The plan of a call that the long way has computed; `given`: q to padding, with the copies
+        that forward made."""
         rows, steps, sums = kept
-        launches = [rows.launch, *(step.launch for step in steps), *(launch for _, launch in sums.launches)]
+        launches = [
+            rows.launch,
+            *(step.launch for step in steps),
+            *(launch for _, launch in sums.launches),
+        ]
         launches += [step.keys.visible for step in steps]
         used = (*problem[:6], *problem[7:10], passed.grad_out)
-        if type(rows) is not Rows or not _same((*given, grad_out), used) or not _compiled(*launches):
+        if (
+            type(rows) is not Rows
+            or not _same((*given, grad_out), used)
+            or not _compiled(*launches)
+        ):
             return None
         return BackwardPlan(rows, steps, sums, problem, needs)
 
     def __call__(self, q: Tensor, at: Sequence[int], stream: int) -> Tuple[Optional[Tensor], ...]:
-        """The gradients, None where not needed. at: q, k, v, both factors, weights, dense, mask, padding, grad_out,
-        out, low, lse, seed."""
+        """The gradients, None where not needed. at: q, k, v, both factors, weights, dense, mask,
+        padding, grad_out, out, low, lse, seed."""
         pq, pk, pv, pqf, pkf, pw, pd, pm, pp, p_grad, p_out, p_low, p_lse, p_seed = at
-        pqf, pkf, pw, pd, pm, pp, p_seed = pqf or pq, pkf or pq, pw or pq, pd or pq, pm or pq, pp or pq, p_seed or pq
+        pqf, pkf, pw, pd, pm, pp, p_seed = (
+            pqf or pq,
+            pkf or pq,
+            pw or pq,
+            pd or pq,
+            pm or pq,
+            pp or pq,
+            p_seed or pq,
+        )
         device, before = q.device, self.rows
         rows = torch.empty(before.shape, dtype=before.dtype, device=device)
         p_rows = rows.data_ptr()
@@ -189,13 +237,13 @@ class BackwardPlan:
             if type(step) is ByKeys:
                 step.launch.at(
                     stream, pq, pk, pv, pqf, pkf, pd, pm, pp, blocks, p_seed, p_grad, p_rows,
-                    *[parts[place] if place in parts else pq for place in (1, 2, 4, 6)],  # noqa: SIM401
+                    *[parts[place] if place in parts else pq for place in (1, 2, 4, 6)],
                 )  # fmt: skip
             else:
                 step.launch.at(
-                    stream, pq, pk, pv, pqf, pkf, pw, ends, pd, pm, pp, blocks, order, counts, p_seed, p_grad, p_lse, p_rows,
-                    *[parts[place] if place in parts else pq for place in (0, 3, 5)],  # noqa: SIM401
+                    stream, pq, pk, pv, pqf, pkf, pw, ends, pd, pm, pp, blocks, order, counts,
+                    p_seed, p_grad, p_lse, p_rows,
+                    *[parts[place] if place in parts else pq for place in (0, 3, 5)],
                 )  # fmt: skip
         done = self.sums.at(made, stream)
-        return tuple([done[place] if place in done else None for place in self.gradients])  # noqa: SIM401
-
+        return tuple([done[place] if place in done else None for place in self.gradients])

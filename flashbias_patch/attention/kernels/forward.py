@@ -2,6 +2,7 @@
 
 Imports nothing but Triton. The additive terms and their layouts are described in problem.py.
 """
+
 import triton
 import triton.language as tl
 
@@ -33,9 +34,11 @@ def _step(
     score_scale, dropout_p,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr,
-    PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
+    PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr, EXP: tl.constexpr,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys into the running softmax. `weight`: of the segment, for each row, where it is not in the peak."""
+    """One block of keys into the running softmax. `weight`: of the segment, for each row, where it
+    is not in the peak."""
     k = load_tile(K, k_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
     s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
     if BLOCK_R > 0:
@@ -47,10 +50,14 @@ def _step(
         dense = s
         padding = s
         if HAS_DENSE:
-            dense = load_pairs(DENSE, dense_m, first_row, M, start, end, 0.0, BLOCK_M, BLOCK_N, EDGE)
+            dense = load_pairs(
+                DENSE, dense_m, first_row, M, start, end, 0.0, BLOCK_M, BLOCK_N, EDGE
+            )
         if PAD_KIND == 2:
             padding = (bounded(load_keys(PAD, keys, end, float("-inf"), EDGE)) * LOG2E)[None, :]
-        s = add_terms(s, score_scale, dense, padding, weight[:, None], HAS_DENSE, PAD_KIND == 2, SEGMENTS > 0)
+        s = add_terms(
+            s, score_scale, dense, padding, weight[:, None], HAS_DENSE, PAD_KIND == 2, SEGMENTS > 0
+        )
     if HAS_MASK:
         hidden = load_pairs(MASK, mask_m, first_row, M, start, end, 1, BLOCK_M, BLOCK_N, EDGE) != 0
         s = tl.where(hidden, float("-inf"), s)
@@ -74,7 +81,9 @@ def _step(
         p = exp2(s * score_scale - anchor[:, None], EXP)
     total = total * alpha + tl.sum(p, 1)
     if DROPOUT:
-        p = tl.where(keep_tile(seed, bh, first_row, start + shift, dropout_p, BLOCK_M, BLOCK_N), p, 0.0)
+        p = tl.where(
+            keep_tile(seed, bh, first_row, start + shift, dropout_p, BLOCK_M, BLOCK_N), p, 0.0
+        )
     acc = acc * alpha[:, None]
     v = load_tile(V, v_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
     acc = dot(p.to(v.dtype), v, acc)
@@ -86,22 +95,32 @@ def store_rounded(OUT, LOW, offsets, value, inside, HAS_LOW: tl.constexpr):
     rounded = value.to(OUT.dtype.element_ty)
     tl.store(OUT + offsets, rounded, mask=inside)
     if HAS_LOW:
-        tl.store(LOW + offsets, (value - rounded.to(tl.float32)).to(LOW.dtype.element_ty), mask=inside)
+        tl.store(
+            LOW + offsets, (value - rounded.to(tl.float32)).to(LOW.dtype.element_ty), mask=inside
+        )
 
 
 @triton.jit
 def enter_segment(peak, weight):
-    """The peak in units of a segment with that weight, too high for any of its scores where the weight is -inf."""
+    """The peak in units of a segment with that weight, too high for any of its scores where the
+    weight is -inf."""
     return tl.where(weight == float("-inf"), 3e38, peak - weight)
 
 
 @triton.jit
-def store_lse(LSE, first, rows, peak, total, empty, inside, PARTIAL: tl.constexpr, APART: tl.constexpr):
-    """peak + log2(total), or (APART) both of them, for rows first + rows; +inf, or -inf if PARTIAL, of an `empty` row."""
+def store_lse(
+    LSE, first, rows, peak, total, empty, inside, PARTIAL: tl.constexpr, APART: tl.constexpr
+):
+    """peak + log2(total), or (APART) both of them, for rows first + rows; +inf, or -inf if PARTIAL,
+    of an `empty` row."""
     log_total = tl.log2(tl.where(empty, 1.0, total))
     if APART:
         LSE += 2 * first
-        tl.store(LSE + 2 * rows, tl.where(empty, float("-inf") if PARTIAL else float("inf"), peak), mask=inside)
+        tl.store(
+            LSE + 2 * rows,
+            tl.where(empty, float("-inf") if PARTIAL else float("inf"), peak),
+            mask=inside,
+        )
         tl.store(LSE + 2 * rows + 1, log_total, mask=inside)
     else:
         lse = tl.where(empty, float("-inf") if PARTIAL else float("inf"), peak + log_total)
@@ -115,16 +134,18 @@ def forward_kernel(
     dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, out_s, out_b, out_m, out_h,
     B, H, M, N, splits, split_keys, num_blocks, score_scale, dropout_p, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
-    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr,
+    DROPOUT: tl.constexpr,
     PARTIAL: tl.constexpr, HAS_LOW: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
-    """OUT (splits, B, M, H, D), LOW what OUT lost by being rounded (HAS_LOW), and LSE (splits, B * H, M), in log2 units.
+    """OUT (splits, B, M, H, D), LOW what OUT lost by being rounded (HAS_LOW), and LSE (splits, B *
+    H, M), in log2 units.
 
-    LSE is relative to the row's largest segment weight. APART (problem.apart): it is (splits, B * H, M, 2):
-    the largest score of a row and log2 of the sum apart, since near -1e9 one float32 has no digits for their sum.
-    A row without any key gives out 0 and lse +inf, so that backward's exp2(s - lse) is 0; partial results
-    (PARTIAL, to be combined) keep -inf there.
+    LSE is relative to the row's largest segment weight. APART (problem.apart): it is (splits, B *
+    H, M, 2): the largest score of a row and log2 of the sum apart, since near -1e9 one float32 has
+    no digits for their sum. A row without any key gives out 0 and lse +inf, so that backward's
+    exp2(s - lse) is 0; partial results (PARTIAL, to be combined) keep -inf there.
     """
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -164,7 +185,8 @@ def forward_kernel(
         top = largest_weight(W, w_m, first_row, M, SEGMENTS, BLOCK_M)
 
     if PAD_KIND > 0:
-        # Only blocks with an unmasked key are visited; ORDER lists them, COUNTS says how many, for each batch entry.
+        # Only blocks with an unmasked key are visited; ORDER lists them, COUNTS says how many, for
+        # each batch entry.
         PAD += wide(b) * pad_b
         ORDER += b * num_blocks
         count = tl.load(COUNTS + b)
@@ -180,7 +202,8 @@ def forward_kernel(
                 start = tl.load(ORDER + index) * BLOCK_N
                 acc, peak, total = _step(
                     acc, peak, total, q, qf, weight, K, V, KF, DENSE, MASK, PAD, seed, bh,
-                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, N, shift, M, score_scale, dropout_p,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, N, shift, M, score_scale,
+                    dropout_p,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
                     PAD_KIND, APART, DROPOUT, EXP, False,
                 )  # fmt: skip
@@ -194,7 +217,8 @@ def forward_kernel(
                 weight = load_weights(W + segment, w_m, first_row, M, BLOCK_M)
             acc, peak, total = _step(
                 acc, peak, total, q, qf, weight, K, V, KF, DENSE, MASK, PAD, seed, bh,
-                k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, shift, M, score_scale, dropout_p,
+                k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, shift, M, score_scale,
+                dropout_p,
                 BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
                 PAD_KIND, APART, DROPOUT, EXP, True,
             )  # fmt: skip
@@ -210,7 +234,8 @@ def forward_kernel(
                 hi = tl.maximum(lo, tl.minimum(hi, tl.load(ENDS + segment + 1)))
                 weight = load_weights(W + segment, w_m, first_row, M, BLOCK_M)
                 if not APART:
-                    # Within a segment its constant only shifts the maximum: the loop is the one without a bias.
+                    # Within a segment its constant only shifts the maximum: the loop is the one
+                    # without a bias.
                     weight = (weight - top) * LOG2E
                     before = peak
                     peak = enter_segment(before, weight)
@@ -218,19 +243,22 @@ def forward_kernel(
             for start in range(lo, tail, BLOCK_N):
                 acc, peak, total = _step(
                     acc, peak, total, q, qf, weight, K, V, KF, DENSE, MASK, PAD, seed, bh,
-                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, shift, M, score_scale, dropout_p,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, shift, M, score_scale,
+                    dropout_p,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
                     PAD_KIND, APART, DROPOUT, EXP, False,
                 )  # fmt: skip
             if tail < hi:
                 acc, peak, total = _step(
                     acc, peak, total, q, qf, weight, K, V, KF, DENSE, MASK, PAD, seed, bh,
-                    k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, shift, M, score_scale, dropout_p,
+                    k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, shift, M, score_scale,
+                    dropout_p,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
                     PAD_KIND, APART, DROPOUT, EXP, True,
                 )  # fmt: skip
             if SEGMENTS > 0 and not APART:
-                # As it was where the segment had nothing above it: -1e9 and back would cost its digits.
+                # As it was where the segment had nothing above it: -1e9 and back would cost its
+                # digits.
                 peak = tl.where(peak == enter_segment(before, weight), before, peak + weight)
 
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -252,7 +280,8 @@ def combine_kernel(
     PARTS, PART_LSE, OUT, LOW, LSE, B, H, M, splits, HAS_LOW: tl.constexpr, APART: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """PARTS (splits, B, M, H, D) float32 weighted by exp2(PART_LSE (splits, B * H, M)) into OUT (B, M, H, D).
+    """PARTS (splits, B, M, H, D) float32 weighted by exp2(PART_LSE (splits, B * H, M)) into OUT (B,
+    M, H, D).
 
     APART: PART_LSE and LSE have two numbers a row, as forward_kernel writes them.
     """
@@ -286,15 +315,19 @@ def combine_kernel(
         total = total * alpha + weight
         peak = new_peak
     empty = total == 0.0
-    store_rounded(OUT, LOW, offsets, acc / tl.where(empty, 1.0, total)[:, None], inside_tile, HAS_LOW)
+    store_rounded(
+        OUT, LOW, offsets, acc / tl.where(empty, 1.0, total)[:, None], inside_tile, HAS_LOW
+    )
     store_lse(LSE, wide(bh) * M, rows, peak, total, empty, inside, False, APART)
 
 
 @triton.jit
 def visible_kernel(
-    PAD, BLOCKS, ORDER, COUNTS, pad_b, num_blocks, PAD_KIND: tl.constexpr, BLOCK_N: tl.constexpr, MANY: tl.constexpr
+    PAD, BLOCKS, ORDER, COUNTS, pad_b, num_blocks, PAD_KIND: tl.constexpr, BLOCK_N: tl.constexpr,
+    MANY: tl.constexpr
 ):  # fmt: skip
-    """For each batch entry the blocks with an unmasked key, ORDER (B, num_blocks), and how many, COUNTS (B,)."""
+    """For each batch entry the blocks with an unmasked key, ORDER (B, num_blocks), and how many,
+    COUNTS (B,)."""
     b = tl.program_id(0)
     lanes = tl.arange(0, BLOCK_N)[None, :]
     count = 0
@@ -307,7 +340,9 @@ def visible_kernel(
         if PAD_KIND == 1:
             seen = (tl.load(PAD + wide(b) * pad_b + keys, mask=inside, other=1) == 0).to(tl.int32)
         else:
-            pad = tl.load(PAD + wide(b) * pad_b + keys, mask=inside, other=float("-inf")).to(tl.float32)
+            pad = tl.load(PAD + wide(b) * pad_b + keys, mask=inside, other=float("-inf")).to(
+                tl.float32
+            )
             seen = (pad > float("-inf")).to(tl.int32)
         seen = tl.max(seen, 1)
         place = count + tl.cumsum(seen, 0) - 1
@@ -319,11 +354,13 @@ def visible_kernel(
 @triton.jit
 def _copy_rows(
     SOURCE, TARGET, s_b, s_l, s_h, H, L, total, program, mult,
-    COLS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, WEIGHTS: tl.constexpr,
+    COLS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Rows of SOURCE (B, L, H, COLS) strided, times mult, into TARGET (B, L, H, WIDTH) contiguous.
 
-    Beyond COLS are zeros, or common.weights (WEIGHTS), which meet zeros but in backward's folded tiles.
+    Beyond COLS are zeros, or common.weights (WEIGHTS), which meet zeros but in backward's folded
+    tiles.
     """
     rows = program * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
@@ -331,7 +368,9 @@ def _copy_rows(
     h = rows % H
     place = rows // H
     source = (place // L).to(tl.int64) * s_b + (place % L).to(tl.int64) * s_l + h.to(tl.int64) * s_h
-    tile = tl.load(SOURCE + source[:, None] + cols[None, :], mask=inside & (cols < COLS)[None, :], other=0.0)
+    tile = tl.load(
+        SOURCE + source[:, None] + cols[None, :], mask=inside & (cols < COLS)[None, :], other=0.0
+    )
     tile = tile.to(tl.float32) * mult
     if WEIGHTS:
         tile += weights(cols[None, :], COLS)
@@ -343,18 +382,54 @@ def _copy_rows(
 def prepare_kernel(
     Q, Q_OUT, QF, QF_OUT, KF, KF_OUT, q_b, q_m, q_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h,
     Q_H, Q_L, QF_H, QF_L, KF_H, KF_L, q_rows, qf_rows, kf_rows, qf_start, kf_start, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
+    ROWS: tl.constexpr,
     WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """q times scale, and both factors with BLOCK_R columns: loads of a full power of two of columns need no mask, which
-    the main loop repays (docs/kernel-notes.md). Programs from qf_start on do q_factor, from kf_start on k_factor, the
-    latter with weights for backward's folded rows (WEIGHTS)."""
+    """q times scale, and both factors with BLOCK_R columns: loads of a full power of two of columns
+    need no mask, which the main loop repays (docs/kernel-notes.md). Programs from qf_start on do
+    q_factor, from kf_start on k_factor, the latter with weights for backward's folded rows
+    (WEIGHTS)."""
     pid = tl.program_id(0)
     if pid < qf_start:
-        _copy_rows(Q, Q_OUT, q_b, q_m, q_h, Q_H, Q_L, q_rows, pid, scale, D, BLOCK_D, D, ROWS, False)
+        _copy_rows(
+            Q, Q_OUT, q_b, q_m, q_h, Q_H, Q_L, q_rows, pid, scale, D, BLOCK_D, D, ROWS, False
+        )
     elif pid < kf_start:
         program = pid - qf_start
-        _copy_rows(QF, QF_OUT, qf_b, qf_m, qf_h, QF_H, QF_L, qf_rows, program, 1.0, R, BLOCK_R, BLOCK_R, ROWS, False)
+        _copy_rows(
+            QF,
+            QF_OUT,
+            qf_b,
+            qf_m,
+            qf_h,
+            QF_H,
+            QF_L,
+            qf_rows,
+            program,
+            1.0,
+            R,
+            BLOCK_R,
+            BLOCK_R,
+            ROWS,
+            False,
+        )
     else:
         program = pid - kf_start
-        _copy_rows(KF, KF_OUT, kf_b, kf_n, kf_h, KF_H, KF_L, kf_rows, program, 1.0, R, BLOCK_R, BLOCK_R, ROWS, WEIGHTS)
+        _copy_rows(
+            KF,
+            KF_OUT,
+            kf_b,
+            kf_n,
+            kf_h,
+            KF_H,
+            KF_L,
+            kf_rows,
+            program,
+            1.0,
+            R,
+            BLOCK_R,
+            BLOCK_R,
+            ROWS,
+            WEIGHTS,
+        )

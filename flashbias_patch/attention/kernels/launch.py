@@ -1,4 +1,6 @@
-"""From tensors to kernel launches: the doors to forward and backward, and what they keep for calls of the same class."""
+"""From tensors to kernel launches: the doors to forward and backward, and what they keep for calls
+of the same class."""
+
 from __future__ import annotations
 
 import functools
@@ -23,11 +25,13 @@ _prepared, _forwards, _backwards = Kept(), Kept(), Kept()
 def prepare(
     q: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], scale: float
 ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-    """q times scale where the scale goes into q, and the factors with their columns zero-padded to a power of two of at
-    least 16 (themselves if they are that already)."""
+    """q times scale where the scale goes into q, and the factors with their columns zero-padded to
+    a power of two of at least 16 (themselves if they are that already)."""
     if q_factor is None or k_factor is None:
         if scales_q(q_factor, scale):
-            q = torch.mul(q, scale, out=torch.empty(q.shape, dtype=q.dtype, device=q.device))  # contiguous, as promised
+            q = torch.mul(
+                q, scale, out=torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            )  # contiguous, as promised
         return q, q_factor, k_factor
     given = unit_last(q), unit_last(q_factor), unit_last(k_factor)
     key = signature(given), scale
@@ -48,25 +52,36 @@ def forward_step(problem: Problem, seed: Optional[Tensor], training: bool) -> An
 
 
 def backward_steps(problem: Problem, needs: Needs, passed: Passed) -> Any:
-    """(the steps that `backward` keeps for such a call, what is passed to them); None where others run, or on two streams."""
+    """(the steps that `backward` keeps for such a call, what is passed to them); None where others
+    run, or on two streams."""
     passed = passed._replace(grad_out=unit_last(passed.grad_out))
     kept = _backwards.find(_backward_class(problem, needs, passed))
-    if kept is None or problem.k.shape[1] == 1 or len(kept[1]) > 1 and _streams(problem) is not None:
+    if (
+        kept is None
+        or problem.k.shape[1] == 1
+        or len(kept[1]) > 1
+        and _streams(problem) is not None
+    ):
         return None
     return kept, passed
 
 
 def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs:
-    """out (B, M, H, D); what it lost by being rounded to half, where `training` needs it; its logsumexp
-    (problem.lse_shape), float32, in log2 units, +inf for a row without keys. `seed` (1,) int64 where there is dropout.
+    """out (B, M, H, D); what it lost by being rounded to half, where `training` needs it; its
+    logsumexp (problem.lse_shape), float32, in log2 units, +inf for a row without keys. `seed` (1,)
+    int64 where there is dropout.
 
-    Backward's delta, the sum of grad_out * out over a row, is taken from the unrounded output: its error is common to all
-    keys, and so adds up in gradients that are sums over keys.
+    Backward's delta, the sum of grad_out * out over a row, is taken from the unrounded output: its
+    error is common to all keys, and so adds up in gradients that are sums over keys.
     """
     q, k, _ = problem[:3]
     if not q.numel() or not k.numel():
         B, M, _, H, D = problem.sizes
-        return q.new_zeros(B, M, H, D), None, torch.full(problem.lse_shape, math.inf, device=q.device)
+        return (
+            q.new_zeros(B, M, H, D),
+            None,
+            torch.full(problem.lse_shape, math.inf, device=q.device),
+        )
     key = _class_of(problem, (seed,)), training
     step = _forwards.find(key)
     with on_device(q):
@@ -84,18 +99,20 @@ def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs
 
 
 def backward(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Optional[Tensor], ...]:
-    """Gradients of q, k, v, q_factor, k_factor, weights, dense, the windows' weights (None where not needed), shaped as
-    these."""
+    """Gradients of q, k, v, q_factor, k_factor, weights, dense, the windows' weights (None where
+    not needed), shaped as these."""
     q, k, _ = problem[:3]
     N = k.shape[1]
     if not q.numel() or not k.numel():
         return _zeros(problem, needs)
     if N == 1:
-        # The one key's weight is 1 (or 0) whatever its score, so that only v has a gradient: exactly, where the
-        # difference of two rounded numbers would not be.
+        # The one key's weight is 1 (or 0) whatever its score, so that only v has a gradient:
+        # exactly, where the difference of two rounded numbers would not be.
         grads = list(_zeros(problem, needs._replace(v=False)))
         if needs.v:
-            grads[2] = _gradients(problem, Needs(False, False, True, False, False, False, False), passed)[2]
+            grads[2] = _gradients(
+                problem, Needs(False, False, True, False, False, False, False), passed
+            )[2]
         return tuple(grads)
     return _gradients(problem, needs, passed)
 
@@ -114,10 +131,15 @@ def _gradients(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Optional
     return tuple([grads[place] if need else None for place, need in enumerate(needs)])
 
 
-def _settle(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Tuple[Rows, List[Any], Sums], List[Made]]:
-    """One backward pass by the first tile shapes that work: what it consists of, and the parts it wrote."""
+def _settle(
+    problem: Problem, needs: Needs, passed: Passed
+) -> Tuple[Tuple[Rows, List[Any], Sums], List[Made]]:
+    """One backward pass by the first tile shapes that work: what it consists of, and the parts it
+    wrote."""
     windows = problem.windows is not None
-    kinds: Tuple[Any, Any, Any] = (WindowRows, WindowByKeys, WindowByQueries) if windows else (Rows, ByKeys, ByQueries)
+    kinds: Tuple[Any, Any, Any] = (
+        (WindowRows, WindowByKeys, WindowByQueries) if windows else (Rows, ByKeys, ByQueries)
+    )
     before = kinds[0](problem, passed)
     rows = before(problem, passed)
 
@@ -144,8 +166,9 @@ def _repeat(steps: List[Any], problem: Problem, passed: Passed, rows: Tensor) ->
         for step, own in zip(steps, made):
             step.run(problem, passed, rows, own)
         return made
-    # The queries kernel is a few long programs, the keys kernel many short ones, which fill what the others leave: if the
-    # long ones begin, which the other stream's priority sees to. Both become ready at once.
+    # The queries kernel is a few long programs, the keys kernel many short ones, which fill what
+    # the others leave: if the long ones begin, which the other stream's priority sees to. Both
+    # become ready at once.
     (keys, queries), (current, other) = steps, streams
     other.wait_stream(current)
     try:
@@ -157,7 +180,8 @@ def _repeat(steps: List[Any], problem: Problem, passed: Passed, rows: Tensor) ->
 
 
 def _streams(problem: Problem) -> Optional[Tuple[Any, Any]]:
-    """The current stream, and another of higher priority for what may run beside it, where that repays the host's work."""
+    """The current stream, and another of higher priority for what may run beside it, where that
+    repays the host's work."""
     B, M, N, H, _ = problem.sizes
     if not problem.q.is_cuda or B * H * M * N < OVERLAPPED:
         return None
@@ -170,7 +194,8 @@ def _other_stream(device: torch.device) -> Any:
 
 
 def _class_of(problem: Problem, others: Tuple[Optional[Tensor], ...]) -> Tuple[Any, ...]:
-    """All that a problem's launches depend on but the addresses of its tensors (and of `others`)."""
+    """All that a problem's launches depend on but the addresses of its tensors (and of
+    `others`)."""
     tensors = (*problem[:6], *problem[7:10], *others)
     windows = None if problem.windows is None else problem.windows.signature()
     return signature(tensors), problem.lengths, *problem[10:13], windows  # type: ignore[return-value]
@@ -182,7 +207,8 @@ def _backward_class(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Any
 
 def _zeros(problem: Problem, needs: Needs) -> Tuple[Optional[Tensor], ...]:
     return tuple(
-        torch.zeros(shape, dtype=tensor.dtype, device=tensor.device) if need and tensor is not None else None
+        torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+        if need and tensor is not None
+        else None
         for need, shape, tensor in zip(needs, shapes_of(problem), differentiable(problem))
     )
-

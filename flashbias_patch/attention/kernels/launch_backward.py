@@ -1,5 +1,6 @@
-"""The backward pass of one class of calls: one launch over the keys, one over the queries, and the sums over what is
-shared."""
+"""The backward pass of one class of calls: one launch over the keys, one over the queries, and the
+sums over what is shared."""
+
 from __future__ import annotations
 
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -16,8 +17,8 @@ from .problem import Problem, block_columns, cdiv, strides
 from .recompute import keep_scale
 from .settled import Launch
 
-# Numbers, B * N * H * R, up to which each head writes its own part of a shared k_factor's gradient: summing these costs
-# less than clearing memory that all of them add to.
+# Numbers, B * N * H * R, up to which each head writes its own part of a shared k_factor's gradient:
+# summing these costs less than clearing memory that all of them add to.
 SEPARATE = 1 << 20
 
 
@@ -52,13 +53,18 @@ class Passed(NamedTuple):
     seed: Optional[Tensor]
 
 
-# What a step allocates before it runs: parts of gradients by their place in Needs, and the blocks of keys.
+# What a step allocates before it runs: parts of gradients by their place in Needs, and the blocks
+# of keys.
 Made = Tuple[Dict[int, Tensor], Tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def differentiable(problem: Problem) -> Tuple[Optional[Tensor], ...]:
     """q, k, v, q_factor, k_factor, weights, dense, the windows' weights, as Needs has them."""
-    return (*problem[:6], problem.dense, None if problem.windows is None else problem.windows.weights)
+    return (
+        *problem[:6],
+        problem.dense,
+        None if problem.windows is None else problem.windows.weights,
+    )
 
 
 def shapes_of(problem: Problem) -> List[Any]:
@@ -84,11 +90,13 @@ class Rows:
         self.launch = Launch(
             bwd.rows_kernel, self.padded // block * B * H,
             (
-                *strides(passed.out), *strides(passed.grad_out), *(nothing if weights is None else strides(weights)),
+                *strides(passed.out), *strides(passed.grad_out),
+                *(nothing if weights is None else strides(weights)),
                 *(nothing if q_factor is None else strides(q_factor)), B * H, H, M, self.padded,
                 1.0 / problem.score_scale if problem.folded else 1.0,
             ),
-            dict(HAS_LOW=passed.low is not None, D=D, BLOCK_D=block_columns(D), SEGMENTS=segments, BLOCK_M=block,
+            dict(HAS_LOW=passed.low is not None, D=D, BLOCK_D=block_columns(D), SEGMENTS=segments,
+                 BLOCK_M=block,
                  FOLDED=problem.folded, APART=problem.apart, R=problem.rank),
         )  # fmt: skip
 
@@ -111,8 +119,11 @@ class Step:
         return {place: total.make(q) for place, total in self.sums.items()}, self.keys(problem)
 
 
-def key_sums(problem: Problem, needs: Needs, splits: int) -> Tuple[Dict[int, Sum], bool, Tuple[int, ...]]:
-    """The sums of k, v and k_factor's gradients; whether all programs add to the last; and its parts' strides."""
+def key_sums(
+    problem: Problem, needs: Needs, splits: int
+) -> Tuple[Dict[int, Sum], bool, Tuple[int, ...]]:
+    """The sums of k, v and k_factor's gradients; whether all programs add to the last; and its
+    parts' strides."""
     B, _, N, H, D = problem.sizes
     q, rank = problem.q, problem.rank
     _, k_shape, v_shape, _, kf_shape, *_ = shapes_of(problem)
@@ -138,7 +149,9 @@ def key_sums(problem: Problem, needs: Needs, splits: int) -> Tuple[Dict[int, Sum
 class ByKeys(Step):
     """Gradients of k, v, k_factor and dense."""
 
-    def __init__(self, problem: Problem, needs: Needs, passed: Passed, padded: int, config: Config) -> None:
+    def __init__(
+        self, problem: Problem, needs: Needs, passed: Passed, padded: int, config: Config
+    ) -> None:
         B, M, N, H, D = problem.sizes
         q, rank = problem.q, problem.rank
         dense_shape = shapes_of(problem)[6]
@@ -173,16 +186,27 @@ class ByKeys(Step):
         self.launch = Launch(
             bwd.keys_kernel, count * splits * B * H,
             (
-                *given[:15], *given[18:], *strides(passed.grad_out), B * N * H * D if 1 in sums else 0,
+                *given[:15], *given[18:], *strides(passed.grad_out),
+                B * N * H * D if 1 in sums else 0,
                 *kf_strides, *dd_strides,
                 B * H, H, M, N, splits, split_rows, count, padded, problem.score_scale,
-                1.0 if problem.scaled else problem.scale, problem.dropout_p, keep_scale(problem.dropout_p),
+                1.0 if problem.scaled else problem.scale, problem.dropout_p,
+                keep_scale(problem.dropout_p),
             ),
-            dict(R=rank, NEED_KV=1 in sums, NEED_KF=needs.k_factor, DENSE_GRAD=mode, SHARED_KF=shared,
-                 FOLDED=problem.folded, VECTOR=pb.vector(*problem[:3], passed.grad_out), **problem.features(config)),
+            dict(R=rank, NEED_KV=1 in sums, NEED_KF=needs.k_factor, DENSE_GRAD=mode,
+                 SHARED_KF=shared,
+                 FOLDED=problem.folded, VECTOR=pb.vector(*problem[:3], passed.grad_out),
+                 **problem.features(config)),
         )  # fmt: skip
 
-    def run(self, problem: Problem, passed: Passed, rows: Tensor, made: Made, stream: Optional[int] = None) -> None:
+    def run(
+        self,
+        problem: Problem,
+        passed: Passed,
+        rows: Tensor,
+        made: Made,
+        stream: Optional[int] = None,
+    ) -> None:
         q, parts = problem.q, made[0]
         self.launch(
             q, problem.k, problem.v, *problem.factors[:2], *problem.pairs, made[1][0],
@@ -194,7 +218,9 @@ class ByKeys(Step):
 class ByQueries(Step):
     """Gradients of q, q_factor and weights."""
 
-    def __init__(self, problem: Problem, needs: Needs, passed: Passed, padded: int, config: Config) -> None:
+    def __init__(
+        self, problem: Problem, needs: Needs, passed: Passed, padded: int, config: Config
+    ) -> None:
         B, M, N, H, D = problem.sizes
         dtype, rank = problem.q.dtype, problem.rank
         shapes = shapes_of(problem)
@@ -209,22 +235,34 @@ class ByQueries(Step):
             qf = Sum((splits, B, M, H, rank), shapes[3], problem.q_factor.dtype)
         if needs.weights:
             assert problem.weights is not None
-            weights = Sum((splits, B, M, H, problem.segments), shapes[5], problem.weights.dtype, zeros=True)
+            weights = Sum(
+                (splits, B, M, H, problem.segments), shapes[5], problem.weights.dtype, zeros=True
+            )
         self.sums = needed({0: q, 3: qf, 5: weights})
         part = B * M * H
         self.launch = Launch(
             bwd.queries_kernel, programs,
             (
                 *problem.strides(), *strides(passed.grad_out), part * D if needs.q else 0,
-                part * rank if needs.q_factor else 0, part * problem.segments if needs.weights else 0,
-                H, M, N, splits, split_keys, self.keys.count, padded, problem.score_scale, problem.scale,
+                part * rank if needs.q_factor else 0,
+                part * problem.segments if needs.weights else 0,
+                H, M, N, splits, split_keys, self.keys.count, padded, problem.score_scale,
+                problem.scale,
                 problem.dropout_p, keep_scale(problem.dropout_p),
             ),
-            dict(R=rank, NEED_Q=needs.q, NEED_QF=needs.q_factor, NEED_W=needs.weights, FOLDED=problem.folded,
+            dict(R=rank, NEED_Q=needs.q, NEED_QF=needs.q_factor, NEED_W=needs.weights,
+                 FOLDED=problem.folded,
                  VECTOR=pb.vector(*problem[:3], passed.grad_out), **problem.features(config)),
         )  # fmt: skip
 
-    def run(self, problem: Problem, passed: Passed, rows: Tensor, made: Made, stream: Optional[int] = None) -> None:
+    def run(
+        self,
+        problem: Problem,
+        passed: Passed,
+        rows: Tensor,
+        made: Made,
+        stream: Optional[int] = None,
+    ) -> None:
         q, parts = problem.q, made[0]
         blocks, ends, order, counts = made[1]
         self.launch(
@@ -239,6 +277,10 @@ def needed(sums: Dict[int, Optional[Sum]]) -> Dict[int, Sum]:
 
 
 def _contiguous(shape: Sequence[int]) -> Tuple[int, ...]:
-    """Strides over the first three of four dimensions of a contiguous tensor, 0 over one of size 1, which is shared."""
+    """Strides over the first three of four dimensions of a contiguous tensor, 0 over one of size 1,
+    which is shared."""
     _, second, third, last = shape
-    return tuple(stride if size > 1 else 0 for stride, size in zip((second * third * last, third * last, last), shape))
+    return tuple(
+        stride if size > 1 else 0
+        for stride, size in zip((second * third * last, third * last, last), shape)
+    )

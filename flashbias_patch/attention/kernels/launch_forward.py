@@ -1,4 +1,5 @@
 """The forward pass of one class of calls: allocation, splitting over keys, launches."""
+
 from __future__ import annotations
 
 from typing import Optional, Tuple
@@ -17,7 +18,8 @@ Outputs = Tuple[Tensor, Optional[Tensor], Tensor]
 
 
 class Prepare:
-    """q times scale, and the factors with their columns zero-padded to a power of two of at least 16."""
+    """q times scale, and the factors with their columns zero-padded to a power of two of at least
+    16."""
 
     def __init__(self, q: Tensor, q_factor: Tensor, k_factor: Tensor, scale: float) -> None:
         D, R = q.shape[-1], q_factor.shape[-1]
@@ -33,15 +35,23 @@ class Prepare:
         self.copy = Launch(
             fwd.prepare_kernel, sum(starts),
             (
-                *[n for t in given for n in pb.strides(t)], *[n for t in given for n in (t.shape[2], t.shape[1])],
+                *[n for t in given for n in pb.strides(t)],
+                *[n for t in given for n in (t.shape[2], t.shape[1])],
                 *rows, starts[0], starts[0] + starts[1], scale,
             ),
-            dict(D=D, BLOCK_D=block_columns(D), R=R, BLOCK_R=columns, ROWS=per_program, WEIGHTS=pb.has_room(R)),
+            dict(D=D, BLOCK_D=block_columns(D), R=R, BLOCK_R=columns, ROWS=per_program,
+            WEIGHTS=pb.has_room(R)),
         )  # fmt: skip
         self.launches = sum(starts) > 0
 
-    def __call__(self, q: Tensor, q_factor: Tensor, k_factor: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        new_q, new_qf, new_kf = torch.empty(q.shape, dtype=q.dtype, device=q.device), q_factor, k_factor
+    def __call__(
+        self, q: Tensor, q_factor: Tensor, k_factor: Tensor
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        new_q, new_qf, new_kf = (
+            torch.empty(q.shape, dtype=q.dtype, device=q.device),
+            q_factor,
+            k_factor,
+        )
         if self.padded:
             new_qf, new_kf = q_factor.new_empty(self.shapes[0]), k_factor.new_empty(self.shapes[1])
         if self.launches:
@@ -69,25 +79,32 @@ class Keys:
             )  # fmt: skip
 
     def __call__(self, problem: Problem) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """BLOCKS and ENDS (problem.block_table); for each batch entry ORDER (B, blocks), those with an unmasked key
-        first, and COUNTS (B,), how many these are."""
+        """BLOCKS and ENDS (problem.block_table); for each batch entry ORDER (B, blocks), those with
+        an unmasked key first, and COUNTS (B,), how many these are."""
         if self.table is None:
             return (problem.q,) * 4
         blocks, ends = self.table
         if self.visible is None or problem.padding is None:
             return blocks, ends, ends, ends
         padding = problem.padding
-        order = torch.empty((padding.shape[0], self.count), dtype=torch.int32, device=padding.device)
+        order = torch.empty(
+            (padding.shape[0], self.count), dtype=torch.int32, device=padding.device
+        )
         counts = torch.empty((padding.shape[0],), dtype=torch.int32, device=padding.device)
         self.visible(padding, blocks, order, counts)
         return blocks, ends, order, counts
 
 
 def split_over_keys(problem: Problem, config: Config, keys: Keys) -> Tuple[int, int, int]:
-    """Into how many parts a loop over keys is cut, the keys of each, and the programs for all of it."""
+    """Into how many parts a loop over keys is cut, the keys of each, and the programs for all of
+    it."""
     B, M, N, H, _ = problem.sizes
     programs = cdiv(M, config.block_m) * B * H
-    splits = 1 if problem.whole else pb.split_count(programs, keys.count, pb.arch_of(problem.q)[1], config)
+    splits = (
+        1
+        if problem.whole
+        else pb.split_count(programs, keys.count, pb.arch_of(problem.q)[1], config)
+    )
     split_keys = cdiv(cdiv(N, config.block_n), splits) * config.block_n
     if problem.padding is None:
         splits = cdiv(N, split_keys)
@@ -95,8 +112,8 @@ def split_over_keys(problem: Problem, config: Config, keys: Keys) -> Tuple[int, 
 
 
 class Outs:
-    """The memory of a forward pass: out, what it lost by being rounded to half (where `training` needs it), and its
-    logsumexp; where keys are split, the parts that `combined` sums."""
+    """The memory of a forward pass: out, what it lost by being rounded to half (where `training`
+    needs it), and its logsumexp; where keys are split, the parts that `combined` sums."""
 
     def __init__(self, problem: Problem, training: bool, splits: int) -> None:
         B, M, _, H, D = problem.sizes
@@ -105,7 +122,8 @@ class Outs:
         per_program = 16
         self.combine = Launch(
             fwd.combine_kernel, cdiv(M, per_program) * B * H, (B, H, M, splits),
-            dict(HAS_LOW=self.has_low, APART=problem.apart, D=D, BLOCK_D=block_columns(D), BLOCK_M=per_program),
+            dict(HAS_LOW=self.has_low, APART=problem.apart, D=D, BLOCK_D=block_columns(D),
+            BLOCK_M=per_program),
         )  # fmt: skip
 
     def allocate(self, problem: Problem) -> Tuple[Tensor, Optional[Tensor], Tensor, Tensor, Tensor]:
@@ -117,10 +135,22 @@ class Outs:
         if self.splits == 1:
             return out, low, lse, out, lse
         parts = pb.empty((self.splits, *self.shape), dtype=torch.float32, device=device)
-        return out, low, lse, parts, pb.empty((self.splits, *self.rows), dtype=torch.float32, device=device)
+        return (
+            out,
+            low,
+            lse,
+            parts,
+            pb.empty((self.splits, *self.rows), dtype=torch.float32, device=device),
+        )
 
     def combined(
-        self, problem: Problem, out: Tensor, low: Optional[Tensor], lse: Tensor, parts: Tensor, part_lse: Tensor
+        self,
+        problem: Problem,
+        out: Tensor,
+        low: Optional[Tensor],
+        lse: Tensor,
+        parts: Tensor,
+        part_lse: Tensor,
     ) -> Outputs:
         if self.splits > 1:
             self.combine(parts, part_lse, out, problem.q if low is None else low, lse)
@@ -152,7 +182,8 @@ class Forward(Outs):
         out, low, lse, parts, part_lse = self.allocate(problem)
         blocks, ends, order, counts = self.keys(problem)
         self.attend(
-            q, k, v, *problem.factors, ends, *problem.pairs, blocks, order, counts, q if seed is None else seed,
+            q, k, v, *problem.factors, ends, *problem.pairs, blocks, order, counts,
+            q if seed is None else seed,
             parts, q if low is None else low, part_lse,
         )  # fmt: skip
         return self.combined(problem, out, low, lse, parts, part_lse)

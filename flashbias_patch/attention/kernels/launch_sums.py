@@ -1,4 +1,5 @@
 """Gradients of what is shared: parts that programs wrote, and their sum."""
+
 from __future__ import annotations
 
 from typing import Dict, List, Sequence, Tuple
@@ -17,9 +18,11 @@ DENSE = 6  # the place of dense's gradient, whose parts have another layout
 
 
 class Sum:
-    """Parts (splits, ...) summed over the splits and over every dimension in which `shape` is 1 (was broadcast)."""
+    """Parts (splits, ...) summed over the splits and over every dimension in which `shape` is 1
+    (was broadcast)."""
 
-    def __init__(self, parts: Sequence[int], shape: Sequence[int], dtype: torch.dtype, zeros: bool = False,
+    def __init__(self, parts: Sequence[int], shape: Sequence[int], dtype: torch.dtype,
+                 zeros: bool = False,
                  kept: torch.dtype = torch.float32) -> None:  # fmt: skip
         self.parts, self.shape, self.dtype, self.kept = tuple(parts), tuple(shape), dtype, kept
         self.zeros = zeros  # the parts are added to
@@ -35,12 +38,17 @@ class Sum:
         """The sum by PyTorch."""
         if self.whole:
             return parts
-        axes = [axis for axis, size in enumerate((1, *self.shape)) if size == 1 and self.parts[axis] != 1]
+        axes = [
+            axis
+            for axis, size in enumerate((1, *self.shape))
+            if size == 1 and self.parts[axis] != 1
+        ]
         return (parts.sum(axes) if axes else parts).view(self.shape).to(self.dtype)
 
 
 class Sums:
-    """A backward pass' gradients, by place, from the parts that its kernels wrote: three sums a launch."""
+    """A backward pass' gradients, by place, from the parts that its kernels wrote: three sums a
+    launch."""
 
     def __init__(self, sums: Dict[int, Sum]) -> None:
         self.sums = sums
@@ -98,7 +106,8 @@ def _layout(total: Sum) -> Tuple[int, Tuple[int, ...], Tuple[int, ...]]:
     one = length * heads * columns
     shared = out_batch == 1
     numbers = (
-        splits * batch if shared else splits, one if shared else batch * one, 0 if shared else one, length,
+        splits * batch if shared else splits, one if shared else batch * one, 0 if shared else one,
+        length,
         out_batch * length * out_heads,
     )  # fmt: skip
     constants = (out_heads, heads // out_heads, columns, 1 << (columns - 1).bit_length())

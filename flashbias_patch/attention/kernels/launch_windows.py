@@ -1,5 +1,6 @@
-"""The forward and backward pass of one class of calls with windows, as launch_forward.py and launch_backward.py have them
-for calls without."""
+"""The forward and backward pass of one class of calls with windows, as launch_forward.py and
+launch_backward.py have them for calls without."""
+
 from __future__ import annotations
 
 from typing import Any, Optional, Tuple
@@ -31,7 +32,9 @@ class Common:
 
     def __init__(self, problem: Problem) -> None:
         windows, (B, M, _, H, _) = windows_of(problem), problem.sizes
-        self.words, self.owners, self.frames, self.widths = windows.static(problem.lengths, problem.q.device)
+        self.words, self.owners, self.frames, self.widths = windows.static(
+            problem.lengths, problem.q.device
+        )
         self.patches = self.words.shape[0]
         self.padded = cdiv(M, 256) * 256
         weights = windows.weights
@@ -44,7 +47,9 @@ class Common:
         """Into how many parts a loop over patches is cut."""
         B, M, _, H, _ = problem.sizes
         visited = self.patches // 8 if windows_of(problem).masked else self.patches
-        return pb.split_count(cdiv(M, config.block_m) * B * H, visited, pb.arch_of(problem.q)[1], config)
+        return pb.split_count(
+            cdiv(M, config.block_m) * B * H, visited, pb.arch_of(problem.q)[1], config
+        )
 
     def by_queries(self, problem: Problem, block: int) -> Tuple[Tensor, ...]:
         """WINDOWS, FRAMES, WIDTHS, ORDER, LIST, NUMBERS, COUNTS, CENTRES, SHOWN"""
@@ -52,7 +57,8 @@ class Common:
         weights, tables = windows.weights, tables_of(windows)
         words, numbers, counts, _ = tables.lists(block)
         return (
-            problem.q if weights is None else weights, self.frames, self.widths, tables.order, words, numbers, counts,
+            problem.q if weights is None else weights, self.frames, self.widths, tables.order,
+            words, numbers, counts,
             tables.centres, tables.mask_centres,
         )  # fmt: skip
 
@@ -69,8 +75,10 @@ class WindowForward(Outs):
         self.attend = Launch(
             fwd.window_forward_kernel, cdiv(M, config.block_m) * B * H * splits,
             (
-                *problem.strides(), *self.common.strides, B * M * H * D if split else 0, M * H * D, H * D, D,
-                *self.common.sizes, splits, problem.score_scale, self.common.unit, problem.dropout_p,
+                *problem.strides(), *self.common.strides, B * M * H * D if split else 0, M * H * D,
+                H * D, D,
+                *self.common.sizes, splits, problem.score_scale, self.common.unit,
+                problem.dropout_p,
                 keep_scale(problem.dropout_p),
             ),
             dict(PARTIAL=split, HAS_LOW=self.has_low and not split, VECTOR=pb.vector(*problem[:3]),
@@ -82,19 +90,26 @@ class WindowForward(Outs):
         out, low, lse, parts, part_lse = self.allocate(problem)
         self.attend(
             q, k, v, *problem.factors, *problem.pairs, q if seed is None else seed,
-            *self.common.by_queries(problem, self.block), parts, q if low is None else low, part_lse,
+            *self.common.by_queries(problem, self.block), parts, q if low is None else low,
+            part_lse,
         )  # fmt: skip
         return self.combined(problem, out, low, lse, parts, part_lse)
 
 
 class WindowRows:
-    """What backward needs of each row, and copies in the order of the tables: see window_rows_kernel."""
+    """What backward needs of each row, and copies in the order of the tables: see
+    window_rows_kernel."""
 
     def __init__(self, problem: Problem, passed: Passed) -> None:
         windows, (B, _, _, H, D) = windows_of(problem), problem.sizes
         self.common = common = Common(problem)
         self.padded = common.padded
-        q_factor, weights, segments, folded = problem.q_factor, problem.weights, problem.segments, problem.folded
+        q_factor, weights, segments, folded = (
+            problem.q_factor,
+            problem.weights,
+            problem.segments,
+            problem.folded,
+        )
         rows = max(1, segments) * B * H * self.padded
         self.rows = (2 + rows, pb.COLUMNS) if folded else (rows, 4 if problem.apart else 2)
         self.dtype = problem.q.dtype if folded else torch.float32
@@ -107,12 +122,16 @@ class WindowRows:
         self.launch = Launch(
             bwd.window_rows_kernel, self.padded // block * B * H,
             (
-                *strides(problem.q), *(nothing if q_factor is None else strides(q_factor)), *strides(passed.grad_out),
-                *strides(passed.out), *(nothing if weights is None else strides(weights)), *common.strides,
-                *common.sizes[:4], windows.apiece, common.unit, 1.0 / problem.score_scale if folded else 1.0,
+                *strides(problem.q), *(nothing if q_factor is None else strides(q_factor)),
+                *strides(passed.grad_out),
+                *strides(passed.out), *(nothing if weights is None else strides(weights)),
+                *common.strides,
+                *common.sizes[:4], windows.apiece, common.unit,
+                1.0 / problem.score_scale if folded else 1.0,
             ),
             dict(F=len(windows.frames), MODE=windows.mode, HAS_LOW=passed.low is not None, D=D,
-                 BLOCK_D=block_columns(D), BLOCK_R=columns, R=problem.rank, SEGMENTS=segments, FOLDED=folded,
+                 BLOCK_D=block_columns(D), BLOCK_R=columns, R=problem.rank, SEGMENTS=segments,
+                 FOLDED=folded,
                  APART=problem.apart, BLOCK_M=block),
         )  # fmt: skip
 
@@ -124,13 +143,16 @@ class WindowRows:
         made = [
             q if shape is None else pb.empty(shape, dtype=dtype, device=q.device)
             for shape, dtype in (
-                (self.copies, q.dtype), (self.factors, q.dtype), (self.copies, passed.grad_out.dtype),
+                (self.copies, q.dtype), (self.factors, q.dtype), (self.copies,
+                passed.grad_out.dtype),
                 (self.weights, torch.float32), (self.rows, self.dtype),
             )
         ]  # fmt: skip
         self.launch(
-            q, q_factor, passed.grad_out, passed.out, passed.out if passed.low is None else passed.low, passed.lse,
-            weights, q if windows.weights is None else windows.weights, tables.order, tables.centres, *made,
+            q, q_factor, passed.grad_out, passed.out,
+            passed.out if passed.low is None else passed.low, passed.lse,
+            weights, q if windows.weights is None else windows.weights, tables.order,
+            tables.centres, *made,
         )  # fmt: skip
         return tuple(made)
 
@@ -138,7 +160,9 @@ class WindowRows:
 class WindowStep(Step):
     def make(self, problem: Problem) -> Any:
         """With the tables, which must be there before the two kernels take streams of their own."""
-        return {place: total.make(problem.q) for place, total in self.sums.items()}, self.tables(problem)
+        return {place: total.make(problem.q) for place, total in self.sums.items()}, self.tables(
+            problem
+        )
 
     def tables(self, problem: Problem) -> Tuple[Tensor, ...]:
         raise NotImplementedError
@@ -147,23 +171,30 @@ class WindowStep(Step):
 class WindowByKeys(WindowStep):
     """Gradients of k, v and k_factor."""
 
-    def __init__(self, problem: Problem, needs: Needs, passed: Passed, padded: int, config: Config) -> None:
+    def __init__(
+        self, problem: Problem, needs: Needs, passed: Passed, padded: int, config: Config
+    ) -> None:
         windows, (B, M, N, H, D) = windows_of(problem), problem.sizes
         self.common, self.block = Common(problem), config.block_m
         patches = self.common.patches
-        splits = pb.split_count(patches * B * H, cdiv(M, config.block_m), pb.arch_of(problem.q)[1], config, 2)
+        splits = pb.split_count(
+            patches * B * H, cdiv(M, config.block_m), pb.arch_of(problem.q)[1], config, 2
+        )
         self.sums, shared, kf_strides = key_sums(problem, needs, splits)
         given = problem.strides()
         features = problem.features(config)
         self.launch = Launch(
             bwd.window_keys_kernel, patches * splits * B * H,
             (
-                *given[3:9], *given[12:15], *given[18:], B * N * H * D if 1 in self.sums else 0, *kf_strides,
+                *given[3:9], *given[12:15], *given[18:], B * N * H * D if 1 in self.sums else 0,
+                *kf_strides,
                 B, H, M, N, padded, patches, windows.apiece, splits, problem.score_scale,
-                1.0 if problem.scaled else problem.scale, problem.dropout_p, keep_scale(problem.dropout_p),
+                1.0 if problem.scaled else problem.scale, problem.dropout_p,
+                keep_scale(problem.dropout_p),
             ),
             dict(MODE=windows.mode, MASKED=windows.masked, R=problem.rank, NEED_KV=1 in self.sums,
-                 NEED_KF=needs.k_factor, SHARED_KF=shared, FOLDED=problem.folded, VECTOR=pb.vector(*problem[1:3]),
+                 NEED_KF=needs.k_factor, SHARED_KF=shared, FOLDED=problem.folded,
+                 VECTOR=pb.vector(*problem[1:3]),
                  **features),
         )  # fmt: skip
 
@@ -174,11 +205,14 @@ class WindowByKeys(WindowStep):
         blocks = tables.blocks(self.block) if windows.masked else (tables.order, tables.order)
         return tables.order, flags, *blocks, tables.centres, tables.mask_centres
 
-    def run(self, problem: Problem, passed: Passed, rows: Any, made: Any, stream: Optional[int] = None) -> None:
+    def run(
+        self, problem: Problem, passed: Passed, rows: Any, made: Any, stream: Optional[int] = None
+    ) -> None:
         q, parts, common = problem.q, made[0], self.common
         qs, qfs, dos, ws, values = rows
         self.launch(
-            qs, problem.k, problem.v, qfs, problem.factors[1], *problem.pairs, q if passed.seed is None else passed.seed,
+            qs, problem.k, problem.v, qfs, problem.factors[1], *problem.pairs,
+            q if passed.seed is None else passed.seed,
             common.words, common.owners, common.frames, common.widths, *made[1], ws, dos, values,
             *[parts.get(place, q) for place in (1, 2, 4)], stream=stream,
         )  # fmt: skip
@@ -187,20 +221,31 @@ class WindowByKeys(WindowStep):
 class WindowByQueries(WindowStep):
     """Gradients of q, q_factor, weights and the windows' weights."""
 
-    def __init__(self, problem: Problem, needs: Needs, passed: Passed, padded: int, config: Config) -> None:
+    def __init__(
+        self, problem: Problem, needs: Needs, passed: Passed, padded: int, config: Config
+    ) -> None:
         windows, (B, M, _, H, D) = windows_of(problem), problem.sizes
         self.common, self.block = Common(problem), config.block_m
-        dtype, rank, shapes, S = problem.q.dtype, problem.rank, shapes_of(problem), len(windows.frames)
+        dtype, rank, shapes, S = (
+            problem.q.dtype,
+            problem.rank,
+            shapes_of(problem),
+            len(windows.frames),
+        )
         splits = self.common.splits(problem, config)
         q = qf = weights = held = None
         if needs.q:
-            q = Sum((splits, B, M, H, D), shapes[0], dtype, kept=torch.float32 if splits > 1 else dtype)
+            q = Sum(
+                (splits, B, M, H, D), shapes[0], dtype, kept=torch.float32 if splits > 1 else dtype
+            )
         if needs.q_factor:
             assert problem.q_factor is not None
             qf = Sum((splits, B, M, H, rank), shapes[3], problem.q_factor.dtype)
         if needs.weights:
             assert problem.weights is not None
-            weights = Sum((splits, B, M, H, problem.segments), shapes[5], problem.weights.dtype, zeros=True)
+            weights = Sum(
+                (splits, B, M, H, problem.segments), shapes[5], problem.weights.dtype, zeros=True
+            )
         if needs.windows:
             assert windows.weights is not None
             held = Sum((splits, B, M, H, S), shapes[7], windows.weights.dtype)
@@ -209,23 +254,31 @@ class WindowByQueries(WindowStep):
         self.launch = Launch(
             bwd.window_queries_kernel, cdiv(M, config.block_m) * B * H * splits,
             (
-                *problem.strides(), *self.common.strides, *strides(passed.grad_out), part * D if needs.q else 0,
-                part * rank if needs.q_factor else 0, part * problem.segments if needs.weights else 0,
-                part * S if needs.windows else 0, *self.common.sizes, splits, problem.score_scale, self.common.unit,
+                *problem.strides(), *self.common.strides, *strides(passed.grad_out),
+                part * D if needs.q else 0,
+                part * rank if needs.q_factor else 0,
+                part * problem.segments if needs.weights else 0,
+                part * S if needs.windows else 0, *self.common.sizes, splits, problem.score_scale,
+                self.common.unit,
                 problem.scale, problem.dropout_p, keep_scale(problem.dropout_p),
             ),
-            dict(R=rank, NEED_Q=needs.q, NEED_QF=needs.q_factor, NEED_W=needs.weights, NEED_WINDOWS=needs.windows,
-                 FOLDED=problem.folded, VECTOR=pb.vector(*problem[:3], passed.grad_out), **self.common.constants,
+            dict(R=rank, NEED_Q=needs.q, NEED_QF=needs.q_factor, NEED_W=needs.weights,
+                 NEED_WINDOWS=needs.windows,
+                 FOLDED=problem.folded, VECTOR=pb.vector(*problem[:3], passed.grad_out),
+                 **self.common.constants,
                  **problem.features(config)),
         )  # fmt: skip
 
     def tables(self, problem: Problem) -> Tuple[Tensor, ...]:
         return self.common.by_queries(problem, self.block)
 
-    def run(self, problem: Problem, passed: Passed, rows: Any, made: Any, stream: Optional[int] = None) -> None:
+    def run(
+        self, problem: Problem, passed: Passed, rows: Any, made: Any, stream: Optional[int] = None
+    ) -> None:
         q, parts = problem.q, made[0]
         self.launch(
-            q, problem.k, problem.v, *problem.factors, *problem.pairs, q if passed.seed is None else passed.seed,
+            q, problem.k, problem.v, *problem.factors, *problem.pairs,
+            q if passed.seed is None else passed.seed,
             *made[1], passed.grad_out, passed.lse, rows[4],
             *[parts.get(place, q) for place in (0, 3, 5, 7)], stream=stream,
         )  # fmt: skip

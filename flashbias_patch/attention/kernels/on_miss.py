@@ -1,8 +1,10 @@
-"""FLASHBIAS_TUNE: tile shapes are timed when a class of call comes that the shipped table was not measured for.
+"""FLASHBIAS_TUNE: tile shapes are timed when a class of call comes that the shipped table was not
+measured for.
 
-Once per class and machine. The ranks of a node wait for the first one and read what it found; a rank that waits in vain
-takes the shipped shapes, which costs speed and nothing else.
+Once per class and machine. The ranks of a node wait for the first one and read what it found; a
+rank that waits in vain takes the shipped shapes, which costs speed and nothing else.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -23,10 +25,11 @@ _met: Set[Key] = set()
 
 
 def tune(inputs: AttentionInputs, seconds: float) -> None:
-    """Tune for this call if nobody has, in `seconds` and at most a compilation more; never raises for it.
+    """Tune for this call if nobody has, in `seconds` and at most a compilation more; never raises
+    for it.
 
-    Not while a call is captured, traced or differentiated, and not outside the main thread: configs.forced holds for
-    every thread. A later call of the class is then the first.
+    Not while a call is captured, traced or differentiated, and not outside the main thread:
+    configs.forced holds for every thread. A later call of the class is then the first.
     """
     if not trial.long(inputs):
         return
@@ -46,7 +49,9 @@ def tune(inputs: AttentionInputs, seconds: float) -> None:
         if not errors.survivable(error):
             raise
         message = "tuning for %s gave up, the shipped tile shapes are used: %s"
-        journal.once(("tune", key), "warning", message, inputs.call_class(), errors.first_line(error))
+        journal.once(
+            ("tune", key), "warning", message, inputs.call_class(), errors.first_line(error)
+        )
 
 
 def _once(inputs: AttentionInputs, key: Key, seconds: float) -> None:
@@ -58,7 +63,11 @@ def _once(inputs: AttentionInputs, key: Key, seconds: float) -> None:
         except OSError:
             first = True  # without locks every process tunes for itself
         configs.reload()
-        missing = [each for each in (key._replace(kernel=kernel) for kernel in KERNELS) if not configs.tuned(each)]
+        missing = [
+            each
+            for each in (key._replace(kernel=kernel) for kernel in KERNELS)
+            if not configs.tuned(each)
+        ]
         if first and missing:
             _tune(inputs, missing, seconds)
 
@@ -70,11 +79,20 @@ def _tune(inputs: AttentionInputs, missing: List[Key], seconds: float) -> None:
     configs.remember({key: configs.shipped(key)[0] for key in missing})
     kernels = [key.kernel for key in missing]
     call = inputs.call_class()
-    journal.once(("tuning", call), "info", "tuning for %s takes up to %.0f s, once on this machine", call, seconds)
+    journal.once(
+        ("tuning", call),
+        "info",
+        "tuning for %s takes up to %.0f s, once on this machine",
+        call,
+        seconds,
+    )
     try:
         report = tune.tune(inputs, seconds=seconds, kernels=kernels)
     except KeyboardInterrupt:
         configs.forget(missing)
         raise
-    found = "; ".join(f"{row.kernel} {row.ratio:.2f}x" if row.tuned else f"{row.kernel} as shipped" for row in report.rows)
+    found = "; ".join(
+        f"{row.kernel} {row.ratio:.2f}x" if row.tuned else f"{row.kernel} as shipped"
+        for row in report.rows
+    )
     journal.once(("tuned", call), "info", "tuned for %s in %.0f s: %s", call, report.seconds, found)

@@ -1,11 +1,15 @@
-"""Grids of keys (bias/grids.py) in patches of 8 x 8 cells: the tiles of keys of the kernels that take windows.
+"""Grids of keys (bias/grids.py) in patches of 8 x 8 cells: the tiles of keys of the kernels that
+take windows.
 
-A patch is one word of 64 bits, from the lowest: its first key (28), rows at its beginning that the patch above has too
-(3), whether a window touches it (1), row (16) and column (12) of its first cell, columns at its beginning that the patch
-to the left has too (4; PADDING: no patch). At a grid's edge a patch
-begins earlier than its place, so that it ends with the grid. Rows of view v are counted from v * spacing + EDGE, columns
-from EDGE: in a grid of fewer than 8 rows or columns a patch begins before the grid, and its keys there are the grid's first.
+A patch is one word of 64 bits, from the lowest: its first key (28), rows at its beginning that the
+patch above has too (3), whether a window touches it (1), row (16) and column (12) of its first
+cell, columns at its beginning that the patch to the left has too (4; PADDING: no patch). At a
+grid's edge a patch begins earlier than its place, so that it ends with the grid. Rows of view v are
+counted from v * spacing + EDGE, columns
+from EDGE: in a grid of fewer than 8 rows or columns a patch begins before the grid, and its keys
+there are the grid's first.
 """
+
 from __future__ import annotations
 
 import functools
@@ -31,7 +35,8 @@ def why_not(frames: Sequence[Grid], sides: Sequence[int]) -> Optional[str]:
     for frame, side in zip(frames, sides):
         if frame.columns > COLUMNS or frame.views * (frame.rows + side) > ROWS:
             return (
-                f"grids of windows: {frame.views} x {frame.rows} x {frame.columns} cells and side {side} are more than "
+                f"grids of windows: {frame.views} x {frame.rows} x {frame.columns} cells and "
+                f"side {side} are more than "
                 f"{COLUMNS} columns, or {ROWS} rows and sides of all views"
             )
     return None
@@ -45,11 +50,13 @@ def _cuts(length: int) -> List[Tuple[int, int]]:
 
 @functools.lru_cache(maxsize=64)
 def tables(
-    frames: Tuple[Grid, ...], sides: Tuple[int, ...], mask_sides: Tuple[int, ...], sigmas: Optional[Tuple[float, ...]],
+    frames: Tuple[Grid, ...], sides: Tuple[int, ...], mask_sides: Tuple[int, ...],
+    sigmas: Optional[Tuple[float, ...]],
     lengths: Tuple[int, ...], device: torch.device,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """PATCHES (P,) int64; OWNERS (P,) int32: their frames; FRAMES (F, 9) int32: first patch, patches (an even number),
-    columns, rows, segment, side of the bias and of the mask, spacing, views; WIDTHS (F,) float32: -log2(e) / (2 sigma^2).
+    """PATCHES (P,) int64; OWNERS (P,) int32: their frames; FRAMES (F, 9) int32: first patch,
+    patches (an even number), columns, rows, segment, side of the bias and of the mask, spacing,
+    views; WIDTHS (F,) float32: -log2(e) / (2 sigma^2).
 
     `lengths` of segments, whose ends are ends of frames; () for none."""
     words: List[int] = []
@@ -61,22 +68,33 @@ def tables(
         for view in range(frame.views):
             for row, above in _cuts(frame.rows):
                 for column, left in _cuts(frame.columns):
-                    key = first_key + (view * frame.rows + max(row, 0)) * frame.columns + max(column, 0)
-                    words.append(_word(key, above, view * spacing + row + EDGE, column + EDGE, left))
+                    key = (
+                        first_key
+                        + (view * frame.rows + max(row, 0)) * frame.columns
+                        + max(column, 0)
+                    )
+                    words.append(
+                        _word(key, above, view * spacing + row + EDGE, column + EDGE, left)
+                    )
         if len(words) % 2:
             words.append(_word(first_key, 0, 0, 0, PADDING))
         owners += [place] * (len(words) - first)
         segment = _segment(lengths, first_key)
         rows.append(
-            (first, len(words) - first, frame.columns, frame.rows, segment, sides[place], mask_sides[place], spacing,
+            (first, len(words) - first, frame.columns, frame.rows, segment, sides[place],
+             mask_sides[place], spacing,
              frame.views)
         )  # fmt: skip
         first_key += frame.size
-    widths = [0.0 if math.isinf(sigma) else -LOG2E / (2 * sigma * sigma) for sigma in sigmas or ()] or [0.0] * len(frames)
+    widths = [
+        0.0 if math.isinf(sigma) else -LOG2E / (2 * sigma * sigma) for sigma in sigmas or ()
+    ] or [0.0] * len(frames)
     with torch.inference_mode(False):
         return (
-            torch.tensor(words, dtype=torch.int64).to(device), torch.tensor(owners, dtype=torch.int32).to(device),
-            torch.tensor(rows, dtype=torch.int32).to(device), torch.tensor(widths, dtype=torch.float32).to(device),
+            torch.tensor(words, dtype=torch.int64).to(device), torch.tensor(owners,
+            dtype=torch.int32).to(device),
+            torch.tensor(rows, dtype=torch.int32).to(device), torch.tensor(widths,
+            dtype=torch.float32).to(device),
         )  # fmt: skip
 
 
@@ -111,9 +129,13 @@ def counted_keys(frames: Sequence[Grid], device: torch.device) -> Tensor:
     """(N,) keys as dropout counts them: 64 times the number of the patch, and the place in it."""
     found, first = [], 0
     for frame in frames:
-        (row_patch, row_place), (column_patch, column_place) = (_counted(n, device) for n in (frame.rows, frame.columns))
+        (row_patch, row_place), (column_patch, column_place) = (
+            _counted(n, device) for n in (frame.rows, frame.columns)
+        )
         across = len(_cuts(frame.columns))
-        views = torch.arange(frame.views, device=device)[:, None, None] * (len(_cuts(frame.rows)) * across)
+        views = torch.arange(frame.views, device=device)[:, None, None] * (
+            len(_cuts(frame.rows)) * across
+        )
         patch = first + views + row_patch[:, None] * across + column_patch
         found.append((patch * SIZE + row_place[:, None] * EDGE + column_place).flatten())
         first += (frame.views * len(_cuts(frame.rows)) * across + 1) // 2 * 2

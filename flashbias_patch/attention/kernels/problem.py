@@ -1,14 +1,27 @@
-"""One attention call as the kernels want it: its tensors, their strides, and what decides how it is launched.
+"""One attention call as the kernels want it: its tensors, their strides, and what decides how it is
+launched.
 
-Additive terms, all optional: factors (second dot product into the same accumulator), segments (a constant a row for
-each stretch of keys), a dense bias, a boolean mask, key padding (boolean, or floating and added).
+Additive terms, all optional: factors (second dot product into the same accumulator), segments (a
+constant a row for each stretch of keys), a dense bias, a boolean mask, key padding (boolean, or
+floating and added).
 """
+
 from __future__ import annotations
 
 import contextlib
 import functools
 import math
-from typing import TYPE_CHECKING, Any, ContextManager, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ContextManager,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from torch import Tensor
@@ -21,13 +34,18 @@ if TYPE_CHECKING:
 
 LOG2E = 1.4426950408889634
 COLUMNS = 16  # common.COLUMNS
-COPIED = 1 << 26  # bytes of a mask or dense bias, up to which it is copied for the sake of aligned rows
-FOLDED_SCALE = 2.0**-4  # lse is folded divided by the scale, and must not leave float16's range before scores do
+COPIED = (
+    1 << 26
+)  # bytes of a mask or dense bias, up to which it is copied for the sake of aligned rows
+FOLDED_SCALE = (
+    2.0**-4
+)  # lse is folded divided by the scale, and must not leave float16's range before scores do
 empty = torch.empty  # checks poison it
 
 
 class Problem(NamedTuple):
-    """One attention call, its tensors ready for the kernels: last stride 1, factors padded, q scaled if need be."""
+    """One attention call, its tensors ready for the kernels: last stride 1, factors padded, q
+    scaled if need be."""
 
     q: Tensor
     k: Tensor
@@ -59,7 +77,8 @@ class Problem(NamedTuple):
 
     @property
     def folded(self) -> bool:
-        """Whether backward's row constants, lse and delta, go into the products with the factors: see rows_kernel.
+        """Whether backward's row constants, lse and delta, go into the products with the factors:
+        see rows_kernel.
 
         Not with dropout, which comes between dp and delta, nor where lse is two numbers.
         """
@@ -84,7 +103,8 @@ class Problem(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether a loop over keys must not be cut: dropout counts in sixteens from each segment's first key."""
+        """Whether a loop over keys must not be cut: dropout counts in sixteens from each segment's
+        first key."""
         return self.weights is not None and self.dropout_p > 0
 
     @property
@@ -92,17 +112,23 @@ class Problem(NamedTuple):
         """q_factor, k_factor, weights for a kernel: q stands for what is not there."""
         q, _, _, q_factor, k_factor, weights = self[:6]
         return (
-            q if q_factor is None else q_factor, q if k_factor is None else k_factor, q if weights is None else weights
+            q if q_factor is None else q_factor, q if k_factor is None else k_factor,
+            q if weights is None else weights
         )  # fmt: skip
 
     @property
     def pairs(self) -> Tuple[Tensor, Tensor, Tensor]:
         """dense, mask, padding, likewise."""
         q, dense, mask, padding = self.q, self.dense, self.mask, self.padding
-        return q if dense is None else dense, q if mask is None else mask, q if padding is None else padding
+        return (
+            q if dense is None else dense,
+            q if mask is None else mask,
+            q if padding is None else padding,
+        )
 
     def strides(self) -> Tuple[int, ...]:
-        """Of q, k, v, q_factor, k_factor, weights (three each), dense, mask (three each), padding."""
+        """Of q, k, v, q_factor, k_factor, weights (three each), dense, mask (three each),
+        padding."""
         found: Tuple[int, ...] = ()
         for tensor in self[:6]:
             found += (0, 0, 0) if tensor is None else strides(tensor)
@@ -142,32 +168,42 @@ class Problem(NamedTuple):
 
 
 def key_of(
-    kernel: str, q: Tensor, rank: int, segments: bool, others: Sequence[Optional[Tensor]], dropout_p: float
+    kernel: str,
+    q: Tensor,
+    rank: int,
+    segments: bool,
+    others: Sequence[Optional[Tensor]],
+    dropout_p: float,
 ) -> Key:
-    """The same of a call's operands; `others` are the dense bias, mask and padding, `rank` 0 without factors."""
+    """The same of a call's operands; `others` are the dense bias, mask and padding, `rank` 0
+    without factors."""
     dense, mask, padding = others
     pairs = dense is not None or mask is not None
     plain = not dropout_p and not pairs and padding is None
     block_r = block_columns(rank) if rank else 0
     half = q.dtype != torch.float32
-    return Key(kernel, arch_of(q)[0], half, block_columns(q.shape[-1]), block_r, plain, segments, pairs)
+    return Key(
+        kernel, arch_of(q)[0], half, block_columns(q.shape[-1]), block_r, plain, segments, pairs
+    )
 
 
 def scales_q(q_factor: Optional[Tensor], scale: float) -> bool:
-    """Is the scale multiplied into q beforehand? With factors, since their product must join unscaled; and the
-    kernels take the maximum before scaling, which wants a positive scale."""
+    """Is the scale multiplied into q beforehand? With factors, since their product must join
+    unscaled; and the kernels take the maximum before scaling, which wants a positive scale."""
     return q_factor is not None or scale <= 0
 
 
 def keeps_apart(
-    weights: Optional[Tensor], dense: Optional[Tensor], mask: Optional[Tensor], padding: Optional[Tensor],
+    weights: Optional[Tensor], dense: Optional[Tensor], mask: Optional[Tensor],
+    padding: Optional[Tensor],
     window_mask: bool = False,
 ) -> bool:  # fmt: skip
-    """Must a row's largest score and log2 of its sum be kept apart? All keys of a row may be at -1e9 or finfo.min ("masked"
-    without -inf), of which log2 of the sum is no more than a rounding error.
+    """Must a row's largest score and log2 of its sum be kept apart? All keys of a row may be at
+    -1e9 or finfo.min ("masked" without -inf), of which log2 of the sum is no more than a rounding
+    error.
 
-    Segment weights alone are relative to the largest of a row, which some key has unless masks hide them all. Weights of
-    windows are bounded (window_tiles.LIMIT).
+    Segment weights alone are relative to the largest of a row, which some key has unless masks hide
+    them all. Weights of windows are bounded (window_tiles.LIMIT).
     """
     adds = padding is not None and padding.is_floating_point()
     masked = mask is not None or padding is not None or window_mask
@@ -189,7 +225,11 @@ def cdiv(a: int, b: int) -> int:
 
 
 def unit_last(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 and tensor.is_contiguous() else tensor.contiguous()
+    return (
+        tensor
+        if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 and tensor.is_contiguous()
+        else tensor.contiguous()
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -204,7 +244,8 @@ def arch_of(tensor: Tensor) -> Tuple[int, int]:
 
 
 def on_device(tensor: Tensor) -> ContextManager[Any]:
-    """Makes the tensor's GPU the current one, on which Triton launches; free where it is that already."""
+    """Makes the tensor's GPU the current one, on which Triton launches; free where it is that
+    already."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device(tensor.device)
@@ -214,7 +255,8 @@ _NOTHING = contextlib.nullcontext()
 
 
 def strides(tensor: Tensor) -> Tuple[int, int, int]:
-    """Strides of (B, L, H, .), 0 along a batch or head dimension of size 1, which is thereby shared."""
+    """Strides of (B, L, H, .), 0 along a batch or head dimension of size 1, which is thereby
+    shared."""
     b, length, h, _ = tensor.stride()
     return (b if tensor.shape[0] > 1 else 0), length, (h if tensor.shape[2] > 1 else 0)
 
@@ -240,14 +282,17 @@ def as_bytes(tensor: Optional[Tensor]) -> Optional[Tensor]:
 
 
 def aligned_rows(tensor: Tensor) -> Tensor:
-    """`tensor` (B|1, H|1, M|1, N) with rows that begin at multiples of 16 elements, copied where that is little to copy.
+    """`tensor` (B|1, H|1, M|1, N) with rows that begin at multiples of 16 elements, copied where
+    that is little to copy.
 
-    Of strides Triton asks nothing but whether they are multiples of 16. Where they are not it reads a row element by
-    element, which took longer than all the rest of a call.
+    Of strides Triton asks nothing but whether they are multiples of 16. Where they are not it reads
+    a row element by element, which took longer than all the rest of a call.
     """
     size = tensor.element_size()
     aligned = tensor.shape[2] == 1 or tensor.stride(2) % 16 == 0 and tensor.data_ptr() % 16 == 0
-    distinct = [1 if stride == 0 else length for length, stride in zip(tensor.shape, tensor.stride())]
+    distinct = [
+        1 if stride == 0 else length for length, stride in zip(tensor.shape, tensor.stride())
+    ]
     if aligned or math.prod(distinct) * size > COPIED:
         return tensor
     rows, length = distinct[:3], tensor.shape[3]
@@ -256,9 +301,11 @@ def aligned_rows(tensor: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def block_table(lengths: Tuple[int, ...], block: int, device: torch.device) -> Tuple[Tensor, Tensor]:
-    """Blocks of keys (count, 4): first key, end, segment, what dropout adds to a key (common.dropout_shift); and the
-    segments' ends (S + 1,)."""
+def block_table(
+    lengths: Tuple[int, ...], block: int, device: torch.device
+) -> Tuple[Tensor, Tensor]:
+    """Blocks of keys (count, 4): first key, end, segment, what dropout adds to a key
+    (common.dropout_shift); and the segments' ends (S + 1,)."""
     rows: List[Tuple[int, int, int, int]] = []
     ends, offset = [0], 0
     for segment, length in enumerate(lengths):

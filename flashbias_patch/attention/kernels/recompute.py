@@ -1,4 +1,6 @@
-"""Gradients by plain PyTorch, a chunk of queries at a time: what backward falls back to when its kernels fail."""
+"""Gradients by plain PyTorch, a chunk of queries at a time: what backward falls back to when its
+kernels fail."""
+
 from __future__ import annotations
 
 import math
@@ -15,7 +17,8 @@ BY_ROW = (0, 3, 5, 7)  # of Call.needs, those with a value for each query
 
 
 class Call(NamedTuple):
-    """What a fused attention call was given, and what its forward drew (seed, empty without dropout)."""
+    """What a fused attention call was given, and what its forward drew (seed, empty without
+    dropout)."""
 
     q: Tensor
     k: Tensor
@@ -30,7 +33,9 @@ class Call(NamedTuple):
     dropout_p: float
     scale: float
     seed: Tensor
-    needs: Tuple[bool, ...]  # of q, k, v, q_factor, k_factor, segment_weights, dense, the weights of windows
+    needs: Tuple[
+        bool, ...
+    ]  # of q, k, v, q_factor, k_factor, segment_weights, dense, the weights of windows
     windows: Optional[WindowParts] = None
     window_mask: Optional[WindowMaskParts] = None
 
@@ -46,19 +51,25 @@ def keep_scale(dropout_p: float) -> float:
 
 
 def dropout_shift(first_key: int, segment: int) -> int:
-    """What dropout adds to a key of the segment that begins at `first_key` (common.dropout_shift)."""
+    """What dropout adds to a key of the segment that begins at `first_key`
+    (common.dropout_shift)."""
     return (first_key + 15) // 16 * 16 + 16 * segment - first_key
 
 
-def keep_mask(seed: Tensor, batch_heads: Tensor, rows: Tensor, keys: Tensor, dropout_p: float) -> Tensor:
-    """What dropout keeps, as common.keep_tile draws it. Broadcasts; `keys` are counted as dropout counts them."""
+def keep_mask(
+    seed: Tensor, batch_heads: Tensor, rows: Tensor, keys: Tensor, dropout_p: float
+) -> Tensor:
+    """What dropout keeps, as common.keep_tile draws it. Broadcasts; `keys` are counted as dropout
+    counts them."""
     low = 0xFFFFFFFF
     seed = seed.to(torch.int64)
     key0, key1 = seed & low, (seed >> 32) & low
     nil = (batch_heads + rows + keys) * 0
     c0, c1, c2, c3 = nil + (keys & ~9), nil + (rows & ~8), nil + batch_heads, nil
 
-    def product(a: int, b: Tensor) -> Tuple[Tensor, Tensor]:  # high and low words of a 32 x 32 bit product
+    def product(
+        a: int, b: Tensor
+    ) -> Tuple[Tensor, Tensor]:  # high and low words of a 32 x 32 bit product
         by_low, by_high = a * (b & 0xFFFF), a * (b >> 16)
         middle = (by_low >> 16) + by_high
         return (middle >> 16) & low, ((middle & 0xFFFF) << 16) | (by_low & 0xFFFF)
@@ -87,7 +98,9 @@ def counted(call: Call, N: int, device: torch.device) -> Tuple[Tensor, Tensor]:
     """(M,) or (B|1, M) queries and (N,) keys as dropout counts them."""
     if call.windows is None and call.window_mask is None:
         rows = torch.arange(call.q.shape[1], device=device)
-        return rows, counted_keys(call.segment_lengths if call.segment_weights is not None else (), N, device)
+        return rows, counted_keys(
+            call.segment_lengths if call.segment_weights is not None else (), N, device
+        )
     from . import patches, windows  # windows.py imports Triton
 
     local = windows.make(*windows.arguments(call.windows, call.window_mask))
@@ -98,19 +111,32 @@ def counted(call: Call, N: int, device: torch.device) -> Tuple[Tensor, Tensor]:
 def _operands(call: Call) -> List[Optional[Tensor]]:
     """The tensors that can have a gradient, in the order of Call.needs."""
     windows = None if call.windows is None else call.windows.weights
-    return [call.q, call.k, call.v, call.q_factor, call.k_factor, call.segment_weights, call.dense, windows]
+    return [
+        call.q,
+        call.k,
+        call.v,
+        call.q_factor,
+        call.k_factor,
+        call.segment_weights,
+        call.dense,
+        windows,
+    ]
 
 
-def plain_backward(call: Call, grad_out: Tensor, error: Optional[BaseException] = None) -> Tuple[Any, ...]:
-    """Gradients of q, k, v, q_factor, k_factor, segment_weights, dense and the weights of windows, None where call.needs
-    says so."""
+def plain_backward(
+    call: Call, grad_out: Tensor, error: Optional[BaseException] = None
+) -> Tuple[Any, ...]:
+    """Gradients of q, k, v, q_factor, k_factor, segment_weights, dense and the weights of windows,
+    None where call.needs says so."""
     B, M, H, D = call.q.shape
     N = call.k.shape[1]
     real = torch.float64 if call.q.dtype == torch.float64 else torch.float32
     tensors = _operands(call)
     needs = (*call.needs, False)[: len(tensors)]
     wanted = [t if t is not None and need else None for t, need in zip(tensors, needs)]
-    total: List[Any] = [None if t is None else torch.zeros(t.shape, dtype=real, device=t.device) for t in wanted]
+    total: List[Any] = [
+        None if t is None else torch.zeros(t.shape, dtype=real, device=t.device) for t in wanted
+    ]
     chunk = max(1, CHUNK_ELEMENTS // max(1, B * H * N))
     for lo in range(0, M if N else 0, chunk):
         hi = min(lo + chunk, M)
@@ -126,7 +152,9 @@ def plain_backward(call: Call, grad_out: Tensor, error: Optional[BaseException] 
         with torch.enable_grad(), internals.autocast_off():
             out = _attend(call, pieces, lo, hi)
             leaves = [piece for piece in pieces if piece is not None and piece.requires_grad]
-            found = iter(torch.autograd.grad(out, leaves, grad_out[:, lo:hi].to(real), allow_unused=True))
+            found = iter(
+                torch.autograd.grad(out, leaves, grad_out[:, lo:hi].to(real), allow_unused=True)
+            )
         for place, piece in enumerate(pieces):
             if piece is None or not piece.requires_grad:
                 continue
@@ -143,7 +171,8 @@ def plain_backward(call: Call, grad_out: Tensor, error: Optional[BaseException] 
 
 
 def differentiable_backward(call: Call, grad_out: Tensor) -> Tuple[Any, ...]:
-    """As plain_backward, all queries at once; the gradients can be differentiated again if grad mode is on."""
+    """As plain_backward, all queries at once; the gradients can be differentiated again if grad
+    mode is on."""
     again = torch.is_grad_enabled()
     real = torch.float64 if call.q.dtype == torch.float64 else torch.float32
     tensors = _operands(call)
@@ -153,7 +182,11 @@ def differentiable_backward(call: Call, grad_out: Tensor) -> Tuple[Any, ...]:
         leaves = [t.view_as(t) if t is not None and need else t for t, need in zip(tensors, needs)]
         out = _attend(call, [None if t is None else t.to(real) for t in leaves], 0, call.q.shape[1])
         wanted = [t for t, need in zip(leaves, needs) if t is not None and need]
-        found = iter(torch.autograd.grad(out, wanted, grad_out.to(real), create_graph=again, allow_unused=True))
+        found = iter(
+            torch.autograd.grad(
+                out, wanted, grad_out.to(real), create_graph=again, allow_unused=True
+            )
+        )
     return tuple(next(found) if t is not None and need else None for t, need in zip(leaves, needs))
 
 
@@ -172,13 +205,19 @@ def _attend(call: Call, pieces: List[Any], lo: int, hi: int) -> Tensor:
         windows = call.windows._replace(weights=held[0], centres=call.windows.centres[:, lo:hi])
         scores = scores + dense_bias(windows)
     if call.window_mask is not None:
-        scores = scores.masked_fill(hidden(call.window_mask._replace(centres=call.window_mask.centres[:, lo:hi])), -math.inf)
+        scores = scores.masked_fill(
+            hidden(call.window_mask._replace(centres=call.window_mask.centres[:, lo:hi])), -math.inf
+        )
     if call.mask is not None:
         mask = call.mask if call.mask.shape[2] == 1 else call.mask[:, :, lo:hi]
         scores = scores.masked_fill(mask, -math.inf)
     if call.key_padding is not None:
         padding = call.key_padding[:, None, None]
-        scores = scores.masked_fill(padding, -math.inf) if padding.dtype == torch.bool else scores + padding
+        scores = (
+            scores.masked_fill(padding, -math.inf)
+            if padding.dtype == torch.bool
+            else scores + padding
+        )
     empty = (scores == -math.inf).all(-1, keepdim=True)
     p = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
     if call.dropout_p > 0:

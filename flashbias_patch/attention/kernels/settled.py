@@ -1,9 +1,12 @@
-"""Kernel launches whose arguments are settled but for the tensors' addresses, kept by class of call.
+"""Kernel launches whose arguments are settled but for the tensors' addresses, kept by class of
+call.
 
-Triton's own launch binds, classifies and hashes some seventy arguments every time, and making these arguments costs as
-much again: with five launches, a small attention call waits for the processor rather than for the GPU. So what a call's
-signature determines is worked out once; later calls hand their tensors and the same numbers to the compiled kernel.
+Triton's own launch binds, classifies and hashes some seventy arguments every time, and making these
+arguments costs as much again: with five launches, a small attention call waits for the processor
+rather than for the GPU. So what a call's signature determines is worked out once; later calls hand
+their tensors and the same numbers to the compiled kernel.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -24,7 +27,8 @@ _Chain: Any = getattr(getattr(triton, "knobs", None), "HookChain", None)
 
 
 def _takes_launcher() -> bool:
-    """Whether a compiled kernel hands its arguments to its launcher as seen on Triton 3.0 to 3.9."""
+    """Whether a compiled kernel hands its arguments to its launcher as seen on Triton 3.0 to
+    3.9."""
     try:
         source = "".join(inspect.getsource(CompiledKernel.__getitem__).split())
     except (OSError, TypeError):
@@ -33,29 +37,43 @@ def _takes_launcher() -> bool:
     return given in source and "_hook,*args)" in source
 
 
-LAUNCHER = _takes_launcher() and hasattr(HOOKS, "launch_enter_hook") and hasattr(HOOKS, "launch_exit_hook")
+LAUNCHER = (
+    _takes_launcher() and hasattr(HOOKS, "launch_enter_hook") and hasattr(HOOKS, "launch_exit_hook")
+)
 
 
 class Launch:
-    """kernel[programs](*tensors, *numbers, **options), time and again with tensors of one signature.
+    """kernel[programs](*tensors, *numbers, **options), time and again with tensors of one
+    signature.
 
-    The first time goes through Triton, which compiles; so does every time in the interpreter. Afterwards the compiled
-    kernel's launcher is called, without what Triton prepares for launch hooks where there are none.
+    The first time goes through Triton, which compiles; so does every time in the interpreter.
+    Afterwards the compiled kernel's launcher is called, without what Triton prepares for launch
+    hooks where there are none.
     """
 
     __slots__ = ("kernel", "grid", "numbers", "options", "run", "rest", "launcher", "own")
 
-    def __init__(self, kernel: Any, programs: int, numbers: Tuple[Any, ...], options: Dict[str, Any]) -> None:
-        self.kernel, self.grid, self.numbers, self.options = kernel, (programs, 1, 1), numbers, options
+    def __init__(
+        self, kernel: Any, programs: int, numbers: Tuple[Any, ...], options: Dict[str, Any]
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.options = (
+            kernel,
+            (programs, 1, 1),
+            numbers,
+            options,
+        )
         self.run: Optional[Callable[..., Any]] = None
         self.rest: Tuple[Any, ...] = ()
         self.launcher: Optional[Callable[..., Any]] = None
-        self.own: Tuple[Any, ...] = ()  # what the launcher takes between the stream and the kernel's arguments
+        self.own: Tuple[
+            Any, ...
+        ] = ()  # what the launcher takes between the stream and the kernel's arguments
 
     def __call__(self, *tensors: Tensor, stream: Optional[int] = None) -> None:
         """On the current stream, or on that one once there is a compiled kernel."""
         if self.run is not None:
-            # Addresses: of a tensor, Triton asks the driver whether the GPU can read it, every time.
+            # Addresses: of a tensor, Triton asks the driver whether the GPU can read it, every
+            # time.
             self.run(*[tensor.data_ptr() for tensor in tensors], *self.rest, stream=stream)
         else:
             self.first(tensors)
@@ -75,7 +93,11 @@ class Launch:
         """Launch through Triton, and keep what it compiled."""
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.options)
         if isinstance(compiled, CompiledKernel):
-            constants = [self.options[p.name] for p in self.kernel.params if p.is_constexpr] if TAKES_CONSTANTS else []
+            constants = (
+                [self.options[p.name] for p in self.kernel.params if p.is_constexpr]
+                if TAKES_CONSTANTS
+                else []
+            )
             self.rest, self.run = (*self.numbers, *constants), compiled[self.grid]
             if LAUNCHER:
                 self.launcher = compiled.run
@@ -83,14 +105,19 @@ class Launch:
 
 
 def signature(tensors: Iterable[Optional[Tensor]]) -> Tuple[Any, ...]:
-    """What of these tensors a launch depends on: Triton compiles for dtypes and for addresses divisible by 16."""
+    """What of these tensors a launch depends on: Triton compiles for dtypes and for addresses
+    divisible by 16."""
     return tuple(
-        [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in tensors]
+        [
+            None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15)
+            for t in tensors
+        ]
     )
 
 
 class Kept:
-    """Steps by key, as long as the tile shapes do not change; emptied when full (lengths that differ every time)."""
+    """Steps by key, as long as the tile shapes do not change; emptied when full (lengths that
+    differ every time)."""
 
     def __init__(self, room: int = 1024) -> None:
         self.room, self.generation = room, configs.generation

@@ -1,4 +1,6 @@
-"""Sums over what split or shared programs wrote, up to three tensors in one launch. Imports nothing but Triton."""
+"""Sums over what split or shared programs wrote, up to three tensors in one launch. Imports nothing
+but Triton."""
+
 import triton
 import triton.language as tl
 
@@ -6,7 +8,8 @@ import triton.language as tl
 @triton.jit
 def _sum_rows(
     PARTS, OUT, program, count, stride, batch_stride, length, total,
-    HEADS: tl.constexpr, SUM_H: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr, SUM_H: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Rows (batch, length, HEADS) of OUT: the sum of `count` parts, and of SUM_H heads in each."""
     rows = program * ROWS + tl.arange(0, ROWS)
@@ -32,17 +35,56 @@ def sum_kernel(
     count2, stride2, batch2, length2, total2,
     HEADS0: tl.constexpr, SUM_H0: tl.constexpr, COLUMNS0: tl.constexpr, BLOCK0: tl.constexpr,
     HEADS1: tl.constexpr, SUM_H1: tl.constexpr, COLUMNS1: tl.constexpr, BLOCK1: tl.constexpr,
-    HEADS2: tl.constexpr, SUM_H2: tl.constexpr, COLUMNS2: tl.constexpr, BLOCK2: tl.constexpr, ROWS: tl.constexpr,
+    HEADS2: tl.constexpr, SUM_H2: tl.constexpr, COLUMNS2: tl.constexpr, BLOCK2: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Programs from first1 on do the second sum, from first2 on the third."""
     pid = tl.program_id(0)
     if pid < first1:
-        _sum_rows(PARTS0, OUT0, pid, count0, stride0, batch0, length0, total0, HEADS0, SUM_H0, COLUMNS0, BLOCK0, ROWS)
+        _sum_rows(
+            PARTS0,
+            OUT0,
+            pid,
+            count0,
+            stride0,
+            batch0,
+            length0,
+            total0,
+            HEADS0,
+            SUM_H0,
+            COLUMNS0,
+            BLOCK0,
+            ROWS,
+        )
     elif pid < first2:
         _sum_rows(
-            PARTS1, OUT1, pid - first1, count1, stride1, batch1, length1, total1, HEADS1, SUM_H1, COLUMNS1, BLOCK1, ROWS
+            PARTS1,
+            OUT1,
+            pid - first1,
+            count1,
+            stride1,
+            batch1,
+            length1,
+            total1,
+            HEADS1,
+            SUM_H1,
+            COLUMNS1,
+            BLOCK1,
+            ROWS,
         )
     else:
         _sum_rows(
-            PARTS2, OUT2, pid - first2, count2, stride2, batch2, length2, total2, HEADS2, SUM_H2, COLUMNS2, BLOCK2, ROWS
+            PARTS2,
+            OUT2,
+            pid - first2,
+            count2,
+            stride2,
+            batch2,
+            length2,
+            total2,
+            HEADS2,
+            SUM_H2,
+            COLUMNS2,
+            BLOCK2,
+            ROWS,
         )

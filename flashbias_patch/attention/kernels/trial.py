@@ -1,4 +1,6 @@
-"""One kernel run by itself on one call: its class, its results for comparison, its time on the GPU."""
+"""One kernel run by itself on one call: its class, its results for comparison, its time on the
+GPU."""
+
 from __future__ import annotations
 
 import math
@@ -40,7 +42,8 @@ def small_call(inputs: AttentionInputs) -> AttentionInputs:
 def cuda_times(function: Callable[[], Any], repeats: int) -> List[float]:
     """Milliseconds that each of `repeats` runs took on the GPU.
 
-    They are queued behind a pause: otherwise the GPU would wait for the host between short kernels, and be timed at that.
+    They are queued behind a pause: otherwise the GPU would wait for the host between short kernels,
+    and be timed at that.
     """
     began = time.perf_counter()
     function()
@@ -49,7 +52,9 @@ def cuda_times(function: Callable[[], Any], repeats: int) -> List[float]:
     torch.cuda.synchronize()
     pause = getattr(torch.cuda, "_sleep", None)
     if pause is not None:
-        pause(int(2e9 * min(0.1, 1.5 * host * repeats)))  # clock cycles, of which no GPU has more a second
+        pause(
+            int(2e9 * min(0.1, 1.5 * host * repeats))
+        )  # clock cycles, of which no GPU has more a second
     for begin, end in events:
         begin.record()
         function()
@@ -69,7 +74,9 @@ class Trial:
         self.counts = long(inputs)
         q = inputs.q
         self.generator = torch.Generator(q.device).manual_seed(0)
-        self.seed = torch.full((1,), 20, dtype=torch.int64, device=q.device) if inputs.dropout_p else None
+        self.seed = (
+            torch.full((1,), 20, dtype=torch.int64, device=q.device) if inputs.dropout_p else None
+        )
         dense = inputs.dense is not None and inputs.dense.requires_grad
         self.needs = {
             "keys": launch.Needs(False, True, True, False, has[4], False, dense),
@@ -103,11 +110,14 @@ class Trial:
 
 
 def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative difference, in L2 or at the worst element; not a number where only one is."""
+    """The largest relative difference, in L2 or at the worst element; not a number where only one
+    is."""
     worst = [torch.zeros((), device=expected[0].device)]
     for one, other in zip(found, expected):
         one, other = one.float(), other.float()
-        gap = torch.where(one == other, torch.zeros_like(one), one - other)  # a row without keys has inf twice
+        gap = torch.where(
+            one == other, torch.zeros_like(one), one - other
+        )  # a row without keys has inf twice
         size = other.masked_fill(other.isinf(), 0.0)
         tiny = 1e-30
         worst += [gap.norm() / (size.norm() + tiny), gap.abs().max() / (size.abs().max() + tiny)]

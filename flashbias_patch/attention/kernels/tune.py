@@ -1,12 +1,15 @@
 """Find faster tile shapes for a class of call on this GPU, within a given time.
 
-For each kernel: tiles and warps around the shipped shape first, then pipeline stages and register limits of the best
-two; the fastest few once more, interleaved, the slower half dropped each time; at last the fastest against the shipped
-one, in turns. Every shape must give what the shipped one gives, on the calls themselves and on a small call of odd
-lengths. Launches are forced by configs.forced, so that they take the way that every launch takes.
+For each kernel: tiles and warps around the shipped shape first, then pipeline stages and register
+limits of the best two; the fastest few once more, interleaved, the slower half dropped each time;
+at last the fastest against the shipped one, in turns. Every shape must give what the shipped one
+gives, on the calls themselves and on a small call of odd lengths. Launches are forced by
+configs.forced, so that they take the way that every launch takes.
 
-The clock is read before each step, and a step compiles at most one shape: the time given is exceeded by at most that.
+The clock is read before each step, and a step compiles at most one shape: the time given is
+exceeded by at most that.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -30,13 +33,15 @@ from .trial import Trial, class_of, cuda_times, distance, small_call
 log = logging.getLogger("flashbias_patch")
 
 SECONDS = 60.0
-MARGIN = 0.03  # a shape that is faster by less than this is noise, or not worth a difference between machines
+# a shape that is faster by less than this is noise, or not worth a difference between machines
+MARGIN = 0.03
 SEARCH = 0.7  # of a kernel's time; the rest is for the finalists
 SLOW = 1.3  # dropped after one run, if that took so many times the best one's
 FINALISTS = 4
 TURNS = 5  # of shipped against tuned
 TIME_IS_UP = "the time was up"
-# What two right tile shapes may differ by: how they order sums and rounds. A wrong one is off by far more.
+# What two right tile shapes may differ by: how they order sums and rounds. A wrong one is off by
+# far more.
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4}
 
 Timer = Callable[[Callable[[], Any], int], List[float]]
@@ -44,7 +49,8 @@ Progress = Callable[[float, float, str], None]
 
 
 class Row(NamedTuple):
-    """What came of one kernel. `tuned` is None where the shipped shape stays; `ratio` is tuned / shipped time."""
+    """What came of one kernel. `tuned` is None where the shipped shape stays; `ratio` is tuned /
+    shipped time."""
 
     kernel: str
     key: Key
@@ -67,17 +73,21 @@ def tune(
     kernels: Sequence[str] = KERNELS, progress: Optional[Progress] = None, remember: bool = True,
     timer: Optional[Timer] = None, clock: Callable[[], float] = time.monotonic,
 ) -> Report:  # fmt: skip
-    """Tune `kernels` for the class that `calls` (one, or several that differ in batch, heads and lengths) are of.
+    """Tune `kernels` for the class that `calls` (one, or several that differ in batch, heads and
+    lengths) are of.
 
-    The first call is searched on; on the others that are long enough to tell (trial.LEAST), a new shape must not be
-    slower than the shipped one by MARGIN.
-    Winners are remembered (configs.remember) as they are found, unless `remember` is off. progress(elapsed, seconds,
-    what) is called before each step. Random state, grad mode and autocast stay as they are; of `calls` only values
-    are read. Raises what a lost CUDA context raises; any other failure of a shape only leaves it out.
+    The first call is searched on; on the others that are long enough to tell (trial.LEAST), a new
+    shape must not be slower than the shipped one by MARGIN. Winners are remembered
+    (configs.remember) as they are found, unless `remember` is off. progress(elapsed, seconds, what)
+    is called before each step. Random state, grad mode and autocast stay as they are; of `calls`
+    only values are read. Raises what a lost CUDA context raises; any other failure of a shape only
+    leaves it out.
     """
     calls = [calls] if isinstance(calls, AttentionInputs) else list(calls)
     if len({class_of(call) for call in calls}) != 1:
-        raise ValueError(f"calls: expected one class of call, got {[call.call_class() for call in calls]}")
+        raise ValueError(
+            f"calls: expected one class of call, got {[call.call_class() for call in calls]}"
+        )
     began = clock()
     device = calls[0].q.device
     rows: List[Row] = []
@@ -100,7 +110,13 @@ def tune(
     return Report(calls[0].call_class(), rows, clock() - began)
 
 
-def _say(progress: Optional[Progress], clock: Callable[[], float], began: float, seconds: float, what: str) -> None:
+def _say(
+    progress: Optional[Progress],
+    clock: Callable[[], float],
+    began: float,
+    seconds: float,
+    what: str,
+) -> None:
     if progress is not None:
         progress(min(clock() - began, seconds), seconds, what)
 
@@ -108,7 +124,9 @@ def _say(progress: Optional[Progress], clock: Callable[[], float], began: float,
 def tiles(key: Key, config: Config) -> List[Config]:
     """Shapes within a factor of two of `config`, the nearest first."""
     sizes = (16, 32, 64, 128)
-    warps = (4, 8) if key.half else (4,)  # eight and float32: an illegal access, which costs the process (configs.py)
+    warps = (
+        (4, 8) if key.half else (4,)
+    )  # eight and float32: an illegal access, which costs the process (configs.py)
     found = [
         config._replace(block_m=m, block_n=n, warps=w)
         for m in sizes if m <= 2 * config.block_m <= 4 * m
@@ -125,13 +143,17 @@ def tiles(key: Key, config: Config) -> List[Config]:
 def pipelines(config: Config) -> List[Config]:
     """`config` with other numbers of stages and registers, the nearest first."""
     found = [config._replace(stages=s, registers=r) for s in (1, 2, 3, 4) for r in (0, 128, 168)]
-    return sorted(found, key=lambda c: abs(c.stages - config.stages) + (c.registers != config.registers))
+    return sorted(
+        found, key=lambda c: abs(c.stages - config.stages) + (c.registers != config.registers)
+    )
 
 
 def words(config: Config) -> str:
     """`64 x 128, 4 warps, 3 stages`, and a limit on registers where there is one."""
     limit = f", {config.registers} registers" if config.registers else ""
-    return f"{config.block_m} x {config.block_n}, {config.warps} warps, {config.stages} stages{limit}"
+    return (
+        f"{config.block_m} x {config.block_n}, {config.warps} warps, {config.stages} stages{limit}"
+    )
 
 
 class _TimeIsUp(Exception):
@@ -142,10 +164,18 @@ class _Search:
     """One kernel's search: `share` seconds from `now` on. Its trials end with the small one."""
 
     def __init__(
-        self, kernel: str, key: Key, trials: List[Trial], timer: Timer, clock: Callable[[], float], now: float,
+        self, kernel: str, key: Key, trials: List[Trial], timer: Timer, clock: Callable[[], float],
+        now: float,
         share: float, say: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.kernel, self.key, self.trials, self.timer, self.clock, self.say = kernel, key, trials, timer, clock, say
+        self.kernel, self.key, self.trials, self.timer, self.clock, self.say = (
+            kernel,
+            key,
+            trials,
+            timer,
+            clock,
+            say,
+        )
         self.now, self.share = now, share
         self.until, self.cut = now + share, False
         self.times: Dict[Config, float] = {}
@@ -162,7 +192,9 @@ class _Search:
             else:
                 tuned, ratio = self._best(shipped)
                 if tuned is None:
-                    why = f"nothing is {MARGIN:.0%} faster" + (", of what there was time for" if self.cut else "")
+                    why = f"nothing is {MARGIN:.0%} faster" + (
+                        ", of what there was time for" if self.cut else ""
+                    )
         except _TimeIsUp:
             pass
         except Exception as error:
@@ -170,7 +202,9 @@ class _Search:
                 raise
             why = errors.first_line(error)
         tried = len(self.times) + len(self.skipped)
-        return Row(self.kernel, self.key, shipped, tuned, ratio, "" if tuned else why, tried, self.skipped)
+        return Row(
+            self.kernel, self.key, shipped, tuned, ratio, "" if tuned else why, tried, self.skipped
+        )
 
     def _step(self, what: str) -> None:
         if self.clock() >= self.until:
@@ -225,7 +259,9 @@ class _Search:
             ratio = self._compare(0, config, shipped)
             if ratio >= 1 - MARGIN:
                 break  # the others were slower still
-            others = [place for place in range(1, len(self.trials) - 1) if self.trials[place].counts]
+            others = [
+                place for place in range(1, len(self.trials) - 1) if self.trials[place].counts
+            ]
             if all(self._compare(place, config, shipped) <= 1 + MARGIN for place in others):
                 return config, ratio
         return None, 1.0
@@ -248,7 +284,8 @@ class _Search:
             self._leave_out(config, error)
 
     def _rank(self, field: List[Config]) -> None:
-        """Order the finalists, best first, in place: measured in turns, the slower half left where it is, and again."""
+        """Order the finalists, best first, in place: measured in turns, the slower half left where
+        it is, and again."""
         count = len(field)
         while count > 1:
             taken: Dict[Config, List[float]] = {config: [] for config in field[:count]}
@@ -274,7 +311,8 @@ class _Search:
         return True
 
     def _compare(self, place: int, config: Config, shipped: Config) -> float:
-        """Its time over the shipped one's, in turns, so that both see the same clocks and neighbours."""
+        """Its time over the shipped one's, in turns, so that both see the same clocks and
+        neighbours."""
         taken: Dict[Config, List[float]] = {shipped: [], config: []}
         for _ in range(TURNS):
             for one, times in taken.items():
@@ -294,7 +332,11 @@ class _Search:
 
     def _leave_out(self, config: Config, error: Exception) -> None:
         if not errors.survivable(error):
-            log.error("tuning: the GPU failed while the %s kernel was tried with %s", self.kernel, words(config))
+            log.error(
+                "tuning: the GPU failed while the %s kernel was tried with %s",
+                self.kernel,
+                words(config),
+            )
             raise error
         self.skipped[config] = errors.first_line(error)
         self.times.pop(config, None)

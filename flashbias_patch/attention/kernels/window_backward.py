@@ -1,9 +1,12 @@
-"""Backward with windows on grids: as backward.py, with tiles of keys and the order of queries as in window_forward.py.
+"""Backward with windows on grids: as backward.py, with tiles of keys and the order of queries as in
+window_forward.py.
 
-Both kernels find the rows' values (ROWS) in that order. The keys kernel, which runs through all queries again and again,
-finds q, the output's gradient and the windows' weights in it too, all copied by `window_rows_kernel`. What it writes for
-the queries goes to the caller's order. Imports nothing but Triton.
+Both kernels find the rows' values (ROWS) in that order. The keys kernel, which runs through all
+queries again and again, finds q, the output's gradient and the windows' weights in it too, all
+copied by `window_rows_kernel`. What it writes for the queries goes to the caller's order. Imports
+nothing but Triton.
 """
+
 import triton
 import triton.language as tl
 
@@ -48,14 +51,18 @@ from .window_tiles import (
 @triton.jit
 def window_rows_kernel(
     Q, QF, DO, OUT, LOW, LSE, W, WINDOWS, ORDER, CENTRES, QS, QFS, DOS, WS, ROWS,
-    q_b, q_m, q_h, qf_b, qf_m, qf_h, do_b, do_m, do_h, out_b, out_m, out_h, w_b, w_m, w_h, ww_b, ww_m, ww_h,
+    q_b, q_m, q_h, qf_b, qf_m, qf_h, do_b, do_m, do_h, out_b, out_m, out_h, w_b, w_m, w_h, ww_b,
+    ww_m, ww_h,
     B, H, M, padded, apiece, unit, fold_unit,
-    F: tl.constexpr, MODE: tl.constexpr, HAS_LOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, R: tl.constexpr, SEGMENTS: tl.constexpr, FOLDED: tl.constexpr, APART: tl.constexpr,
+    F: tl.constexpr, MODE: tl.constexpr, HAS_LOW: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, R: tl.constexpr, SEGMENTS: tl.constexpr, FOLDED: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """In the order of the tables: ROWS as backward.rows_kernel writes it; QS and DOS (B * H, padded, BLOCK_D), QFS (B * H,
-    padded, BLOCK_R) unless FOLDED, zeros from row M on; WS (F, B * H, padded) float32 the windows' weights, times unit."""
+    """In the order of the tables: ROWS as backward.rows_kernel writes it; QS and DOS (B * H,
+    padded, BLOCK_D), QFS (B * H, padded, BLOCK_R) unless FOLDED, zeros from row M on; WS (F, B * H,
+    padded) float32 the windows' weights, times unit."""
     blocks_m = padded // BLOCK_M
     pid = tl.program_id(0)
     bh = pid // blocks_m
@@ -85,7 +92,10 @@ def window_rows_kernel(
         CENTRES += own * padded * 2
         lift = window_lift(WINDOWS, ww_m, places, CENTRES, frame_stride, rows, F)
         for f in tl.static_range(F):
-            tl.store(WS + (wide(f) * heads + bh) * padded + rows, window_weight(WINDOWS + f, ww_m, places, lift, unit))
+            tl.store(
+                WS + (wide(f) * heads + bh) * padded + rows,
+                window_weight(WINDOWS + f, ww_m, places, lift, unit),
+            )
 
     out_place = wide(b) * out_b + wide(h) * out_h
     out = load_rows(OUT + out_place, out_m, places, inside, D, BLOCK_D).to(tl.float32)
@@ -105,7 +115,10 @@ def window_rows_kernel(
         columns = tl.arange(0, COLUMNS)[None, :]
         if pid == 0:
             both = tl.arange(0, 2)[:, None]
-            tl.store(ROWS + both * COLUMNS + columns, weights(columns, R + 3 * both).to(ROWS.dtype.element_ty))
+            tl.store(
+                ROWS + both * COLUMNS + columns,
+                weights(columns, R + 3 * both).to(ROWS.dtype.element_ty),
+            )
         ROWS += 2 * COLUMNS
         tile = tl.zeros([BLOCK_M, COLUMNS], dtype=tl.float32)
         if R > 0:
@@ -121,7 +134,10 @@ def window_rows_kernel(
         base = (wide(segment) * heads + bh) * padded + first_row
         if FOLDED:
             whole = parts(tile, columns, R, -shifted * fold_unit, ROWS.dtype.element_ty)
-            tl.store(ROWS + base * COLUMNS + lanes[:, None] * COLUMNS + columns, whole.to(ROWS.dtype.element_ty))
+            tl.store(
+                ROWS + base * COLUMNS + lanes[:, None] * COLUMNS + columns,
+                whole.to(ROWS.dtype.element_ty),
+            )
         elif APART:
             ROW = ROWS + base * 4 + 4 * lanes
             tl.store(ROW, lse)
@@ -135,18 +151,24 @@ def window_rows_kernel(
 
 @triton.jit
 def window_keys_kernel(
-    QS, K, V, QFS, KF, DENSE, MASK, PAD, SEED, PATCHES, OWNERS, FRAMES, WIDTHS, ORDER, FLAGS, BLOCKS, COUNTS, CENTRES,
+    QS, K, V, QFS, KF, DENSE, MASK, PAD, SEED, PATCHES, OWNERS, FRAMES, WIDTHS, ORDER, FLAGS,
+    BLOCKS, COUNTS, CENTRES,
     SHOWN, WS, DOS, ROWS, DK, DV, DKF,
-    k_b, k_n, k_h, v_b, v_n, v_h, kf_b, kf_n, kf_h, dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b,
+    k_b, k_n, k_h, v_b, v_n, v_h, kf_b, kf_n, kf_h, dense_b, dense_h, dense_m, mask_b, mask_h,
+    mask_m, pad_b,
     dk_s, dkf_s, dkf_b, dkf_n, dkf_h,
     B, H, M, N, padded, P, apiece, splits, score_scale, dk_scale, dropout_p, keep_scale,
     MODE: tl.constexpr, MASKED: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
-    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr,
-    NEED_KV: tl.constexpr, NEED_KF: tl.constexpr, SHARED_KF: tl.constexpr, FOLDED: tl.constexpr, VECTOR: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    NEED_KV: tl.constexpr, NEED_KF: tl.constexpr, SHARED_KF: tl.constexpr, FOLDED: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
-    """DK, DV (splits, B, N, H, D) and DKF as backward.keys_kernel writes them, a patch of keys at a time."""
+    """DK, DV (splits, B, N, H, D) and DKF as backward.keys_kernel writes them, a patch of keys at a
+    time."""
     tl.static_assert(BLOCK_N == 64)
     pid = tl.program_id(0)
     patch = pid % P
@@ -172,8 +194,12 @@ def window_keys_kernel(
     skew = middle_skew(FRAME, 5)
     key_row = ((high & 0xFFFF) + place_r).to(tl.float32)
     key_column = (((high >> 16) & 0xFFF) + place_c).to(tl.float32)
-    k = patch_tile(K + wide(b) * k_b + wide(h) * k_h, k_n, low, low, offsets * k_n, lanes, D, BLOCK_D, False)
-    v = patch_tile(V + wide(b) * v_b + wide(h) * v_h, v_n, low, low, offsets * v_n, lanes, D, BLOCK_D, False)
+    k = patch_tile(
+        K + wide(b) * k_b + wide(h) * k_h, k_n, low, low, offsets * k_n, lanes, D, BLOCK_D, False
+    )
+    v = patch_tile(
+        V + wide(b) * v_b + wide(h) * v_h, v_n, low, low, offsets * v_n, lanes, D, BLOCK_D, False
+    )
     cols = tl.arange(0, BLOCK_D)
     if BLOCK_R > 0:
         KF += wide(b) * kf_b + wide(h) * kf_h
@@ -226,7 +252,8 @@ def window_keys_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     lanes_m = tl.arange(0, BLOCK_M)
     square = lanes_m[:, None] * BLOCK_D + cols[None, :]
-    # The block or flag of the next step, loaded in this one; both tables have one more than they need.
+    # The block or flag of the next step, loaded in this one; both tables have one more than they
+    # need.
     following = 0
     if MASKED:
         following = tl.load(BLOCKS + lo)
@@ -244,9 +271,17 @@ def window_keys_kernel(
         q = tl.load(QS + first_row * BLOCK_D + square)
         s = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         if FOLDED:
-            qf = tl.load(ROWS + first_row * COLUMNS + (lanes_m[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]))
+            qf = tl.load(
+                ROWS
+                + first_row * COLUMNS
+                + (lanes_m[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+            )
         elif BLOCK_R > 0:
-            qf = tl.load(QFS + first_row * BLOCK_R + (lanes_m[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]))
+            qf = tl.load(
+                QFS
+                + first_row * BLOCK_R
+                + (lanes_m[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :])
+            )
         if FOLDED or BLOCK_R > 0:
             s = dot(kf, tl.trans(qf), s)
         s = dot(k, tl.trans(q), s)
@@ -271,7 +306,9 @@ def window_keys_kernel(
                     dc += skew
                     s += tl.where(near, exp2((dr * dr + dc * dc) * width, 0) * held[None, :], 0.0)
                 else:
-                    s += profile(dr, half, width, skew, False) * (profile(dc, half, width, skew, False) * held[None, :])
+                    s += profile(dr, half, width, skew, False) * (
+                        profile(dc, half, width, skew, False) * held[None, :]
+                    )
         if HAS_DENSE or HAS_MASK:
             places = tl.load(ORDER + rows)
         if FOLDED:
@@ -287,7 +324,16 @@ def window_keys_kernel(
                 dense = tl.trans(tl.load(pair_pointers(DENSE, dense_m, places, keys)))
             if PAD_KIND == 2:
                 padding = pad[:, None]
-            x = add_terms(s, score_scale, dense, padding, weight[None, :], HAS_DENSE, PAD_KIND == 2, SEGMENTS > 0)
+            x = add_terms(
+                s,
+                score_scale,
+                dense,
+                padding,
+                weight[None, :],
+                HAS_DENSE,
+                PAD_KIND == 2,
+                SEGMENTS > 0,
+            )
             x = (x - peak[None, :]) - log_total[None, :]
         else:
             lse_delta = tl.load(ROWS + 2 * first_row + tl.arange(0, 2 * BLOCK_M))
@@ -339,19 +385,24 @@ def window_keys_kernel(
 
 @triton.jit
 def window_queries_kernel(
-    Q, K, V, QF, KF, W, DENSE, MASK, PAD, SEED, WINDOWS, FRAMES, WIDTHS, ORDER, LIST, NUMBERS, COUNTS, CENTRES, SHOWN,
+    Q, K, V, QF, KF, W, DENSE, MASK, PAD, SEED, WINDOWS, FRAMES, WIDTHS, ORDER, LIST, NUMBERS,
+    COUNTS, CENTRES, SHOWN,
     DO, LSE, ROWS, DQ, DQF, DW, DWINDOWS,
     q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h, w_b, w_m, w_h,
     dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, ww_b, ww_m, ww_h, do_b, do_m, do_h,
     dq_s, dqf_s, dw_s, dww_s,
     B, H, M, padded, P, apiece, splits, score_scale, unit, dq_scale, dropout_p, keep_scale,
     F: tl.constexpr, MODE: tl.constexpr, MASKED: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
-    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr,
+    DROPOUT: tl.constexpr,
     NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr, NEED_WINDOWS: tl.constexpr,
-    FOLDED: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
+    FOLDED: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EXP: tl.constexpr,
 ):  # fmt: skip
-    """As backward.queries_kernel; DWINDOWS (splits, B, M, H, F) float32 written: the windows' weights' gradient."""
+    """As backward.queries_kernel; DWINDOWS (splits, B, M, H, F) float32 written: the windows'
+    weights' gradient."""
     PAIR: tl.constexpr = BLOCK_N == 128
     STEP: tl.constexpr = BLOCK_N // 64
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -485,7 +536,8 @@ def window_queries_kernel(
             if MODE > 0:  # noqa: SIM102  a constant
                 if touched:
                     s += window_bias(
-                        low, high, low2, high2, lanes, place_r, place_c, row, column, half, width, skew, held, PAIR,
+                        low, high, low2, high2, lanes, place_r, place_c, row, column, half, width,
+                        skew, held, PAIR,
                         MODE == 2,
                     )  # fmt: skip
             keys = patch_keys(low, low2, offsets, lanes, PAIR)
@@ -496,13 +548,26 @@ def window_queries_kernel(
                     dense = tl.load(pair_pointers(DENSE, dense_m, places, keys))
                 if PAD_KIND == 2:
                     padding = (bounded(tl.load(PAD + keys)) * LOG2E)[None, :]
-                x = add_terms(s, score_scale, dense, padding, weight[:, None], HAS_DENSE, PAD_KIND == 2, SEGMENTS > 0)
+                x = add_terms(
+                    s,
+                    score_scale,
+                    dense,
+                    padding,
+                    weight[:, None],
+                    HAS_DENSE,
+                    PAD_KIND == 2,
+                    SEGMENTS > 0,
+                )
                 x = (x - lse[:, None]) - log_total[:, None]
             else:
                 x = s * score_scale - shift[:, None]
             if MASKED:
-                dr, dc = distances(low, high, low2, high2, lanes, place_r, place_c, mask_row, mask_column, PAIR)
-                x = tl.where((tl.abs(dr) <= mask_half) & (tl.abs(dc) <= mask_half), x, float("-inf"))
+                dr, dc = distances(
+                    low, high, low2, high2, lanes, place_r, place_c, mask_row, mask_column, PAIR
+                )
+                x = tl.where(
+                    (tl.abs(dr) <= mask_half) & (tl.abs(dc) <= mask_half), x, float("-inf")
+                )
             if is_cut(low, high, low2, high2, PAIR) != 0:
                 mine = own_keys(low, high, low2, high2, lanes, place_r, place_c, PAIR)
                 x = tl.where(mine[None, :], x, float("-inf"))
@@ -530,16 +595,25 @@ def window_queries_kernel(
                 row_sum += tl.sum(ds, 1)
             if NEED_WINDOWS:  # noqa: SIM102
                 if touched:
-                    dr, dc = distances(low, high, low2, high2, lanes, place_r, place_c, row, column, PAIR)
-                    near = profile(dr, half, width, skew, MODE == 2) * profile(dc, half, width, skew, MODE == 2)
+                    dr, dc = distances(
+                        low, high, low2, high2, lanes, place_r, place_c, row, column, PAIR
+                    )
+                    near = profile(dr, half, width, skew, MODE == 2) * profile(
+                        dc, half, width, skew, MODE == 2
+                    )
                     window_sum += tl.sum(ds * near, 1)
         if NEED_WINDOWS:
             tl.store(DWINDOWS + places * (H * F) + f, window_sum, mask=inside)
         if NEED_W:
-            # Its own rows and nobody else's: an atomic only because several frames may be in a segment.
-            tl.atomic_add(DW + places * (H * SEGMENTS) + segment, row_sum, mask=inside, sem="relaxed")
+            # Its own rows and nobody else's: an atomic only because several frames may be in a
+            # segment.
+            tl.atomic_add(
+                DW + places * (H * SEGMENTS) + segment, row_sum, mask=inside, sem="relaxed"
+            )
 
-    places = tl.load(ORDER + own * padded + rows, volatile=True)  # again: not kept in registers in the loop
+    places = tl.load(
+        ORDER + own * padded + rows, volatile=True
+    )  # again: not kept in registers in the loop
     if NEED_Q:
         base = wide(split) * dq_s + (wide(b) * M * H + h) * D
         store_rows(DQ + base, H * D, places, inside, dq * dq_scale, D, BLOCK_D)

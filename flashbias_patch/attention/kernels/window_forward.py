@@ -1,6 +1,8 @@
-"""Forward with windows on grids: as forward.py, but a tile of keys is a patch of a grid, and queries come in an order in
-which neighbours have windows near each other (window_tiles.py, windows.py). Imports nothing but Triton.
+"""Forward with windows on grids: as forward.py, but a tile of keys is a patch of a grid, and
+queries come in an order in which neighbours have windows near each other (window_tiles.py,
+windows.py). Imports nothing but Triton.
 """
+
 import triton
 import triton.language as tl
 
@@ -29,21 +31,26 @@ from .window_tiles import (
 
 @triton.jit
 def window_forward_kernel(
-    Q, K, V, QF, KF, W, DENSE, MASK, PAD, SEED, WINDOWS, FRAMES, WIDTHS, ORDER, LIST, NUMBERS, COUNTS, CENTRES, SHOWN,
+    Q, K, V, QF, KF, W, DENSE, MASK, PAD, SEED, WINDOWS, FRAMES, WIDTHS, ORDER, LIST, NUMBERS,
+    COUNTS, CENTRES, SHOWN,
     OUT, LOW, LSE,
     q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, qf_b, qf_m, qf_h, kf_b, kf_n, kf_h, w_b, w_m, w_h,
-    dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, ww_b, ww_m, ww_h, out_s, out_b, out_m, out_h,
+    dense_b, dense_h, dense_m, mask_b, mask_h, mask_m, pad_b, ww_b, ww_m, ww_h, out_s, out_b,
+    out_m, out_h,
     B, H, M, padded, P, apiece, splits, score_scale, unit, dropout_p, keep_scale,
     F: tl.constexpr, MODE: tl.constexpr, MASKED: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr,
-    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr,
+    DROPOUT: tl.constexpr,
     PARTIAL: tl.constexpr, HAS_LOW: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     """OUT, LOW and LSE as forward_kernel writes them, queries in the caller's order.
 
-    MODE 0: no bias, 1: boxes, 2: Gaussians. MASKED: keys outside the windows around SHOWN are hidden, and LIST has only
-    the patches that these touch. apiece: 1 where the batch entries have tables of their own, else 0.
+    MODE 0: no bias, 1: boxes, 2: Gaussians. MASKED: keys outside the windows around SHOWN are
+    hidden, and LIST has only
+    the patches that these touch. apiece: 1 where the batch entries have tables of their own, else
+    0.
     """
     PAIR: tl.constexpr = BLOCK_N == 128
     STEP: tl.constexpr = BLOCK_N // 64
@@ -128,7 +135,8 @@ def window_forward_kernel(
             if not APART:
                 weight = (weight - top) * LOG2E
                 peak = enter_segment(before, weight)
-        # A word is loaded while the patch before is worked on; LIST has two words more than it needs.
+        # A word is loaded while the patch before is worked on; LIST has two words more than it
+        # needs.
         words = tl.load(LIST + lo)
         words2 = words
         if PAIR:
@@ -154,7 +162,8 @@ def window_forward_kernel(
                     touched = low == low
                 if touched:
                     s += window_bias(
-                        low, high, low2, high2, lanes, place_r, place_c, row, column, half, width, skew, held, PAIR,
+                        low, high, low2, high2, lanes, place_r, place_c, row, column, half, width,
+                        skew, held, PAIR,
                         MODE == 2,
                     )  # fmt: skip
             keys = patch_keys(low, low2, offsets, lanes, PAIR)
@@ -165,14 +174,29 @@ def window_forward_kernel(
                     dense = tl.load(pair_pointers(DENSE, dense_m, places, keys))
                 if PAD_KIND == 2:
                     padding = (bounded(tl.load(PAD + keys)) * LOG2E)[None, :]
-                s = add_terms(s, score_scale, dense, padding, weight[:, None], HAS_DENSE, PAD_KIND == 2, SEGMENTS > 0)
+                s = add_terms(
+                    s,
+                    score_scale,
+                    dense,
+                    padding,
+                    weight[:, None],
+                    HAS_DENSE,
+                    PAD_KIND == 2,
+                    SEGMENTS > 0,
+                )
             if HAS_MASK:
-                s = tl.where(tl.load(pair_pointers(MASK, mask_m, places, keys)) != 0, float("-inf"), s)
+                s = tl.where(
+                    tl.load(pair_pointers(MASK, mask_m, places, keys)) != 0, float("-inf"), s
+                )
             if PAD_KIND == 1:
                 s = tl.where((tl.load(PAD + keys) == 0)[None, :], s, float("-inf"))
             if MASKED:
-                dr, dc = distances(low, high, low2, high2, lanes, place_r, place_c, mask_row, mask_column, PAIR)
-                s = tl.where((tl.abs(dr) <= mask_half) & (tl.abs(dc) <= mask_half), s, float("-inf"))
+                dr, dc = distances(
+                    low, high, low2, high2, lanes, place_r, place_c, mask_row, mask_column, PAIR
+                )
+                s = tl.where(
+                    (tl.abs(dr) <= mask_half) & (tl.abs(dc) <= mask_half), s, float("-inf")
+                )
             if is_cut(low, high, low2, high2, PAIR) != 0:
                 mine = own_keys(low, high, low2, high2, lanes, place_r, place_c, PAIR)
                 s = tl.where(mine[None, :], s, float("-inf"))
@@ -195,7 +219,9 @@ def window_forward_kernel(
                 number = index
                 if MASKED:
                     number = tl.load(NUMBERS + index)
-                p = tl.where(keep_tile(seed, bh, first_row, number * 64, dropout_p, BLOCK_M, BLOCK_N), p, 0.0)
+                p = tl.where(
+                    keep_tile(seed, bh, first_row, number * 64, dropout_p, BLOCK_M, BLOCK_N), p, 0.0
+                )
             acc = acc * alpha[:, None]
             v = patch_tile(V, v_n, low, low2, v_offsets, lanes, D, BLOCK_D, PAIR)
             acc = dot(p.to(v.dtype), v, acc)
@@ -208,8 +234,12 @@ def window_forward_kernel(
     if DROPOUT:
         kept = kept / keep_scale
     acc = acc / kept[:, None]
-    places = tl.load(ORDER + own * padded + rows, volatile=True)  # again: not kept in registers in the loop
-    store_lse(LSE, (wide(split) * B * H + bh) * M, places, peak, total, empty, inside, PARTIAL, APART)
+    places = tl.load(
+        ORDER + own * padded + rows, volatile=True
+    )  # again: not kept in registers in the loop
+    store_lse(
+        LSE, (wide(split) * B * H + bh) * M, places, peak, total, empty, inside, PARTIAL, APART
+    )
     cols = tl.arange(0, BLOCK_D)
     base = wide(split) * out_s + wide(b) * out_b + wide(h) * out_h
     offsets = base + places.to(tl.int64)[:, None] * out_m + cols[None, :]

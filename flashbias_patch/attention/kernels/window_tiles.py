@@ -1,15 +1,20 @@
-"""What the kernels with windows share: patches of keys (patches.py), windows of queries, and the tables of both.
+"""What the kernels with windows share: patches of keys (patches.py), windows of queries, and the
+tables of both.
 
-In a patch the window of a query is a product of a factor of the row and a factor of the column, which in a tile of
-scores are few different numbers a thread: one multiply-add a score. Imports nothing but Triton.
+In a patch the window of a query is a product of a factor of the row and a factor of the column,
+which in a tile of scores are few different numbers a thread: one multiply-add a score. Imports
+nothing but Triton.
 """
+
 import triton
 import triton.language as tl
 
 from .common import bounded, exp2, wide
 
 FAR = tl.constexpr(-1e6)  # the centre of a window that reaches no cell
-LIMIT = tl.constexpr(32768.0)  # window weights keep within it, from 0 and from each other: see window_lift
+LIMIT = tl.constexpr(
+    32768.0
+)  # window weights keep within it, from 0 and from each other: see window_lift
 VALUES = tl.constexpr(9)  # of a frame in FRAMES: patches.tables
 PADDING = tl.constexpr(8)
 EDGE = tl.constexpr(8)
@@ -17,8 +22,8 @@ EDGE = tl.constexpr(8)
 
 @triton.jit
 def frame_offsets(FRAME, lanes):
-    """Row and column in the patch of each lane, and what that adds to the patch's key. A frame of fewer than 8 rows or
-    columns ends with its patch: in place of cells before it come its first."""
+    """Row and column in the patch of each lane, and what that adds to the patch's key. A frame of
+    fewer than 8 rows or columns ends with its patch: in place of cells before it come its first."""
     place_r = lanes % 64 // 8
     place_c = lanes % 8
     columns = tl.load(FRAME + 2)
@@ -35,7 +40,8 @@ def first_key(low):
 
 @triton.jit
 def unpack(low, high, low2, high2, lanes, PAIR: tl.constexpr):
-    """Row and column (float32) of each lane's patch, rows and columns at its beginning that are another patch's."""
+    """Row and column (float32) of each lane's patch, rows and columns at its beginning that are
+    another patch's."""
     row = (high & 0xFFFF).to(tl.float32)
     column = ((high >> 16) & 0xFFF).to(tl.float32)
     above = (low >> 28) & 7
@@ -81,12 +87,26 @@ def patch_keys(low, low2, offsets, lanes, PAIR: tl.constexpr):
 
 
 @triton.jit
-def patch_tile(BASE, stride, low, low2, offsets, lanes, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr, PAIR: tl.constexpr):
+def patch_tile(
+    BASE,
+    stride,
+    low,
+    low2,
+    offsets,
+    lanes,
+    COLS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    PAIR: tl.constexpr,
+):
     """The rows of a patch's keys; `offsets` are what lanes add to its first key, times `stride`."""
     key = first_key(low)
     if PAIR:
         step = wide(first_key(low2) - key) * stride
-        pointers = BASE + wide(key) * stride + tl.where(lanes < 64, offsets.to(tl.int64), offsets + step)[:, None]
+        pointers = (
+            BASE
+            + wide(key) * stride
+            + tl.where(lanes < 64, offsets.to(tl.int64), offsets + step)[:, None]
+        )
     else:
         pointers = BASE + wide(key) * stride + offsets[:, None]
     cols = tl.arange(0, BLOCK_COLS)
@@ -98,7 +118,8 @@ def patch_tile(BASE, stride, low, low2, offsets, lanes, COLS: tl.constexpr, BLOC
 
 @triton.jit
 def profile(distance, half, width, skew, GAUSS: tl.constexpr):
-    """The factor of a row or column at that distance from a window's middle, which is `skew` from its centre."""
+    """The factor of a row or column at that distance from a window's middle, which is `skew` from
+    its centre."""
     if GAUSS:
         centred = distance + skew
         return tl.where(tl.abs(distance) <= half, exp2(centred * centred * width, 0), 0.0)
@@ -108,7 +129,8 @@ def profile(distance, half, width, skew, GAUSS: tl.constexpr):
 
 @triton.jit
 def distances(low, high, low2, high2, lanes, place_r, place_c, row, column, PAIR: tl.constexpr):
-    """(queries, keys): rows and columns from the centres `row` and `column` of the queries' windows."""
+    """(queries, keys): rows and columns from the centres `row` and `column` of the queries'
+    windows."""
     first_row, first_column, _, _ = unpack(low, high, low2, high2, lanes, PAIR)
     dr = (first_row + place_r.to(tl.float32))[None, :] - row[:, None]
     dc = (first_column + place_c.to(tl.float32))[None, :] - column[:, None]
@@ -117,12 +139,15 @@ def distances(low, high, low2, high2, lanes, place_r, place_c, row, column, PAIR
 
 @triton.jit
 def window_bias(
-    low, high, low2, high2, lanes, place_r, place_c, row, column, half, width, skew, held, PAIR: tl.constexpr,
+    low, high, low2, high2, lanes, place_r, place_c, row, column, half, width, skew, held,
+    PAIR: tl.constexpr,
     GAUSS: tl.constexpr,
 ):  # fmt: skip
     """(queries, keys): `held`, the weights, times the profile."""
     dr, dc = distances(low, high, low2, high2, lanes, place_r, place_c, row, column, PAIR)
-    return profile(dr, half, width, skew, GAUSS) * (profile(dc, half, width, skew, GAUSS) * held[:, None])
+    return profile(dr, half, width, skew, GAUSS) * (
+        profile(dc, half, width, skew, GAUSS) * held[:, None]
+    )
 
 
 @triton.jit
@@ -132,7 +157,8 @@ def load_centres(CENTRES, rows):
 
 @triton.jit
 def half_side(FRAME, which):
-    """Half the distance between a window's first and last row; `which`: 5 for the bias, 6 for the mask."""
+    """Half the distance between a window's first and last row; `which`: 5 for the bias, 6 for the
+    mask."""
     return (tl.load(FRAME + which) - 1).to(tl.float32) * 0.5
 
 
@@ -144,8 +170,9 @@ def middle_skew(FRAME, which):
 
 @triton.jit
 def window_lift(WEIGHTS, stride, places, CENTRES, frame_stride, rows, F: tl.constexpr):
-    """A row's largest window weight, at least 0. Where it is beyond LIMIT, window_weight shifts the row's weights so that it
-    is LIMIT: with keys that are so far below it, attention gives the same, and lse keeps its digits."""
+    """A row's largest window weight, at least 0. Where it is beyond LIMIT, window_weight shifts the
+    row's weights so that it is LIMIT: with keys that are so far below it, attention gives the same,
+    and lse keeps its digits."""
     top = tl.zeros([rows.shape[0]], dtype=tl.float32)
     for f in tl.static_range(F):
         there = tl.load(CENTRES + f * frame_stride + 2 * rows) > FAR
@@ -189,7 +216,9 @@ def load_rows(BASE, stride, places, inside, COLS: tl.constexpr, BLOCK_COLS: tl.c
 def store_rows(BASE, stride, places, inside, tile, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     cols = tl.arange(0, BLOCK_COLS)
     pointers = BASE + places.to(tl.int64)[:, None] * stride + cols[None, :]
-    tl.store(pointers, tile.to(BASE.dtype.element_ty), mask=inside[:, None] & (cols < COLS)[None, :])
+    tl.store(
+        pointers, tile.to(BASE.dtype.element_ty), mask=inside[:, None] & (cols < COLS)[None, :]
+    )
 
 
 @triton.jit
@@ -223,7 +252,8 @@ def _spread(x):
 
 @triton.jit
 def places_kernel(CENTRES, FRAMES, CODES, M, c_b, c_m, which, F: tl.constexpr, BLOCK: tl.constexpr):
-    """CODES (B, M) int64, in whose order neighbours in the first frame that a window is in are neighbours."""
+    """CODES (B, M) int64, in whose order neighbours in the first frame that a window is in are
+    neighbours."""
     blocks = tl.cdiv(M, BLOCK)
     b = tl.program_id(0) // blocks
     rows = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -246,10 +276,11 @@ def places_kernel(CENTRES, FRAMES, CODES, M, c_b, c_m, which, F: tl.constexpr, B
 
 @triton.jit
 def centres_kernel(
-    CENTRES, ORDER, FRAMES, OUT, B, M, padded, c_b, c_m, o_b, which, F: tl.constexpr, BLOCK: tl.constexpr
+    CENTRES, ORDER, FRAMES, OUT, B, M, padded, c_b, c_m, o_b, which, F: tl.constexpr,
+    BLOCK: tl.constexpr
 ):  # fmt: skip
-    """OUT (F, B, padded, 2) float32: row and column of the middles of windows, queries in ORDER (B|1, padded); FAR where
-    there is none."""
+    """OUT (F, B, padded, 2) float32: row and column of the middles of windows, queries in ORDER
+    (B|1, padded); FAR where there is none."""
     blocks = padded // BLOCK
     b = tl.program_id(0) // blocks
     rows = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -273,9 +304,9 @@ def lists_kernel(
     CENTRES, FRAMES, PATCHES, LIST, NUMBERS, COUNTS, FLAGS, B, padded, blocks, P, which,
     F: tl.constexpr, COMPACT: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """For each block of queries and frame: LIST (B, blocks, P) the words of patches, COUNTS (B, blocks, F) how many; FLAGS
-    (B, blocks, P) whether a window touches a patch. COMPACT: only the touched ones, with their NUMBERS, laid out as LIST;
-    else all, with a flag in the word."""
+    """For each block of queries and frame: LIST (B, blocks, P) the words of patches, COUNTS (B,
+    blocks, F) how many; FLAGS (B, blocks, P) whether a window touches a patch. COMPACT: only the
+    touched ones, with their NUMBERS, laid out as LIST; else all, with a flag in the word."""
     f = tl.program_id(0) % F
     block = tl.program_id(0) // F
     b = block // blocks
@@ -318,7 +349,8 @@ def lists_kernel(
 
 @triton.jit
 def blocks_kernel(FLAGS, BLOCKS, COUNTS, P, blocks, BLOCK: tl.constexpr):
-    """For each patch the blocks of queries with a window that touches it: BLOCKS (B, P, blocks), COUNTS (B, P)."""
+    """For each patch the blocks of queries with a window that touches it: BLOCKS (B, P, blocks),
+    COUNTS (B, P)."""
     programs = tl.cdiv(P, BLOCK)
     b = tl.program_id(0) // programs
     p = (tl.program_id(0) % programs) * BLOCK + tl.arange(0, BLOCK)

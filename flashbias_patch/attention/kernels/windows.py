@@ -1,8 +1,11 @@
-"""Windows of a call as the kernels want them, and the tables made of their centres, kept as long as the centres are.
+"""Windows of a call as the kernels want them, and the tables made of their centres, kept as long as
+the centres are.
 
-Queries are taken in an order in which neighbours have windows near each other: then the windows of a block of queries
-touch few patches. Six layers and their backward passes share the tables of one bias.
+Queries are taken in an order in which neighbours have windows near each other: then the windows of
+a block of queries touch few patches. Six layers and their backward passes share the tables of one
+bias.
 """
+
 from __future__ import annotations
 
 from typing import Any, Dict, NamedTuple, Optional, Tuple
@@ -49,16 +52,21 @@ class Windows(NamedTuple):
 
     @property
     def which(self) -> int:
-        """Column of FRAMES (patches.tables) with the sides that decide which patches are touched."""
+        """Column of FRAMES (patches.tables) with the sides that decide which patches are
+        touched."""
         return 6 if self.masked else 5
 
     def signature(self) -> Tuple[Any, ...]:
         """What launches depend on."""
         return (signature(self[:3]), *self[3:])
 
-    def static(self, lengths: Tuple[int, ...], device: torch.device) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    def static(
+        self, lengths: Tuple[int, ...], device: torch.device
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         """PATCHES, OWNERS, FRAMES, WIDTHS of patches.tables."""
-        return patches.tables(self.frames, self.sides, self.mask_sides, self.sigmas, lengths, device)
+        return patches.tables(
+            self.frames, self.sides, self.mask_sides, self.sigmas, lengths, device
+        )
 
     @property
     def apiece(self) -> int:
@@ -67,15 +75,17 @@ class Windows(NamedTuple):
 
 
 def make(
-    weights: Optional[Tensor], centres: Optional[Tensor], mask_centres: Optional[Tensor], frames: Tuple[int, ...],
+    weights: Optional[Tensor], centres: Optional[Tensor], mask_centres: Optional[Tensor],
+    frames: Tuple[int, ...],
     sides: Tuple[int, ...] = (), sigmas: Tuple[float, ...] = (), mask_sides: Tuple[int, ...] = (),
 ) -> Windows:  # fmt: skip
-    """Of the operator's arguments, of which torch leaves out the last where they are the schema's defaults; frames: rows,
-    columns, views of each, one after the other."""
+    """Of the operator's arguments, of which torch leaves out the last where they are the schema's
+    defaults; frames: rows, columns, views of each, one after the other."""
     grids = tuple(Grid(*frames[place : place + 3]) for place in range(0, len(frames), 3))
     none = (0,) * len(grids)
     return Windows(
-        None if weights is None else unit_last(weights), _unit_ends(centres), _unit_ends(mask_centres), grids,
+        None if weights is None else unit_last(weights), _unit_ends(centres),
+        _unit_ends(mask_centres), grids,
         tuple(sides) or none, tuple(sigmas) or None, tuple(mask_sides) or none,
     )  # fmt: skip
 
@@ -83,12 +93,15 @@ def make(
 def arguments(
     windows: Optional[WindowParts], mask: Optional[WindowMaskParts]
 ) -> Tuple[
-    Optional[Tensor], Optional[Tensor], Optional[Tensor], Tuple[int, ...], Tuple[int, ...], Tuple[float, ...],
+    Optional[Tensor], Optional[Tensor], Optional[Tensor], Tuple[int, ...], Tuple[int, ...],
+    Tuple[float, ...],
     Tuple[int, ...],
 ]:  # fmt: skip
     """The operator's arguments."""
     frames = mask.frames if windows is None else windows.frames  # type: ignore[union-attr]
-    numbers = tuple(number for frame in frames for number in (frame.rows, frame.columns, frame.views))
+    numbers = tuple(
+        number for frame in frames for number in (frame.rows, frame.columns, frame.views)
+    )
     return (
         None if windows is None else windows.weights, None if windows is None else windows.centres,
         None if mask is None else mask.centres, numbers, () if windows is None else windows.sides,
@@ -108,13 +121,18 @@ def parts(windows: Windows) -> Tuple[Optional[WindowParts], Optional[WindowMaskP
 
 
 def _unit_ends(centres: Optional[Tensor]) -> Optional[Tensor]:
-    if centres is None or centres.stride(3) == 1 and (centres.stride(2) == 3 or centres.shape[2] == 1):
+    if (
+        centres is None
+        or centres.stride(3) == 1
+        and (centres.stride(2) == 3 or centres.shape[2] == 1)
+    ):
         return centres
     return centres.contiguous()
 
 
 class Tables:
-    """The order of queries, the centres in it, and for each block size the patches that windows touch."""
+    """The order of queries, the centres in it, and for each block size the patches that windows
+    touch."""
 
     def __init__(self, windows: Windows, frames: Tensor, words: Tensor) -> None:
         first = windows.mask_centres if windows.masked else windows.centres
@@ -125,7 +143,9 @@ class Tables:
         self.frames, self.words, self.compact = frames, words, windows.masked
         self.which = windows.which
         self.order = self._order(first)
-        place = [None if t is None else self._centres(t, which) for t, which in zip(windows[1:3], (5, 6))]
+        place = [
+            None if t is None else self._centres(t, which) for t, which in zip(windows[1:3], (5, 6))
+        ]
         self.centres: Tensor = place[1] if place[0] is None else place[0]  # type: ignore[assignment]  # one of the two is a tensor
         self.mask_centres: Tensor = place[0] if place[1] is None else place[1]  # type: ignore[assignment]  # one of the two is a tensor
         self._lists: Dict[int, Tuple[Tensor, ...]] = {}
@@ -137,18 +157,37 @@ class Tables:
         codes = torch.empty((own, self.M), dtype=torch.int64, device=centres.device)
         options = dict(F=self.S, BLOCK=BLOCK)
         numbers = (self.M, *_strides(centres), self.which)
-        _run(tiles.places_kernel, own * cdiv(self.M, BLOCK), numbers, options, centres, self.frames, codes)
+        _run(
+            tiles.places_kernel,
+            own * cdiv(self.M, BLOCK),
+            numbers,
+            options,
+            centres,
+            self.frames,
+            codes,
+        )
         order = torch.zeros((self.batch, self.padded), dtype=torch.int32, device=centres.device)
         order[:, : self.M] = torch.sort(codes, dim=1, stable=True).indices
         return order
 
     def _centres(self, centres: Tensor, which: int) -> Tensor:
         """(S, batch, padded, 2) float32: see centres_kernel."""
-        placed = torch.empty((self.S, self.batch, self.padded, 2), dtype=torch.float32, device=centres.device)
+        placed = torch.empty(
+            (self.S, self.batch, self.padded, 2), dtype=torch.float32, device=centres.device
+        )
         numbers = (self.batch, self.M, self.padded, *_strides(centres), self.padded, which)
         programs = self.batch * self.padded // BLOCK
         options = dict(F=self.S, BLOCK=BLOCK)
-        _run(tiles.centres_kernel, programs, numbers, options, centres, self.order, self.frames, placed)
+        _run(
+            tiles.centres_kernel,
+            programs,
+            numbers,
+            options,
+            centres,
+            self.order,
+            self.frames,
+            placed,
+        )
         return placed
 
     def lists(self, block: int) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -158,13 +197,17 @@ class Tables:
             count, device, P = cdiv(self.M, block), self.order.device, self.words.shape[0]
             # The kernels load ahead: two words, one row of flags.
             words = torch.zeros(self.batch * count * P + 4, dtype=torch.int64, device=device)
-            numbers = torch.empty(self.batch * count * P if self.compact else 1, dtype=torch.int32, device=device)
+            numbers = torch.empty(
+                self.batch * count * P if self.compact else 1, dtype=torch.int32, device=device
+            )
             counts = torch.empty((self.batch, count, self.S), dtype=torch.int32, device=device)
             flags = torch.zeros((self.batch * count + 1, P), dtype=torch.uint8, device=device)
             _run(
-                tiles.lists_kernel, self.batch * count * self.S, (self.batch, self.padded, count, P, self.which),
+                tiles.lists_kernel, self.batch * count * self.S, (self.batch, self.padded, count,
+                P, self.which),
                 dict(F=self.S, COMPACT=self.compact, BLOCK_M=block, CHUNK=CHUNK),
-                self.mask_centres if self.compact else self.centres, self.frames, self.words, words, numbers, counts, flags,
+                self.mask_centres if self.compact else self.centres, self.frames, self.words,
+                words, numbers, counts, flags,
             )  # fmt: skip
             found = self._lists[block] = words, numbers, counts, flags
         return found  # type: ignore[return-value]
@@ -186,7 +229,9 @@ _launches = Kept()
 _kept: Dict[Key, Tuple[Tuple[Any, ...], Tables]] = {}
 
 
-def _run(kernel: Any, programs: int, numbers: Tuple[int, ...], options: Dict[str, int], *tensors: Tensor) -> None:
+def _run(
+    kernel: Any, programs: int, numbers: Tuple[int, ...], options: Dict[str, int], *tensors: Tensor
+) -> None:
     key = kernel.__name__, programs, numbers, tuple(options.values()), signature(tensors)
     launch = _launches.find(key) or _launches.keep(key, Launch(kernel, programs, numbers, options))
     launch(*tensors)
@@ -197,7 +242,8 @@ def _strides(centres: Tensor) -> Tuple[int, int]:
 
 
 def tables_of(windows: Windows) -> Tables:
-    """The tables of these windows: those of an earlier call, where the centres are the same numbers in the same place."""
+    """The tables of these windows: those of an earlier call, where the centres are the same numbers
+    in the same place."""
     first = windows.mask_centres if windows.masked else windows.centres
     assert first is not None
     static = windows.static((), first.device)
@@ -217,7 +263,8 @@ def tables_of(windows: Windows) -> Tables:
 
 
 def _places(windows: Windows, first: Tensor) -> Optional[Tuple[Key, Tuple[Any, ...]]]:
-    """What the centres are known by, and weak references to their memory; None where nothing may be kept."""
+    """What the centres are known by, and weak references to their memory; None where nothing may be
+    kept."""
     stream = 0
     if first.is_cuda:
         if torch.cuda.is_current_stream_capturing():
@@ -234,7 +281,13 @@ def _places(windows: Windows, first: Tensor) -> Optional[Tuple[Key, Tuple[Any, .
                 continue
             owner = StorageWeakRef(centres.untyped_storage())
             owners.append(owner)
-            key += (owner.cdata, centres.storage_offset(), centres.shape, centres.stride(), centres._version)
+            key += (
+                owner.cdata,
+                centres.storage_offset(),
+                centres.shape,
+                centres.stride(),
+                centres._version,
+            )
     except RuntimeError:  # made in inference mode: changes are not counted
         return None
     return key, tuple(owners)

@@ -1,9 +1,11 @@
 """Gradients after a backend's backward pass has failed, and what that leaves behind.
 
-Without dropout plain PyTorch answers, whatever the backend. With it the answer must drop what the forward dropped: the
-fused operator's draw is known (kernels/recompute.py); of other backends only their random state is, so they run once
-more from it, and if that fails too there is no right answer left.
+Without dropout plain PyTorch answers, whatever the backend. With it the answer must drop what the
+forward dropped: the fused operator's draw is known (kernels/recompute.py); of other backends only
+their random state is, so they run once more from it, and if that fails too there is no right answer
+left.
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional, Sequence, Tuple
@@ -28,25 +30,37 @@ LEAST_BYTES = 32 << 20  # of scores at once, when memory has run out
 IN_CHUNKS = "out of memory in backward: gradients were computed in small chunks by plain PyTorch"
 ONCE_MORE = "out of memory in backward: the cache was emptied and the call run once more"
 TWICE = (
-    "{} failed twice in backward or recomputation of a call with dropout ({}). No other backend drops what its forward "
-    "dropped, so this step has no right gradient. Continue from your last checkpoint, with another FLASHBIAS_BACKEND"
+    "{} failed twice in backward or recomputation of a call with dropout ({}). No other backend "
+    "drops what its forward "
+    "dropped, so this step has no right gradient. Continue from your last checkpoint, with "
+    "another FLASHBIAS_BACKEND"
 )
 
 
 class DropoutLostError(RuntimeError):
-    """What a backend dropped can't be drawn again: it failed twice in backward or in recomputation."""
+    """What a backend dropped can't be drawn again: it failed twice in backward or in
+    recomputation."""
 
 
 def of_guarded(
     call: Call, inputs: AttentionInputs, needs: Sequence[bool], grad_out: Tensor, error: Exception
 ) -> Sequence[Optional[Tensor]]:
-    """The gradients of a guarded call (guard.py) whose backward raised `error`, in the order of its operands."""
+    """The gradients of a guarded call (guard.py) whose backward raised `error`, in the order of its
+    operands."""
     dropout = inputs.dropout_p > 0
 
     def repeat(plain: AttentionInputs) -> Any:
         return call.once_more(call.operands(plain), needs, grad_out.detach())
 
-    short = _judge(error, call.backend, call.name, inputs, call.key, ONCE_MORE if dropout else IN_CHUNKS, repeat)
+    short = _judge(
+        error,
+        call.backend,
+        call.name,
+        inputs,
+        call.key,
+        ONCE_MORE if dropout else IN_CHUNKS,
+        repeat,
+    )
     if dropout:
         try:
             return call.once_more(call.operands(inputs), needs, grad_out)
@@ -64,7 +78,8 @@ def of_guarded(
 
 
 def of_fused(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:
-    """The fused operator's backward raised `error`: the gradients by plain PyTorch, and the breaker opens.
+    """The fused operator's backward raised `error`: the gradients by plain PyTorch, and the breaker
+    opens.
 
     `call` is kernels.recompute.Call, which knows what the forward's dropout drew.
     """
@@ -99,13 +114,19 @@ def raised(call: Any, grad_out: Tensor, error: BaseException) -> NoReturn:
 
 
 def _judge(
-    error: BaseException, candidate: Any, name: str, inputs: AttentionInputs, key: Key, if_short: str,
+    error: BaseException,
+    candidate: Any,
+    name: str,
+    inputs: AttentionInputs,
+    key: Key,
+    if_short: str,
     repeat: Callable[[AttentionInputs], Any],
-) -> bool:  # fmt: skip
-    """Whether memory ran out. Raises what is not survived or is the caller's; for the rest the breaker opens.
+) -> bool:
+    """Whether memory ran out. Raises what is not survived or is the caller's; for the rest the
+    breaker opens.
 
-    It waits for the next forward: layers still to be recomputed in this pass take the backend that their forward took.
-    `repeat` repeats the pass on the inputs that it is given.
+    It waits for the next forward: layers still to be recomputed in this pass take the backend that
+    their forward took. `repeat` repeats the pass on the inputs that it is given.
     """
     if not errors.survivable(error):
         if errors.sticky(error):

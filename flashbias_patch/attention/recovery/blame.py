@@ -1,10 +1,12 @@
-"""Whose failure is an error that came out of a backend: the backend's, or that of the caller's code and context?
+"""Whose failure is an error that came out of a backend: the backend's, or that of the caller's code
+and context?
 
-Code of the caller runs inside a backend's call: saved-tensor hooks, dispatch and function modes, signal handlers, tensor
-subclasses. Its exceptions must reach the caller, and no breaker may open for them. So where such code can have played a
-part, the self-check's problem and then the call itself are repeated away from all that: if both pass, the backend is
-not to blame.
+Code of the caller runs inside a backend's call: saved-tensor hooks, dispatch and function modes,
+signal handlers, tensor subclasses. Its exceptions must reach the caller, and no breaker may open
+for them. So where such code can have played a part, the self-check's problem and then the call
+itself are repeated away from all that: if both pass, the backend is not to blame.
 """
+
 from __future__ import annotations
 
 import enum
@@ -23,15 +25,28 @@ from ..call_class import Key
 from ..inputs import AttentionInputs
 
 PLAIN = (Tensor, torch.nn.Parameter)
-# Top-level packages that backends are made of; exceptions from other code are the caller's until shown otherwise.
+# Top-level packages that backends are made of; exceptions from other code are the caller's until
+# shown otherwise.
 BACKENDS = {
-    "flashbias_patch", "torch", "triton", "flash_attn", "flash_attn_interface", "flash_bias_triton", "cutlass", "quack",
-}  # fmt: skip
+    "flashbias_patch",
+    "torch",
+    "triton",
+    "flash_attn",
+    "flash_attn_interface",
+    "flash_bias_triton",
+    "cutlass",
+    "quack",
+}
 # Modules that call backends.
-CALLERS = (f"{__package__}.forward", f"{__package__}.guard", __package__.rsplit(".", 1)[0] + ".dispatch")
+CALLERS = (
+    f"{__package__}.forward",
+    f"{__package__}.guard",
+    __package__.rsplit(".", 1)[0] + ".dispatch",
+)
 # Modules of torch whose functions run as the caller's hooks.
 HOOKS = ("torch.utils.checkpoint", "torch.autograd.graph")
-ENGINE = "_engine_run_backward"  # the function of torch.autograd.graph that every backward pass goes through: no hook
+# the function of torch.autograd.graph that every backward pass goes through: no hook
+ENGINE = "_engine_run_backward"
 
 
 class Blame(enum.Enum):
@@ -49,9 +64,13 @@ class Stage(enum.Enum):
 
 
 def of(
-    error: BaseException, candidate: Any, inputs: AttentionInputs, key: Key, again: Callable[[AttentionInputs], Any],
+    error: BaseException,
+    candidate: Any,
+    inputs: AttentionInputs,
+    key: Key,
+    again: Callable[[AttentionInputs], Any],
     stage: Stage = Stage.RUN,
-) -> Blame:  # fmt: skip
+) -> Blame:
     """Whose failure `error` is. `again` repeats the call, on the inputs that it is given."""
     callbacks = _callbacks(inputs)
     callers = any(
@@ -80,7 +99,8 @@ def of(
 def _frames(trace: Optional[TracebackType]) -> Iterator[FrameType]:
     """The frames that an exception went through, from the backend's call on.
 
-    An exception object that was raised before carries the frames of that time behind the new ones: they do not count.
+    An exception object that was raised before carries the frames of that time behind the new ones:
+    they do not count.
     """
     inside = False
     while trace is not None:
@@ -100,8 +120,16 @@ def _callbacks(inputs: AttentionInputs) -> Set[CodeType]:
     if internals.saved_tensor_hooks is not None:
         found += internals.saved_tensor_hooks(True) or ()
     owners: List[Any] = [type(mode) for mode in internals.modes()]
-    owners += [type(tensor) for tensor in inputs.tensors() if tensor is not None and type(tensor) not in PLAIN]
-    found += [getattr(owner, name, None) for owner in owners for name in ("__torch_dispatch__", "__torch_function__")]
+    owners += [
+        type(tensor)
+        for tensor in inputs.tensors()
+        if tensor is not None and type(tensor) not in PLAIN
+    ]
+    found += [
+        getattr(owner, name, None)
+        for owner in owners
+        for name in ("__torch_dispatch__", "__torch_function__")
+    ]
     for function in tuple(found):
         if isinstance(function, functools.partial):  # as replay.py wraps hooks
             found += [function.func, *function.args]
@@ -123,7 +151,11 @@ def _foreign(module: str, candidate: Any) -> bool:
 
 def _standard_library() -> Set[str]:
     names = getattr(sys, "stdlib_module_names", None)  # since Python 3.10
-    return set(sys.builtin_module_names) | {"contextlib", "functools", "importlib"} if names is None else names
+    return (
+        set(sys.builtin_module_names) | {"contextlib", "functools", "importlib"}
+        if names is None
+        else names
+    )
 
 
 def _unusual(inputs: AttentionInputs) -> bool:

@@ -1,4 +1,5 @@
 """What a failure is: survivable or not, out of memory, or none of this package's business."""
+
 from __future__ import annotations
 
 import re
@@ -12,15 +13,33 @@ from ..inputs import AttentionInputs
 
 # After one of these the CUDA context is wrecked: every later call fails.
 STICKY = (
-    "illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address",
-    "illegal instruction", "illegal address", "invalid program counter", "hardware stack error",
+    "illegal memory access",
+    "device-side assert",
+    "unspecified launch failure",
+    "misaligned address",
+    "illegal instruction",
+    "illegal address",
+    "invalid program counter",
+    "hardware stack error",
     "uncorrectable",
-)  # fmt: skip
-OUT_OF_MEMORY = ("CUDA out of memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+)
+OUT_OF_MEMORY = (
+    "CUDA out of memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+)
 # Exceptions by which torch steers its own recomputation, tracing and transforms.
-STEERING = ("torch.utils.checkpoint", "torch._dynamo", "torch._subclasses", "torch.fx", "torch._export")
+STEERING = (
+    "torch.utils.checkpoint",
+    "torch._dynamo",
+    "torch._subclasses",
+    "torch.fx",
+    "torch._export",
+)
 CULPRIT = (
-    "a CUDA error that no process survives surfaced inside attention; it may come from any earlier kernel. "
+    "a CUDA error that no process survives surfaced inside attention; it may come from any "
+    "earlier kernel. "
     "Run once with CUDA_LAUNCH_BLOCKING=1 to see which call it is"
 )
 
@@ -42,7 +61,8 @@ def survivable(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Device or host memory ran out. Triton's OutOfResources, a kernel's shared memory, is something else."""
+    """Device or host memory ran out. Triton's OutOfResources, a kernel's shared memory, is
+    something else."""
     if isinstance(error, (OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
@@ -55,8 +75,8 @@ def first_line(error: BaseException) -> str:
 
 
 def forget_frames(error: Optional[BaseException]) -> None:
-    """Drop the locals of the frames an exception went through: they keep its tensors alive, and where one of them is the
-    exception itself, until Python's collector comes by."""
+    """Drop the locals of the frames an exception went through: they keep its tensors alive, and
+    where one of them is the exception itself, until Python's collector comes by."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -68,15 +88,19 @@ def memory_advice(error: BaseException, inputs: AttentionInputs) -> str:
     B, M, H, D = inputs.q.shape
     N = inputs.k.shape[1]
     lines = [
-        f"out of memory in attention of B={B} M={M} N={N} H={H} D={D}, also after emptying the cache and "
+        f"out of memory in attention of B={B} M={M} N={N} H={H} D={D}, also after emptying the "
+        "cache and "
         "with the backend that needs least",
         f"  requested: {asked.group(1) if asked else 'unknown'}; {_free(inputs.q.device)}",
-        "  to try: with_cp=True on the decoder layers; a smaller batch; FLASHBIAS_DTYPE=fp16 or bf16; "
+        "  to try: with_cp=True on the decoder layers; a smaller batch; FLASHBIAS_DTYPE=fp16 or "
+        "bf16; "
         "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
     ]
     if inputs.dense is not None:
         size = inputs.dense.numel() * inputs.dense.element_size() / 2**20
-        lines.append(f"  the dense bias holds {size:.0f} MiB: FLASHBIAS_RANK or _ENERGY factorise it")
+        lines.append(
+            f"  the dense bias holds {size:.0f} MiB: FLASHBIAS_RANK or _ENERGY factorise it"
+        )
     return "\n".join(lines)
 
 
@@ -85,4 +109,6 @@ def _free(device: torch.device) -> str:
         return "free: unknown on this device"
     free, total = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_allocated(device)
-    return f"free: {free >> 20} MiB of {total >> 20} MiB, {held >> 20} MiB in tensors of this process"
+    return (
+        f"free: {free >> 20} MiB of {total >> 20} MiB, {held >> 20} MiB in tensors of this process"
+    )

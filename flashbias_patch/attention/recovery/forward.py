@@ -1,4 +1,5 @@
 """After a backend failed in a forward pass: the same again, small chunks, or the next backend."""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple, Optional
@@ -28,9 +29,15 @@ class Attempt(NamedTuple):
 
 
 def run(
-    candidate: Any, name: str, inputs: AttentionInputs, key: Key, state: Any, hooked: Optional[replay.Replay]
+    candidate: Any,
+    name: str,
+    inputs: AttentionInputs,
+    key: Key,
+    state: Any,
+    hooked: Optional[replay.Replay],
 ) -> Tensor:
-    """A backend's output for a call that may want gradients, its backward guarded where that is worth it (guard.py).
+    """A backend's output for a call that may want gradients, its backward guarded where that is
+    worth it (guard.py).
 
     hooked: replay.hooked().
     """
@@ -43,7 +50,8 @@ def run(
 
 
 def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
-    """After a failure: the last resort's output if memory ran out, None if the next backend is to try.
+    """After a failure: the last resort's output if memory ran out, None if the next backend is to
+    try.
 
     Raises the error itself where it is the caller's (blame.py), torch's own or not survived.
     """
@@ -76,7 +84,8 @@ def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
 
 
 def _same_again(error: Exception, attempt: Attempt) -> Tensor:
-    """A recomputation with dropout failed. Only the backend of the forward drops the same: it tries once more."""
+    """A recomputation with dropout failed. Only the backend of the forward drops the same: it tries
+    once more."""
     candidate, name, inputs, key, state, _, _ = attempt
     backward.make_room(error, inputs)
     reason = f"recomputation with dropout, tried once more: {errors.first_line(error)}"
@@ -91,10 +100,14 @@ def _same_again(error: Exception, attempt: Attempt) -> Tensor:
 
 
 def _least_memory(error: Exception, name: str, inputs: AttentionInputs, key: Key) -> Tensor:
-    """One more try, with the backend that needs the least. No breaker opens: the next call is fast again."""
+    """One more try, with the backend that needs the least. No breaker opens: the next call is fast
+    again."""
     backward.make_room(error, inputs)
     if not settings.current().strict:
-        reason = "out of memory: the cache was emptied and the call answered in small chunks by the reference"
+        reason = (
+            "out of memory: the cache was emptied and the call answered in small chunks by "
+            "the reference"
+        )
         journal.fallback(name, describe(key), reason)
         checkpointed = replay.current()
         if checkpointed is not None:

@@ -1,15 +1,20 @@
-"""Other backends' backward passes, guarded: one that raises is answered by another way, and training goes on.
+"""Other backends' backward passes, guarded: one that raises is answered by another way, and
+training goes on.
 
-An error in a backward pass can only be caught around a graph of one's own. So a guarded call runs its backend on
-detached operands, keeps the small graph that this leaves, and differentiates it inside its own backward. That costs
-some 14 microseconds a call, forward and backward together, so it is done only
+An error in a backward pass can only be caught around a graph of one's own. So a guarded call runs
+its backend on detached operands, keeps the small graph that this leaves, and differentiates it
+inside its own backward. That costs some 14 microseconds a call, forward and backward together, so
+it is done only
 
-- for calls of at least LARGE scores, whose own time dwarfs that. They are also the ones that run out of memory; and
-- inside a checkpoint that records saved tensors (Replay.hooked), whose recomputation must save as many tensors as
-  its forward did, whichever backend answers it.
+- for calls of at least LARGE scores, whose own time dwarfs that. They are also the ones that run
+  out of memory; and
+- inside a checkpoint that records saved tensors (Replay.hooked), whose recomputation must save as
+  many tensors as its forward did, whichever backend answers it.
 
-The fused operator needs none of this elsewhere: it rescues inside its own backward (kernels/operator.py).
+The fused operator needs none of this elsewhere: it rescues inside its own backward
+(kernels/operator.py).
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -27,26 +32,36 @@ from . import backward
 LARGE = 1 << 25  # scores, B * H * M * N, from which on a call is guarded
 OWN_RESCUE = ("triton",)  # backends that guard themselves
 PLAIN = (Tensor, torch.nn.Parameter)
-Graph = Tuple[Tensor, List[Tensor]]  # the backend's output, and the detached operands that it was computed from
-# The saved-tensor hooks in force, which older torch (before 2.8) does not tell: there, large calls stay unguarded.
+Graph = Tuple[
+    Tensor, List[Tensor]
+]  # the backend's output, and the detached operands that it was computed from
+# The saved-tensor hooks in force, which older torch (before 2.8) does not tell: there, large calls
+# stay unguarded.
 _hooks_in_force = internals.saved_tensor_hooks
 _keeps_graph = internals.keeps_graph
 
 
 def wanted(name: str, inputs: AttentionInputs, hooked: bool) -> bool:
-    """Whether this call, of a class that wants gradients, is to be guarded. `hooked`: see Replay."""
+    """Whether this call, of a class that wants gradients, is to be guarded. `hooked`: see
+    Replay."""
     q = inputs.q
     if not hooked:
         B, M, H, _ = q.shape
         if name in OWN_RESCUE:
             return False
         if B * M * H * inputs.k.shape[1] < LARGE:
-            # On the CPU, sdpa with dropout or a gradient of the dense bias is made of matrix products, which an autocast
-            # that is open in the backward pass would compute in half precision.
+            # On the CPU, sdpa with dropout or a gradient of the dense bias is made of matrix
+            # products, which an autocast that is open in the backward pass would compute in half
+            # precision.
             dense = inputs.dense
-            if q.is_cuda or name != "sdpa" or not (inputs.dropout_p or dense is not None and dense.requires_grad):
+            if (
+                q.is_cuda
+                or name != "sdpa"
+                or not (inputs.dropout_p or dense is not None and dense.requires_grad)
+            ):
                 return False
-        # Someone's hooks would see the graph's tensors beside ours: twice the offloading or recomputing.
+        # Someone's hooks would see the graph's tensors beside ours: twice the offloading or
+        # recomputing.
         if _hooks_in_force is None or _hooks_in_force(True) is not None:
             return False
     if type(q) not in PLAIN or not torch.is_grad_enabled() or torch.jit.is_tracing():
@@ -59,16 +74,18 @@ def wanted(name: str, inputs: AttentionInputs, hooked: bool) -> bool:
 class Call:
     """One guarded call: what its backward needs to know, without the tensors.
 
-    `state` is the random state before the forward (None without dropout). `script` and `place` are of a hooked
-    checkpoint.
+    `state` is the random state before the forward (None without dropout). `script` and `place` are
+    of a hooked checkpoint.
     """
 
-    __slots__ = ("backend", "name", "key", "places", "static", "state", "script", "place", "graph")  # fmt: skip
+    __slots__ = ("backend", "name", "key", "places", "static", "state", "script", "place", "graph")
 
     def __init__(self, backend: Any, name: str, key: Any, inputs: AttentionInputs, state: Any,
                  script: Any = None) -> None:  # fmt: skip
         self.backend, self.name, self.key, self.state = backend, name, key, state
-        self.places = [place for place, tensor in enumerate(inputs.tensors()) if tensor is not None]  # in TENSORS
+        self.places = [
+            place for place, tensor in enumerate(inputs.tensors()) if tensor is not None
+        ]  # in TENSORS
         self.static = inputs.static()
         self.script, self.place = script, None if script is None else script.place
         self.graph: Optional[Graph] = None
@@ -79,7 +96,8 @@ class Call:
         if script is None:
             graph = self.graph = self.run(tensors)
         else:
-            # What the graph saves is none of the checkpoint's business. The first time it is not needed at all.
+            # What the graph saves is none of the checkpoint's business. The first time it is not
+            # needed at all.
             pack: Callable[[Tensor], Any] = _forget if script.recording else Tensor.detach
             with torch.autograd.graph.saved_tensors_hooks(pack, _same):
                 graph = self.run(tensors)
@@ -100,7 +118,10 @@ class Call:
 
     def run(self, tensors: Sequence[Tensor]) -> Graph:
         """The backend on detached operands. Grad mode is on."""
-        leaves = [tensor.detach().requires_grad_() if tensor.requires_grad else tensor for tensor in tensors]
+        leaves = [
+            tensor.detach().requires_grad_() if tensor.requires_grad else tensor
+            for tensor in tensors
+        ]
         return self.backend(self.inputs(leaves)), leaves
 
     def gradients(
@@ -138,7 +159,9 @@ class Call:
                 every[place] = need
             found = differentiable.gradients(inputs, every, grad_out)
             return [found[place] for place in self.places]
-        aliases = [t.view_as(t) for t in tensors]  # an operand made of another one must not count for both
+        aliases = [
+            t.view_as(t) for t in tensors
+        ]  # an operand made of another one must not count for both
         with self.as_then():
             with torch.enable_grad():
                 out = self.backend(self.inputs(aliases))
@@ -146,7 +169,8 @@ class Call:
 
     @contextlib.contextmanager
     def as_then(self) -> Any:
-        """Random state as at the forward, put back afterwards; without autocast, as at the forward."""
+        """Random state as at the forward, put back afterwards; without autocast, as at the
+        forward."""
         now = None if self.state is None else random_state.now(self.state[2])
         random_state.restore(self.state)
         try:
@@ -157,16 +181,26 @@ class Call:
 
 
 def differentiate(
-    graph: Graph, needs: Sequence[bool], grad_out: Tensor, keep: bool = False, create_graph: bool = False
+    graph: Graph,
+    needs: Sequence[bool],
+    grad_out: Tensor,
+    keep: bool = False,
+    create_graph: bool = False,
 ) -> List[Optional[Tensor]]:
     out, leaves = graph
     asked = tuple(compress(leaves, needs))
     with internals.autocast_off():
-        found = iter(_run_backward((out,), (grad_out,), keep or create_graph, create_graph, asked, True, False))
+        found = iter(
+            _run_backward(
+                (out,), (grad_out,), keep or create_graph, create_graph, asked, True, False
+            )
+        )
     return [next(found) if need else None for need in needs]
 
 
-def _by_grad(outs: Any, grads: Any, keep: bool, create: bool, asked: Any, unused: bool, accumulate: bool) -> Any:
+def _by_grad(
+    outs: Any, grads: Any, keep: bool, create: bool, asked: Any, unused: bool, accumulate: bool
+) -> Any:
     return torch.autograd.grad(outs, asked, grads, keep, create, allow_unused=unused)
 
 
@@ -179,17 +213,21 @@ class _Guarded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        tensors = ctx.saved_tensors  # in a checkpoint this recomputes, which leaves the graph with the script
+        tensors = (
+            ctx.saved_tensors
+        )  # in a checkpoint this recomputes, which leaves the graph with the script
         needs = ctx.needs_input_grad[2:]
         if differentiable.needed_in_backward(grad_out):
             return (None, None, *ctx.call.differentiable_gradients(tensors, needs, grad_out))
         return (None, None, *ctx.call.gradients(tensors, needs, grad_out))
 
 
-# Called without the Python that torch wraps them in, six microseconds that are not needed here: Function.apply looks
-# for transforms, inside which differentiable.py computes, and autograd.grad checks a gradient that the pass around ours
-# has checked.
-_apply: Callable[..., Any] = getattr(super(torch.autograd.Function, _Guarded), "apply", _Guarded.apply)
+# Called without the Python that torch wraps them in, six microseconds that are not needed here:
+# Function.apply looks for transforms, inside which differentiable.py computes, and autograd.grad
+# checks a gradient that the pass around ours has checked.
+_apply: Callable[..., Any] = getattr(
+    super(torch.autograd.Function, _Guarded), "apply", _Guarded.apply
+)
 _engine = getattr(torch.autograd.Variable, "_execution_engine", None)
 _run_backward: Callable[..., Any] = getattr(_engine, "run_backward", _by_grad)
 

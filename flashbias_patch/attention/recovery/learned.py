@@ -1,9 +1,10 @@
 """Gradients of the learned biases inside checkpoints that run a backward pass of their own.
 
-Such a checkpoint is a torch.autograd.Function, and a bias that its function finds in a context variable is none of its
-arguments: nothing in the graph leads from its output to the bias. replay.py hands the recomputation leaves, and what
-these receive is added to the bias' own gradient.
+Such a checkpoint is a torch.autograd.Function, and a bias that its function finds in a context
+variable is none of its arguments: nothing in the graph leads from its output to the bias. replay.py
+hands the recomputation leaves, and what these receive is added to the bias' own gradient.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -18,7 +19,8 @@ from torch import Tensor
 from ... import _torch_internals as internals
 
 LEARNED_ADVICE = (
-    "checkpoint without reentrance (torch.utils.checkpoint.checkpoint(..., use_reentrant=False)), or pass the bias as "
+    "checkpoint without reentrance (torch.utils.checkpoint.checkpoint(..., "
+    "use_reentrant=False)), or pass the bias as "
     "a tensor argument of the checkpointed function and open attention_bias(...) inside it"
 )
 
@@ -32,15 +34,18 @@ def advising() -> Any:
         if "a second time" not in str(error) or LEARNED_ADVICE in str(error):
             raise
         raise RuntimeError(
-            f"{error}\nIf a learned attention bias is used in several checkpoints that run a backward pass of their own, "
+            f"{error}\nIf a learned attention bias is used in several checkpoints that run a "
+            "backward pass of their own, "
             f"or outside them too: {LEARNED_ADVICE}"
         ) from error
 
 
 class Leaves:
-    """Gradients of carried tensors, from a recomputation that differentiates itself (a backward inside a backward).
+    """Gradients of carried tensors, from a recomputation that differentiates itself (a backward
+    inside a backward).
 
-    The recomputation sees leaves instead, so that it does not free the graph behind the tensors, which others need.
+    The recomputation sees leaves instead, so that it does not free the graph behind the tensors,
+    which others need.
     """
 
     def __init__(self) -> None:
@@ -54,12 +59,15 @@ class Leaves:
         return self._leaves[id(tensor)][1]
 
     def deliver(self) -> None:
-        pairs = [(tensor, leaf.grad) for tensor, leaf in self._leaves.values() if leaf.grad is not None]
+        pairs = [
+            (tensor, leaf.grad) for tensor, leaf in self._leaves.values() if leaf.grad is not None
+        ]
         if not pairs:
             return
         if not torch.autograd._is_checkpoint_valid():
             raise RuntimeError(
-                "attention_bias: the gradient of a learned bias inside this checkpoint is only known to "
+                "attention_bias: the gradient of a learned bias inside this checkpoint is only "
+                "known to "
                 f"loss.backward() without `inputs`, not to torch.autograd.grad; {LEARNED_ADVICE}"
             )
         if internals.will_execute is None:  # torch does not tell what else the pass has for them
@@ -71,11 +79,13 @@ class Leaves:
 
 
 class PassGradients:
-    """What the checkpoints of one backward pass have found for tensors that are no arguments of theirs.
+    """What the checkpoints of one backward pass have found for tensors that are no arguments of
+    theirs.
 
-    Each tensor gets the sum once: with what the pass itself finds for the tensor, or else when the pass ends.
-    DistributedDataParallel reduces a gradient when it first arrives, and does not notice what is added later. Only where
-    the pass differentiates part of the graph behind the tensor, but not the tensor, is each part added at once.
+    Each tensor gets the sum once: with what the pass itself finds for the tensor, or else when the
+    pass ends. DistributedDataParallel reduces a gradient when it first arrives, and does not notice
+    what is added later. Only where the pass differentiates part of the graph behind the tensor, but
+    not the tensor, is each part added at once.
     """
 
     def __init__(self) -> None:
@@ -101,10 +111,13 @@ class PassGradients:
             if not self._at_once(tensor):
                 self._found[id(tensor)] = tensor, gradient
                 return
-        _differentiate([tensor], [gradient])  # now: the pass frees what the graph behind the tensor needs
+        _differentiate(
+            [tensor], [gradient]
+        )  # now: the pass frees what the graph behind the tensor needs
 
     def _at_once(self, tensor: Tensor) -> bool:
-        """Whether each part is to be added when it is found; else all of them join what the pass finds, if it does."""
+        """Whether each part is to be added when it is found; else all of them join what the pass
+        finds, if it does."""
         assert internals.will_execute is not None
         node = _node(tensor)
         if not internals.will_execute(node):
@@ -131,7 +144,9 @@ class PassGradients:
             _differentiate(tensors, gradients)
 
 
-_gradients: weakref.WeakValueDictionary[int, PassGradients] = weakref.WeakValueDictionary()  # by backward pass
+_gradients: weakref.WeakValueDictionary[int, PassGradients] = (
+    weakref.WeakValueDictionary()
+)  # by backward pass
 _gradients_lock = threading.RLock()
 
 

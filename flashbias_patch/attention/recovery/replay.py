@@ -1,18 +1,22 @@
-"""Recomputation: how a checkpointed function finds again in the backward pass what it found in the forward pass.
+"""Recomputation: how a checkpointed function finds again in the backward pass what it found in the
+forward pass.
 
-A checkpoint runs its function twice: in the forward pass, and again in the backward pass, when every `with` block
-around it has been left, perhaps in another thread. A `Replay` holds what the function found the first time: the values
-of the context variables named by `carry`, and the backend of each attention call. It is attached to the graph, so that
-the name under which a checkpoint was called, and who wrote it, do not matter:
+A checkpoint runs its function twice: in the forward pass, and again in the backward pass, when
+every `with` block around it has been left, perhaps in another thread. A `Replay` holds what the
+function found the first time: the values of the context variables named by `carry`, and the backend
+of each attention call. It is attached to the graph, so that the name under which a checkpoint was
+called, and who wrote it, do not matter:
 
-- A torch.autograd.Function (torch's reentrant checkpoint, fairscale's, DeepSpeed's, Megatron's): the Replay is kept by
-  the `ctx` of the Function inside whose forward an attention runs, and is in force during its backward.
-- Saved-tensor hooks (torch's non-reentrant checkpoint and copies of it): the Replay is in force while tensors are
-  unpacked. `saved_tensors_hooks.__enter__` is wrapped for this (`watch`).
+- A torch.autograd.Function (torch's reentrant checkpoint, fairscale's, DeepSpeed's, Megatron's):
+  the Replay is kept by the `ctx` of the Function inside whose forward an attention runs, and is in
+  force during its backward.
+- Saved-tensor hooks (torch's non-reentrant checkpoint and copies of it): the Replay is in force
+  while tensors are unpacked. `saved_tensors_hooks.__enter__` is wrapped for this (`watch`).
 
-Private handles of torch, seen on 2.6 to 2.14: `_is_fwd_grad_enabled`, the engine's call of `ctx.apply`,
-`CheckpointFunction`.
+Private handles of torch, seen on 2.6 to 2.14: `_is_fwd_grad_enabled`, the engine's call of
+`ctx.apply`, `CheckpointFunction`.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -38,8 +42,9 @@ from . import learned
 class Carried(NamedTuple):
     """A context variable whose value a recomputation needs.
 
-    `mapped(value, function)` is the value with `function` applied to its tensors; `reopen(value)` is a context manager
-    that puts back what belongs to a value beside the variable itself; `read()` is the value to keep.
+    `mapped(value, function)` is the value with `function` applied to its tensors; `reopen(value)`
+    is a context manager that puts back what belongs to a value beside the variable itself; `read()`
+    is the value to keep.
     """
 
     variable: contextvars.ContextVar[Any]
@@ -52,14 +57,17 @@ PLAIN = (Tensor, torch.nn.Parameter)
 SMALL_CHUNKS = "small chunks"  # stands for a backend among the recorded names
 _carried: List[Carried] = []
 _uninstalls = 0
-_replay: contextvars.ContextVar[Optional[Replay]] = contextvars.ContextVar("flashbias_replay", default=None)
+_replay: contextvars.ContextVar[Optional[Replay]] = contextvars.ContextVar(
+    "flashbias_replay", default=None
+)
 
 
 def carry(
     variable: contextvars.ContextVar[Any], mapped: Callable[[Any, Callable[[Tensor], Tensor]], Any],
     reopen: Optional[Callable[[Any], Any]] = None, read: Optional[Callable[[], Any]] = None,
 ) -> None:  # fmt: skip
-    """Have every recomputation find `variable` as its forward did. Its default must be None or empty."""
+    """Have every recomputation find `variable` as its forward did. Its default must be None or
+    empty."""
     _carried.append(Carried(variable, mapped, reopen, variable.get if read is None else read))
 
 
@@ -75,20 +83,22 @@ class Progress(NamedTuple):
 class Replay:
     """One checkpointed function: what it found when it began, and what was chosen while it ran.
 
-    The first run records; every later one (`restored`) gets the same backends and the same `once` values, whatever
-    breakers have opened since. `outer` is the Replay of the function around it: it records too, and where it is being
-    repeated itself, it decides.
+    The first run records; every later one (`restored`) gets the same backends and the same `once`
+    values, whatever breakers have opened since. `outer` is the Replay of the function around it: it
+    records too, and where it is being repeated itself, it decides.
     """
 
     def __init__(self, outer: Optional[Replay], hooked: bool = False) -> None:
         self.outer = outer
         self.values = tuple(item.read() for item in _carried)
-        # Whether what is saved for backward goes through the hooks of torch's checkpoint: then forward and
-        # recomputation must save alike.
+        # Whether what is saved for backward goes through the hooks of torch's checkpoint: then
+        # forward and recomputation must save alike.
         self.hooked = hooked
         self.recording = True
         self.place = -1  # of the current attention call
-        self.graphs: Dict[int, Any] = {}  # of guarded calls, from the recomputation to their backward
+        self.graphs: Dict[
+            int, Any
+        ] = {}  # of guarded calls, from the recomputation to their backward
         self.biased = False  # whether a patched class added a bias in it
         self._uninstalls = _uninstalls
         self._versions = _versions(self.values)
@@ -98,8 +108,8 @@ class Replay:
         self._next_chosen = 0
 
     def begin_again(self) -> Progress:
-        """Start a recomputation. `resume` gets the result when it is over: the first run may not be, where hooks stay open
-        over several forward and backward passes."""
+        """Start a recomputation. `resume` gets the result when it is over: the first run may not
+        be, where hooks stay open over several forward and backward passes."""
         progress = Progress(self.outer, self.recording, self.place, self._next_chosen)
         self.resume(Progress(None, False, -1, 0))
         return progress
@@ -124,7 +134,8 @@ class Replay:
                 self.outer.end_call(name)
 
     def note_small_chunks(self) -> None:
-        """Memory ran out: the current call is computed in small chunks, now and in every recomputation."""
+        """Memory ran out: the current call is computed in small chunks, now and in every
+        recomputation."""
         self._small_chunks = True
 
     def replays(self, name: str) -> bool:
@@ -152,15 +163,18 @@ class Replay:
         for tensor, version in self._versions:
             if tensor._version != version:
                 raise RuntimeError(
-                    "attention_bias: a bias was changed in place after a checkpoint's forward pass, so that its "
-                    f"recomputation would add another one (a tensor of shape {tuple(tensor.shape)} is at version "
+                    "attention_bias: a bias was changed in place after a checkpoint's forward "
+                    "pass, so that its "
+                    "recomputation would add another one (a tensor of shape "
+                    f"{tuple(tensor.shape)} is at version "
                     f"{tensor._version}, expected version {version}); change a copy of it"
                 )
 
     def check_patches(self) -> None:
         if self.biased and self._uninstalls != _uninstalls:
             raise RuntimeError(
-                "attention_bias: flashbias_patch was uninstalled after a checkpoint's forward pass, so that its "
+                "attention_bias: flashbias_patch was uninstalled after a checkpoint's forward "
+                "pass, so that its "
                 "recomputation would be without the bias; call uninstall() after the backward pass"
             )
 
@@ -188,11 +202,14 @@ def hooked() -> Optional[Replay]:
 
 
 def _mapped(values: Iterable[Any], function: Callable[[Tensor], Tensor]) -> Tuple[Any, ...]:
-    return tuple(item.mapped(value, function) if value else value for item, value in zip(_carried, values))
+    return tuple(
+        item.mapped(value, function) if value else value for item, value in zip(_carried, values)
+    )
 
 
 def _versions(values: Iterable[Any]) -> List[Tuple[Tensor, int]]:
-    """Every tensor in carried values, with the number that torch counts up at each change in place."""
+    """Every tensor in carried values, with the number that torch counts up at each change in
+    place."""
     found: List[Tuple[Tensor, int]] = []
 
     def look(tensor: Tensor) -> Tensor:
@@ -235,10 +252,13 @@ class restored:
             item.variable.set(value)
 
 
-# -- inside the forward of a torch.autograd.Function -------------------------------------------------------------------
+# -- inside the forward of a torch.autograd.Function -----------------------------------------------
 
-# Switched off inside the forward of a Function, and not by no_grad. Without it, no_grad is taken for such a forward.
-forward_gradients: Callable[[], bool] = getattr(torch._C, "_is_fwd_grad_enabled", torch.is_grad_enabled)
+# Switched off inside the forward of a Function, and not by no_grad. Without it, no_grad is taken
+# for such a forward.
+forward_gradients: Callable[[], bool] = getattr(
+    torch._C, "_is_fwd_grad_enabled", torch.is_grad_enabled
+)
 _Context: Any = torch.autograd.function.BackwardCFunction
 # Function.apply has a frame on the stack while it is written in Python, as it is before torch 2.14.
 _APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
@@ -247,14 +267,16 @@ _forwards: Dict[CodeType, bool] = {}
 
 
 def in_function() -> bool:
-    """Whether this code runs inside the forward of a torch.autograd.Function. no_grad alone does not count."""
+    """Whether this code runs inside the forward of a torch.autograd.Function. no_grad alone does
+    not count."""
     return not forward_gradients() and not torch.is_inference_mode_enabled()
 
 
 def current() -> Optional[Replay]:
     """The Replay of the innermost checkpointed function that is running, or None.
 
-    To be called before any carried variable changes: inside the forward of a Function, the first call takes the values.
+    To be called before any carried variable changes: inside the forward of a Function, the first
+    call takes the values.
     """
     if not forward_gradients() and in_function():
         found = _of_functions()
@@ -264,8 +286,8 @@ def current() -> Optional[Replay]:
 
 
 def out_of_reach() -> bool:
-    """Whether this code runs inside a Function that does not hand its ctx to forward(): the recomputation in its backward
-    would find nothing of what is in force now."""
+    """Whether this code runs inside a Function that does not hand its ctx to forward(): the
+    recomputation in its backward would find nothing of what is in force now."""
     if not in_function():
         return False
     contexts, complete = _contexts()
@@ -285,13 +307,15 @@ def _of_functions() -> Optional[Replay]:
         if replay is None:
             replay = Replay(parent)
             context.__dict__[_ATTRIBUTE] = replay
-            # The engine calls ctx.apply. A weak reference: ctx must not keep itself, and all that it saves, alive.
+            # The engine calls ctx.apply. A weak reference: ctx must not keep itself, and all that
+            # it saves, alive.
             context.apply = functools.partial(_backward, weakref.ref(context))
     return replay
 
 
 def _contexts() -> Tuple[List[Any], bool]:
-    """(the `ctx` of each Function whose forward is on the stack, the innermost first; whether each of them has one)."""
+    """(the `ctx` of each Function whose forward is on the stack, the innermost first; whether each
+    of them has one)."""
     found: List[Any] = []
     complete = True
     inner, frame = None, sys._getframe(1)
@@ -312,7 +336,8 @@ def _contexts() -> Tuple[List[Any], bool]:
 
 
 def _is_forward(code: CodeType) -> bool:
-    """Whether that is code of some Function's forward. Looking at other frames' locals would keep these alive."""
+    """Whether that is code of some Function's forward. Looking at other frames' locals would keep
+    these alive."""
     known = _forwards.get(code)
     if known is None:
         codes, classes = set(), [torch.autograd.Function]
@@ -328,7 +353,8 @@ def _is_forward(code: CodeType) -> bool:
 
 
 def _context_in(frame: Any) -> List[Any]:
-    """[ctx], the first argument of a Function's forward, or of its decorator; [] if it has none (setup_context)."""
+    """[ctx], the first argument of a Function's forward, or of its decorator; [] if it has none
+    (setup_context)."""
     for value in frame.f_locals.values():
         if type(value) is tuple and value:
             value = value[0]
@@ -353,7 +379,7 @@ def _backward(reference: Any, *grads: Any) -> Any:
     return result
 
 
-# -- saved-tensor hooks, and torch's reentrant checkpoint --------------------------------------------------------------
+# -- saved-tensor hooks, and torch's reentrant checkpoint ------------------------------------------
 
 _watching = False
 _watch_lock = threading.Lock()
@@ -405,11 +431,18 @@ def unwatch() -> None:
 @functools.wraps(_enter or _none)
 def _enter_watched(self: Any) -> Any:
     unpack = self.unpack_hook
-    # torch.compile puts hooks that are modules into its graphs. A recomputation's own hooks belong to its Replay.
-    if internals.is_compiling() or isinstance(unpack, torch.nn.Module) or isinstance(self, _RecomputationHooks):
+    # torch.compile puts hooks that are modules into its graphs. A recomputation's own hooks belong
+    # to its Replay.
+    if (
+        internals.is_compiling()
+        or isinstance(unpack, torch.nn.Module)
+        or isinstance(self, _RecomputationHooks)
+    ):
         return _enter(self)
     checkpoints = isinstance(self, _CheckpointHooks)
-    if RELEASE < (2, 1) and getattr(unpack, "__module__", "") == "torch.utils.checkpoint":  # functions of no class
+    if (
+        RELEASE < (2, 1) and getattr(unpack, "__module__", "") == "torch.utils.checkpoint"
+    ):  # functions of no class
         if unpack.__name__ == "inner_unpack":
             return _enter(self)
         checkpoints = True
@@ -440,19 +473,29 @@ def _unpack(replay: Replay, unpack: Callable[[Any], Any], saved: Any) -> Any:
 
 
 def _apply_checkpoint(cls: Any, function: Any, preserve_rng_state: Any, *args: Any) -> Any:
-    """torch's reentrant checkpoint. It does not look for tensors that need a gradient beyond its arguments; where a
-    learned bias is in force, the other kind of checkpoint is made. Not inside one of that kind: nested, these hand on
-    one tensor that was two arguments as two tensors, and attention of key and value then saves others than before."""
-    if torch.is_grad_enabled() and hooked() is None and any(tensor.requires_grad for tensor in _tensors_in_force()):
+    """torch's reentrant checkpoint. It does not look for tensors that need a gradient beyond its
+    arguments; where a learned bias is in force, the other kind of checkpoint is made. Not inside
+    one of that kind: nested, these hand on one tensor that was two arguments as two tensors, and
+    attention of key and value then saves others than before."""
+    if (
+        torch.is_grad_enabled()
+        and hooked() is None
+        and any(tensor.requires_grad for tensor in _tensors_in_force())
+    ):
         if RELEASE < (1, 11):
             return _with_learned_arguments(cls, function, preserve_rng_state, args)
-        return _checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+        return _checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+        )
     return super(_CheckpointFunction, cls).apply(function, preserve_rng_state, *args)
 
 
-def _with_learned_arguments(cls: Any, function: Any, preserve_rng_state: Any, args: Tuple[Any, ...]) -> Any:
-    """torch's reentrant checkpoint with more arguments: the tensors that need a gradient and are in force, or in lists
-    among its arguments. For torch before 1.11, which has no other kind of checkpoint."""
+def _with_learned_arguments(
+    cls: Any, function: Any, preserve_rng_state: Any, args: Tuple[Any, ...]
+) -> Any:
+    """torch's reentrant checkpoint with more arguments: the tensors that need a gradient and are in
+    force, or in lists among its arguments. For torch before 1.11, which has no other kind of
+    checkpoint."""
     values = tuple(item.read() for item in _carried)
     learned: Dict[int, Tensor] = {}
 
@@ -475,7 +518,10 @@ def _with_learned_arguments(cls: Any, function: Any, preserve_rng_state: Any, ar
         def leaf(tensor: Any) -> Any:
             return leaves.get(id(tensor), tensor)
 
-        swapped = [g if isinstance(g, Tensor) else tree_map(functools.partial(_each_tensor, leaf), g) for g in given[:count]]
+        swapped = [
+            g if isinstance(g, Tensor) else tree_map(functools.partial(_each_tensor, leaf), g)
+            for g in given[:count]
+        ]
         before = [item.variable.get() for item in _carried]
         for item, value in zip(_carried, _mapped(values, leaf)):
             item.variable.set(value)

@@ -1,16 +1,18 @@
 """A bias as a tensor that remembers what it is.
 
-Code that makes a bias and code that attends are often far apart, and hand it on as a tensor: transposed, expanded over
-heads, reshaped to (B*H, M, N), halved, added to a mask. A BiasTensor goes through these as a description (an
-AttentionBias, and a layout that says which dimension is what). Attention reads the description; whatever else needs
-numbers gets the dense tensor, which is made once, and a log line says where.
+Code that makes a bias and code that attends are often far apart, and hand it on as a tensor:
+transposed, expanded over heads, reshaped to (B*H, M, N), halved, added to a mask. A BiasTensor goes
+through these as a description (an AttentionBias, and a layout that says which dimension is what).
+Attention reads the description; whatever else needs numbers gets the dense tensor, which is made
+once, and a log line says where.
 
-Three layers, from the outside in:
-`__torch_function__`: operations that a description survives (dispatch.py); all others run on the dense tensor.
-autograd: a BiasTensor has the description's learned tensors behind it (_Describe), for code that does not dispatch in
-Python, such as checkpointing.
-`__torch_dispatch__`: what gets there, from C++ or inside transforms, computes with the dense numbers.
+Three layers, from the outside in: `__torch_function__`: operations that a description survives
+(dispatch.py); all others run on the dense tensor. autograd: a BiasTensor has the description's
+learned tensors behind it (_Describe), for code that does not dispatch in Python, such as
+checkpointing. `__torch_dispatch__`: what gets there, from C++ or inside transforms, computes with
+the dense numbers.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -33,7 +35,9 @@ from .layout import Layout
 
 FORMS = ("mn", "bmn", "bhmn")
 TRACING = ("FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode", "PythonKeyTracer")
-BECAME_DENSE = "an attention bias was needed as numbers by %s at %s and became dense there: %s, %.0f MiB"
+BECAME_DENSE = (
+    "an attention bias was needed as numbers by %s at %s and became dense there: %s, %.0f MiB"
+)
 log = logging.getLogger("flashbias_patch")
 run: Any = None  # dispatch.run, put here by the package
 _told: Set[Tuple[str, str]] = set()
@@ -50,14 +54,20 @@ class BiasTensor(Tensor):
 
     _bias: Optional[AttentionBias]  # None: only the dense tensor is left
     _layout: Layout
-    _replay: Optional[Tuple[Any, Any, Any]]  # function, arguments and keywords that made it of another one
+    _replay: Optional[
+        Tuple[Any, Any, Any]
+    ]  # function, arguments and keywords that made it of another one
     _parents: Tuple[BiasTensor, ...]
     _children: List[Any]  # weak references
     _shares: bool  # of its parents' numbers, or might be
     _dense: Optional[Tensor]
-    _observed: bool  # somebody wants the gradient of the tensor itself: all that is made of it is dense
+    _observed: (
+        bool  # somebody wants the gradient of the tensor itself: all that is made of it is dense
+    )
     _used: bool  # attention has read the description
-    _wanted: Optional[List[Tensor]]  # gradients of the tensor itself, while autograd.grad asks for them
+    _wanted: Optional[
+        List[Tensor]
+    ]  # gradients of the tensor itself, while autograd.grad asks for them
     _handle: Optional[Tensor]
 
     def attention_bias(self, B: int, H: int, M: int, N: int) -> Optional[AttentionBias]:
@@ -83,7 +93,9 @@ class BiasTensor(Tensor):
         if _interpreter() is not None:  # what a transform makes is not to outlive it
             return self._make() if self._dense is None else self._dense
         with _lock:
-            if self._dense is None or (internals.is_inference(self._dense) and not torch.is_inference_mode_enabled()):
+            if self._dense is None or (
+                internals.is_inference(self._dense) and not torch.is_inference_mode_enabled()
+            ):
                 with torch.enable_grad(), no_functions(), _uncounted(), _without_modes():
                     self._dense = self._make()
             return self._dense
@@ -114,14 +126,19 @@ class BiasTensor(Tensor):
             one = left.pop()
             if all(one is not other for other in found):
                 found.append(one)
-                left += (one._parents if one._shares else ()) + tuple(c for c in one._living() if c._shares)
+                left += (one._parents if one._shares else ()) + tuple(
+                    c for c in one._living() if c._shares
+                )
         return found
 
     def _living(self) -> List[BiasTensor]:
-        return [child for child in (reference() for reference in self._children) if child is not None]
+        return [
+            child for child in (reference() for reference in self._children) if child is not None
+        ]
 
     def _before_change(self) -> BiasTensor:
-        """A tensor that is what this one was, for all that was computed of it and does not share its numbers."""
+        """A tensor that is what this one was, for all that was computed of it and does not share
+        its numbers."""
         old = _wrapper(self._bias, self._layout, self.dtype)
         old._replay, old._parents, old._shares = self._replay, self._parents, self._shares
         old._observed, old._used = self._observed, self._used
@@ -158,7 +175,8 @@ class BiasTensor(Tensor):
         return function(*args, **kwargs)  # type: ignore[no-any-return]
 
     def handle(self) -> List[Tensor]:
-        """Leaves by which a graph is searched for uses of this tensor and of those that it is made of."""
+        """Leaves by which a graph is searched for uses of this tensor and of those that it is made
+        of."""
         roots = [one for one in (self, *self._ancestors()) if not one._parents]
         for root in roots:
             if root._handle is None:
@@ -178,20 +196,27 @@ class BiasTensor(Tensor):
         return func(*args, **kwargs)
 
 
-def described(bias: AttentionBias, form: str = "bmn", dtype: Optional[torch.dtype] = None) -> Tensor:
-    """`bias` as a BiasTensor: "mn" (M, N), "bmn" (B, M, N) or "bhmn" (B, H, M, N); dense while torch traces.
+def described(
+    bias: AttentionBias, form: str = "bmn", dtype: Optional[torch.dtype] = None
+) -> Tensor:
+    """`bias` as a BiasTensor: "mn" (M, N), "bmn" (B, M, N) or "bhmn" (B, H, M, N); dense while
+    torch traces.
 
-    dtype: that of the tensor, by default that of the bias' first floating tensor; torch.bool for a sum of masks, True =
-    masked out. The description keeps the digits of its own tensors whatever the dtype.
+    dtype: that of the tensor, by default that of the bias' first floating tensor; torch.bool for a
+    sum of masks, True = masked out. The description keeps the digits of its own tensors whatever
+    the dtype.
 
     Raises:
-        ValueError: the form leaves out a dimension along which the bias changes, or is not one of the three.
+        ValueError: the form leaves out a dimension along which the bias changes, or is not one of
+            the three.
     """
     if form not in FORMS:
         raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
     left_out = [axis for axis, size in zip("bhmn", bias.shape) if size != 1 and axis not in form]
     if left_out:
-        raise ValueError(f"form: {form!r} leaves out {', '.join(left_out)} of a bias of shape {bias.shape}")
+        raise ValueError(
+            f"form: {form!r} leaves out {', '.join(left_out)} of a bias of shape {bias.shape}"
+        )
     if not terms.is_known(bias):
         raise ValueError(f"bias: {bias!r} cannot be described as a tensor")
     sizes = dict(zip("bhmn", bias.shape))
@@ -241,25 +266,35 @@ def rebind(tensor: BiasTensor, bias: Optional[AttentionBias], layout: Layout) ->
     tensor._bias, tensor._layout = bias, layout
     if bias is not None:
         tensor._dense = None
-    learned = tensor._learned() if bias is not None else [t for t in (tensor._dense,) if t is not None and t.requires_grad]
+    learned = (
+        tensor._learned()
+        if bias is not None
+        else [t for t in (tensor._dense,) if t is not None and t.requires_grad]
+    )
     if learned and torch.is_grad_enabled():
         _Describe.apply(tensor, bias, layout, tensor.dtype, *learned)
 
 
 class _Describe(torch.autograd.Function):
-    """The learned tensors of a description, or its dense tensor -> the BiasTensor, for gradients that come by way of
-    dense numbers. With `changed` that BiasTensor gets them."""
+    """The learned tensors of a description, or its dense tensor -> the BiasTensor, for gradients
+    that come by way of dense numbers. With `changed` that BiasTensor gets them."""
 
     @staticmethod
     def forward(
-        ctx: Any, changed: Optional[BiasTensor], bias: Optional[AttentionBias], layout: Layout, dtype: torch.dtype,
+        ctx: Any,
+        changed: Optional[BiasTensor],
+        bias: Optional[AttentionBias],
+        layout: Layout,
+        dtype: torch.dtype,
         *learned: Tensor,
-    ) -> BiasTensor:  # fmt: skip
+    ) -> BiasTensor:
         ctx.set_materialize_grads(False)
         ctx.description, ctx.places = None, [0]
         if bias is not None:
             ctx.description = bias._map(_without_grad), layout, dtype
-            ctx.places = [place for place, tensor in enumerate(bias.tensors()) if tensor.requires_grad]
+            ctx.places = [
+                place for place, tensor in enumerate(bias.tensors()) if tensor.requires_grad
+            ]
         if changed is None:
             return _wrapper(bias, layout, dtype)
         ctx.mark_dirty(changed)
@@ -272,7 +307,11 @@ class _Describe(torch.autograd.Function):
         if type(grad) is LearnedGradient:
             found, grad = [grad._gradients[place] for place in ctx.places], grad._dense
         if grad is not None:
-            more = [grad] if ctx.description is None else _through_numbers(ctx.description, ctx.places, grad)
+            more = (
+                [grad]
+                if ctx.description is None
+                else _through_numbers(ctx.description, ctx.places, grad)
+            )
             found = [b if a is None else a if b is None else a + b for a, b in zip(found, more)]
         return (None, None, None, None, *found)
 
@@ -297,10 +336,11 @@ def _through_numbers(
 
 
 class LearnedGradient(Tensor):
-    """The gradient of a BiasTensor as those of its description's tensors, on its way through a reentrant checkpoint.
+    """The gradient of a BiasTensor as those of its description's tensors, on its way through a
+    reentrant checkpoint.
 
-    `_dense`: what came by way of dense numbers beside it. As numbers it is only that; nothing but autograd's own
-    addition and _Describe meets one.
+    `_dense`: what came by way of dense numbers beside it. As numbers it is only that; nothing but
+    autograd's own addition and _Describe meets one.
     """
 
     _gradients: Tuple[Optional[Tensor], ...]
@@ -316,12 +356,15 @@ class LearnedGradient(Tensor):
         if name in ("detach", "clone", "alias", "view_as"):
             return args[0]
         raise NotImplementedError(
-            f"the gradient of an attention bias inside a reentrant checkpoint is not a tensor for {func}: call "
+            "the gradient of an attention bias inside a reentrant checkpoint is not a tensor "
+            f"for {func}: call "
             "retain_grad() on the bias before attention reads it"
         )
 
 
-def learned_gradient(like: Tensor, gradients: Tuple[Optional[Tensor], ...], dense: Optional[Tensor]) -> LearnedGradient:
+def learned_gradient(
+    like: Tensor, gradients: Tuple[Optional[Tensor], ...], dense: Optional[Tensor]
+) -> LearnedGradient:
     made = internals.wrapper_subclass(
         LearnedGradient, like.shape, dtype=like.dtype, device=like.device
     )
@@ -334,7 +377,10 @@ def _sum_of(one: Tensor, other: Tensor) -> LearnedGradient:
         one, other = other, one
     assert isinstance(one, LearnedGradient)
     if isinstance(other, LearnedGradient):
-        gradients = tuple(b if a is None else a if b is None else a + b for a, b in zip(one._gradients, other._gradients))
+        gradients = tuple(
+            b if a is None else a if b is None else a + b
+            for a, b in zip(one._gradients, other._gradients)
+        )
         parts = [dense for dense in (one._dense, other._dense) if dense is not None]
     else:
         gradients, parts = one._gradients, [other] if one._dense is None else [one._dense, other]
@@ -352,7 +398,8 @@ def _without_grad(tensor: Tensor) -> Tensor:
 
 
 def _uncounted() -> ContextManager[Any]:
-    """What is made once must not count among the tensors that a checkpoint saves, in its forward only."""
+    """What is made once must not count among the tensors that a checkpoint saves, in its forward
+    only."""
     return internals.own_saved_tensors(Tensor.detach, _as_it_is)
 
 
@@ -374,7 +421,8 @@ def _to_plain_numbers(value: Any) -> Any:
 
 
 def traced() -> bool:
-    """Whether what is computed here becomes a graph: descriptions are nothing that a graph could hold."""
+    """Whether what is computed here becomes a graph: descriptions are nothing that a graph could
+    hold."""
     if internals.tracing_state() is not None:
         return True
     if not internals.dispatch_modes():

@@ -1,5 +1,6 @@
-"""Operations on a BiasTensor: those that its description survives, by name (shapes.py, values.py, gradients.py); all
-others run on the dense tensor."""
+"""Operations on a BiasTensor: those that its description survives, by name (shapes.py, values.py,
+gradients.py); all others run on the dense tensor."""
+
 from __future__ import annotations
 
 from typing import Any, Callable, Dict, Optional, Tuple
@@ -12,12 +13,30 @@ from ..base import AttentionBias
 from .core import BiasTensor, new, no_functions, rebind, tell, to_numbers, traced
 from .layout import Layout
 
-# Answered by the wrapper itself: shape, dtype and the like. Of properties all but those in NUMBERS are.
+# Answered by the wrapper itself: shape, dtype and the like. Of properties all but those in NUMBERS
+# are.
 METADATA = {
-    "size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "is_signed", "element_size",
-    "stride", "is_contiguous", "__len__", "__hash__", "get_device", "is_inference", "result_type", "is_same_size",
-    "is_tensor", "dim_order", "set grad",
-}  # fmt: skip
+    "size",
+    "dim",
+    "ndimension",
+    "numel",
+    "nelement",
+    "is_floating_point",
+    "is_complex",
+    "is_signed",
+    "element_size",
+    "stride",
+    "is_contiguous",
+    "__len__",
+    "__hash__",
+    "get_device",
+    "is_inference",
+    "result_type",
+    "is_same_size",
+    "is_tensor",
+    "dim_order",
+    "set grad",
+}
 NUMBERS = {"T", "mT", "H", "mH", "data", "grad", "real", "imag"}
 Handler = Callable[..., Any]
 HANDLERS: Dict[str, Handler] = {}
@@ -25,10 +44,17 @@ HANDLERS: Dict[str, Handler] = {}
 
 def run(func: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
     name = name_of(func)
-    if name in METADATA or name[:4] in ("get ", "set ") and name[4:] not in NUMBERS and name not in HANDLERS:
+    if (
+        name in METADATA
+        or name[:4] in ("get ", "set ")
+        and name[4:] not in NUMBERS
+        and name not in HANDLERS
+    ):
         with no_functions():
             return func(*args, **kwargs)
-    if internals.tracing_state() is not None:  # torch.jit.trace records below, where numbers are put in
+    if (
+        internals.tracing_state() is not None
+    ):  # torch.jit.trace records below, where numbers are put in
         with no_functions():
             return func(*args, **kwargs)
     handler = HANDLERS.get(name)
@@ -43,7 +69,8 @@ def name_of(func: Any) -> str:
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__"):  # of a property
         owner = func.__self__
-        return f"{name[2:5]} {getattr(owner, 'fget', owner).__name__}"  # written in Python, as `grad` in torch 1.9
+        # written in Python, as `grad` in torch 1.9
+        return f"{name[2:5]} {getattr(owner, 'fget', owner).__name__}"
     return name
 
 
@@ -54,7 +81,11 @@ def on_numbers(func: Any, name: str, args: Tuple[Any, ...], kwargs: Dict[str, An
         if tensor._bias is not None:
             tell(name, tensor)
     first = args[0] if args else None
-    changed = [value for value in (kwargs.get("out"), first if changes_first(name) else None) if type(value) is BiasTensor]
+    changed = [
+        value
+        for value in (kwargs.get("out"), first if changes_first(name) else None)
+        if type(value) is BiasTensor
+    ]
     family = [one for tensor in changed for one in tensor._family()]
     for one in family:  # whatever shares the numbers that change is dense from here on
         one.numbers()
@@ -70,8 +101,10 @@ def on_numbers(func: Any, name: str, args: Tuple[Any, ...], kwargs: Dict[str, An
 def changes_first(name: str) -> bool:
     if name in ("__setitem__", "set data"):
         return True
-    return name[:3] == "__i" and name not in ("__int__", "__index__", "__invert__") or (
-        name.endswith("_") and not name.endswith("__")
+    return (
+        name[:3] == "__i"
+        and name not in ("__int__", "__index__", "__invert__")
+        or (name.endswith("_") and not name.endswith("__"))
     )
 
 
@@ -88,15 +121,28 @@ def derived(
     func: Any, args: Any, kwargs: Any, bias: Optional[AttentionBias], layout: Optional[Layout],
     dtype: Optional[torch.dtype] = None, is_view: bool = False,
 ) -> Any:  # fmt: skip
-    """The result of func(*args, **kwargs) as a description, or NotImplemented where there is none."""
+    """The result of func(*args, **kwargs) as a description, or NotImplemented where there is
+    none."""
     if bias is None or layout is None:
         return NotImplemented
     parents = tuple(value for value in tree_flatten((args, kwargs))[0] if type(value) is BiasTensor)
-    return new(bias, layout, parents[0].dtype if dtype is None else dtype, (func, args, kwargs), parents, is_view)
+    return new(
+        bias,
+        layout,
+        parents[0].dtype if dtype is None else dtype,
+        (func, args, kwargs),
+        parents,
+        is_view,
+    )
 
 
 def structured(value: Any) -> bool:
-    return type(value) is BiasTensor and value._bias is not None and not value._must_be_dense() and not traced()
+    return (
+        type(value) is BiasTensor
+        and value._bias is not None
+        and not value._must_be_dense()
+        and not traced()
+    )
 
 
 @handles("__repr__", "__str__", "__format__")

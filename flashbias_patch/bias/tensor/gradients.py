@@ -1,4 +1,5 @@
 """Who wants gradients of, or through, a BiasTensor."""
+
 from __future__ import annotations
 
 from typing import Any, List, Tuple
@@ -22,12 +23,19 @@ def _requires_grad(func: Any, args: Any, kwargs: Any) -> Any:
         func(*args, **kwargs)
     bias = tensor._bias
     assert bias is not None
-    leaf = None if not value else bias._map(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t)
-    if value and graph_task() == -1:  # somebody's own leaf: the gradient is to be that of the tensor
+    leaf = (
+        None
+        if not value
+        else bias._map(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t)
+    )
+    if (
+        value and graph_task() == -1
+    ):  # somebody's own leaf: the gradient is to be that of the tensor
         tensor._parents, tensor._replay = (), None
         dense = tensor.numbers().detach().requires_grad_()
         tensor._bias, tensor._dense = None, dense
-    else:  # a checkpoint's, which hands the gradient on to the tensor that this one was detached from
+    # a checkpoint's, which hands the gradient on to the tensor that this one was detached from
+    else:
         tensor._bias = leaf if value else bias._map(Tensor.detach)
         tensor._parents, tensor._replay, tensor._dense = (), None, None
     return tensor if name_of(func) == "requires_grad_" else None
@@ -51,7 +59,8 @@ def _observe(func: Any, args: Any, kwargs: Any) -> Any:
     if structured(tensor):
         if tensor._used:
             raise RuntimeError(
-                f"{name_of(func)} on an attention bias must come before attention reads it: its own gradient is not "
+                f"{name_of(func)} on an attention bias must come before attention reads it: its "
+                "own gradient is not "
                 "computed otherwise"
             )
         tell(name_of(func), tensor)
@@ -61,10 +70,19 @@ def _observe(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles("grad")
 def _autograd_grad(func: Any, args: Any, kwargs: Any) -> Any:
-    """torch.autograd.grad with respect to BiasTensors; what attention finds it adds to `_wanted` (attention/observe.py)."""
+    """torch.autograd.grad with respect to BiasTensors; what attention finds it adds to `_wanted`
+    (attention/observe.py)."""
     if func is not torch.autograd.grad:
         return NotImplemented
-    names = ("outputs", "inputs", "grad_outputs", "retain_graph", "create_graph", "only_inputs", "allow_unused")
+    names = (
+        "outputs",
+        "inputs",
+        "grad_outputs",
+        "retain_graph",
+        "create_graph",
+        "only_inputs",
+        "allow_unused",
+    )
     given = dict(zip(names, args), **kwargs)
     outputs, inputs = tree_map(to_numbers, given.pop("outputs")), given.pop("inputs")
     single = isinstance(inputs, Tensor)
@@ -75,7 +93,9 @@ def _autograd_grad(func: Any, args: Any, kwargs: Any) -> Any:
     for each in asked:
         own = [each]
         if type(each) is BiasTensor:
-            own = each.handle() + ([each._dense] if each._dense is not None and each._dense.requires_grad else [])
+            own = each.handle() + (
+                [each._dense] if each._dense is not None and each._dense.requires_grad else []
+            )
             each._wanted = []
         spans.append((len(internal), len(internal) + len(own)))
         internal += own
@@ -85,11 +105,15 @@ def _autograd_grad(func: Any, args: Any, kwargs: Any) -> Any:
         for each, (start, stop) in zip(asked, spans):
             parts = [part for part in found[start:stop] if part is not None]
             if type(each) is BiasTensor:
-                parts = [*(each._wanted or ()), *(part for part in parts if part.shape == each.shape and part.dim())]
+                parts = [
+                    *(each._wanted or ()),
+                    *(part for part in parts if part.shape == each.shape and part.dim()),
+                ]
             total = None if not parts else sum(parts[1:], parts[0])
             if total is None and not unused_allowed:
                 raise RuntimeError(
-                    "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True "
+                    "One of the differentiated Tensors appears to not have been used in the "
+                    "graph. Set allow_unused=True "
                     "if this is the desired behavior."
                 )
             results.append(total)

@@ -1,9 +1,12 @@
-"""How a tensor's dimensions run over batch, heads, queries and keys, and what tensor operations do to that.
+"""How a tensor's dimensions run over batch, heads, queries and keys, and what tensor operations do
+to that.
 
-A dimension is a product of factors (axis, size), slowest first; the axis is one of "b", "h", "m", "n", or "*" for a
-dimension along which nothing changes (made by expand). (B*H, M, N) made of a bias that is the same for all heads is
-((("b", B), ("*", H)), (("m", M),), (("n", N),)). A dimension of size 1 has no factors.
+A dimension is a product of factors (axis, size), slowest first; the axis is one of "b", "h", "m",
+"n", or "*" for a dimension along which nothing changes (made by expand). (B*H, M, N) made of a bias
+that is the same for all heads is ((("b", B), ("*", H)), (("m", M),), (("n", N),)). A dimension of
+size 1 has no factors.
 """
+
 from __future__ import annotations
 
 import math
@@ -30,7 +33,8 @@ def shape_of(layout: Layout) -> Tuple[int, ...]:
 
 
 def axis_of(dim: Dim) -> Optional[str]:
-    """The axis of a dimension that is one whole axis, "*" if nothing changes along it, else None."""
+    """The axis of a dimension that is one whole axis, "*" if nothing changes along it, else
+    None."""
     axes = {axis for axis, _ in dim}
     if axes <= {SAME}:
         return SAME
@@ -107,9 +111,11 @@ def spread(layout: Layout, tensor: Tensor) -> Tensor:
 
 
 def canonical(layout: Layout, tensor: Tensor) -> Optional[Tuple[Layout, Tensor]]:
-    """A plain tensor that broadcasts to `layout` as (B|1, H|1, M|1, N|1), and the layout in which it does.
+    """A plain tensor that broadcasts to `layout` as (B|1, H|1, M|1, N|1), and the layout in which
+    it does.
 
-    Where it changes along a "*" factor, that becomes heads, or batch and heads. None where it cannot be done.
+    Where it changes along a "*" factor, that becomes heads, or batch and heads. None where it
+    cannot be done.
     """
     if tensor.dim() > len(layout):
         return None
@@ -138,7 +144,8 @@ def canonical(layout: Layout, tensor: Tensor) -> Optional[Tuple[Layout, Tensor]]
 
 
 def _named(layout: Layout, tensor: Tensor) -> Layout:
-    """Names for the "*" factors along which `tensor` changes: "h" for the last, "b" for one before."""
+    """Names for the "*" factors along which `tensor` changes: "h" for the last, "b" for one
+    before."""
     changing = [
         (place, index)
         for place, dim in enumerate(layout)
@@ -156,9 +163,11 @@ def _named(layout: Layout, tensor: Tensor) -> Layout:
 
 
 def readable(layout: Layout, B: int, H: int, M: int, N: int) -> Optional[str]:
-    """How attention reads a tensor in that layout: "mn", "bmn", "mbn", "(bh)mn" or "bhmn"; None where it cannot.
+    """How attention reads a tensor in that layout: "mn", "bmn", "mbn", "(bh)mn" or "bhmn"; None
+    where it cannot.
 
-    (M, B, N) is what repositories with length-first tensors hand on; a plain tensor would not be understood so.
+    (M, B, N) is what repositories with length-first tensors hand on; a plain tensor would not be
+    understood so.
     """
 
     def fits(dim: Dim, axis: str, size: int) -> bool:
@@ -174,11 +183,18 @@ def readable(layout: Layout, B: int, H: int, M: int, N: int) -> Optional[str]:
     first = layout[0]
     if rows and fits(first, "b", B):
         return "bmn"
-    if axis_of(first) == "m" and fits(first, "m", M) and fits(layout[1], "b", B) and fits(layout[2], "n", N):
+    if (
+        axis_of(first) == "m"
+        and fits(first, "m", M)
+        and fits(layout[1], "b", B)
+        and fits(layout[2], "n", N)
+    ):
         return "mbn"
     if rows and size_of(first) == B * H:
         two = regrouped((first,), (B, H))
-        return "(bh)mn" if two is not None and fits(two[0], "b", B) and fits(two[1], "h", H) else None
+        return (
+            "(bh)mn" if two is not None and fits(two[0], "b", B) and fits(two[1], "h", H) else None
+        )
     return None
 
 

@@ -1,4 +1,5 @@
 """What transposing, expanding, reshaping, slicing and concatenating do to a BiasTensor."""
+
 from __future__ import annotations
 
 import math
@@ -35,14 +36,23 @@ def _permuted(func: Any, args: Any, kwargs: Any, order: List[int]) -> Any:
     order = [place % count for place in order]
     if sorted(order) != list(range(count)):
         return NotImplemented
-    return derived(func, args, kwargs, tensor._bias, tuple(tensor._layout[place] for place in order), is_view=True)
+    return derived(
+        func,
+        args,
+        kwargs,
+        tensor._bias,
+        tuple(tensor._layout[place] for place in order),
+        is_view=True,
+    )
 
 
 @handles("transpose", "swapaxes", "swapdims")
 def _transpose(func: Any, args: Any, kwargs: Any) -> Any:
     if not structured(args[0]):
         return NotImplemented
-    pair = list(args[1:]) + [kwargs[name] for name in ("dim0", "dim1", "axis0", "axis1") if name in kwargs]
+    pair = list(args[1:]) + [
+        kwargs[name] for name in ("dim0", "dim1", "axis0", "axis1") if name in kwargs
+    ]
     count = len(args[0]._layout)
     if len(pair) != 2 or any(not -count <= place < count for place in pair):
         return NotImplemented
@@ -54,7 +64,11 @@ def _transpose(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles("permute")
 def _permute(func: Any, args: Any, kwargs: Any) -> Any:
-    return _permuted(func, args, kwargs, _dims(args, kwargs, "dims")) if structured(args[0]) else NotImplemented
+    return (
+        _permuted(func, args, kwargs, _dims(args, kwargs, "dims"))
+        if structured(args[0])
+        else NotImplemented
+    )
 
 
 @handles("get T", "get mT")
@@ -86,12 +100,25 @@ def _squeeze(func: Any, args: Any, kwargs: Any) -> Any:
     layout = args[0]._layout
     places = _dims(args, kwargs, "dim") or list(range(len(layout)))
     places = [place % len(layout) for place in places if -len(layout) <= place < len(layout)]
-    kept = tuple(dim for place, dim in enumerate(layout) if place not in places or layouts.size_of(dim) != 1)
+    kept = tuple(
+        dim for place, dim in enumerate(layout) if place not in places or layouts.size_of(dim) != 1
+    )
     return derived(func, args, kwargs, args[0]._bias, kept, is_view=True)
 
 
-@handles("expand", "repeat", "tile", "view", "reshape", "flatten", "unflatten", "expand_as", "view_as", "reshape_as",
-         "repeat_interleave")  # fmt: skip
+@handles(
+    "expand",
+    "repeat",
+    "tile",
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "expand_as",
+    "view_as",
+    "reshape_as",
+    "repeat_interleave",
+)
 def _resized(func: Any, args: Any, kwargs: Any) -> Any:
     if not structured(args[0]):
         return NotImplemented
@@ -132,14 +159,19 @@ def _flat_sizes(layout: Layout, start_dim: int = 0, end_dim: int = -1) -> List[i
 def _interleaved(layout: Layout, args: Any, kwargs: Any) -> Optional[Layout]:
     given = dict(zip(("repeats", "dim"), args[1:]), **kwargs)
     count, place = given.get("repeats"), given.get("dim")
-    if not isinstance(count, int) or count < 1 or place is None or not -len(layout) <= place < len(layout):
+    if (
+        not isinstance(count, int)
+        or count < 1
+        or place is None
+        or not -len(layout) <= place < len(layout)
+    ):
         return None
     dims = list(layout)
     dims[place] = dims[place] + layouts.dim_of(SAME, count)
     return tuple(dims)
 
 
-# -- choosing entries --------------------------------------------------------------------------------------------------
+# -- choosing entries ------------------------------------------------------------------------------
 
 
 @handles("__getitem__")
@@ -148,7 +180,10 @@ def _getitem(func: Any, args: Any, kwargs: Any) -> Any:
     if not structured(tensor):
         return NotImplemented
     index = index if isinstance(index, tuple) else (index,)
-    if any(type(each) is BiasTensor for each in index) or sum(each is Ellipsis for each in index) > 1:
+    if (
+        any(type(each) is BiasTensor for each in index)
+        or sum(each is Ellipsis for each in index) > 1
+    ):
         return NotImplemented
     dims = tensor._layout
     given = sum(each is not None and each is not Ellipsis for each in index)
@@ -174,11 +209,14 @@ def _choose(func: Any, args: Any, kwargs: Any) -> Any:
         start = int(given["start"])
         start += args[0].shape[place] if start < 0 else 0
         which = slice(start, start + given["length"])
-    return _chosen(func, args, kwargs, (*(slice(None),) * place, which, *(slice(None),) * (count - place - 1)))
+    return _chosen(
+        func, args, kwargs, (*(slice(None),) * place, which, *(slice(None),) * (count - place - 1))
+    )
 
 
 def _chosen(func: Any, args: Any, kwargs: Any, index: Tuple[Any, ...]) -> Any:
-    """Whole batch entries, heads and queries; `index` has an entry for each dimension, and None for a new one."""
+    """Whole batch entries, heads and queries; `index` has an entry for each dimension, and None for
+    a new one."""
     tensor = args[0]
     bias, dims = tensor._bias, iter(tensor._layout)
     found: List[Any] = []
@@ -216,13 +254,19 @@ def _chosen(func: Any, args: Any, kwargs: Any, index: Tuple[Any, ...]) -> Any:
             size = len(each)
         bias = bias if axis == SAME else terms.take(bias, axis, each)
         found.append(layouts.dim_of(axis, size))
-    if next(dims, None) is not None or lists and any(isinstance(each, numbers.Integral) for each in index):
+    if (
+        next(dims, None) is not None
+        or lists
+        and any(isinstance(each, numbers.Integral) for each in index)
+    ):
         return NotImplemented
     return derived(func, args, kwargs, bias, tuple(found), is_view=not lists)
 
 
 def _as_indices(given: Any, length: int, tensor: BiasTensor) -> Optional[Tensor]:
-    if isinstance(given, (list, range)) and all(isinstance(one, int) and not isinstance(one, bool) for one in given):
+    if isinstance(given, (list, range)) and all(
+        isinstance(one, int) and not isinstance(one, bool) for one in given
+    ):
         given = torch.tensor(given, dtype=torch.int64)
     if not isinstance(given, Tensor) or given.dim() != 1:
         return None
@@ -271,7 +315,11 @@ def _holds_anything(tensor: Tensor) -> bool:
 def _pad(func: Any, args: Any, kwargs: Any) -> Any:
     given = dict(zip(("input", "pad", "mode", "value"), args), **kwargs)
     tensor, around = given["input"], list(given.get("pad", ()))
-    if not structured(tensor) or given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0):
+    if (
+        not structured(tensor)
+        or given.get("mode", "constant") != "constant"
+        or given.get("value") not in (None, 0)
+    ):
         return NotImplemented
     count = len(tensor._layout)
     padded = [i // 2 for i, width in enumerate(around) if width]
@@ -281,11 +329,15 @@ def _pad(func: Any, args: Any, kwargs: Any) -> Any:
     return _with_rows(func, args, kwargs, tensor, count - 1 - padded[0], before, after)
 
 
-def _with_rows(func: Any, args: Any, kwargs: Any, tensor: BiasTensor, place: int, before: int, after: int) -> Any:
+def _with_rows(
+    func: Any, args: Any, kwargs: Any, tensor: BiasTensor, place: int, before: int, after: int
+) -> Any:
     dim = tensor._layout[place]
     assert tensor._bias is not None
     queries = tensor._bias.shape[2]
-    is_rows = layouts.axis_of(dim) == "m" or not dim and queries == 1 and place == len(tensor._layout) - 2
+    is_rows = (
+        layouts.axis_of(dim) == "m" or not dim and queries == 1 and place == len(tensor._layout) - 2
+    )
     if not is_rows:
         return NotImplemented
     bias = terms.with_empty_rows(tensor._bias, before, after)

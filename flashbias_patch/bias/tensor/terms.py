@@ -1,4 +1,6 @@
-"""Operations on whole batch entries, heads and queries of a bias, entry by entry exact; None where there is no such form."""
+"""Operations on whole batch entries, heads and queries of a bias, entry by entry exact; None where
+there is no such form."""
+
 from __future__ import annotations
 
 import copy
@@ -27,7 +29,12 @@ AXES: Dict[type, Dict[str, Dict[str, int]]] = {
 }
 MASKS = (MaskBias, WindowMask)
 FEW = 1 << 10  # factors of a masked bias, whose signs Python looks at
-SCALED = {WindowBias: "weights", ModalityBias: "weights", LowRankBias: "q_factor", DenseBias: "tensor"}
+SCALED = {
+    WindowBias: "weights",
+    ModalityBias: "weights",
+    LowRankBias: "q_factor",
+    DenseBias: "tensor",
+}
 
 
 def is_known(bias: AttentionBias) -> bool:
@@ -43,7 +50,9 @@ def take(bias: AttentionBias, axis: str, index: Any) -> AttentionBias:
     return _each(bias, axis, cut)
 
 
-def _each(bias: AttentionBias, axis: str, function: Callable[[Tensor, int], Tensor]) -> AttentionBias:
+def _each(
+    bias: AttentionBias, axis: str, function: Callable[[Tensor, int], Tensor]
+) -> AttentionBias:
     terms = []
     for term in bias._terms():
         other = copy.copy(term)
@@ -72,16 +81,21 @@ def with_empty_rows(bias: AttentionBias, before: int, after: int) -> Optional[At
     return add_terms(terms)
 
 
-def scaled(bias: AttentionBias, factor: Any, operation: Callable[[Any, Any], Any]) -> Optional[AttentionBias]:
+def scaled(
+    bias: AttentionBias, factor: Any, operation: Callable[[Any, Any], Any]
+) -> Optional[AttentionBias]:
     """`operation` (multiplication or division) by a number or a tensor (B|1, H|1, M|1, 1).
 
-    A mask has this form only where every factor is positive: -inf times another factor is +inf or NaN.
+    A mask has this form only where every factor is positive: -inf times another factor is +inf or
+    NaN.
     """
     terms: List[AttentionBias] = []
     number = isinstance(factor, (int, float))
     if number and factor != factor:
         return None
-    if any(isinstance(term, MASKS) for term in bias._terms()) and not (factor > 0 if number else _positive(factor)):
+    if any(isinstance(term, MASKS) for term in bias._terms()) and not (
+        factor > 0 if number else _positive(factor)
+    ):
         return None
     for term in bias._terms():
         if isinstance(term, MASKS):
@@ -89,7 +103,9 @@ def scaled(bias: AttentionBias, factor: Any, operation: Callable[[Any, Any], Any
             continue
         name = SCALED[type(term)]
         tensor = getattr(term, name)
-        same = factor if not isinstance(factor, Tensor) or name == "tensor" else factor.transpose(1, 2)
+        same = (
+            factor if not isinstance(factor, Tensor) or name == "tensor" else factor.transpose(1, 2)
+        )
         other = copy.copy(term)
         setattr(other, name, operation(tensor, same))
         terms.append(other)
@@ -98,11 +114,18 @@ def scaled(bias: AttentionBias, factor: Any, operation: Callable[[Any, Any], Any
 
 def _positive(factor: Tensor) -> bool:
     """Whether every entry is, of few: it waits for the GPU."""
-    return factor.numel() <= FEW and type(factor) in (Tensor, Parameter) and bool((factor.detach() > 0).all())
+    return (
+        factor.numel() <= FEW
+        and type(factor) in (Tensor, Parameter)
+        and bool((factor.detach() > 0).all())
+    )
 
 
-def clamped(bias: AttentionBias, low: Optional[float], high: Optional[float]) -> Optional[AttentionBias]:
-    """Every entry brought into [low, high]: clamped weights, where entries are single weights or 0."""
+def clamped(
+    bias: AttentionBias, low: Optional[float], high: Optional[float]
+) -> Optional[AttentionBias]:
+    """Every entry brought into [low, high]: clamped weights, where entries are single weights or
+    0."""
     terms = bias._terms()
     if len(terms) != 1:
         return None
@@ -121,5 +144,8 @@ def clamped(bias: AttentionBias, low: Optional[float], high: Optional[float]) ->
 
 def boolean(bias: AttentionBias) -> Tensor:
     """(B|1, H|1, M|1, N) bool of a sum of masks, True = masked out."""
-    found = [term.mask if isinstance(term, MaskBias) else torch.isneginf(term.dense()) for term in bias._terms()]
+    found = [
+        term.mask if isinstance(term, MaskBias) else torch.isneginf(term.dense())
+        for term in bias._terms()
+    ]
     return functools.reduce(operator.or_, found)

@@ -1,4 +1,5 @@
 """What arithmetic, masks, dtypes and devices do to a BiasTensor."""
+
 from __future__ import annotations
 
 import math
@@ -15,7 +16,12 @@ from .core import BiasTensor, no_functions, rebind
 from .dispatch import HANDLERS, derived, handles, name_of, structured
 from .layout import Layout
 
-DTYPES = {"half": torch.float16, "float": torch.float32, "double": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "half": torch.float16,
+    "float": torch.float32,
+    "double": torch.float64,
+    "bfloat16": torch.bfloat16,
+}
 
 
 @handles("mul", "multiply", "__mul__", "__rmul__", "div", "divide", "true_divide", "__truediv__")
@@ -48,7 +54,9 @@ def _multiply(func: Any, args: Any, kwargs: Any) -> Any:
 def _negate(func: Any, args: Any, kwargs: Any) -> Any:
     if not structured(args[0]) or args[0].dtype is torch.bool:
         return NotImplemented
-    return derived(func, args, kwargs, terms.scaled(args[0]._bias, -1.0, operator.mul), args[0]._layout)
+    return derived(
+        func, args, kwargs, terms.scaled(args[0]._bias, -1.0, operator.mul), args[0]._layout
+    )
 
 
 @handles("add", "__add__", "__radd__", "sub", "subtract", "__sub__")
@@ -79,7 +87,9 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
         layout, term = aligned[0], DenseBias(aligned[1])
     assert term is not None
     signed = terms.scaled(term, -1.0, operator.mul) if minus else term
-    return derived(func, args, kwargs, None if signed is None else tensor._bias + signed, layout, dtype)
+    return derived(
+        func, args, kwargs, None if signed is None else tensor._bias + signed, layout, dtype
+    )
 
 
 @handles("masked_fill")
@@ -126,7 +136,9 @@ def _clamp(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     given = dict(zip(names, args[1:]), **kwargs)
     low, high = given.get("min"), given.get("max")
-    if set(given) - {"min", "max"} or any(not isinstance(bound, (int, float, type(None))) for bound in (low, high)):
+    if set(given) - {"min", "max"} or any(
+        not isinstance(bound, (int, float, type(None))) for bound in (low, high)
+    ):
         return NotImplemented
     return derived(func, args, kwargs, terms.clamped(args[0]._bias, low, high), args[0]._layout)
 
@@ -134,18 +146,35 @@ def _clamp(func: Any, args: Any, kwargs: Any) -> Any:
 def _aligned(layout: Layout, other: Tensor) -> Optional[Tuple[Layout, Tensor]]:
     """layouts.canonical of what the two broadcast to."""
     try:
-        grown = layouts.expanded(layout, torch.broadcast_shapes(layouts.shape_of(layout), other.shape))
+        grown = layouts.expanded(
+            layout, torch.broadcast_shapes(layouts.shape_of(layout), other.shape)
+        )
     except RuntimeError:
         return None  # they do not fit: the dense tensor raises as ever
     return None if grown is None else layouts.canonical(grown, other)
 
 
 IN_PLACE = {
-    "mul_": "mul", "multiply_": "mul", "__imul__": "mul", "div_": "div", "divide_": "div", "true_divide_": "div",
-    "__itruediv__": "div", "add_": "add", "__iadd__": "add", "sub_": "sub", "subtract_": "sub", "__isub__": "sub",
-    "neg_": "neg", "negative_": "neg", "clamp_": "clamp", "clip_": "clamp", "clamp_min_": "clamp_min",
-    "clamp_max_": "clamp_max", "masked_fill_": "masked_fill",
-}  # fmt: skip
+    "mul_": "mul",
+    "multiply_": "mul",
+    "__imul__": "mul",
+    "div_": "div",
+    "divide_": "div",
+    "true_divide_": "div",
+    "__itruediv__": "div",
+    "add_": "add",
+    "__iadd__": "add",
+    "sub_": "sub",
+    "subtract_": "sub",
+    "__isub__": "sub",
+    "neg_": "neg",
+    "negative_": "neg",
+    "clamp_": "clamp",
+    "clip_": "clamp",
+    "clamp_min_": "clamp_min",
+    "clamp_max_": "clamp_max",
+    "masked_fill_": "masked_fill",
+}
 
 
 @handles(*IN_PLACE)
@@ -174,16 +203,31 @@ def result_type(tensor: BiasTensor, other: Any) -> torch.dtype:
         return torch.result_type(tensor, other)
 
 
-# -- dtype, device, copies ---------------------------------------------------------------------------------------------
+# -- dtype, device, copies -------------------------------------------------------------------------
 
 
-@handles("half", "float", "double", "bfloat16", "to", "type", "type_as", "cuda", "cpu", "contiguous", "clone")
+@handles(
+    "half",
+    "float",
+    "double",
+    "bfloat16",
+    "to",
+    "type",
+    "type_as",
+    "cuda",
+    "cpu",
+    "contiguous",
+    "clone",
+)
 def _moved(func: Any, args: Any, kwargs: Any) -> Any:
     if not structured(args[0]):
         return NotImplemented
     tensor, name = args[0], name_of(func)
     dtype, device = tensor.dtype, tensor.device
-    given = [*args[1:], *(value for key, value in kwargs.items() if key in ("dtype", "device", "other"))]
+    given = [
+        *args[1:],
+        *(value for key, value in kwargs.items() if key in ("dtype", "device", "other")),
+    ]
     if name in DTYPES:
         dtype = DTYPES[name]
     elif name in ("cuda", "cpu"):
@@ -196,8 +240,14 @@ def _moved(func: Any, args: Any, kwargs: Any) -> Any:
             elif isinstance(value, Tensor):
                 dtype = value.dtype
                 device = value.device if name == "to" else device
-            elif isinstance(value, (torch.device, int, str)) and not isinstance(value, bool) and name == "to":
-                device = torch.device("cuda", value) if isinstance(value, int) else torch.device(value)
+            elif (
+                isinstance(value, (torch.device, int, str))
+                and not isinstance(value, bool)
+                and name == "to"
+            ):
+                device = (
+                    torch.device("cuda", value) if isinstance(value, int) else torch.device(value)
+                )
             elif isinstance(value, str) or value is not None and not isinstance(value, bool):
                 return NotImplemented
     if name == "type" and not given:

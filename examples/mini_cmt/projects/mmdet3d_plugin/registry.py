@@ -1,11 +1,13 @@
 """A registry in miniature: classes by name, objects from dicts that carry a `type`."""
+
 from __future__ import annotations
 
 from typing import Any, Callable, Dict
 
 
 class Registry:
-    """Classes of one kind, by name: ``@REGISTRY.register_module()`` then ``REGISTRY.build(cfg)``."""
+    """Classes of one kind, by name: ``@REGISTRY.register_module()`` then
+    ``REGISTRY.build(cfg)``."""
 
     def __init__(self, name: str) -> None:
         self.name = name

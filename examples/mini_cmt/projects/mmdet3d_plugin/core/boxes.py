@@ -1,8 +1,9 @@
 """Boxes, and the codes in which they are learned.
 
-A box is (x, y, z, l, w, h, yaw, vx, vy) in the lidar frame, in metres, radians and m/s, around its centre.
-A code is (x, y, z, log l, log w, log h, sin yaw, cos yaw, vx, vy).
+A box is (x, y, z, l, w, h, yaw, vx, vy) in the lidar frame, in metres, radians and m/s, around its
+centre. A code is (x, y, z, log l, log w, log h, sin yaw, cos yaw, vx, vy).
 """
+
 from __future__ import annotations
 
 from typing import Sequence
@@ -10,8 +11,18 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-CLASS_NAMES = ("car", "truck", "trailer", "bus", "construction_vehicle", "bicycle", "motorcycle",
-               "pedestrian", "traffic_cone", "barrier")
+CLASS_NAMES = (
+    "car",
+    "truck",
+    "trailer",
+    "bus",
+    "construction_vehicle",
+    "bicycle",
+    "motorcycle",
+    "pedestrian",
+    "traffic_cone",
+    "barrier",
+)
 BOX_SIZE = 9
 CODE_SIZE = 10
 

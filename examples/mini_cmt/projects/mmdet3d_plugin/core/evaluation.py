@@ -1,4 +1,5 @@
 """A quick look at detections: average precision by centre distance, in the manner of nuScenes."""
+
 from __future__ import annotations
 
 from typing import Dict, List, Sequence
@@ -31,10 +32,14 @@ def average_precision(frames: Sequence[dict], label: int, threshold: float) -> f
                 free[distances.argmin()] = False
             scores.append(score)
             hits.append(bool(hit))
-    true_positives = np.cumsum(np.asarray(hits, dtype=float)[np.argsort(-np.asarray(scores), kind="stable")])
+    true_positives = np.cumsum(
+        np.asarray(hits, dtype=float)[np.argsort(-np.asarray(scores), kind="stable")]
+    )
     if len(true_positives) == 0:
         return 0.0
-    precision = np.maximum.accumulate((true_positives / np.arange(1, len(true_positives) + 1))[::-1])[::-1]
+    precision = np.maximum.accumulate(
+        (true_positives / np.arange(1, len(true_positives) + 1))[::-1]
+    )[::-1]
     return float((np.diff(true_positives, prepend=0.0) * precision).sum() / total)
 
 

@@ -1,4 +1,5 @@
 """Focal loss over classes, weighted L1 over box codes."""
+
 from __future__ import annotations
 
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ def focal_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def code_loss(codes: Tensor, targets: Tensor, code_weights: Tensor) -> Tensor:
-    """Sum of weighted L1 distances, (n, 10) each; what is unknown (nan) in `targets` costs nothing."""
+    """Sum of weighted L1 distances, (n, 10) each; what is unknown (nan) in `targets` costs
+    nothing."""
     known = targets.isfinite()
     return ((codes - targets.nan_to_num()).abs() * code_weights * known).sum()

@@ -1,4 +1,5 @@
 """One nuScenes frame in mmdet3d's info format, and batches made of such frames."""
+
 from __future__ import annotations
 
 import pickle
@@ -11,15 +12,22 @@ import torch
 
 from ..core.boxes import BOX_SIZE
 
-CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+CAMERAS = (
+    "CAM_FRONT",
+    "CAM_FRONT_RIGHT",
+    "CAM_FRONT_LEFT",
+    "CAM_BACK",
+    "CAM_BACK_LEFT",
+    "CAM_BACK_RIGHT",
+)
 IMAGE_MEAN = np.array([103.5, 116.3, 123.7], dtype=np.float32)  # BGR
 IMAGE_STD = np.array([57.4, 57.1, 58.4], dtype=np.float32)
 
 
 class Frame(NamedTuple):
-    info: Dict[str, Any]            # an entry of `data_list`
-    images: Dict[str, np.ndarray]   # by camera: (H, W, 3) uint8, BGR
-    points: np.ndarray              # (P, 5) float32: x, y, z, intensity, ring
+    info: Dict[str, Any]  # an entry of `data_list`
+    images: Dict[str, np.ndarray]  # by camera: (H, W, 3) uint8, BGR
+    points: np.ndarray  # (P, 5) float32: x, y, z, intensity, ring
 
 
 def load_frame(folder: str) -> Frame:
@@ -42,7 +50,8 @@ def load_frame(folder: str) -> Frame:
 
 
 def ground_truth(info: Dict[str, Any], pc_range: Sequence[float]) -> Tuple[np.ndarray, np.ndarray]:
-    """Boxes (G, 9) and labels (G,) of the known classes that were hit by a beam and lie within pc_range."""
+    """Boxes (G, 9) and labels (G,) of the known classes that were hit by a beam and lie within
+    pc_range."""
     boxes, labels = [], []
     for item in info["instances"]:
         centre = item["bbox_3d"][:3]
@@ -50,7 +59,9 @@ def ground_truth(info: Dict[str, Any], pc_range: Sequence[float]) -> Tuple[np.nd
         if item["bbox_label_3d"] >= 0 and item["bbox_3d_isvalid"] and inside:
             boxes.append([*item["bbox_3d"], *item["velocity"]])
             labels.append(item["bbox_label_3d"])
-    return np.asarray(boxes, dtype=np.float32).reshape(-1, BOX_SIZE), np.asarray(labels, dtype=np.int64)
+    return np.asarray(boxes, dtype=np.float32).reshape(-1, BOX_SIZE), np.asarray(
+        labels, dtype=np.int64
+    )
 
 
 def prepare_image(image: np.ndarray, size: Tuple[int, int]) -> Tuple[np.ndarray, np.ndarray]:
@@ -62,7 +73,9 @@ def prepare_image(image: np.ndarray, size: Tuple[int, int]) -> Tuple[np.ndarray,
     scale = width / image.shape[1]
     scaled_height = int(round(image.shape[0] * scale))
     if scaled_height < height:
-        raise ValueError(f"image size {width}x{height} is taller than the camera's {width}x{scaled_height}")
+        raise ValueError(
+            f"image size {width}x{height} is taller than the camera's {width}x{scaled_height}"
+        )
     crop = scaled_height - height
     pixels = cv2.resize(image, (width, scaled_height), interpolation=cv2.INTER_AREA)[crop:]
     pixels = (pixels.astype(np.float32) - IMAGE_MEAN) / IMAGE_STD
@@ -72,22 +85,29 @@ def prepare_image(image: np.ndarray, size: Tuple[int, int]) -> Tuple[np.ndarray,
 
 
 def camera_matrix(camera: Dict[str, Any]) -> np.ndarray:
-    """4x4: lidar coordinates -> (u * depth, v * depth, depth, 1) in pixels of the original image."""
+    """4x4: lidar coordinates -> (u * depth, v * depth, depth, 1) in pixels of the original
+    image."""
     cam2img = np.eye(4)
     intrinsics = np.asarray(camera["cam2img"])
-    cam2img[:intrinsics.shape[0], :intrinsics.shape[1]] = intrinsics
+    cam2img[: intrinsics.shape[0], : intrinsics.shape[1]] = intrinsics
     return cam2img @ np.asarray(camera["lidar2cam"])
 
 
-def make_batch(frames: Sequence[Frame], image_size: Tuple[int, int],
-               pc_range: Sequence[float]) -> Dict[str, Any]:
+def make_batch(
+    frames: Sequence[Frame], image_size: Tuple[int, int], pc_range: Sequence[float]
+) -> Dict[str, Any]:
     """Keyword arguments of the detector, on the CPU.
 
-    points: list of (P, 5); img (B, V, 3, H, W); img_metas: per frame token, img_shape (H, W), lidar2img and
-    img2lidar (V, 4, 4); gt_bboxes_3d: list of (G, 9); gt_labels_3d: list of (G,).
+    points: list of (P, 5); img (B, V, 3, H, W); img_metas: per frame token, img_shape (H, W),
+    lidar2img and img2lidar (V, 4, 4); gt_bboxes_3d: list of (G, 9); gt_labels_3d: list of (G,).
     """
-    batch: Dict[str, List[Any]] = {"points": [], "img": [], "img_metas": [], "gt_bboxes_3d": [],
-                                   "gt_labels_3d": []}
+    batch: Dict[str, List[Any]] = {
+        "points": [],
+        "img": [],
+        "img_metas": [],
+        "gt_bboxes_3d": [],
+        "gt_labels_3d": [],
+    }
     for frame in frames:
         pixels, lidar2img = [], []
         for camera in CAMERAS:
@@ -97,10 +117,14 @@ def make_batch(frames: Sequence[Frame], image_size: Tuple[int, int],
         boxes, labels = ground_truth(frame.info, pc_range)
         batch["points"].append(torch.from_numpy(frame.points.copy()))
         batch["img"].append(torch.from_numpy(np.stack(pixels)))
-        batch["img_metas"].append({
-            "token": frame.info["token"], "img_shape": (image_size[1], image_size[0]),
-            "lidar2img": torch.from_numpy(np.stack(lidar2img)).float(),
-            "img2lidar": torch.from_numpy(np.linalg.inv(np.stack(lidar2img))).float()})
+        batch["img_metas"].append(
+            {
+                "token": frame.info["token"],
+                "img_shape": (image_size[1], image_size[0]),
+                "lidar2img": torch.from_numpy(np.stack(lidar2img)).float(),
+                "img2lidar": torch.from_numpy(np.linalg.inv(np.stack(lidar2img))).float(),
+            }
+        )
         batch["gt_bboxes_3d"].append(torch.from_numpy(boxes))
         batch["gt_labels_3d"].append(torch.from_numpy(labels))
     return {**batch, "img": torch.stack(batch["img"])}

@@ -1,4 +1,6 @@
-"""A street made up from a seed: boxes, six painted images and a lidar sweep, as a nuScenes frame."""
+"""A street made up from a seed: boxes, six painted images and a lidar sweep, as a nuScenes
+frame."""
+
 from __future__ import annotations
 
 from typing import Any, Dict, List, Tuple
@@ -16,10 +18,17 @@ LIDAR_HEIGHT = 1.84
 LIDAR2EGO = [[0, 1, 0, 0.94], [-1, 0, 0, 0], [0, 0, 1, LIDAR_HEIGHT], [0, 0, 0, 1]]
 # By label: length, width, height in metres, and a colour to paint it in (BGR).
 KINDS = (
-    ((4.6, 1.9, 1.7), (200, 60, 40)), ((6.9, 2.5, 2.8), (40, 140, 230)), ((12.0, 2.9, 3.9), (140, 140, 60)),
-    ((11.0, 2.9, 3.5), (60, 200, 220)), ((6.4, 2.8, 3.2), (20, 100, 160)), ((1.7, 0.6, 1.3), (180, 60, 200)),
-    ((2.1, 0.8, 1.5), (90, 30, 120)), ((0.7, 0.7, 1.8), (60, 60, 230)), ((0.4, 0.4, 1.1), (30, 170, 255)),
-    ((0.5, 2.5, 1.0), (210, 210, 210)))
+    ((4.6, 1.9, 1.7), (200, 60, 40)),
+    ((6.9, 2.5, 2.8), (40, 140, 230)),
+    ((12.0, 2.9, 3.9), (140, 140, 60)),
+    ((11.0, 2.9, 3.5), (60, 200, 220)),
+    ((6.4, 2.8, 3.2), (20, 100, 160)),
+    ((1.7, 0.6, 1.3), (180, 60, 200)),
+    ((2.1, 0.8, 1.5), (90, 30, 120)),
+    ((0.7, 0.7, 1.8), (60, 60, 230)),
+    ((0.4, 0.4, 1.1), (30, 170, 255)),
+    ((0.5, 2.5, 1.0), (210, 210, 210)),
+)
 # How often each kind occurs.
 SHARES = np.array([8, 3, 1, 2, 1, 2, 2, 10, 4, 6], dtype=float)
 MOVING = range(8)
@@ -36,9 +45,14 @@ def synthetic_frame(seed: int, num_objects: int = 30) -> Frame:
     for item in instances:
         item["num_lidar_pts"] = int(item["num_lidar_pts"])
         item["bbox_3d_isvalid"] = item["num_lidar_pts"] > 0
-    info = {"token": f"synthetic-{seed}", "timestamp": 0.0, "ego2global": np.eye(4).tolist(),
-            "images": images_info, "instances": instances,
-            "lidar_points": {"lidar2ego": LIDAR2EGO, "num_pts_feats": 5}}
+    info = {
+        "token": f"synthetic-{seed}",
+        "timestamp": 0.0,
+        "ego2global": np.eye(4).tolist(),
+        "images": images_info,
+        "instances": instances,
+        "lidar_points": {"lidar2ego": LIDAR2EGO, "num_pts_feats": 5},
+    }
     images = {camera: _paint(instances, camera_matrix(images_info[camera])) for camera in CAMERAS}
     return Frame(info, images, points)
 
@@ -50,8 +64,11 @@ def _calibration(camera: str) -> Dict[str, Any]:
     lidar2cam[:3, :3] = [[cos, sin, 0], [0, 0, -1], [-sin, cos, 0]]  # right, down, forward
     lidar2cam[:3, 3] = [0.0, -0.33, -0.5]
     focal = FOCAL_BACK if camera == "CAM_BACK" else FOCAL
-    return {"img_path": f"{camera}.jpg", "lidar2cam": lidar2cam.tolist(),
-            "cam2img": [[focal, 0.0, WIDTH / 2], [0.0, focal, HEIGHT / 2], [0.0, 0.0, 1.0]]}
+    return {
+        "img_path": f"{camera}.jpg",
+        "lidar2cam": lidar2cam.tolist(),
+        "cam2img": [[focal, 0.0, WIDTH / 2], [0.0, focal, HEIGHT / 2], [0.0, 0.0, 1.0]],
+    }
 
 
 def _instances(rng: np.random.Generator, count: int) -> List[Dict[str, Any]]:
@@ -61,15 +78,24 @@ def _instances(rng: np.random.Generator, count: int) -> List[Dict[str, Any]]:
         dims = np.array(KINDS[label][0]) * rng.uniform(0.85, 1.15, 3)
         distance, angle = rng.uniform(5, 48), rng.uniform(-np.pi, np.pi)
         x, y = distance * np.cos(angle), distance * np.sin(angle)
-        apart = [np.hypot(x - o["bbox_3d"][0], y - o["bbox_3d"][1]) - o["bbox_3d"][3] / 2 for o in instances]
+        apart = [
+            np.hypot(x - o["bbox_3d"][0], y - o["bbox_3d"][1]) - o["bbox_3d"][3] / 2
+            for o in instances
+        ]
         if min(apart, default=np.inf) < dims[0] / 2 + 0.5:
             continue
         yaw = rng.uniform(-np.pi, np.pi)
         speed = rng.uniform(0, 8) if label in MOVING and rng.random() < 0.4 else 0.0
-        instances.append({
-            "bbox_3d": [float(v) for v in (x, y, dims[2] / 2 - LIDAR_HEIGHT, *dims, yaw)],
-            "velocity": [float(speed * np.cos(yaw)), float(speed * np.sin(yaw))],
-            "bbox_label": label, "bbox_label_3d": label, "num_lidar_pts": 0, "num_radar_pts": 0})
+        instances.append(
+            {
+                "bbox_3d": [float(v) for v in (x, y, dims[2] / 2 - LIDAR_HEIGHT, *dims, yaw)],
+                "velocity": [float(speed * np.cos(yaw)), float(speed * np.sin(yaw))],
+                "bbox_label": label,
+                "bbox_label_3d": label,
+                "num_lidar_pts": 0,
+                "num_radar_pts": 0,
+            }
+        )
     return instances
 
 
@@ -86,7 +112,9 @@ def _sweep(rng: np.random.Generator, instances: List[Dict[str, Any]]) -> np.ndar
     for ring, radius in enumerate(np.geomspace(3.0, 60.0, 24)):
         angle = rng.uniform(-np.pi, np.pi, 500)
         x, y, z = radius * np.cos(angle), radius * np.sin(angle), np.full(500, -LIDAR_HEIGHT)
-        parts.append(_with_features(np.stack([x, y, z], axis=1) + rng.normal(0, 0.03, (500, 3)), 8.0, ring))
+        parts.append(
+            _with_features(np.stack([x, y, z], axis=1) + rng.normal(0, 0.03, (500, 3)), 8.0, ring)
+        )
     for item in instances:
         box = item["bbox_3d"]
         area = box[5] * (box[3] + box[4])
@@ -105,8 +133,8 @@ def _with_features(xyz: np.ndarray, intensity: float, ring: int) -> np.ndarray:
 
 def _paint(instances: List[Dict[str, Any]], lidar2img: np.ndarray) -> np.ndarray:
     image = np.empty((HEIGHT, WIDTH, 3), dtype=np.uint8)
-    image[:HEIGHT // 2] = np.linspace(235, 190, HEIGHT // 2)[:, None, None]                    # sky
-    image[HEIGHT // 2:] = np.linspace(130, 70, HEIGHT - HEIGHT // 2)[:, None, None]             # ground
+    image[: HEIGHT // 2] = np.linspace(235, 190, HEIGHT // 2)[:, None, None]  # sky
+    image[HEIGHT // 2 :] = np.linspace(130, 70, HEIGHT - HEIGHT // 2)[:, None, None]  # ground
     corners = np.array([[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)]) - 0.5
     faces: List[Tuple[float, np.ndarray, Tuple[int, ...]]] = []
     for item in instances:

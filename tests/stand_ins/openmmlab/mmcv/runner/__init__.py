@@ -18,7 +18,8 @@ def _cast(values, source, target):
 
 
 def auto_fp16(apply_to=None, out_fp32=False):
-    """As mmcv's: where `fp16_enabled`, arguments go in half and results may come back in float32."""
+    """As mmcv's: where `fp16_enabled`, arguments go in half and results may come back in
+    float32."""
 
     def wrap(function):
         @functools.wraps(function)

@@ -1,4 +1,5 @@
 """Images to features at a sixteenth of the size."""
+
 from __future__ import annotations
 
 from typing import Tuple
@@ -19,8 +20,11 @@ class ImageNet(nn.Module):
         super().__init__()
         layers, channels = [], 3
         for width in widths:
-            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False),
-                       nn.GroupNorm(8, width), nn.ReLU(inplace=True)]
+            layers += [
+                nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False),
+                nn.GroupNorm(8, width),
+                nn.ReLU(inplace=True),
+            ]
             channels = width
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, out_channels, 1))
 

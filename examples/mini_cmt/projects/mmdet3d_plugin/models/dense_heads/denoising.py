@@ -1,4 +1,5 @@
 """Denoising queries: noisy copies of the true boxes, which the decoder learns to put back."""
+
 from __future__ import annotations
 
 from typing import NamedTuple, Optional, Sequence
@@ -12,16 +13,20 @@ IGNORED = -1
 
 
 class Denoising(NamedTuple):
-    """`groups` groups of `size` queries in front of the others; a frame with fewer objects is padded."""
+    """`groups` groups of `size` queries in front of the others; a frame with fewer objects is
+    padded."""
 
-    reference: Tensor   # (B, groups * size, 3) noisy centres, 0..1 in pc_range
-    boxes: Tensor       # (B, groups * size, 9)
-    labels: Tensor      # (B, groups * size) long: class; number of classes = background; IGNORED = padding
-    mask: Tensor        # (groups * size + queries) square, boolean, True = may not be seen
+    reference: Tensor  # (B, groups * size, 3) noisy centres, 0..1 in pc_range
+    boxes: Tensor  # (B, groups * size, 9)
+    labels: (
+        Tensor  # (B, groups * size) long: class; number of classes = background; IGNORED = padding
+    )
+    mask: Tensor  # (groups * size + queries) square, boolean, True = may not be seen
 
 
 def denoising_mask(groups: int, size: int, num_queries: int) -> Tensor:
-    """Object queries see no denoising query, and a group sees no other group; True = may not be seen."""
+    """Object queries see no denoising query, and a group sees no other group; True = may not be
+    seen."""
     noisy = groups * size
     mask = torch.zeros(noisy + num_queries, noisy + num_queries, dtype=torch.bool)
     mask[noisy:, :noisy] = True
@@ -30,13 +35,22 @@ def denoising_mask(groups: int, size: int, num_queries: int) -> Tensor:
     return mask
 
 
-def make_denoising(boxes: Sequence[Tensor], labels: Sequence[Tensor], seeds: Sequence[int], groups: int,
-                   num_queries: int, num_classes: int, pc_range: Sequence[float], noise_scale: float,
-                   split: float) -> Optional[Denoising]:
-    """Noise in units of half a box times noise_scale; beyond `split` of it the target is background.
+def make_denoising(
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    seeds: Sequence[int],
+    groups: int,
+    num_queries: int,
+    num_classes: int,
+    pc_range: Sequence[float],
+    noise_scale: float,
+    split: float,
+) -> Optional[Denoising]:
+    """Noise in units of half a box times noise_scale; beyond `split` of it the target is
+    background.
 
-    boxes: B tensors (G, 9), labels: B tensors (G,), seeds: B numbers, of which alone the noise depends.
-    None if there is nothing to denoise.
+    boxes: B tensors (G, 9), labels: B tensors (G,), seeds: B numbers, of which alone the noise
+    depends. None if there is nothing to denoise.
     """
     size = max(len(b) for b in boxes)
     if size * groups == 0:
@@ -52,8 +66,13 @@ def make_denoising(boxes: Sequence[Tensor], labels: Sequence[Tensor], seeds: Seq
         centre = frame_boxes[:, :3] + noise * noise_scale * frame_boxes[:, 3:6] / 2
         reference[i, :, :count] = normalise_points(centre, pc_range).clamp(0.0, 1.0)
         padded_boxes[i, :, :count] = frame_boxes
-        padded_labels[i, :, :count] = frame_labels.where(noise.norm(dim=-1) <= split,
-                                                         frame_labels.new_tensor(num_classes))
+        padded_labels[i, :, :count] = frame_labels.where(
+            noise.norm(dim=-1) <= split, frame_labels.new_tensor(num_classes)
+        )
     mask = denoising_mask(groups, size, num_queries).to(device)
-    return Denoising(reference.view(batch, noisy, 3), padded_boxes.view(batch, noisy, BOX_SIZE),
-                     padded_labels.view(batch, noisy), mask)
+    return Denoising(
+        reference.view(batch, noisy, 3),
+        padded_boxes.view(batch, noisy, BOX_SIZE),
+        padded_labels.view(batch, noisy),
+        mask,
+    )

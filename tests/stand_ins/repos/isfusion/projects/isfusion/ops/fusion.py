@@ -1,4 +1,5 @@
 """A block that calls FlashMHA itself, outside any outer class."""
+
 from torch import nn
 
 from .flash import FlashMHA

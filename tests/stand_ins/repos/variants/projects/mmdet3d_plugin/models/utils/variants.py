@@ -1,4 +1,6 @@
-"""Forwards as the forks changed them: more parameters, weights handed back, groups, subclasses, no registration."""
+"""Forwards as the forks changed them: more parameters, weights handed back, groups, subclasses, no
+registration."""
+
 import torch
 from mmcv.cnn.bricks.registry import ATTENTION
 from mmcv.runner.base_module import BaseModule
@@ -15,7 +17,9 @@ class Prelude(BaseModule):
     def ready(self, query, key, value, query_pos, key_pos):
         key = query if key is None else key
         value = key if value is None else value
-        query, key = (x if pos is None else x + pos for x, pos in ((query, query_pos), (key, key_pos)))
+        query, key = (
+            x if pos is None else x + pos for x, pos in ((query, query_pos), (key, key_pos))
+        )
         return tuple(x.transpose(0, 1) if self.batch_first else x for x in (query, key, value))
 
     def done(self, out):
@@ -27,11 +31,24 @@ class PETRMultiheadAttention(Prelude):
     """`return_attn_weights`: who asks for the weights gets them."""
 
     @deprecated_api_warning({"residual": "identity"})
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, return_attn_weights=False, **kwargs):
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        return_attn_weights=False,
+        **kwargs,
+    ):
         identity = identity if identity is not None else query
         q, k, v = self.ready(query, key, value, query_pos, key_pos)
-        out, attn_weights = self.attn(q, k, v, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
+        out, attn_weights = self.attn(
+            q, k, v, attn_mask=attn_mask, key_padding_mask=key_padding_mask
+        )
         out = identity + self.done(out)
         return (out, attn_weights) if return_attn_weights else out
 
@@ -43,11 +60,23 @@ ReturnsWeights = PETRMultiheadAttention
 class PETRMultiheadAttention(Prelude):  # noqa: F811  (two classes of one name: forks do)
     """Hands the weights back to every caller."""
 
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
         identity = identity if identity is not None else query
         q, k, v = self.ready(query, key, value, query_pos, key_pos)
-        out, attn_weights = self.attn(q, k, v, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
+        out, attn_weights = self.attn(
+            q, k, v, attn_mask=attn_mask, key_padding_mask=key_padding_mask
+        )
         return identity + self.done(out), attn_weights
 
 
@@ -58,11 +87,24 @@ AlwaysWeights = PETRMultiheadAttention
 class PETRMultiheadAttention(Prelude):  # noqa: F811
     """`return_feat`: the attention's output without its identity."""
 
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, return_feat=False, **kwargs):
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        return_feat=False,
+        **kwargs,
+    ):
         identity = identity if identity is not None else query
         q, k, v = self.ready(query, key, value, query_pos, key_pos)
-        out = self.done(self.attn(q, k, v, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0])
+        out = self.done(
+            self.attn(q, k, v, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0]
+        )
         return out if return_feat else identity + out
 
 
@@ -73,12 +115,26 @@ ReturnsFeature = PETRMultiheadAttention
 class PETRMultiheadAttentionV2(Prelude):
     """A second position for the keys, applied in the prelude."""
 
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, cross_query_pe=None, on_the_image=None, **kwargs):
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        cross_query_pe=None,
+        on_the_image=None,
+        **kwargs,
+    ):
         identity = identity if identity is not None else query
         q, k, v = self.ready(query, key, value, query_pos, key_pos)
         q = q if cross_query_pe is None else q * cross_query_pe.sigmoid()
-        return identity + self.done(self.attn(q, k, v, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0])
+        return identity + self.done(
+            self.attn(q, k, v, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0]
+        )
 
 
 @ATTENTION.register_module()
@@ -89,8 +145,18 @@ class GroupMultiheadAttention(Prelude):
         super().__init__(embed_dims, num_heads, **kwargs)
         self.group = group
 
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
         identity = identity if identity is not None else query
         q, k, v = self.ready(query, key, value, query_pos, key_pos)
         batch, own = q.shape[1], k is v or k.shape == q.shape
@@ -109,17 +175,46 @@ class Subclass(ReturnsFeature):
 class NestedSubclass(ReturnsFeature):
     """Its forward changes the query and calls its parent's."""
 
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
-        return 2 * super().forward(query * 0.5, key, value, identity, query_pos=query_pos, key_pos=key_pos,
-                                   attn_mask=attn_mask, key_padding_mask=key_padding_mask, **kwargs)
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
+        return 2 * super().forward(
+            query * 0.5,
+            key,
+            value,
+            identity,
+            query_pos=query_pos,
+            key_pos=key_pos,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            **kwargs,
+        )
 
 
 class OwnArithmetic(Prelude):
     """Computes its softmax itself: there is no core to answer for."""
 
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None, attn_mask=None,
-                key_padding_mask=None, **kwargs):
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        identity=None,
+        query_pos=None,
+        key_pos=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        **kwargs,
+    ):
         q, k, v = self.ready(query, key, value, query_pos, key_pos)
         scores = torch.einsum("mbe,nbe->bmn", q, k) * q.shape[-1] ** -0.5
         scores = scores if attn_mask is None else scores.masked_fill(attn_mask, float("-inf"))
