@@ -91,8 +91,8 @@ def main() -> None:
     args = parser.parse_args()
     rows = {}
     for name, build in biases("cuda").items():
-        flashbias_patch.journal.reset()
-        rows[name] = {**measure(build), "backends": dict(flashbias_patch.journal.calls)}
+        flashbias_patch.telemetry.reset()
+        rows[name] = {**measure(build), "backends": dict(flashbias_patch.telemetry.calls)}
         print(
             f"{name:<45} {rows[name]['ms']:8.3f} ms {rows[name]['extra_mib']:10.1f} MiB "
             f"{rows[name]['backends']}",
@@ -105,7 +105,7 @@ def main() -> None:
         "shape": {"B": B, "M": M, "N": N, "H": H, "D": D},
         "dtype": "float16",
         "rows": rows,
-        "fallbacks": flashbias_patch.journal.fallbacks(),
+        "fallbacks": flashbias_patch.telemetry.fallbacks(),
     }
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1))

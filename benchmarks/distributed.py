@@ -36,7 +36,7 @@ from installed import patched
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flashbias_patch import journal
+from flashbias_patch import telemetry
 from flashbias_patch.attention import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -325,9 +325,9 @@ def fault(cmt: Cmt, processes: Processes, each: int, steps: int) -> Dict[str, An
     with patched():
         healthy, weights, _ = run(False)
         again, _, _ = run(False)
-        before = len(journal.fallbacks())
+        before = len(telemetry.fallbacks())
         failing, fallen, struck = run(True)
-        told = [f"{f['source']}: {f['reason']}" for f in journal.fallbacks()[before:]]
+        told = [f"{f['source']}: {f['reason']}" for f in telemetry.fallbacks()[before:]]
         dispatch.reset()
     return {
         "backend": name,
@@ -416,9 +416,9 @@ def fsdp(processes: Processes, tiny: bool, steps: int) -> Dict[str, Any]:
     result: Dict[str, Any] = {"steps": steps, "losses_ddp_unpatched": processes.gather(truth)}
     for name, way in (("unpatched", contextlib.nullcontext), ("patched", patched)):
         with way():
-            before = dict(journal.calls)
+            before = dict(telemetry.calls)
             losses, found, peak = run(True)
-            calls = {key: count - before.get(key, 0) for key, count in journal.calls.items()}
+            calls = {key: count - before.get(key, 0) for key, count in telemetry.calls.items()}
         worst = max(abs(a - b) / abs(b) for a, b in zip(losses, truth))
         result[name] = {
             "losses": processes.gather(losses),

@@ -1,5 +1,5 @@
-"""How processes end that stop right after a backward pass, with the wait of attention/ending.py and
-without it.
+"""How processes end that stop right after a backward pass, with the wait of
+attention/autograd_exit.py and without it.
 
     python benchmarks/exits.py --out benchmarks/results/exits_h200.json
 
@@ -26,11 +26,11 @@ def child(wait: bool) -> None:
     time."""
     import torch
 
-    from flashbias_patch.attention import ending
+    from flashbias_patch.attention import autograd_exit
     from flashbias_patch.attention.kernels.operator import fused_attention
 
     if wait:
-        ending.wait_for_autograd()
+        autograd_exit.wait_for_autograd()
     tensors = [
         torch.randn(2, length, 8, 32, device="cuda").half().requires_grad_()
         for length in (1490, 6000, 6000)

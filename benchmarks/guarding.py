@@ -23,9 +23,9 @@ import torch
 
 from flashbias_patch.attention import dispatch
 from flashbias_patch.attention.breaker import TRUSTED
-from flashbias_patch.attention.call_class import key_of
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.recovery import guard
+from flashbias_patch.attention.signature import key_of
 
 CALLS, REPEATS = 5000, 15
 

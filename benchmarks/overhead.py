@@ -62,7 +62,7 @@ def call_times(repeats: int, calls: int) -> dict:
 
     import flashbias_patch
     from flashbias_patch.attention import dispatch
-    from flashbias_patch.patching import arguments, hooks, inner_attention
+    from flashbias_patch.patching import call_adapter, inner_attention, install
 
     class PETRMultiheadAttention(nn.Module):
         def __init__(self) -> None:
@@ -110,7 +110,7 @@ def call_times(repeats: int, calls: int) -> dict:
         with mock.patch.object(
             inner_attention, "F", SimpleNamespace(linear=lambda *a: x)
         ), mock.patch.object(
-            arguments, "project", lambda *a: (heads, heads, heads)
+            call_adapter, "project", lambda *a: (heads, heads, heads)
         ), mock.patch.dict(dispatch._loaded, {"triton": Constant()}), mock.patch.object(
             dispatch.breakers, "by_class", {}
         ), mock.patch.object(dispatch, "_earns_trust", trusted):
@@ -140,7 +140,7 @@ def call_times(repeats: int, calls: int) -> dict:
         timed()
         unpatched.append(timed())
         flashbias_patch.install()
-        hooks.claim(PETRMultiheadAttention)
+        install.claim(PETRMultiheadAttention)
         timed()
         patched.append(timed())
         ours.append(without_tensor_work(patched=True))

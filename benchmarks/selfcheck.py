@@ -33,9 +33,9 @@ from provenance import about  # noqa: E402
 
 from flashbias_patch.attention import dispatch, selection, selfcheck  # noqa: E402
 from flashbias_patch.attention.backends import reference  # noqa: E402
-from flashbias_patch.attention.call_class import describe, key_of  # noqa: E402
 from flashbias_patch.attention.inputs import AttentionInputs  # noqa: E402
 from flashbias_patch.attention.recovery import errors  # noqa: E402
+from flashbias_patch.attention.signature import describe, key_of  # noqa: E402
 
 B, H, D = 2, 4, 32
 # dtype, rank, features

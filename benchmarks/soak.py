@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from provenance import about  # noqa: E402
 
 import flashbias_patch  # noqa: E402
-from flashbias_patch import journal  # noqa: E402
+from flashbias_patch import telemetry  # noqa: E402
 from flashbias_patch.attention import dispatch  # noqa: E402
 from flashbias_patch.attention.recovery import guard  # noqa: E402
 
@@ -211,8 +211,8 @@ def soak(
         "growth_mib_after_first_100": round(
             max(0, max(m[0] for m in rest) - max(m[0] for m in first)) / 2**20, 3
         ),
-        "calls": dict(journal.calls),
-        "fallbacks": sum(f["count"] for f in journal.fallbacks()),
+        "calls": dict(telemetry.calls),
+        "fallbacks": sum(f["count"] for f in telemetry.fallbacks()),
     }
 
 

@@ -349,7 +349,8 @@ def half_parity() -> List[str]:
         merged(run for run in (*found["runs"], *found["family"]) if "losses" in run), half=True
     )
     return [
-        "`FLASHBIAS_DTYPE=fp16` with gradients scaled on their way through (attention/narrow.py):",
+        "`FLASHBIAS_DTYPE=fp16` with gradients scaled on their way through "
+        "(attention/fp16_gradients.py):",
         "",
         *table(("detector", "run", "gradient", "losses", "steps"), rows),
         source("real_fp16_h200"),

@@ -5,7 +5,7 @@ mmcv nor triton.
 
 from __future__ import annotations
 
-from . import journal, settings
+from . import settings, telemetry
 from ._version import __version__
 
 TYPE_CHECKING = False
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from . import aqr, bias, maps, monitor
     from .attention import flash_bias_attention
     from .maps import attention_map
-    from .patching.ambient import attention_bias
-    from .patching.hooks import install, uninstall
+    from .patching.context import attention_bias
+    from .patching.install import install, uninstall
     from .status import status
 
 # Public name -> where it lives. Loaded on first use (PEP 562), so that importing this package stays
 # cheap.
 _FUNCTIONS = {
-    "install": ".patching.hooks",
-    "uninstall": ".patching.hooks",
+    "install": ".patching.install",
+    "uninstall": ".patching.install",
     "status": ".status",
-    "attention_bias": ".patching.ambient",
+    "attention_bias": ".patching.context",
     "attention_map": ".maps",
     "flash_bias_attention": ".attention",
 }
@@ -63,12 +63,12 @@ def __dir__() -> List[str]:
 
 def _install_on_import() -> None:
     read = settings.current()
-    journal.configure(read.log_level)
+    telemetry.configure(read.log_level)
     if read.patch:
-        journal.environment(read.problems + read.unknown)
-        from .patching import trigger
+        telemetry.environment(read.problems + read.unknown)
+        from .patching import deferred_install
 
-        trigger.arm()
+        deferred_install.arm()
 
 
 _install_on_import()

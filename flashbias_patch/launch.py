@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Dict, List, Mapping, Optional
 
-from . import journal
+from . import telemetry
 
 BOOTSTRAP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bootstrap")
 PROBE = "FLASHBIAS_PROBE"
@@ -63,4 +63,4 @@ def start_process(*_: str) -> None:
 
                 probe.start()
     except Exception:
-        journal.logger().exception("this process starts without all of flashbias_patch")
+        telemetry.logger().exception("this process starts without all of flashbias_patch")

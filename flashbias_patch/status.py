@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Dict, List
 
-from . import journal, settings
+from . import settings, telemetry
 
 
 class Status(Dict[str, Any]):
@@ -66,18 +66,18 @@ def status() -> Status:
     unreached (biases without effect), factorizations, settings."""
     from . import __version__
 
-    hooks = sys.modules.get(f"{__package__}.patching.hooks")
-    trigger = sys.modules.get(f"{__package__}.patching.trigger")
+    hooks = sys.modules.get(f"{__package__}.patching.install")
+    trigger = sys.modules.get(f"{__package__}.patching.deferred_install")
     return Status(
         version=__version__,
         installed=(hooks is not None and hooks.installed())
         or (trigger is not None and trigger.armed()),
         patched=[] if hooks is None else hooks.patched(),
         refused=[] if hooks is None else hooks.refused(),
-        calls=dict(journal.calls),
-        fallbacks=journal.fallbacks(),
-        unreached=journal.unreached_biases(),
-        factorizations=journal.factorizations(),
+        calls=dict(telemetry.calls),
+        fallbacks=telemetry.fallbacks(),
+        unreached=telemetry.unreached_biases(),
+        factorizations=telemetry.factorizations(),
         settings={
             v.field: getattr(settings.current(), v.field)
             for v in settings.VARIABLES

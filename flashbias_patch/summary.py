@@ -7,7 +7,7 @@ import os
 import sys
 from typing import List, Optional
 
-from . import journal
+from . import telemetry
 
 # imported by the process that starts the ranks and computes nothing itself
 LAUNCHER = "torch.distributed.launcher.api"
@@ -36,7 +36,7 @@ def line() -> Optional[str]:
     now = status()
     trouble = now["fallbacks"] or now["unreached"]
     idle = not now["calls"] and (_is_worker() or not now["patched"] and LAUNCHER in sys.modules)
-    if not trouble and (journal.rank() or idle):
+    if not trouble and (telemetry.rank() or idle):
         return None
     names = sorted({entry["class"] for entry in now["patched"]})
     if not names and not now["calls"] and not trouble:
@@ -58,7 +58,7 @@ def line() -> Optional[str]:
             [(f"{u['where']}: {u['reason']}", u["count"]) for u in now["unreached"]],
         )
     )
-    rank = f"[rank {journal.rank()}] " if journal.rank() else ""
+    rank = f"[rank {telemetry.rank()}] " if telemetry.rank() else ""
     return f"flashbias_patch: {rank}" + "; ".join(parts)
 
 

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
 def clean_state(monkeypatch):
     """Default settings, nothing counted, nothing patched, before and after; the same random numbers
     in every run."""
-    from flashbias_patch import journal, settings
+    from flashbias_patch import settings, telemetry
 
     torch.manual_seed(0)
     for variable in settings.VARIABLES:
@@ -43,18 +43,18 @@ def clean_state(monkeypatch):
         "FLASHBIAS_VERDICTS", "off"
     )  # nothing of this machine's, and nothing left on it
     settings.reload()
-    journal.reset()
+    telemetry.reset()
     yield
     import sys
 
-    hooks = sys.modules.get("flashbias_patch.patching.hooks")
+    hooks = sys.modules.get("flashbias_patch.patching.install")
     if hooks is not None:
         hooks.uninstall()
     dispatch = sys.modules.get("flashbias_patch.attention.dispatch")
     if dispatch is not None:
         dispatch.reset()
     settings.reload()
-    journal.reset()
+    telemetry.reset()
 
 
 @pytest.fixture

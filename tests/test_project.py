@@ -89,7 +89,7 @@ def test_an_undocumented_name_is_found(monkeypatch):
         hooks, "exported", lambda module: {"once": "journal"} if module == "" else {}
     )
     assert [line.partition(":")[0] for line in hooks.undocumented()] == [
-        "flashbias_patch.journal.once is not on docs/reference/api.md"
+        "flashbias_patch.telemetry.once is not on docs/reference/api.md"
     ]
 
 
@@ -193,7 +193,7 @@ def test_window_example_is_the_same_without_the_patch():
 
 def test_documented_entry_point_is_what_the_catalog_reads():
     from flashbias_patch.patching.catalog import ENTRY_POINT_GROUP, Target
-    from flashbias_patch.patching.seams import SEAMS
+    from flashbias_patch.patching.wrappers import SEAMS
 
     page = read("docs/guides/own-targets.md")
     names = {}

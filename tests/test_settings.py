@@ -6,7 +6,7 @@ import logging
 import pytest
 
 import flashbias_patch
-from flashbias_patch import environment, journal, settings
+from flashbias_patch import environment, settings, telemetry
 from flashbias_patch.settings import FALSE, TRUE, VARIABLES, Settings
 
 GOOD = {
@@ -185,9 +185,9 @@ def test_known_names_are_not_named(monkeypatch, name, text):
 
 def test_what_is_named_once_is_not_named_by_child_processes(monkeypatch, caplog):
     monkeypatch.setenv(settings.NAMED, "")
-    journal.environment(["first", "second"])
-    journal.reset()  # as in a process that this one starts: only the environment is inherited
-    journal.environment(["second", "third"])
+    telemetry.environment(["first", "second"])
+    telemetry.reset()  # as in a process that this one starts: only the environment is inherited
+    telemetry.environment(["second", "third"])
     assert [r.message for r in caplog.records if r.levelno == logging.ERROR] == [
         "first",
         "second",

@@ -318,7 +318,7 @@ def work(root: str, by_file: Dict[str, List[str]], seed: int) -> List[Dict[str, 
     import torch
 
     import flashbias_patch
-    from flashbias_patch.patching import hooks
+    from flashbias_patch.patching import install
 
     torch.set_num_threads(1)
     flashbias_patch.install()
@@ -345,12 +345,12 @@ def work(root: str, by_file: Dict[str, List[str]], seed: int) -> List[Dict[str, 
             if not inspect.isclass(cls):
                 continue
             claim = next(
-                (c for c in hooks._claims if c.owner is cls and c.attribute == "forward"), None
+                (c for c in install._claims if c.owner is cls and c.attribute == "forward"), None
             )
             if claim is None:
                 reasons = [
                     r["reason"]
-                    for r in hooks.refused()
+                    for r in install.refused()
                     if (r["module"], r["class"]) == (cls.__module__, name)
                 ]
                 row["why"] = "; ".join(reasons) or "not found by the hooks"
@@ -372,7 +372,7 @@ def compare(cls: type, seam: str, rng: random.Random) -> Dict[str, Any]:
     """The largest relative difference over a few cases, and whether the patched code answered at
     all."""
     import flashbias_patch
-    from flashbias_patch import journal
+    from flashbias_patch import telemetry
 
     worst, cases, original, refused = 0.0, 0, set(), None
     for case in CASES[seam](cls, rng):
@@ -386,10 +386,10 @@ def compare(cls: type, seam: str, rng: random.Random) -> Dict[str, Any]:
             refused = error
             continue
         flashbias_patch.install()
-        journal.reset()
+        telemetry.reset()
         got = case.run()
-        original |= {entry["reason"] for entry in journal.fallbacks()}
-        if not sum(count for name, count in journal.calls.items() if name != "original"):
+        original |= {entry["reason"] for entry in telemetry.fallbacks()}
+        if not sum(count for name, count in telemetry.calls.items() if name != "original"):
             original.add("the original code ran")
         worst = max(worst, difference(got, expected))
         cases += 1

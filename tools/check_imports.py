@@ -72,8 +72,8 @@ FORBIDDEN: Dict[str, Tuple[str, ...]] = {
     "ab": (
         "attention",
         "bias",
-        "patching.hooks",
-        "patching.seams",
+        "patching.install",
+        "patching.wrappers",
         "patching.catalog",
         "aqr",
         "monitor",

@@ -40,7 +40,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def _add_missing(module: Any) -> None:
     """Names that the family imports and `module` lacks (flash-attn 2 renamed some)."""
-    from ..patching.stand_ins import NAMES
+    from ..patching.flash_attn_shim import NAMES
 
     for name, value in NAMES.get(module.__name__, {}).items():
         if not hasattr(module, name):

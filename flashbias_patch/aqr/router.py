@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import journal
+from .. import telemetry
 from .._torch_internals import current_graph_task
 from ..bias import AttentionBias, LowRankBias, ModalityBias, SquaredDistanceBias
 from ..bias.base import full_precision
@@ -283,7 +283,7 @@ class AdaptiveQueryRouter(nn.Module):
     ) -> None:
         own = [prefix + name for name, _ in self.named_parameters()]
         if not any(name in state_dict for name in own):  # a checkpoint from before the router
-            journal.once(
+            telemetry.once(
                 ("aqr checkpoint", prefix),
                 "warning",
                 "the checkpoint has no router: %s keep their initial values",

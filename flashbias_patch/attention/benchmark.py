@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, Sequence
 import torch
 from torch import Tensor
 
-from .. import __version__, journal
+from .. import __version__, telemetry
 from ..bias import LowRankBias
 from . import dispatch, selection
 from .backends.reference import attend_dense
@@ -179,7 +179,7 @@ def measure(inputs: AttentionInputs, name: str) -> Dict[str, Any]:
 def _fallbacks(name: str) -> Dict[str, int]:
     return {
         f"{e['call']}: {e['reason']}": e["count"]
-        for e in journal.fallbacks()
+        for e in telemetry.fallbacks()
         if e["source"] == name
     }
 

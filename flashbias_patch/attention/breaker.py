@@ -6,10 +6,10 @@ from __future__ import annotations
 import enum
 from typing import Any, Dict, List, NamedTuple, Tuple
 
-from .. import journal
+from .. import telemetry
 from .._torch_internals import current_graph_task
 from . import kept_verdicts
-from .call_class import Key, describe
+from .signature import Key, describe
 
 _current_graph_task = current_graph_task
 
@@ -64,7 +64,7 @@ class CircuitBreaker:
         """Log the failure and take the backend out for this class."""
         if phase is Phase.BACKWARD:
             reason = f"backward: {reason}"
-        journal.fallback(name, describe(key), reason)
+        telemetry.fallback(name, describe(key), reason)
         kept_verdicts.forget(key, name)
         if phase is Phase.BACKWARD and _current_graph_task() != -1:
             self.pending.append((key, name, reason))

@@ -13,11 +13,18 @@ from typing import Any, Dict, Optional, Tuple
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import journal
+from .. import telemetry
 from .._torch_internals import current_transform, is_compiling
-from . import differentiable, ending, kept_verdicts, plans, random_state, selection, selfcheck
+from . import (
+    autograd_exit,
+    differentiable,
+    kept_verdicts,
+    plans,
+    random_state,
+    selection,
+    selfcheck,
+)
 from .breaker import TRUSTED, State, Verdict, breakers
-from .call_class import Key, key_of
 from .inputs import AttentionInputs
 from .recovery import forward, replay
 from .recovery.blame import Stage
@@ -30,6 +37,7 @@ from .selection import (
     explain,
     reasons_against,
 )
+from .signature import Key, key_of
 
 __all__ = [
     "LAST_RESORT", "NoBackendError", "attend", "attend_traced", "backend", "breakers", "explain",
@@ -46,7 +54,7 @@ def attend(inputs: AttentionInputs, pinned: Optional[str] = None) -> Tensor:
     torch.cuda.OutOfMemoryError when memory does not even suffice for the last resort.
     """
     if current_transform() is not None or forward_ad._current_level >= 0:
-        journal.calls[LAST_RESORT] += 1
+        telemetry.calls[LAST_RESORT] += 1
         return differentiable.attend(inputs)
     if type(inputs.q) is not Tensor and _symbolic(inputs):
         return attend_traced(inputs, pinned)
@@ -125,7 +133,7 @@ def _follow(
         if recovered is None:
             return _take(inputs, key, plan.candidates, start=plan.place + 1, failure=error)
         return recovered, name
-    journal.calls[name] += 1
+    telemetry.calls[name] += 1
     return out, name
 
 
@@ -175,7 +183,7 @@ def _take(
                 failure = error
                 continue
         else:
-            journal.calls[name] += 1
+            telemetry.calls[name] += 1
             if place is not None and failure is None:
                 plans.settle(place, inputs, candidates, name)
         if candidates.chosen:
@@ -190,7 +198,7 @@ def _earns_trust(
     """Self-check a backend before its first answer to a class; under FLASHBIAS_STRICT a failed one
     raises."""
     if inputs.q.is_cuda:
-        ending.wait_for_autograd()
+        autograd_exit.wait_for_autograd()
     if name == LAST_RESORT:
         verdicts[name] = TRUSTED
         return True

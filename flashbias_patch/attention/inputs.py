@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..bias import AttentionBias, BiasTensor, DenseBias, MaskBias, WindowMaskParts, WindowParts
 from ..bias.precision import split_factors
-from . import narrow
-from .call_class import describe, key_of
+from . import fp16_gradients
+from .signature import describe, key_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The tensors of AttentionInputs, in the order of its `tensors()`; the rest is static.
@@ -148,7 +148,7 @@ class AttentionInputs(NamedTuple):
         return self.with_tensors((None,) * len(TENSORS))
 
     def call_class(self) -> str:
-        """What backends succeed or fail by, in words (call_class.py): device, dtype, head dims,
+        """What backends succeed or fail by, in words (signature.py): device, dtype, head dims,
         rank, features."""
         return describe(key_of(self))
 
@@ -181,8 +181,8 @@ def build_in(
     dropout_p: float,
     scale: Optional[float],
 ) -> Tuple[AttentionInputs, Optional[Tensor]]:
-    """As `build`, q, k and v in `dtype` (None: as they are); and what narrow.widened needs, if
-    anything."""
+    """As `build`, q, k and v in `dtype` (None: as they are); and what fp16_gradients.widened needs,
+    if anything."""
     B, M, H, D, N = _check_qkv(q, k, v)
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
@@ -209,9 +209,9 @@ def build_in(
         else:
             dense = four if dense is None else dense + four
     if dtype is not None and dtype is not q.dtype:
-        if narrow.wanted(q.dtype, dtype):
+        if fp16_gradients.wanted(q.dtype, dtype):
             learned = None if windows is None else windows.weights
-            (q, k, v), others, power = narrow.narrowed(
+            (q, k, v), others, power = fp16_gradients.narrowed(
                 (q, k, v), (q_factor, k_factor, weights, dense, learned)
             )
             q_factor, k_factor, weights, dense, learned = others

@@ -24,7 +24,7 @@ from typing import Any, Dict, List, Optional, Set, Tuple
 import torch
 
 from .. import settings
-from .call_class import Key, describe
+from .signature import Key, describe
 
 log = logging.getLogger("flashbias_patch")
 NAMES = (

@@ -12,9 +12,9 @@ from typing import Any, Dict, NamedTuple, Optional, Tuple
 from .. import settings
 from . import selection
 from .breaker import TRUSTED, breakers
-from .call_class import Key
 from .inputs import AttentionInputs
 from .selection import Candidates
+from .signature import Key
 
 ROOM = 1024  # plans: lengths that differ every time would fill memory
 

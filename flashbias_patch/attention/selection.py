@@ -9,12 +9,12 @@ from typing import Any, Dict, Iterable, List, NamedTuple, NoReturn, Optional, Se
 
 from torch import Tensor
 
-from .. import journal, settings
+from .. import settings, telemetry
 from . import order
 from .breaker import breakers
-from .call_class import Key, describe, key_of
 from .inputs import AttentionInputs
 from .recovery import errors
+from .signature import Key, describe, key_of
 
 # name -> module of backends/, in order of preference.
 MODULES = {
@@ -68,7 +68,7 @@ def backend(name: str) -> Any:
                 raise
             _loaded[name] = Unavailable(name, f"does not import here: {errors.first_line(error)}")
             if not isinstance(error, ModuleNotFoundError):
-                journal.once(("import", name), "warning", "%s %s", name, _loaded[name].reason)
+                telemetry.once(("import", name), "warning", "%s %s", name, _loaded[name].reason)
     return _loaded[name]
 
 
@@ -124,7 +124,7 @@ def tell_pinned(name: str, inputs: AttentionInputs, key: Key) -> None:
         _told.add(key)
         why = "; ".join(reasons_against(inputs, pinned, key))
         reason = f"FLASHBIAS_BACKEND={pinned} cannot take it ({why}); {name} answers"
-        journal.fallback(pinned, describe(key), reason)
+        telemetry.fallback(pinned, describe(key), reason)
 
 
 def refuse(

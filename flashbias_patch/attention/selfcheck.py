@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from .. import _torch_internals as internals
-from .. import journal
+from .. import telemetry
 from ..bias import Grid, WindowMaskParts, WindowParts
 from .backends import reference
-from .call_class import ALIGNMENT, Key, describe
 from .inputs import TENSORS, AttentionInputs
+from .signature import ALIGNMENT, Key, describe
 from .values import shift_of
 
 FACTOR = 4.0
@@ -80,7 +80,7 @@ def check(
     evidence["seconds"] = round(seconds, 3)
     if seconds > 5:
         message = "%s took %.0f s to compile and be checked for %s"
-        journal.once(
+        telemetry.once(
             ("slow check", backend.name, key), "info", message, backend.name, seconds, describe(key)
         )
     return problem and f"self-check failed: {problem}"

@@ -3,7 +3,7 @@ with a name.
 
 Each patch says why it exists, does nothing where it is not needed, and is switched with
 FLASHBIAS_COMPAT: `all`, `none` or names. `IN_REPOSITORY` patches reach only modules of the user's
-repository whose source shows the need (see patching/repository.py); `ON_MODULE` patches act when a
+repository whose source shows the need (see patching/import_shim.py); `ON_MODULE` patches act when a
 library's module is imported. Nothing here imports torch or numpy before a module that needs the
 patch does.
 """
@@ -15,7 +15,7 @@ import importlib
 import re
 from typing import Any, Callable, Dict, List, NamedTuple, Set, Tuple
 
-from .. import journal, settings
+from .. import settings, telemetry
 
 
 class Patch(NamedTuple):
@@ -136,7 +136,7 @@ def after(patch: Patch, module: Any) -> None:
     try:
         undo = _function(patch.after)(module)
     except Exception as error:
-        journal.once(
+        telemetry.once(
             ("compat", patch.name, module.__name__),
             "error",
             "compatibility patch %s failed on %s: %s: %s",
@@ -168,7 +168,7 @@ def _unmark(module: Any) -> None:
 def record(name: str, module: str) -> None:
     _applied.setdefault(name, set()).add(module)
     patch = next(patch for patch in PATCHES if patch.name == name)
-    journal.once(
+    telemetry.once(
         ("compat", name, module),
         "info",
         "compatibility patch %s for %s: %s",

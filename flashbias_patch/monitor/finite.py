@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 import torch
 from torch import Tensor, nn
 
-from .. import journal
+from .. import telemetry
 from .._torch_internals import current_graph_task
 from .parameters import rank, unwrapped
 
@@ -120,7 +120,7 @@ class FiniteWatch:
             advice(one.what, one.dtype, one.backends, nans > 0),
         )
         if rank() == 0:
-            journal.once(
+            telemetry.once(
                 ("monitor finite", id(self)), "warning", "monitor: %s", sentence(self.first)
             )
         if self.stop:
@@ -138,7 +138,7 @@ class FiniteWatch:
 
     def _enter(self, name: str, module: nn.Module, args: Tuple[Any, ...]) -> None:
         if current_graph_task() == -1:
-            self._calls.append(dict(journal.calls))
+            self._calls.append(dict(telemetry.calls))
             if not self._seen:  # the batch itself
                 for tensor in _tensors(args):
                     self._note("input", name, module, (), tensor)
@@ -149,7 +149,7 @@ class FiniteWatch:
         if not recomputed and self._calls:
             before = self._calls.pop()
             backends = tuple(
-                sorted(key for key, count in journal.calls.items() if count > before.get(key, 0))
+                sorted(key for key, count in telemetry.calls.items() if count > before.get(key, 0))
             )
         this = weakref.ref(self)
         for tensor in _tensors(out):

@@ -9,7 +9,7 @@ import importlib
 import os
 from typing import Any, Dict, Optional, Sequence
 
-from .. import journal
+from .. import telemetry
 
 NAME = "BiasScaleMonitorHook"
 MODULES = ("mmcv.runner.hooks", "mmengine.hooks")
@@ -26,7 +26,7 @@ def register(module: Any) -> None:
                 name=NAME, module=make(module.Hook, mmengine=module.__name__ == "mmengine.hooks")
             )
     except Exception as error:  # an import of theirs is not to fail by ours
-        journal.once(
+        telemetry.once(
             ("monitor hook", module.__name__),
             "error",
             "%s is not registered with %s: %s: %s",

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from .. import journal
+from .. import telemetry
 from ..why import causes
 from .sinks import Sinks
 from .steps import Steps, distance
@@ -245,7 +245,7 @@ class ParameterMonitor:
                     self.last[name] = record
                 lines.append(record)
             if self.log and self.writes and step % self.interval == 0:
-                journal.logger().info(
+                telemetry.logger().info(
                     "step %d: %s", step, "; ".join(map(words, self.last.values()))
                 )
         self._sinks.write(lines)
@@ -314,7 +314,7 @@ class ParameterMonitor:
                 return _words("not held")
             if all(g.get("lr") == 0 for g in groups):
                 return _words("lr 0", key="", how="")
-        if reason == "none" and not journal.calls:
+        if reason == "none" and not telemetry.calls:
             return (
                 "no attention went through flashbias_patch; is it installed in this process "
                 "(python -c 'import flashbias_patch; print(flashbias_patch.status())', flashbias "
@@ -324,7 +324,7 @@ class ParameterMonitor:
 
     def _say(self, key: Any, message: str, *args: Any, level: str = "warning") -> None:
         if self.writes:
-            journal.once(("monitor", self._serial, *key), level, message, *args)
+            telemetry.once(("monitor", self._serial, *key), level, message, *args)
 
 
 # reason -> (what is seen, its likely cause where nothing more is known)
@@ -413,4 +413,4 @@ def rank() -> int:
     """This process among those of a distributed run."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
-    return journal.rank()
+    return telemetry.rank()

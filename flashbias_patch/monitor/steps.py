@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, Optional, Set
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import journal
+from .. import telemetry
 from . import step_hooks
 
 
@@ -118,7 +118,7 @@ class Steps:
             getattr(self, method)(optimizer, closure)
         except Exception as error:
             self._broken = True
-            journal.once(
+            telemetry.once(
                 ("monitor steps", id(self)),
                 "error",
                 "monitor: the steps of %s cannot be watched: %s: %s",

@@ -7,7 +7,7 @@ import importlib.metadata
 import inspect
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from .. import journal
+from .. import telemetry
 
 ENTRY_POINT_GROUP = "flashbias_patch.targets"
 
@@ -115,7 +115,7 @@ def _entry_points() -> List[Target]:
                     [value] if isinstance(value, Target) else [Target(*item) for item in value]
                 )
             except Exception as error:  # someone else's package must not cost the user theirs
-                journal.once(
+                telemetry.once(
                     ("entry point", entry.name),
                     "error",
                     "entry point %s of group %s is left out: %s",

@@ -22,8 +22,8 @@ from .._torch_internals import autocast
 from ..attention import dispatch, flash_bias_attention
 from ..attention.recovery import errors
 from ..attention.selfcheck import undisturbed
-from . import arguments, generators, route, seams, unreachable
-from .arguments import Bias
+from . import call_adapter, generators, route, unreachable, wrappers
+from .call_adapter import Bias
 from .exporting import exporting
 from .inner_attention import check_lengths
 
@@ -37,7 +37,7 @@ QUERIES, KEYS = 3, 5  # of the small call
 Result = Callable[[Tensor], Any]
 
 
-class DualCoreSeam(seams.CoreSeam):
+class DualCoreSeam(wrappers.CoreSeam):
     def __init__(self, cls: type) -> None:
         super().__init__(cls)
         known = (
@@ -60,11 +60,11 @@ class DualCoreSeam(seams.CoreSeam):
     ) -> Any:
         if self.checking:
             return wrapped(*args, **kwargs)
-        args, kwargs, own = arguments.take_biases(self.parameters, args, kwargs)
+        args, kwargs, own = call_adapter.take_biases(self.parameters, args, kwargs)
         sequences = self._sequences(args, kwargs)
         opened = route.current()
         if opened is None:
-            opened, own = seams.new_route(module, own, *sequences[:2])
+            opened, own = wrappers.new_route(module, own, *sequences[:2])
         elif opened.biases:
             unreachable.remember(module)
         opened.reached = True
@@ -83,7 +83,7 @@ class DualCoreSeam(seams.CoreSeam):
                 if own or opened.biases or settings.current().strict:
                     raise
                 result = str(error)
-        seams.note_original(self.name, result, opened, own)
+        wrappers.note_original(self.name, result, opened, own)
         return wrapped(*args, **kwargs)
 
     def _sequences(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tuple[Any, ...]:
@@ -115,14 +115,14 @@ class DualCoreSeam(seams.CoreSeam):
             return (
                 f"{', '.join(sorted(set(kwargs) - set(self.parameters.position)))} is not supported"
             )
-        return self._unknown_option(args, kwargs) or seams._unsupported(module, sequences[0])
+        return self._unknown_option(args, kwargs) or wrappers._unsupported(module, sequences[0])
 
     def _output(
         self, module: Any, sequences: Tuple[Any, ...], opened: route.Route, biases: Tuple[Bias, ...]
     ) -> Tensor:
         q, k, v = sequences
         check_lengths(q, k, v, batch_first=True)
-        heads = arguments.project(
+        heads = call_adapter.project(
             q, k, v, module.in_proj_weight, module.in_proj_bias, module.num_heads
         )
         B, M, H, D = heads[0].shape
@@ -132,7 +132,7 @@ class DualCoreSeam(seams.CoreSeam):
             *heads,
             bias,
             dropout_p=_dropout_of(module),
-            dtype=arguments.compute_dtype(heads[0].dtype),
+            dtype=call_adapter.compute_dtype(heads[0].dtype),
         )
         return module.out_proj(out.reshape(B, M, H * D))
 

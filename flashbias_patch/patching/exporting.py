@@ -15,7 +15,7 @@ import torch
 
 from .._torch_internals import is_compiling, tracing_state
 from ..bias import AttentionBias
-from . import ambient
+from . import context
 
 # Since torch 2.7. Before, the code that runs while torch.export traces sees is_compiling() alone.
 _compiler = getattr(torch, "compiler", None)  # since torch 2.1
@@ -51,7 +51,7 @@ def original_alone(
 
 
 def _biased() -> bool:
-    return ambient.ever_opened and bool(ambient.current_scopes())
+    return context.ever_opened and bool(context.current_scopes())
 
 
 # What torch.compiler.assume_constant_result does, without all of torch._dynamo, which cannot read

@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 import torch
 from torch import Tensor, nn
 
-from .. import journal
+from .. import telemetry
 from .._torch_internals import autocast, is_compiling
 from ..attention.recovery import errors as faults
 from ..attention.selfcheck import undisturbed
@@ -103,11 +103,11 @@ class GeneratorSeam:
             return "a CUDA graph is captured"
         verdict = self.verdicts[key] = self._judge(wrapped, module, tensors)
         if isinstance(verdict, str):
-            journal.once(
+            telemetry.once(
                 (self.name, verdict), "warning", "%s keeps its dense bias: %s", self.name, verdict
             )
         else:
-            journal.once(
+            telemetry.once(
                 (self.name, "described"),
                 "info",
                 "%s returns its bias as windows, not as a dense tensor",
@@ -145,7 +145,7 @@ class GeneratorSeam:
             except Exception as error:
                 if not faults.out_of_memory(error):
                     raise
-                journal.once(
+                telemetry.once(
                     (self.name, "print"), "info", "%s: no memory for its debug print", self.name
                 )
             finally:

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import journal, settings
+from .. import settings, telemetry
 from .._torch_internals import RELEASE, TorchFunctionMode, tracing_state
 from ..attention import dispatch, flash_bias_attention
 from ..attention.weights import LazyWeights
 from ..bias import AttentionBias
-from . import arguments, route, unreachable
-from .arguments import Bias
+from . import call_adapter, route, unreachable
+from .call_adapter import Bias
 from .exporting import is_exporting
 from .route import Route
 
@@ -354,7 +354,7 @@ def _compute(
     if not batched:
         query, key, value, padding = _batch_of_one(query, key, value, padding)
     check_lengths(query, key, value, batch_first)
-    q, k, v = arguments.project(query, key, value, weight, offset, num_heads)
+    q, k, v = call_adapter.project(query, key, value, weight, offset, num_heads)
     if not batch_first:
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
     own = _NO_BIASES
@@ -372,7 +372,7 @@ def _compute(
         attn_mask=attn_mask,
         key_padding_mask=padding,
         dropout_p=dropout_p,
-        dtype=arguments.compute_dtype(q.dtype),
+        dtype=call_adapter.compute_dtype(q.dtype),
     )
     if not batch_first:
         out = out.transpose(0, 1)
@@ -407,8 +407,8 @@ def check_lengths(query: Tensor, key: Tensor, value: Tensor, batch_first: bool) 
 
 
 def count_original(name: str, why: str) -> None:
-    journal.calls["original"] += 1
-    journal.fallback(name, "call", f"the original code ran: {why}", level="info")
+    telemetry.calls["original"] += 1
+    telemetry.fallback(name, "call", f"the original code ran: {why}", level="info")
 
 
 # -- the original code -----------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..attention.inputs import as_bias
 from ..attention.recovery import replay
 from ..bias import AttentionBias, BiasTensor, DenseBias
-from . import factoring
-from .arguments import Bias
+from . import auto_factorize
+from .call_adapter import Bias
 
 
 class Route:
@@ -77,8 +77,8 @@ class Route:
                 continue
             if index < len(self.biases) and index not in self.used:
                 self.used = (*self.used, index)
-            if isinstance(term, DenseBias) and factoring.enabled():
-                term = factoring.low_rank(self.module, bias, term)
+            if isinstance(term, DenseBias) and auto_factorize.enabled():
+                term = auto_factorize.low_rank(self.module, bias, term)
             total = term if total is None else total + term
         checkpointed = None if total is None else replay.current()
         if checkpointed is not None:

@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 import torch
 from torch import Tensor, nn
 
-from .. import aqr, journal
+from .. import aqr, telemetry
 from .._torch_internals import WeakIdKeyDictionary
 from ..aqr import options as aqr_options
 from ..aqr.geometry import Places, places, take_geometry
@@ -26,8 +26,8 @@ from ..aqr.options import ONLY, WINDOW
 from ..aqr.router import AdaptiveQueryRouter
 from ..aqr.window_router import WindowRouter
 from ..attention.recovery import replay
-from . import ambient
-from .arguments import Parameters
+from . import context
+from .call_adapter import Parameters
 
 KEY = "aqr"
 BOTH = ("per", "hidden_dims", "init_bias_scale")  # options of every router
@@ -181,7 +181,7 @@ def build_router(
         )
     else:
         if segments == 1 and not options.locality:
-            journal.once(
+            telemetry.once(
                 (name, "one segment"),
                 "warning",
                 "aqr: %s has one segment, a bias that is the same for all its keys does nothing; "
@@ -196,9 +196,9 @@ def build_router(
             **sizes,
         )
     if options.drop:
-        router.drop = aqr.ModalityDrop(options.drop, torch.initial_seed(), journal.rank())
+        router.drop = aqr.ModalityDrop(options.drop, torch.initial_seed(), telemetry.rank())
     router.supervision = float(options.supervision)
-    journal.once(
+    telemetry.once(
         (name, "router"),
         "info",
         "aqr: %s has a router over %d segments (bias=%r)",
@@ -280,7 +280,7 @@ class TransformerSeam:
         try:
             with contextlib.ExitStack() as stack:
                 for bias, layers in router.biases(routing, segments):
-                    stack.enter_context(ambient.attention_bias(bias, "cross", layers))
+                    stack.enter_context(context.attention_bias(bias, "cross", layers))
                 return wrapped(*args, **kwargs)
         finally:
             _running.reset(token)

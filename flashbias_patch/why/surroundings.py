@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Any, Dict, List
 
-from .. import journal
+from .. import telemetry
 from ..settings import nearest
 from .subjects import matching
 
@@ -29,8 +29,8 @@ def facts(observer: Any) -> Dict[str, Any]:
         "roots": [type(root).__name__ for root in observer.roots[:20]],
         "errors": list(observer.errors),
         "torch": getattr(torch, "__version__", None),
-        "calls": dict(journal.calls),
-        "unreached": journal.unreached_biases(),
+        "calls": dict(telemetry.calls),
+        "unreached": telemetry.unreached_biases(),
         "patched": _patched(),
         "called": sorted(observer.called),
         "paramwise": [_plain(entry) for entry in observer.mult],
@@ -54,7 +54,7 @@ def facts(observer: Any) -> Dict[str, Any]:
 
 
 def _patched() -> List[str]:
-    hooks = sys.modules.get("flashbias_patch.patching.hooks")
+    hooks = sys.modules.get("flashbias_patch.patching.install")
     return [] if hooks is None else sorted({entry["class"] for entry in hooks.patched()})
 
 

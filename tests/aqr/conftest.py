@@ -8,8 +8,8 @@ from . import family
 @pytest.fixture
 def claimed(installed):
     """The stand-ins, wrapped."""
-    from flashbias_patch.patching import hooks
+    from flashbias_patch.patching import install
 
     for cls in family.CLASSES:
-        assert hooks.claim(cls), cls
+        assert install.claim(cls), cls
     return family

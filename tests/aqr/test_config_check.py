@@ -12,7 +12,7 @@ import torch
 
 from flashbias_patch import settings
 from flashbias_patch.cli import config_check, config_options
-from flashbias_patch.patching import hooks
+from flashbias_patch.patching import install
 
 BASE = """
 import os
@@ -201,7 +201,7 @@ def test_doctor_agrees_with_a_run(written, monkeypatch, installed, form):
     )
     arguments = {k: v for k, v in config["transformer"].items() if k not in ("type", "decoder")}
     cls = transformer_class()
-    assert hooks.claim(cls)
+    assert install.claim(cls)
     try:
         built = "aqr" in cls(**arguments)._modules
     except (TypeError, ValueError) as error:

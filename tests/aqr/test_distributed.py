@@ -26,10 +26,10 @@ def train(rank, port, folder, options):
     import flashbias_patch
     from flashbias_patch import aqr
     from flashbias_patch.monitor import ParameterMonitor
-    from flashbias_patch.patching import hooks
+    from flashbias_patch.patching import install
 
     flashbias_patch.install()
-    assert all(hooks.claim(cls) for cls in family.CLASSES)
+    assert all(install.claim(cls) for cls in family.CLASSES)
     torch.manual_seed(rank)  # DDP makes the parameters one
     module = family.CmtTransformer(aqr=dict(enable=True, **options))
     model = DistributedDataParallel(

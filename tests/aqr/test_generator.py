@@ -188,10 +188,10 @@ def test_forks_that_do_something_else_stay_as_they_are(generators, twist, caplog
                 self,
             )
 
-    from flashbias_patch.patching import hooks
+    from flashbias_patch.patching import install
 
     flashbias_patch.install()
-    assert hooks.claim(AttentionBiasGenerator)
+    assert install.claim(AttentionBiasGenerator)
     out = AttentionBiasGenerator()(**call())
     assert type(out) is torch.Tensor
     assert "keeps its dense bias" in caplog.text
@@ -202,9 +202,9 @@ def test_another_class_of_that_name_is_left_alone(generators, caplog):
         def forward(self, lidar_weights, camera_weights, pts_bev_indices, pts_pers_indices):
             return lidar_weights + pts_bev_indices
 
-    from flashbias_patch.patching import hooks
+    from flashbias_patch.patching import install
 
-    assert hooks.claim(AttentionBiasGenerator)  # its attributes are only seen in a call
+    assert install.claim(AttentionBiasGenerator)  # its attributes are only seen in a call
     out = AttentionBiasGenerator()(**call())
     assert type(out) is torch.Tensor and out.shape == (B, M)
     assert "it has no bev_h" in caplog.text

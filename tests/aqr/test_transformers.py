@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashbias_patch import aqr, settings
-from flashbias_patch.patching import ambient
+from flashbias_patch.patching import context
 
 from . import family
 
@@ -214,27 +214,27 @@ def test_transformer_init_weights_leaves_the_router_alone(claimed):
 
 
 def test_subclass_with_a_constructor_and_forward_of_its_own(claimed):
-    from flashbias_patch.patching import hooks
+    from flashbias_patch.patching import install
 
     class MyTransformer(family.CmtTransformer):
         def __init__(self, *, depth=1, decoder=None):
             super().__init__(decoder=decoder)
 
         def forward(self, x, x_img, query_embed, *args, **kwargs):
-            assert len(ambient.biases_for(self, "cross")) == 1
+            assert len(context.biases_for(self, "cross")) == 1
             out = super().forward(x, x_img, query_embed, *args, **kwargs)
             return out
 
-    assert hooks.claim(MyTransformer)
+    assert install.claim(MyTransformer)
     given, _, _ = family.inputs("CmtTransformer")
     module = MyTransformer(depth=2, aqr=dict(enable=True))
     assert isinstance(module.aqr, aqr.AdaptiveQueryRouter)
     module(**given)
-    assert not ambient.biases_for(module, "cross")
+    assert not context.biases_for(module, "cross")
 
 
 def test_a_class_with_an_aqr_of_its_own_keeps_it(installed):
-    from flashbias_patch.patching import hooks
+    from flashbias_patch.patching import install
 
     class CmtTransformer(family.Base):
         def __init__(self, aqr=None):
@@ -243,7 +243,7 @@ def test_a_class_with_an_aqr_of_its_own_keeps_it(installed):
 
         forward = family.CmtTransformer.forward
 
-    assert hooks.claim(CmtTransformer)
+    assert install.claim(CmtTransformer)
     module = CmtTransformer(aqr="theirs")
     assert module.mine == "theirs" and not hasattr(module, "aqr")
 
@@ -360,13 +360,13 @@ def test_visible_gain_learns_where_the_geometry_is_known(claimed, provided, loca
 
 
 def test_uninstall_restores_constructor_and_forward():
-    from flashbias_patch.patching import hooks
+    from flashbias_patch.patching import install
 
     own = dict(vars(family.CmtTransformer))
-    hooks.install()
-    assert hooks.claim(family.CmtTransformer)
+    install.install()
+    assert install.claim(family.CmtTransformer)
     assert vars(family.CmtTransformer)["forward"] is not own["forward"]
-    hooks.uninstall()
+    install.uninstall()
     assert dict(vars(family.CmtTransformer)) == own and "__init__" not in vars(
         family.CmtTransformer
     )

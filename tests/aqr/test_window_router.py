@@ -15,7 +15,7 @@ from flashbias_patch import aqr, settings
 from flashbias_patch.aqr.geometry import take_geometry
 from flashbias_patch.aqr.window_router import window_places
 from flashbias_patch.bias import Grid, WindowBias
-from flashbias_patch.patching import hooks
+from flashbias_patch.patching import install
 from tests.scripts import load
 
 from . import family
@@ -168,7 +168,7 @@ def test_output_and_every_gradient_are_those_of_the_dense_bias(claimed, options,
     head = head_of(with_cp, **options)
     out = head(*given)
     found = gradients(head, out, *given[:2])
-    hooks.uninstall()
+    install.uninstall()
     exact, given = copy.deepcopy(head), inputs()
     exact.zero_grad()
     expected = dense_run(exact, options, *given)
@@ -190,7 +190,7 @@ def test_the_dense_stand_in_of_the_benchmark_has_the_same_bias(claimed, options)
     head = head_of(**options)
     out = head(*given)
     found = gradients(head, out, *given[:2])
-    hooks.uninstall()
+    install.uninstall()
     exact, given = copy.deepcopy(head), inputs()
     exact.zero_grad()
     benchmark.give_dense_windows(exact)
@@ -203,12 +203,12 @@ def test_the_dense_stand_in_of_the_benchmark_has_the_same_bias(claimed, options)
 
 
 def test_the_windows_are_passed_on_as_windows(claimed, monkeypatch):
-    from flashbias_patch.patching import ambient
+    from flashbias_patch.patching import context
 
     passed = []
-    own = ambient.attention_bias
+    own = context.attention_bias
     monkeypatch.setattr(
-        ambient,
+        context,
         "attention_bias",
         lambda bias, *rest: passed.append((bias, *rest)) or own(bias, *rest),
     )
@@ -229,7 +229,7 @@ def test_training_moves_the_scale_as_with_the_dense_bias(claimed, with_cp):
     patched_head = head_of(with_cp, window=3)
     for patched, head in ((True, patched_head), (False, copy.deepcopy(patched_head))):
         if not patched:
-            hooks.uninstall()
+            install.uninstall()
         optimizer = torch.optim.SGD(head.parameters(), lr=0.05)
         ran = []
         for step in range(4):

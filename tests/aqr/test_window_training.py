@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import flashbias_patch
-from flashbias_patch import journal
+from flashbias_patch import telemetry
 from flashbias_patch.attention.backends import reference
 from tests import stand_ins
 
@@ -104,7 +104,7 @@ def test_gradients_are_the_unpatched_ones(heads, attention, with_cp, options, ca
                 found[name], grad, msg=lambda text, name=name: f"{name}: {text}", **near
             )
     assert not became_dense(caplog), became_dense(caplog)
-    assert journal.calls["original"] == 0
+    assert telemetry.calls["original"] == 0
     if options.get("use_local_bias", True):
         assert windows  # windows reached a backend as windows
 
@@ -189,7 +189,7 @@ def test_both_names_of_the_later_generation(heads):
             assert type(ours) is tuple and ours[1] is None
             torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(patched(q, k, k)[0], plain(q, k, k)[0], rtol=1e-4, atol=1e-5)
-    assert journal.calls["original"] == 0
+    assert telemetry.calls["original"] == 0
 
 
 def test_a_fork_of_the_later_generation_that_does_something_else(heads):
@@ -205,13 +205,13 @@ def test_a_fork_of_the_later_generation_that_does_something_else(heads):
             )
             return out * 2, None
 
-    from flashbias_patch.patching import hooks
+    from flashbias_patch.patching import install
 
     flashbias_patch.install()
-    assert hooks.claim(FlashMHA)
+    assert install.claim(FlashMHA)
     core, x = FlashMHA(E, 2), torch.randn(B, M, E)
     torch.testing.assert_close(core(x, x, x)[0], base.forward(core, x, x, x)[0] * 2)
-    assert journal.calls["original"] == 1
+    assert telemetry.calls["original"] == 1
 
 
 # -- two processes ---------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from flashbias_patch import flash_bias_attention, journal
+from flashbias_patch import flash_bias_attention, telemetry
 from flashbias_patch.attention import dispatch
 from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.inputs import build
@@ -100,12 +100,12 @@ def close(ours, exact, dtype):
 def ordinary_calls_are_as_before(dtype, expected):
     """The first backend that takes such a call computes it."""
     (q, k, v), given = problem("none", dtype)
-    journal.calls.clear()
+    telemetry.calls.clear()
     out = flash_bias_attention(q.requires_grad_(), k, v)
     torch.autograd.grad(out.float().sum(), q)
     assert (
-        dict(journal.calls) == {expected: 1}
-        and not journal.fallbacks()
+        dict(telemetry.calls) == {expected: 1}
+        and not telemetry.fallbacks()
         and not dispatch.breakers.failures()
     )
 
@@ -139,7 +139,7 @@ def test_a_transform_that_refuses_says_so_itself():
     flash_bias_attention(q, k, v, dropout_p=0.5)
     with pytest.raises(RuntimeError, match="randomness"):
         torch.func.vmap(lambda x: flash_bias_attention(x, k, v, dropout_p=0.5))(torch.stack([q, q]))
-    assert not journal.fallbacks() and not dispatch.breakers.failures()
+    assert not telemetry.fallbacks() and not dispatch.breakers.failures()
     ordinary_calls_are_as_before(torch.float64, FASTEST)
 
 

@@ -5,16 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashbias_patch.attention import dispatch, ending
+from flashbias_patch.attention import autograd_exit, dispatch
 
 
 @pytest.fixture
 def registered(monkeypatch):
     found = []
-    monkeypatch.setattr(ending.atexit, "register", found.append)
-    ending.wait_for_autograd.cache_clear()
+    monkeypatch.setattr(autograd_exit.atexit, "register", found.append)
+    autograd_exit.wait_for_autograd.cache_clear()
     yield found
-    ending.wait_for_autograd.cache_clear()
+    autograd_exit.wait_for_autograd.cache_clear()
 
 
 def test_the_first_call_on_a_gpu_and_no_other_has_the_process_wait(registered):
@@ -26,9 +26,9 @@ def test_the_first_call_on_a_gpu_and_no_other_has_the_process_wait(registered):
 
 def test_it_waits_where_cuda_was_used(registered, monkeypatch):
     slept = []
-    monkeypatch.setattr(ending.time, "sleep", slept.append)
-    ending.wait_for_autograd()
+    monkeypatch.setattr(autograd_exit.time, "sleep", slept.append)
+    autograd_exit.wait_for_autograd()
     for used in (False, True):
-        monkeypatch.setattr(ending.torch.cuda, "is_initialized", lambda used=used: used)
+        monkeypatch.setattr(autograd_exit.torch.cuda, "is_initialized", lambda used=used: used)
         registered[0]()
-    assert slept == [ending.PATIENCE]
+    assert slept == [autograd_exit.PATIENCE]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from flashbias_patch.attention import flash_bias_attention, narrow
+from flashbias_patch.attention import flash_bias_attention, fp16_gradients
 from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias
 from tests.capabilities import TRANSFORMS, checkpoint_options, needs_compile
 
@@ -72,7 +72,7 @@ def test_gradients_do_not_depend_on_the_size_of_the_one_that_arrives(biased, siz
 )
 def test_the_largest_element_ends_between_4_and_8(size, dtype):
     grad = torch.tensor([[0.0, -size], [size / 3, 0.0]], dtype=dtype)
-    power = narrow.power_for(grad)
+    power = fp16_gradients.power_for(grad)
     assert power.shape == (1,) and power.dtype is torch.float32
     assert torch.frexp(power).mantissa.item() == 0.5
     assert 4 * (1 - 1e-6) <= (grad.double().abs().max() / power.double()).item() < 8
@@ -80,10 +80,10 @@ def test_the_largest_element_ends_between_4_and_8(size, dtype):
 
 def test_nothing_to_go_by():
     assert (
-        narrow.power_for(torch.zeros(3)).isfinite().all()
-        and narrow.power_for(torch.zeros(3)).item() > 0
+        fp16_gradients.power_for(torch.zeros(3)).isfinite().all()
+        and fp16_gradients.power_for(torch.zeros(3)).item() > 0
     )
-    assert narrow.power_for(torch.ones(0, 3)).item() == 1.0
+    assert fp16_gradients.power_for(torch.ones(0, 3)).item() == 1.0
     q, k, v = operands(M=3, N=5)
     out = flash_bias_attention(q, k, v, dtype=torch.float16)
     for grad in torch.autograd.grad(out, (q, k, v), torch.zeros_like(out)):
@@ -110,16 +110,16 @@ def test_what_is_not_finite_stays_so(bad):
 def test_only_what_needs_a_gradient_gets_one():
     q, k, _ = operands()
     fixed, bias = k.detach(), torch.zeros(3)
-    (narrow_q, narrow_k), (same, none), power = narrow.narrowed((q, fixed), (bias, None))
+    (narrow_q, narrow_k), (same, none), power = fp16_gradients.narrowed((q, fixed), (bias, None))
     assert narrow_q.requires_grad and not narrow_k.requires_grad and power is not None
     assert same is bias and none is None
-    assert narrow.narrowed((fixed,), (bias,))[2] is None
+    assert fp16_gradients.narrowed((fixed,), (bias,))[2] is None
     with torch.no_grad():
-        assert narrow.narrowed((q,), ())[2] is None
+        assert fp16_gradients.narrowed((q,), ())[2] is None
 
 
 def test_other_precisions_are_plain_casts(monkeypatch):
-    monkeypatch.setattr(narrow, "narrowed", None)
+    monkeypatch.setattr(fp16_gradients, "narrowed", None)
     half, full = torch.float16, torch.float32
     for given_dtype, dtype in ((full, torch.bfloat16), (half, full), (half, half)):
         q, k, v = operands(given_dtype)
@@ -173,8 +173,10 @@ def _backward(out, leaves, grad):
 def textbook(q, k, v):
     """By operators that can be differentiated twice, between float16 tensors (older torch has no
     products of them)."""
-    narrow_ones, _, power = narrow.narrowed((q, k, v), ())
-    return narrow.widened(dense_attention(*(t.float() for t in narrow_ones)).half(), q.dtype, power)
+    narrow_ones, _, power = fp16_gradients.narrowed((q, k, v), ())
+    return fp16_gradients.widened(
+        dense_attention(*(t.float() for t in narrow_ones)).half(), q.dtype, power
+    )
 
 
 def test_twice_and_by_functions():

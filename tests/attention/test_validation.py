@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashbias_patch import journal
+from flashbias_patch import telemetry
 from flashbias_patch.attention import dispatch, flash_bias_attention
 from flashbias_patch.bias import LowRankBias
 from tests.capabilities import FASTEST
@@ -63,7 +63,7 @@ def test_mistakes(arguments, error, words):
     call = {"q": q, "k": k, "v": k, **arguments}
     with pytest.raises(error, match=words):
         flash_bias_attention(**call)
-    assert not journal.fallbacks()
+    assert not telemetry.fallbacks()
 
 
 def test_no_backend_lists_every_reason():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, NamedTuple
 
-from flashbias_patch import journal
+from flashbias_patch import telemetry
 from flashbias_patch.attention import dispatch, selection
 from flashbias_patch.attention.recovery import guard
 
@@ -43,16 +43,16 @@ def run_case(case: Case, module, monkeypatch) -> Outcome:
     )  # small as these calls are, their backward is guarded as large ones' is
     only(monkeypatch, Faulty(case.backend, case.fault, case.passing, case.layer))
     backend = dispatch._loaded[case.backend]
-    journal.reset()
+    telemetry.reset()
     before: Dict[str, int] = {}
 
     def on_step(step: int) -> None:
         backend.on_step(step)
         before.clear()
-        before.update(journal.calls)
+        before.update(telemetry.calls)
 
     losses = train(module, on_step=on_step)[0]
-    last = {name: count - before.get(name, 0) for name, count in journal.calls.items()}
+    last = {name: count - before.get(name, 0) for name, count in telemetry.calls.items()}
     return Outcome(
-        losses, _unbroken[True], journal.fallbacks(), {n: c for n, c in last.items() if c}
+        losses, _unbroken[True], telemetry.fallbacks(), {n: c for n, c in last.items() if c}
     )

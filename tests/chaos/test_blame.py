@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashbias_patch import flash_bias_attention, journal
+from flashbias_patch import flash_bias_attention, telemetry
 from flashbias_patch.attention import dispatch
 from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.recovery import guard
@@ -170,13 +170,13 @@ CASES = (
 def untouched(backend):
     """No breaker is open, nothing was told, and an ordinary call uses the backend that it used
     before."""
-    assert not dispatch.breakers.failures() and not journal.fallbacks()
-    journal.calls.clear()
+    assert not dispatch.breakers.failures() and not telemetry.fallbacks()
+    telemetry.calls.clear()
     out = call(backend)
     out.sum().backward()
     expected = call("reference")
     torch.testing.assert_close(out, expected)
-    assert journal.calls[backend or "sdpa"] >= 1 and set(journal.calls) <= {
+    assert telemetry.calls[backend or "sdpa"] >= 1 and set(telemetry.calls) <= {
         backend or "sdpa",
         "reference",
     }
@@ -243,9 +243,9 @@ def test_an_error_while_a_backend_is_asked(monkeypatch, first):
             call()
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert not dispatch.breakers.failures() and not journal.fallbacks()
+    assert not dispatch.breakers.failures() and not telemetry.fallbacks()
     call()
-    assert journal.calls["sdpa"] >= 1
+    assert telemetry.calls["sdpa"] >= 1
 
 
 def test_inference_tensors_in_training():
@@ -258,7 +258,7 @@ def test_inference_tensors_in_training():
             flash_bias_attention(q, k, v, backend=backend)
         assert not dispatch.breakers.failures()
     flash_bias_attention(q, k.clone(), v.clone())
-    assert journal.calls["sdpa"] == 2
+    assert telemetry.calls["sdpa"] == 2
 
 
 def test_hooks_that_are_forbidden_do_not_fail_the_self_check():
@@ -281,7 +281,7 @@ def test_a_backend_that_fails_by_itself_is_out_under_a_mode_too(monkeypatch, con
     with context():
         found = call()
     torch.testing.assert_close(found, call("reference"))
-    (told,) = journal.fallbacks()
+    (told,) = telemetry.fallbacks()
     assert told["source"] == "triton" and told["reason"] == "RuntimeError: no such kernel"
     assert [(name, reason) for _, name, reason in dispatch.breakers.failures()] == [
         ("triton", told["reason"])
@@ -320,10 +320,12 @@ def test_what_fails_only_in_the_callers_context_is_passed_over_for_this_call_onl
     with FailingDispatch("nothing"):
         found = call()
     torch.testing.assert_close(found, call("reference"))
-    assert "this call only" in journal.fallbacks()[0]["reason"] and not dispatch.breakers.failures()
-    journal.calls.clear()
+    assert (
+        "this call only" in telemetry.fallbacks()[0]["reason"] and not dispatch.breakers.failures()
+    )
+    telemetry.calls.clear()
     call()
-    assert dict(journal.calls) == {"triton": 1}
+    assert dict(telemetry.calls) == {"triton": 1}
 
 
 def test_the_last_resort_is_never_out(monkeypatch):
@@ -347,9 +349,9 @@ def test_a_patched_class_hands_the_callers_error_on(installed):
         module(x, memory, memory)
         with pytest.raises(Mine), FailingDispatch("attention"):
             module(x, memory, memory)
-        journal.calls.clear()
+        telemetry.calls.clear()
         module(x, memory, memory)
-    assert dict(journal.calls) == {"sdpa": 1} and not dispatch.breakers.failures()
+    assert dict(telemetry.calls) == {"sdpa": 1} and not dispatch.breakers.failures()
 
 
 def test_errors_in_threads_stay_in_their_threads():
@@ -392,4 +394,4 @@ def test_with_a_bias(bias):
     call(bias=bias)
     with pytest.raises(Mine), FailingDispatch("attention"):
         call(bias=bias)
-    assert not dispatch.breakers.failures() and not journal.fallbacks()
+    assert not dispatch.breakers.failures() and not telemetry.fallbacks()

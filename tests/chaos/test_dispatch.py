@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import flashbias_patch
-from flashbias_patch import flash_bias_attention, journal, settings
+from flashbias_patch import flash_bias_attention, settings, telemetry
 from flashbias_patch.attention import dispatch, selection
 from flashbias_patch.attention.backends import reference
 from flashbias_patch.attention.recovery import backward, errors
@@ -71,7 +71,7 @@ def test_out_of_memory_is_retried_once_in_small_chunks_and_opens_no_breaker(monk
     torch.testing.assert_close(out, answer_of(backend="reference"))
     answer_of()
     assert backend.tried == 2  # asked again: never slower for ever after one OOM
-    (told,) = journal.fallbacks()
+    (told,) = telemetry.fallbacks()
     assert "out of memory" in told["reason"] and told["count"] == 2
 
 
@@ -150,7 +150,7 @@ def test_sticky_errors_are_raised_at_once(monkeypatch, caplog, sign):
         traceback.extract_tb(caught.value.__traceback__)[-1].name == "__call__"
     )  # where it happened
     assert sum("CUDA_LAUNCH_BLOCKING=1" in r.message for r in caplog.records) == 1
-    assert not journal.fallbacks() and not journal.calls
+    assert not telemetry.fallbacks() and not telemetry.calls
 
 
 @pytest.mark.parametrize("kind", (KeyboardInterrupt, SystemExit))
@@ -158,7 +158,7 @@ def test_interrupts_are_never_caught(monkeypatch, kind):
     only(monkeypatch, Raising(kind()))
     with pytest.raises(kind):
         answer_of()
-    assert not journal.fallbacks()
+    assert not telemetry.fallbacks()
 
 
 def test_mistakes_of_the_caller_are_raised_and_nobody_is_blamed(monkeypatch):
@@ -173,7 +173,7 @@ def test_mistakes_of_the_caller_are_raised_and_nobody_is_blamed(monkeypatch):
     ):
         with pytest.raises((ValueError, TypeError), match=match):
             wrong()
-    assert not journal.fallbacks() and not dispatch.breakers.by_class
+    assert not telemetry.fallbacks() and not dispatch.breakers.by_class
 
 
 def test_errors_of_the_users_own_hooks_come_through(monkeypatch):
@@ -183,7 +183,7 @@ def test_errors_of_the_users_own_hooks_come_through(monkeypatch):
     q.register_hook(lambda grad: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         out.sum().backward()
-    assert not journal.fallbacks()
+    assert not telemetry.fallbacks()
 
 
 def test_recomputation_that_stops_early_is_no_failure():
@@ -192,7 +192,7 @@ def test_recomputation_that_stops_early_is_no_failure():
     q, k, v = tensors()
     out = checkpoint(flash_bias_attention, q, k, v, use_reentrant=False)
     out.sum().backward()
-    assert not journal.fallbacks()
+    assert not telemetry.fallbacks()
     assert not dispatch.breakers.failures()
 
 
@@ -232,7 +232,7 @@ def test_dropout_is_as_if_the_first_backend_had_never_run(monkeypatch):
     only(monkeypatch, Raising(RuntimeError("after drawing")))
     torch.manual_seed(5)
     assert torch.equal(answer_of(dropout_p=0.5), alone)
-    assert journal.fallbacks()
+    assert telemetry.fallbacks()
 
 
 def test_training_with_dropout_is_as_if_the_first_backend_had_never_run(patched, monkeypatch):
@@ -334,7 +334,7 @@ def test_recomputation_takes_the_backend_of_its_forward(
     assert len(answered) == 2 * LAYERS and all(
         len(names) == 2 and len(set(names)) == 1 for names in answered
     ), answered
-    assert {"boom" in f["reason"] for f in journal.fallbacks()} == {True}
+    assert {"boom" in f["reason"] for f in telemetry.fallbacks()} == {True}
     first.seen.clear(), second.seen.clear()
     decoder(query=query, key=torch.randn(9, 1, 16), value=torch.randn(9, 1, 16), **kwargs)
     if (
@@ -352,7 +352,7 @@ def test_nothing_is_checked_or_trusted_while_a_call_is_traced(monkeypatch):
     q, k, v = tensors(grad=False)
     traced = torch.jit.trace(lambda q: flash_bias_attention(q, k, v), q, check_trace=False)
     assert (
-        not upstream.answered and not journal.fallbacks()
+        not upstream.answered and not telemetry.fallbacks()
     )  # known to go wrong, it is passed over unchecked
     assert all("sdpa" not in found for found in dispatch.breakers.by_class.values())
     torch.testing.assert_close(traced(q), flash_bias_attention(q, k, v, backend="sdpa"))
@@ -411,24 +411,24 @@ def test_compiles_without_a_graph_break():
 
 
 def test_a_hook_that_fails_leaves_the_class_unpatched(installed, repository, monkeypatch, caplog):
-    from flashbias_patch.patching import seams
+    from flashbias_patch.patching import wrappers
 
     def broken(cls):
         raise RuntimeError("in a hook")
 
-    monkeypatch.setattr(seams, "SEAMS", dict.fromkeys(seams.SEAMS, broken))
+    monkeypatch.setattr(wrappers, "SEAMS", dict.fromkeys(wrappers.SEAMS, broken))
     losses = train(repository())[0]
     assert any("is left unpatched: RuntimeError: in a hook" in r.message for r in caplog.records)
-    assert not journal.calls and all(math.isfinite(x) for x in losses)
+    assert not telemetry.calls and all(math.isfinite(x) for x in losses)
 
 
 def test_every_backend_failing_ends_in_the_original_class(patched, monkeypatch, caplog):
     unbroken = train(patched)[0]
-    journal.reset()
+    telemetry.reset()
     only(monkeypatch, Raising(RuntimeError("first")))
     for name in ("sdpa", "reference"):
         dispatch._loaded[name] = Raising(RuntimeError(f"{name} too"), name)
     with caplog.at_level(logging.INFO, "flashbias_patch"):
         assert train(patched)[0] == pytest.approx(unbroken, rel=2e-5)
-    assert journal.calls["original"] > 0 and set(journal.calls) == {"original"}
+    assert telemetry.calls["original"] > 0 and set(telemetry.calls) == {"original"}
     assert any("reference too" in r.message for r in caplog.records)

@@ -10,13 +10,13 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from flashbias_patch import flash_bias_attention, journal, settings
+from flashbias_patch import flash_bias_attention, settings, telemetry
 from flashbias_patch.attention import dispatch
 from flashbias_patch.attention.backends.reference import attend_dense
-from flashbias_patch.attention.call_class import key_of
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.recovery import backward, guard
 from flashbias_patch.attention.selfcheck import problem_of
+from flashbias_patch.attention.signature import key_of
 from flashbias_patch.bias import DenseBias, LowRankBias
 
 from .faulty import FAULTS, Fault, Faulty
@@ -216,7 +216,7 @@ def test_an_operand_changed_in_place_is_noticed():
     changed.add_(1)
     with pytest.raises(RuntimeError, match="inplace operation"):
         out.sum().backward()
-    assert not journal.fallbacks()
+    assert not telemetry.fallbacks()
 
 
 def test_the_output_may_be_changed_in_place():
@@ -274,11 +274,11 @@ def test_gradients_are_right_and_the_next_forward_asks_another(monkeypatch, bias
     q, k, v = tensors()
     wanted = [q, k, v] + ([bias.q_factor] if isinstance(bias, LowRankBias) else [])
     expected = gradients(flash_bias_attention(q, k, v, bias, backend="reference"), wanted)
-    journal.reset()
+    telemetry.reset()
     backend = Plain(RuntimeError("CUDA error: invalid configuration argument"))
     only(monkeypatch, backend)
     torch.testing.assert_close(gradients(flash_bias_attention(q, k, v, bias), wanted), expected)
-    (told,) = journal.fallbacks()
+    (told,) = telemetry.fallbacks()
     assert (
         told["reason"].startswith("backward: RuntimeError: CUDA error")
         and told["source"] == "flash"
@@ -299,7 +299,9 @@ def test_out_of_memory_opens_no_breaker_and_takes_small_chunks(monkeypatch):
     torch.testing.assert_close(gradients(flash_bias_attention(q, k, v), (q, k, v)), expected)
     assert rows == [backward.LEAST_BYTES // (2 * 10 * 4)]
     flash_bias_attention(q, k, v)
-    assert backend.asked == 2 and [f["reason"] for f in journal.fallbacks()] == [backward.IN_CHUNKS]
+    assert backend.asked == 2 and [f["reason"] for f in telemetry.fallbacks()] == [
+        backward.IN_CHUNKS
+    ]
 
 
 def test_out_of_memory_for_good_says_what_would_help(monkeypatch):
@@ -370,7 +372,7 @@ def test_what_is_not_survived_is_raised_as_it_is(monkeypatch, error):
     out = flash_bias_attention(q, k, v)
     with pytest.raises(type(error), match="illegal" if isinstance(error, RuntimeError) else None):
         out.sum().backward()
-    assert not journal.fallbacks()
+    assert not telemetry.fallbacks()
 
 
 def test_strict_raises(monkeypatch):
@@ -426,7 +428,7 @@ def test_a_checkpoint_recomputes_once(patched, monkeypatch, name, biased):
     backend = Counting(name)
     only(monkeypatch, backend)
     torch.testing.assert_close(loss_and_gradients(patched, True, biased), plain)
-    assert backend.count == 2 * 2 * LAYERS and not journal.fallbacks()
+    assert backend.count == 2 * 2 * LAYERS and not telemetry.fallbacks()
 
 
 @pytest.mark.parametrize("fault", ("RuntimeError", "OOM"))
@@ -441,7 +443,7 @@ def test_failing_in_forward_or_in_recomputation(patched, monkeypatch, name, bias
     torch.testing.assert_close(
         loss_and_gradients(patched, True, biased), expected, rtol=1e-4, atol=1e-6
     )
-    assert journal.fallbacks()
+    assert telemetry.fallbacks()
 
 
 @pytest.mark.parametrize("biased", (False, True), ids=("reentrant", "hooked"))
@@ -456,7 +458,7 @@ def test_failing_in_recomputation_with_dropout(patched, monkeypatch, biased, fau
         torch.testing.assert_close(
             loss_and_gradients(patched, True, biased, attn_drop=0.4), expected, rtol=0, atol=0
         )
-        assert backend.count == 9 and "recomputation with dropout" in str(journal.fallbacks())
+        assert backend.count == 9 and "recomputation with dropout" in str(telemetry.fallbacks())
 
 
 @pytest.mark.parametrize("biased", (False, True), ids=("reentrant", "hooked"))
@@ -470,7 +472,7 @@ def test_failing_in_backward(patched, monkeypatch, biased, layer):
     torch.testing.assert_close(
         loss_and_gradients(patched, True, biased), expected, rtol=1e-4, atol=1e-6
     )
-    assert journal.fallbacks()
+    assert telemetry.fallbacks()
 
 
 def test_training_with_dropout_and_checkpoints_is_unchanged(patched, monkeypatch):

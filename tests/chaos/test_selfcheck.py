@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from flashbias_patch.attention import call_class, dispatch, selfcheck
+from flashbias_patch.attention import dispatch, selfcheck, signature
 from flashbias_patch.attention.backends.reference import attend_dense, scores
 from flashbias_patch.attention.breaker import TRUSTED
 from flashbias_patch.attention.inputs import AttentionInputs
@@ -66,7 +66,7 @@ def call(
 
 
 def check(backend, inputs):
-    return selfcheck.check(backend, call_class.key_of(inputs), inputs.rank)
+    return selfcheck.check(backend, signature.key_of(inputs), inputs.rank)
 
 
 class Twisted(Faulty):
@@ -212,7 +212,7 @@ def test_a_gradient_that_is_wrong_by_itself_is_caught():
 
 
 def test_a_library_meets_the_lengths_that_its_cuda_kernels_got_wrong():
-    key = call_class.key_of(call(("dense",)))
+    key = signature.key_of(call(("dense",)))
     on_cuda = (torch.device("cuda"), *key[1:])
     lengths = [lengths for lengths, _ in selfcheck._problems(on_cuda, True)]
     assert any(keys % 128 == 64 for _, keys in lengths) and any(
@@ -223,7 +223,7 @@ def test_a_library_meets_the_lengths_that_its_cuda_kernels_got_wrong():
     for features in itertools.chain.from_iterable(
         itertools.combinations(FEATURES, n) for n in (1, 2)
     ):
-        key = call_class.key_of(call(features))
+        key = signature.key_of(call(features))
         for M, N in selfcheck.LIBRARY:
             inputs = selfcheck.problem_of(key, 3, M, N, selfcheck.LOW)
             assert inputs.q.shape[1] == M and torch.isfinite(dispatch.backend("sdpa")(inputs)).all()
@@ -274,7 +274,7 @@ def test_lengths_that_are_whole_tiles_are_a_class_of_their_own(monkeypatch):
     )
     dispatch.attend(whole)
     assert dispatch.explain(whole)["upstream"] == []
-    assert dispatch.breakers.verdicts(call_class.key_of(whole))["upstream"] is TRUSTED
+    assert dispatch.breakers.verdicts(signature.key_of(whole))["upstream"] is TRUSTED
 
 
 def test_a_backend_is_checked_once_a_class(monkeypatch):
@@ -327,7 +327,7 @@ def saved_elsewhere():
 )
 def test_the_callers_context_does_not_matter(context):
     inputs, Counting.calls = call(FEATURES, dropout_p=0.1), 0
-    key, sdpa = call_class.key_of(inputs), dispatch.backend("sdpa")
+    key, sdpa = signature.key_of(inputs), dispatch.backend("sdpa")
     with context():
         assert selfcheck.check(sdpa, key, inputs.rank) is None
         assert selfcheck.check(Twisted(gradient_off("k")), key, inputs.rank)
@@ -386,11 +386,9 @@ def test_classes_tell_apart_what_kernels_tell_apart():
         call(M=128, N=128),
         call(scale=-1.0),
     ]
-    keys = {call_class.key_of(v) for v in variants}
+    keys = {signature.key_of(v) for v in variants}
     assert len(keys) == len(variants)
-    assert (
-        len({call_class.key_of(call(M=M, N=N)) for M, N in ((9, 14), (10, 14), (900, 1001))}) == 1
-    )
+    assert len({signature.key_of(call(M=M, N=N)) for M, N in ((9, 14), (10, 14), (900, 1001))}) == 1
     assert call(D=8, R=5).call_class() == "cpu float32 D8 R8 grad"
 
 

@@ -9,9 +9,9 @@ import torch
 
 from flashbias_patch import settings
 from flashbias_patch.attention.backends import reference, upstream_flashbias
-from flashbias_patch.attention.call_class import key_of
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.selfcheck import problem_of
+from flashbias_patch.attention.signature import key_of
 
 # A stand-in with the published call shape, in plain PyTorch.
 STAND_IN = """

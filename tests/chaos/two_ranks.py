@@ -27,7 +27,7 @@ def rank_main(rank, port, backend, broken, results):
     from torch.nn.parallel import DistributedDataParallel
 
     import flashbias_patch
-    from flashbias_patch import journal
+    from flashbias_patch import telemetry
     from flashbias_patch.attention import order, selection
 
     from .faulty import FAULTS, Faulty
@@ -66,7 +66,7 @@ def rank_main(rank, port, backend, broken, results):
         device=f"cuda:{rank}" if backend == "nccl" else "cpu",
     )
     results.put(
-        (rank, losses, {name: g.cpu().numpy() for name, g in grads.items()}, journal.fallbacks())
+        (rank, losses, {name: g.cpu().numpy() for name, g in grads.items()}, telemetry.fallbacks())
     )
     del grads
     # DDP goes before its process group: gloo's threads outlive the interpreter otherwise, and it

@@ -191,13 +191,13 @@ def test_the_line_elsewhere_and_without_a_class():
 
 
 def test_the_line_names_fallbacks_and_biases(monkeypatch):
-    from flashbias_patch import journal, summary
+    from flashbias_patch import summary, telemetry
 
-    journal.calls["sdpa"] += 3
+    telemetry.calls["sdpa"] += 3
     for _ in range(2):
-        journal.fallback("triton", "a call", "no " + "very " * 50 + "good reason")
-    journal.fallback("flash", "a call", "another\nreason")
-    journal.unreached("attention_bias(...)", "no attention was called")
+        telemetry.fallback("triton", "a call", "no " + "very " * 50 + "good reason")
+    telemetry.fallback("flash", "a call", "another\nreason")
+    telemetry.unreached("attention_bias(...)", "no attention was called")
     line = summary.line()
     assert "\n" not in line and "attention calls: sdpa 3" in line and len(line) < 500
     assert "fallbacks: 3 (triton: no very" in line and "... and 1 more)" in line
@@ -225,11 +225,11 @@ def test_the_line_counts_a_bias_that_no_attention_took(installed, caplog):
 
 @pytest.mark.parametrize("rank, calls, told", [("", 1, True), ("0", 0, True), ("1", 1, False)])
 def test_who_prints_the_line(monkeypatch, rank, calls, told):
-    from flashbias_patch import journal, summary
+    from flashbias_patch import summary, telemetry
 
     monkeypatch.setenv("RANK", rank)
     if calls:
-        journal.calls["sdpa"] += calls
+        telemetry.calls["sdpa"] += calls
     assert (summary.line() is not None) == told
     monkeypatch.setitem(sys.modules, summary.LAUNCHER, summary)
     assert (summary.line() is not None) == (told and calls > 0)

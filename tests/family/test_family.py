@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import flashbias_patch
-from flashbias_patch.patching import hooks
+from flashbias_patch.patching import install
 from tests import capabilities, stand_ins
 
 E, H, B, M, N = 16, 2, 2, 5, 9
@@ -299,7 +299,7 @@ def test_a_name_alone_claims_nothing(name, reason):
         cls = getattr(load_patched(load, VARIANTS), name)
         x = torch.zeros(1)
         assert (cls()(x) if name == "NotAModule" else cls()(x, x)) is x
-        hooks.claim(cls)
+        install.claim(cls)
         assert all(
             p["module"] != VARIANTS or p["class"] != name
             for p in flashbias_patch.status()["patched"]
@@ -325,7 +325,7 @@ def test_internvl_is_left_alone():
 def test_two_classes_of_one_name_are_each_patched():
     with stand_ins.repository("variants") as load:
         module = load_patched(load, VARIANTS)
-        owners = {claim.owner for claim in hooks._claims}
+        owners = {claim.owner for claim in install._claims}
         assert {module.ReturnsWeights, module.AlwaysWeights, module.ReturnsFeature} <= owners
         flashbias_patch.uninstall()
         assert "__wrapped__" not in vars(module.ReturnsFeature.forward)

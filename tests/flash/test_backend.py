@@ -304,10 +304,10 @@ def test_an_installation_that_does_not_import_is_a_reason(flash, monkeypatch, er
 
 
 def test_this_packages_own_stand_in_is_not_an_installation(flash, monkeypatch):
-    from flashbias_patch.patching import stand_ins
+    from flashbias_patch.patching import flash_attn_shim
 
     module = types.ModuleType("flash_attn")
-    module.flash_attn_func = stand_ins.flash_attn_func
+    module.flash_attn_func = flash_attn_shim.flash_attn_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     assert any("FlashAttention-2" in r and "not installed" in r for r in backend.why_not(call()))
 

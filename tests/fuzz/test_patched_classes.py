@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import flashbias_patch
-from flashbias_patch import journal
+from flashbias_patch import telemetry
 from flashbias_patch.attention.recovery import guard
 from flashbias_patch.bias import Grid, LowRankBias, WindowBias, described
 from tests import stand_ins
@@ -387,16 +387,16 @@ def test_generated_calls(classes, caplog, monkeypatch):
     one()
     print(
         dict(seen),
-        dict(journal.calls),
-        [f for f in journal.fallbacks() if "original" not in f["reason"]],
+        dict(telemetry.calls),
+        [f for f in telemetry.fallbacks() if "original" not in f["reason"]],
     )
     assert (
         seen["zeros would not pass"] > 0.9 * seen["compared tensors"]
         and seen["rows without keys"] > CALLS / 30
     )
     assert seen["compared"] > CALLS / 3 and seen["both refuse"] > CALLS / 20
-    assert journal.calls["sdpa"] > CALLS / 10 and journal.calls["reference"] > 0
-    assert not [f for f in journal.fallbacks() if "self-check" in f["reason"]]
+    assert telemetry.calls["sdpa"] > CALLS / 10 and telemetry.calls["reference"] > 0
+    assert not [f for f in telemetry.fallbacks() if "self-check" in f["reason"]]
 
 
 def _dense(case):

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import flashbias_patch
-from flashbias_patch import attention_bias, flash_bias_attention, journal
+from flashbias_patch import attention_bias, flash_bias_attention, telemetry
 from flashbias_patch import settings as package_settings
 from flashbias_patch.attention import dispatch, selection
 from flashbias_patch.attention.backends.reference import attend_dense
@@ -553,10 +553,10 @@ class Sequences(RuleBasedStateMachine):
     @invariant()
     def ordinary_calls_are_as_they_were(self):
         problem = Problem.of("none", torch.float32, ORDINARY)
-        counted, state = journal.calls.copy(), torch.get_rng_state()
+        counted, state = telemetry.calls.copy(), torch.get_rng_state()
         with torch.enable_grad():
             problem.check(problem.run(problem.ours))
-        used = journal.calls - counted
+        used = telemetry.calls - counted
         assert dict(used) == {self.first(): 1}, f"{dict(used)} where {self.first()} comes first"
         assert torch.equal(torch.get_rng_state(), state)
         assert all(key[2] == DOOMED for key, _, _ in dispatch.breakers.failures())

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.0")
 import triton.language as tl  # noqa: E402
 
-from flashbias_patch.attention import narrow  # noqa: E402
+from flashbias_patch.attention import fp16_gradients  # noqa: E402
 from flashbias_patch.attention.backends.reference import attend_dense  # noqa: E402
 from flashbias_patch.attention.inputs import AttentionInputs  # noqa: E402
 from flashbias_patch.attention.kernels import configs, launch, launch_backward, operator  # noqa: E402
@@ -450,14 +450,14 @@ def test_a_small_scale_is_not_folded():
 
 def test_small_gradients_survive_float16(small=1e-7):
     """Weights of 1/N times a small gradient are nothing in float16, which backward rounds them to:
-    narrow.py scales."""
+    fp16_gradients.py scales."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randn(1, n, 1, 16, generator=generator).requires_grad_()  # noqa: E731
     q, k, v, grad = draw(16), draw(512), draw(512), draw(16).detach() * small
     exact = torch.autograd.grad(attend_dense(AttentionInputs(q, k, v, scale=0.25)), (q, k, v), grad)
-    (nq, nk, nv), _, power = narrow.narrowed((q, k, v), ())
+    (nq, nk, nv), _, power = fp16_gradients.narrowed((q, k, v), ())
     found = torch.autograd.grad(
-        narrow.widened(fused_attention(nq, nk, nv), FULL, power), (q, k, v), grad
+        fp16_gradients.widened(fused_attention(nq, nk, nv), FULL, power), (q, k, v), grad
     )
     lost = torch.autograd.grad(
         fused_attention(q.half(), k.half(), v.half()), (q, k, v), grad.half()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from flashbias_patch import journal
+from flashbias_patch import telemetry
 from flashbias_patch.monitor import ParameterMonitor
 
 
@@ -136,7 +136,7 @@ def test_a_stuck_parameter_is_told_once_with_its_cause(caplog, case):
 
 
 def test_no_gradient_although_attention_ran_names_the_usual_causes(caplog):
-    journal.calls["sdpa"] += 1
+    telemetry.calls["sdpa"] += 1
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     monitor = ParameterMonitor(model, "aqr.bias_scale", optimizer=optimizer, patience=2)
@@ -205,4 +205,4 @@ def test_an_empty_rank_is_unset(monkeypatch, text, number):
     from flashbias_patch.monitor import parameters
 
     monkeypatch.delenv("RANK", raising=False) if text is None else monkeypatch.setenv("RANK", text)
-    assert parameters.rank() == journal.rank() == number
+    assert parameters.rank() == telemetry.rank() == number

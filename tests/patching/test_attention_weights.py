@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import flashbias_patch
-from flashbias_patch import journal
+from flashbias_patch import telemetry
 from flashbias_patch.attention import weights as weights_module
 from flashbias_patch.bias import LowRankBias
 from tests.capabilities import REENTRANT, needs_compile, needs_transforms, since
@@ -113,7 +113,7 @@ def test_weights_are_torchs_with_every_mask(options, biased, inner):
         theirs = module.kept
         module(query, key, key, **kwargs, **({"attention_bias": bias} if biased else {}))
         ours = module.kept
-        assert journal.calls["original"] == 0
+        assert telemetry.calls["original"] == 0
         assert (ours.shape, ours.dtype, ours.dim(), len(ours)) == (
             theirs.shape,
             theirs.dtype,

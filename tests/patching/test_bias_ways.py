@@ -208,11 +208,11 @@ def test_names_bound_by_from_import_are_reached(installed):
         "        return query * attn_masks[1]\n",
         namespace,
     )
-    from flashbias_patch.patching import hooks
+    from flashbias_patch.patching import install
 
     plain = namespace["checkpoint"]
     layer = namespace["PETRTransformerDecoderLayer"]
-    assert hooks.claim(layer)
+    assert install.claim(layer)
     scale = torch.tensor(2.0, requires_grad=True)
     layer()(torch.ones(3), attn_masks=[None, scale]).sum().backward()
     assert scale.grad == 3 and namespace["checkpoint"] is plain

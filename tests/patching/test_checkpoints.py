@@ -84,7 +84,7 @@ class Decoder(nn.Module):
 @pytest.fixture
 def patched(installed, monkeypatch):
     from flashbias_patch.attention import selfcheck
-    from flashbias_patch.patching import hooks as patching
+    from flashbias_patch.patching import install as patching
 
     monkeypatch.setattr(
         selfcheck, "check", lambda *given: None

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import flashbias_patch
-from flashbias_patch import _torch_internals, journal
+from flashbias_patch import _torch_internals, telemetry
 from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias, described
-from flashbias_patch.patching import hooks
+from flashbias_patch.patching import install
 from tests import stand_ins
 from tests.capabilities import FASTEST, RELEASE, since
 
@@ -37,7 +37,7 @@ class Prelude(nn.Module):
 def outer(forward, name="PETRMultiheadAttention", **members):
     """A claimed class with that forward, and the forward as it was: (class, original forward)."""
     cls = type(name, (Prelude,), {"forward": forward, **members})
-    assert hooks.claim(cls)
+    assert install.claim(cls)
     return cls, forward
 
 
@@ -62,10 +62,10 @@ def same_as_original(forward, kwargs, leaves=(), want_core=True, **members):
     leaves = [query, key, *leaves]
     theirs = original(module, query, key, key, **kwargs)
     their_grads = gradients(module, theirs, leaves)
-    journal.reset()
+    telemetry.reset()
     ours = module(query, key, key, **kwargs)
-    assert (sum(journal.calls.values()) - journal.calls["original"] > 0) is want_core, dict(
-        journal.calls
+    assert (sum(telemetry.calls.values()) - telemetry.calls["original"] > 0) is want_core, dict(
+        telemetry.calls
     )
     assert_equal([ours, *gradients(module, ours, leaves)], [theirs, *their_grads])
 
@@ -249,7 +249,7 @@ def often(
 def test_a_core_is_computed_each_time_it_is_called(forward, calls):
     for kwargs in given_masks().values():
         same_as_original(forward, kwargs, learned(kwargs))
-        assert journal.calls["sdpa"] + journal.calls["reference"] == calls
+        assert telemetry.calls["sdpa"] + telemetry.calls["reference"] == calls
 
 
 def test_a_bias_goes_to_the_attention_that_it_fits():
@@ -286,7 +286,7 @@ def test_torch_functions_of_an_ordinary_forward_are_not_watched():
     cls, _ = outer(forward)
     module, (query, key) = cls(), sequences()
     module(query, key, key)
-    assert module.modes == [] and journal.calls[FASTEST] == 1
+    assert module.modes == [] and telemetry.calls[FASTEST] == 1
 
 
 def test_a_subclass_hands_its_parent_other_masks_and_biases():
@@ -308,7 +308,7 @@ def test_a_subclass_hands_its_parent_other_masks_and_biases():
         return first + cls.forward(self, query, key, value, attention_bias=self.extra) - query
 
     child = type("Child", (cls,), {"forward": forward})
-    assert hooks.claim(child)
+    assert install.claim(child)
     module, (query, key) = child(), sequences()
     module.extra = torch.randn(M, N)
     mask, bias = (
@@ -365,7 +365,7 @@ def test_an_early_return_runs_once_and_changes_nothing(caplog):
         first(query, key, key, attention_bias=bias),
         original(first, query, key, key, attn_mask=bias),
     )
-    assert journal.calls["original"] == 0 and not journal.fallbacks()
+    assert telemetry.calls["original"] == 0 and not telemetry.fallbacks()
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
@@ -374,7 +374,7 @@ def test_a_first_early_return_does_not_count_for_later_calls():
     module, (query, key) = cls(), sequences()
     module(query, key[:0], key[:0])
     module(query, key, key)
-    assert journal.calls["original"] == 1 and sum(journal.calls.values()) == 2
+    assert telemetry.calls["original"] == 1 and sum(telemetry.calls.values()) == 2
 
 
 def test_a_bias_that_no_core_adds_is_warned_of_once(caplog):
@@ -512,7 +512,7 @@ def test_a_bias_tensor_that_the_forward_reshapes_stays_a_description(grad):
     their_grads = gradients(module, theirs, leaves)
     ours = module(query, key, key, attention_bias=described(bias).transpose(0, 1))
     assert_equal([ours, *gradients(module, ours, leaves)], [theirs, *their_grads])
-    assert masks[-1]._dense is None and journal.calls["original"] == 0
+    assert masks[-1]._dense is None and telemetry.calls["original"] == 0
 
 
 # -- the original code, with a bias ----------------------------------------------------------------
@@ -563,7 +563,7 @@ def test_the_original_code_gets_the_bias_in_the_inner_layout(options):
             [ours, *gradients(module, ours, [query, bias])],
             [theirs, *gradients(module, theirs, [query, bias])],
         )
-    assert journal.calls["original"] == sum(journal.calls.values()) == 5
+    assert telemetry.calls["original"] == sum(telemetry.calls.values()) == 5
 
 
 def added(bias, mask):
@@ -626,9 +626,9 @@ def test_unbatched_queries(options, biased):
     ):
         with_bias = {**masks, "attn_mask": added(bias, masks.get("attn_mask"))} if biased else masks
         theirs = original(module, query, key, key, **with_bias)
-        journal.reset()
+        telemetry.reset()
         ours = module(query, key, key, **masks, **({"attention_bias": bias} if biased else {}))
-        assert bool(journal.calls["original"]) is bool(options) and ours.shape == (M, E)
+        assert bool(telemetry.calls["original"]) is bool(options) and ours.shape == (M, E)
         assert_equal(
             [ours, *gradients(module, ours, [query, key])],
             [theirs, *gradients(module, theirs, [query, key])],
@@ -682,7 +682,7 @@ def test_a_flash_core_that_is_handed_padding_believes_it(monkeypatch, masks):
                     0
                 ].transpose(0, 1)
 
-        assert hooks.claim(Fork)
+        assert install.claim(Fork)
         module, (query, key) = Fork(E, H), sequences()
         keep = ~given_masks()["padding"]["key_padding_mask"]
         wanted = flash_truth(
@@ -734,7 +734,7 @@ def test_a_flash_core_in_a_function_without_ctx_is_an_error_at_the_recomputation
     with stand_ins.repository("isfusion") as load:
         core = load("projects.isfusion.ops.flash").FlashMHA(E, H)
         cls = type("PETRMultiheadFlashAttention", (nn.Module,), dict(forward=forward))
-        assert hooks.claim(cls)
+        assert install.claim(cls)
         query, key, bias = *sequences(), torch.randn(M, N)
         for given in (dict(attention_bias=bias), dict(attn_mask=bias)):
             module = cls()

@@ -95,18 +95,18 @@ def test_under_inference_mode(monkeypatch):
     """Inference tensors have no version. What is factorised there leaves nothing that training
     would meet."""
     from flashbias_patch.bias import DenseBias
-    from flashbias_patch.patching import factoring
+    from flashbias_patch.patching import auto_factorize
 
     monkeypatch.setenv("FLASHBIAS_RANK", "2")
     flashbias_patch.settings.reload()
     module, outside = torch.nn.Linear(1, 1), torch.randn(20, 2) @ torch.randn(2, 30)
     with torch.inference_mode():
         for tensor in (torch.randn(20, 2) @ torch.randn(2, 30), outside, outside):
-            low = factoring.low_rank(module, tensor, DenseBias(tensor))
+            low = auto_factorize.low_rank(module, tensor, DenseBias(tensor))
             torch.testing.assert_close(low.dense()[0, 0], tensor, rtol=1e-4, atol=1e-4)
     inside = tensor  # made outside
     learned = outside.clone().requires_grad_()
-    factoring.low_rank(module, learned, DenseBias(learned)).dense().sum().backward()
+    auto_factorize.low_rank(module, learned, DenseBias(learned)).dense().sum().backward()
     assert learned.grad is not None and inside is outside
     with torch.inference_mode():  # and after training
-        factoring.low_rank(module, learned, DenseBias(learned))
+        auto_factorize.low_rank(module, learned, DenseBias(learned))

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flashbias_patch import journal
-from flashbias_patch.patching import hooks
+from flashbias_patch import telemetry
+from flashbias_patch.patching import install
 from tests.capabilities import FASTEST, since
 
 from .test_core_arguments import E, H, M, N, given_masks, learned, same_as_original, sequences
@@ -110,7 +110,7 @@ def test_masks_and_biases(fork):
     base, *members = FORKS[fork]
     cls = type("PETRMultiheadAttention", (base,), *members or [{}])
     original = cls.forward
-    assert hooks.claim(cls)
+    assert install.claim(cls)
     for kwargs in given_masks().values():
         module, (query, key) = cls(), sequences()
         leaves = [query, key, *learned(kwargs), *module.parameters()]
@@ -132,13 +132,13 @@ def test_masks_and_biases(fork):
                 )
             ):
                 torch.testing.assert_close(mine, base, rtol=1e-3, atol=1e-4)
-    assert journal.calls["original"] == 0 and journal.calls[FASTEST] >= len(given_masks())
+    assert telemetry.calls["original"] == 0 and telemetry.calls[FASTEST] >= len(given_masks())
 
 
 def test_the_original_function_gets_the_bias():
     cls = type("PETRMultiheadAttention", (Direct,), {})
     original = cls.forward
-    assert hooks.claim(cls)
+    assert install.claim(cls)
     module, (query, key) = cls(), sequences()
 
     def zero_attn(query, key, value, attention, **masks):
@@ -166,7 +166,7 @@ def test_the_original_function_gets_the_bias():
         torch.testing.assert_close(
             ours, original(module, query, key, key, attn_mask=bias, key_padding_mask=padding)
         )
-        assert journal.calls["original"] == 1
+        assert telemetry.calls["original"] == 1
     finally:
         globals()["call"] = plain
 
@@ -219,7 +219,7 @@ def test_a_bias_in_a_function_without_ctx_around_the_call_is_an_error():
 
     cls = type("PETRMultiheadAttention", (Checkpointed,), {})
     original = cls.forward
-    assert hooks.claim(cls)
+    assert install.claim(cls)
     module, (query, key) = cls(), sequences()
     with pytest.raises(
         RuntimeError, match="a recomputation of PETRMultiheadAttention would be without it"

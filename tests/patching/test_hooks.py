@@ -16,7 +16,7 @@ from torch import nn
 
 import flashbias_patch
 from flashbias_patch import settings
-from flashbias_patch.patching import catalog, hooks, seams
+from flashbias_patch.patching import catalog, install, wrappers
 
 from .conftest import MODULE, forget
 
@@ -44,7 +44,7 @@ def test_every_target_of_a_repository_is_found(patched):
 
 def test_already_imported_modules_are_found(repository):
     module = repository()
-    assert not hooks._is_patched(module.PETRMultiheadAttention.forward)
+    assert not install._is_patched(module.PETRMultiheadAttention.forward)
     flashbias_patch.install()
     assert names() >= TARGETS - {"FlashMHA"}  # which failed to import without the patches
 
@@ -77,7 +77,7 @@ def test_reload_patches_the_new_classes(patched):
     attention = sys.modules[old.__module__]
     importlib.reload(attention)
     assert attention.FlashMHA is not old
-    assert hooks._is_patched(vars(attention.FlashMHA)["forward"])
+    assert install._is_patched(vars(attention.FlashMHA)["forward"])
 
 
 def test_targets_setting_narrows(monkeypatch, repository):
@@ -124,8 +124,8 @@ def outer_class(name="PETRMultiheadAttention"):
 
 def test_two_classes_of_one_name(installed):
     first, second = outer_class(), outer_class()
-    assert hooks.claim(first) and hooks.claim(second)
-    assert all(hooks._is_patched(vars(cls)["forward"]) for cls in (first, second))
+    assert install.claim(first) and install.claim(second)
+    assert all(install._is_patched(vars(cls)["forward"]) for cls in (first, second))
 
 
 def test_subclasses_are_wrapped_once_each(installed):
@@ -145,7 +145,7 @@ def test_subclasses_are_wrapped_once_each(installed):
     class Silent(Base):
         pass
 
-    assert hooks.claim(Base) and hooks.claim(Child) and hooks.claim(Silent)
+    assert install.claim(Base) and install.claim(Child) and install.claim(Silent)
     assert "forward" not in vars(Silent)
     x, mask = torch.randn(3, 1, 8), torch.eye(3, dtype=torch.bool)
     child = Child()
@@ -162,7 +162,7 @@ def test_subclasses_are_wrapped_once_each(installed):
 )
 def test_a_name_is_not_enough(installed, forward, reason):
     Impostor = type("PETRMultiheadAttention", (nn.Module,), {"forward": forward})
-    assert not hooks.claim(Impostor)
+    assert not install.claim(Impostor)
     assert vars(Impostor)["forward"] is forward
     assert reason in refusal(Impostor)
 
@@ -171,7 +171,7 @@ def test_a_hook_that_raises_leaves_the_import_alone(installed, repository, monke
     def broken(cls):
         raise RuntimeError("planted")
 
-    monkeypatch.setitem(seams.SEAMS, "outer", broken)
+    monkeypatch.setitem(wrappers.SEAMS, "outer", broken)
     module = repository()
     assert not names() & {"PETRMultiheadAttention", "MultiheadAttention"}
     assert "planted" in refusal(module.PETRMultiheadAttention)
@@ -240,9 +240,9 @@ def registry_module(name):
 def test_forks_are_found_by_registration(installed, name):
     module = registry_module(name)
     original = vars(module.Registry)["_register_module"]
-    hooks._on_registry(module)
+    install._on_registry(module)
     cls = module.Registry().register_module()(outer_class())
-    assert hooks._is_patched(vars(cls)["forward"])
+    assert install._is_patched(vars(cls)["forward"])
     flashbias_patch.uninstall()
     assert vars(module.Registry)["_register_module"] is original
 
@@ -261,9 +261,9 @@ def test_a_core_is_found_beside_its_registered_outer_class(installed, monkeypatc
     outer = outer_class("PETRMultiheadFlashAttention")
     outer.__module__ = fork.__name__
     registry = registry_module("mmcv.utils.registry")
-    hooks._on_registry(registry)
+    install._on_registry(registry)
     registry.Registry().register_module()(outer)
-    assert hooks._is_patched(vars(FlashMHA)["forward"])
+    assert install._is_patched(vars(FlashMHA)["forward"])
 
 
 def test_third_party_targets(installed, monkeypatch):
@@ -288,7 +288,7 @@ def test_third_party_targets(installed, monkeypatch):
 
     monkeypatch.setattr(catalog, "_third_party", None)
     monkeypatch.setattr(catalog.importlib.metadata, "entry_points", lambda: EntryPoints)
-    assert hooks.claim(outer_class("TheirAttention"))
+    assert install.claim(outer_class("TheirAttention"))
     monkeypatch.setattr(catalog, "_third_party", None)
 
 
@@ -340,11 +340,11 @@ def test_a_real_flash_attn_is_never_shadowed(installed, monkeypatch, tmp_path):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     module = importlib.import_module("some_fork.attention")
-    from flashbias_patch.patching import stand_ins
+    from flashbias_patch.patching import flash_attn_shim
 
     assert module.a is marker
-    assert module.b is stand_ins.flash_attn_varlen_kvpacked_func
-    assert module.c is stand_ins.unpad_input
+    assert module.b is flash_attn_shim.flash_attn_varlen_kvpacked_func
+    assert module.c is flash_attn_shim.unpad_input
     assert sys.modules["flash_attn"] is real and not hasattr(
         interface, "flash_attn_varlen_kvpacked_func"
     )
@@ -359,14 +359,16 @@ def test_an_unknown_submodule_of_flash_attn_is_still_missing(installed, monkeypa
 
 def test_stand_in_functions_compute():
     from flashbias_patch.attention import flash_bias_attention
-    from flashbias_patch.patching import stand_ins
+    from flashbias_patch.patching import flash_attn_shim
 
     q, kv = torch.randn(2, 5, 2, 8), torch.randn(2, 7, 2, 2, 8)
     keep = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]], dtype=torch.bool)
-    flat, indices, offsets, longest = stand_ins.unpad_input(kv.flatten(2), keep)
+    flat, indices, offsets, longest = flash_attn_shim.unpad_input(kv.flatten(2), keep)
     assert longest == 7 and offsets.tolist() == [0, 7, 10]
-    torch.testing.assert_close(stand_ins.pad_input(flat, indices, 2, 7)[keep], kv.flatten(2)[keep])
-    out = stand_ins.flash_attn_varlen_kvpacked_func(
+    torch.testing.assert_close(
+        flash_attn_shim.pad_input(flat, indices, 2, 7)[keep], kv.flatten(2)[keep]
+    )
+    out = flash_attn_shim.flash_attn_varlen_kvpacked_func(
         q.flatten(0, 1), flat.view(-1, 2, 2, 8), torch.tensor([0, 5, 10]), offsets, 5, longest
     )
     expected = flash_bias_attention(q, kv[:, :, 0], kv[:, :, 1], key_padding_mask=~keep)

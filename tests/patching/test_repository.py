@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import flashbias_patch
-from flashbias_patch.patching import hooks, stand_ins
+from flashbias_patch.patching import flash_attn_shim, install
 
 from .test_hooks import outer_class, registry_module
 
@@ -95,7 +95,7 @@ def test_code_with_a_way_of_its_own_keeps_it(installed, write, case):
 @pytest.mark.parametrize("case", list(NEEDED))
 def test_an_import_that_would_fail_gets_a_stand_in(installed, write, case):
     module = write(NEEDED[case])
-    assert module.f is stand_ins.flash_attn_func
+    assert module.f is flash_attn_shim.flash_attn_func
     assert "flash_attn" not in sys.modules
 
 
@@ -104,7 +104,9 @@ def test_the_version_can_be_read(installed, write):
         "import flash_attn\nfrom flash_attn import __version__ as v\nold = int(v.split('.')[0]) "
         "< 2\n"
     )
-    assert module.old is False and module.flash_attn.__version__ == module.v == stand_ins.VERSION
+    assert (
+        module.old is False and module.flash_attn.__version__ == module.v == flash_attn_shim.VERSION
+    )
 
 
 def test_a_real_module_without_a_version_is_completed(installed, write, monkeypatch):
@@ -113,7 +115,10 @@ def test_a_real_module_without_a_version_is_completed(installed, write, monkeypa
     real.cute = marker = object()
     monkeypatch.setitem(sys.modules, "flash_attn", real)
     module = write("import flash_attn\n")
-    assert module.flash_attn.cute is marker and module.flash_attn.__version__ == stand_ins.VERSION
+    assert (
+        module.flash_attn.cute is marker
+        and module.flash_attn.__version__ == flash_attn_shim.VERSION
+    )
     assert not hasattr(real, "__version__")
 
 
@@ -182,7 +187,7 @@ def test_an_import_function_of_the_users_is_called(installed, write, monkeypatch
     assert (
         "flash_attn" in seen
         and "json" in seen
-        and module.flash_attn_func is stand_ins.flash_attn_func
+        and module.flash_attn_func is flash_attn_shim.flash_attn_func
     )
 
 
@@ -262,9 +267,9 @@ def test_options_are_computed(case, M, N):
     gradients = torch.autograd.grad(expected.sin().sum(), (q, k, v))
     packed = (torch.arange(3, dtype=torch.int32) * length for length in (M, N))
     for out in (
-        stand_ins.flash_attn_func(q, k, v, **given),
-        stand_ins.flash_attn_kvpacked_func(q, torch.stack([k, v], dim=2), **given),
-        stand_ins.flash_attn_varlen_func(
+        flash_attn_shim.flash_attn_func(q, k, v, **given),
+        flash_attn_shim.flash_attn_kvpacked_func(q, torch.stack([k, v], dim=2), **given),
+        flash_attn_shim.flash_attn_varlen_func(
             *(t.flatten(0, 1) for t in (q, k, v)), *packed, M, N, **given
         ).view_as(q),
     ):
@@ -277,7 +282,7 @@ def test_fewer_heads_of_keys_are_shared():
     q, k, v = tensors(heads=4, kv_heads=2)
     expected = textbook(q, *(t.repeat_interleave(2, 2) for t in (k, v)))
     torch.testing.assert_close(
-        stand_ins.flash_attn_func(q, k, v), expected.float(), rtol=1e-5, atol=1e-5
+        flash_attn_shim.flash_attn_func(q, k, v), expected.float(), rtol=1e-5, atol=1e-5
     )
 
 
@@ -288,25 +293,27 @@ def test_other_options_are_refused_by_name(option):
     (name,) = option
     q, k, v = tensors()
     with pytest.raises(NotImplementedError, match=name):
-        stand_ins.flash_attn_func(q, k, v, **option)
+        flash_attn_shim.flash_attn_func(q, k, v, **option)
     offsets = torch.tensor([0, 6]), torch.tensor([0, 9]), 6, 9
     with pytest.raises(NotImplementedError, match=name):
-        stand_ins.flash_attn_varlen_func(q[0], k[0], v[0], *offsets, **option)
+        flash_attn_shim.flash_attn_varlen_func(q[0], k[0], v[0], *offsets, **option)
     with pytest.raises(TypeError, match="no_such_option"):
-        stand_ins.flash_attn_func(q, k, v, no_such_option=1)
+        flash_attn_shim.flash_attn_func(q, k, v, no_such_option=1)
     with pytest.raises(NotImplementedError, match="block_table"):
-        stand_ins.flash_attn_varlen_func(q[0], k[0], v[0], *offsets, block_table=torch.zeros(1))
+        flash_attn_shim.flash_attn_varlen_func(
+            q[0], k[0], v[0], *offsets, block_table=torch.zeros(1)
+        )
 
 
 def test_the_causal_mask_of_flash_attn_1_is_not_that_of_2():
     q, k, v = tensors(7, 7)
     offsets = torch.tensor([0, 7, 14])
     flat = [t.flatten(0, 1) for t in (q, k, v)]
-    out = stand_ins.flash_attn_unpadded_func(*flat, offsets, offsets, 7, 7, 0.0, causal=True)
+    out = flash_attn_shim.flash_attn_unpadded_func(*flat, offsets, offsets, 7, 7, 0.0, causal=True)
     expected = textbook(q, k, v, torch.full((7, 7), float("-inf")).triu(1)).float()
     torch.testing.assert_close(out.view_as(q), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(NotImplementedError, match="different lengths"):
-        stand_ins.flash_attn_unpadded_func(
+        flash_attn_shim.flash_attn_unpadded_func(
             *flat, offsets, torch.tensor([0, 6, 14]), 7, 8, 0.0, causal=True
         )
 
@@ -322,9 +329,9 @@ def test_a_purged_library_is_watched_again(installed, write, monkeypatch):
         "force=False):\n        pass\n"
     )
     name = "a_watched_registry"
-    monkeypatch.setitem(hooks._HOOKS, name, (lambda module: seen.append(module),))
+    monkeypatch.setitem(install._HOOKS, name, (lambda module: seen.append(module),))
     seen = []
-    hooks.repository.Finder.enable(hooks._on_import, hooks._HOOKS)
+    install.repository.Finder.enable(install._on_import, install._HOOKS)
     first = write(source, name)
     del sys.modules[name]
     second = importlib.import_module(name)
@@ -336,8 +343,8 @@ def test_an_error_of_a_hook_is_logged_and_the_import_goes_on(installed, write, m
         raise RuntimeError("planted")
 
     name = "a_module_of_a_broken_hook"
-    monkeypatch.setitem(hooks._HOOKS, name, (broken,))
-    hooks.repository.Finder.enable(hooks._on_import, hooks._HOOKS)
+    monkeypatch.setitem(install._HOOKS, name, (broken,))
+    install.repository.Finder.enable(install._on_import, install._HOOKS)
     assert write("value = 1\n", name).value == 1
     assert f"after the import of {name}: RuntimeError: planted" in caplog.text
 
@@ -346,7 +353,7 @@ def test_classes_are_freed(installed):
     """Classes that the program drops, and after uninstall those that it kept."""
     kept = [outer_class() for _ in range(2)]
     dropped = [outer_class() for _ in range(2)]
-    assert all(hooks.claim(cls) for cls in kept + dropped)
+    assert all(install.claim(cls) for cls in kept + dropped)
     references = [weakref.ref(cls) for cls in dropped]
     del dropped
     gc.collect()
@@ -363,7 +370,7 @@ def test_classes_are_freed(installed):
 
 def test_a_freed_registry_does_not_stop_uninstall(installed):
     module = registry_module("mmcv.utils.registry")
-    hooks._on_registry(module)
+    install._on_registry(module)
     del module
     gc.collect()
     flashbias_patch.uninstall()

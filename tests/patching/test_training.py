@@ -117,7 +117,7 @@ def test_compiled_with_a_bias(patched):
     model, tensors = Model(patched, with_cp=False), inputs(False)
     expected = gradients_of(model, model(tensors))
     model.zero_grad()
-    flashbias_patch.journal.reset()
+    flashbias_patch.telemetry.reset()
     compiled = torch.compile(model, backend="aot_eager")
     found = gradients_of(model, compiled(tensors))
     assert sum(flashbias_patch.status()["calls"].values()) == 4, (

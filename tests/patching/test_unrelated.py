@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import flashbias_patch
-from flashbias_patch.patching import hooks
+from flashbias_patch.patching import install
 from tests.capabilities import needs_compile
 
 
@@ -37,7 +37,7 @@ def call(patched):
 
 def test_torch_itself_is_untouched_but_for_a_forward_that_is_put_back(repository):
     before = vars(nn.MultiheadAttention)["forward"]
-    assert not hooks._is_patched(before)
+    assert not install._is_patched(before)
     flashbias_patch.install()
     repository()
     assert inspect.unwrap(vars(nn.MultiheadAttention)["forward"]) is before
@@ -85,7 +85,7 @@ def test_a_patched_layer_compiles_to_the_right_result(patched):
     expected = module(query, key, key)
     (expected_grad,) = torch.autograd.grad(expected.sum(), query)
     compiled = torch.compile(module, backend="aot_eager")
-    flashbias_patch.journal.reset()
+    flashbias_patch.telemetry.reset()
     out = compiled(query, key, key)
     assert sum(flashbias_patch.status()["calls"].values()) == 1, "the compiled module ran unpatched"
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)

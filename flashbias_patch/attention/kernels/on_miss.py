@@ -12,7 +12,7 @@ import os
 import threading
 from typing import List, Set
 
-from ... import journal
+from ... import telemetry
 from ..._torch_internals import current_graph_task
 from .. import selfcheck
 from ..inputs import AttentionInputs
@@ -49,7 +49,7 @@ def tune(inputs: AttentionInputs, seconds: float) -> None:
         if not errors.survivable(error):
             raise
         message = "tuning for %s gave up, the shipped tile shapes are used: %s"
-        journal.once(
+        telemetry.once(
             ("tune", key), "warning", message, inputs.call_class(), errors.first_line(error)
         )
 
@@ -79,7 +79,7 @@ def _tune(inputs: AttentionInputs, missing: List[Key], seconds: float) -> None:
     configs.remember({key: configs.shipped(key)[0] for key in missing})
     kernels = [key.kernel for key in missing]
     call = inputs.call_class()
-    journal.once(
+    telemetry.once(
         ("tuning", call),
         "info",
         "tuning for %s takes up to %.0f s, once on this machine",
@@ -95,4 +95,6 @@ def _tune(inputs: AttentionInputs, missing: List[Key], seconds: float) -> None:
         f"{row.kernel} {row.ratio:.2f}x" if row.tuned else f"{row.kernel} as shipped"
         for row in report.rows
     )
-    journal.once(("tuned", call), "info", "tuned for %s in %.0f s: %s", call, report.seconds, found)
+    telemetry.once(
+        ("tuned", call), "info", "tuned for %s in %.0f s: %s", call, report.seconds, found
+    )

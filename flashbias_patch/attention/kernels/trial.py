@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import selfcheck
-from ..call_class import key_of
 from ..inputs import AttentionInputs
+from ..signature import key_of
 from . import launch, operator, problem
 from .configs import KERNELS, Key
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional, Sequence, T
 import torch
 from torch import Tensor
 
-from ... import journal
+from ... import telemetry
 from ..._torch_internals import OutOfMemoryError
 from .. import selection
 from ..backends import reference
 from ..breaker import Phase, breakers
-from ..call_class import Key, describe, key_of
 from ..inputs import TENSORS, AttentionInputs
+from ..signature import Key, describe, key_of
 from . import blame, errors
 from .blame import Blame
 
@@ -130,19 +130,19 @@ def _judge(
     """
     if not errors.survivable(error):
         if errors.sticky(error):
-            journal.once("sticky", "error", errors.CULPRIT)
+            telemetry.once("sticky", "error", errors.CULPRIT)
         raise error
     short = errors.out_of_memory(error)
     if short:
         make_room(error, inputs)
-        journal.fallback(name, describe(key), if_short)
+        telemetry.fallback(name, describe(key), if_short)
     else:
         found = blame.of(error, candidate, inputs, key, repeat)
         if found is Blame.CALLER:
             raise error
         if found is Blame.CONTEXT:
             reason = f"backward: {errors.first_line(error)} (this call only: {found.value})"
-            journal.fallback(name, describe(key), reason)
+            telemetry.fallback(name, describe(key), reason)
         else:
             breakers.open(key, name, errors.first_line(error), Phase.BACKWARD)
     selection.refuse_if_strict(inputs, key, name, error)

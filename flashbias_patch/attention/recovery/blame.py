@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ... import _torch_internals as internals
 from .. import random_state, selfcheck
-from ..call_class import Key
 from ..inputs import AttentionInputs
+from ..signature import Key
 
 PLAIN = (Tensor, torch.nn.Parameter)
 # Top-level packages that backends are made of; exceptions from other code are the caller's until

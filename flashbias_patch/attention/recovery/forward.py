@@ -6,12 +6,12 @@ from typing import Any, NamedTuple, Optional
 
 from torch import Tensor
 
-from ... import journal, settings
+from ... import settings, telemetry
 from .. import differentiable, random_state, selection
 from ..backends import reference
 from ..breaker import breakers
-from ..call_class import Key, describe
 from ..inputs import AttentionInputs
+from ..signature import Key, describe
 from . import backward, blame, errors, guard, replay
 from .blame import Blame, Stage
 
@@ -59,7 +59,7 @@ def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
     if isinstance(error, selection.NoBackendError) or errors.steering(error):
         raise error
     if errors.sticky(error):
-        journal.once("sticky", "error", errors.CULPRIT)
+        telemetry.once("sticky", "error", errors.CULPRIT)
         raise error
     short = errors.out_of_memory(error)
     found = Blame.BACKEND if short else blame.of(error, candidate, inputs, key, candidate, stage)
@@ -73,9 +73,9 @@ def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
         return _least_memory(error, name, inputs, key)
     reason = errors.first_line(error)
     if found is Blame.CONTEXT:
-        journal.fallback(name, describe(key), f"{reason} (this call only: {found.value})")
+        telemetry.fallback(name, describe(key), f"{reason} (this call only: {found.value})")
     elif name == selection.LAST_RESORT:
-        journal.fallback(name, describe(key), reason)
+        telemetry.fallback(name, describe(key), reason)
     else:
         breakers.open(key, name, reason)
     selection.refuse_if_strict(inputs, key, name, error)
@@ -89,7 +89,7 @@ def _same_again(error: Exception, attempt: Attempt) -> Tensor:
     candidate, name, inputs, key, state, _, _ = attempt
     backward.make_room(error, inputs)
     reason = f"recomputation with dropout, tried once more: {errors.first_line(error)}"
-    journal.fallback(name, describe(key), reason)
+    telemetry.fallback(name, describe(key), reason)
     selection.refuse_if_strict(inputs, key, name, error)
     try:
         return run(candidate, name, inputs, key, state, replay.hooked())
@@ -108,7 +108,7 @@ def _least_memory(error: Exception, name: str, inputs: AttentionInputs, key: Key
             "out of memory: the cache was emptied and the call answered in small chunks by "
             "the reference"
         )
-        journal.fallback(name, describe(key), reason)
+        telemetry.fallback(name, describe(key), reason)
         checkpointed = replay.current()
         if checkpointed is not None:
             checkpointed.note_small_chunks()
@@ -122,5 +122,5 @@ def _least_memory(error: Exception, name: str, inputs: AttentionInputs, key: Key
 def in_small_chunks(inputs: AttentionInputs) -> Tensor:
     """The last resort's output, with the least memory."""
     out = reference.backend.attend(inputs, backward.LEAST_BYTES)
-    journal.calls[selection.LAST_RESORT] += 1
+    telemetry.calls[selection.LAST_RESORT] += 1
     return out

@@ -46,16 +46,16 @@ def armed() -> bool:
 
 def _install() -> None:
     try:
-        from . import hooks
+        from . import install
 
-        hooks.install()
+        install.install()
     except (
         ImportError
     ) as error:  # wrapt is missing: an interpreter that finds this package by PYTHONPATH alone
-        from .. import journal
+        from .. import telemetry
 
-        journal.logger().error("not installed: this process runs unpatched: %s", error)
+        telemetry.logger().error("not installed: this process runs unpatched: %s", error)
     except Exception:  # the one boundary where nothing may reach the user's import
-        from .. import journal
+        from .. import telemetry
 
-        journal.logger().exception("not installed: this process runs unpatched")
+        telemetry.logger().exception("not installed: this process runs unpatched")

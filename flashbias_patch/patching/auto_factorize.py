@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .. import journal, settings
+from .. import settings, telemetry
 from .._torch_internals import is_inference
 from ..bias import AttentionBias, DenseBias, factorize
 from ..bias.factorize import FactorState
@@ -61,5 +61,5 @@ def low_rank(module: Any, given: Any, dense: DenseBias) -> AttentionBias:
     found = factorize(dense, read.rank, read.energy, warm_start=start, max_error=limit)
     if not inference:
         _last[module] = _Last(weakref.ref(tensor), tensor._version, start, found.state)
-    journal.factorized(type(module).__qualname__, found.rank, found.relative_error, found.reason)
+    telemetry.factorized(type(module).__qualname__, found.rank, found.relative_error, found.reason)
     return found.bias

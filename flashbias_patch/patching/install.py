@@ -20,9 +20,9 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import wrapt
 
-from .. import compat, environment, journal, settings, summary
+from .. import compat, environment, settings, summary, telemetry
 from ..monitor import hooks as monitor_hooks
-from . import catalog, repository, trigger
+from . import catalog, deferred_install, import_shim
 
 
 class Claim(NamedTuple):
@@ -70,7 +70,7 @@ def install() -> None:
             for module in _HOOKS:
                 if module in sys.modules:
                     _on_import(sys.modules[module])
-        repository.Finder.enable(_on_import, _HOOKS)
+        import_shim.Finder.enable(_on_import, _HOOKS)
         _check_environment()
         if settings.current().summary:
             summary.at_exit()
@@ -84,8 +84,8 @@ def uninstall() -> None:
     global _installed, _checked
     with _lock:
         _installed = _checked = False
-        trigger.disarm()
-        repository.Finder.disable()
+        deferred_install.disarm()
+        import_shim.Finder.disable()
         compat.uninstall()
         replay = sys.modules.get("flashbias_patch.attention.recovery.replay")
         if replay is not None:
@@ -95,7 +95,7 @@ def uninstall() -> None:
             if owner is None:
                 continue
             if wrapper is None or vars(owner).get(claim.attribute) is not wrapper:
-                journal.logger().warning(
+                telemetry.logger().warning(
                     "%s.%s was replaced by someone else since: left as it is",
                     owner.__qualname__,
                     claim.attribute,
@@ -115,7 +115,7 @@ def _check_environment() -> None:
     global _checked
     if not _checked and ("torch" in sys.modules or not environment.loads_third_parties()):
         _checked = True
-        journal.environment(environment.problems())
+        telemetry.environment(environment.problems())
 
 
 def _on_import(module: Any) -> None:
@@ -127,7 +127,7 @@ def _on_import(module: Any) -> None:
         try:
             hook(module)
         except Exception as error:  # an error here must not become one of the user's import
-            journal.once(
+            telemetry.once(
                 ("import", name, str(error)),
                 "error",
                 "after the import of %s: %s: %s",
@@ -189,7 +189,7 @@ def claim(cls: type) -> bool:
         return _claim(cls)
     except Exception as error:
         _refused[cls.__module__, cls.__qualname__] = f"{type(error).__name__}: {error}"
-        journal.once(
+        telemetry.once(
             ("claim", cls.__module__, cls.__qualname__, str(error)),
             "error",
             "%s.%s is left unpatched: %s: %s",
@@ -212,19 +212,21 @@ def _claim(cls: type) -> bool:
         if why is not None:
             _refused[cls.__module__, cls.__qualname__] = why
             return False
-        from . import seams  # imports torch, which whoever defines such a class has imported by now
+        from . import (
+            wrappers,  # imports torch, which whoever defines such a class has imported by now
+        )
 
-        seams.replay.watch()
+        wrappers.replay.watch()
         for method, seam in (("forward", target.seam), *target.others):
             found = inspect.getattr_static(cls, method, None)
             if found is not None and not _is_patched(found):
                 _wrap(
-                    cls, method, seams.SEAMS[seam](cls), seam
+                    cls, method, wrappers.SEAMS[seam](cls), seam
                 )  # not where it, or the one inherited, is wrapped
         if target.seam == "outer":
             _wrap_inner_attention()
         _refused.pop((cls.__module__, cls.__qualname__), None)
-    journal.once(
+    telemetry.once(
         ("patched", cls.__module__, cls.__qualname__),
         "info",
         "patched %s.%s",
@@ -240,7 +242,7 @@ def _tell_missing() -> None:
     from .. import _torch_internals as internals
 
     if internals.MISSING:
-        journal.once(
+        telemetry.once(
             ("torch lacks",),
             "info",
             "torch %s lacks %s",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._torch_internals import any_autocast, autocast_off
 from ..bias import AttentionBias, BiasTensor
-from . import dispatch, narrow, observe
+from . import dispatch, fp16_gradients, observe
 from .dispatch import is_compiling
 from .inputs import build_in, read_descriptions
 
@@ -43,7 +43,8 @@ def flash_bias_attention(
         backend: "triton", "flash", "upstream", "sdpa" or "reference"; default: the fastest that
             takes the call.
         dtype: compute dtype, whatever autocast is open; default: q's. In float16 under a wider q,
-            gradients are scaled on their way through, so that small ones are not lost (narrow.py).
+            gradients are scaled on their way through, so that small ones are not lost
+            (fp16_gradients.py).
 
     Returns:
         (B, M, H, Dv) in q's dtype. A row whose keys are all masked is zero.
@@ -101,7 +102,7 @@ def _attend(
             dtype, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale
         )
         out = dispatch.attend(inputs, backend)
-    out = out if out.dtype is q.dtype else narrow.widened(out, q.dtype, power)
+    out = out if out.dtype is q.dtype else fp16_gradients.widened(out, q.dtype, power)
     if bias is not None and isinstance(bias, AttentionBias) and bias._sources:
         out = observe.observed(out, inputs, bias)
     return out

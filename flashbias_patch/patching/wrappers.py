@@ -16,12 +16,12 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .. import journal, settings
+from .. import settings, telemetry
 from ..attention import dispatch, flash_bias_attention
 from ..attention.recovery import replay
 from ..bias import AttentionBias
-from . import ambient, arguments, generators, route, transformers, unreachable
-from .arguments import Bias
+from . import call_adapter, context, generators, route, transformers, unreachable
+from .call_adapter import Bias
 from .inner_attention import (
     FunctionalAttention,
     check_lengths,
@@ -37,7 +37,7 @@ _NO_BIASES: Tuple[Bias, ...] = ()
 def _map_route(opened: Route, function: Callable[[Tensor], Tensor]) -> Route:
     """For a recomputation: a route of its own, with `function` applied to the tensors that may need
     a gradient."""
-    biases = tuple(ambient.map_bias(bias, function) for bias in opened.biases)
+    biases = tuple(context.map_bias(bias, function) for bias in opened.biases)
     mask = opened.attn_mask
     if isinstance(mask, Tensor) and mask.requires_grad:
         mask = function(mask)
@@ -60,7 +60,7 @@ class OuterSeam:
 
     def __init__(self, cls: type) -> None:
         self.name = cls.__qualname__
-        self.parameters = arguments.Parameters(cls)
+        self.parameters = call_adapter.Parameters(cls)
         self.calls_functional: Dict[
             Optional[type], bool
         ] = {}  # by the class of the inner attention
@@ -93,7 +93,7 @@ class OuterSeam:
             or "attn_bias" in kwargs
             or isinstance(mask, AttentionBias)
         ):
-            args, kwargs, biases = arguments.take_biases(parameters, args, kwargs)
+            args, kwargs, biases = call_adapter.take_biases(parameters, args, kwargs)
             mask = parameters.get("attn_mask", args, kwargs)
             if biases and getattr(module, "operation_name", None) == "self_attn":
                 biases = _of_self_attention(biases, parameters.get("query", args, kwargs))
@@ -106,11 +106,11 @@ class OuterSeam:
             parent is not None and parent.module is module
         ):  # a subclass' forward calling its parent's
             return _parents_forward(parent, opened, wrapped, args, kwargs)
-        if ambient.ever_opened and ambient.active():
+        if context.ever_opened and context.active():
             query, key = parameters.get("query", args, kwargs), parameters.get("key", args, kwargs)
             opened.biases = (
                 *biases,
-                *ambient.biases_for(module, arguments.kind_of(module, query, key)),
+                *context.biases_for(module, call_adapter.kind_of(module, query, key)),
             )
         if opened.biases and not _holds_core(module):
             args, kwargs = self._biases_as_mask(opened, args, kwargs)
@@ -186,7 +186,7 @@ def _check_used(name: str, opened: Route, first: int = 0) -> None:
     that fits none."""
     if opened.unused(first):
         why = opened.unsupported or "the attention that it called has no place for it"
-        journal.unreached(f"{name}: attention_bias", why)
+        telemetry.unreached(f"{name}: attention_bias", why)
 
 
 def _holds_core(module: nn.Module) -> bool:
@@ -217,7 +217,7 @@ def _sizes(module: Any, query: Tensor, key: Tensor, bias: Bias) -> Tuple[int, in
 
 # -- FlashMHA --------------------------------------------------------------------------------------
 
-_CORE_PARAMETERS = ("q", "k", "v", "key_padding_mask", "attn_mask", *arguments.BIAS_KEYWORDS)
+_CORE_PARAMETERS = ("q", "k", "v", "key_padding_mask", "attn_mask", *call_adapter.BIAS_KEYWORDS)
 
 
 def new_route(
@@ -227,8 +227,8 @@ def new_route(
     ambient ones."""
     if not replay.forward_gradients():
         replay.current()
-    if ambient.ever_opened and ambient.active():
-        own = (*own, *ambient.biases_for(module, arguments.kind_of(module, query, key)))
+    if context.ever_opened and context.active():
+        own = (*own, *context.biases_for(module, call_adapter.kind_of(module, query, key)))
     elif unreachable.modules:
         unreachable.check(module)
     return Route(module, ()), own
@@ -240,7 +240,7 @@ def note_original(name: str, why: str, opened: Route, own: Tuple[Bias, ...]) -> 
     count_original(name, why)
     opened.unsupported = why
     if own:
-        journal.unreached(f"{name}: attention_bias", why)
+        telemetry.unreached(f"{name}: attention_bias", why)
 
 
 class CoreSeam:
@@ -249,7 +249,7 @@ class CoreSeam:
 
     def __init__(self, cls: type) -> None:
         self.name = cls.__qualname__
-        self.parameters = arguments.Parameters(cls)
+        self.parameters = call_adapter.Parameters(cls)
         self.options = self.parameters.defaults_without(_CORE_PARAMETERS)
 
     def __call__(
@@ -266,7 +266,7 @@ class CoreSeam:
             or "attention_bias" in kwargs
             or "attn_bias" in kwargs
         ):
-            args, kwargs, own = arguments.take_biases(parameters, args, kwargs)
+            args, kwargs, own = call_adapter.take_biases(parameters, args, kwargs)
         q, k, v = (parameters.get(name, args, kwargs) for name in ("q", "k", "v"))
         opened = route.current()
         if opened is None:
@@ -315,7 +315,7 @@ class CoreSeam:
         if outer_mask is None and outer_padding is None:
             return mask, padding
         if settings.current().masks == "upstream":
-            journal.once(
+            telemetry.once(
                 "flash masks",
                 "info",
                 "flash attention classes drop boolean attn_mask and key_padding_mask, as upstream; "
@@ -334,7 +334,7 @@ class CoreSeam:
         check_lengths(q, k, v, batch_first=True)
         inner = getattr(module, "inner_attn", None)
         dropout_p = float(getattr(inner, "dropout_p", 0.0)) if module.training else 0.0
-        heads = arguments.project(
+        heads = call_adapter.project(
             q, k, v, module.in_proj_weight, module.in_proj_bias, module.num_heads
         )
         B, M, H, D = heads[0].shape
@@ -352,7 +352,7 @@ class CoreSeam:
             attn_mask=attn_mask,
             key_padding_mask=key_padding_mask,
             dropout_p=dropout_p,
-            dtype=arguments.compute_dtype(upstream),
+            dtype=call_adapter.compute_dtype(upstream),
         )
         return module.out_proj(out.reshape(B, M, H * D).to(module.out_proj.weight.dtype))
 
@@ -378,7 +378,7 @@ class LayerSeam:
     attention."""
 
     def __init__(self, cls: type) -> None:
-        self.parameters = arguments.Parameters(cls)
+        self.parameters = call_adapter.Parameters(cls)
 
     def __call__(
         self,
@@ -387,15 +387,15 @@ class LayerSeam:
         args: Tuple[Any, ...],
         kwargs: Dict[str, Any],
     ) -> Any:
-        kwargs, biases = arguments.take_bias_keywords(kwargs, self.parameters.accepts)
+        kwargs, biases = call_adapter.take_bias_keywords(kwargs, self.parameters.accepts)
         learned = _learned(self.parameters.get("attn_masks", args, kwargs))
         if not biases and not learned:
             return wrapped(*args, **kwargs)
         with contextlib.ExitStack() as stack:
             for bias in biases:
-                stack.enter_context(ambient.attention_bias(bias))
+                stack.enter_context(context.attention_bias(bias))
             if learned:
-                stack.enter_context(ambient.learned(learned))
+                stack.enter_context(context.learned(learned))
             return wrapped(*args, **kwargs)
 
 

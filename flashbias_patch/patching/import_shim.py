@@ -153,9 +153,9 @@ class _Loader(importlib.machinery.SourceFileLoader):
         top = name.partition(".")[0]
         patch = next((patch for patch in self._patches if top in patch.imports), None)
         if top == FLASH_ATTN:
-            from . import stand_ins
+            from . import flash_attn_shim
 
-            module = stand_ins.import_flash_attn(name, fromlist, usual)
+            module = flash_attn_shim.import_flash_attn(name, fromlist, usual)
         else:
             assert patch is not None
             module = compat.import_through(patch, self.name, name, fromlist, usual)

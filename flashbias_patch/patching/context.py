@@ -25,7 +25,7 @@ from typing import (
 
 from torch import Tensor
 
-from .. import journal
+from .. import telemetry
 from ..attention.recovery import replay
 from ..bias import AttentionBias
 from . import threads, unreachable
@@ -165,7 +165,7 @@ def _warn_unused(scope: Scope) -> None:
             f"{len(scope.order)} attentions of this kind were called, and none has an index in "
             f"layers={scope.layers}"
         )
-    journal.unreached(f"attention_bias(kind={scope.kind!r})", why)
+    telemetry.unreached(f"attention_bias(kind={scope.kind!r})", why)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import journal
+from .. import telemetry
 from ..attention import flash_bias_attention
 
 # the first flash-attn with all the options that are computed here: windows (2.3) and ALiBi (2.4)
@@ -272,5 +272,5 @@ def import_flash_attn(name: str, fromlist: Tuple[str, ...], usual: Callable[[], 
     else:
         missing = ", ".join(n for n in fromlist or ("__version__",) if not hasattr(real, n))
         reason = f"the installed flash_attn has no {missing}"
-    journal.once(("flash_attn", reason), "info", "flash_attn stand-ins are used: %s", reason)
+    telemetry.once(("flash_attn", reason), "info", "flash_attn stand-ins are used: %s", reason)
     return StandIn(name if fromlist else "flash_attn", real)
