@@ -46,7 +46,7 @@ def test_quickstart_shows_the_code_of_the_example():
     code = re.search(
         r"^# \[start: docs/quickstart.md\]\n(.*?)^# \[end", source, re.MULTILINE | re.DOTALL
     ).group(1)
-    assert f"```python\n{code}```\n" in (ROOT / "docs" / "quickstart.md").read_text(
+    assert f"```python\n{code.rstrip()}\n```\n" in (ROOT / "docs" / "quickstart.md").read_text(
         encoding="utf-8"
     )
 
