@@ -56,8 +56,8 @@ def test_on_waits_for_torch(value):
     out, err = python(
         "import sys, flashbias_patch; print('wrapt' in sys.modules, "
         "flashbias_patch.status()['installed'])\n"
-        "import torch; from flashbias_patch.patching import hooks; print('wrapt' in sys.modules, "
-        "hooks.installed())",
+        "import torch; from flashbias_patch.patching import install; print('wrapt' in sys.modules, "
+        "install.installed())",
         **env,
     )
     assert out.splitlines() == ["False True", "True True"] and err == ""
@@ -83,8 +83,8 @@ def test_a_bad_value_is_one_logged_error_and_the_default():
 def test_log_level_logs_once_even_under_a_root_handler():
     _, err = python(
         "import logging; logging.basicConfig(level='DEBUG'); import flashbias_patch\n"
-        "from flashbias_patch import journal; journal.once('a', 'info', 'said'); "
-        "journal.once('a', 'info', 'said')",
+        "from flashbias_patch import telemetry; telemetry.once('a', 'info', 'said'); "
+        "telemetry.once('a', 'info', 'said')",
         FLASHBIAS_LOG_LEVEL="info",
     )
     assert err.count("said") == 1

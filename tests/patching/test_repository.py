@@ -331,7 +331,7 @@ def test_a_purged_library_is_watched_again(installed, write, monkeypatch):
     name = "a_watched_registry"
     monkeypatch.setitem(install._HOOKS, name, (lambda module: seen.append(module),))
     seen = []
-    install.repository.Finder.enable(install._on_import, install._HOOKS)
+    install.import_shim.Finder.enable(install._on_import, install._HOOKS)
     first = write(source, name)
     del sys.modules[name]
     second = importlib.import_module(name)
@@ -344,7 +344,7 @@ def test_an_error_of_a_hook_is_logged_and_the_import_goes_on(installed, write, m
 
     name = "a_module_of_a_broken_hook"
     monkeypatch.setitem(install._HOOKS, name, (broken,))
-    install.repository.Finder.enable(install._on_import, install._HOOKS)
+    install.import_shim.Finder.enable(install._on_import, install._HOOKS)
     assert write("value = 1\n", name).value == 1
     assert f"after the import of {name}: RuntimeError: planted" in caplog.text
 
