@@ -78,3 +78,29 @@ def test_every_setting_is_in_the_readme():
 
     text = (ROOT / "README.md").read_text()
     assert [v.name for v in VARIABLES if v.name not in text] == []
+
+
+PAGES = sorted((ROOT / "docs").glob("**/*.md"))
+
+
+def test_the_files_that_the_design_pages_name_exist():
+    package = ROOT / "flashbias_patch"
+    named = {}
+    for page in (ROOT / "docs" / "design").glob("*.md"):
+        for name in re.findall(r"`([\w/]+/[\w]+\.py)`", page.read_text(encoding="utf-8")):
+            named[name] = page.name
+    missing = [
+        f"{page}: {name}"
+        for name, page in named.items()
+        if not (package / name).exists() and not (ROOT / name).exists()
+    ]
+    assert named and not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_table_has_a_header(page):
+    """A block of lines with bars and no line of dashes is shown as text, not as a table."""
+    blocks = re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
+    for block in blocks:
+        lines = block.splitlines()
+        assert len(lines) > 1 and re.fullmatch(r"\|(\s*:?-+:?\s*\|)+", lines[1]), block[:120]

@@ -4,7 +4,7 @@ dk_factor).
 `keys_kernel` owns a block of keys and keeps dk, dv and dk_factor in registers; `queries_kernel`
 owns a block of queries and keeps dq, dq_factor and the segments' row sums. Scores are computed
 twice; one pass that adds dq into a float32 buffer, by atomics or by the bulk copy engine, was
-measured slower (docs/kernel-notes.md).
+measured slower (docs/experiments.md).
 
 With p = exp2(s - lse): dv = p^T do, dp = do v^T, ds = p (dp - delta), delta = rowsum(do * out),
 dq = ds k * scale, dk = ds^T q * scale, dq_factor = ds k_factor, dk_factor = ds^T q_factor.

@@ -52,7 +52,7 @@ class Key(NamedTuple):
 
 
 # (kernel, arch, half) -> rows of (largest block_d, largest block_r, Config), first that fits. Arch
-# 90 measured on an H200 (docs/kernel-notes.md); the others follow its shapes within their shared
+# 90 measured on an H200 (docs/experiments.md); the others follow its shapes within their shared
 # memory and are not measured.
 TABLE: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("forward", 90, True): [

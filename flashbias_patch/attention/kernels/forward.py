@@ -387,7 +387,7 @@ def prepare_kernel(
     WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """q times scale, and both factors with BLOCK_R columns: loads of a full power of two of columns
-    need no mask, which the main loop repays (docs/kernel-notes.md). Programs from qf_start on do
+    need no mask, which the main loop repays (docs/experiments.md). Programs from qf_start on do
     q_factor, from kf_start on k_factor, the latter with weights for backward's folded rows
     (WEIGHTS)."""
     pid = tl.program_id(0)
