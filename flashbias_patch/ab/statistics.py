@@ -33,6 +33,7 @@ SAME = 0.05  # an interval that reaches further than this from 1 does not say "n
 ENOUGH = 20  # more repeats than this are not proposed
 DISAGREE = 0.15  # mean and midmean tell different things where they are further apart than this
 STALL = 2.0  # a step that takes this many times the usual one
+LEVEL = 95.0  # percent, of the interval of the usual step and of memory
 MEAN_LEVEL = (
     99.0  # percent: means decide by a wider interval, being a second test of the same times
 )

@@ -7,7 +7,8 @@ from typing import List, NamedTuple, Optional, Tuple
 
 from . import records
 from .parity import Parity
-from .statistics import MEAN_LEVEL, Ratio
+from .statistics import LEVEL, Ratio
+from .table import Metric, metrics
 from .verdict import SIDES, Verdict
 
 SPACE = "\u00a0"  # between a figure and its unit: never the end of a line
@@ -206,44 +207,23 @@ COLUMNS = ("", "A unpatched", "B patched", "patched / unpatched", "95% interval"
 
 
 def figures(verdict: Verdict) -> List[Figure]:
-    """The table that the terminal, Markdown and the page show."""
-    rows = []
-    speed, timing = verdict.speed, verdict.timing
-    if speed is not None:
-        rows.append(_figure("time per step, usual", speed, seconds, verdict.speed_word))
-        if speed.mean is not None:
-            word = (
-                ""
-                if verdict.failures
-                else {1: "slower", -1: "faster"}.get(speed.mean.excludes_one, "")
-            )
-            row = _figure("time per step, mean", speed.mean, seconds, word)
-            rows.append(
-                row._replace(
-                    interval=f"{row.interval} ({MEAN_LEVEL:.0f}%)" if row.interval != "-" else "-"
-                )
-            )
-    elif math.isfinite(verdict.patched_step):
-        rows.append(
-            Figure("time per step, usual", "-", seconds(verdict.patched_step), "-", "-", "")
-        )
-    if timing is not None:
-        rows.append(_plain("start to first step", timing.startup))
-        rows.append(_plain("whole run", timing.total))
-    if verdict.memory is not None:
-        rows.append(_figure("peak memory", verdict.memory, size, verdict.memory_word))
-    elif math.isfinite(verdict.patched_peak):
-        rows.append(Figure("peak memory", "-", size(verdict.patched_peak), "-", "-", ""))
-    return rows
+    """The table that the terminal, Markdown and the page show: table.metrics in words."""
+    return [_figure(metric) for metric in metrics(verdict)]
 
 
-def _figure(name: str, ratio: Ratio, show: object, word: str) -> Figure:
-    return Figure(name, show(ratio.a), show(ratio.b), times(ratio.value), ends(ratio), word)  # type: ignore[operator]
+def _figure(metric: Metric) -> Figure:
+    show = {"s": seconds, "bytes": size}[metric.unit]
+    ratio = times(metric.ratio) if math.isfinite(metric.ratio) else "-"
+    return Figure(
+        metric.title, show(metric.a), show(metric.b), ratio, _ends_of(metric), metric.word
+    )
 
 
-def _plain(name: str, pair: Tuple[float, float]) -> Figure:
-    ratio = times(pair[1] / pair[0]) if all(map(math.isfinite, pair)) and pair[0] > 0 else "-"
-    return Figure(name, seconds(pair[0]), seconds(pair[1]), ratio, "-", "")
+def _ends_of(metric: Metric) -> str:
+    if not math.isfinite(metric.low):
+        return "-"
+    level = "" if metric.level == LEVEL else f" ({metric.level:.0f}%)"
+    return f"{metric.low:.3f} to {metric.high:.3f}{level}"
 
 
 def relative(value: Optional[float]) -> str:

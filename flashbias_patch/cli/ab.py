@@ -78,6 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="DIR", help="where everything is written (default runs/ab-DATE-TIME)"
     )
     parser.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="also write a row per metric, run and step, as `flashbias report --csv` does",
+    )
+    parser.add_argument(
         "--env-a",
         type=_pair,
         action="append",
@@ -217,7 +222,7 @@ def _main(args: argparse.Namespace) -> int:
     found = detections.compare_runs(experiment) if args.eval is not None else None
     verdict = verdicts.judge(experiment, detections=found)
     _show(experiment, verdict)
-    _write(out, experiment, verdict, report)
+    _write(out, experiment, verdict, report, args.csv)
     if experiment.interrupted or any(run.status == "interrupted" for run in experiment.runs):
         return INTERRUPTED
     failed = verdict.fails(args.fail_if)
@@ -262,21 +267,25 @@ def _as_interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _write(out: str, experiment: Any, verdict: Any, report: Any) -> None:
-    """Write summary.json, report.md and report.html, as far as that is possible."""
+def _write(out: str, experiment: Any, verdict: Any, report: Any, csv: Optional[str] = None) -> None:
+    """Write summary.json, report.md, report.html and `csv`, as far as that is possible."""
+    from ..ab import table
+
     pages = {
         "summary.json": lambda: json.dumps(
             report.summary(experiment, verdict), indent=1, allow_nan=False
         ),
         "report.md": lambda: report.markdown(experiment, verdict),
-        "report.html": lambda: report.html(experiment, verdict),
     }
+    if csv:  # a path of the caller, beside the names in `out`
+        pages[os.path.abspath(csv)] = lambda: table.to_csv(table.rows(experiment, verdict))
+    pages["report.html"] = lambda: report.html(experiment, verdict)
     written = []
     for name, make in pages.items():
         path = os.path.join(out, name)
         try:
             text = make()
-            os.makedirs(out, exist_ok=True)
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
             written.append(path)

@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="figures and curves to keep, without this machine's paths; - is standard output",
     )
     parser.add_argument(
+        "--csv", metavar="FILE", help="a row per metric, run and step; - is standard output"
+    )
+    parser.add_argument(
         "--process", metavar="WHICH", help="the training that is judged, as of `flashbias ab`"
     )
     parser.add_argument(
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Exit status: 0; 2 when DIR is no comparison or an extra is missing."""
     try:
-        from ..ab import detections, lines, records, report, result, tensorboard
+        from ..ab import detections, lines, records, report, result, table, tensorboard
     except ImportError as error:
         print(
             f'flashbias report: {error}; pip install "flashbias-patch[report]" brings what is '
@@ -46,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
         return 2
     try:
         experiment, verdict = report.load_and_judge(args.directory, args.process)
-        other = args.markdown or args.json or args.tensorboard
+        other = args.markdown or args.json or args.csv or args.tensorboard
         page = args.html or (None if other else os.path.join(args.directory, "report.html"))
         if page:
             _write(page, report.html(experiment, verdict))
@@ -55,13 +58,15 @@ def main(args: argparse.Namespace) -> int:
         if args.json:
             kept = lines.plain(result.compact(experiment, verdict), lambda number: None)
             _write(args.json, json.dumps(kept, indent=1, allow_nan=False) + "\n")
+        if args.csv:
+            _write(args.csv, table.to_csv(table.rows(experiment, verdict)))
         if args.tensorboard:
             tensorboard.write(experiment, args.tensorboard)
             print(f"TensorBoard: tensorboard --logdir {args.tensorboard}")
     except (records.NotARecord, report.MissingExtra) as error:
         print(f"flashbias report: {error}", file=sys.stderr)
         return 2
-    if "-" not in (args.markdown, args.json, args.html):
+    if "-" not in (args.markdown, args.json, args.html, args.csv):
         print(report.text(experiment, verdict))
         if verdict.detections is not None:
             print(detections.text(verdict.detections))
