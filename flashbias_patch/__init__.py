@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .patching.install import install, uninstall
     from .status import status
 
-# Public name -> where it lives. Loaded on first use (PEP 562), so that importing this package stays
-# cheap.
+# Public name -> its module. Names are loaded on first use (PEP 562), so that importing this package
+# stays cheap.
 _FUNCTIONS = {
     "install": ".patching.install",
     "uninstall": ".patching.install",

@@ -1,6 +1,6 @@
-"""Parts of torch that not every version has, and what stands in for each where a version lacks it.
+"""Parts of torch that some versions lack, with a replacement for each.
 
-Seen on torch 1.9, 1.13 and 2.1 to 2.13, except where a line says otherwise. `MISSING` names the
+Checked on torch 1.9, 1.13 and 2.1 to 2.13, unless a comment says otherwise. `MISSING` lists the
 features that this torch lacks, for `flashbias doctor` and the log.
 """
 
@@ -16,29 +16,26 @@ from torch.autograd import forward_ad as _forward_ad
 _C: Any = torch._C
 VERSION = str(torch.__version__)
 RELEASE: Tuple[int, int] = tuple(int(part) for part in torch.__version__.split(".")[:2])  # type: ignore[assignment]
-# (feature, the torch that has it, what is done without it) of what users notice.
+# (feature, first version of torch with it, replacement without it); only features that users
+# notice.
 FEATURES = (
     (
         "scaled_dot_product_attention with a scale",
         (2, 1),
-        "plain matrix products, in chunks, compute every attention",
+        "all attention is computed by plain matrix products, in chunks",
     ),
     ("the fused Triton kernels", (2, 1), "the same"),
     (
         "torch function modes",
         (1, 13),
-        "code that imported multi_head_attention_forward by name is left as it is",
+        "code that imported multi_head_attention_forward by name is not patched",
     ),
     (
         "use_reentrant=False",
         (1, 11),
-        "checkpoints are reentrant, and a learned bias becomes one of their arguments",
+        "checkpoints are reentrant, and a learned bias is passed to them as an argument",
     ),
-    (
-        "tensor subclasses without storage",
-        (1, 11),
-        "C++ code that reads a described bias meets NaN",
-    ),
+    ("tensor subclasses without storage", (1, 11), "C++ code that reads a described bias gets NaN"),
 )
 MISSING = tuple(feature for feature in FEATURES if feature[1] > RELEASE)
 
@@ -56,7 +53,7 @@ def _no(*args: Any) -> bool:
 
 
 def missing() -> List[str]:
-    """What this torch lacks that users may notice, a line each."""
+    """Return one line per feature that this torch lacks and that users may notice."""
     return [
         f"{name} (since torch {major}.{minor}): {instead}"
         for name, (major, minor), instead in MISSING
@@ -69,8 +66,10 @@ is_compiling: Callable[[], bool] = getattr(
 
 
 def _probed_graph_task() -> int:
-    """The same before torch 2.1: 0 in a backward pass, else -1. Only in a pass can a final callback
-    be queued."""
+    """Return 0 in a backward pass, else -1: a final callback can be queued only in such a pass.
+
+    It replaces _current_graph_task_id, which torch before 2.1 lacks.
+    """
     try:
         torch.autograd.Variable._execution_engine.queue_callback(_none)
     except RuntimeError:
@@ -78,15 +77,15 @@ def _probed_graph_task() -> int:
     return 0
 
 
-# The id of the backward pass that runs in this thread; -1: none does.
+# The id of the backward pass that runs in this thread; -1 if there is none.
 current_graph_task: Callable[[], int] = getattr(_C, "_current_graph_task_id", _probed_graph_task)
-# Whether that pass will still come to a node of the graph, or has come to it; and to call a
-# function when it ends. None before torch 2.1, where a pass has no id either.
+# will_execute(node): True if that pass executes the node, now or later. None before torch 2.1,
+# where a pass has no id either. queue_callback(function): call the function when the pass ends.
 will_execute: Optional[Callable[[Any], bool]] = getattr(_C, "_will_engine_execute_node", None)
 queue_callback: Callable[[Callable[[], None]], None] = (
     torch.autograd.Variable._execution_engine.queue_callback
 )
-# Whether that pass keeps its graph (torch 2.8 and later; without it: no).
+# True if that pass keeps its graph (torch 2.8 and later; False before).
 keeps_graph: Callable[[], bool] = getattr(_C._autograd, "_get_current_graph_task_keep_graph", _no)
 _functorch: Any = getattr(_C, "_functorch", None)
 
@@ -95,33 +94,33 @@ def _active_transform() -> Any:
     return _functorch.are_transforms_active() or None
 
 
-# The innermost transform of torch.func (torch 1.13: functorch) in force, or None.
+# The innermost active transform of torch.func (torch 1.13: functorch), or None.
 current_transform: Callable[[], Any] = getattr(
     _functorch,
     "peek_interpreter_stack",
     _active_transform if hasattr(_functorch, "are_transforms_active") else _none,
 )
-# Whether a tensor is a batch of gradients of torch.autograd.grad(..., is_grads_batched=True), which
-# is no transform.
+# True for a batch of gradients of torch.autograd.grad(..., is_grads_batched=True), which is not a
+# transform.
 is_batch: Callable[[torch.Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", _no)
 # The tracer of torch.jit.trace, or None.
 tracing_state: Callable[[], Any] = _C._get_tracing_state
 deterministic: Callable[[], bool] = _C._get_deterministic_algorithms
-# How many modes of torch.utils._python_dispatch, and of torch.overrides, are in force.
+# The number of active modes of torch.utils._python_dispatch, and of torch.overrides.
 dispatch_modes: Callable[[], int] = getattr(_C, "_len_torch_dispatch_stack", _zero)
 function_modes: Callable[[], int] = getattr(_C, "_len_torch_function_stack", _zero)
 # A context in which __torch_function__ of subclasses is not called.
 no_functions: Callable[[], ContextManager[Any]] = getattr(
     _C, "DisableTorchFunctionSubclass", _C.DisableTorchFunction
 )
-# One in which no mode's is called either.
+# A context in which __torch_function__ of modes is not called either.
 all_functions_off: Callable[[], ContextManager[Any]] = _C.DisableTorchFunction
-# The (pack, unpack) of saved-tensor hooks in force, or None; called with True. Before torch 2.8 it
-# cannot be told.
+# The active saved-tensor hooks (pack, unpack), or None; called with True. Not available before
+# torch 2.8.
 saved_tensor_hooks: Optional[Callable[[bool], Any]] = getattr(
     _C._autograd, "_top_saved_tensors_default_hooks", None
 )
-# Whether saved-tensor hooks are allowed (torch.autograd.graph.disable_saved_tensors_hooks).
+# False inside torch.autograd.graph.disable_saved_tensors_hooks.
 saved_tensor_hooks_allowed: Callable[[], bool] = getattr(
     _C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True
 )
@@ -135,7 +134,7 @@ def _autocast_of_gpu_alone(kind: str, enabled: bool = True) -> ContextManager[An
     return torch.cuda.amp.autocast(enabled=enabled) if kind == "cuda" else contextlib.nullcontext()  # type: ignore
 
 
-# torch.autocast(kind, enabled=): before torch 1.10 there is none for the CPU.
+# torch.autocast(kind, enabled=); before torch 1.10 the CPU has none.
 autocast: Callable[..., ContextManager[Any]] = getattr(torch, "autocast", _autocast_of_gpu_alone)
 
 
@@ -146,36 +145,37 @@ def _autocast_off() -> ContextManager[Any]:
     return stack
 
 
-# Whether autocast is on for any device; and a context in which it is off for all.
-# torch.autocast(enabled=False) is slower.
+# any_autocast(): True if autocast is on for any device. autocast_off(): a context in which it is
+# off for all devices, faster than torch.autocast(enabled=False).
 any_autocast: Callable[[], bool] = getattr(_C, "_is_any_autocast_enabled", _any_autocast)
 autocast_off: Callable[[], ContextManager[Any]] = getattr(_C, "_DisableAutocast", _autocast_off)
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func, or a level of forward-mode differentiation, is in
-    force."""
+    """Return True if a transform of torch.func or a level of forward-mode differentiation is
+    active."""
     return current_transform() is not None or _forward_ad._current_level >= 0
 
 
 def modes() -> List[Any]:
-    """The dispatch and function modes that are in force."""
+    """Return the active dispatch and function modes."""
     from torch import overrides
 
-    found: List[Any] = []
+    stack: List[Any] = []
     for module, name in (
         (_python_dispatch, "_get_current_dispatch_mode_stack"),
         (overrides, "_get_current_function_mode_stack"),
     ):
-        found += getattr(module, name, list)()
-    return found
+        stack += getattr(module, name, list)()
+    return stack
 
 
 def outside_of_dynamo(dynamo: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, at which torch.compile breaks its graph, and inside which it compiles nothing.
+    """Wrap `function` so that torch.compile breaks its graph there and compiles nothing inside.
 
     `dynamo.disable` does this with eight function calls around each call. They are needed only
-    while dynamo is in force in this thread (seen on torch 2.13); where that cannot be told, always.
+    while dynamo is active in this thread (checked on torch 2.13). If this torch cannot tell whether
+    dynamo is active, they always run.
     """
     disabled: Callable[..., Any] = dynamo.disable(function)
     callback = getattr(
@@ -211,33 +211,33 @@ without_modes: Callable[[], ContextManager[Any]] = getattr(
     _python_dispatch, "_disable_current_modes",
     _popped_modes if hasattr(_python_dispatch, "_pop_mode_temporarily") else contextlib.nullcontext,
 )  # fmt: skip
-# The base classes of modes, None before torch 1.13 (and for dispatch modes, where their form was
-# another one).
+# The base classes of modes; None before torch 1.13, which lacks them or has another interface.
 TorchDispatchMode: Any = (
     getattr(_python_dispatch, "TorchDispatchMode", None) if RELEASE >= (1, 13) else None
 )
 TorchFunctionMode: Any = (
     getattr(torch.overrides, "TorchFunctionMode", None) if RELEASE >= (1, 13) else None
 )
-# The class of the hooks for tensors saved for backward, None before torch 1.10.
+# The class of hooks for tensors saved for the backward pass; None before torch 1.10.
 try:
     from torch.autograd.graph import saved_tensors_hooks
 except ImportError:
     saved_tensors_hooks = None  # type: ignore[assignment, misc]
-# A Function whose forward has no ctx (setup_context): torch 2.0 and later.
+# True if a Function may define setup_context and a forward without ctx (torch 2.0 and later).
 SETUP_CONTEXT: bool = hasattr(torch.autograd.function, "_SingleLevelFunction")
 
 
 def own_saved_tensors(
     pack: Callable[[Any], Any], unpack: Callable[[Any], Any]
 ) -> ContextManager[Any]:
-    """saved_tensors_hooks(pack, unpack), or nothing where there are none or they are forbidden."""
+    """Return saved_tensors_hooks(pack, unpack), or a null context where torch has or allows
+    none."""
     if saved_tensors_hooks is None or not saved_tensor_hooks_allowed():
         return contextlib.nullcontext()
     return saved_tensors_hooks(pack, unpack)
 
 
-# The error of a CUDA allocation that fails: a RuntimeError with that message before torch 1.13.
+# The error of a failed CUDA allocation. Before torch 1.13 it is a RuntimeError with that message.
 OutOfMemoryError: Any = getattr(torch.cuda, "OutOfMemoryError", None)
 if OutOfMemoryError is None:
     OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch.cuda"})
@@ -245,7 +245,7 @@ stream_capturing: Callable[[], bool] = getattr(torch.cuda, "is_current_stream_ca
 
 
 def is_inference(tensor: torch.Tensor) -> bool:
-    """Whether a tensor was made in inference mode (torch 1.9 has no method for that)."""
+    """Return True if a tensor was created in inference mode (torch 1.9 has no method for that)."""
     try:
         tensor._version  # noqa: B018
     except RuntimeError:
@@ -260,21 +260,22 @@ if hasattr(torch.Tensor, "is_inference"):
 def wrapper_subclass(
     cls: Any, shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """A tensor of a subclass that has no numbers of its own, to be given meaning by
-    __torch_function__.
+    """Return a tensor of the subclass `cls` without storage; __torch_function__ defines its values.
 
-    Before torch 1.11 a single number stands for all of them: NaN (True, or the least integer, in
-    other dtypes).
+    Before torch 1.11 it has a storage of one entry, expanded to `shape`: NaN in floating dtypes,
+    True or 1 in others.
     """
     make = getattr(torch.Tensor, "_make_wrapper_subclass", None)
     if make is not None:
         return make(cls, shape, dtype=dtype, device=device)
-    one = torch.full((), float("nan") if dtype.is_floating_point else 1, dtype=dtype, device=device)
-    return torch.Tensor._make_subclass(cls, one.expand(shape))
+    entry = torch.full(
+        (), float("nan") if dtype.is_floating_point else 1, dtype=dtype, device=device
+    )
+    return torch.Tensor._make_subclass(cls, entry.expand(shape))
 
 
 def repeat_interleave(tensor: torch.Tensor, lengths: Any, output_size: int) -> torch.Tensor:
-    """Along the last dimension. Before torch 1.10 a GPU is waited for."""
+    """Repeat entries along the last dimension. Before torch 1.10 this synchronises with the GPU."""
     repeats = torch.tensor(lengths, device=tensor.device)
     if RELEASE < (1, 10):
         return tensor.repeat_interleave(repeats, -1)
@@ -282,44 +283,42 @@ def repeat_interleave(tensor: torch.Tensor, lengths: Any, output_size: int) -> t
 
 
 def meshgrid(*axes: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-    """torch.meshgrid(..., indexing="ij"), which is what torch before 1.10 does without being
-    told."""
+    """Return torch.meshgrid(..., indexing="ij"); torch before 1.10 has no other indexing."""
     options = {} if RELEASE < (1, 10) else {"indexing": "ij"}
     return tuple(torch.meshgrid(*axes, **options))  # type: ignore[arg-type]
 
 
 class _WeakIdKeyDictionary(MutableMapping):  # type: ignore[type-arg]
-    """torch.utils.weak.WeakIdKeyDictionary, as far as it is used here: torch 2.0 and later have
-    it."""
+    """A replacement for torch.utils.weak.WeakIdKeyDictionary, which torch before 2.0 lacks."""
 
     def __init__(self) -> None:
-        self._found: Any = {}
+        self._entries: Any = {}
 
     def __setitem__(self, key: Any, value: Any) -> None:
         number = id(key)
-        self._found[number] = weakref.ref(key, lambda _: self._found.pop(number, None)), value
+        self._entries[number] = weakref.ref(key, lambda _: self._entries.pop(number, None)), value
 
     def __getitem__(self, key: Any) -> Any:
-        reference, value = self._found[id(key)]
+        reference, value = self._entries[id(key)]
         if reference() is not key:
             raise KeyError(key)
         return value
 
     def __delitem__(self, key: Any) -> None:
         self[key]
-        del self._found[id(key)]
+        del self._entries[id(key)]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(
             [
                 key
-                for key in (reference() for reference, _ in list(self._found.values()))
+                for key in (reference() for reference, _ in list(self._entries.values()))
                 if key is not None
             ]
         )
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._entries)
 
 
 try:

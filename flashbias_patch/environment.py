@@ -1,8 +1,8 @@
-"""Problems with names that FLASHBIAS_TARGETS, FLASHBIAS_COMPAT and FLASHBIAS_AQR hold.
+"""Check the names in FLASHBIAS_TARGETS, FLASHBIAS_COMPAT and FLASHBIAS_AQR.
 
-They are known only to the catalog, the compatibility patches and the router's options, which
-`settings` does not import. None of them imports torch, whose own import may be what waits for this;
-a third party's targets may.
+The valid names are defined in the catalog, the compatibility patches and the options of the router,
+which `settings` does not import. None of these modules imports torch: this check may run while
+torch itself is being imported. Targets of third-party packages may import torch.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from . import settings
 
 
 def problems() -> List[str]:
-    """One message per variable that names something unknown."""
+    """Return one message per variable that names something unknown."""
     read = settings.current()
-    found: List[str] = []
+    messages: List[str] = []
     if read.targets:
         from .patching import catalog
 
         names = [name[1:] if name.startswith("-") else name for name in read.targets]
-        found += _unknown("FLASHBIAS_TARGETS", "class to patch", names, catalog.targets())
+        messages += _unknown("FLASHBIAS_TARGETS", "class to patch", names, catalog.targets())
     if read.compat != ("all",):
         from . import compat
 
         names = [name for name in read.compat if name.lower() not in (*compat.SWITCHES,)]
-        found += _unknown(
+        messages += _unknown(
             "FLASHBIAS_COMPAT", "patch", names, ["all", "none", *(p.name for p in compat.PATCHES)]
         )
     if read.aqr and read.aqr.lower() not in settings.TRUE + settings.FALSE:
@@ -34,12 +34,12 @@ def problems() -> List[str]:
         try:
             options.from_environment()
         except (TypeError, ValueError) as error:
-            found.append(str(error))
-    return found
+            messages.append(str(error))
+    return messages
 
 
 def loads_third_parties() -> bool:
-    """Whether `problems` imports a third party's package."""
+    """Return True if `problems` imports third-party packages."""
     if not settings.current().targets:
         return False
     import importlib.metadata
@@ -53,12 +53,12 @@ def loads_third_parties() -> bool:
     )
 
 
-def _unknown(variable: str, what: str, given: Iterable[str], known: Iterable[str]) -> List[str]:
-    bad = [name for name in given if name not in known]
-    if not bad:
+def _unknown(variable: str, noun: str, names: Iterable[str], known: Iterable[str]) -> List[str]:
+    unknown = [name for name in names if name not in known]
+    if not unknown:
         return []
-    near = {name: settings.nearest(name, known) for name in bad}
-    named = ", ".join(
-        f"{name} (the nearest is {near[name]})" if near[name] else name for name in bad
+    near = {name: settings.nearest(name, known) for name in unknown}
+    listed = ", ".join(
+        f"{name} (the nearest is {near[name]})" if near[name] else name for name in unknown
     )
-    return [f"{variable}: no {what} is called {named}; there are {', '.join(known)}"]
+    return [f"{variable}: no {noun} is called {listed}; there are {', '.join(known)}"]

@@ -1,8 +1,8 @@
-"""Running a command patched: its environment, and the start-up of each of its Python processes.
+"""Run a command patched: prepare its environment and start each of its Python processes.
 
-As in OpenTelemetry's auto-instrumentation, a directory that holds a sitecustomize goes in front of
-PYTHONPATH, and the command is executed; every Python process of it, spawned workers included,
-imports that file.
+As in OpenTelemetry's auto-instrumentation, a directory with a sitecustomize.py is put in front of
+PYTHONPATH and the command is executed. Every Python process of the command, including spawned
+workers, imports that file.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ WHY = "FLASHBIAS_PROBE_WHY"
 def prepare_environment(
     env: Mapping[str, str], *, patch: bool, extra: Optional[Mapping[str, str]] = None
 ) -> Dict[str, str]:
-    """The environment of a command that runs patched or not.
+    """Return the environment for a command that runs patched, or unpatched (patch=False).
 
-    PYTHONPATH keeps its entries, the empty ones included: they stand for the working directory. A
-    package used from a checkout is appended to it; an installed one is found without.
+    PYTHONPATH keeps its entries, also empty ones, which mean the working directory. If this package
+    is used from a checkout, its directory is appended; an installed package needs no entry.
     """
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    given = _entries(env.get("PYTHONPATH", ""))
+    entries = _entries(env.get("PYTHONPATH", ""))
     is_checkout = not home.endswith(("site-packages", "dist-packages"))
-    path = [BOOTSTRAP, *given] + ([home] if is_checkout and home not in given else [])
+    path = [BOOTSTRAP, *entries] + ([home] if is_checkout and home not in entries else [])
     return {
         **env,
         "PYTHONPATH": os.pathsep.join(path),
@@ -38,19 +38,18 @@ def prepare_environment(
 
 
 def _entries(pythonpath: str) -> List[str]:
-    """Its entries without the bootstrap directory. An empty variable has none: Python ignores
-    it."""
+    """Return the entries without the bootstrap directory; none for an empty variable, which Python
+    ignores."""
     return (
         [part for part in pythonpath.split(os.pathsep) if part != BOOTSTRAP] if pythonpath else []
     )
 
 
 def start_process(*_: str) -> None:
-    """Called by the sitecustomize: start the probe of `flashbias ab`, or the observer of
-    `flashbias why`, if there is one. Importing this package has
-    installed the patches already.
+    """Start the probe of `flashbias ab` or the observer of `flashbias why`, if one is requested.
 
-    Never raises: a process must start, whatever is wrong here.
+    sitecustomize.py calls it. Importing this package has already installed the patches. It never
+    raises: an error here must not stop the process from starting.
     """
     try:
         if os.environ.get(PROBE):
@@ -63,4 +62,6 @@ def start_process(*_: str) -> None:
 
                 probe.start()
     except Exception:
-        telemetry.logger().exception("this process starts without all of flashbias_patch")
+        telemetry.logger().exception(
+            "start-up of flashbias_patch failed; this process may be unpatched or unrecorded"
+        )

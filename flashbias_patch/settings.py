@@ -1,8 +1,8 @@
-"""Every FLASHBIAS_* environment variable: its meaning, its default, what it accepts.
+"""Define the FLASHBIAS_* environment variables: meaning, default and accepted values.
 
-Parsed once per process. A bad value never breaks an import: it is reported by variable name with
-the allowed values, and the default is used. The command line refuses to start instead
-(`Settings.problems`). A variable whose name is not known is reported with the nearest known one
+The environment is parsed once per process. A bad value never breaks an import: the log names the
+variable and the allowed values, and the default is used. The command line does not start
+(`Settings.problems`). An unknown variable is reported with the nearest known name
 (`Settings.unknown`). An empty variable counts as unset.
 """
 
@@ -19,27 +19,27 @@ TRUE = ("1", "true", "on", "yes", "y", "enable", "enabled")
 FALSE = ("0", "false", "off", "no", "n", "none", "disable", "disabled")
 
 
-# Variables of this package that are no settings: of `flashbias ab` (see ab/probe.py), of the tests
-# and benchmarks, and the list of problems that this process or a parent of it has named.
+# Variables of this package that are not settings: those of `flashbias ab` (see ab/probe.py), of the
+# tests and benchmarks, and the list of problems that this process or a parent process has reported.
 NAMED = "FLASHBIAS_NAMED"
 INTERNAL = (NAMED, "FLASHBIAS_PROBE", "FLASHBIAS_FUZZ", "FLASHBIAS_FRAME", "FLASHBIAS_TEST")
 
 
 class Bad(ValueError):
-    """A value that a variable does not accept; the message says what it would accept."""
+    """Raised for a value that a variable does not accept; the message names the accepted values."""
 
 
 def nearest(text: str, known: Iterable[str], cutoff: float = 0.6) -> Optional[str]:
-    """The one of `known` that `text` resembles most, whatever the case; None if there is none."""
+    """Return the name in `known` that is most similar to `text`, ignoring case, or None."""
     from difflib import get_close_matches
 
     by_lower = {name.lower(): name for name in known}
-    found = get_close_matches(text.lower(), list(by_lower), 1, cutoff)
-    return by_lower[found[0]] if found else None
+    matches = get_close_matches(text.lower(), list(by_lower), 1, cutoff)
+    return by_lower[matches[0]] if matches else None
 
 
 def _words(text: str, allowed: Sequence[str]) -> str:
-    """The allowed words, and which of them `text` may have meant."""
+    """List the allowed values, and the one that `text` is most similar to."""
     near = nearest(text, allowed)
     return ", ".join(allowed) + (f"; the nearest is {near!r}" if near else "")
 
@@ -61,14 +61,14 @@ def _choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
-def _number(kind: type, low: float, high: float, words: str) -> Callable[[str], Any]:
+def _number(kind: type, low: float, high: float, expected: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
-            raise Bad(words) from None
+            raise Bad(expected) from None
         if not low <= value <= high:
-            raise Bad(words)
+            raise Bad(expected)
         return value
 
     return parse
@@ -79,10 +79,10 @@ def _seconds(text: str) -> float:
         return 0.0
     if text.lower() in TRUE:
         return 60.0
-    found: float = _number(
+    seconds: float = _number(
         float, 2.0, 3600.0, "off, on (60) or a number of seconds from 2 to 3600"
     )(text)
-    return found
+    return seconds
 
 
 def _names(text: str) -> Tuple[str, ...]:
@@ -90,15 +90,14 @@ def _names(text: str) -> Tuple[str, ...]:
 
 
 class Variable(namedtuple("Variable", "field default parse help")):
-    """An environment variable: FLASHBIAS_<FIELD>, its default, its parser, and what it is for."""
+    """An environment variable FLASHBIAS_<FIELD>: default, parser and help text."""
 
     @property
     def name(self) -> str:
         return "FLASHBIAS_" + self.field.upper()
 
     def shown(self, value: Any) -> str:
-        """The parsed `value` in the words that README.md has: on, off, unset, all, or the value
-        itself."""
+        """Format the parsed `value` as README.md does: on, off, unset, all, or the value itself."""
         if isinstance(value, bool) or (self.parse is _seconds and not value):
             return "on" if value else "off"
         if value is None:
@@ -114,23 +113,23 @@ VARIABLES: Tuple[Variable, ...] = (
         "backend",
         "auto",
         _choice("auto", "triton", "flash", "upstream", "sdpa", "reference"),
-        "the backend to try first; where it cannot take a call, the others do; auto: the first "
-        "that takes the call",
+        "the backend to try first; if it does not support a call, the others are tried; auto: the "
+        "first that supports the call",
     ),
     Variable("strict", False, _switch, "a fallback raises, with every backend's reasons"),
     Variable(
         "targets",
         (),
         _names,
-        "comma-separated class names to patch, or -ClassName to leave one alone; empty: all of "
-        "the catalog",
+        "comma-separated class names to patch, or -ClassName to exclude one; empty: all of the "
+        "catalog",
     ),
     Variable("home", None, str, "a checkout of FlashBias (holds flash_bias_triton.py)"),
     Variable(
         "dtype",
         "auto",
         _choice("auto", "fp16", "bf16", "fp32"),
-        "precision inside attention; auto: as the patched class does",
+        "precision inside attention; auto: that of the patched class",
     ),
     Variable(
         "masks",
@@ -148,19 +147,20 @@ VARIABLES: Tuple[Variable, ...] = (
         "energy",
         None,
         _number(float, 1e-6, 1.0, "a number in (0, 1]"),
-        "factorise dense biases to the smallest rank keeping this share of squared singular values",
+        "factorise dense biases to the smallest rank that keeps this share of the squared singular "
+        "values",
     ),
     Variable(
         "max_error",
         2e-2,
         _number(float, 0.0, 1.0, "a number from 0 to 1"),
-        "relative error above which a factorised bias is used densely instead",
+        "relative error above which the dense bias is used instead of its factors",
     ),
     Variable(
         "aqr",
         None,
         str,
-        "adaptive query routing where configs can't be touched: 1, or key=value,...",
+        "adaptive query routing without a change of the config: 1, or key=value,...",
     ),
     Variable("compat", ("all",), _names, "comma-separated compatibility patches, `all` or `none`"),
     Variable(
@@ -168,7 +168,7 @@ VARIABLES: Tuple[Variable, ...] = (
         0.0,
         _seconds,
         "time tile shapes for GPUs that the shipped table was not measured on: off, on, or "
-        "seconds a class of call",
+        "seconds per call signature",
     ),
     Variable(
         "verdicts",
@@ -194,8 +194,10 @@ VARIABLES: Tuple[Variable, ...] = (
 
 
 class Settings:
-    """The parsed variables as attributes; `problems`, one message per bad value; `unknown`, one per
-    unknown name."""
+    """The parsed variables as attributes.
+
+    problems: one message per bad value. unknown: one message per unknown variable name.
+    """
 
     problems: List[str]
     unknown: List[str]
@@ -221,13 +223,11 @@ class Settings:
             )
             return variable.default
 
-    def __getattr__(
-        self, name: str
-    ) -> Any:  # only reached for unknown names; typed access for mypy
+    def __getattr__(self, name: str) -> Any:  # for unknown names; gives mypy typed access
         raise AttributeError(f"no setting {name!r}; known: {', '.join(v.field for v in VARIABLES)}")
 
     def leaves_out(self, name: str) -> str:
-        """Why FLASHBIAS_TARGETS leaves the class `name` of the catalog alone; empty if it does
+        """Return the reason why FLASHBIAS_TARGETS excludes the class `name`, or "" if it does
         not."""
         if "-" + name in self.targets:
             return f"FLASHBIAS_TARGETS leaves {name} out"
@@ -239,8 +239,7 @@ class Settings:
 
 
 def _unknown(name: str) -> List[str]:
-    """The message if `name` is a variable that this package does not know and that was meant for
-    it."""
+    """Return a message if `name` looks like a misspelt variable of this package, else nothing."""
     upper = name.upper()
     if not upper.startswith("FLASH") or name in _KNOWN or name.startswith(INTERNAL):
         return []
@@ -259,8 +258,10 @@ _KNOWN = tuple(variable.name for variable in VARIABLES)
 
 
 def unnamed(problems: Iterable[str]) -> List[str]:
-    """Those of `problems` that neither this process nor a parent of it has named yet; they count as
-    named from now on."""
+    """Return the `problems` that neither this process nor a parent process has reported yet.
+
+    They count as reported from now on.
+    """
     from zlib import crc32
 
     named = os.environ.get(NAMED, "").split(",")
@@ -275,7 +276,7 @@ _current: Optional[Settings] = None
 
 
 def current() -> Settings:
-    """The settings of this process, parsed from the environment on first use."""
+    """Return the settings of this process, parsed from the environment on first use."""
     global _current
     if _current is None:
         _current = Settings()
@@ -283,7 +284,7 @@ def current() -> Settings:
 
 
 def reload(environ: Optional[Mapping[str, str]] = None) -> Settings:
-    """Parse the environment (or `environ`) again and make the result current."""
+    """Parse the environment (or `environ`) again and make the result the current settings."""
     global _current
     _current = Settings(environ)
     return _current

@@ -1,4 +1,4 @@
-"""What is patched, which backend answered, what was passed over and why."""
+"""Report the state of this process: patched classes, calls per backend, fallbacks and reasons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from . import settings, telemetry
 
 
 class Status(Dict[str, Any]):
-    """A plain dict of lists and numbers (JSON-able) that prints as a page."""
+    """A JSON-able dict of lists and numbers; `print` shows it as text."""
 
     def __str__(self) -> str:
         lines = [
@@ -62,18 +62,21 @@ def _section(title: str, lines: List[str]) -> List[str]:
 
 
 def status() -> Status:
-    """The state of this process as a dict: version, installed, patched, refused, calls, fallbacks,
-    unreached (biases without effect), factorizations, settings."""
+    """Return the state of this process as a dict.
+
+    Keys: version, installed, patched, refused (classes left alone), calls, fallbacks, unreached
+    (biases without effect), factorizations, settings (those that differ from the default).
+    """
     from . import __version__
 
-    hooks = sys.modules.get(f"{__package__}.patching.install")
-    trigger = sys.modules.get(f"{__package__}.patching.deferred_install")
+    install = sys.modules.get(f"{__package__}.patching.install")
+    deferred = sys.modules.get(f"{__package__}.patching.deferred_install")
     return Status(
         version=__version__,
-        installed=(hooks is not None and hooks.installed())
-        or (trigger is not None and trigger.armed()),
-        patched=[] if hooks is None else hooks.patched(),
-        refused=[] if hooks is None else hooks.refused(),
+        installed=(install is not None and install.installed())
+        or (deferred is not None and deferred.armed()),
+        patched=[] if install is None else install.patched(),
+        refused=[] if install is None else install.refused(),
         calls=dict(telemetry.calls),
         fallbacks=telemetry.fallbacks(),
         unreached=telemetry.unreached_biases(),

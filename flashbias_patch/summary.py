@@ -1,15 +1,16 @@
-"""FLASHBIAS_SUMMARY: one line on stderr when a process ends. `flashbias run` asks for it."""
+"""Print one summary line to stderr when a process ends (FLASHBIAS_SUMMARY; set by `flashbias
+run`)."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import sys
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 from . import telemetry
 
-# imported by the process that starts the ranks and computes nothing itself
+# imported by the process that starts the ranks, which computes nothing itself
 LAUNCHER = "torch.distributed.launcher.api"
 LONGEST = 120  # characters of a reason
 
@@ -17,7 +18,7 @@ _registered_in: Optional[int] = None
 
 
 def at_exit() -> None:
-    """Print the line when this process ends, once. A process forked from it prints none."""
+    """Print the line once, when this process ends. A forked child of it prints nothing."""
     global _registered_in
     if _registered_in is None:
         _registered_in = os.getpid()
@@ -25,13 +26,12 @@ def at_exit() -> None:
 
 
 def line() -> Optional[str]:
-    """Classes patched, calls by backend, fallbacks and biases without effect; None if this process
-    has nothing to say.
+    """Summarise patched classes, calls per backend, fallbacks and biases without effect.
 
-    Ranks other than 0 and worker processes have something to say if they met a fallback or such a
-    bias, and workers if they computed attention.
+    Returns None if nothing is worth a line. Ranks other than 0 and worker processes print a line
+    only for a fallback or a bias without effect; workers also if they computed attention.
     """
-    from . import status  # the function: importing the module of that name would hide it
+    from . import status  # the function; importing the module of that name would hide it
 
     now = status()
     trouble = now["fallbacks"] or now["unreached"]
@@ -62,13 +62,14 @@ def line() -> Optional[str]:
     return f"flashbias_patch: {rank}" + "; ".join(parts)
 
 
-def _counted(what: str, entries: List[tuple]) -> str:
+def _counted(noun: str, entries: List[Tuple[str, int]]) -> str:
     if not entries:
-        return f"{what}: none"
-    reason = " ".join(str(entries[0][0]).split())
+        return f"{noun}: none"
+    first_reason, _ = entries[0]
+    reason = " ".join(first_reason.split())
     reason = reason if len(reason) <= LONGEST else reason[: LONGEST - 3] + "..."
     more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
-    return f"{what}: {sum(count for _, count in entries)} ({reason}{more})"
+    return f"{noun}: {sum(count for _, count in entries)} ({reason}{more})"
 
 
 def _is_worker() -> bool:
@@ -83,5 +84,5 @@ def _print() -> None:
         text = line()
         if text:
             print(text, file=sys.stderr, flush=True)
-    except (OSError, ValueError, AttributeError):  # stderr is closed, or was never there
+    except (OSError, ValueError, AttributeError):  # stderr is closed or absent
         pass

@@ -1,5 +1,7 @@
-"""What happened in this process: calls by backend, fallbacks with reasons, biases that had no
-effect, and each log line only once."""
+"""Telemetry of this process: calls per backend, fallbacks with reasons, biases without effect.
+
+It also logs each line only once.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +14,24 @@ if TYPE_CHECKING:
     import logging
     from typing import Any, Dict, Hashable, List, Optional, Set, Tuple
 
-calls: Counter = Counter()
+calls: Counter[str] = Counter()
 _fallbacks: Dict[Tuple[str, str, str], int] = {}
 _factorized: Dict[str, Dict[str, Any]] = {}
 _unreached: Dict[Tuple[str, str], int] = {}
-_said: Set[Hashable] = set()
+_logged_keys: Set[Hashable] = set()
 _lock = allocate_lock()
 
 
 def logger() -> logging.Logger:
-    """The package's logger. `logging` is imported when there is something to say."""
+    """Return the logger of the package. `logging` is imported on first use."""
     import logging
 
     return logging.getLogger("flashbias_patch")
 
 
 def configure(level: Optional[str]) -> None:
-    """FLASHBIAS_LOG_LEVEL: log to stderr from this level on, and nowhere else (never twice)."""
+    """Log to stderr from `level` (FLASHBIAS_LOG_LEVEL) on, without propagation to other
+    handlers."""
     if level is None:
         return
     import logging
@@ -45,27 +48,26 @@ def configure(level: Optional[str]) -> None:
 def once(key: Hashable, level: str, message: str, *args: Any) -> None:
     """Log `message` at `level` ("info", "warning", "error") the first time `key` is seen.
 
-    Other ranks than 0 say who they are.
+    On ranks other than 0 the line begins with the rank.
     """
-    if key in _said:
+    if key in _logged_keys:
         return
     with _lock:
-        if key in _said:
+        if key in _logged_keys:
             return
-        _said.add(key)
+        _logged_keys.add(key)
     prefix = f"[rank {rank()}] " if rank() else ""
     getattr(logger(), level)(prefix + message, *args)
 
 
 def rank() -> int:
-    """RANK of this process; 0 where it is unset, empty or no number."""
+    """Return RANK of this process; 0 if it is unset, empty or not a number."""
     text = os.environ.get("RANK", "").strip()
     return int(text) if text.isdigit() else 0
 
 
 def environment(problems: List[str]) -> None:
-    """Log problems with the environment as errors: each once for a process and all that it
-    starts."""
+    """Log problems with the environment as errors, each once for this process and its children."""
     if problems:
         from . import settings
 
@@ -74,15 +76,18 @@ def environment(problems: List[str]) -> None:
 
 
 def fallback(source: str, call: str, reason: str, level: str = "warning") -> None:
-    """Count that `source` (a backend or a seam) could not answer a class of `call`, and why; log it
-    once."""
+    """Count that `source` (a backend or a patched class) did not compute `call`, and log it once.
+
+    call: a description of the call signature. reason: why `source` was not used.
+    """
     key = (source, call, reason)
     with _lock:
         _fallbacks[key] = _fallbacks.get(key, 0) + 1
-    once(key, level, "%s passed over for %s: %s", source, call, reason)
+    once(key, level, "%s not used for %s: %s", source, call, reason)
 
 
 def fallbacks() -> List[Dict[str, Any]]:
+    """Return the fallbacks: source, call, reason and count of each."""
     with _lock:
         return [
             {"source": source, "call": call, "reason": reason, "count": count}
@@ -91,14 +96,17 @@ def fallbacks() -> List[Dict[str, Any]]:
 
 
 def unreached(where: str, reason: str) -> None:
-    """Count that a bias had no effect, and why; log it once. where: "attention_bias(...)", or the
-    class it was given to."""
+    """Count that a bias had no effect, and log it once.
+
+    where: "attention_bias(...)", or the class that received the bias. reason: why it had no effect.
+    """
     with _lock:
         _unreached[where, reason] = _unreached.get((where, reason), 0) + 1
     once(("unreached", where, reason), "warning", "%s has no effect: %s", where, reason)
 
 
 def unreached_biases() -> List[Dict[str, Any]]:
+    """Return the biases that had no effect: where, reason and count of each."""
     with _lock:
         return [
             {"where": where, "reason": reason, "count": count}
@@ -107,8 +115,10 @@ def unreached_biases() -> List[Dict[str, Any]]:
 
 
 def factorized(where: str, rank: int, relative_error: float, reason: str) -> None:
-    """Note the latest factorisation of a dense bias; `reason` says why the dense bias was used
-    after all."""
+    """Record the latest factorisation of a dense bias.
+
+    reason: why the dense bias was used instead of its factors; empty if the factors were used.
+    """
     with _lock:
         count = _factorized.get(where, {}).get("count", 0) + 1
         _factorized[where] = {
@@ -129,15 +139,16 @@ def factorized(where: str, rank: int, relative_error: float, reason: str) -> Non
 
 
 def factorizations() -> List[Dict[str, Any]]:
+    """Return the latest factorisation of each place where a dense bias was factorised."""
     with _lock:
         return [dict(entry) for entry in _factorized.values()]
 
 
 def reset() -> None:
-    """Forget counts and said lines (tests, and between measured phases)."""
+    """Reset the counters and the keys of logged lines (for tests and between measured phases)."""
     with _lock:
         calls.clear()
         _fallbacks.clear()
         _factorized.clear()
         _unreached.clear()
-        _said.clear()
+        _logged_keys.clear()

@@ -1,9 +1,9 @@
-"""Go on to the next sitecustomize of the path, then patch this process if FLASHBIAS_PATCH says so.
+"""Run the next sitecustomize on the path, then patch this process if FLASHBIAS_PATCH is on.
 
 Python imports only the first sitecustomize on its path. `flashbias run` and `flashbias ab` put a
-directory with this file in front of PYTHONPATH; sitecustomize_example holds the same file. It needs
-nothing but the standard library, since other interpreters of a command, which have no
-flashbias_patch, import it too, Python 2 among them.
+directory with this file in front of PYTHONPATH; sitecustomize_example holds the same file. It uses
+only the standard library, because other interpreters that the command starts import it too. They
+may lack flashbias_patch, and they may be Python 2.
 """
 
 import os
@@ -11,8 +11,8 @@ import sys
 
 
 def _later(own):
-    """The entries of sys.path after that of the file `own`, and the files that are being
-    executed."""
+    """Return the entries of sys.path after the directory of the file `own`, and the files that are
+    being executed."""
     folder = os.path.dirname(own)
     entries = [os.path.abspath(entry or os.curdir) for entry in sys.path]
     rest = sys.path[entries.index(folder) + 1 :] if folder in entries else list(sys.path)
@@ -24,8 +24,8 @@ def _later(own):
 
 
 def _chain(own):
-    """Execute the next file as the module `sitecustomize`. Its exception reaches Python as if this
-    file were not there."""
+    """Execute the next file as the module `sitecustomize`. Its exceptions reach Python
+    unchanged."""
     rest, running = _later(own)
     try:
         from importlib.machinery import PathFinder
@@ -40,7 +40,7 @@ def _chain(own):
             and os.path.realpath(spec.origin or "") not in running
         ):
             module = module_from_spec(spec)
-            sys.modules["sitecustomize"] = module  # `import sitecustomize` finds that one
+            sys.modules["sitecustomize"] = module  # so that `import sitecustomize` returns it
             return spec.loader.exec_module(module)
 
 
@@ -54,8 +54,8 @@ def _chain_python2(rest, running):
 
 
 class _Missing:
-    """A finder that finds nothing: it says that flashbias_patch is missing when torch is first
-    imported."""
+    """A finder that finds no module; it reports a missing flashbias_patch at the import of
+    torch."""
 
     def __init__(self, error):
         self.error = error

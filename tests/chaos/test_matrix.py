@@ -41,7 +41,7 @@ def check(case, patched, monkeypatch, caplog):
     assert outcome.losses == pytest.approx(outcome.unbroken, rel=2e-5), str(case)
     told = [f for f in outcome.fallbacks if f["source"] == case.backend]
     lines = [
-        r.message for r in caplog.records if r.message.startswith(f"{case.backend} passed over")
+        r.message for r in caplog.records if r.message.startswith(f"{case.backend} not used for")
     ]
     assert len(lines) == len(
         {(f["call"], f["reason"]) for f in told}
