@@ -62,7 +62,8 @@ def call_times(repeats: int, calls: int) -> dict:
 
     import flashbias_patch
     from flashbias_patch.attention import dispatch
-    from flashbias_patch.patching import call_adapter, inner_attention, install
+    from flashbias_patch.patching import call_adapter, install
+    from flashbias_patch.patching.seams import inner_attention
 
     class PETRMultiheadAttention(nn.Module):
         def __init__(self) -> None:

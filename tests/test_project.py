@@ -193,7 +193,7 @@ def test_window_example_is_the_same_without_the_patch():
 
 def test_documented_entry_point_is_what_the_catalog_reads():
     from flashbias_patch.patching.catalog import ENTRY_POINT_GROUP, Target
-    from flashbias_patch.patching.wrappers import SEAMS
+    from flashbias_patch.patching.seams import SEAMS
 
     page = read("docs/guides/own-targets.md")
     names = {}

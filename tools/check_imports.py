@@ -73,7 +73,7 @@ FORBIDDEN: Dict[str, Tuple[str, ...]] = {
         "attention",
         "bias",
         "patching.install",
-        "patching.wrappers",
+        "patching.seams",
         "patching.catalog",
         "aqr",
         "monitor",

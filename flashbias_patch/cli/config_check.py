@@ -266,7 +266,8 @@ def _router(node: Dict[str, Any], name: Any, known: Dict[str, Any], num_layers: 
         return Router("takes no aqr")
     try:
         from ..aqr import options as aqr_options
-        from ..patching import transformers
+        from ..patching.seams.transformer_constructor import build_router
+        from ..patching.seams.transformer_layouts import LAYOUTS
     except ImportError as error:  # without torch nothing is built
         return Router(f"aqr is not checked: {error}", judged=False)
     source = "FLASHBIAS_AQR" if given is None else "aqr"
@@ -278,9 +279,9 @@ def _router(node: Dict[str, Any], name: Any, known: Dict[str, Any], num_layers: 
             without = isinstance(given, dict) and "enable" not in given
             return Router("off: aqr has no enable=True" if without else f"off by {source}")
         layers = num_layers if isinstance(num_layers, int) and num_layers > 0 else 1
-        transformers.build_router(
+        build_router(
             name,
-            transformers.LAYOUTS[name],
+            LAYOUTS[name],
             options,
             embed_dims=EMBED_DIMS,
             num_heads=NUM_HEADS,

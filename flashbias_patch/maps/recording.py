@@ -174,10 +174,10 @@ def _integers(argument: str, values: Any) -> Tuple[int, ...]:
 
 
 def _is_patched(module: nn.Module) -> bool:
-    from ..patching import wrappers
+    from ..patching.seams import CoreSeam, OuterSeam
 
     seam = getattr(type(module).forward, "__flashbias_seam__", None)
-    return isinstance(seam, (wrappers.OuterSeam, wrappers.CoreSeam))
+    return isinstance(seam, (OuterSeam, CoreSeam))
 
 
 @contextlib.contextmanager
@@ -185,18 +185,18 @@ def _listening() -> Iterator[None]:
     """While a block is open, the seams call `_attend` in place of flash_bias_attention: no cost
     outside."""
     global _blocks
-    from ..patching import dual_core, inner_attention, wrappers
+    from ..patching.seams import core, dual_core, inner_attention
 
     _blocks += 1
     if _blocks == 1:
-        for file in (dual_core, inner_attention, wrappers):
+        for file in (core, dual_core, inner_attention):
             file.flash_bias_attention = _attend  # type: ignore[attr-defined]
     try:
         yield
     finally:
         _blocks -= 1
         if _blocks == 0:
-            for file in (dual_core, inner_attention, wrappers):
+            for file in (core, dual_core, inner_attention):
                 file.flash_bias_attention = attention.flash_bias_attention  # type: ignore[attr-defined]
 
 

@@ -161,6 +161,18 @@ def project(
     return q.view(*query.shape[:2], *heads), k.view(sizes), v.view(sizes)
 
 
+def check_lengths(query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> None:
+    """ValueError unless key and value have one length, and query's batch size."""
+    batch = 0 if batch_first else 1
+    if key.shape[:2] != value.shape[:2] or key.shape[batch] != query.shape[batch]:
+        axes = "(batch, length, channels)" if batch_first else "(length, batch, channels)"
+        raise ValueError(
+            "key and value must have one length and query's batch size: query "
+            f"{tuple(query.shape)}, "
+            f"key {tuple(key.shape)}, value {tuple(value.shape)}, as {axes}"
+        )
+
+
 def compute_dtype(upstream: torch.dtype) -> torch.dtype:
     """FLASHBIAS_DTYPE, or what the patched class computes in."""
     name = settings.current().dtype

@@ -212,16 +212,15 @@ def _claim(cls: type) -> bool:
         if why is not None:
             _refused[cls.__module__, cls.__qualname__] = why
             return False
-        from . import (
-            wrappers,  # imports torch, which whoever defines such a class has imported by now
-        )
+        from ..attention.recovery import replay
+        from .seams import SEAMS  # imports torch, as the module of such a class has by now
 
-        wrappers.replay.watch()
+        replay.watch()
         for method, seam in (("forward", target.seam), *target.others):
             found = inspect.getattr_static(cls, method, None)
             if found is not None and not _is_patched(found):
                 _wrap(
-                    cls, method, wrappers.SEAMS[seam](cls), seam
+                    cls, method, SEAMS[seam](cls), seam
                 )  # not where it, or the one inherited, is wrapped
         if target.seam == "outer":
             _wrap_inner_attention()
@@ -264,7 +263,7 @@ def _wrap_inner_attention() -> None:
     """Wrap the forward of torch's own attention, which acts inside an outer forward only."""
     from torch import nn
 
-    from . import inner_attention
+    from .seams import inner_attention
 
     original = vars(nn.MultiheadAttention)["forward"]
     if _is_patched(original):

@@ -154,10 +154,10 @@ def test_the_check_leaves_nothing_behind(generators):
 
 def test_modules_of_one_kind_are_checked_once(generators, monkeypatch):
     """nn.DataParallel makes new modules in every step."""
-    from flashbias_patch.patching import generators as seam
+    from flashbias_patch.patching.seams import bias_generator as seam
 
-    checked, judge = [], seam._judge
-    monkeypatch.setattr(seam, "_judge", lambda *args: checked.append(1) or judge(*args))
+    checked, judge = [], seam.judge
+    monkeypatch.setattr(seam, "judge", lambda *args: checked.append(1) or judge(*args))
     _, patched = generators
     for options in ({}, {}, dict(window_size=4), dict(window_size=4)):
         module = patched(**options)

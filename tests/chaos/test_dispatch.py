@@ -409,12 +409,12 @@ def test_compiles_without_a_graph_break():
 
 
 def test_a_hook_that_fails_leaves_the_class_unpatched(installed, repository, monkeypatch, caplog):
-    from flashbias_patch.patching import wrappers
+    from flashbias_patch.patching import seams
 
     def broken(cls):
         raise RuntimeError("in a hook")
 
-    monkeypatch.setattr(wrappers, "SEAMS", dict.fromkeys(wrappers.SEAMS, broken))
+    monkeypatch.setattr(seams, "SEAMS", dict.fromkeys(seams.SEAMS, broken))
     losses = train(repository())[0]
     assert any("is left unpatched: RuntimeError: in a hook" in r.message for r in caplog.records)
     assert not telemetry.calls and all(math.isfinite(x) for x in losses)

@@ -16,7 +16,7 @@ from torch import nn
 
 import flashbias_patch
 from flashbias_patch import settings
-from flashbias_patch.patching import catalog, install, wrappers
+from flashbias_patch.patching import catalog, install, seams
 
 from .conftest import MODULE, forget
 
@@ -171,7 +171,7 @@ def test_a_hook_that_raises_leaves_the_import_alone(installed, repository, monke
     def broken(cls):
         raise RuntimeError("planted")
 
-    monkeypatch.setitem(wrappers.SEAMS, "outer", broken)
+    monkeypatch.setitem(seams.SEAMS, "outer", broken)
     module = repository()
     assert not names() & {"PETRMultiheadAttention", "MultiheadAttention"}
     assert "planted" in refusal(module.PETRMultiheadAttention)

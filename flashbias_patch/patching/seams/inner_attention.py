@@ -2,38 +2,33 @@
 
 `wrap_forward` wraps nn.MultiheadAttention.forward. Outside an outer forward the wrapper calls the
 original at once, and TorchScript and torch.compile see the original (see its docstring).
-`FunctionalAttention` does the same for forwards that call F.multi_head_attention_forward
-themselves; it is only opened for classes whose code mentions that function.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-import sys
-import threading
 import types
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import settings, telemetry
-from .._torch_internals import RELEASE, TorchFunctionMode, tracing_state
-from ..attention import dispatch, flash_bias_attention
-from ..attention.weights import LazyWeights
-from ..bias import AttentionBias
-from . import call_adapter, route, unreachable
-from .call_adapter import Bias
-from .exporting import is_exporting
-from .route import Route
+from ... import settings
+from ..._torch_internals import RELEASE, tracing_state
+from ...attention import dispatch, flash_bias_attention
+from ...attention.weights import LazyWeights
+from ...bias import AttentionBias
+from .. import call_adapter, route, unreachable
+from ..call_adapter import Bias, check_lengths
+from ..exporting import is_exporting
+from ..route import Route
+from .original_code import count_original, dense_mask
 
 _NO_BIASES: Tuple[Bias, ...] = ()
 _NOTHING: Dict[str, Any] = {}
 _LINEAR = (getattr(nn.modules.linear, "NonDynamicallyQuantizableLinear", nn.Linear), nn.Linear)
 NAME = "nn.MultiheadAttention"
-FUNCTION = "multi_head_attention_forward"
 _NESTED = hasattr(Tensor, "is_nested")  # since torch 1.12
 _backward_hooks_of_all: Dict[int, Any] = getattr(nn.modules.module, "_global_backward_hooks", {})
 
@@ -235,7 +230,7 @@ def _attend_module(
     if not (
         module._qkv_same_embed_dim and module.bias_k is None and query.ndim == 3 and dropout_p < 1.0
     ) or (module.add_zero_attn or is_causal or _NESTED and query.is_nested):
-        unsupported = _unsupported(
+        unsupported = why_unsupported(
             query,
             dropout_p,
             is_causal,
@@ -259,9 +254,9 @@ def _attend_module(
         need_weights,
         average_attn_weights,
     )
-    result = _attend(open_route, unsupported, arguments_)
+    result = attend(open_route, unsupported, arguments_)
     if result is None:
-        masks = _masks_with_biases(open_route, InnerCall(*arguments_))
+        masks = masks_with_biases(open_route, InnerCall(*arguments_))
         if masks is not None:
             (attn_mask, key_padding_mask), is_causal = (
                 masks,
@@ -295,7 +290,7 @@ def _attend_module(
     return result
 
 
-def _unsupported(
+def why_unsupported(
     query: Tensor, dropout_p: float, is_causal: bool, separate: bool, bias_kv: bool, zero_attn: bool
 ) -> Optional[str]:
     if separate:
@@ -313,7 +308,7 @@ def _unsupported(
     return None if query.dim() in (2, 3) else f"input of {query.dim()} dimensions is not supported"
 
 
-def _attend(
+def attend(
     open_route: Route, unsupported: Optional[str], arguments_: Tuple[Any, ...]
 ) -> Optional[Tuple[Tensor, Optional[LazyWeights]]]:
     """(output, weights or None) of a call with the arguments of InnerCall; None where the original
@@ -394,27 +389,7 @@ def _batch_of_one(
     return made[id(query)], made[id(key)], made[id(value)], padding
 
 
-def check_lengths(query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> None:
-    """ValueError unless key and value have one length, and query's batch size."""
-    batch = 0 if batch_first else 1
-    if key.shape[:2] != value.shape[:2] or key.shape[batch] != query.shape[batch]:
-        axes = "(batch, length, channels)" if batch_first else "(length, batch, channels)"
-        raise ValueError(
-            "key and value must have one length and query's batch size: query "
-            f"{tuple(query.shape)}, "
-            f"key {tuple(key.shape)}, value {tuple(value.shape)}, as {axes}"
-        )
-
-
-def count_original(name: str, why: str) -> None:
-    telemetry.calls["original"] += 1
-    telemetry.fallback(name, "call", f"the original code ran: {why}", level="info")
-
-
-# -- the original code -----------------------------------------------------------------------------
-
-
-def _masks_with_biases(
+def masks_with_biases(
     open_route: Route, call: InnerCall
 ) -> Optional[Tuple[Tensor, Optional[Tensor]]]:
     """(attn_mask, key_padding_mask) with the biases added to the mask; None if there are none."""
@@ -446,158 +421,3 @@ def _masks_with_biases(
             padding.bool(), float("-inf")
         )
     return dense_mask(bias, None if own else mask, B, call.num_heads, M, N, query), padding
-
-
-def dense_mask(
-    bias: AttentionBias, attn_mask: Optional[Tensor], B: int, H: int, M: int, N: int, like: Tensor
-) -> Tensor:
-    """bias + attn_mask as torch's multi-head attention takes it: (B*H, M, N), in the dtype and on
-    the device of `like`."""
-    from ..attention.inputs import mask_4d
-
-    total = bias.dense().to(like.device, like.dtype)
-    if attn_mask is not None:
-        kind, mask = mask_4d(attn_mask, B, H, M, N)
-        total = total.masked_fill(mask, float("-inf")) if kind == "bool" else total + mask
-    return total.expand(B, H, M, N).reshape(B * H, M, N)
-
-
-# -- forwards that call the functional themselves --------------------------------------------------
-
-
-class _FunctionalMode(TorchFunctionMode or object):  # type: ignore[misc]
-    """Inside an outer forward, F.multi_head_attention_forward is computed through FlashBias.
-
-    A torch function mode is thread-local and open only during that forward. It sees every torch
-    function of the forward, which costs time; hence `mentions_functional`.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:
-            open_route = route.current()
-            if open_route is not None:
-                return _attend_function(open_route, func, args, kwargs)
-        return func(*args, **kwargs)
-
-
-class _FunctionReplaced:
-    """The same before torch 1.13, which has no function modes: torch.nn.functional's attribute is
-    replaced while any such forward runs, and acts in those only. Names that were imported from
-    there keep the original code."""
-
-    _count, _lock = 0, threading.Lock()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not _FunctionReplaced._count:
-                F.multi_head_attention_forward = _replacement
-            _FunctionReplaced._count += 1
-
-    def __exit__(self, *error: Any) -> None:
-        with self._lock:
-            _FunctionReplaced._count -= 1
-            if not _FunctionReplaced._count and F.multi_head_attention_forward is _replacement:
-                F.multi_head_attention_forward = _FUNCTION
-
-
-FunctionalAttention: Any = _FunctionReplaced if TorchFunctionMode is None else _FunctionalMode
-_FUNCTION = F.multi_head_attention_forward
-
-
-@functools.wraps(_FUNCTION)
-def _replacement(*args: Any, **kwargs: Any) -> Any:
-    open_route = route.current()
-    if open_route is None or not open_route.functional:
-        return _FUNCTION(*args, **kwargs)
-    return _attend_function(open_route, _FUNCTION, args, kwargs)
-
-
-_FUNCTION_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
-
-
-def _attend_function(
-    open_route: Route, original: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]
-) -> Any:
-    """A call of F.multi_head_attention_forward inside an outer forward."""
-    if open_route.biases:
-        unreachable.refuse(open_route.module)
-    bound = _FUNCTION_SIGNATURE.bind(*args, **kwargs)
-    bound.apply_defaults()
-    given = bound.arguments
-    dropout_p = given["dropout_p"] if given["training"] else 0.0
-    static = given["static_k"] is not None or given["static_v"] is not None
-    unsupported = (
-        "static_k or static_v is not supported"
-        if static
-        else _unsupported(
-            given["query"],
-            dropout_p,
-            given.get("is_causal", False),
-            given["use_separate_proj_weight"],
-            given["bias_k"] is not None or given["bias_v"] is not None,
-            given["add_zero_attn"],
-        )
-    )
-    arguments_ = (
-        given["query"],
-        given["key"],
-        given["value"],
-        False,
-        given["num_heads"],
-        given["in_proj_weight"],
-        given["in_proj_bias"],
-        given["out_proj_weight"],
-        given["out_proj_bias"],
-        dropout_p,
-        given["attn_mask"],
-        given["key_padding_mask"],
-        given["need_weights"],
-        given.get("average_attn_weights", True),
-    )
-    result = _attend(open_route, unsupported, arguments_)
-    if result is None:
-        masks = _masks_with_biases(open_route, InnerCall(*arguments_))
-        if masks is not None:
-            given["attn_mask"], given["key_padding_mask"] = masks
-            if "is_causal" in given:
-                given["is_causal"] = False
-        return original(*bound.args, **bound.kwargs)
-    return result
-
-
-def mentions_functional(classes: Any) -> bool:
-    """Whether the code of these classes, or of the modules that define them, names
-    F.multi_head_attention_forward."""
-    return any(
-        _names_functional(value)
-        for cls in classes
-        for base in cls.__mro__
-        if not base.__module__.startswith("torch.") and base is not object
-        for space in (vars(base), vars(sys.modules.get(base.__module__, base)))
-        for value in list(space.values())
-    )
-
-
-def _names_functional(value: Any) -> bool:
-    if value is _FUNCTION or value is _replacement:
-        return True
-    if type(value) in (staticmethod, classmethod):
-        value = value.__func__
-    if type(value) is types.FunctionType:
-        code = getattr(inspect.unwrap(value), "__code__", None)
-        return any(FUNCTION in names for names in _names_in(code))
-    if issubclass(type(value), type) and not value.__module__.startswith("torch."):
-        return any(
-            type(inner) is types.FunctionType and _names_functional(inner)
-            for inner in vars(value).values()
-        )
-    return False
-
-
-def _names_in(code: Any) -> Iterator[Tuple[str, ...]]:
-    """co_names of a code object and of those within it."""
-    if isinstance(code, types.CodeType):
-        yield code.co_names
-        for constant in code.co_consts:
-            yield from _names_in(constant)

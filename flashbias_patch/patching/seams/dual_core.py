@@ -17,15 +17,17 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .. import settings
-from .._torch_internals import autocast
-from ..attention import dispatch, flash_bias_attention
-from ..attention.recovery import errors
-from ..attention.selfcheck import undisturbed
-from . import call_adapter, generators, route, unreachable, wrappers
-from .call_adapter import Bias
-from .exporting import exporting
-from .inner_attention import check_lengths
+from ... import settings
+from ..._torch_internals import autocast
+from ...attention import dispatch, flash_bias_attention
+from ...attention.recovery import errors
+from ...attention.selfcheck import undisturbed
+from .. import call_adapter, route, unreachable
+from ..call_adapter import Bias, check_lengths
+from ..exporting import exporting
+from . import core
+from .comparison import plain_attributes
+from .original_code import note_original
 
 NAMES = (("query", "q"), ("key", "k"), ("value", "v"))
 MASKS = ("attn_mask", "attn_bias")
@@ -37,7 +39,7 @@ QUERIES, KEYS = 3, 5  # of the small call
 Result = Callable[[Tensor], Any]
 
 
-class DualCoreSeam(wrappers.CoreSeam):
+class DualCoreSeam(core.CoreSeam):
     def __init__(self, cls: type) -> None:
         super().__init__(cls)
         known = (
@@ -64,7 +66,7 @@ class DualCoreSeam(wrappers.CoreSeam):
         sequences = self._sequences(args, kwargs)
         opened = route.current()
         if opened is None:
-            opened, own = wrappers.new_route(module, own, *sequences[:2])
+            opened, own = core.new_route(module, own, *sequences[:2])
         elif opened.biases:
             unreachable.remember(module)
         opened.reached = True
@@ -83,7 +85,7 @@ class DualCoreSeam(wrappers.CoreSeam):
                 if own or opened.biases or settings.current().strict:
                     raise
                 result = str(error)
-        wrappers.note_original(self.name, result, opened, own)
+        note_original(self.name, result, opened, own)
         return wrapped(*args, **kwargs)
 
     def _sequences(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tuple[Any, ...]:
@@ -115,7 +117,7 @@ class DualCoreSeam(wrappers.CoreSeam):
             return (
                 f"{', '.join(sorted(set(kwargs) - set(self.parameters.position)))} is not supported"
             )
-        return self._unknown_option(args, kwargs) or wrappers._unsupported(module, sequences[0])
+        return self._unknown_option(args, kwargs) or core.why_unsupported(module, sequences[0])
 
     def _output(
         self, module: Any, sequences: Tuple[Any, ...], opened: route.Route, biases: Tuple[Bias, ...]
@@ -142,7 +144,7 @@ class DualCoreSeam(wrappers.CoreSeam):
         query = sequences[0]
         key = (
             type(module),
-            generators.plain_attributes(module),
+            plain_attributes(module),
             module.in_proj_weight.shape,
             module.num_heads,
             module.in_proj_bias is None,

@@ -1,0 +1,16 @@
+"""Comparing a class with its own code once, before it is replaced."""
+
+from __future__ import annotations
+
+from typing import Any, Tuple
+
+from torch import nn
+
+
+def plain_attributes(module: nn.Module) -> Tuple[Tuple[str, Any], ...]:
+    """What a module's forward may depend on beside its class and tensors. Ints may be counts of
+    calls."""
+    held = module.__dict__.items()
+    return tuple(
+        pair for pair in held if type(pair[1]) in (bool, float, str) and pair[0] != "_is_replica"
+    )

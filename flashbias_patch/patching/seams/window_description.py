@@ -1,0 +1,94 @@
+"""The window bias of an AttentionBiasGenerator as a description."""
+
+from __future__ import annotations
+
+from typing import Any, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from ...bias import AttentionBias, Grid, ModalityBias, WindowBias, described
+
+NAMES = ("lidar_weights", "camera_weights", "pts_bev_indices", "pts_pers_indices")
+ATTRIBUTES = (
+    "bev_h",
+    "bev_w",
+    "num_views",
+    "pers_h",
+    "pers_w",
+    "window_size",
+    "use_local_bias",
+    "use_gaussian_window",
+    "gaussian_sigma",
+    "fp16",
+    "learnable_scale",
+    "min_scale",
+    "max_scale",
+)
+SCALE = "bias_scale"
+LIMIT = 5.0  # entries are brought into +- min(LIMIT, max_scale)
+
+
+class Recipe(NamedTuple):
+    """How a module's bias is described."""
+
+    dtype: torch.dtype  # of its result
+    clamped: bool  # whether the scale is brought into [min_scale, max_scale]
+    counter: Optional[str]  # the attribute in which it counts its calls
+    periods: Tuple[int, ...]  # numbers of calls after which it may print
+
+
+Verdict = Union[Recipe, str]
+
+
+def describe(
+    module: Any,
+    recipe: Recipe,
+    lidar_weights: Tensor,
+    camera_weights: Tensor,
+    bev: Tensor,
+    camera: Tensor,
+) -> Tensor:
+    """The bias of one call as a BiasTensor (B, M, N)."""
+    bias = bias_of(module, recipe.clamped, lidar_weights, camera_weights, bev, camera)
+    return described(bias, "bmn", recipe.dtype)
+
+
+def bias_of(
+    module: Any,
+    clamp_scale: bool,
+    lidar_weights: Tensor,
+    camera_weights: Tensor,
+    bev: Tensor,
+    camera: Tensor,
+) -> AttentionBias:
+    scale = getattr(module, SCALE)
+    weights = torch.stack([lidar_weights, camera_weights], -1)
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    if clamp_scale:
+        low, high = module.min_scale, module.max_scale
+        scale = scale.clamp(low, high) if isinstance(scale, Tensor) else min(max(scale, low), high)
+    limit = min(LIMIT, module.max_scale)
+    weights = (weights * scale).clamp(-limit, limit)
+    frames = Grid(module.bev_h, module.bev_w), Grid(module.pers_h, module.pers_w, module.num_views)
+    if not module.use_local_bias:
+        return ModalityBias(weights, tuple(frame.size for frame in frames))
+    cell = bev.long()
+    row = torch.div(cell, module.bev_w, rounding_mode="floor")
+    on_bev = torch.stack([torch.zeros_like(cell), row, cell - row * module.bev_w], -1)
+    centres = torch.stack([on_bev, camera.long()], 2)
+    sigma = float(module.gaussian_sigma) if module.use_gaussian_window else None
+    return WindowBias(weights, centres, frames, module.window_size, sigma)
+
+
+def bounded(module: Any, tensors: List[Tensor]) -> bool:
+    """Whether clamping weights is clamping entries: for boxes always, for Gaussian windows where
+    nothing is clamped."""
+    if not (module.use_local_bias and module.use_gaussian_window):
+        return True
+    if module.max_scale > LIMIT:
+        return False
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    weights = torch.stack([tensor.detach().abs().amax() for tensor in tensors[:2]])
+    return bool((weights <= 1).all())
