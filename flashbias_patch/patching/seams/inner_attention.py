@@ -294,7 +294,7 @@ def why_unsupported(
     query: Tensor, dropout_p: float, is_causal: bool, separate: bool, bias_kv: bool, zero_attn: bool
 ) -> Optional[str]:
     if separate:
-        return "kdim or vdim differ from embed_dim is not supported"
+        return "kdim or vdim other than embed_dim is not supported"
     if bias_kv:
         return "bias_k or bias_v is not supported"
     if zero_attn:
@@ -304,7 +304,7 @@ def why_unsupported(
     if dropout_p >= 1.0:
         return "dropout of 1 is not supported"
     if _NESTED and query.is_nested:
-        return "nested tensors is not supported"
+        return "nested tensors are not supported"
     return None if query.dim() in (2, 3) else f"input of {query.dim()} dimensions is not supported"
 
 
