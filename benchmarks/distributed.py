@@ -300,7 +300,7 @@ def fault(cmt: Cmt, processes: Processes, each: int, steps: int) -> Dict[str, An
         backward = [0]
         undo = _break_backward(backward, culprit) if broken and name == "triton" else None
         if broken and processes.rank == processes.world - 1:
-            dispatch._loaded[name] = culprit
+            dispatch.loaded[name] = culprit
         detector = cmt.build(each, 0.0)
         samples = Samples(detector, each * processes.world, processes.device)
         freeze_unused(detector.net, samples.take(0, 1))

@@ -25,7 +25,7 @@ from flashbias_patch.attention import dispatch
 from flashbias_patch.attention.breaker import TRUSTED
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.recovery import guard
-from flashbias_patch.attention.signature import key_of
+from flashbias_patch.attention.signature import signature_of
 
 CALLS, REPEATS = 5000, 15
 
@@ -103,8 +103,8 @@ def measure() -> Dict[str, float]:
             ask = functools.partial(dispatch.backend(name).why_not, inputs)
             own[name] = microseconds(ask)
         nothing = Nothing()
-        dispatch._loaded["triton"] = nothing
-        dispatch.breakers.verdicts(key_of(inputs))["triton"] = TRUSTED
+        dispatch.loaded["triton"] = nothing
+        dispatch.breakers.verdicts(signature_of(inputs))["triton"] = TRUSTED
         guarded = microseconds(lambda i=inputs: dispatch.attend(i))
         direct = microseconds(lambda i=inputs, n=nothing: n(i))
         asked = ", ".join(f"{name}.why_not {cost:.1f}" for name, cost in own.items())
@@ -122,8 +122,8 @@ def measure_guarded_backward() -> Dict[str, float]:
     )  # small: only the processor's time counts
     inputs = AttentionInputs(q.requires_grad_(), k, v, scale=0.5)
     dispatch.reset()
-    dispatch._loaded["triton"] = Differentiable()
-    dispatch.breakers.verdicts(key_of(inputs))["triton"] = TRUSTED
+    dispatch.loaded["triton"] = Differentiable()
+    dispatch.breakers.verdicts(signature_of(inputs))["triton"] = TRUSTED
     guard.OWN_RESCUE, large = (), guard.LARGE
     gradient, found = torch.zeros_like(inputs.q), {}
     passes: Dict[str, Callable[[], Any]] = {

@@ -314,7 +314,7 @@ def fused_without_launches() -> Iterator[List[str]]:
         self.run, self.rest = lambda *given, **options: launched.append(name), self.numbers
 
     with mock.patch.object(triton_fused.TritonFused, "why_not", no_reasons), mock.patch.object(
-        dispatch, "_earns_trust", trusted
+        dispatch, "_passes_self_check", trusted
     ), mock.patch.object(settled.Launch, "first", compiled):
         yield launched
 

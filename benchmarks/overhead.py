@@ -112,9 +112,9 @@ def call_times(repeats: int, calls: int) -> dict:
             inner_attention, "F", SimpleNamespace(linear=lambda *a: x)
         ), mock.patch.object(
             call_adapter, "project", lambda *a: (heads, heads, heads)
-        ), mock.patch.dict(dispatch._loaded, {"triton": Constant()}), mock.patch.object(
-            dispatch.breakers, "by_class", {}
-        ), mock.patch.object(dispatch, "_earns_trust", trusted):
+        ), mock.patch.dict(dispatch.loaded, {"triton": Constant()}), mock.patch.object(
+            dispatch.breakers, "by_signature", {}
+        ), mock.patch.object(dispatch, "_passes_self_check", trusted):
             if patched:
                 return timed()
             with mock.patch.object(F, "multi_head_attention_forward", lambda *a, **k: (x, None)):

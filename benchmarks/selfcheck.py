@@ -35,7 +35,7 @@ from flashbias_patch.attention import dispatch, selection, selfcheck  # noqa: E4
 from flashbias_patch.attention.backends import reference  # noqa: E402
 from flashbias_patch.attention.inputs import AttentionInputs  # noqa: E402
 from flashbias_patch.attention.recovery import errors  # noqa: E402
-from flashbias_patch.attention.signature import describe, key_of  # noqa: E402
+from flashbias_patch.attention.signature import signature_of  # noqa: E402
 
 B, H, D = 2, 4, 32
 # dtype, rank, features
@@ -96,7 +96,7 @@ def call(
 
 
 def verdict(name: str, inputs: AttentionInputs, repeats: int) -> Dict[str, Any]:
-    key, candidate = key_of(inputs), dispatch.backend(name)
+    key, candidate = signature_of(inputs), dispatch.backend(name)
     refused = candidate.why_not(inputs)
     if refused:
         return {"refuses": refused}
@@ -202,7 +202,7 @@ def main() -> int:
         if args.device == "cpu" and dtype != "float32":
             continue
         inputs = call(args.device, dtype, rank, features)
-        words = describe(key_of(inputs))
+        words = signature_of(inputs).describe()
         classes[words] = {}
         for name in args.backends:
             entry = verdict(name, inputs, 0 if args.part else REPEATS)

@@ -163,7 +163,7 @@ def soak(
     rng, sabotage = random.Random(seed), Sabotage()
     guard.LARGE = 0
     for name in ("triton", "flash", "sdpa"):
-        dispatch._loaded[name] = Saboteur(dispatch.backend(name), sabotage)
+        dispatch.loaded[name] = Saboteur(dispatch.backend(name), sabotage)
     if run.device.type == "cuda":
         sabotage_fused_backward(sabotage)
     memory: List[Tuple[int, int]] = []

@@ -1,17 +1,15 @@
-"""Circuit breakers: which backend is trusted with which class of call, and which one is out for it,
-with the reason."""
+"""Circuit breakers: the backends that are trusted with a call signature, and those that are out for
+it, with the reason."""
 
 from __future__ import annotations
 
 import enum
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 from .. import telemetry
 from .._torch_internals import current_graph_task
 from . import kept_verdicts
-from .signature import Key, describe
-
-_current_graph_task = current_graph_task
+from .signature import CallSignature
 
 
 class State(enum.Enum):
@@ -27,71 +25,86 @@ class Phase(enum.Enum):
 
 
 class Verdict(NamedTuple):
+    """`reason`: why the backend is out; of no meaning where it is trusted."""
+
     state: State
-    reason: str = ""  # why it is out
+    reason: str = ""
 
 
 TRUSTED = Verdict(State.TRUSTED)
 
 
+class Failure(NamedTuple):
+    """A backend that is out for a signature."""
+
+    signature: CallSignature
+    backend: str
+    reason: str
+
+
 class CircuitBreaker:
-    """Verdicts by class of call and backend. A backend without a verdict has not been tried for
-    that class."""
+    """Verdicts per call signature and backend. A backend without a verdict has not been tried for
+    that signature."""
 
     def __init__(self) -> None:
-        self.by_class: Dict[Key, Dict[str, Verdict]] = {}
-        # Opened by a backward pass: they wait for the next forward, since what is recomputed until
-        # then must take the backend that its forward took.
-        self.pending: List[Tuple[Key, str, str]] = []
-        self.plans: Dict[
-            Any, Any
-        ] = {}  # made of verdicts (plans.py): forgotten when these may change
+        self.by_signature: Dict[CallSignature, Dict[str, Verdict]] = {}
+        # Opened by a backward pass. They wait for the next forward, because what is recomputed
+        # until then must use the backend of its forward.
+        self.pending: List[Failure] = []
+        # Plans follow from verdicts (plans.py), and are forgotten when these may change.
+        self.plans: Dict[Any, Any] = {}
 
-    def verdicts(self, key: Key) -> Dict[str, Verdict]:
-        """{backend: verdict} of one class of call; what is written to it is kept."""
+    def verdicts(self, signature: CallSignature) -> Dict[str, Verdict]:
+        """{backend: verdict} of one signature; the caller may add to it."""
         self.plans.clear()
-        found = self.by_class.get(key)
-        if found is None:
-            found = self.by_class[key] = {}
-        return found
+        verdicts = self.by_signature.get(signature)
+        if verdicts is None:
+            verdicts = self.by_signature[signature] = {}
+        return verdicts
 
-    def reason(self, key: Key, name: str) -> str:
-        """Why that backend is out for the class; empty if it is not."""
-        verdict = self.by_class.get(key, {}).get(name)
-        return "" if verdict is None else verdict.reason
+    def reason(self, signature: CallSignature, backend: str) -> Optional[str]:
+        """Why that backend is out for the signature; None if it is not."""
+        verdict = self.by_signature.get(signature, {}).get(backend)
+        return None if verdict is None or verdict.state is not State.OUT else verdict.reason
 
-    def open(self, key: Key, name: str, reason: str, phase: Phase = Phase.FORWARD) -> None:
-        """Log the failure and take the backend out for this class."""
+    def open(
+        self, signature: CallSignature, backend: str, reason: str, phase: Phase = Phase.FORWARD
+    ) -> None:
+        """Log a failure, and take the backend out for this signature."""
         if phase is Phase.BACKWARD:
             reason = f"backward: {reason}"
-        telemetry.fallback(name, describe(key), reason)
-        kept_verdicts.forget(key, name)
-        if phase is Phase.BACKWARD and _current_graph_task() != -1:
-            self.pending.append((key, name, reason))
+        telemetry.fallback(backend, signature.describe(), reason)
+        kept_verdicts.forget(signature, backend)
+        failure = Failure(signature, backend, reason)
+        if phase is Phase.BACKWARD and current_graph_task() != -1:
+            self.pending.append(failure)
         else:
-            self.verdicts(key)[name] = Verdict(State.OUT, reason)
+            self._take_out(failure)
 
     def open_pending(self) -> None:
-        """Open those that a backward pass left, unless one is still running in this thread."""
-        if _current_graph_task() == -1:
+        """Open the breakers that a backward pass left, unless one still runs in this thread."""
+        if current_graph_task() == -1:
             self.plans.clear()
             while self.pending:
-                key, name, reason = self.pending.pop()
-                self.verdicts(key)[name] = Verdict(State.OUT, reason)
+                self._take_out(self.pending.pop())
 
-    def failures(self) -> List[Tuple[Key, str, str]]:
-        """(class, backend, reason) of every backend that is out."""
+    def _take_out(self, failure: Failure) -> None:
+        verdict = Verdict(State.OUT, failure.reason)
+        self.verdicts(failure.signature)[failure.backend] = verdict
+
+    def failures(self) -> List[Failure]:
+        """Every backend that is out, per signature."""
         return [
-            (key, name, verdict.reason)
-            for key, found in self.by_class.items()
-            for name, verdict in found.items()
+            Failure(signature, backend, verdict.reason)
+            for signature, verdicts in self.by_signature.items()
+            for backend, verdict in verdicts.items()
             if verdict.state is State.OUT
         ]
 
     def close(self) -> None:
         """Forget every verdict."""
         self.plans.clear()
-        self.by_class.clear()
+        self.by_signature.clear()
         self.pending.clear()
 
 

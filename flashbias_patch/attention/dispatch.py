@@ -1,14 +1,14 @@
-"""Attention calls: the first backend that takes a call and is right on the self-check's problem
-computes it.
+"""Dispatch of attention calls: the first backend that takes a call, and has passed the self-check
+for its signature, computes it.
 
-Order and reasons: selection.py. What a backend is out for is kept by class of call (breaker.py): a
-failure opens that circuit breaker, so that no later step pays for it again, and the next backend
-answers from the same random state (recovery/).
+Order and reasons: selection.py. A failure opens a circuit breaker (breaker.py) for the call
+signature, so that no later step tries that backend again, and the next backend computes the call
+from the same random state (recovery/).
 """
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Hashable, Optional, Tuple
 
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -35,16 +35,15 @@ from .selection import (
     Unavailable,
     backend,
     explain,
+    loaded,
     reasons_against,
 )
-from .signature import Key, key_of
+from .signature import CallSignature, signature_of
 
 __all__ = [
     "LAST_RESORT", "NoBackendError", "attend", "attend_traced", "backend", "breakers", "explain",
-    "is_compiling", "reasons_against", "reset",
+    "is_compiling", "loaded", "reasons_against", "reset",
 ]  # fmt: skip
-
-_loaded = selection._loaded
 
 
 def attend(inputs: AttentionInputs, pinned: Optional[str] = None) -> Tensor:
@@ -56,182 +55,182 @@ def attend(inputs: AttentionInputs, pinned: Optional[str] = None) -> Tensor:
     if current_transform() is not None or forward_ad._current_level >= 0:
         telemetry.calls[LAST_RESORT] += 1
         return differentiable.attend(inputs)
-    if type(inputs.q) is not Tensor and _symbolic(inputs):
+    if type(inputs.q) is not Tensor and _has_symbolic_sizes(inputs):
         return attend_traced(inputs, pinned)
     if breakers.pending:
         breakers.open_pending()
     checkpointed = replay.current()
-    # A checkpointed forward runs without grad, but its backend must be able to run in the
-    # recomputation too.
-    key = key_of(inputs) if checkpointed is None else key_of(inputs, grad=True)
-    if checkpointed is None:
-        return _settled(inputs, key, pinned)[0]
-    return _replayed(checkpointed, inputs, key, pinned)
+    if checkpointed is not None:
+        return _attend_checkpointed(checkpointed, inputs, pinned)
+    signature = signature_of(inputs)
+    plan_key, plan = plans.find(inputs, signature, pinned)
+    if plan is not None:
+        output, _ = _follow(plan, inputs, signature, None)
+    else:
+        candidates = selection.candidates(inputs, signature.grad, pinned)
+        output, _ = _first_working(inputs, signature, candidates, plan_key=plan_key)
+    return output
 
 
-def _symbolic(inputs: AttentionInputs) -> bool:
-    """Whether sizes are symbols, as of fake tensors that stand for any batch: no class or plan can
-    be kept by them."""
+def _has_symbolic_sizes(inputs: AttentionInputs) -> bool:
+    """Whether sizes are symbols, as those of fake tensors are: no plan can be kept under them."""
     return not all(
         type(size) is int
         for size in (*inputs.q.shape, *inputs.k.shape, inputs.v.shape[-1], inputs.rank)
     )
 
 
-def _replayed(
-    checkpointed: replay.Replay, inputs: AttentionInputs, key: Key, pinned: Optional[str]
+def _attend_checkpointed(
+    checkpointed: replay.Replay, inputs: AttentionInputs, pinned: Optional[str]
 ) -> Tensor:
-    """The call of a checkpointed function: recomputed by the backend that computed it in the
-    forward."""
-    name = checkpointed.begin_call()
+    """The call of a checkpointed function. Its recomputation uses the backend of its forward."""
+    # A checkpointed forward runs without grad, but its backend must be able to run in the
+    # recomputation too.
+    signature = signature_of(inputs, grad=True)
+    record = checkpointed.begin_call()
     try:
-        if name == replay.SMALL_CHUNKS:
+        if record is not None and record.small_chunks:
             return forward.in_small_chunks(inputs)
-        out, name = _settled(inputs, key, pinned, name, replay.hooked())
-        return out
+        replayed = None if record is None else record.backend
+        plan_key, plan = plans.find(inputs, signature, pinned)
+        if plan is not None and replayed in (None, plan.name):
+            output, name = _follow(plan, inputs, signature, replay.hooked())
+        else:
+            candidates = selection.candidates(inputs, signature.grad, pinned)
+            if replayed is None:
+                output, name = _first_working(inputs, signature, candidates, plan_key=plan_key)
+            else:
+                others = (other for other in candidates.names if other != replayed)
+                candidates = candidates._replace(names=(replayed, *others))
+                output, name = _first_working(inputs, signature, candidates, replayed=replayed)
+        record = replay.CallRecord(name)
+        return output
     finally:
-        checkpointed.end_call(name)
-
-
-def _settled(
-    inputs: AttentionInputs, key: Key, pinned: Optional[str], replayed: str = "",
-    hooked: Optional[replay.Replay] = None,
-) -> Tuple[Tensor, str]:  # fmt: skip
-    """(output, name of the backend that computed it): by the plan that an earlier call settled,
-    else the long way.
-
-    `replayed` names the backend that computed the call the first time.
-    """
-    place = plans.key_of(inputs, key, pinned)
-    plan = plans.find(place)
-    if plan is not None and (not replayed or replayed == plan.name):
-        return _follow(plan, inputs, key, hooked)
-    candidates = selection.candidates(inputs, key[6], pinned)
-    if replayed:
-        names = (replayed, *(other for other in candidates.names if other != replayed))
-        return _take(inputs, key, candidates._replace(names=names), replayed)
-    return _take(inputs, key, candidates, place=place)
+        checkpointed.end_call(record)
 
 
 def _follow(
-    plan: plans.Plan, inputs: AttentionInputs, key: Key, hooked: Optional[replay.Replay]
-) -> Tuple[Tensor, str]:
-    """The backend of a plan, or those after it if it fails."""
+    plan: plans.Plan, inputs: AttentionInputs, signature: CallSignature,
+    hooked: Optional[replay.Replay],
+) -> Tuple[Tensor, str]:  # fmt: skip
+    """(output, name of its backend): the plan's, or if that fails, one of the candidates after
+    it."""
     name, candidate, state = plan.name, plan.backend, None
     try:
         if inputs.dropout_p:
             state = random_state.now(inputs.q.device)
-        out = (
-            forward.run(candidate, name, inputs, key, state, hooked)
-            if key[6]
+        output = (
+            forward.run(candidate, name, inputs, signature, state, hooked)
+            if signature.grad
             else candidate(inputs)
         )
     except Exception as error:
-        names = plan.candidates.names
-        attempt = forward.Attempt(candidate, name, inputs, key, state, Stage.RUN, name == names[-1])
+        last = name == plan.candidates.names[-1]
+        attempt = forward.Attempt(candidate, name, inputs, signature, state, Stage.RUN, last)
         recovered = forward.recover(error, attempt)
         if recovered is None:
-            return _take(inputs, key, plan.candidates, start=plan.place + 1, failure=error)
+            start = plan.position + 1
+            return _first_working(inputs, signature, plan.candidates, start=start, failure=error)
         return recovered, name
     telemetry.calls[name] += 1
-    return out, name
+    return output, name
 
 
-def _take(
-    inputs: AttentionInputs, key: Key, candidates: Candidates, replayed: str = "", start: int = 0,
-    failure: Optional[Exception] = None, place: Any = None,
+def _first_working(
+    inputs: AttentionInputs, signature: CallSignature, candidates: Candidates,
+    replayed: Optional[str] = None, start: int = 0, failure: Optional[Exception] = None,
+    plan_key: Optional[Hashable] = None,
 ) -> Tuple[Tensor, str]:  # fmt: skip
-    """(output, name of the backend that computed it). `replayed` is used whatever its verdict says.
+    """(output, name of its backend): the first candidate that takes the call and works.
 
-    The candidates from `start` on, after `failure` of the one before. Where none fails, a plan is
-    kept under `place`.
+    replayed: the backend of a checkpoint's forward, which is used whatever its verdict.
+    start: index of the first candidate to try, after `failure` of the one before.
+    plan_key: where to keep a plan if no candidate fails.
     """
-    verdicts = breakers.by_class.get(key)
+    verdicts = breakers.by_signature.get(signature)
     if verdicts is None:
-        verdicts = breakers.verdicts(key)
+        verdicts = breakers.verdicts(signature)
     for name in candidates.names[start:]:
         verdict = verdicts.get(name)
         if verdict is not None and verdict.state is State.OUT and name != replayed:
-            if type(_loaded.get(name)) is not Unavailable:
-                selection.refuse_if_strict(inputs, key, name)
+            if not isinstance(loaded.get(name), Unavailable):
+                selection.refuse_if_strict(inputs, signature, name)
             continue
-        candidate = _loaded.get(name) or backend(name)
-        state, stage = None, Stage.ASKED
+        candidate = loaded.get(name) or backend(name)
+        state, stage = None, Stage.WHY_NOT
         try:
             if candidate.why_not(inputs):
-                if type(candidate) is Unavailable:
+                if isinstance(candidate, Unavailable):
                     verdicts[name] = Verdict(State.OUT, candidate.reason)
                 continue
             if verdict is None:
-                stage = Stage.CHECKED
-                if not _earns_trust(candidate, name, inputs, key, verdicts):
+                stage = Stage.SELF_CHECK
+                if not _passes_self_check(candidate, name, inputs, signature, verdicts):
                     continue
             stage = Stage.RUN
             if inputs.dropout_p:
                 state = random_state.now(inputs.q.device)
-            hooked = replay.hooked() if key[6] else None
-            out = (
-                forward.run(candidate, name, inputs, key, state, hooked)
-                if key[6]
+            hooked = replay.hooked() if signature.grad else None
+            output = (
+                forward.run(candidate, name, inputs, signature, state, hooked)
+                if signature.grad
                 else candidate(inputs)
             )
         except Exception as error:
-            out = forward.recover(error, forward.Attempt(
-                candidate, name, inputs, key, state, stage, name == candidates.names[-1]
-            ))  # fmt: skip
-            if out is None:
+            last = name == candidates.names[-1]
+            attempt = forward.Attempt(candidate, name, inputs, signature, state, stage, last)
+            recovered = forward.recover(error, attempt)
+            if recovered is None:
                 failure = error
                 continue
+            output = recovered
         else:
             telemetry.calls[name] += 1
-            if place is not None and failure is None:
-                plans.settle(place, inputs, candidates, name)
+            if plan_key is not None and failure is None:
+                plans.keep(plan_key, inputs, signature, candidates, name)
         if candidates.chosen:
-            selection.tell_pinned(name, inputs, key)
-        return out, name
-    selection.refuse(inputs, key, candidates.names, failure)
+            selection.report_pinned(name, inputs, signature)
+        return output, name
+    selection.refuse(inputs, signature, candidates.names, failure)
 
 
-def _earns_trust(
-    candidate: Any, name: str, inputs: AttentionInputs, key: Key, verdicts: Dict[str, Verdict]
-) -> bool:
-    """Self-check a backend before its first answer to a class; under FLASHBIAS_STRICT a failed one
-    raises."""
+def _passes_self_check(
+    candidate: Any, name: str, inputs: AttentionInputs, signature: CallSignature,
+    verdicts: Dict[str, Verdict],
+) -> bool:  # fmt: skip
+    """Self-check a backend before its first call of a signature. Under FLASHBIAS_STRICT a failed
+    check raises."""
     if inputs.q.is_cuda:
         autograd_exit.wait_for_autograd()
     if name == LAST_RESORT:
         verdicts[name] = TRUSTED
         return True
     if not selfcheck.possible(inputs):
-        return (
-            name != "upstream"
-        )  # ours and torch's are assumed to be right, one known to go wrong is not
-    kept = kept_verdicts.wanted(candidate, key, name)
-    if kept and kept_verdicts.holds(key, name):
+        # The published kernel is known to be wrong in places; the others are not.
+        return name != "upstream"
+    kept = kept_verdicts.wanted(candidate, signature, name)
+    if kept and kept_verdicts.holds(signature, name):
         verdicts[name] = TRUSTED
         return True
     evidence: Dict[str, Any] = {}
-    if kept:
-        found = selfcheck.check(candidate, key, inputs.rank, evidence)
-    else:
-        found = selfcheck.check(candidate, key, inputs.rank)
-    if found:
-        breakers.open(key, name, found)
-        selection.refuse_if_strict(inputs, key, name)
+    reason = selfcheck.check(candidate, signature, inputs.rank, evidence)
+    if reason:
+        breakers.open(signature, name, reason)
+        selection.refuse_if_strict(inputs, signature, name)
         return False
     verdicts[name] = TRUSTED
     if kept:
-        kept_verdicts.keep(key, name, evidence)
+        kept_verdicts.keep(signature, name, evidence)
     return True
 
 
 def attend_traced(inputs: AttentionInputs, pinned: Optional[str]) -> Tensor:
-    """As attend, inside torch.compile: no self-check, breaker or fallback; what can be wrong
-    unchecked is left out."""
+    """As attend, inside torch.compile: without self-check, breaker or fallback, and so without the
+    published kernel, which needs its self-check."""
     if _load_all():
         for name in selection.chosen(pinned).names:
-            if name != "upstream" and not _loaded[name].why_not(inputs):
-                candidate = _loaded[name]
+            if name != "upstream" and not loaded[name].why_not(inputs):
+                candidate = loaded[name]
                 return getattr(candidate, "traced", candidate)(inputs)  # type: ignore[no-any-return]
     raise NoBackendError(
         "no backend takes this call under torch.compile; call it uncompiled to see why"
@@ -239,7 +238,7 @@ def attend_traced(inputs: AttentionInputs, pinned: Optional[str]) -> Tensor:
 
 
 def _load_all() -> bool:
-    """Import every backend: what torch.compile cannot trace, and so runs while it traces."""
+    """Import every backend. torch.compile cannot trace that, so it runs while tracing."""
     for name in selection.MODULES:
         backend(name)
     return True

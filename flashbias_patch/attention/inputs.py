@@ -11,7 +11,7 @@ from torch import Tensor
 from ..bias import AttentionBias, BiasTensor, DenseBias, MaskBias, WindowMaskParts, WindowParts
 from ..bias.precision import split_factors
 from . import fp16_gradients
-from .signature import describe, key_of
+from .signature import signature_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The tensors of AttentionInputs, in the order of its `tensors()`; the rest is static.
@@ -148,9 +148,8 @@ class AttentionInputs(NamedTuple):
         return self.with_tensors((None,) * len(TENSORS))
 
     def call_class(self) -> str:
-        """What backends succeed or fail by, in words (signature.py): device, dtype, head dims,
-        rank, features."""
-        return describe(key_of(self))
+        """The call signature in words: device, dtype, head dims, rank, features (signature.py)."""
+        return signature_of(self).describe()
 
 
 def build(

@@ -1,13 +1,12 @@
-"""Verdicts of self-checks on disk: what this machine has proved is not checked again in the next
-process.
+"""Verdicts of self-checks on disk: a self-check that passed on this machine is not repeated in the
+next process.
 
-One JSON file, `verdicts.json` beside the tuning cache: rows of a place (GPU, driver, versions, the
-source of the kernels
-and backends), a class of call, a backend, and the evidence: when it was checked, on which problems,
-and the largest error as a share of what is tolerated. Only backends that were right are kept, and
-only classes on a GPU: elsewhere a check takes milliseconds. A backend that fails later is removed.
-A file that is damaged, or another user's, counts as empty. FLASHBIAS_VERDICTS=off neither reads nor
-writes it.
+The file is `verdicts.json`, beside the tuning cache. A row holds the machine (GPU, driver,
+versions, the source of the kernels and backends), the call signature, the backend, and the
+evidence: when it was checked, on which problems, and the largest error as a share of the tolerated
+one. Only backends that passed are kept, and only for signatures on a GPU: elsewhere a check takes
+milliseconds. The row of a backend that fails later is removed. A file that is damaged, or another
+user's, counts as empty. FLASHBIAS_VERDICTS=off neither reads nor writes it.
 """
 
 from __future__ import annotations
@@ -19,23 +18,39 @@ import logging
 import os
 import time
 import zlib
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
 
 import torch
 
 from .. import settings
-from .signature import Key, describe
+from .signature import CallSignature
 
 log = logging.getLogger("flashbias_patch")
-NAMES = (
-    "triton",
-    "sdpa",
-)  # backends whose source, and whose libraries' versions, are part of a place
-ROOM = 500  # rows, the newest
+# Backends whose source, and whose libraries' versions, `here` names.
+NAMES = ("triton", "sdpa")
+MAX_ROWS = 500  # the newest
 Row = Dict[str, Any]
-_known: Optional[Set[Tuple[str, str, str]]] = (
-    None  # (place, class, backend), once the file was read
-)
+
+
+class RowKey(NamedTuple):
+    """What a row is found by; `signature` in text."""
+
+    place: str
+    signature: str
+    backend: str
+
+    @classmethod
+    def of(cls, signature: CallSignature, backend: str) -> RowKey:
+        # The index of a GPU among several does not matter.
+        device = torch.device(signature.device.type)
+        return cls(here(signature.device), repr(signature._replace(device=device)), backend)
+
+    @classmethod
+    def of_row(cls, row: Row) -> RowKey:
+        return cls(row["place"], row["signature"], row["backend"])
+
+
+_passed: Optional[Set[RowKey]] = None  # None: the file was not read yet
 
 
 def path() -> str:
@@ -44,47 +59,46 @@ def path() -> str:
     return os.path.join(cache.directory(), "verdicts.json")
 
 
-def wanted(backend: Any, key: Key, name: str) -> bool:
-    """Whether verdicts of that class and backend are kept; not those of an object that stands in
-    for a backend."""
+def wanted(backend: Any, signature: CallSignature, name: str) -> bool:
+    """Whether verdicts of that signature and backend are kept; not those of an object that stands
+    in for a backend."""
     ours = type(backend).__module__.startswith(f"{__package__}.backends.")
-    return key[0].type == "cuda" and name in NAMES and ours and bool(settings.current().verdicts)
+    on_gpu = signature.device.type == "cuda"
+    return on_gpu and name in NAMES and ours and bool(settings.current().verdicts)
 
 
-def holds(key: Key, name: str) -> bool:
-    """Whether an earlier process of this place found the backend right for the class."""
-    global _known
-    if _known is None:
-        _known = {(row["place"], row["class"], row["backend"]) for row in rows()}
-    return (here(key[0]), _name(key), name) in _known
+def holds(signature: CallSignature, backend: str) -> bool:
+    """Whether the backend passed the self-check for the signature in an earlier process."""
+    global _passed
+    if _passed is None:
+        _passed = {RowKey.of_row(row) for row in rows()}
+    return RowKey.of(signature, backend) in _passed
 
 
-def keep(key: Key, name: str, evidence: Dict[str, Any]) -> None:
-    """Add a verdict; a file that cannot be written costs the next process a check."""
-    place = here(key[0])
-    if _known is not None:
-        _known.add((place, _name(key), name))
+def keep(signature: CallSignature, backend: str, evidence: Dict[str, Any]) -> None:
+    """Add a verdict. If the file cannot be written, the next process checks again."""
+    key = RowKey.of(signature, backend)
+    if _passed is not None:
+        _passed.add(key)
     row = {
-        "place": place, "class": _name(key), "backend": name, "words": describe(key),
+        **key._asdict(), "words": signature.describe(),
         "checked": time.strftime("%Y-%m-%d %H:%M:%S"), **evidence,
     }  # fmt: skip
-    _change(lambda found: [each for each in found if not _is_same(each, row)] + [row])
+    _change(lambda rows: [*_without(rows, key), row])
 
 
-def forget(key: Key, name: str) -> None:
+def forget(signature: CallSignature, backend: str) -> None:
     """Remove the verdict on a backend that failed since; nothing happens where there is none."""
-    if not _known:
+    if not _passed:
         return
-    found = here(key[0]), _name(key), name
-    if found not in _known:
-        return
-    _known.discard(found)
-    gone = dict(zip(("place", "class", "backend"), found))
-    _change(lambda found: [each for each in found if not _is_same(each, gone)])
+    key = RowKey.of(signature, backend)
+    if key in _passed:
+        _passed.discard(key)
+        _change(lambda rows: _without(rows, key))
 
 
 def here(device: torch.device) -> str:
-    """What a verdict depends on beside its class: GPU, driver, versions, and the source that was
+    """The machine that a verdict holds on: GPU, driver, versions, and the source that was
     checked."""
     properties = torch.cuda.get_device_properties(device)
     return "; ".join(
@@ -106,30 +120,25 @@ def rows() -> List[Row]:
             owner = os.fstat(file.fileno()).st_uid
             if hasattr(os, "getuid") and owner not in (os.getuid(), 0):
                 raise OSError("it belongs to another user")
-            found = json.load(file)
+            content = json.load(file)
     except FileNotFoundError:
         return []
     except (OSError, ValueError, RecursionError) as error:
         log.debug("verdicts %s not used: %s", path(), error)
         return []
-    texts = ("place", "class", "backend", "words", "checked")
-    whole = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
-    return [row for row in whole if all(isinstance(row.get(name), str) for name in texts)]
+    texts = (*RowKey._fields, "words", "checked")
+    entries = [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
+    return [row for row in entries if all(isinstance(row.get(name), str) for name in texts)]
 
 
 def reset() -> None:
     """Read the file again when it is next needed."""
-    global _known
-    _known = None
+    global _passed
+    _passed = None
 
 
-def _is_same(one: Row, other: Row) -> bool:
-    return all(one[name] == other[name] for name in ("place", "class", "backend"))
-
-
-def _name(key: Key) -> str:
-    """The class as text; which of several equal GPUs it is on does not matter."""
-    return repr((key[0].type, *key[1:]))
+def _without(rows: List[Row], key: RowKey) -> List[Row]:
+    return [row for row in rows if RowKey.of_row(row) != key]
 
 
 @functools.lru_cache(maxsize=None)
@@ -144,7 +153,7 @@ def _driver() -> str:
 def _cudnn() -> Any:
     try:
         return torch.backends.cudnn.version()
-    except RuntimeError as error:  # another one is found than torch was built for
+    except RuntimeError as error:  # it is not the version that torch was built for
         return f"unknown ({error})"
 
 
@@ -158,7 +167,7 @@ def _triton() -> Optional[str]:
 
 @functools.lru_cache(maxsize=None)
 def _source() -> int:
-    """A checksum of this package's version, of its files for attention and biases, and of the tuned
+    """Checksum of this package's version, of its files for attention and biases, and of the tuned
     tile shapes."""
     from .. import __version__
     from .kernels import cache
@@ -180,13 +189,13 @@ def _with_file(total: int, name: str) -> int:
     return total
 
 
-def _change(edit: Any) -> None:
+def _change(edit: Callable[[List[Row]], List[Row]]) -> None:
     """Write edit(rows), all or nothing, under a lock; readers take none."""
     from .kernels import cache
 
     try:
         os.makedirs(cache.directory(), exist_ok=True)
         with cache.locked(path() + ".lock", cache.PATIENCE):
-            cache.write(path(), edit(rows())[-ROOM:])
+            cache.write(path(), edit(rows())[-MAX_ROWS:])
     except OSError as error:
         log.debug("verdicts %s not written: %s", path(), error)

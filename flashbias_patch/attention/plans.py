@@ -1,85 +1,92 @@
-"""Settled plans: which backend computes a call whose class and sizes it has computed before, with
-nothing to ask again.
+"""Plans: the backend of a call whose signature and sizes it has computed before, so that nothing
+needs to be checked again.
 
-A plan is made when a call has gone the long way (dispatch.py) and no backend failed on it. It holds
-as long as the settings, the loaded backends and the verdicts that led to it are the same.
+dispatch.py makes a plan when it has selected a backend and none has failed. A plan holds as long as
+the settings, the loaded backends and the verdicts that led to it are the same.
 """
 
 from __future__ import annotations
 
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Hashable, NamedTuple, Optional, Tuple
 
 from .. import settings
 from . import selection
 from .breaker import TRUSTED, breakers
 from .inputs import AttentionInputs
 from .selection import Candidates
-from .signature import Key
+from .signature import CallSignature
 
-ROOM = 1024  # plans: lengths that differ every time would fill memory
+MAX_PLANS = 1024  # lengths that differ every time would fill memory
 
 
 class Plan(NamedTuple):
     """The backend of a call, and what led to it.
 
-    asked: (name, backend) of those that are asked before it, and its own.
-    place: of its name among `candidates`.
+    tried: (name, backend) of the candidates before it, and its own.
+    position: its index in `candidates.names`.
     settings, verdicts: the objects that were current.
     """
 
     name: str
     backend: Any
-    asked: Tuple[Tuple[str, Any], ...]
+    tried: Tuple[Tuple[str, Any], ...]
     candidates: Candidates
-    place: int
+    position: int
     settings: Any
     verdicts: Any
 
 
-def key_of(inputs: AttentionInputs, key: Key, pinned: Optional[str]) -> Any:
-    """All that a backend's taking a call depends on; `key` is the call's class."""
+def find(
+    inputs: AttentionInputs, signature: CallSignature, pinned: Optional[str]
+) -> Tuple[Hashable, Optional[Plan]]:
+    """(key of the call's plan, the plan if there is one and it still holds).
+
+    The key holds all that decides whether a backend takes the call.
+    """
     factor, padding = inputs.q_factor, inputs.key_padding
-    return (
-        key, pinned, inputs.q.shape, inputs.k.shape, None if factor is None else factor.shape[-1],
+    key = (
+        signature, pinned, inputs.q.shape, inputs.k.shape,
+        None if factor is None else factor.shape[-1],
         inputs.segment_lengths, padding is not None and padding.requires_grad,
     )  # fmt: skip
-
-
-def find(place: Any) -> Optional[Plan]:
-    """The plan of that key, if there is one and it still holds."""
-    plan: Optional[Plan] = breakers.plans.get(place)
+    plan: Optional[Plan] = breakers.plans.get(key)
     if (
         plan is None
         or plan.settings is not settings.current()
-        or plan.verdicts is not breakers.by_class
+        or plan.verdicts is not breakers.by_signature
     ):
-        return None
-    loaded = selection._loaded
-    for name, backend in plan.asked:
+        return key, None
+    loaded = selection.loaded
+    for name, backend in plan.tried:
         if name not in loaded or loaded[name] is not backend:
-            return None
-    return plan
+            return key, None
+    return key, plan
 
 
-def settle(place: Any, inputs: AttentionInputs, candidates: Candidates, name: str) -> None:
-    """Make a plan of a call that the backend `name` has computed, if that is always so."""
-    key, padding = place[0], inputs.key_padding
+def keep(
+    key: Hashable, inputs: AttentionInputs, signature: CallSignature, candidates: Candidates,
+    name: str,
+) -> None:  # fmt: skip
+    """Make a plan of a call that the backend `name` has computed, if it always will."""
+    padding = inputs.key_padding
     if (
         inputs.windows is not None
         or inputs.window_mask is not None
         or padding is not None
         and padding.requires_grad
     ):
-        return  # what such a call is taken by depends on more than its key
+        return  # whether a backend takes such a call depends on more than its key
     if candidates.chosen and name != candidates.names[0]:
-        return  # each class of call says once why (selection.tell_pinned)
-    index, loaded, verdicts = candidates.names.index(name), selection._loaded, breakers.by_class
-    asked = tuple((each, loaded.get(each)) for each in candidates.names[: index + 1])
-    if verdicts.get(key, {}).get(name) is not TRUSTED or any(
-        backend is None for _, backend in asked
+        return  # selection.report_pinned says why, once per signature
+    position, loaded = candidates.names.index(name), selection.loaded
+    verdicts = breakers.by_signature
+    tried = tuple((each, loaded.get(each)) for each in candidates.names[: position + 1])
+    if verdicts.get(signature, {}).get(name) is not TRUSTED or any(
+        backend is None for _, backend in tried
     ):
         return
-    plans: Dict[Any, Plan] = breakers.plans
-    if len(plans) >= ROOM:
-        plans.clear()
-    plans[place] = Plan(name, loaded[name], asked, candidates, index, settings.current(), verdicts)
+    if len(breakers.plans) >= MAX_PLANS:
+        breakers.plans.clear()
+    breakers.plans[key] = Plan(
+        name, loaded[name], tried, candidates, position, settings.current(), verdicts
+    )

@@ -1,29 +1,40 @@
-"""The default random states of the CPU and of one CUDA device: taken and put back without
+"""The default random states of the CPU and of one CUDA device, taken and restored without
 synchronising."""
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from .._torch_internals import stream_capturing
 
-State = Tuple[Tensor, Optional[Tensor], Optional[torch.device]]
+_new: Any = tuple.__new__  # State(...) without the Python function around it
+
+
+class State(NamedTuple):
+    """`cuda`: of `device`; both None where CUDA is not in use, or a stream is captured."""
+
+    cpu: Tensor
+    cuda: Optional[Tensor]
+    device: Optional[torch.device]
 
 
 def now(device: Optional[torch.device] = None) -> State:
-    """Of the CPU and of one CUDA device (default: the current one)."""
-    cpu = torch.get_rng_state()
+    """The state of the CPU and of one CUDA device (default: the current one)."""
+    cpu, cuda = torch.get_rng_state(), None
     if not torch.cuda.is_initialized() or stream_capturing():
-        return cpu, None, None
-    device = device if device is not None and device.type == "cuda" else torch.device("cuda")
-    return cpu, torch.cuda.get_rng_state(device), device
+        device = None
+    else:
+        device = device if device is not None and device.type == "cuda" else torch.device("cuda")
+        cuda = torch.cuda.get_rng_state(device)
+    return _new(State, (cpu, cuda, device))  # type: ignore[no-any-return]
 
 
 def restore(state: Optional[State]) -> None:
+    """Set the random state; None: nothing happens."""
     if state is not None:
-        torch.set_rng_state(state[0])
-        if state[1] is not None and state[2] is not None:
-            torch.cuda.set_rng_state(state[1], state[2])
+        torch.set_rng_state(state.cpu)
+        if state.cuda is not None and state.device is not None:
+            torch.cuda.set_rng_state(state.cuda, state.device)

@@ -14,7 +14,7 @@ from . import order
 from .breaker import breakers
 from .inputs import AttentionInputs
 from .recovery import errors
-from .signature import Key, describe, key_of
+from .signature import CallSignature, signature_of
 
 # name -> module of backends/, in order of preference.
 MODULES = {
@@ -24,12 +24,11 @@ MODULES = {
     "sdpa": "sdpa",
     "reference": "reference",
 }
-LAST_RESORT = (
-    "reference"  # plain PyTorch: trusted by definition, takes every call, needs the least memory
-)
+# Plain PyTorch: it is the reference, takes every call, and needs the least memory.
+LAST_RESORT = "reference"
 
-_loaded: Dict[str, Any] = {}
-_told: Set[Key] = set()  # classes of call of which tell_pinned has told
+loaded: Dict[str, Any] = {}  # name -> backend object
+_reported: Set[CallSignature] = set()  # signatures that report_pinned has logged
 
 
 class NoBackendError(RuntimeError):
@@ -58,18 +57,18 @@ class Candidates(NamedTuple):
 
 def backend(name: str) -> Any:
     """The backend object of that name; importing it for the first time may load triton."""
-    if name not in _loaded:
+    if name not in loaded:
         try:
-            _loaded[name] = importlib.import_module(
+            loaded[name] = importlib.import_module(
                 f"{__package__}.backends.{MODULES[name]}"
             ).backend
         except Exception as error:  # a broken installation raises anything, not ImportError alone
             if not errors.survivable(error):
                 raise
-            _loaded[name] = Unavailable(name, f"does not import here: {errors.first_line(error)}")
+            loaded[name] = Unavailable(name, f"does not import here: {errors.first_line(error)}")
             if not isinstance(error, ModuleNotFoundError):
-                telemetry.once(("import", name), "warning", "%s %s", name, _loaded[name].reason)
-    return _loaded[name]
+                telemetry.once(("import", name), "warning", "%s %s", name, loaded[name].reason)
+    return loaded[name]
 
 
 def candidates(inputs: AttentionInputs, grad: bool, pinned: Optional[str] = None) -> Candidates:
@@ -105,11 +104,13 @@ def _measured(fastest: Tuple[str, ...], names: Tuple[str, ...]) -> Candidates:
 # -- reasons ---------------------------------------------------------------------------------------
 
 
-def reasons_against(inputs: AttentionInputs, name: str, key: Optional[Key] = None) -> List[str]:
+def reasons_against(
+    inputs: AttentionInputs, name: str, signature: Optional[CallSignature] = None
+) -> List[str]:
     """Why that backend would not take the call; empty if it would (as far as is known without
     running it)."""
-    out = breakers.reason(key_of(inputs) if key is None else key, name)
-    return [out] if out else backend(name).why_not(inputs)
+    out = breakers.reason(signature_of(inputs) if signature is None else signature, name)
+    return backend(name).why_not(inputs) if out is None else [out]
 
 
 def explain(inputs: AttentionInputs) -> Dict[str, List[str]]:
@@ -117,42 +118,48 @@ def explain(inputs: AttentionInputs) -> Dict[str, List[str]]:
     return {name: reasons_against(inputs, name) for name in MODULES}
 
 
-def tell_pinned(name: str, inputs: AttentionInputs, key: Key) -> None:
-    """One line where FLASHBIAS_BACKEND asks for a backend and another one answers."""
+def report_pinned(name: str, inputs: AttentionInputs, signature: CallSignature) -> None:
+    """Log once per signature that `name` computes a call for which FLASHBIAS_BACKEND names another
+    backend."""
     pinned = settings.current().backend
-    if pinned not in ("auto", name) and key not in _told:
-        _told.add(key)
-        why = "; ".join(reasons_against(inputs, pinned, key))
-        reason = f"FLASHBIAS_BACKEND={pinned} cannot take it ({why}); {name} answers"
-        telemetry.fallback(pinned, describe(key), reason)
+    if pinned not in ("auto", name) and signature not in _reported:
+        _reported.add(signature)
+        why = "; ".join(reasons_against(inputs, pinned, signature))
+        reason = f"FLASHBIAS_BACKEND={pinned} cannot take it ({why}); {name} is used"
+        telemetry.fallback(pinned, signature.describe(), reason)
 
 
 def refuse(
-    inputs: AttentionInputs, key: Key, names: Iterable[str], failure: Optional[Exception] = None
-) -> NoReturn:
-    """Raise NoBackendError: none of `names` takes the call. `failure` is what the last of them
-    raised, if one did."""
-    raise NoBackendError(_message(inputs, key, names)) from failure
+    inputs: AttentionInputs, signature: CallSignature, names: Iterable[str],
+    failure: Optional[Exception] = None,
+) -> NoReturn:  # fmt: skip
+    """Raise NoBackendError: none of `names` takes the call. `failure` is the exception of the last
+    one that failed, if one did."""
+    raise NoBackendError(_message(inputs, signature, names)) from failure
 
 
 def refuse_if_strict(
-    inputs: AttentionInputs, key: Key, name: str, error: Optional[BaseException] = None
-) -> None:
-    """Under FLASHBIAS_STRICT, raise NoBackendError since backend `name` failed."""
+    inputs: AttentionInputs, signature: CallSignature, name: str,
+    error: Optional[BaseException] = None,
+) -> None:  # fmt: skip
+    """Under FLASHBIAS_STRICT, raise NoBackendError because backend `name` failed."""
     if settings.current().strict:
         raise NoBackendError(
-            _message(inputs, key, MODULES, f"FLASHBIAS_STRICT: {name} failed. ")
+            _message(inputs, signature, MODULES, f"FLASHBIAS_STRICT: {name} failed. ")
         ) from error
 
 
-def _message(inputs: AttentionInputs, key: Key, names: Iterable[str], prefix: str = "") -> str:
-    lines = [f"{prefix}no attention backend takes this call ({describe(key)}):"]
+def _message(
+    inputs: AttentionInputs, signature: CallSignature, names: Iterable[str], prefix: str = ""
+) -> str:
+    lines = [f"{prefix}no attention backend takes this call ({signature.describe()}):"]
     for name in names:
-        lines.append(f"{name}: {'; '.join(reasons_against(inputs, name, key)) or 'not asked'}")
+        reasons = reasons_against(inputs, name, signature) or ["not tried"]
+        lines.append(f"{name}: {'; '.join(reasons)}")
     return "\n  ".join(lines)
 
 
 def reset() -> None:
     """Forget loaded backends."""
-    _loaded.clear()
-    _told.clear()
+    loaded.clear()
+    _reported.clear()

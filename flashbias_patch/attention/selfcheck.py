@@ -1,26 +1,27 @@
-"""A backend earns trust: before its first answer to a class of call, it answers a small problem of
-it.
+"""Self-check: before its first call of a signature, a backend computes a small problem of that
+signature, which is compared with float64.
 
 Lengths are odd (less than a tile, and beyond one; on the CPU only the first), or multiples of 128
-where the class says so; operands are strided as projections leave them; a row is fully masked where
-masks are in play. Where terms are added, once more with values that break kernels: rows wholly at
-the least finite number ("masked" without -inf) or at -200, segment weights of -inf. Kernels that
-are compiled already (a library's) meet more lengths, and each gradient alone. The output and every
-gradient are compared with float64: they may err by at most FACTOR times what plain PyTorch errs by
-in the same precision, plus FLOOR.
+where the signature says so; operands are strided as projections leave them; a row is fully masked
+where there are masks. Where terms are added, the check is repeated with values that break kernels:
+rows wholly at the least finite number ("masked" without -inf) or at -200, segment weights of -inf.
+Libraries, whose kernels are compiled already, get more lengths, and each gradient alone. The output
+and every gradient may err by at most FACTOR times what plain PyTorch errs by in the same precision,
+plus FLOOR.
 
-With dropout, numbers are compared without it, and then the dropout itself is checked: what is kept,
-its mean, and that backward drops what forward dropped.
+With dropout, numbers are compared without it. Then the dropout itself is checked: the share of
+weights that are kept, their mean, and that backward drops the weights that forward dropped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import math
 import threading
 import time
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -30,27 +31,37 @@ from .. import telemetry
 from ..bias import Grid, WindowMaskParts, WindowParts
 from .backends import reference
 from .inputs import TENSORS, AttentionInputs
-from .signature import ALIGNMENT, Key, describe
+from .signature import ALIGNMENT, CallSignature
 from .values import shift_of
 
 FACTOR = 4.0
 FLOOR = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-5, torch.float64: 1e-6}
 BATCH, HEADS = 2, 3
 SHORT, LONG, ALIGNED = (37, 63), (131, 259), (ALIGNMENT, 2 * ALIGNMENT)
-LIBRARY = (
-    (12, 64),
-    (1, 65),
-)  # keys % 128 == 64 and % 32 == 1, and one query: what SDPA's CUDA kernels got wrong
-USUAL, LOW, LEAST = range(
-    3
-)  # additive terms of a problem: around 0, some rows at -200, some at finfo.min
+# Keys % 128 == 64 and % 32 == 1, and one query: where SDPA's CUDA kernels were wrong.
+LIBRARY = ((12, 64), (1, 65))
 DROPOUT_P = 0.3
 CPU = torch.device("cpu")
 LEAVES = ("q", "k", "v", "q_factor", "k_factor", "segment_weights", "dense", "window_weights")
-PLACES = {name: TENSORS.index(name) for name in LEAVES}
-COLUMNS = (
-    7  # of the grids that windows lie on: every number of keys above is a multiple of it, or of 8
-)
+INDICES = {name: TENSORS.index(name) for name in LEAVES}
+# Of the grids that windows lie on: every number of keys above is a multiple of it, or of 8.
+COLUMNS = 7
+
+
+class Terms(enum.Enum):
+    """Values of a problem's additive terms; the value of a member is what a message adds."""
+
+    USUAL = ""
+    LOW = ", rows at -200"
+    LEAST = ", rows at the least finite number"
+
+
+class Problem(NamedTuple):
+    """Numbers of queries and keys, and values of the additive terms."""
+
+    queries: int
+    keys: int
+    terms: Terms = Terms.USUAL
 
 
 def possible(inputs: AttentionInputs) -> bool:
@@ -64,25 +75,27 @@ def possible(inputs: AttentionInputs) -> bool:
 
 
 def check(
-    backend: Any, key: Key, rank: int, evidence: Optional[Dict[str, Any]] = None
+    backend: Any, signature: CallSignature, rank: int, evidence: Optional[Dict[str, Any]] = None
 ) -> Optional[str]:
-    """Why `backend` must not answer calls of this class; None if it is right on the small problems.
+    """Check a backend on small problems of a signature: the reason why it must not be used, or
+    None.
 
-    The caller's random state, grad mode, autocast, function modes and saved-tensor hooks are left
-    alone. Exceptions of the backend come through. `evidence` gets the lengths of the problems, the
-    largest error as a share of what is tolerated, and the seconds that it took.
+    The caller's random state, grad mode, autocast, function modes and saved-tensor hooks stay as
+    they are. Exceptions of the backend are raised. `evidence` gets the lengths of the problems, the
+    largest error as a share of the tolerated one, and the seconds that it took.
     """
     evidence = {} if evidence is None else evidence
     began = time.perf_counter()
-    with undisturbed(key[0]):
-        problem = _check(backend, key, rank, evidence)
+    with undisturbed(signature.device):
+        problem = _check(backend, signature, rank, evidence)
     seconds = time.perf_counter() - began
     evidence["seconds"] = round(seconds, 3)
     if seconds > 5:
         message = "%s took %.0f s to compile and be checked for %s"
         telemetry.once(
-            ("slow check", backend.name, key), "info", message, backend.name, seconds, describe(key)
-        )
+            ("slow check", backend.name, signature),
+            "info", message, backend.name, seconds, signature.describe(),
+        )  # fmt: skip
     return problem and f"self-check failed: {problem}"
 
 
@@ -156,143 +169,157 @@ def _with_generator(func: Any) -> Any:
     return getattr(packet, name) if name in packet.overloads() else None
 
 
-def _check(backend: Any, key: Key, rank: int, evidence: Dict[str, Any]) -> Optional[str]:
-    device, aligned, dropout, grad = key[0], key[4], key[5], key[6]
-    attend = getattr(
-        backend, "without_recovery", backend
-    )  # a backward that fails is a failure of the check
+def _check(
+    backend: Any, signature: CallSignature, rank: int, evidence: Dict[str, Any]
+) -> Optional[str]:
+    # A backward pass that fails must fail the check.
+    attend = getattr(backend, "without_recovery", backend)
     library = getattr(backend, "library", False)
-    refused: List[str] = []
+    on_cpu = signature._replace(device=CPU)
+    refusals: List[str] = []
     accepted: List[AttentionInputs] = []
-    for lengths, far in _problems(key, library):
-        inputs = problem_of(key, rank, *lengths, far)
-        refused = backend.why_not(inputs)
-        if refused:
+    for problem in _problems(signature, library):
+        inputs = problem_of(signature, rank, *problem)
+        refusals = backend.why_not(inputs)
+        if refusals:
             continue
         accepted.append(inputs)
-        evidence.setdefault("problems", []).append("{} x {}".format(*lengths))
-        # What is right is worked out on the CPU: small operators take a GPU longer to launch than
-        # these to compute.
-        twin = inputs if device.type == "cpu" else problem_of((CPU, *key[1:]), rank, *lengths, far)
-        found = _compare(
-            attend, inputs, twin, grad, key, far, library and len(accepted) == 1, evidence
+        evidence.setdefault("problems", []).append(f"{problem.queries} x {problem.keys}")
+        # The exact result is computed on the CPU: a GPU takes longer to launch these small
+        # operators than a CPU to compute them.
+        expected = inputs if signature.device.type == "cpu" else problem_of(on_cpu, rank, *problem)
+        each_alone = library and len(accepted) == 1
+        difference = _compare(
+            attend, inputs, expected, signature, problem.terms, each_alone, evidence
         )
-        if found:
-            where = "" if aligned else f" (multiples of {ALIGNMENT} are checked on their own)"
-            values = ("", ", rows at -200", ", rows at the least finite number")[far]
-            return f"{found} at {lengths[0]} x {lengths[1]}{values}{where}"
+        if difference:
+            where = f"{problem.queries} x {problem.keys}{problem.terms.value}"
+            alone = (
+                "" if signature.aligned else f" (multiples of {ALIGNMENT} are checked on their own)"
+            )
+            return f"{difference} at {where}{alone}"
     if not accepted:
-        return f"it refuses the check's own problem: {'; '.join(refused)}"
-    if not dropout:
+        return f"it refuses the check's own problem: {'; '.join(refusals)}"
+    if not signature.dropout:
         return None
-    longest = max(
-        accepted, key=lambda inputs: inputs.q.shape[1]
-    )  # the first of several: with usual values
-    with own_random_numbers(device):
-        return _check_dropout(attend, longest, grad)
+    # The first of the longest: it has usual values.
+    longest = max(accepted, key=lambda inputs: inputs.q.shape[1])
+    with own_random_numbers(signature.device):
+        return _check_dropout(attend, longest, signature.grad)
 
 
-def _problems(key: Key, library: bool) -> List[Tuple[Tuple[int, int], int]]:
-    """(lengths, values of the additive terms) of the problems for this class."""
-    device, aligned, segments, dense, padding = key[0], key[4], key[10], key[11], key[13]
-    usual = [ALIGNED] if aligned else [SHORT] if device.type == "cpu" else [SHORT, LONG]
-    found = [(lengths, USUAL) for lengths in usual]
-    if segments is not None or dense is not None or padding not in (None, torch.bool):
-        found.append((usual[0], LEAST))
-    if library and device.type == "cuda" and not aligned:
-        found += [(lengths, LOW) for lengths in LIBRARY]
-    return found
+def _problems(signature: CallSignature, library: bool) -> List[Problem]:
+    on_cpu = signature.device.type == "cpu"
+    usual = [ALIGNED] if signature.aligned else [SHORT] if on_cpu else [SHORT, LONG]
+    problems = [Problem(*lengths) for lengths in usual]
+    if (
+        signature.segments is not None
+        or signature.dense is not None
+        or signature.key_padding not in (None, torch.bool)
+    ):
+        problems.append(Problem(*usual[0], Terms.LEAST))
+    if library and signature.device.type == "cuda" and not signature.aligned:
+        problems += [Problem(*lengths, Terms.LOW) for lengths in LIBRARY]
+    return problems
 
 
-def problem_of(key: Key, rank: int, M: int, N: int, far: int = USUAL) -> AttentionInputs:
-    """A call of class `key`, without dropout, with every operand that can have a gradient asking
-    for it.
+def problem_of(
+    signature: CallSignature, rank: int, M: int, N: int, terms: Terms = Terms.USUAL
+) -> AttentionInputs:
+    """A call of that signature, without dropout; every operand that can have a gradient requires
+    one.
 
-    far: LOW or LEAST: in some rows all keys are there; LEAST: some segment weights are -inf.
+    terms: LOW or LEAST: the additive terms of some rows are all that low; LEAST: some segment
+    weights are -inf.
     """
-    (
-        device,
-        dtype,
-        D,
-        Dv,
-        _,
-        _,
-        _,
-        positive,
-        _,
-        factors,
-        segments,
-        dense,
-        mask,
-        padding,
-        windows,
-        window_mask,
-    ) = key
+    device, D, Dv = signature.device, signature.head_dim, signature.value_head_dim
     B, H = BATCH, HEADS
     draw = _Draw(device, M * 1000 + N)
+
+    def sizes(*shared: Tuple[bool, int]) -> Tuple[int, ...]:
+        return tuple(1 if one else size for one, size in shared)
+
     # Strided as packed projections of (L, B, E) tensors are.
-    q = draw((M, B, H, D), dtype).transpose(0, 1)
-    k, v = draw((N, B, H, D + Dv), dtype).transpose(0, 1).split([D, Dv], -1)
-    made: Dict[str, Any] = {"q": q, "k": k, "v": v, "scale": D**-0.5 if positive else -(D**-0.5)}
+    q = draw((M, B, H, D), signature.dtype).transpose(0, 1)
+    k, v = draw((N, B, H, D + Dv), signature.dtype).transpose(0, 1).split([D, Dv], -1)
+    scale = D**-0.5 if signature.positive_scale else -(D**-0.5)
+    parts: Dict[str, Any] = {"q": q, "k": k, "v": v, "scale": scale}
+    factors = signature.factors
     if factors is not None:
-        _, _, Bq, Hq, Bk, Hk = factors
-        made["q_factor"] = draw((1 if Bq else B, M, 1 if Hq else H, rank), dtype, rank**-0.25)
-        made["k_factor"] = draw((1 if Bk else B, N, 1 if Hk else H, rank), dtype, rank**-0.25)
+        for name, length, shared_batch, shared_heads in (
+            ("q_factor", M, factors.shared_q_batch, factors.shared_q_heads),
+            ("k_factor", N, factors.shared_k_batch, factors.shared_k_heads),
+        ):
+            batch, heads = sizes((shared_batch, B), (shared_heads, H))
+            parts[name] = draw((batch, length, heads, rank), signature.dtype, rank**-0.25)
+    segments = signature.segments
     if segments is not None:
-        S, weights_dtype, Bw, Hw = segments
-        made["segment_weights"] = draw((1 if Bw else B, M, 1 if Hw else H, S), weights_dtype)
-        made["segment_lengths"] = tuple(N // S + (place < N % S) for place in range(S))
-        if far == LEAST:
-            made["segment_weights"][:, 7, :, 0] = made["segment_weights"][:, 8] = -math.inf
-    if dense is not None:
-        dense_dtype, _, Bd, Hd, Md = dense
-        shape = (1 if Bd else B, 1 if Hd else H, 1 if Md else M, N)
+        S = segments.number
+        batch, heads = sizes((segments.shared_batch, B), (segments.shared_heads, H))
+        weights = draw((batch, M, heads, S), segments.dtype)
+        if terms is Terms.LEAST:
+            weights[:, 7, :, 0] = weights[:, 8] = -math.inf
+        parts["segment_weights"] = weights
+        parts["segment_lengths"] = tuple(N // S + (index < N % S) for index in range(S))
+    low = None if terms is Terms.USUAL else terms
+    if signature.dense is not None:
+        _, _, shared_batch, shared_heads, shared_rows = signature.dense
+        shape = (*sizes((shared_batch, B), (shared_heads, H), (shared_rows, M)), N)
         hidden = draw.below(0.1, shape)
-        if not Md and M > 5:
+        if not shared_rows and M > 5:
             hidden[:, :, 5] = True
-        made["dense"] = draw(shape, dense_dtype).masked_fill_(hidden, -math.inf)
-        if far:
-            made["dense"][-1, -1, -1] = -200.0 if far == LOW else torch.finfo(dense_dtype).min
-    if mask is not None:
-        made["mask"] = draw.below(
-            0.2, tuple(1 if one else full for one, full in zip(mask, (B, H, M))) + (N,)
-        )
-        if not mask[2] and M > 3:
-            made["mask"][:, :, 3] = True
-    if padding is not None:
+        dense = draw(shape, signature.dense.dtype).masked_fill_(hidden, -math.inf)
+        if low is not None:
+            dense[-1, -1, -1] = _lowest(low, signature.dense.dtype)
+        parts["dense"] = dense
+    if signature.mask is not None:
+        shared_batch, shared_heads, shared_rows = signature.mask
+        mask = draw.below(0.2, (*sizes((shared_batch, B), (shared_heads, H), (shared_rows, M)), N))
+        if not shared_rows and M > 3:
+            mask[:, :, 3] = True
+        parts["mask"] = mask
+    dtype = signature.key_padding
+    if dtype is not None:
         hidden = torch.arange(N, device=device) >= torch.tensor([[N], [N - N // 4]], device=device)
-        made["key_padding"] = hidden
-        if padding is not torch.bool:
-            made["key_padding"] = draw((B, N), padding).masked_fill_(hidden, -math.inf)
-            if far:
-                made["key_padding"][1] = -200.0 if far == LOW else torch.finfo(padding).min
+        if dtype is torch.bool:
+            parts["key_padding"] = hidden
+        else:
+            padding = draw((B, N), dtype).masked_fill_(hidden, -math.inf)
+            if low is not None:
+                padding[1] = _lowest(low, dtype)
+            parts["key_padding"] = padding
+    windows = signature.windows
     if windows is not None:
-        S, box, weights_dtype, Bw, Hw, Bc = windows
-        frames, sides = grids_of(N, S)
-        weights = draw((1 if Bw else B, M, 1 if Hw else H, S), weights_dtype)
-        sigmas = None if box else tuple(1.5 + place for place in range(S))
-        made["windows"] = WindowParts(
-            weights, draw.centres(1 if Bc else B, M, frames), frames, sides, sigmas
+        frames, sides = grids_of(N, windows.number)
+        batch, heads, centred = sizes(
+            (windows.shared_batch, B), (windows.shared_heads, H), (windows.shared_centres, B)
         )
+        weights = draw((batch, M, heads, windows.number), windows.dtype)
+        sigmas = None if windows.box else tuple(1.5 + index for index in range(windows.number))
+        centres = draw.centres(centred, M, frames)
+        parts["windows"] = WindowParts(weights, centres, frames, sides, sigmas)
+    window_mask = signature.window_mask
     if window_mask is not None:
-        S, Bc = window_mask
-        frames, sides = grids_of(N, S)
-        made["window_mask"] = WindowMaskParts(
-            draw.centres(1 if Bc else B, M, frames), frames, sides
-        )
-    return AttentionInputs(**made)
+        frames, sides = grids_of(N, window_mask.number)
+        (centred,) = sizes((window_mask.shared_centres, B))
+        parts["window_mask"] = WindowMaskParts(draw.centres(centred, M, frames), frames, sides)
+    return AttentionInputs(**parts)
+
+
+def _lowest(terms: Terms, dtype: torch.dtype) -> float:
+    return -200.0 if terms is Terms.LOW else torch.finfo(dtype).min
 
 
 def grids_of(N: int, count: int) -> Tuple[Tuple[Grid, ...], Tuple[int, ...]]:
-    """(`count` grids of N keys together, a side for each): odd and even sides, one view and two."""
+    """(`count` grids of N keys together, one side per grid); odd and even sides, 1 or 2 views."""
     columns = next(c for c in (COLUMNS, 8, 1) if N % c == 0)
     columns = columns if N // columns >= count else 1
     frames = []
-    for place in range(count):
-        rows = N // columns // count + (place < N // columns % count)
-        views = 2 if place and rows % 2 == 0 else 1
+    for index in range(count):
+        rows = N // columns // count + (index < N // columns % count)
+        views = 2 if index and rows % 2 == 0 else 1
         frames.append(Grid(rows // views, columns, views))
-    return tuple(frames), tuple(3 + (place + N) % 2 for place in range(count))
+    return tuple(frames), tuple(3 + (index + N) % 2 for index in range(count))
 
 
 class _Draw:
@@ -319,61 +346,73 @@ class _Draw:
 def _compare(
     attend: Any,
     inputs: AttentionInputs,
-    twin: AttentionInputs,
-    grad: bool,
-    key: Key,
-    far: int,
-    apart: bool,
+    on_cpu: AttentionInputs,
+    signature: CallSignature,
+    terms: Terms,
+    each_alone: bool,
     evidence: Dict[str, Any],
 ) -> Optional[str]:
-    """`twin` is `inputs` on the CPU; `apart`: each gradient by itself too."""
-    dense_grad = key[11] is not None and key[11][1]
+    """The first output or gradient that is wrong, in words; None if all are correct.
+
+    on_cpu: `inputs` on the CPU. each_alone: check each gradient by itself too.
+    """
     wanted = []
-    if grad:
-        held = inputs.tensors()
-        wanted = [n for n in LEAVES if held[PLACES[n]] is not None and (n != "dense" or dense_grad)]
+    if signature.grad:
+        tensors = inputs.tensors()
+        dense_grad = signature.dense is not None and signature.dense.requires_grad
+        wanted = [
+            name
+            for name in LEAVES
+            if tensors[INDICES[name]] is not None and (name != "dense" or dense_grad)
+        ]
     grad_out = _Draw(CPU, 7)((*inputs.q.shape[:3], inputs.v.shape[-1]), inputs.q.dtype)
-    given = _run(attend, inputs, wanted, grad_out.to(inputs.q.device))
-    exact = _run(reference.attend_dense, _cast(twin, torch.float64), wanted, grad_out.double())
-    plain = _run(_plain_relative if far else _plain, twin, wanted, grad_out)
+    results = _run(attend, inputs, wanted, grad_out.to(inputs.q.device))
+    exact = _run(reference.attend_dense, _cast(on_cpu, torch.float64), wanted, grad_out.double())
+    rounding = _plain if terms is Terms.USUAL else _plain_relative
+    plain = _run(rounding, on_cpu, wanted, grad_out)
     names = ["output", *("gradient of " + name for name in wanted)]
-    if apart and len(wanted) > 1:
-        alone = [_run(attend, inputs, [name], grad_out.to(inputs.q.device))[1] for name in wanted]
-        given, exact, plain = given + alone, exact + exact[1:], plain + plain[1:]
+    if each_alone and len(wanted) > 1:
+        for name in wanted:
+            _, gradient = _run(attend, inputs, [name], grad_out.to(inputs.q.device))
+            results.append(gradient)
+        exact, plain = exact + exact[1:], plain + plain[1:]
         names += [f"gradient of {name} alone" for name in wanted]
-    given = [tensor.cpu() for tensor in given]
+    results = [tensor.cpu() for tensor in results]
     errors = torch.stack(
-        [_error(x, e) for x, e in zip((*given, *plain), (*exact, *exact))]
+        [_error(x, e) for x, e in zip((*results, *plain), (*exact, *exact))]
     ).tolist()
     for name, error, tolerable in zip(names, errors, errors[len(names) :]):
         bound = FACTOR * tolerable + FLOOR.get(inputs.q.dtype, 1e-3)
         evidence["worst"] = max(evidence.get("worst", 0.0), round(error / bound, 4))
         if not error <= bound:  # also when it is not a number
-            what = "is not finite" if math.isnan(error) else f"is off by {error:.2g}"
-            return f"{name} {what} where plain PyTorch is off by {tolerable:.2g}"
+            fault = "is not finite" if math.isnan(error) else f"is off by {error:.2g}"
+            return f"{name} {fault} where plain PyTorch is off by {tolerable:.2g}"
     return None
 
 
 def _run(attend: Any, inputs: AttentionInputs, wanted: List[str], grad_out: Tensor) -> List[Tensor]:
-    """[output, gradients of `wanted` ...]; strides of the operands are kept."""
-    held = inputs.tensors()
+    """[output, gradients of `wanted` ...]; the operands keep their strides."""
+    tensors = inputs.tensors()
     leaves: List[Tensor] = []
     for name in wanted:
-        leaf = held[PLACES[name]] = held[PLACES[name]].detach().requires_grad_()  # type: ignore[union-attr]
+        tensor = tensors[INDICES[name]]
+        assert tensor is not None
+        leaf = tensors[INDICES[name]] = tensor.detach().requires_grad_()
         leaves.append(leaf)
-    out = attend(inputs.with_tensors(held))
+    out = attend(inputs.with_tensors(tensors))
     if not wanted:
         return [out]
-    found = torch.autograd.grad(out, leaves, grad_out, allow_unused=True)
-    return [out.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves))]
+    gradients = torch.autograd.grad(out, leaves, grad_out, allow_unused=True)
+    filled = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, leaves)]
+    return [out.detach(), *filled]
 
 
 def _cast(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:
-    held = inputs.tensors()
-    for place in PLACES.values():
-        tensor = held[place]
-        held[place] = None if tensor is None else tensor.to(dtype)
-    return inputs.with_tensors(held)
+    tensors = inputs.tensors()
+    for index in INDICES.values():
+        tensor = tensors[index]
+        tensors[index] = None if tensor is None else tensor.to(dtype)
+    return inputs.with_tensors(tensors)
 
 
 def _plain_relative(inputs: AttentionInputs) -> Tensor:
@@ -401,11 +440,11 @@ def _plain(inputs: AttentionInputs, relative: bool = False) -> Tensor:
     return (p @ inputs.v.to(p.dtype).transpose(1, 2)).transpose(1, 2).to(dtype)
 
 
-def _error(found: Tensor, exact: Tensor) -> Tensor:
+def _error(result: Tensor, exact: Tensor) -> Tensor:
     """The larger of the relative errors in L2 and at the worst element, where one wrong row shows;
     0-d."""
     exact = exact.detach().double()
-    gap = found.detach().double() - exact
+    gap = result.detach().double() - exact
     if not gap.numel():
         return gap.new_zeros(())
     tiny = 1e-30
@@ -415,20 +454,23 @@ def _error(found: Tensor, exact: Tensor) -> Tensor:
 
 
 def _check_dropout(attend: Any, inputs: AttentionInputs, grad: bool) -> Optional[str]:
-    """Kept weights scaled by 1/(1-p): the mean is the output without dropout, the square grows by
-    1/(1-p).
+    """Kept weights are scaled by 1/(1-p): the mean is the output without dropout, and the square
+    grows by 1/(1-p).
 
     Backward with the output itself as gradient: v . dv is then the output squared if it drops the
-    same.
+    same weights.
     """
     plain = attend(inputs).detach().double()
     v = inputs.v.detach().requires_grad_(grad)
     out = attend(inputs._replace(v=v, dropout_p=DROPOUT_P))
-    given, square = out.detach().double(), (plain * plain).sum()
-    ratios = [(given * plain).sum() / square, (given * given).sum() / square * (1 - DROPOUT_P)]
+    dropped, square = out.detach().double(), (plain * plain).sum()
+    ratios = [
+        (dropped * plain).sum() / square,
+        (dropped * dropped).sum() / square * (1 - DROPOUT_P),
+    ]
     if grad:
         (dv,) = torch.autograd.grad(out, v, out.detach())
-        ratios.append((dv.double() * v.detach().double()).sum() / (given * given).sum())
+        ratios.append((dv.double() * v.detach().double()).sum() / (dropped * dropped).sum())
     mean, spread, same = (*torch.stack(ratios).tolist(), 1.0)[:3]
     if not abs(mean - 1) <= 0.1:
         return f"dropout changes the mean by a factor of {mean:.3g}"

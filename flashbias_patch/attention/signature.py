@@ -1,13 +1,13 @@
-"""What backends succeed or fail by: the class of a call. Self-checks, verdicts and breakers are
-kept by it.
+"""Call signature: the properties of an attention call that decide whether a backend works.
 
-A class is a plain tuple, since every call hashes one: (device, dtype, D, Dv, aligned, dropout,
-grad, scale > 0, deterministic, factors, segments, dense, mask, padding, windows, window mask).
+Self-checks, verdicts and circuit breakers are kept per signature. It is a NamedTuple because every
+call makes one and looks it up once: hashing a tuple takes C code alone, and a hash that is cached
+in Python would cost more than it saves.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional, Tuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -17,18 +17,123 @@ from .._torch_internals import deterministic
 if TYPE_CHECKING:
     from .inputs import AttentionInputs
 
-Key = Tuple[Any, ...]
-
-# Kernels that lose the tail of a tile are right at whole tiles; 128 is the largest that is in use.
+# Kernels that lose the tail of a tile are correct at whole tiles; 128 is the largest that is in
+# use.
 ALIGNMENT = 128
+_new: Any = tuple.__new__  # a NamedTuple without the Python function around it; fields in order
 
 
-def key_of(inputs: AttentionInputs, grad: Optional[bool] = None) -> Key:
-    """The class of a call. `grad` overrides whether a gradient is wanted (grad mode is off in
-    backward).
+class FactorSignature(NamedTuple):
+    """The factors of a low-rank bias. `shared_...`: one for all samples, or one for all heads."""
+
+    rank_bucket: int
+    rank_is_bucket: bool
+    shared_q_batch: bool
+    shared_q_heads: bool
+    shared_k_batch: bool
+    shared_k_heads: bool
+
+
+class SegmentSignature(NamedTuple):
+    """The weights of a modality bias."""
+
+    number: int
+    dtype: torch.dtype
+    shared_batch: bool
+    shared_heads: bool
+
+
+class DenseSignature(NamedTuple):
+    """A dense bias."""
+
+    dtype: torch.dtype
+    requires_grad: bool
+    shared_batch: bool
+    shared_heads: bool
+    shared_rows: bool
+
+
+class MaskSignature(NamedTuple):
+    """A boolean attention mask."""
+
+    shared_batch: bool
+    shared_heads: bool
+    shared_rows: bool
+
+
+class WindowSignature(NamedTuple):
+    """A bias of local windows; `box`: the weight is constant inside a window, not Gaussian."""
+
+    number: int
+    box: bool
+    dtype: torch.dtype
+    shared_batch: bool
+    shared_heads: bool
+    shared_centres: bool
+
+
+class WindowMaskSignature(NamedTuple):
+    """A mask that hides all keys outside local windows."""
+
+    number: int
+    shared_centres: bool
+
+
+class CallSignature(NamedTuple):
+    """The signature of a call; None for an operand that it does not have.
+
+    head_dim, value_head_dim: of q and k, and of v.
+    aligned: both lengths are multiples of ALIGNMENT.
+    grad: a gradient is wanted; implied by dropout (see `signature_of`).
+    key_padding: the dtype of the key padding mask.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    value_head_dim: int
+    aligned: bool
+    dropout: bool
+    grad: bool
+    positive_scale: bool
+    deterministic: bool
+    factors: Optional[FactorSignature] = None
+    segments: Optional[SegmentSignature] = None
+    dense: Optional[DenseSignature] = None
+    mask: Optional[MaskSignature] = None
+    key_padding: Optional[torch.dtype] = None
+    windows: Optional[WindowSignature] = None
+    window_mask: Optional[WindowMaskSignature] = None
+
+    def describe(self) -> str:
+        """The signature in words, for logs and status: `cuda float16 D32 R8 grad key_padding`."""
+        factors, segments, dense = self.factors, self.segments, self.dense
+        windows, window_mask = self.windows, self.window_mask
+        words = [
+            self.device.type, str(self.dtype)[6:], f"D{self.head_dim}",
+            self.value_head_dim != self.head_dim and f"Dv{self.value_head_dim}",
+            factors and f"R{factors.rank_bucket}",
+            self.aligned and f"lengths of {ALIGNMENT}s",
+            self.dropout and "dropout",
+            self.grad and "grad",
+            not self.positive_scale and "scale <= 0",
+            self.deterministic and "deterministic",
+            segments and f"segments{segments.number}",
+            dense and ("dense with gradient" if dense.requires_grad else "dense"),
+            self.mask and "mask",
+            self.key_padding and "key_padding",
+            windows and f"{'' if windows.box else 'gaussian '}windows{windows.number}",
+            window_mask and f"window mask{window_mask.number}",
+        ]  # fmt: skip
+        return " ".join(word for word in words if word)
+
+
+def signature_of(inputs: AttentionInputs, grad: Optional[bool] = None) -> CallSignature:
+    """The signature of a call. `grad` says whether a gradient is wanted; None: as the operands and
+    the grad mode say (grad mode is off in a backward pass).
 
     Dropout implies `grad`: it is training, and a checkpointed forward (without grad) must be
-    answered by the backend that will recompute it (with grad), or its dropout would differ.
+    computed by the backend that will recompute it (with grad), or its dropout would differ.
     """
     (
         q,
@@ -37,7 +142,7 @@ def key_of(inputs: AttentionInputs, grad: Optional[bool] = None) -> Key:
         q_factor,
         k_factor,
         weights,
-        lengths,
+        _,
         dense,
         mask,
         padding,
@@ -48,30 +153,28 @@ def key_of(inputs: AttentionInputs, grad: Optional[bool] = None) -> Key:
     ) = inputs
     _, M, _, D = q.shape
     _, N, _, Dv = v.shape
-    factors = segments = added = masked = padded = local = local_mask = None
+    factors = segments = added = hidden = local = local_mask = None
     if q_factor is not None and k_factor is not None:
         Bq, _, Hq, R = q_factor.shape
         Bk, _, Hk, _ = k_factor.shape
         bucket = rank_bucket(R)
-        factors = (bucket, bucket == R, Bq == 1, Hq == 1, Bk == 1, Hk == 1)
+        factors = _new(FactorSignature, (bucket, bucket == R, Bq == 1, Hq == 1, Bk == 1, Hk == 1))
     if weights is not None:
         Bw, _, Hw, S = weights.shape
-        segments = (S, weights.dtype, Bw == 1, Hw == 1)
+        segments = _new(SegmentSignature, (S, weights.dtype, Bw == 1, Hw == 1))
     if dense is not None:
         Bd, Hd, Md, _ = dense.shape
-        added = (dense.dtype, dense.requires_grad, Bd == 1, Hd == 1, Md == 1)
+        added = _new(DenseSignature, (dense.dtype, dense.requires_grad, Bd == 1, Hd == 1, Md == 1))
     if mask is not None:
         Bm, Hm, Mm, _ = mask.shape
-        masked = (Bm == 1, Hm == 1, Mm == 1)
-    if padding is not None:
-        padded = padding.dtype
+        hidden = _new(MaskSignature, (Bm == 1, Hm == 1, Mm == 1))
     if windows is not None:
         Bw, _, Hw, S = windows.weights.shape
-        box = windows.sigmas is None
-        local = (S, box, windows.weights.dtype, Bw == 1, Hw == 1, windows.centres.shape[0] == 1)
+        dtype, box, Bc = windows.weights.dtype, windows.sigmas is None, windows.centres.shape[0]
+        local = _new(WindowSignature, (S, box, dtype, Bw == 1, Hw == 1, Bc == 1))
     if window_mask is not None:
         Bc, _, S, _ = window_mask.centres.shape
-        local_mask = (S, Bc == 1)
+        local_mask = _new(WindowMaskSignature, (S, Bc == 1))
     if grad is None:
         grad = (
             dropout_p > 0
@@ -87,24 +190,28 @@ def key_of(inputs: AttentionInputs, grad: Optional[bool] = None) -> Key:
                 or (windows is not None and windows.weights.requires_grad)
             )
         )
-    return (
-        q.device,
-        q.dtype,
-        D,
-        Dv,
-        not (M % ALIGNMENT or N % ALIGNMENT),
-        dropout_p > 0,
-        grad,
-        scale > 0,
-        deterministic(),
-        factors,
-        segments,
-        added,
-        masked,
-        padded,
-        local,
-        local_mask,
+    signature: CallSignature = _new(
+        CallSignature,
+        (
+            q.device,
+            q.dtype,
+            D,
+            Dv,
+            not (M % ALIGNMENT or N % ALIGNMENT),
+            dropout_p > 0,
+            grad,
+            scale > 0,
+            deterministic(),
+            factors,
+            segments,
+            added,
+            hidden,
+            None if padding is None else padding.dtype,
+            local,
+            local_mask,
+        ),
     )
+    return signature
 
 
 def rank_bucket(rank: int) -> int:
@@ -114,26 +221,3 @@ def rank_bucket(rank: int) -> int:
 
 def _wants_grad(tensor: Optional[Tensor]) -> bool:
     return tensor is not None and tensor.requires_grad
-
-
-def describe(key: Key) -> str:
-    """The class in words, for logs and status: `cuda float16 D32 R8 grad key_padding`."""
-    device, dtype, D, Dv, aligned, dropout, grad, positive, deterministic = key[:9]
-    factors, segments, dense, mask, padding, windows, window_mask = key[9:]
-    words = [
-        device.type, str(dtype)[6:], f"D{D}",
-        Dv != D and f"Dv{Dv}",
-        factors and f"R{factors[0]}",
-        aligned and f"lengths of {ALIGNMENT}s",
-        dropout and "dropout",
-        grad and "grad",
-        not positive and "scale <= 0",
-        deterministic and "deterministic",
-        segments and f"segments{segments[0]}",
-        dense and ("dense with gradient" if dense[1] else "dense"),
-        mask and "mask",
-        padding and "key_padding",
-        windows and f"{'' if windows[1] else 'gaussian '}windows{windows[0]}",
-        window_mask and f"window mask{window_mask[0]}",
-    ]  # fmt: skip
-    return " ".join(word for word in words if word)

@@ -31,7 +31,7 @@ def only(monkeypatch, *backends) -> None:
     }
     monkeypatch.setattr(selection, "MODULES", {**names, **kept})
     for backend in backends:
-        dispatch._loaded[backend.name] = backend
+        dispatch.loaded[backend.name] = backend
 
 
 def run_case(case: Case, module, monkeypatch) -> Outcome:
@@ -42,7 +42,7 @@ def run_case(case: Case, module, monkeypatch) -> Outcome:
         guard, "LARGE", 0
     )  # small as these calls are, their backward is guarded as large ones' is
     only(monkeypatch, Faulty(case.backend, case.fault, case.passing, case.layer))
-    backend = dispatch._loaded[case.backend]
+    backend = dispatch.loaded[case.backend]
     telemetry.reset()
     before: Dict[str, int] = {}
 

@@ -331,8 +331,8 @@ def test_what_fails_only_in_the_callers_context_is_passed_over_for_this_call_onl
 def test_the_last_resort_is_never_out(monkeypatch):
     only(monkeypatch)
     broken = Persistent("reference")
-    dispatch._loaded["reference"] = broken
-    dispatch._loaded["sdpa"] = Persistent("sdpa")
+    dispatch.loaded["reference"] = broken
+    dispatch.loaded["sdpa"] = Persistent("sdpa")
     for tried in (1, 2, 3):
         with pytest.raises(
             dispatch.NoBackendError, match="sdpa: RuntimeError: no such kernel"

@@ -173,7 +173,7 @@ def test_mistakes_of_the_caller_are_raised_and_nobody_is_blamed(monkeypatch):
     ):
         with pytest.raises((ValueError, TypeError), match=match):
             wrong()
-    assert not telemetry.fallbacks() and not dispatch.breakers.by_class
+    assert not telemetry.fallbacks() and not dispatch.breakers.by_signature
 
 
 def test_errors_of_the_users_own_hooks_come_through(monkeypatch):
@@ -352,7 +352,7 @@ def test_nothing_is_checked_or_trusted_while_a_call_is_traced(monkeypatch):
     q, k, v = tensors(grad=False)
     traced = torch.jit.trace(lambda q: flash_bias_attention(q, k, v), q, check_trace=False)
     assert not upstream.answered and not telemetry.fallbacks()  # known to fail: not checked again
-    assert all("sdpa" not in found for found in dispatch.breakers.by_class.values())
+    assert all("sdpa" not in found for found in dispatch.breakers.by_signature.values())
     torch.testing.assert_close(traced(q), flash_bias_attention(q, k, v, backend="sdpa"))
 
 
@@ -386,10 +386,10 @@ def test_sizes_may_be_symbols(feature):
         attend(*operands(2, 6, 10))
     before = (
         dict(dispatch.breakers.plans),
-        {key: dict(found) for key, found in dispatch.breakers.by_class.items()},
+        {key: dict(found) for key, found in dispatch.breakers.by_signature.items()},
     )
     graph = make_fx(attend, tracing_mode="symbolic")(*operands(2, 6, 10))
-    assert before == (dispatch.breakers.plans, dispatch.breakers.by_class)
+    assert before == (dispatch.breakers.plans, dispatch.breakers.by_signature)
     for sizes in ((2, 6, 10), (3, 5, 7)):
         given = operands(*sizes)
         torch.testing.assert_close(graph(*given), attend(*given))
@@ -425,7 +425,7 @@ def test_every_backend_failing_ends_in_the_original_class(patched, monkeypatch, 
     telemetry.reset()
     only(monkeypatch, Raising(RuntimeError("first")))
     for name in ("sdpa", "reference"):
-        dispatch._loaded[name] = Raising(RuntimeError(f"{name} too"), name)
+        dispatch.loaded[name] = Raising(RuntimeError(f"{name} too"), name)
     with caplog.at_level(logging.INFO, "flashbias_patch"):
         assert train(patched)[0] == pytest.approx(unbroken, rel=2e-5)
     assert telemetry.calls["original"] > 0 and set(telemetry.calls) == {"original"}

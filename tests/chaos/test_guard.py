@@ -16,7 +16,7 @@ from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.recovery import backward, guard
 from flashbias_patch.attention.selfcheck import problem_of
-from flashbias_patch.attention.signature import key_of
+from flashbias_patch.attention.signature import signature_of
 from flashbias_patch.bias import DenseBias, LowRankBias
 
 from .faulty import FAULTS, Fault, Faulty
@@ -104,7 +104,7 @@ def test_large_calls_alone_are_guarded(monkeypatch):
 @pytest.mark.parametrize("name", ("sdpa", "reference"))
 @pytest.mark.parametrize("features", [(), *((f,) for f in FEATURES), FEATURES], ids=str)
 def test_guarding_changes_no_bit(monkeypatch, name, features):
-    inputs = problem_of(key_of(call(features)), 3, 37, 63)
+    inputs = problem_of(signature_of(call(features)), 3, 37, 63)
     leaves = [t for t in inputs.tensors() if t is not None and t.is_floating_point()]
     for leaf in leaves:
         leaf.requires_grad_()

@@ -77,8 +77,8 @@ def test_another_machine_checks(kept, monkeypatch):
 
 def test_unlike_gpus_of_one_process_are_told_apart(kept, monkeypatch):
     monkeypatch.setattr(kept_verdicts, "here", lambda device: f"GPU {device.index}")
-    key = signature.key_of(call())
-    first, second = ((torch.device("cuda", index), *key[1:]) for index in range(2))
+    key = signature.signature_of(call())
+    first, second = (key._replace(device=torch.device("cuda", index)) for index in range(2))
     kept_verdicts.keep(first, SDPA, {"worst": 0.5})
     for _ in range(2):
         assert kept_verdicts.holds(first, SDPA) and not kept_verdicts.holds(second, SDPA)
@@ -119,7 +119,7 @@ def test_without_a_home_nothing_is_written(kept, monkeypatch, tmp_path):
 
 def test_a_failure_removes_the_verdict(kept):
     dispatch.attend(call(), SDPA)
-    key = signature.key_of(call())
+    key = signature.signature_of(call())
     dispatch.breakers.open(key, SDPA, "it failed")
     assert kept_verdicts.rows() == []
     another_process()
@@ -163,9 +163,10 @@ def test_a_directory_that_cannot_be_written_costs_a_check_and_nothing_else(
 def _keep_some(directory, number):
     os.environ["XDG_CACHE_HOME"] = directory
     kept_verdicts.here = lambda device: "a GPU"
-    key = signature.key_of(call())
+    key = signature.signature_of(call())
     for size in range(5):
-        kept_verdicts.keep((*key[:2], 8 * size, *key[3:-1], (number, True)), SDPA, {"worst": 0.5})
+        one = key._replace(head_dim=8 * size, value_head_dim=number)
+        kept_verdicts.keep(one, SDPA, {"worst": 0.5})
 
 
 def test_several_processes_write_at_once(kept, tmp_path):
@@ -184,8 +185,8 @@ def test_several_processes_write_at_once(kept, tmp_path):
 
 def test_only_a_gpu_and_this_packages_backends():
     settings.reload({"FLASHBIAS_VERDICTS": "on"})
-    key = signature.key_of(call())
-    cuda = (torch.device("cuda", 0), *key[1:])
+    key = signature.signature_of(call())
+    cuda = key._replace(device=torch.device("cuda", 0))
     sdpa = dispatch.backend(SDPA)
     assert kept_verdicts.wanted(sdpa, cuda, SDPA)
     assert not kept_verdicts.wanted(sdpa, key, SDPA)

@@ -66,7 +66,7 @@ def call(
 
 
 def check(backend, inputs):
-    return selfcheck.check(backend, signature.key_of(inputs), inputs.rank)
+    return selfcheck.check(backend, signature.signature_of(inputs), inputs.rank)
 
 
 class Twisted(Faulty):
@@ -116,10 +116,10 @@ def gradient_off(field):
 
     def twist(inputs):
         held = inputs.tensors()
-        t = held[selfcheck.PLACES[field]]
+        t = held[selfcheck.INDICES[field]]
         if not t.requires_grad:
             return inputs
-        held[selfcheck.PLACES[field]] = (
+        held[selfcheck.INDICES[field]] = (
             t * 1.1 - (t * 0.1).detach() if t.isfinite().all() else _finite_part(t)
         )
         return inputs.with_tensors(held)
@@ -212,20 +212,19 @@ def test_a_gradient_that_is_wrong_by_itself_is_caught():
 
 
 def test_a_library_meets_the_lengths_that_its_cuda_kernels_got_wrong():
-    key = signature.key_of(call(("dense",)))
-    on_cuda = (torch.device("cuda"), *key[1:])
-    lengths = [lengths for lengths, _ in selfcheck._problems(on_cuda, True)]
-    assert any(keys % 128 == 64 for _, keys in lengths) and any(
-        keys % 32 == 1 for _, keys in lengths
-    )
-    assert any(queries == 1 for queries, _ in lengths)
+    key = signature.signature_of(call(("dense",)))
+    on_cuda = key._replace(device=torch.device("cuda"))
+    problems = selfcheck._problems(on_cuda, True)
+    assert any(problem.keys % 128 == 64 for problem in problems)
+    assert any(problem.keys % 32 == 1 for problem in problems)
+    assert any(problem.queries == 1 for problem in problems)
     assert len(selfcheck._problems(on_cuda, False)) == 3  # those would be compiled for
     for features in itertools.chain.from_iterable(
         itertools.combinations(FEATURES, n) for n in (1, 2)
     ):
-        key = signature.key_of(call(features))
+        key = signature.signature_of(call(features))
         for M, N in selfcheck.LIBRARY:
-            inputs = selfcheck.problem_of(key, 3, M, N, selfcheck.LOW)
+            inputs = selfcheck.problem_of(key, 3, M, N, selfcheck.Terms.LOW)
             assert inputs.q.shape[1] == M and torch.isfinite(dispatch.backend("sdpa")(inputs)).all()
 
 
@@ -274,14 +273,14 @@ def test_lengths_that_are_whole_tiles_are_a_class_of_their_own(monkeypatch):
     )
     dispatch.attend(whole)
     assert dispatch.explain(whole)["upstream"] == []
-    assert dispatch.breakers.verdicts(signature.key_of(whole))["upstream"] is TRUSTED
+    assert dispatch.breakers.verdicts(signature.signature_of(whole))["upstream"] is TRUSTED
 
 
 def test_a_backend_is_checked_once_a_class(monkeypatch):
     checked = []
     real = selfcheck.check
     monkeypatch.setattr(
-        selfcheck, "check", lambda b, key, rank: checked.append(b.name) or real(b, key, rank)
+        selfcheck, "check", lambda b, *given: checked.append(b.name) or real(b, *given)
     )
     only(monkeypatch, Faulty("triton"))
     for _ in range(3):
@@ -327,7 +326,7 @@ def saved_elsewhere():
 )
 def test_the_callers_context_does_not_matter(context):
     inputs, Counting.calls = call(FEATURES, dropout_p=0.1), 0
-    key, sdpa = signature.key_of(inputs), dispatch.backend("sdpa")
+    key, sdpa = signature.signature_of(inputs), dispatch.backend("sdpa")
     with context():
         assert selfcheck.check(sdpa, key, inputs.rank) is None
         assert selfcheck.check(Twisted(gradient_off("k")), key, inputs.rank)
@@ -386,9 +385,12 @@ def test_classes_tell_apart_what_kernels_tell_apart():
         call(M=128, N=128),
         call(scale=-1.0),
     ]
-    keys = {signature.key_of(v) for v in variants}
+    keys = {signature.signature_of(v) for v in variants}
     assert len(keys) == len(variants)
-    assert len({signature.key_of(call(M=M, N=N)) for M, N in ((9, 14), (10, 14), (900, 1001))}) == 1
+    assert (
+        len({signature.signature_of(call(M=M, N=N)) for M, N in ((9, 14), (10, 14), (900, 1001))})
+        == 1
+    )
     assert call(D=8, R=5).call_class() == "cpu float32 D8 R8 grad"
 
 

@@ -11,7 +11,7 @@ from flashbias_patch import settings
 from flashbias_patch.attention.backends import reference, upstream_flashbias
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.selfcheck import problem_of
-from flashbias_patch.attention.signature import key_of
+from flashbias_patch.attention.signature import signature_of
 
 # A stand-in with the published call shape, in plain PyTorch.
 STAND_IN = """
@@ -122,7 +122,7 @@ def test_call_agrees_with_the_reference(place, monkeypatch, segments):
     if segments:
         made.update(segment_weights=torch.zeros(1, 4, 1, 2), segment_lengths=(3, 3))
     k = torch.zeros(1, 6, 2, 8)
-    inputs = problem_of(key_of(AttentionInputs(q, k, k, scale=0.5, **made)), 3, 11, 13)
+    inputs = problem_of(signature_of(AttentionInputs(q, k, k, scale=0.5, **made)), 3, 11, 13)
     leaf = inputs.q_factor.requires_grad_()
     assert leaf.shape[2] == 1
     out, truth = backend(inputs), reference.attend_dense(inputs)

@@ -56,7 +56,7 @@ def rank_main(rank, port, backend, broken, results):
         "triton": "none",
         **{n: selection.MODULES[n] for n in ("sdpa", "reference")},
     }
-    selection._loaded["triton"] = faulty
+    selection.loaded["triton"] = faulty
     losses, grads = train(
         module,
         on_step=faulty.on_step,

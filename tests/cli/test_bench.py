@@ -116,7 +116,7 @@ def on_the_cpu(request, monkeypatch):
 @pytest.mark.parametrize("raises, words", [(True, "no such kernel"), (False, "self-check failed")])
 def test_a_backend_that_fails_is_not_timed(monkeypatch, raises, words):
     monkeypatch.setitem(selection.MODULES, "wrong", "wrong")
-    monkeypatch.setitem(dispatch._loaded, "wrong", Wrong(raises))
+    monkeypatch.setitem(dispatch.loaded, "wrong", Wrong(raises))
     found = benchmark.run(["tiny"], ["wrong"], "fp32", lambda *_: None)["rows"][0]
     assert found["forward_ms"] is None and words in found["why_not"]
 

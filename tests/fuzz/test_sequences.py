@@ -230,7 +230,7 @@ class Sequences(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.flash = dispatch._loaded["flash"]
+        self.flash = dispatch.loaded["flash"]
         self.open_contexts = []
         self.environment = {}
         self.restore()
@@ -559,7 +559,7 @@ class Sequences(RuleBasedStateMachine):
         used = telemetry.calls - counted
         assert dict(used) == {self.first(): 1}, f"{dict(used)} where {self.first()} comes first"
         assert torch.equal(torch.get_rng_state(), state)
-        assert all(key[2] == DOOMED for key, _, _ in dispatch.breakers.failures())
+        assert all(f.signature.head_dim == DOOMED for f in dispatch.breakers.failures())
         assert (
             replay.recomputing() is False and torch._C._functorch.peek_interpreter_stack() is None
         )
@@ -597,7 +597,7 @@ def prepared(attention_class, monkeypatch):
     monkeypatch.setattr(selection, "MODULES", {"flash": "none", **places})
     monkeypatch.setattr(guard, "LARGE", guard.LARGE)
     dispatch.reset()
-    dispatch._loaded["flash"] = Flash()
+    dispatch.loaded["flash"] = Flash()
     monkeypatch.setattr(Sequences, "cls", attention_class[0])
     monkeypatch.setattr(Sequences, "original", staticmethod(attention_class[1]))
     yield

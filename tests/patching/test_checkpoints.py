@@ -442,7 +442,7 @@ def test_a_recomputation_takes_the_backend_of_its_forward(patched):
         decoder, inputs = decoder_of("layer", kind, dropout=0.4), Inputs("shared")
         out = run(decoder, inputs, "scope")
         if after:
-            for key in list(breakers.by_class):
+            for key in list(breakers.by_signature):
                 breakers.open(key, "sdpa", "seen to fail")
         return gradients(decoder, inputs, out)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import selfcheck
 from ..inputs import AttentionInputs
-from ..signature import key_of
+from ..signature import signature_of
 from . import launch, operator, problem
 from .configs import KERNELS, Key
 
@@ -35,7 +35,7 @@ def class_of(inputs: AttentionInputs, kernel: str = KERNELS[0]) -> Key:
 
 def small_call(inputs: AttentionInputs) -> AttentionInputs:
     """One of the same class with odd lengths, where a tile that handles its tail wrongly shows."""
-    small = selfcheck.problem_of(key_of(inputs), inputs.rank, *SMALL)
+    small = selfcheck.problem_of(signature_of(inputs), inputs.rank, *SMALL)
     return small._replace(dropout_p=inputs.dropout_p)
 
 

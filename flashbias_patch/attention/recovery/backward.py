@@ -19,7 +19,7 @@ from .. import selection
 from ..backends import reference
 from ..breaker import Phase, breakers
 from ..inputs import TENSORS, AttentionInputs
-from ..signature import Key, describe, key_of
+from ..signature import CallSignature, signature_of
 from . import blame, errors
 from .blame import Blame
 
@@ -57,7 +57,7 @@ def of_guarded(
         call.backend,
         call.name,
         inputs,
-        call.key,
+        call.signature,
         ONCE_MORE if dropout else IN_CHUNKS,
         repeat,
     )
@@ -68,13 +68,13 @@ def of_guarded(
             raise_failed_twice(again, call.name, inputs)
     usual = reference.CHUNK_BYTES.get(inputs.q.device.type, LEAST_BYTES)
     rows = reference.chunk_rows(inputs, min(usual, LEAST_BYTES) if short else usual)
-    needed = dict(zip(call.places, needs))
+    needed = dict(zip(call.present, needs))
     asked = tuple(needed.get(place, False) for place in range(len(TENSORS)))
     try:
         found = reference.gradients(inputs, grad_out.to(inputs.q.dtype), asked, None, rows)
     except Exception as again:
         raise_with_advice(again, inputs)
-    return [found[place] for place in call.places]
+    return [found[place] for place in call.present]
 
 
 def of_fused(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:
@@ -96,7 +96,9 @@ def of_fused(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ..
         leaves = [t for t in plain.tensors() if t is not None and t.requires_grad]
         return torch.autograd.grad(out, leaves, grad_out.detach(), allow_unused=True)
 
-    short = _judge(error, candidate, "triton", inputs, key_of(inputs, grad=True), IN_CHUNKS, repeat)
+    short = _judge(
+        error, candidate, "triton", inputs, signature_of(inputs, grad=True), IN_CHUNKS, repeat
+    )
     usual = recompute.CHUNK_ELEMENTS
     if short:
         recompute.CHUNK_ELEMENTS = min(usual, LEAST_BYTES // 4)
@@ -118,7 +120,7 @@ def _judge(
     candidate: Any,
     name: str,
     inputs: AttentionInputs,
-    key: Key,
+    signature: CallSignature,
     if_short: str,
     repeat: Callable[[AttentionInputs], Any],
 ) -> bool:
@@ -135,17 +137,17 @@ def _judge(
     short = errors.out_of_memory(error)
     if short:
         make_room(error, inputs)
-        telemetry.fallback(name, describe(key), if_short)
+        telemetry.fallback(name, signature.describe(), if_short)
     else:
-        found = blame.of(error, candidate, inputs, key, repeat)
+        found = blame.of(error, candidate, inputs, signature, repeat)
         if found is Blame.CALLER:
             raise error
         if found is Blame.CONTEXT:
             reason = f"backward: {errors.first_line(error)} (this call only: {found.value})"
-            telemetry.fallback(name, describe(key), reason)
+            telemetry.fallback(name, signature.describe(), reason)
         else:
-            breakers.open(key, name, errors.first_line(error), Phase.BACKWARD)
-    selection.refuse_if_strict(inputs, key, name, error)
+            breakers.open(signature, name, errors.first_line(error), Phase.BACKWARD)
+    selection.refuse_if_strict(inputs, signature, name, error)
     errors.forget_frames(error)
     return short
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ... import _torch_internals as internals
 from .. import random_state, selfcheck
 from ..inputs import AttentionInputs
-from ..signature import Key
+from ..signature import CallSignature
 
 PLAIN = (Tensor, torch.nn.Parameter)
 # Top-level packages that backends are made of; exceptions from other code are the caller's until
@@ -58,8 +58,8 @@ class Blame(enum.Enum):
 class Stage(enum.Enum):
     """What a backend was doing when it failed."""
 
-    ASKED = "why_not"
-    CHECKED = "self-check"
+    WHY_NOT = "why_not"
+    SELF_CHECK = "self-check"
     RUN = "the call"
 
 
@@ -67,7 +67,7 @@ def of(
     error: BaseException,
     candidate: Any,
     inputs: AttentionInputs,
-    key: Key,
+    signature: CallSignature,
     again: Callable[[AttentionInputs], Any],
     stage: Stage = Stage.RUN,
 ) -> Blame:
@@ -83,9 +83,9 @@ def of(
     try:
         with selfcheck.undisturbed(inputs.q.device):
             plain = _plain(inputs)
-            if stage is Stage.ASKED:  # it may well refuse the call
+            if stage is Stage.WHY_NOT:  # it may well refuse the call
                 candidate.why_not(inputs if plain is None else plain)
-            elif selfcheck.check(candidate, key, inputs.rank):
+            elif selfcheck.check(candidate, signature, inputs.rank):
                 return Blame.BACKEND
             elif stage is Stage.RUN and plain is not None:
                 again(plain)

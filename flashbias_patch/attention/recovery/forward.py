@@ -11,7 +11,7 @@ from .. import differentiable, random_state, selection
 from ..backends import reference
 from ..breaker import breakers
 from ..inputs import AttentionInputs
-from ..signature import Key, describe
+from ..signature import CallSignature
 from . import backward, blame, errors, guard, replay
 from .blame import Blame, Stage
 
@@ -22,7 +22,7 @@ class Attempt(NamedTuple):
     candidate: Any
     name: str
     inputs: AttentionInputs
-    key: Key
+    signature: CallSignature
     state: Any = None  # the random state before the backend ran, if there is dropout
     stage: Stage = Stage.RUN  # what it failed in
     last: bool = False  # no other backend is to try
@@ -32,7 +32,7 @@ def run(
     candidate: Any,
     name: str,
     inputs: AttentionInputs,
-    key: Key,
+    signature: CallSignature,
     state: Any,
     hooked: Optional[replay.Replay],
 ) -> Tensor:
@@ -42,7 +42,7 @@ def run(
     hooked: replay.hooked().
     """
     if guard.wanted(name, inputs, hooked is not None):
-        return guard.Call(candidate, name, key, inputs, state, hooked).answer(inputs)
+        return guard.Call(candidate, name, signature, inputs, state, hooked).attend(inputs)
     out: Tensor = candidate(inputs)
     if out.requires_grad and name not in differentiable.OWN and not inputs.dropout_p:
         return differentiable.attach(out, inputs)
@@ -55,14 +55,16 @@ def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
 
     Raises the error itself where it is the caller's (blame.py), torch's own or not survived.
     """
-    candidate, name, inputs, key, state, stage, last = attempt
+    candidate, name, inputs, signature, state, stage, last = attempt
     if isinstance(error, selection.NoBackendError) or errors.steering(error):
         raise error
     if errors.sticky(error):
         telemetry.once("sticky", "error", errors.CULPRIT)
         raise error
     short = errors.out_of_memory(error)
-    found = Blame.BACKEND if short else blame.of(error, candidate, inputs, key, candidate, stage)
+    found = (
+        Blame.BACKEND if short else blame.of(error, candidate, inputs, signature, candidate, stage)
+    )
     if found is Blame.CALLER or found is Blame.CONTEXT and last:
         raise error
     random_state.restore(state)
@@ -70,15 +72,15 @@ def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
     if state is not None and checkpointed is not None and checkpointed.replays(name):
         return _same_again(error, attempt)
     if short:
-        return _least_memory(error, name, inputs, key)
+        return _least_memory(error, name, inputs, signature)
     reason = errors.first_line(error)
     if found is Blame.CONTEXT:
-        telemetry.fallback(name, describe(key), f"{reason} (this call only: {found.value})")
+        telemetry.fallback(name, signature.describe(), f"{reason} (this call only: {found.value})")
     elif name == selection.LAST_RESORT:
-        telemetry.fallback(name, describe(key), reason)
+        telemetry.fallback(name, signature.describe(), reason)
     else:
-        breakers.open(key, name, reason)
-    selection.refuse_if_strict(inputs, key, name, error)
+        breakers.open(signature, name, reason)
+    selection.refuse_if_strict(inputs, signature, name, error)
     errors.forget_frames(error)
     return None
 
@@ -86,20 +88,22 @@ def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
 def _same_again(error: Exception, attempt: Attempt) -> Tensor:
     """A recomputation with dropout failed. Only the backend of the forward drops the same: it tries
     once more."""
-    candidate, name, inputs, key, state, _, _ = attempt
+    candidate, name, inputs, signature, state, _, _ = attempt
     backward.make_room(error, inputs)
     reason = f"recomputation with dropout, tried once more: {errors.first_line(error)}"
-    telemetry.fallback(name, describe(key), reason)
-    selection.refuse_if_strict(inputs, key, name, error)
+    telemetry.fallback(name, signature.describe(), reason)
+    selection.refuse_if_strict(inputs, signature, name, error)
     try:
-        return run(candidate, name, inputs, key, state, replay.hooked())
+        return run(candidate, name, inputs, signature, state, replay.hooked())
     except Exception as again:
         if errors.steering(again):
             raise
         backward.raise_failed_twice(again, name, inputs)
 
 
-def _least_memory(error: Exception, name: str, inputs: AttentionInputs, key: Key) -> Tensor:
+def _least_memory(
+    error: Exception, name: str, inputs: AttentionInputs, signature: CallSignature
+) -> Tensor:
     """One more try, with the backend that needs the least. No breaker opens: the next call is fast
     again."""
     backward.make_room(error, inputs)
@@ -108,7 +112,7 @@ def _least_memory(error: Exception, name: str, inputs: AttentionInputs, key: Key
             "out of memory: the cache was emptied and the call answered in small chunks by "
             "the reference"
         )
-        telemetry.fallback(name, describe(key), reason)
+        telemetry.fallback(name, signature.describe(), reason)
         checkpointed = replay.current()
         if checkpointed is not None:
             checkpointed.note_small_chunks()

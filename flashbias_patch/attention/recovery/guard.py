@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from itertools import compress
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,11 @@ from torch import Tensor
 from ... import _torch_internals as internals
 from .. import differentiable, random_state
 from ..inputs import TENSORS, AttentionInputs
+from ..signature import CallSignature
 from . import backward
+
+if TYPE_CHECKING:
+    from .replay import Replay
 
 LARGE = 1 << 25  # scores, B * H * M * N, from which on a call is guarded
 OWN_RESCUE = ("triton",)  # backends that guard themselves
@@ -74,46 +78,54 @@ def wanted(name: str, inputs: AttentionInputs, hooked: bool) -> bool:
 class Call:
     """One guarded call: what its backward needs to know, without the tensors.
 
-    `state` is the random state before the forward (None without dropout). `script` and `place` are
-    of a hooked checkpoint.
+    present: indices in TENSORS of the tensors that the call has.
+    state: the random state before the forward; None without dropout.
+    replay, call_index: of a hooked checkpoint; None elsewhere.
     """
 
-    __slots__ = ("backend", "name", "key", "places", "static", "state", "script", "place", "graph")
+    __slots__ = (
+        "backend", "name", "signature", "present", "static", "state", "replay", "call_index",
+        "graph",
+    )  # fmt: skip
 
-    def __init__(self, backend: Any, name: str, key: Any, inputs: AttentionInputs, state: Any,
-                 script: Any = None) -> None:  # fmt: skip
-        self.backend, self.name, self.key, self.state = backend, name, key, state
-        self.places = [
-            place for place, tensor in enumerate(inputs.tensors()) if tensor is not None
-        ]  # in TENSORS
+    def __init__(
+        self, backend: Any, name: str, signature: CallSignature, inputs: AttentionInputs,
+        state: Optional[random_state.State], replay: Optional[Replay] = None,
+    ) -> None:  # fmt: skip
+        self.backend, self.name, self.signature, self.state = backend, name, signature, state
+        self.present = [
+            index for index, tensor in enumerate(inputs.tensors()) if tensor is not None
+        ]
         self.static = inputs.static()
-        self.script, self.place = script, None if script is None else script.place
+        self.replay = replay
+        self.call_index = None if replay is None else replay.call_index
         self.graph: Optional[Graph] = None
 
-    def answer(self, inputs: AttentionInputs) -> Tensor:
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """The output of the call, whose backward is guarded."""
         tensors = self.operands(inputs)
-        script = self.script
-        if script is None:
+        replay = self.replay
+        if replay is None:
             graph = self.graph = self.run(tensors)
         else:
-            # What the graph saves is none of the checkpoint's business. The first time it is not
-            # needed at all.
-            pack: Callable[[Tensor], Any] = _forget if script.recording else Tensor.detach
+            # The checkpoint must not see what the graph saves. In the forward pass the graph is
+            # not needed at all.
+            pack: Callable[[Tensor], Any] = _forget if replay.recording else Tensor.detach
             with torch.autograd.graph.saved_tensors_hooks(pack, _same):
                 graph = self.run(tensors)
-            if not script.recording:
-                script.graphs[self.place] = graph
+            if not replay.recording and self.call_index is not None:
+                replay.graphs[self.call_index] = graph
         return _apply(self, graph, *tensors)  # type: ignore[no-any-return]
 
     def operands(self, inputs: AttentionInputs) -> List[Any]:
         """Its tensors that are not None."""
         tensors = inputs.tensors()
-        return [tensors[place] for place in self.places]
+        return [tensors[index] for index in self.present]
 
     def inputs(self, tensors: Sequence[Tensor]) -> AttentionInputs:
         values: List[Any] = [None] * len(TENSORS)
-        for place, tensor in zip(self.places, tensors):
-            values[place] = tensor
+        for index, tensor in zip(self.present, tensors):
+            values[index] = tensor
         return self.static.with_tensors(values)
 
     def run(self, tensors: Sequence[Tensor]) -> Graph:
@@ -128,10 +140,12 @@ class Call:
         self, tensors: Sequence[Tensor], needs: Sequence[bool], grad_out: Tensor
     ) -> Sequence[Optional[Tensor]]:
         keep = _keeps_graph()
-        graph = self.graph if self.script is None else self.script.graphs.pop(self.place, None)
-        self.graph = graph if keep and self.script is None else None
+        if self.replay is None or self.call_index is None:
+            graph, self.graph = self.graph, self.graph if keep else None
+        else:
+            graph = self.replay.graphs.pop(self.call_index, None)
         try:
-            if graph is None:  # a second pass, or a recomputation that another way had to answer
+            if graph is None:  # a second pass, or the recomputation used another backend
                 return self.once_more(tensors, needs, grad_out)
             return differentiate(graph, needs, grad_out, keep)
         except Exception as error:
@@ -155,10 +169,10 @@ class Call:
         """
         if self.state is None:
             inputs, every = self.inputs(tensors), [False] * len(TENSORS)
-            for place, need in zip(self.places, needs):
-                every[place] = need
-            found = differentiable.gradients(inputs, every, grad_out)
-            return [found[place] for place in self.places]
+            for index, need in zip(self.present, needs):
+                every[index] = need
+            gradients = differentiable.gradients(inputs, every, grad_out)
+            return [gradients[index] for index in self.present]
         aliases = [
             t.view_as(t) for t in tensors
         ]  # an operand made of another one must not count for both
@@ -171,7 +185,7 @@ class Call:
     def as_then(self) -> Any:
         """Random state as at the forward, put back afterwards; without autocast, as at the
         forward."""
-        now = None if self.state is None else random_state.now(self.state[2])
+        now = None if self.state is None else random_state.now(self.state.device)
         random_state.restore(self.state)
         try:
             with internals.autocast_off():

@@ -54,7 +54,6 @@ class Carried(NamedTuple):
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
-SMALL_CHUNKS = "small chunks"  # stands for a backend among the recorded names
 _carried: List[Carried] = []
 _uninstalls = 0
 _replay: contextvars.ContextVar[Optional[Replay]] = contextvars.ContextVar(
@@ -71,13 +70,23 @@ def carry(
     _carried.append(Carried(variable, mapped, reopen, variable.get if read is None else read))
 
 
+class CallRecord(NamedTuple):
+    """How an attention call was computed: by a backend, or by the last resort in small chunks."""
+
+    backend: Optional[str]
+    small_chunks: bool = False
+
+
+SMALL_CHUNKS = CallRecord(None, small_chunks=True)
+
+
 class Progress(NamedTuple):
     """How far a run of a checkpointed function is: see the attributes of Replay."""
 
     outer: Optional[Replay]
     recording: bool
-    place: int
-    next_chosen: int
+    call_index: int
+    next_choice: int
 
 
 class Replay:
@@ -95,61 +104,62 @@ class Replay:
         # forward and recomputation must save alike.
         self.hooked = hooked
         self.recording = True
-        self.place = -1  # of the current attention call
-        self.graphs: Dict[
-            int, Any
-        ] = {}  # of guarded calls, from the recomputation to their backward
+        self.call_index = -1  # of the current attention call
+        # Graphs of guarded calls by call index, from the recomputation to their backward.
+        self.graphs: Dict[int, Any] = {}
         self.biased = False  # whether a patched class added a bias in it
         self._uninstalls = _uninstalls
         self._versions = _versions(self.values)
-        self._names: List[str] = []  # of the backends, in the order of the calls
+        self._calls: List[Optional[CallRecord]] = []  # None: the call failed
         self._small_chunks = False
-        self._chosen: List[Any] = []
-        self._next_chosen = 0
+        self._choices: List[Any] = []
+        self._next_choice = 0
 
     def begin_again(self) -> Progress:
         """Start a recomputation. `resume` gets the result when it is over: the first run may not
         be, where hooks stay open over several forward and backward passes."""
-        progress = Progress(self.outer, self.recording, self.place, self._next_chosen)
+        progress = Progress(self.outer, self.recording, self.call_index, self._next_choice)
         self.resume(Progress(None, False, -1, 0))
         return progress
 
     def resume(self, progress: Progress) -> None:
-        self.outer, self.recording, self.place, self._next_chosen = progress
+        self.outer, self.recording, self.call_index, self._next_choice = progress
 
-    def begin_call(self) -> str:
-        """A new attention call: the name of the backend that computed it the first time, or ""."""
-        self.place += 1
-        if self.place < len(self._names):
-            return self._names[self.place]
-        return "" if self.outer is None else self.outer.begin_call()
+    def begin_call(self) -> Optional[CallRecord]:
+        """Start an attention call. Returns how it was computed the first time, None if it was
+        not."""
+        self.call_index += 1
+        if self.call_index < len(self._calls):
+            return self._calls[self.call_index]
+        return None if self.outer is None else self.outer.begin_call()
 
-    def end_call(self, name: str) -> None:
-        """`name` of the backend that computed it, "" if none did."""
+    def end_call(self, record: Optional[CallRecord]) -> None:
+        """End an attention call. `record`: how it was computed, None if it failed."""
         if self._small_chunks:
-            self._small_chunks, name = False, SMALL_CHUNKS
-        if self.place >= len(self._names):
-            self._names.append(name)
+            self._small_chunks, record = False, SMALL_CHUNKS
+        if self.call_index >= len(self._calls):
+            self._calls.append(record)
             if self.outer is not None:
-                self.outer.end_call(name)
+                self.outer.end_call(record)
 
     def note_small_chunks(self) -> None:
         """Memory ran out: the current call is computed in small chunks, now and in every
         recomputation."""
         self._small_chunks = True
 
-    def replays(self, name: str) -> bool:
+    def replays(self, backend: str) -> bool:
         """Whether that backend computed the current call the first time."""
-        if self.place < len(self._names):
-            return self._names[self.place] == name
-        return self.outer is not None and self.outer.replays(name)
+        if self.call_index < len(self._calls):
+            record = self._calls[self.call_index]
+            return record is not None and record.backend == backend
+        return self.outer is not None and self.outer.replays(backend)
 
     def once(self, choose: Callable[[], Any]) -> Any:
         """choose() in the first run, and its result in every later one."""
-        if self._next_chosen >= len(self._chosen):
-            self._chosen.append(choose() if self.outer is None else self.outer.once(choose))
-        self._next_chosen += 1
-        return self._chosen[self._next_chosen - 1]
+        if self._next_choice >= len(self._choices):
+            self._choices.append(choose() if self.outer is None else self.outer.once(choose))
+        self._next_choice += 1
+        return self._choices[self._next_choice - 1]
 
     def note_bias(self) -> None:
         """A patched class adds a bias: without the patches, a recomputation would be without it."""
