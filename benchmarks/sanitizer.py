@@ -40,7 +40,7 @@ def fail(call: object, grad_out: object, error: BaseException) -> NoReturn:
 
 
 def run(lengths: tuple, D: int, R: int, dtype: str, features: str, device: str = "cuda") -> None:
-    """One case; tests/kernels/test_bounds.py runs its own on the CPU."""
+    """One case; tests/attention/kernels/test_bounds.py runs its own on the CPU."""
     (M, N), B, H = lengths, 2, 2
     generator = torch.Generator(device).manual_seed(0)
 

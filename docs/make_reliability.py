@@ -4,8 +4,9 @@ benchmarks/results/*.json.
     python docs/make_reliability.py
 
 soak.json, synchronisations.json (benchmarks/soak.py, with --profile), selfcheck.json
-(benchmarks/selfcheck.py) and two_ranks.json (python -m tests.chaos.two_ranks --backend nccl); what
-has not been measured is left out.
+(benchmarks/selfcheck.py) and two_ranks.json
+(python -m tests.integration.distributed.two_ranks --backend nccl); what has not been measured is
+left out.
 """
 
 from __future__ import annotations

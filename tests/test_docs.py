@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.scripts import ROOT, load
+from tests.support.scripts import ROOT, load
 
 
 @pytest.fixture(scope="module")

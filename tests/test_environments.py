@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts import ROOT
+from tests.support.scripts import ROOT
 
 FOLDER = ROOT / "environments"
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.scripts import ROOT, load
+from tests.support.scripts import ROOT, load
 
 RESULTS = ROOT / "benchmarks" / "results"
 ROUTED = next(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.scripts import ROOT, load
+from tests.support.scripts import ROOT, load
 
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 

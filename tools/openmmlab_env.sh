@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the environments that tests/openmmlab runs in, from nothing:
+# Builds the environments that tests/integration/openmmlab runs in, from nothing:
 #   v1    Python 3.10, torch 2.1.0, triton 3.0.0, mmcv-full 1.7.2, mmdet 2.28.2, mmsegmentation 0.30.0, mmdet3d 1.0.0rc6
 #   v2    mmengine and mmcv-lite 2.x on the current torch
 #   py38  Python 3.8, torch 2.1.0 and wrapt 1.14.0: the oldest of each that is supported

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles the kernels (tests/kernels/compile_kernels.py) by several versions of Triton, without a GPU and without PyTorch.
+# Compiles the kernels (tests/attention/kernels/compile_kernels.py) by several versions of Triton, without a GPU and without PyTorch.
 # Usage: tools/triton_matrix.sh [--dir DIR] [--jobs N] [--discard] [VERSION ...]  (default: .venv-triton, 2 at once, the versions below)
 # `newest` is whatever pip installs today. One environment a version, kept in DIR and used again, or with --discard
 # removed before the next is made (0.6 to 1 GB each); logs in DIR/logs.
@@ -56,7 +56,7 @@ install() { # VERSION; prints which version of Triton that is
 
 one() { # VERSION ARCH; the status is left in a file, so that every other one still runs
     local log=$DIR/logs/$1-$2 start=$SECONDS status=0
-    TRITON_CACHE_DIR=$DIR/cache/$1-$2 "$DIR/$1/bin/python" tests/kernels/compile_kernels.py "$2" > "$log.log" 2>&1 || status=$?
+    TRITON_CACHE_DIR=$DIR/cache/$1-$2 "$DIR/$1/bin/python" tests/attention/kernels/compile_kernels.py "$2" > "$log.log" 2>&1 || status=$?
     echo "$status $((SECONDS - start))" > "$log.status"
     [ "$status" = 0 ] || tail -n 25 "$log.log" | sed "s/^/    /"
     echo "[$1] arch $2: $(tail -n 1 "$log.log" | cut -c1-100), $((SECONDS - start)) s"

@@ -9,7 +9,7 @@ from flashbias_patch.ab import parity as parities
 from flashbias_patch.ab.parity import parity
 from flashbias_patch.ab.statistics import compare_peaks, compare_times
 from flashbias_patch.ab.verdict import judge
-from tests.scripts import ROOT
+from tests.support.scripts import ROOT
 
 from . import noise as noises
 from . import synthetic

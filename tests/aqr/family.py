@@ -7,7 +7,7 @@ import torch
 import torch.utils.checkpoint as cp
 from torch import nn
 
-from tests.capabilities import REENTRANT
+from tests.support.capabilities import REENTRANT
 
 C, H, L = 16, 2, 2
 

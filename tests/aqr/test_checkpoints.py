@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from flashbias_patch import aqr
+from tests.support.checkpoints import KINDS, checkpointed
 
-from ..patching.checkpoints import KINDS, checkpointed
 from . import family
 
 PLACES = ("transformer", "decoder", "layers")

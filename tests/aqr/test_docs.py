@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.scripts import ROOT, load
+from tests.support.scripts import ROOT, load
 
 
 def test_tables_are_made_from_the_results():

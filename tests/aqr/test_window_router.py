@@ -16,7 +16,7 @@ from flashbias_patch.aqr.geometry import take_geometry
 from flashbias_patch.aqr.window_router import window_places
 from flashbias_patch.bias import Grid, WindowBias
 from flashbias_patch.patching import install
-from tests.scripts import load
+from tests.support.scripts import load
 
 from . import family
 

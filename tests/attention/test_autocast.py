@@ -12,7 +12,8 @@ import torch
 from flashbias_patch import flash_bias_attention, settings
 from flashbias_patch.attention.kernels import recompute
 from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias, SquaredDistanceBias
-from tests import capabilities, stand_ins
+from tests import stand_ins
+from tests.support import capabilities
 
 pytestmark = capabilities.needs_autocast
 

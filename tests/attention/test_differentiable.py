@@ -13,7 +13,7 @@ from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.inputs import build
 from flashbias_patch.attention.recovery import guard
 from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias
-from tests.capabilities import FASTEST, checkpoint_options, needs_transforms, since
+from tests.support.capabilities import FASTEST, checkpoint_options, needs_transforms, since
 
 B, M, N, H, D = 2, 3, 5, 2, 4
 FEATURES = (

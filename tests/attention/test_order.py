@@ -7,7 +7,7 @@ import torch
 
 from flashbias_patch.attention import order, selection
 from flashbias_patch.attention.inputs import AttentionInputs
-from tests.scripts import ROOT, load
+from tests.support.scripts import ROOT, load
 
 
 def benchmark():

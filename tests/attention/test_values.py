@@ -23,7 +23,7 @@ from flashbias_patch.bias import (
     SquaredDistanceBias,
 )
 from flashbias_patch.bias.base import add_segments
-from tests import capabilities
+from tests.support import capabilities
 
 HALF, BRAIN, FULL, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 LEAST = torch.finfo(FULL).min

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.aqr import family
-from tests.scripts import load
+from tests.support.scripts import load
 
 
 @pytest.fixture

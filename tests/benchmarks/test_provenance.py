@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from tests.scripts import load
+from tests.support.scripts import load
 
 
 def test_a_command_has_no_folders_of_this_machine(monkeypatch):

@@ -162,7 +162,7 @@ def test_every_run_of_a_benchmark_reaches_the_page(tmp_path, monkeypatch, capsys
     """Order, intervals and statuses, with a worker that computes nothing."""
     import real_models
 
-    from tests.scripts import load
+    from tests.support.scripts import load
 
     (tmp_path / "real_worker.py").write_text(WORKER)
     monkeypatch.setattr(real_models, "HERE", tmp_path)
@@ -339,7 +339,7 @@ def repeated(name, seconds, **more):
 
 
 def test_repeated_runs_are_one_row_with_an_interval():
-    from tests.scripts import load
+    from tests.support.scripts import load
 
     page = load("docs/make_performance.py")
     a, b, lost = page.merged(
@@ -361,7 +361,7 @@ def test_repeated_runs_are_one_row_with_an_interval():
 
 
 def test_the_page_shows_every_run_of_its_files():
-    from tests.scripts import load
+    from tests.support.scripts import load
 
     page = load("docs/make_performance.py")
     for name in ("real_cmt_h200", "real_cmt_again_h200", "real_fp16_h200"):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.scripts import load
+from tests.support.scripts import load
 
 ABOUT = {"device": "a card", "torch": "2", "triton": "3", "python": "3.12"}
 

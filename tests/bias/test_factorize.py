@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flashbias_patch.bias import DenseBias, LowRankBias, MaskBias, ModalityBias, factorize
-from tests.capabilities import needs_autocast, storage_bytes
+from tests.support.capabilities import needs_autocast, storage_bytes
 
 F64 = torch.float64
 SEARCHES = ["svd", "randomized"]

@@ -24,7 +24,7 @@ from flashbias_patch.bias import (
     WindowMask,
     factorize,
 )
-from tests.capabilities import needs_sdpa
+from tests.support.capabilities import needs_sdpa
 
 FRAMES = (Grid(5, 4), Grid(3, 6, views=2))
 B, M, H, N, S = 2, 7, 2, 20 + 36, 2

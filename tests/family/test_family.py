@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import flashbias_patch
 from flashbias_patch.patching import install
-from tests import capabilities, stand_ins
+from tests import stand_ins
+from tests.support import capabilities
 
 E, H, B, M, N = 16, 2, 2, 5, 9
 PETR = stand_ins.UTILS + ".petr_transformer"

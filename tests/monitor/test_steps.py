@@ -14,7 +14,7 @@ import torch
 
 from flashbias_patch.monitor import ParameterMonitor, step_hooks
 from flashbias_patch.monitor import parameters as module
-from tests.capabilities import since
+from tests.support.capabilities import since
 
 from .test_parameters import Model, records
 

@@ -15,9 +15,7 @@ import flashbias_patch
 from flashbias_patch import telemetry
 from flashbias_patch.attention import weights as weights_module
 from flashbias_patch.bias import LowRankBias
-from tests.capabilities import REENTRANT, needs_compile, needs_transforms, since
-
-from .test_core_arguments import (
+from tests.patching.test_inner_attention import (
     FLOATING_PADDING,
     B,
     E,
@@ -30,6 +28,8 @@ from .test_core_arguments import (
     outer,
     sequences,
 )
+from tests.support.capabilities import REENTRANT, needs_compile, needs_transforms, since
+
 from .test_parity import assert_equal
 
 

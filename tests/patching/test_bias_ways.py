@@ -17,7 +17,7 @@ from torch import nn
 
 import flashbias_patch
 from flashbias_patch.bias import DenseBias, LowRankBias
-from tests.capabilities import REENTRANT, needs_hooks
+from tests.support.capabilities import REENTRANT, needs_hooks
 
 B, M, N, E, H, LAYERS = 2, 6, 9, 16, 2, 2
 WAYS = ("keyword", "attn_masks", "ambient")

@@ -13,9 +13,8 @@ from torch import nn
 
 import flashbias_patch
 from flashbias_patch.bias import LowRankBias
-from tests.capabilities import RELEASE, needs_hooks, since
-
-from .checkpoints import KINDS, OWN_BACKWARD, checkpointed, reentrant
+from tests.support.capabilities import RELEASE, needs_hooks, since
+from tests.support.checkpoints import KINDS, OWN_BACKWARD, checkpointed, reentrant
 
 E, H, M, N, B = 8, 2, 5, 7, 2
 PLACES = ("layer", "module", "inner", "decoder", "decoder and layer")
@@ -301,7 +300,7 @@ def test_backward_twice_through_one_graph(patched, kind):
 @pytest.mark.parametrize("kind", MAKES)
 def test_a_block_inside_the_checkpointed_function_counts_once(patched, kind):
     def make(decoder, inputs):
-        from .checkpoints import KINDS
+        from tests.support.checkpoints import KINDS
 
         def function(query, memory):
             with flashbias_patch.attention_bias(LowRankBias(inputs.a, inputs.b)):

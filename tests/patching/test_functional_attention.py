@@ -10,9 +10,17 @@ from torch import nn
 
 from flashbias_patch import telemetry
 from flashbias_patch.patching import install
-from tests.capabilities import FASTEST, since
-
-from .test_core_arguments import E, H, M, N, given_masks, learned, same_as_original, sequences
+from tests.patching.test_inner_attention import (
+    E,
+    H,
+    M,
+    N,
+    given_masks,
+    learned,
+    same_as_original,
+    sequences,
+)
+from tests.support.capabilities import FASTEST, since
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flashbias_patch
-from tests.capabilities import RELEASE
-
-from ..attention.test_accuracy import dense_attention
+from tests.attention.backends.test_sdpa_and_reference import dense_attention
+from tests.support.capabilities import RELEASE
 
 H, E = 2, 16
 MASKS = ("none", "bool (M,N)", "float (M,N)", "bool (B*H,M,N)", "float (B*H,M,N)")

@@ -11,8 +11,8 @@ import torch
 
 import flashbias_patch
 from flashbias_patch.attention.recovery import learned
+from tests.support.checkpoints import KINDS
 
-from .checkpoints import KINDS
 from .test_checkpoints import Inputs, assert_equal, decoder_of, gradients, loss_of, patched, run  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import flashbias_patch
-from tests.capabilities import RELEASE, needs_compile, since
+from tests.support.capabilities import RELEASE, needs_compile, since
+from tests.support.mini_cmt import MINI_CMT, MODULE
 
-from .conftest import MINI_CMT, MODULE
 from .test_bias_ways import (
     B,
     BiasModule,

@@ -11,7 +11,7 @@ from torch import nn
 
 import flashbias_patch
 from flashbias_patch.patching import install
-from tests.capabilities import needs_compile
+from tests.support.capabilities import needs_compile
 
 
 class Unrelated(nn.Module):

@@ -1,1 +1,0 @@
-from ..patching.conftest import patched, repository  # noqa: F401
