@@ -366,9 +366,7 @@ def test_numbers_are_made_once_and_told_once(caplog):
     exact = [made.dense.mean(), made.dense.std(), made.dense.min()]
     torch.testing.assert_close(found, exact)
     said = [record.getMessage() for record in caplog.records]
-    assert (
-        len(said) == 3 and all("test_tensor.py" in line for line in said) and "mean" in said[0]
-    )
+    assert len(said) == 3 and all("test_tensor.py" in line for line in said) and "mean" in said[0]
     first = made.tensor.numbers()
     assert made.tensor.numbers() is first
     found[0].backward()

@@ -358,7 +358,7 @@ def test_classes_are_freed(installed):
     gc.collect()
     assert not any(reference() for reference in references)
     assert sum(
-        "test_hooks" in entry["module"] for entry in flashbias_patch.status()["patched"]
+        "test_install" in entry["module"] for entry in flashbias_patch.status()["patched"]
     ) == len(kept)
     flashbias_patch.uninstall()
     references = [weakref.ref(cls) for cls in kept]
