@@ -40,6 +40,7 @@ FORBIDDEN: Dict[str, Tuple[str, ...]] = {
         "attention.recovery.backward",
         "attention.recovery.guard",
         "attention.recovery.replay",
+        "attention.recovery.checkpoint_hooks",
     ),
     "patching": ("attention.kernels", "cli", "ab", "triton"),
     "aqr": ("cli", "ab", "triton", "attention.kernels"),

@@ -26,7 +26,7 @@ from typing import (
 from torch import Tensor
 
 from .. import telemetry
-from ..attention.recovery import replay
+from ..attention.recovery import checkpoint_hooks, replay
 from ..bias import AttentionBias
 from . import threads, unreachable
 
@@ -126,7 +126,7 @@ def attention_bias(
         raise TypeError(f"bias must be an AttentionBias or a Tensor, got {type(bias).__name__}")
     global ever_opened
     ever_opened = True
-    replay.watch()
+    checkpoint_hooks.watch()
     # a checkpoint around this block does not need the bias: it opens the block again
     replay.current()
     block = Block()
@@ -171,7 +171,7 @@ def _warn_unused(scope: Scope) -> None:
 @contextlib.contextmanager
 def learned(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Tensors that need a gradient are in force in this block: checkpoint without reentrance."""
-    replay.watch()
+    checkpoint_hooks.watch()
     replay.current()
     token = _learned.set((*_learned.get(), *tensors))
     try:

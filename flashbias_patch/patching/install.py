@@ -87,9 +87,9 @@ def uninstall() -> None:
         deferred_install.disarm()
         import_shim.Finder.disable()
         compat.uninstall()
-        replay = sys.modules.get("flashbias_patch.attention.recovery.replay")
-        if replay is not None:
-            replay.unwatch()
+        hooks = sys.modules.get("flashbias_patch.attention.recovery.checkpoint_hooks")
+        if hooks is not None:
+            hooks.unwatch()
         for claim in reversed(_claims):
             owner, wrapper = claim.owner, claim.wrapper_ref()
             if owner is None:
@@ -212,10 +212,10 @@ def _claim(cls: type) -> bool:
         if why is not None:
             _refused[cls.__module__, cls.__qualname__] = why
             return False
-        from ..attention.recovery import replay
+        from ..attention.recovery import checkpoint_hooks
         from .seams import SEAMS  # imports torch, as the module of such a class has by now
 
-        replay.watch()
+        checkpoint_hooks.watch()
         for method, seam in (("forward", target.seam), *target.others):
             found = inspect.getattr_static(cls, method, None)
             if found is not None and not _is_patched(found):

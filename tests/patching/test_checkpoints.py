@@ -453,9 +453,9 @@ def test_a_recomputation_takes_the_backend_of_its_forward(patched):
 @needs_hooks
 def test_hooks_that_stay_open_over_several_steps_replay_nothing():
     """save_on_cpu around a whole training loop: a forward after a backward is no recomputation."""
-    from flashbias_patch.attention.recovery import replay
+    from flashbias_patch.attention.recovery import checkpoint_hooks, replay
 
-    replay.watch()
+    checkpoint_hooks.watch()
     try:
         with torch.autograd.graph.save_on_cpu():
             chosen = []
@@ -466,7 +466,7 @@ def test_hooks_that_stay_open_over_several_steps_replay_nothing():
                 (x * x).sum().backward()
             assert chosen == [0, 1, 2]
     finally:
-        replay.unwatch()
+        checkpoint_hooks.unwatch()
 
 
 # -- Functions without ctx, several checkpoints that share a learned bias, uninstall ---------------

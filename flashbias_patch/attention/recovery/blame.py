@@ -131,7 +131,7 @@ def _callbacks(inputs: AttentionInputs) -> Set[CodeType]:
         for name in ("__torch_dispatch__", "__torch_function__")
     ]
     for function in tuple(found):
-        if isinstance(function, functools.partial):  # as replay.py wraps hooks
+        if isinstance(function, functools.partial):  # as checkpoint_hooks.py wraps hooks
             found += [function.func, *function.args]
         elif not isinstance(function, type):
             found.append(vars(type(function)).get("__call__"))  # an object that can be called

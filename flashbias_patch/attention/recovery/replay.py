@@ -1,20 +1,19 @@
-"""Recomputation: how a checkpointed function finds again in the backward pass what it found in the
-forward pass.
+"""Replays: a checkpointed function finds in the backward pass what it found in the forward pass.
 
 A checkpoint runs its function twice: in the forward pass, and again in the backward pass, when
 every `with` block around it has been left, perhaps in another thread. A `Replay` holds what the
 function found the first time: the values of the context variables named by `carry`, and the backend
-of each attention call. It is attached to the graph, so that the name under which a checkpoint was
-called, and who wrote it, do not matter:
+of each attention call. It is attached to the graph, so that it does not matter who wrote the
+checkpoint, or by which name it was called:
 
 - A torch.autograd.Function (torch's reentrant checkpoint, fairscale's, DeepSpeed's, Megatron's):
   the Replay is kept by the `ctx` of the Function inside whose forward an attention runs, and is in
   force during its backward.
 - Saved-tensor hooks (torch's non-reentrant checkpoint and copies of it): the Replay is in force
-  while tensors are unpacked. `saved_tensors_hooks.__enter__` is wrapped for this (`watch`).
+  while tensors are unpacked (checkpoint_hooks.py).
 
 Private handles of torch, seen on 2.6 to 2.14: `_is_fwd_grad_enabled`, the engine's call of
-`ctx.apply`, `CheckpointFunction`.
+`ctx.apply`.
 """
 
 from __future__ import annotations
@@ -23,28 +22,23 @@ import contextlib
 import contextvars
 import functools
 import sys
-import threading
 import weakref
 from types import CodeType
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ... import _torch_internals as internals
-from ..._torch_internals import RELEASE, saved_tensors_hooks
-from ...bias import AttentionBias
 from . import learned
 
 
 class Carried(NamedTuple):
     """A context variable whose value a recomputation needs.
 
-    `mapped(value, function)` is the value with `function` applied to its tensors; `reopen(value)`
-    is a context manager that puts back what belongs to a value beside the variable itself; `read()`
-    is the value to keep.
+    mapped(value, function): the value with `function` applied to its tensors.
+    reopen(value): a context manager that restores what belongs to a value beside the variable.
+    read(): the value to keep.
     """
 
     variable: contextvars.ContextVar[Any]
@@ -54,9 +48,9 @@ class Carried(NamedTuple):
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
-_carried: List[Carried] = []
+carried: List[Carried] = []
 _uninstalls = 0
-_replay: contextvars.ContextVar[Optional[Replay]] = contextvars.ContextVar(
+innermost: contextvars.ContextVar[Optional[Replay]] = contextvars.ContextVar(
     "flashbias_replay", default=None
 )
 
@@ -65,9 +59,9 @@ def carry(
     variable: contextvars.ContextVar[Any], mapped: Callable[[Any, Callable[[Tensor], Tensor]], Any],
     reopen: Optional[Callable[[Any], Any]] = None, read: Optional[Callable[[], Any]] = None,
 ) -> None:  # fmt: skip
-    """Have every recomputation find `variable` as its forward did. Its default must be None or
-    empty."""
-    _carried.append(Carried(variable, mapped, reopen, variable.get if read is None else read))
+    """Restore `variable` in every recomputation, as its forward found it. Its default must be None
+    or empty."""
+    carried.append(Carried(variable, mapped, reopen, variable.get if read is None else read))
 
 
 class CallRecord(NamedTuple):
@@ -99,7 +93,7 @@ class Replay:
 
     def __init__(self, outer: Optional[Replay], hooked: bool = False) -> None:
         self.outer = outer
-        self.values = tuple(item.read() for item in _carried)
+        self.values = tuple(item.read() for item in carried)
         # Whether what is saved for backward goes through the hooks of torch's checkpoint: then
         # forward and recomputation must save alike.
         self.hooked = hooked
@@ -193,46 +187,53 @@ class Replay:
         return not self.recording or (self.outer is not None and self.outer.repeats())
 
 
+def note_uninstall() -> None:
+    """The patches are gone: a recomputation that needs them must fail."""
+    global _uninstalls
+    _uninstalls += 1
+
+
 def once(choose: Callable[[], Any]) -> Any:
-    """choose(), or what it returned when the function that is being recomputed ran first."""
+    """choose(), or in a recomputation its result of the first run."""
     replay = current()
     return choose() if replay is None else replay.once(choose)
 
 
 def recomputing() -> bool:
-    """Whether this code runs for the second time, in a backward pass."""
+    """Whether this code runs in a recomputation, in a backward pass."""
     replay = current()
     return replay is not None and replay.repeats()
 
 
 def hooked() -> Optional[Replay]:
     """The current Replay if torch's non-reentrant checkpoint records what is saved for backward."""
-    replay = _replay.get()
+    replay = innermost.get()
     return replay if replay is not None and replay.hooked else None
 
 
-def _mapped(values: Iterable[Any], function: Callable[[Tensor], Tensor]) -> Tuple[Any, ...]:
+def mapped(values: Iterable[Any], function: Callable[[Tensor], Tensor]) -> Tuple[Any, ...]:
+    """Values of the carried variables, with `function` applied to their tensors."""
     return tuple(
-        item.mapped(value, function) if value else value for item, value in zip(_carried, values)
+        item.mapped(value, function) if value else value for item, value in zip(carried, values)
     )
 
 
 def _versions(values: Iterable[Any]) -> List[Tuple[Tensor, int]]:
-    """Every tensor in carried values, with the number that torch counts up at each change in
+    """Every tensor in carried values, with its version, which torch increments at each change in
     place."""
-    found: List[Tuple[Tensor, int]] = []
+    versions: List[Tuple[Tensor, int]] = []
 
-    def look(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> Tensor:
         if type(tensor) in PLAIN and not internals.is_inference(tensor):
-            found.append((tensor, tensor._version))
+            versions.append((tensor, tensor._version))
         return tensor
 
-    _mapped(values, look)
-    return found
+    mapped(values, note)
+    return versions
 
 
 class restored:
-    """Context manager: the carried values, and the record of choices, of a Replay."""
+    """Context manager: puts the carried values and the recorded choices of a Replay in force."""
 
     __slots__ = ("replay", "values", "_before", "_stack", "_progress")
 
@@ -241,24 +242,24 @@ class restored:
         self.values = replay.values if values is None else values
 
     def __enter__(self) -> None:
-        self._before = [item.variable.get() for item in _carried]
-        self._before.append(_replay.get())
+        self._before = [item.variable.get() for item in carried]
+        self._before.append(innermost.get())
         self._stack: Optional[contextlib.ExitStack] = None
         self._progress = self.replay.begin_again()
-        _replay.set(self.replay)
-        for item, value in zip(_carried, self.values):
+        innermost.set(self.replay)
+        for item, value in zip(carried, self.values):
             item.variable.set(value)
             if value and item.reopen is not None:
                 if self._stack is None:
                     self._stack = contextlib.ExitStack()
                 self._stack.enter_context(item.reopen(value))
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._stack is not None:
             self._stack.close()
         self.replay.resume(self._progress)
-        _replay.set(self._before.pop())
-        for item, value in zip(_carried, self._before):
+        innermost.set(self._before.pop())
+        for item, value in zip(carried, self._before):
             item.variable.set(value)
 
 
@@ -285,14 +286,14 @@ def in_function() -> bool:
 def current() -> Optional[Replay]:
     """The Replay of the innermost checkpointed function that is running, or None.
 
-    To be called before any carried variable changes: inside the forward of a Function, the first
-    call takes the values.
+    Call it before any carried variable changes: inside the forward of a Function, the first call
+    records the values.
     """
     if not forward_gradients() and in_function():
-        found = _of_functions()
-        if found is not None:
-            return found
-    return _replay.get()
+        replay = _of_functions()
+        if replay is not None:
+            return replay
+    return innermost.get()
 
 
 def out_of_reach() -> bool:
@@ -305,13 +306,13 @@ def out_of_reach() -> bool:
 
 
 def repeating() -> bool:
-    """Whether what a forward found is in force again, for a recomputation."""
-    replay = _replay.get()
+    """Whether the values that a forward found are in force again, for a recomputation."""
+    replay = innermost.get()
     return replay is not None and replay.repeats()
 
 
 def _of_functions() -> Optional[Replay]:
-    replay = _replay.get()
+    replay = innermost.get()
     for context in reversed(_contexts()[0]):
         parent, replay = replay, context.__dict__.get(_ATTRIBUTE)
         if replay is None:
@@ -324,30 +325,31 @@ def _of_functions() -> Optional[Replay]:
 
 
 def _contexts() -> Tuple[List[Any], bool]:
-    """(the `ctx` of each Function whose forward is on the stack, the innermost first; whether each
-    of them has one)."""
-    found: List[Any] = []
+    """(the `ctx` of each Function whose forward is on the stack, the innermost first; whether every
+    such Function has one)."""
+    contexts: List[Any] = []
     complete = True
     inner, frame = None, sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code is _backward.__code__:  # what is further out belongs to the forward of another pass
+        if code is _backward.__code__:  # frames further out belong to the forward of another pass
             break
         if _APPLY is not None:
             forward = inner if code is _APPLY else None
         else:
             forward = frame if _is_forward(code) else None
         if forward is not None:
-            contexts = _context_in(forward)
-            found += [context for context in contexts if context not in found]
-            complete = complete and bool(contexts)
+            context = _context_in(forward)
+            complete = complete and context is not None
+            if context is not None and context not in contexts:
+                contexts.append(context)
         inner, frame = frame, frame.f_back  # type: ignore[assignment]
-    return found, complete
+    return contexts, complete
 
 
 def _is_forward(code: CodeType) -> bool:
-    """Whether that is code of some Function's forward. Looking at other frames' locals would keep
-    these alive."""
+    """Whether that is code of some Function's forward. Reading the locals of other frames would
+    keep these alive."""
     known = _forwards.get(code)
     if known is None:
         codes, classes = set(), [torch.autograd.Function]
@@ -362,15 +364,15 @@ def _is_forward(code: CodeType) -> bool:
     return known
 
 
-def _context_in(frame: Any) -> List[Any]:
-    """[ctx], the first argument of a Function's forward, or of its decorator; [] if it has none
+def _context_in(frame: Any) -> Optional[Any]:
+    """`ctx`, the first argument of a Function's forward, or of its decorator; None if it has none
     (setup_context)."""
     for value in frame.f_locals.values():
         if type(value) is tuple and value:
             value = value[0]
         if isinstance(value, _Context):
-            return [value]
-    return []
+            return value
+    return None
 
 
 def _backward(reference: Any, *grads: Any) -> Any:
@@ -381,180 +383,9 @@ def _backward(reference: Any, *grads: Any) -> Any:
     values, leaves = replay.values, None
     if not torch.is_grad_enabled():
         leaves = learned.Leaves()
-        values = _mapped(values, leaves.of)
+        values = mapped(values, leaves.of)
     with learned.advising(), restored(replay, values):
         result = type(context).apply(context, *grads)
     if leaves is not None:
         leaves.deliver()
     return result
-
-
-# -- saved-tensor hooks, and torch's reentrant checkpoint ------------------------------------------
-
-_watching = False
-_watch_lock = threading.Lock()
-# Torch before 1.10 has no such hooks, and so no checkpoint without reentrance.
-_enter: Any = getattr(saved_tensors_hooks, "__enter__", None)
-_exit: Any = getattr(saved_tensors_hooks, "__exit__", None)
-_checkpoint = torch.utils.checkpoint.checkpoint
-_CheckpointFunction: Any = getattr(torch.utils.checkpoint, "CheckpointFunction", None)
-_CheckpointHooks: Any = getattr(torch.utils.checkpoint, "_checkpoint_hook", ())
-_RecomputationHooks: Any = getattr(torch.utils.checkpoint, "_recomputation_hook", ())
-_BEFORE = "_flashbias_before"
-
-
-def _none(*args: Any) -> None:
-    return None
-
-
-def watch() -> None:
-    """Attach a Replay to every checkpoint from now on."""
-    global _watching
-    if _watching:
-        return
-    with _watch_lock:
-        _watching = True
-        if saved_tensors_hooks is not None:
-            saved_tensors_hooks.__enter__ = _enter_watched  # type: ignore[method-assign]
-            saved_tensors_hooks.__exit__ = _exit_watched  # type: ignore[method-assign]
-        if _CheckpointFunction is not None:
-            _CheckpointFunction.apply = classmethod(_apply_checkpoint)
-
-
-def unwatch() -> None:
-    """The patches are off: put torch's own back. Hooks that are in force keep their Replay."""
-    global _watching, _uninstalls
-    with _watch_lock:
-        _uninstalls += 1
-        if not _watching:
-            return
-        _watching = False
-        if getattr(saved_tensors_hooks, "__enter__", None) is _enter_watched:
-            saved_tensors_hooks.__enter__ = _enter  # type: ignore
-        if getattr(saved_tensors_hooks, "__exit__", None) is _exit_watched:
-            saved_tensors_hooks.__exit__ = _exit  # type: ignore
-        mine = vars(_CheckpointFunction or object).get("apply")
-        if getattr(mine, "__func__", None) is _apply_checkpoint:
-            del _CheckpointFunction.apply
-
-
-@functools.wraps(_enter or _none)
-def _enter_watched(self: Any) -> Any:
-    unpack = self.unpack_hook
-    # torch.compile puts hooks that are modules into its graphs. A recomputation's own hooks belong
-    # to its Replay.
-    if (
-        internals.is_compiling()
-        or isinstance(unpack, torch.nn.Module)
-        or isinstance(self, _RecomputationHooks)
-    ):
-        return _enter(self)
-    checkpoints = isinstance(self, _CheckpointHooks)
-    if (
-        RELEASE < (2, 1) and getattr(unpack, "__module__", "") == "torch.utils.checkpoint"
-    ):  # functions of no class
-        if unpack.__name__ == "inner_unpack":
-            return _enter(self)
-        checkpoints = True
-    before = _replay.get()
-    replay = Replay(before, checkpoints)
-    self.unpack_hook = functools.partial(_unpack, replay, unpack)
-    try:
-        result = _enter(self)
-    finally:
-        self.unpack_hook = unpack
-    self.__dict__.setdefault(_BEFORE, []).append(before)
-    _replay.set(replay)
-    return result
-
-
-@functools.wraps(_exit or _none)
-def _exit_watched(self: Any, *args: Any) -> Any:
-    if not internals.is_compiling() and self.__dict__.get(_BEFORE):
-        _replay.set(self.__dict__[_BEFORE].pop())
-    return _exit(self, *args)
-
-
-def _unpack(replay: Replay, unpack: Callable[[Any], Any], saved: Any) -> Any:
-    if replay.hooked:  # others' hooks may as well only have moved what was saved
-        replay.check_patches()
-    with restored(replay):
-        return unpack(saved)
-
-
-def _apply_checkpoint(cls: Any, function: Any, preserve_rng_state: Any, *args: Any) -> Any:
-    """torch's reentrant checkpoint. It does not look for tensors that need a gradient beyond its
-    arguments; where a learned bias is in force, the other kind of checkpoint is made. Not inside
-    one of that kind: nested, these hand on one tensor that was two arguments as two tensors, and
-    attention of key and value then saves others than before."""
-    if (
-        torch.is_grad_enabled()
-        and hooked() is None
-        and any(tensor.requires_grad for tensor in _tensors_in_force())
-    ):
-        if RELEASE < (1, 11):
-            return _with_learned_arguments(cls, function, preserve_rng_state, args)
-        return _checkpoint(
-            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
-        )
-    return super(_CheckpointFunction, cls).apply(function, preserve_rng_state, *args)
-
-
-def _with_learned_arguments(
-    cls: Any, function: Any, preserve_rng_state: Any, args: Tuple[Any, ...]
-) -> Any:
-    """torch's reentrant checkpoint with more arguments: the tensors that need a gradient and are in
-    force, or in lists among its arguments. For torch before 1.11, which has no other kind of
-    checkpoint."""
-    values = tuple(item.read() for item in _carried)
-    learned: Dict[int, Tensor] = {}
-
-    def note(tensor: Any) -> Any:
-        if tensor.requires_grad:
-            learned[id(tensor)] = tensor
-        return tensor
-
-    _mapped(values, note)
-    for argument in args:
-        if not isinstance(argument, Tensor):
-            tree_map(functools.partial(_each_tensor, note), argument)
-    names, count = tuple(learned), len(args)
-
-    def run(*given: Any) -> Any:
-        if not torch.is_grad_enabled():  # the forward
-            return function(*given[:count])
-        leaves = dict(zip(names, given[count:]))
-
-        def leaf(tensor: Any) -> Any:
-            return leaves.get(id(tensor), tensor)
-
-        swapped = [
-            g if isinstance(g, Tensor) else tree_map(functools.partial(_each_tensor, leaf), g)
-            for g in given[:count]
-        ]
-        before = [item.variable.get() for item in _carried]
-        for item, value in zip(_carried, _mapped(values, leaf)):
-            item.variable.set(value)
-        try:
-            return function(*swapped)
-        finally:
-            for item, value in zip(_carried, before):
-                item.variable.set(value)
-
-    return super(_CheckpointFunction, cls).apply(run, preserve_rng_state, *args, *learned.values())
-
-
-def _each_tensor(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`function` of a tensor, or of those of a bias."""
-    if isinstance(value, Tensor):
-        return function(value)
-    return value._map(function) if isinstance(value, AttentionBias) else value
-
-
-def _tensors_in_force() -> List[Tensor]:
-    found: List[Tensor] = []
-    for item in _carried:
-        value = item.read()
-        if value:
-            item.mapped(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
