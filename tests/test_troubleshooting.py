@@ -40,7 +40,7 @@ NO_TROUBLE = {
     "flashbias ab: \0": "quotes a message that is on the page",
     "flashbias bench: \0": "quotes a message that is on the page",
     "flashbias tune: \0": "quotes a message that is on the page",
-    "nothing is kept in \0": "the answer to --show",
+    "no tile shape is stored in \0": "the answer to --show",
     "removed: \0": "what was asked for",
     "flashbias doctor: \0": "quotes a message that is on the page",
     "flashbias report: \0": "quotes a message that is on the page",

@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
 
 import torch
 
-from .. import settings
+from .. import driver, settings
 from .signature import CallSignature
 
 log = logging.getLogger("flashbias_patch")
@@ -143,11 +143,8 @@ def _without(rows: List[Row], key: RowKey) -> List[Row]:
 
 @functools.lru_cache(maxsize=None)
 def _driver() -> str:
-    try:
-        with open("/proc/driver/nvidia/version", encoding="utf-8", errors="replace") as file:
-            return " ".join(file.readline().split()[:8])
-    except OSError:
-        return str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")())
+    number: Any = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")
+    return driver.version() or str(number())
 
 
 def _cudnn() -> Any:

@@ -1,5 +1,4 @@
-"""`flashbias bench`: the attention backends timed on this machine's device, at the shapes of known
-models."""
+"""Implement `flashbias bench`: time the attention backends at the shapes of known models."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from typing import Any, Dict, List, Sequence
 from .terminal import aligned, progress, unknown
 
 NAME = "bench"
-HELP = "time the attention backends here, at the shapes of known models"
+HELP = "time the attention backends on this machine, at the shapes of known models"
 BENCHMARK = "flashbias_patch.attention.benchmark"
 
 
@@ -31,14 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("fp16", "bf16", "fp32"),
-        help="default: fp16; fp32 on a CPU, which computes half slowly or not",
+        help="default: fp16; fp32 on a CPU, where half precision is slow or not supported",
     )
-    parser.add_argument("--out", metavar="DIR", help="write bench.json and bench.html there")
+    parser.add_argument("--out", metavar="DIR", help="write bench.json and bench.html to DIR")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 2 for an unknown name or a missing library; 3 when no backend ran at all; 130
-    interrupted."""
+    """Run the benchmark and print a table.
+
+    Exit status: 0; 2 for an unknown name or a missing library; 3 if no backend ran; 130 if
+    interrupted.
+    """
     try:
         benchmark = importlib.import_module(BENCHMARK)
     except ImportError as error:
@@ -65,26 +67,28 @@ def main(args: argparse.Namespace) -> int:
             return 3
         if not args.shapes:
             print(
-                f"flashbias bench: torch sees no GPU: a CPU measures {', '.join(feasible)}; the "
-                "other shapes need a GPU",
+                f"flashbias bench: torch sees no GPU: only {', '.join(feasible)} is measured, on "
+                "the CPU; the other shapes need a GPU",
                 file=sys.stderr,
             )
             shapes = feasible
         dtype = args.dtype or "fp32"
     with progress() as say:
-        found = benchmark.run(shapes, args.backends or list(benchmark.BACKENDS), dtype, say)
-    print(table(found["rows"]))
+        result = benchmark.run(shapes, args.backends or list(benchmark.BACKENDS), dtype, say)
+    print(table(result["rows"]))
     if args.out:
-        _write(args.out, found)
-    if found.get("interrupted"):
-        print("flashbias bench: interrupted; the rows above are what there is", file=sys.stderr)
+        _write(args.out, result)
+    if result.get("interrupted"):
+        print("flashbias bench: interrupted; the results above are partial", file=sys.stderr)
         return 130
-    return 0 if any(row.get("forward_ms") is not None for row in found["rows"]) else 3
+    return 0 if any(row.get("forward_ms") is not None for row in result["rows"]) else 3
 
 
 def table(rows: List[Dict[str, Any]]) -> str:
-    """One line a measurement, aligned; what could not run says why, once where the reason is the
-    same at every shape."""
+    """Return an aligned table with one line per measurement.
+
+    A backend that is unsupported at every shape for one reason has one line below the table.
+    """
     units = {"forward_ms": " ms", "total_ms": " ms", "extra_mib": " MiB", "error": ""}
     cells: List[Sequence[str]] = [
         ("shape", "backend", "forward", "forward+backward", "extra memory", "error")
@@ -94,7 +98,9 @@ def table(rows: List[Dict[str, Any]]) -> str:
         if row["backend"] in absent:
             continue
         if row.get("forward_ms") is None:
-            cells.append((row["shape"], row["backend"], "cannot: " + row.get("why_not", "unknown")))
+            cells.append(
+                (row["shape"], row["backend"], "unsupported: " + row.get("why_not", "unknown"))
+            )
         else:
             cells.append(
                 (
@@ -104,21 +110,24 @@ def table(rows: List[Dict[str, Any]]) -> str:
                 )
             )
     return "\n".join(
-        [aligned(cells, left=2), *(f"{name} cannot: {reason}" for name, reason in absent.items())]
+        [
+            aligned(cells, left=2),
+            *(f"{name} unsupported: {reason}" for name, reason in absent.items()),
+        ]
     )
 
 
 def _absent(rows: List[Dict[str, Any]]) -> Dict[str, str]:
-    """{backend: reason} of those that ran at no shape, for one and the same reason at more than
-    one."""
+    """Return {backend: reason} for backends that ran at no shape, at least two, all for one
+    reason."""
     reasons: Dict[str, List[Any]] = {}
     for row in rows:
         why = row.get("why_not", "unknown") if row.get("forward_ms") is None else None
         reasons.setdefault(row["backend"], []).append(why)
     return {
-        name: said[0]
-        for name, said in reasons.items()
-        if len(said) > 1 and said[0] and len(set(said)) == 1
+        name: backend_reasons[0]
+        for name, backend_reasons in reasons.items()
+        if len(backend_reasons) > 1 and backend_reasons[0] and len(set(backend_reasons)) == 1
     }
 
 
@@ -126,15 +135,15 @@ def _number(value: Any, unit: str) -> str:
     return "-" if value is None else f"{value:.3g}{unit}"
 
 
-def _write(out: str, found: Dict[str, Any]) -> None:
+def _write(out: str, result: Dict[str, Any]) -> None:
     from ..ab import report
 
     os.makedirs(out, exist_ok=True)
     with open(os.path.join(out, "bench.json"), "w", encoding="utf-8") as file:
-        json.dump({**found, "date": time.strftime("%Y-%m-%d")}, file, indent=1)
+        json.dump({**result, "date": time.strftime("%Y-%m-%d")}, file, indent=1)
     print(f"written: {os.path.join(out, 'bench.json')}")
     try:
-        page = report.bench_html(found)
+        page = report.bench_html(result)
     except report.MissingExtra as error:
         print(f"no HTML: {error}", file=sys.stderr)
         return

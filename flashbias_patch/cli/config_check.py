@@ -1,10 +1,9 @@
-"""`flashbias doctor --config FILE`: whether a bias is on, which layers will receive it, and what on
-the way would drop it.
+"""Implement `flashbias doctor --config FILE`: find out which layers of a config receive a bias.
 
-mmcv / mmengine Python configs are read without importing either: the file is executed as the plain
-assignments it is, `_base_` files first. What that cannot read (lazy configs, YAML) goes to
-mmengine's or mmcv's own Config, if installed. `aqr` is judged by the code that builds the router in
-a run.
+Python configs of mmcv and mmengine are read without importing either: the files are executed as
+plain assignments, `_base_` files first. Configs that cannot be read like this (lazy configs, YAML)
+are passed to the Config class of mmengine or mmcv, if installed. `aqr` is checked by the code that
+builds the router in a run.
 """
 
 from __future__ import annotations
@@ -21,25 +20,29 @@ from . import config_options
 
 KEYS = ("aqr", "enable_aqr", "attention_bias", "attn_bias")
 FLASH_CLASSES = ("PETRMultiheadFlashAttention",)
-HANDING_OVER = ("Cmt",)  # transformers whose heads tell where the queries are
+HANDING_OVER = ("Cmt",)  # transformers whose heads provide the positions of the queries
 EMBED_DIMS, NUM_HEADS = (
     8,
     2,
-)  # of the router that is built to check its options; no option depends on them
+)  # of a router that is built to check the options; these do not depend on the sizes
 
 
 class ConfigError(ValueError):
-    """A config file that cannot be read; the message says which and why."""
+    """Raised for a config that cannot be read; the message names the file and the reason."""
 
 
 def check(config_path: str, cfg_options: Sequence[str] = ()) -> Dict[str, Any]:
-    """A JSON-able report: switches (path, value, on), transformers with their layers, notes.
-    ConfigError if unreadable.
+    """Return a JSON-able report: switches (path, value, on), transformers with layers, notes.
 
-    cfg_options: KEY=VALUE overrides, as mmcv's and mmengine's training scripts take them by
-    --cfg-options. Each attention
-    of a decoder layer: its type, "cross" or "self", whether the bias reaches it patched and
-    unpatched, and what would drop it.
+    Each attention of a decoder layer has its type, its kind ("cross" or "self"), whether the bias
+    is applied in a patched and in an unpatched run, and the reasons why it would be dropped.
+
+    Args:
+        config_path: a config file of mmcv or mmengine.
+        cfg_options: KEY=VALUE overrides, as --cfg-options of training scripts.
+
+    Raises:
+        ConfigError: the config cannot be read.
     """
     config, missing = load(config_path)
     try:
@@ -74,6 +77,7 @@ def check(config_path: str, cfg_options: Sequence[str] = ()) -> Dict[str, Any]:
 
 
 def text(report: Dict[str, Any]) -> str:
+    """Format a report of `check` as text."""
     lines = [f"config {report['config']}:"]
     for switch in report["switches"]:
         lines.append(f"  {switch['path']} = {switch['value']!r}: {'on' if switch['on'] else 'off'}")
@@ -89,9 +93,9 @@ def text(report: Dict[str, Any]) -> str:
                 "applied" if attention[key] else "dropped" for key in ("patched", "unpatched")
             )
             lines.append(
-                f"    {attention['kind']:<5} {attention['type']}: a bias is {patched} patched, "
-                f"{unpatched} "
-                f"unpatched{attention['why'] and ': ' + attention['why']}"
+                f"    {attention['kind']:<5} {attention['type']}: a bias is {patched} in a "
+                f"patched run, {unpatched} in an unpatched "
+                f"run{attention['why'] and ': ' + attention['why']}"
             )
     return "\n".join(lines + [f"  note: {note}" for note in report["notes"]])
 
@@ -100,10 +104,9 @@ def text(report: Dict[str, Any]) -> str:
 
 
 def load(path: str) -> Tuple[Dict[str, Any], List[str]]:
-    """The config as nested dicts, `_base_` resolved, `_delete_` obeyed, and a note for each base
-    that is missing.
+    """Read a config; return it as nested dicts, and a note for each `_base_` that is missing.
 
-    What the config prints goes to stderr.
+    `_base_` and `_delete_` are applied. Output of the config itself goes to stderr.
     """
     if not os.path.isfile(path):
         raise ConfigError(f"--config: {path!r} is not a file")
@@ -116,13 +119,13 @@ def load(path: str) -> Tuple[Dict[str, Any], List[str]]:
     except (Exception, SystemExit) as error:
         config = _load_with_library(path)
         if config is None:
-            what = (
-                "SystemExit: it ends the program"
+            reason = (
+                "SystemExit: it ends the process"
                 if isinstance(error, SystemExit)
                 else _first_line(error)
             )
             raise ConfigError(
-                f"--config: {path!r} cannot be read without mmcv or mmengine: {what}"
+                f"--config: {path!r} cannot be read without mmcv or mmengine: {reason}"
             ) from error
         return config, []
 
@@ -133,22 +136,24 @@ def _first_line(error: BaseException) -> str:
 
 def _load_python(path: str, above: Tuple[str, ...], missing: List[str]) -> Dict[str, Any]:
     if path in above:
-        raise ConfigError(f"--config: {path!r} is its own _base_")
-    if above and not os.path.isfile(path):  # often mmdetection3d's, beside the repository
-        missing.append(f"the _base_ {path} is not there: what it sets is not seen")
+        raise ConfigError(f"--config: {path!r} is a _base_ of itself")
+    if above and not os.path.isfile(
+        path
+    ):  # often a file of mmdetection3d, which lies beside the repository
+        missing.append(f"the _base_ {path} does not exist: its values are missing here")
         return {}
     names = runpy.run_path(path)
-    own = {
+    values = {
         name: value
         for name, value in names.items()
         if not name.startswith("__") and not _is_code(value)
     }
-    bases = own.pop("_base_", [])
+    bases = values.pop("_base_", [])
     merged: Dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
         below = os.path.normpath(os.path.join(os.path.dirname(path), base))
         config_options.merge(merged, _load_python(below, (*above, path), missing))
-    config_options.merge(merged, own)
+    config_options.merge(merged, values)
     return merged
 
 
@@ -167,7 +172,7 @@ def _load_with_library(path: str) -> Optional[Dict[str, Any]]:
         except (
             Exception,
             SystemExit,
-        ):  # this one is a courtesy: the caller reports why the plain reading failed
+        ):  # optional: the caller reports why executing the file failed
             continue
     return None
 
@@ -178,8 +183,8 @@ def _load_with_library(path: str) -> Optional[Dict[str, Any]]:
 def _dicts(
     node: Any, path: str = "", above: Tuple[int, ...] = ()
 ) -> Iterator[Tuple[str, Dict[str, Any]]]:
-    """Every dict in nested dicts, lists and tuples, with its path; one that holds itself is not
-    entered again."""
+    """Yield every dict in nested dicts, lists and tuples, with its path; cycles are not
+    followed."""
     if id(node) in above:
         return
     items: Any = (
@@ -196,7 +201,7 @@ def _dicts(
 
 
 def plain(value: Any, above: Tuple[int, ...] = ()) -> Any:
-    """`value` as JSON has it: keys are strings, other objects are written out, and a cycle ends in
+    """Convert `value` to JSON types: keys and other objects become strings, a cycle becomes
     "..."."""
     if id(value) in above:
         return "..."
@@ -215,7 +220,7 @@ def plain(value: Any, above: Tuple[int, ...] = ()) -> Any:
 
 
 def _asks_for_a_router() -> bool:
-    """Whether FLASHBIAS_AQR is on, of transformers that the config does not show."""
+    """Return True if FLASHBIAS_AQR builds routers in transformers that the config does not show."""
     from ..aqr import options as aqr_options
 
     try:
@@ -246,38 +251,38 @@ def _is_on(path: str, value: Any, routers: Dict[str, Router]) -> bool:
 
 
 class Router(NamedTuple):
-    """What a run does with the `aqr` of one transformer."""
+    """The router that a run builds for one transformer, if any."""
 
     text: str
     built: bool = False
     from_environment: bool = False
-    # False where no class that is patched takes it: then only what the config says is known
+    # False if no patched class reads `aqr`: then only the value in the config is known
     judged: bool = True
 
 
 def _router(node: Dict[str, Any], name: Any, known: Dict[str, Any], num_layers: Any) -> Router:
     takes = name in known and known[name].seam == "transformer" and not left_out(name)
-    given = node.get("aqr")
+    value = node.get("aqr")
     if not takes:
         if "aqr" in node:
-            return Router(
-                "aqr is not a key of this class and not one that is patched: an error", judged=False
-            )
-        return Router("takes no aqr")
+            return Router("error: this class has no argument aqr and is not patched", judged=False)
+        return Router("aqr is not supported")
     try:
         from ..aqr import options as aqr_options
         from ..patching.seams.transformer_constructor import build_router
         from ..patching.seams.transformer_layouts import LAYOUTS
-    except ImportError as error:  # without torch nothing is built
+    except ImportError as error:  # without torch no router can be built
         return Router(f"aqr is not checked: {error}", judged=False)
-    source = "FLASHBIAS_AQR" if given is None else "aqr"
+    source = "FLASHBIAS_AQR" if value is None else "aqr"
     try:
-        options = aqr_options.from_environment() if given is None else aqr_options.read(given)
+        options = aqr_options.from_environment() if value is None else aqr_options.read(value)
         if options is None:
-            return Router("takes aqr=dict(enable=True), off")
+            return Router("aqr is off; aqr=dict(enable=True) turns it on")
         if not options.enable:
-            without = isinstance(given, dict) and "enable" not in given
-            return Router("off: aqr has no enable=True" if without else f"off by {source}")
+            without = isinstance(value, dict) and "enable" not in value
+            return Router(
+                "aqr is off: it has no enable=True" if without else f"aqr is off ({source})"
+            )
         layers = num_layers if isinstance(num_layers, int) and num_layers > 0 else 1
         build_router(
             name,
@@ -288,21 +293,20 @@ def _router(node: Dict[str, Any], name: Any, known: Dict[str, Any], num_layers: 
             num_layers=layers,
         )
     except (TypeError, ValueError) as error:
-        return Router(f"an error: {error}")
-    what = "its bias goes to every cross attention"
+        return Router(f"error: {error}")
+    effect = "its bias goes to every cross attention"
     if options.bias == aqr_options.WINDOW:
-        what = "its windows go to every cross attention"
+        effect = "its windows go to every cross attention"
         if not name.startswith(HANDING_OVER):
-            what += (
+            effect += (
                 "; its head needs flashbias_patch.aqr.provide_geometry(...) before the "
                 "transformer is called"
             )
-    return Router(f"aqr is built ({source}), {what}", True, given is None)
+    return Router(f"aqr is built ({source}), {effect}", True, value is None)
 
 
 def left_out(name: str) -> str:
-    """Why a patched run with these settings leaves a class of the catalog alone; empty if it does
-    not."""
+    """Return why the settings exclude a class of the catalog from patching, or ""."""
     return settings.current().leaves_out(name)
 
 
@@ -348,23 +352,22 @@ def _attention(name: Any, kind: str, known: Dict[str, Any]) -> Dict[str, Any]:
     target = known.get(name) if isinstance(name, str) else None
     patched = target is not None and target.seam in ("outer", "core") and not left_out(name)
     unpatched = name not in FLASH_CLASSES
-    dropped_by = []
+    reasons = []
     if target is not None and left_out(name):
-        dropped_by.append(left_out(name))
+        reasons.append(left_out(name))
     elif not patched:
-        dropped_by.append(
-            f"{name} is no class that this package patches; a subclass of one is, under any "
-            "name, and "
-            "third parties add theirs by an entry point"
+        reasons.append(
+            f"{name} is not a patched class; subclasses of patched classes are patched under "
+            "any name, and other packages can add classes by an entry point"
         )
     if not unpatched:
-        dropped_by.append("the flash class drops every attn_mask")
+        reasons.append("the flash class drops every attn_mask")
     return {
         "type": name,
         "kind": kind,
         "patched": patched,
         "unpatched": unpatched,
-        "why": "; ".join(dropped_by),
+        "why": "; ".join(reasons),
     }
 
 
@@ -374,20 +377,22 @@ def _notes(
     notes = []
     on = [switch for switch in switches if switch["on"]]
     if not transformers:
-        notes.append("no dict with a type and a decoder: this reads transformers in mmcv's form")
+        notes.append(
+            "no dict has a type and a decoder: only transformers in the form of mmcv are recognised"
+        )
     if on and any(item["with_cp"] for item in transformers):
         notes.append(
-            "with_cp=True loses a bias in attn_masks unpatched (reentrant checkpointing); "
-            "patched it is kept"
+            "with_cp=True loses a bias in attn_masks in an unpatched run (reentrant "
+            "checkpointing); a patched run keeps it"
         )
     crossing = [a for item in transformers for a in item["attentions"] if a["kind"] == "cross"]
     if on and transformers and not any(a["patched"] for a in crossing):
-        notes.append("a bias is on, and no cross attention here would receive it")
+        notes.append("a bias is on, but no cross attention of this config would receive it")
     routed = any(
         s["path"].rpartition(".")[2] in ("aqr", "FLASHBIAS_AQR") and s["on"] for s in switches
     )
     if routed and not _monitored(config):
-        notes.append("custom_hooks=[dict(type='BiasScaleMonitorHook')] would watch bias_scale")
+        notes.append("custom_hooks=[dict(type='BiasScaleMonitorHook')] would monitor bias_scale")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""KEY=VALUE overrides of a config, read and merged as mmcv's and mmengine's --cfg-options are."""
+"""Parse and merge KEY=VALUE overrides of a config, as mmcv and mmengine do for --cfg-options."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from typing import Any, Dict, List, Sequence
 DELETE = "_delete_"
 
 
-def parse(words: Sequence[str]) -> Dict[str, Any]:
-    """Nested dicts of `model.head.aqr.enable=True model.layers.0.type=X ...`; ValueError names a
-    word without `=`."""
+def parse(arguments: Sequence[str]) -> Dict[str, Any]:
+    """Parse `model.head.aqr.enable=True`, `model.layers.0.type=X`, ... into nested dicts.
+
+    Raises:
+        ValueError: an argument is not of the form KEY=VALUE.
+    """
     options: Dict[str, Any] = {}
-    for word in words:
-        key, separator, text = word.partition("=")
+    for argument in arguments:
+        key, separator, text = argument.partition("=")
         if not separator or not all(key.split(".")):
-            raise ValueError(f"expected KEY=VALUE with dots between keys, got {word!r}")
+            raise ValueError(f"expected KEY=VALUE with dots between keys, got {argument!r}")
         *path, last = key.split(".")
         node = options
         for part in path:
             if not isinstance(node.setdefault(part, {}), dict):
-                raise ValueError(f"{key}: {part} has a value of its own")
+                raise ValueError(f"{key}: {part} is set to a value already")
             node = node[part]
         node[last] = _value(text)
     return options
 
 
 def _value(text: str) -> Any:
-    """A number, a truth value, None, a string; a list of them where there are commas or
-    brackets."""
+    """Parse a number, a boolean, None or a string; commas or brackets make a list of them."""
     text = text.strip("'\"").replace(" ", "")
     if text[:1] + text[-1:] in ("()", "[]") and len(text) > 1:
         entries = [_value(part) for part in _split(text[1:-1]) if part]
@@ -44,7 +46,7 @@ def _value(text: str) -> Any:
 
 
 def _split(text: str) -> List[str]:
-    """Parts between the commas that are in no brackets."""
+    """Split at the commas outside brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "([") - (letter in ")]")
@@ -56,8 +58,10 @@ def _split(text: str) -> List[str]:
 
 
 def merge(into: Dict[str, Any], new: Dict[str, Any]) -> None:
-    """Merge `new` into `into` as configs inherit: dicts key by key unless `_delete_`, digits index
-    lists."""
+    """Merge `new` into `into` by the rules of config inheritance.
+
+    Dicts are merged key by key unless they hold `_delete_`; keys that are digits index lists.
+    """
     for key, value in new.items():
         old = into.get(key)
         if not isinstance(value, dict):
@@ -78,6 +82,8 @@ def merge(into: Dict[str, Any], new: Dict[str, Any]) -> None:
 def _merged_list(key: str, old: Sequence[Any], new: Dict[str, Any]) -> List[Any]:
     entries = dict(enumerate(old))
     if any(int(index) not in entries for index in new):
-        raise ValueError(f"{key}: it has {len(entries)} entries, none at {', '.join(new)}")
+        raise ValueError(
+            f"{key}: the list has {len(entries)} entries and no entry {', '.join(new)}"
+        )
     merge(entries, {int(index): value for index, value in new.items()})  # type: ignore[arg-type, misc]
     return list(entries.values())

@@ -1,5 +1,4 @@
-"""`flashbias doctor`: versions, settings, backends, what would be patched in a repository, and
-known problems."""
+"""Implement `flashbias doctor`: report versions, settings, backends, targets and known problems."""
 
 from __future__ import annotations
 
@@ -18,30 +17,30 @@ from . import config_check, self_checks, system
 
 NAME = "doctor"
 HELP = (
-    "show versions, settings, backends with their reasons and, for a repository, which "
-    "classes would be patched"
+    "show versions, settings, backends (or why they are unsupported) and, for a repository, the "
+    "classes that would be patched"
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--repo", metavar="DIR", help="a repository: list its classes that would be patched"
+        "--repo", metavar="DIR", help="a repository: list the classes in it that would be patched"
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="an mmcv config: is a bias on, and which layers receive it"
+        "--config",
+        metavar="FILE",
+        help="an mmcv config: show whether a bias is on and which layers receive it",
     )
     parser.add_argument(
         "--cfg-options",
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="overrides of --config, as training scripts take them",
+        help="overrides of --config, as in training scripts",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument(
-        "--markdown",
-        action="store_true",
-        help="print Markdown instead of text, to paste in an issue",
+        "--markdown", action="store_true", help="print Markdown instead of text, for an issue"
     )
 
 
@@ -64,12 +63,14 @@ def main(args: argparse.Namespace) -> int:
     else:
         page = _markdown(report) if args.markdown else _text(report)
     encoding = sys.stdout.encoding or "utf-8"
-    print(page.encode(encoding, "backslashreplace").decode(encoding))  # file names need not be text
+    print(
+        page.encode(encoding, "backslashreplace").decode(encoding)
+    )  # file names may be undecodable
     return 0
 
 
 def examine(repo: Optional[str] = None) -> Dict[str, Any]:
-    """Everything doctor knows, as a JSON-able dict."""
+    """Collect the report as a JSON-able dict."""
     from .. import __version__, compat, settings
 
     report: Dict[str, Any] = {
@@ -78,7 +79,9 @@ def examine(repo: Optional[str] = None) -> Dict[str, Any]:
         "system": system.facts(),
         "packages": system.packages(),
         "settings": settings.current().as_dict(),
-        "unmendable": [{"what": what, "cure": cure} for what, cure in compat.unmendable()],
+        "unmendable": [
+            {"what": issue.problem, "cure": issue.fix} for issue in compat.known_issues()
+        ],
         "missing": [],
         "gpu": None,
         "backends": {},
@@ -88,14 +91,14 @@ def examine(repo: Optional[str] = None) -> Dict[str, Any]:
 
         report["missing"] = _torch_internals.missing()
         report["gpu"], report["backends"] = _backends()
-        report["self_checks"] = self_checks.kept()
+        report["self_checks"] = self_checks.stored()
     if repo is not None:
         report["repository"] = scan(repo)
     return report
 
 
 def _backends() -> Any:
-    """(device name, {backend: reasons against CMT's own call}) for the best device here."""
+    """Return (device name, {backend: reasons why it does not support CMT's cross attention})."""
     import torch
 
     from ..attention import dispatch
@@ -114,53 +117,55 @@ def _backends() -> Any:
 
 
 def scan(root: str) -> List[Dict[str, Any]]:
-    """Classes in a repository that bear a target's name: where, and why not if they would be left
-    alone.
+    """List the classes of a repository that have the name of a target.
 
-    Reads source text only; nothing of the repository is imported.
+    Each entry has class, file, line, seam and reason: None if the class would be patched, else why
+    it would be left alone. Only source text is read; nothing of the repository is imported.
     """
     from ..patching import catalog
 
     known = catalog.targets()
-    found: List[Dict[str, Any]] = []
-    for path in _sources(root, found):
+    entries: List[Dict[str, Any]] = []
+    for path in _sources(root, entries):
         file, reason = os.path.relpath(path, root), None
         try:
             tree = _parse(path, known)
         except OSError as error:
             reason = f"cannot be read: {error.strerror or error}"
-        except (SyntaxError, ValueError) as error:  # UnicodeDecodeError and NUL bytes too
+        except (SyntaxError, ValueError) as error:  # also UnicodeDecodeError, and for NUL bytes
             reason = f"does not parse: {error}"
         except (RecursionError, MemoryError):
             reason = "does not parse: it is nested too deeply"
         if reason is not None:
-            found.append({"class": None, "file": file, "reason": reason})
+            entries.append({"class": None, "file": file, "reason": reason})
             continue
         for node in ast.walk(tree) if tree is not None else ():
             if isinstance(node, ast.ClassDef) and node.name in known:
                 target, reason = known[node.name], config_check.left_out(node.name)
-                misfit = _static_misfit(node, target)
+                mismatch = _static_mismatch(node, target)
                 if (
-                    misfit is not None
+                    mismatch is not None
                     and target.otherwise is not None
-                    and not _static_misfit(node, target.otherwise)
+                    and not _static_mismatch(node, target.otherwise)
                 ):
-                    target, misfit = target.otherwise, None
-                found.append(
+                    target, mismatch = target.otherwise, None
+                entries.append(
                     {
                         "class": node.name,
                         "file": file,
                         "line": node.lineno,
                         "seam": target.seam,
-                        "reason": reason or misfit,
+                        "reason": reason or mismatch,
                     }
                 )
-    return found
+    return entries
 
 
 def _parse(path: str, known: Iterable[str]) -> Optional[ast.Module]:
-    """The module at `path`; None where it names no target. Links to nothing, pipes and devices are
-    OSErrors."""
+    """Parse the module at `path`; return None if it contains the name of no target.
+
+    Raises OSError also for broken links, pipes and devices.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("not a regular file")
     with open(path, "rb") as file:
@@ -168,16 +173,18 @@ def _parse(path: str, known: Iterable[str]) -> Optional[ast.Module]:
     if not any(name.encode() in source for name in known):
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of invalid escapes and the like in other people's code
+        warnings.simplefilter("ignore")  # about invalid escapes and the like in the repository
         return ast.parse(importlib.util.decode_source(source))
 
 
-def _sources(root: str, found: List[Dict[str, Any]]) -> Iterator[str]:
-    """Python files below `root`; directories that cannot be read are added to `found`. Links to
-    directories are not followed, so that a loop of them ends."""
+def _sources(root: str, entries: List[Dict[str, Any]]) -> Iterator[str]:
+    """Yield the Python files below `root`; add directories that cannot be read to `entries`.
+
+    Links to directories are not followed, because they may form a loop.
+    """
 
     def unreadable(error: OSError) -> None:
-        found.append(
+        entries.append(
             {
                 "class": None,
                 "file": os.path.relpath(error.filename or root, root),
@@ -192,8 +199,8 @@ def _sources(root: str, found: List[Dict[str, Any]]) -> Iterator[str]:
         yield from (os.path.join(folder, f) for f in sorted(files) if f.endswith(".py"))
 
 
-def _static_misfit(node: ast.ClassDef, target: Any) -> Optional[str]:
-    """catalog.misfit, as far as source text tells."""
+def _static_mismatch(node: ast.ClassDef, target: Any) -> Optional[str]:
+    """Check a class as catalog.misfit does, from its source text alone."""
     forward = next(
         (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "forward"), None
     )
@@ -216,30 +223,32 @@ SYSTEM = {
     "cudnn": "cuDNN",
     "numpy_abi": "NumPy, torch",
 }
-PRIVATE = ("home",)  # settings that hold a path: an issue shows only that they are set
+PRIVATE = ("home",)  # settings with a path; the Markdown report shows only that they are set
 
 
 def _markdown(report: Dict[str, Any]) -> str:
-    """Made for an issue: what is installed and set, folded; no path of the machine but those of
-    --repo and --config."""
+    """Format the report as folded Markdown for an issue.
+
+    It shows no path of the machine except those given by --repo and --config.
+    """
     from .. import settings
 
     def table(rows: Iterable[Any]) -> List[str]:
         return [
             "| | |",
             "|---|---|",
-            *("| " + " | ".join(_cell(word) for word in row) + " |" for row in rows),
+            *("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows),
             "",
         ]
 
-    found = report["settings"]
+    values = report["settings"]
     changed = [
         (
             variable.name,
-            "set" if variable.field in PRIVATE else variable.shown(found[variable.field]),
+            "set" if variable.field in PRIVATE else variable.shown(values[variable.field]),
         )
         for variable in settings.VARIABLES
-        if found[variable.field] != variable.default
+        if values[variable.field] != variable.default
     ]
     versions = [
         ("flashbias_patch", report["flashbias_patch"]),
@@ -262,11 +271,11 @@ def _markdown(report: Dict[str, Any]) -> str:
     ]
     lines += ["**Backends**", ""]
     lines += table(
-        (name, "; ".join(reasons) or "takes it") for name, reasons in report["backends"].items()
+        (name, "; ".join(reasons) or "supported") for name, reasons in report["backends"].items()
     )
     if report["unmendable"]:
         lines += [
-            "**In the way**",
+            "**Known problems**",
             "",
             *table((entry["what"], entry["cure"]) for entry in report["unmendable"]),
         ]
@@ -287,14 +296,14 @@ def _markdown(report: Dict[str, Any]) -> str:
     return "\n".join([*lines, "</details>"])
 
 
-def _cell(word: Any) -> str:
-    return str(word).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
 def _text(report: Dict[str, Any]) -> str:
     from .. import settings
 
-    found, width = report["settings"], max(map(len, report["packages"]))
+    values, width = report["settings"], max(map(len, report["packages"]))
     lines = [f"flashbias_patch {report['flashbias_patch']} on Python {report['python']}"]
     lines += ["system:"] + [
         f"  {SYSTEM[name]:<{width}} {value or '-'}" for name, value in report["system"].items()
@@ -304,25 +313,23 @@ def _text(report: Dict[str, Any]) -> str:
     ]
     lines.append("settings:")
     lines += [
-        f"  {variable.name:<20} {variable.shown(found[variable.field])}"
+        f"  {variable.name:<20} {variable.shown(values[variable.field])}"
         for variable in settings.VARIABLES
     ]
-    if not found["patch"]:
+    if not values["patch"]:
         lines.append(
-            "  FLASHBIAS_PATCH is off: a run is not patched; below is what a patched one does"
+            "  FLASHBIAS_PATCH is off: a run is not patched; the report below is for a patched run"
         )
     lines.append(f"GPU: {report['gpu'] or 'none'}")
     lines.append("backends, in the order in which they are tried (for CMT's cross attention):")
     for name, reasons in report["backends"].items():
-        lines.append(f"  {name:<10} {'takes it' if not reasons else '; '.join(reasons)}")
+        lines.append(f"  {name:<10} {'supported' if not reasons else '; '.join(reasons)}")
     if not report["backends"]:
-        lines.append("  torch is not installed: nothing can be computed")
+        lines.append("  none: torch is not installed")
     if report["missing"]:
         lines += ["this torch lacks:"] + [f"  {line}" for line in report["missing"]]
     lines += self_checks.text(report)
-    lines += [
-        f"in the way: {entry['what']}\n  cure: {entry['cure']}" for entry in report["unmendable"]
-    ]
+    lines += [f"problem: {entry['what']}\n  fix: {entry['cure']}" for entry in report["unmendable"]]
     if "repository" in report:
         lines.append("repository:")
         for item in report["repository"]:
@@ -333,7 +340,7 @@ def _text(report: Dict[str, Any]) -> str:
             )
             lines.append(f"  {item['file']}:{item.get('line', 1)} {item['class'] or ''} {verdict}")
         if not report["repository"]:
-            lines.append("  no class that this package patches; see docs/compatibility.md")
+            lines.append("  no class with the name of a target; see docs/compatibility.md")
     if "config" in report:
         lines.append(config_check.text(report["config"]))
     return "\n".join(lines)

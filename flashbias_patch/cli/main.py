@@ -1,7 +1,7 @@
-"""`flashbias`: one subcommand per module, each with NAME, HELP, add_arguments(parser) and
-main(args) -> exit status.
+"""Run the `flashbias` command: one module per subcommand.
 
-Importing this module imports next to nothing: whatever takes time is imported under the guard.
+Each module has NAME, HELP, add_arguments(parser) and main(args) -> exit status. Importing this
+module is cheap: the rest is imported inside `guarded`, which also handles errors of these imports.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ if TYPE_CHECKING:
     from typing import Callable, List, Optional
 
 COMMANDS = ("run", "doctor", "why", "ab", "bench", "tune", "report")
-BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended
+BROKEN_PIPE = 141  # the exit status that shells report after SIGPIPE
 INTERRUPTED = 130
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Entry point of the console script. Returns the exit status; 2 for a mistake in the command or
-    environment."""
-    words = sys.argv[1:] if argv is None else argv
+    """Run the console script and return its exit status; 2 for a wrong command or environment."""
+    arguments = sys.argv[1:] if argv is None else argv
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # its descriptor is closed
+        if getattr(sys, name) is None:  # the file descriptor is closed
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-    return guarded(next((word for word in words[:1] if word in COMMANDS), ""), lambda: _main(argv))
+    return guarded(
+        next((first for first in arguments[:1] if first in COMMANDS), ""), lambda: _main(argv)
+    )
 
 
 def _main(argv: Optional[List[str]]) -> int:
@@ -52,19 +53,21 @@ def _main(argv: Optional[List[str]]) -> int:
         )
         module.add_arguments(sub)
     args = parser.parse_args(argv)
-    return 2 if mistaken_environment() else modules[args.command].main(args)
+    return 2 if environment_is_wrong() else modules[args.command].main(args)
 
 
-def mistaken_environment() -> bool:
-    """Name what is wrong with the FLASHBIAS_* variables; True if a value is, so that nothing may
-    start."""
+def environment_is_wrong() -> bool:
+    """Print the problems with FLASHBIAS_* variables; return True if a value is wrong.
+
+    In that case no command may start.
+    """
     from .. import environment, settings
 
     read = settings.current()
     mistakes = read.problems + environment.problems()
     for problem in settings.unnamed(
         mistakes + read.unknown
-    ):  # importing this package named some of them
+    ):  # importing this package reported some of them already
         print("flashbias:", problem, file=sys.stderr)
     if mistakes:
         print("flashbias: nothing was run; correct the variables named above", file=sys.stderr)
@@ -72,14 +75,14 @@ def mistaken_environment() -> bool:
 
 
 def guarded(command: str, run: Callable[[], int]) -> int:
-    """run(), where an error that is no mistake of this package ends in one line instead of a
-    traceback."""
+    """Return run(); print one line instead of a traceback for errors that are not bugs of this
+    package."""
     try:
         try:
             return run()
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe has gone, as in `flashbias doctor | head`
+    except BrokenPipeError:  # the reader of the pipe has ended, as in `flashbias doctor | head`
         _discard_output()
         return BROKEN_PIPE
     except KeyboardInterrupt:
@@ -101,8 +104,7 @@ def guarded(command: str, run: Callable[[], int]) -> int:
 
 
 def _discard_output() -> None:
-    """Give up what cannot be written to standard output, so that Python does not try again at
-    exit."""
+    """Discard unwritten output if stdout is broken, so that Python does not try again at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

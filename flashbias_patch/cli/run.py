@@ -1,4 +1,4 @@
-"""`flashbias run [--] CMD...`: run a command with every Python process of it patched."""
+"""Implement `flashbias run [--] CMD...`: run a command with all its Python processes patched."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--off", action="store_true", help="run the command unpatched, all else the same"
+        "--off", action="store_true", help="run the command unpatched, otherwise the same"
     )
     parser.add_argument(
         "cmd", nargs=argparse.REMAINDER, metavar="CMD", help="the command, after an optional --"
@@ -28,11 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command_of(args: argparse.Namespace) -> List[str]:
-    """The command's words, without the separating --."""
-    return args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
+    """Return the arguments of the command without the separating --."""
+    command: List[str] = args.cmd
+    return command[1:] if command[:1] == ["--"] else command
 
 
 def main(args: argparse.Namespace) -> int:
+    """Replace this process by the command; return an exit status only if that fails."""
     command = command_of(args)
     if not command:
         print(
@@ -45,18 +47,18 @@ def main(args: argparse.Namespace) -> int:
     if program is None:
         print(f"flashbias run: CMD: {command[0]!r} is not a program on PATH", file=sys.stderr)
         return 127
-    wanted = settings.current().patch
-    if not wanted and not args.off:
+    enabled = settings.current().patch
+    if not enabled and not args.off:
         print("flashbias run: FLASHBIAS_PATCH is off: the command runs unpatched", file=sys.stderr)
-    option = ignores_path(command) if wanted and not args.off else None
+    option = ignores_path(command) if enabled and not args.off else None
     if option:
         print(
-            f"flashbias run: Python's option {option} leaves out PYTHONPATH or sitecustomize: it "
-            "runs unpatched",
+            f"flashbias run: Python's option {option} ignores PYTHONPATH or sitecustomize: the "
+            "command runs unpatched",
             file=sys.stderr,
         )
     summary = {} if os.environ.get("FLASHBIAS_SUMMARY", "").strip() else {"FLASHBIAS_SUMMARY": "1"}
-    env = launch.prepare_environment(os.environ, patch=wanted and not args.off, extra=summary)
+    env = launch.prepare_environment(os.environ, patch=enabled and not args.off, extra=summary)
     sys.stdout.flush()
     try:
         os.execve(program, command, env)
@@ -69,22 +71,20 @@ def main(args: argparse.Namespace) -> int:
             return 126
     os.execve(
         "/bin/sh", ["sh", program, *command[1:]], env
-    )  # a script without a first line, as shells run it
+    )  # a script without a #! line, run as shells do
     raise AssertionError("unreachable")
 
 
 def ignores_path(command: List[str]) -> Optional[str]:
-    """The option by which a Python on the command line does not see what PYTHONPATH holds; None if
-    there is none."""
+    """Return the option that makes a Python command ignore PYTHONPATH or sitecustomize, or None."""
     if not re.fullmatch(r"python[\d.]*", os.path.basename(command[0])):
         return None
-    for word in command[1:]:
-        if not re.fullmatch(r"-[A-Za-z]+", word):
-            # the script; -X and -W take their value along, or as the next word, which stops the
-            # search
+    for argument in command[1:]:
+        if not re.fullmatch(r"-[A-Za-z]+", argument):
+            # the script, or the separate value of -X or -W, which ends the search too
             return None
-        options = re.split("[cmWX]", word[1:])[0]
-        found = next((letter for letter in options if letter in "IES"), None)
-        if found:
-            return f"-{found}"
+        options = re.split("[cmWX]", argument[1:])[0]
+        letter_that_ignores = next((letter for letter in options if letter in "IES"), None)
+        if letter_that_ignores:
+            return f"-{letter_that_ignores}"
     return None

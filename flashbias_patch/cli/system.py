@@ -1,14 +1,14 @@
-"""The machine for `flashbias doctor`: operating system, driver, cuDNN, packages, and whether NumPy
-and torch fit."""
+"""Describe the machine for `flashbias doctor`: operating system, driver, cuDNN, packages, NumPy."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import platform
-import re
 import subprocess
-from typing import Any, Dict, Optional
+from typing import Any, Dict, NamedTuple, Optional
+
+from .. import driver
 
 PACKAGES = (
     "torch",
@@ -31,23 +31,25 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
 )
-DRIVER = "/proc/driver/nvidia/version"
-SECONDS = 5.0  # that nvidia-smi may take
+TIMEOUT = 5.0  # seconds that nvidia-smi may take
 
 
 def packages() -> Dict[str, Optional[str]]:
-    """Version per package, None where it is missing. spconv has a distribution per CUDA version:
-    its name is in the value."""
-    found = {name: version(name) for name in PACKAGES}
-    if found["spconv"] is None:
+    """Return the version of each package, or None if it is missing.
+
+    spconv has one distribution per CUDA version; the value then includes the distribution's name.
+    """
+    versions = {name: version(name) for name in PACKAGES}
+    if versions["spconv"] is None:
         for distribution in importlib.metadata.distributions():
             name = str(distribution.metadata["Name"] or "")
             if name.startswith("spconv-"):
-                found["spconv"] = f"{distribution.version} ({name})"
-    return found
+                versions["spconv"] = f"{distribution.version} ({name})"
+    return versions
 
 
 def version(name: str) -> Optional[str]:
+    """Return the version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -55,13 +57,15 @@ def version(name: str) -> Optional[str]:
 
 
 def facts() -> Dict[str, Any]:
-    """JSON-able: os, machine, libc, driver, cuda, cudnn, numpy_abi. Imports torch where it is
-    installed."""
-    found: Dict[str, Any] = {
+    """Return os, machine, libc, driver, cuda, cudnn and numpy_abi as a JSON-able dict.
+
+    Imports torch if it is installed.
+    """
+    values: Dict[str, Any] = {
         "os": platform.platform(),
         "machine": platform.machine(),
         "libc": " ".join(platform.libc_ver()).strip() or None,
-        "driver": driver(),
+        "driver": driver_version(),
         "cuda": None,
         "cudnn": None,
         "numpy_abi": None,
@@ -69,46 +73,48 @@ def facts() -> Dict[str, Any]:
     if importlib.util.find_spec("torch") is not None:
         import torch
 
-        found["cuda"] = torch.version.cuda
+        values["cuda"] = torch.version.cuda
         if torch.backends.cudnn.is_available():
-            found["cudnn"] = ".".join(map(str, cudnn_version(torch.backends.cudnn.version() or 0)))
-        found["numpy_abi"] = numpy_abi(torch)
-    return found
+            values["cudnn"] = ".".join(map(str, cudnn_version(torch.backends.cudnn.version() or 0)))
+        values["numpy_abi"] = numpy_abi(torch)
+    return values
 
 
-def cudnn_version(number: int) -> Any:
-    """(major, minor, patch) of cuDNN's number: 8902 is 8.9.2, 91002 is 9.10.2."""
+class CudnnVersion(NamedTuple):
+    major: int
+    minor: int
+    patch: int
+
+
+def cudnn_version(number: int) -> CudnnVersion:
+    """Decode the version number of cuDNN: 8902 is 8.9.2, 91002 is 9.10.2."""
     unit = 10000 if number >= 10000 else 1000
-    return number // unit, number % unit // 100, number % 100
+    return CudnnVersion(number // unit, number % unit // 100, number % 100)
 
 
-def driver() -> Optional[str]:
-    """The NVIDIA driver's version; None without one."""
+def driver_version() -> Optional[str]:
+    """Return the version of the NVIDIA driver, or None if there is none."""
+    loaded = driver.version()
+    if loaded is not None:
+        return loaded
     try:
-        with open(DRIVER) as file:
-            found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", file.readline())
-            if found:
-                return found.group(1)
-    except OSError:
-        pass
-    try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
             capture_output=True,
             text=True,
-            timeout=SECONDS,
+            timeout=TIMEOUT,
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
+    return process.stdout.split("\n")[0].strip() or None if process.returncode == 0 else None
 
 
 def numpy_abi(torch: Any) -> str:
-    """Whether torch and the installed NumPy exchange arrays: "ok", or the error."""
+    """Return "ok" if torch and the installed NumPy can exchange arrays, else the error."""
     if importlib.util.find_spec("numpy") is None:
         return "NumPy is not installed"
     try:
         torch.zeros(1).numpy()
         return "ok"
-    except Exception as error:  # whatever a NumPy of another ABI raises
+    except Exception as error:  # the type depends on the versions of both
         return f"torch and NumPy do not fit: {type(error).__name__}: {error}"[:200]

@@ -1,4 +1,4 @@
-"""What the subcommands share in a terminal: names that are not known, a bar, an aligned table."""
+"""Terminal helpers of the subcommands: checks of names, a progress bar, aligned tables."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import sys
 from typing import Any, List, Optional, Sequence
 
 
-def unknown(option: str, given: List[str], known: Any) -> Optional[str]:
-    """What to say of names in `given` that are none of `known`; None if all are."""
-    bad = [name for name in given if name not in known]
-    return f"{option}: {', '.join(bad)}: not one of {', '.join(known)}" if bad else None
+def unknown(option: str, names: List[str], known: Any) -> Optional[str]:
+    """Return an error message for the `names` that are not in `known`, or None if all are."""
+    wrong = [name for name in names if name not in known]
+    return f"{option}: {', '.join(wrong)}: not one of {', '.join(known)}" if wrong else None
 
 
 class progress:
-    """`progress(done, total, what)`: a bar where rich and a terminal are, nothing otherwise."""
+    """Show a progress bar on stderr if rich is installed and stderr is a terminal, else nothing.
+
+    As a context manager it returns `update(done, total, text)`.
+    """
 
     def __enter__(self) -> Any:
         self.bar = None
@@ -29,9 +32,9 @@ class progress:
             pass
         return self.update
 
-    def update(self, done: float, total: float, what: str) -> None:
+    def update(self, done: float, total: float, text: str) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, total=total, description=what)
+            self.bar.update(self.task, completed=done, total=total, description=text)
 
     def __exit__(self, *exc: Any) -> None:
         if self.bar is not None:
@@ -39,8 +42,11 @@ class progress:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Optional[int] = None) -> str:
-    """Rows, the header first, in columns; those from `left` on to the right. A row that ends early
-    may run over its last."""
+    """Align `rows` in columns; the first row is the header.
+
+    Columns from number `left` on are aligned to the right; None: all to the left. The last cell of
+    a row that has fewer cells than the header may be wider than its column.
+    """
     columns = len(rows[0])
     widths = [
         max(len(row[i]) for row in rows if i < len(row) - (len(row) < columns))
@@ -49,8 +55,8 @@ def aligned(rows: Sequence[Sequence[str]], left: Optional[int] = None) -> str:
     left = columns if left is None else left
     return "\n".join(
         "  ".join(
-            word.ljust(width) if i < left else word.rjust(width)
-            for i, (word, width) in enumerate(zip(row, widths))
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
         ).rstrip()
         for row in rows
     )

@@ -1,5 +1,5 @@
-"""`flashbias tune`: tile shapes of the fused kernels timed on this GPU; what beats the shipped ones
-is kept."""
+"""Implement `flashbias tune`: time tile shapes of the fused kernels on this GPU, keep faster
+ones."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .terminal import aligned, progress, unknown
 
 NAME = "tune"
 HELP = (
-    "time tile shapes of the fused kernels on this GPU and keep those that beat the shipped "
-    "ones (ratio: tuned / shipped)"
+    "time tile shapes of the fused kernels on this GPU and store those that are faster than the "
+    "shipped ones (ratio: tuned time / shipped time)"
 )
 KERNELS = "flashbias_patch.attention.kernels"
 FEATURES = ("factors", "segments", "dropout", "padding", "mask")
@@ -27,14 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="named shapes of `flashbias bench`; `list` lists them (default: all). Those that "
-        "share a tile shape (same "
-        "head dim and rank) are one class: it is searched on the largest, and no other may "
-        "become slower",
+        help="named shapes of `flashbias bench`; `list` lists them (default: all). Shapes with the "
+        "same head dim and rank share a tile shape and form one class: the search runs on the "
+        "largest of them, and none of the others may become slower",
     )
     parser.add_argument(
         "--features", nargs="+", default=["factors"], choices=(*FEATURES, "none"),
-        help="what the calls have beside q, k and v (default: factors)",
+        help="inputs of the calls besides q, k and v (default: factors)",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16")
     parser.add_argument(
@@ -42,14 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=180.0,
         metavar="S",
-        help="for each class, at most (default: 180)",
+        help="time limit per class (default: 180)",
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="keep nothing")
-    what.add_argument(
-        "--show", action="store_true", help="print what is kept, for every GPU, and time nothing"
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="store nothing")
+    instead.add_argument(
+        "--show",
+        action="store_true",
+        help="print the stored tile shapes of every GPU and time nothing",
     )
-    what.add_argument("--forget", action="store_true", help="remove what is kept, for every GPU")
+    instead.add_argument(
+        "--forget", action="store_true", help="remove the stored tile shapes of every GPU"
+    )
 
 
 def _seconds(text: str) -> float:
@@ -63,8 +66,11 @@ def _seconds(text: str) -> float:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 2 for an unknown name or a missing library; 3 where nothing can be timed; 130
-    interrupted."""
+    """Run the search and print a table.
+
+    Exit status: 0; 2 for an unknown name or a missing library; 3 if nothing can be timed; 130 if
+    interrupted.
+    """
     try:
         cache = importlib.import_module(KERNELS + ".cache")
         if args.forget:
@@ -86,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def why_not() -> str:
-    """What keeps the kernels from being timed here; empty if nothing does."""
+    """Return the reason why the kernels cannot be timed on this machine, or ""."""
     import torch
 
     from ..attention import benchmark, dispatch
@@ -95,7 +101,7 @@ def why_not() -> str:
         return (
             "cannot tune here: torch sees no CUDA device (torch.cuda.is_available() is False), "
             "and a tile shape can "
-            "only be timed on the GPU that will run it"
+            "be timed only on the GPU that will run it"
         )
     inputs = benchmark.make(benchmark.SHAPES["tiny"], torch.float16, torch.device("cuda"))
     reasons = dispatch.backend("triton").why_not(inputs)
@@ -113,7 +119,7 @@ def _tune(args: argparse.Namespace, benchmark: Any) -> int:
     interrupted = False
     try:
         with progress() as bar:
-            for place, group in enumerate(groups):
+            for index, group in enumerate(groups):
                 calls = [
                     with_features(benchmark.make(benchmark.SHAPES[n], dtype, device), args.features)
                     for n in group
@@ -122,29 +128,29 @@ def _tune(args: argparse.Namespace, benchmark: Any) -> int:
                 def say(
                     elapsed: float,
                     seconds: float,
-                    what: str,
-                    place: int = place,
+                    text: str,
+                    index: int = index,
                     name: str = group[0],
                 ) -> None:
-                    bar(place * seconds + elapsed, len(groups) * seconds, f"{name} {what}")
+                    bar(index * seconds + elapsed, len(groups) * seconds, f"{name} {text}")
 
-                found = tune.tune(
+                result = tune.tune(
                     calls, seconds=args.seconds, progress=say, remember=not args.dry_run
                 )
-                cells += [_cells(tune, row, found.call) for row in found.rows]
+                cells += [_cells(tune, row, result.call) for row in result.rows]
     except KeyboardInterrupt:
         interrupted = True
     print(aligned(cells))
     if not args.dry_run:
         print(f"written: {importlib.import_module(KERNELS + '.cache').path()}")
     if interrupted:
-        print("flashbias tune: interrupted; the rows above are what there is", file=sys.stderr)
+        print("flashbias tune: interrupted; the results above are partial", file=sys.stderr)
         return 130
     return 0
 
 
 def classes(shapes: Dict[str, Dict[str, int]]) -> List[List[str]]:
-    """Names that share a tile shape, the largest call first."""
+    """Group the names of shapes that share a tile shape, the largest call first."""
     groups: Dict[Tuple[int, int], List[str]] = {}
     for name, sizes in shapes.items():
         groups.setdefault((sizes["head_dim"], sizes["rank"]), []).append(name)
@@ -157,7 +163,7 @@ def classes(shapes: Dict[str, Dict[str, int]]) -> List[List[str]]:
 
 
 def with_features(inputs: Any, features: Sequence[str]) -> Any:
-    """The benchmark's call, which has factors, with `features` instead."""
+    """Return the inputs of a benchmark call with `features` instead of its factors."""
     import torch
 
     q = inputs.q
@@ -192,7 +198,7 @@ def _show(cache: Any) -> int:
     except (OSError, ValueError):
         rows = []
     if not rows:
-        print(f"nothing is kept in {cache.path()}")
+        print(f"no tile shape is stored in {cache.path()}")
         return 0
     cells = [("gpu", "triton", "flashbias_patch", "class", "tile shape")]
     for row in rows:
@@ -211,7 +217,9 @@ def _show(cache: Any) -> int:
 def _forget(cache: Any) -> int:
     try:
         print(
-            f"removed: {cache.path()}" if cache.forget() else f"nothing is kept in {cache.path()}"
+            f"removed: {cache.path()}"
+            if cache.forget()
+            else f"no tile shape is stored in {cache.path()}"
         )
     except OSError as error:
         print(f"flashbias tune: {cache.path()} cannot be removed: {error}", file=sys.stderr)

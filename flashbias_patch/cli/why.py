@@ -1,5 +1,4 @@
-"""`flashbias why NAME -- CMD...`: why a parameter such as bias_scale does not learn, link by
-link."""
+"""Implement `flashbias why NAME -- CMD...`: find out why a parameter does not learn."""
 
 from __future__ import annotations
 
@@ -18,12 +17,12 @@ from .run import command_of
 
 NAME = "why"
 HELP = (
-    "run a few steps of a training command and say why a parameter does not learn: the first "
-    "broken link, what to change"
+    "run a few steps of a training command and report why a parameter does not learn: the first "
+    "broken link and what to change"
 )
 STEPS, TIMEOUT = 5, 1800.0
 GRACE = 30.0  # seconds that a command may take to end after its steps
-DONE = "stopped"  # the file that a process writes which ended after its steps
+DONE = "stopped"  # a process writes this file when it ends after its steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +57,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _options_after_name(args: argparse.Namespace) -> None:
-    """Read options that stand between NAME and --, which argparse takes for the command."""
+    """Parse options between NAME and --, which argparse counts as part of the command."""
     if args.cmd[:1] == ["--"] or "--" not in args.cmd or not args.cmd[0].startswith("-"):
         return
     end = args.cmd.index("--")
@@ -79,8 +78,11 @@ def _count(text: str) -> int:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0 if every link holds, 1 if one is broken, 2 for a mistake, 3 if nothing could
-    be watched."""
+    """Run the command and print the diagnoses.
+
+    Exit status: 0 if no link is broken, 1 if one is, 2 for wrong arguments, 3 if nothing could be
+    observed.
+    """
     _options_after_name(args)
     command = command_of(args)
     if not command:
@@ -99,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
         facts = read_facts(directory)
     if facts is None or (status and not facts["roots"]):
         print(
-            "flashbias why: no process of the command called a module and ended in order "
+            "flashbias why: no process of the command called a module and ended normally "
             f"(exit status {status}); the end of its output:\n{output}",
             file=sys.stderr,
         )
@@ -117,7 +119,7 @@ def main(args: argparse.Namespace) -> int:
 def run_watched(
     command: List[str], directory: str, name: str, steps: int, patch: bool, timeout: float
 ) -> Tuple[Optional[int], str]:
-    """(exit status, the end of its output) of the command, watched by why/observer.py."""
+    """Run the command under why/observer.py; return its exit status and the end of its output."""
     extra = {
         "FLASHBIAS_PROBE": directory,
         launch.WHY: name,
@@ -135,8 +137,10 @@ def run_watched(
 def _wait(
     command: List[str], directory: str, env: Dict[str, str], log: Any, timeout: float
 ) -> Optional[int]:
-    """Run to the end, to the time limit, or until a process that has written its facts does not end
-    in GRACE seconds."""
+    """Wait for the command, at most `timeout` seconds; return its exit status.
+
+    If a process has written its facts, the command has GRACE seconds to end.
+    """
     from ..ab import processes
 
     begin, written = time.monotonic(), None
@@ -164,32 +168,31 @@ def _wait(
 
 
 def read_facts(directory: str) -> Optional[Dict[str, Any]]:
-    """The facts of the process that trained: of the lowest rank, with most steps and backward
-    passes."""
-    found: List[Tuple[Any, Dict[str, Any]]] = []
+    """Return the facts of the process that trained: most steps and backward passes, lowest rank."""
+    candidates: List[Tuple[Any, Dict[str, Any]]] = []
     for name in sorted(os.listdir(directory)):
         if name.startswith("rank") and name.endswith(".json"):
             with open(os.path.join(directory, name)) as file:
                 facts = json.load(file)
             if facts["torch"]:
                 rank = int(name[4:].split("-")[0])
-                found.append(
+                candidates.append(
                     ((-facts["steps"], -facts["backwards"], -len(facts["roots"]), rank), facts)
                 )
-    return min(found, key=lambda entry: entry[0])[1] if found else None
+    return min(candidates, key=lambda entry: entry[0])[1] if candidates else None
 
 
 def make_report(
     name: str, facts: Dict[str, Any], patch: bool, status: Optional[int]
 ) -> Dict[str, Any]:
-    """The JSON-able report."""
+    """Return the report as a JSON-able dict."""
     from ..why import diagnosis
 
-    notes = [f"not everything could be watched: {error}" for error in facts["errors"][:3]]
+    notes = [f"incomplete observation: {error}" for error in facts["errors"][:3]]
     if status:
         notes.append(f"the command ended with status {status}")
     if facts["skipped"]:
-        notes.append(f"GradScaler left out {facts['skipped']} steps")
+        notes.append(f"GradScaler skipped {facts['skipped']} steps")
     return {
         "name": name,
         "steps": facts["steps"],

@@ -1,11 +1,10 @@
-"""What stops unmodified repositories on current software, beyond flash_attn: small patches, each
-with a name.
+"""Compatibility patches: small named fixes for unmodified repositories on current software.
 
-Each patch says why it exists, does nothing where it is not needed, and is switched with
-FLASHBIAS_COMPAT: `all`, `none` or names. `IN_REPOSITORY` patches reach only modules of the user's
-repository whose source shows the need (see patching/import_shim.py); `ON_MODULE` patches act when a
-library's module is imported. Nothing here imports torch or numpy before a module that needs the
-patch does.
+Each patch states its reason, does nothing where it is not needed, and is selected by
+FLASHBIAS_COMPAT: `all`, `none` or names. Patches with `source` are applied only to modules of the
+user's repository whose source matches (see patching/import_shim.py). Patches with `module` are
+applied when that module of a library is imported. Nothing here imports torch or numpy before a
+module that needs the patch does.
 """
 
 from __future__ import annotations
@@ -13,30 +12,33 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from typing import Any, Callable, Dict, List, NamedTuple, Set, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Set, Tuple
 
 from .. import settings, telemetry
 
+if TYPE_CHECKING:
+    from .machine import Issue
+
 
 class Patch(NamedTuple):
+    """A compatibility patch."""
+
     name: str
     reason: str
-    upstream: str  # where it is known: an issue, a release note, or the repositories that do it
-    source: str = ""  # a regular expression: repository modules whose text holds it are reached
-    imports: Tuple[
-        str, ...
-    ] = ()  # top-level modules whose import statements `provide` answers there
-    # "module:function" of this package: (name, fromlist, the usual import) -> module, None: usual
+    upstream: str  # reference: an issue, a release note, or the repositories that need it
+    source: str = ""  # a regular expression; applied to repository modules whose text matches
+    imports: Tuple[str, ...] = ()  # top-level modules whose import statements call `provide` there
+    # "module:function" of this package: (name, fromlist, import_normally) -> module or None
     provide: str = ""
-    # "module:function" of this package: called with the executed module; returns what undoes it
+    # "module:function" of this package: called with the executed module; returns an undo function
     after: str = ""
-    module: str = ""  # a library's module: `after` is called with it instead
+    module: str = ""  # a module of a library; `after` is called with it
 
 
 PATCHES: Tuple[Patch, ...] = (
     Patch(
         "turtle",
-        "editors' accidental `from turtle import down`: never used, and needs tkinter",
+        "`from turtle import down`, inserted by an editor: never used, but needs tkinter",
         "cmt_head.py of junjie18/CMT and its forks",
         r"(?:from|import)\s+(?:turtle|tkinter)\b",
         imports=("turtle", "tkinter"),
@@ -84,12 +86,14 @@ PATCHES: Tuple[Patch, ...] = (
     ),
 )
 
-# Values of FLASHBIAS_COMPAT that are no names of patches.
+# Values of FLASHBIAS_COMPAT that are not names of patches.
 SWITCHES = ("all", *settings.TRUE, *settings.FALSE)
 
 MODULES: Tuple[str, ...] = tuple(patch.module for patch in PATCHES if patch.module)
 
-_MARK = "__flashbias_compat__"  # of a library's module: the patches it has seen
+_MARK = (
+    "__flashbias_compat__"  # attribute of a library's module: names of the patches applied to it
+)
 
 _undo: List[Callable[[], None]] = []
 _applied: Dict[str, Set[str]] = {}
@@ -97,17 +101,17 @@ _compiled: Dict[str, Any] = {}
 
 
 def enabled() -> Tuple[Patch, ...]:
-    """The patches that FLASHBIAS_COMPAT leaves on; names that are unknown are reported by
-    environment.problems."""
-    wanted = tuple(name.lower() for name in settings.current().compat)
-    if any(name in settings.FALSE for name in wanted):
+    """Return the patches enabled by FLASHBIAS_COMPAT; environment.problems reports unknown
+    names."""
+    selected = tuple(name.lower() for name in settings.current().compat)
+    if any(name in settings.FALSE for name in selected):
         return ()
-    everything = any(name in SWITCHES for name in wanted)
-    return PATCHES if everything else tuple(patch for patch in PATCHES if patch.name in wanted)
+    everything = any(name in SWITCHES for name in selected)
+    return PATCHES if everything else tuple(patch for patch in PATCHES if patch.name in selected)
 
 
 def needed_by(source: bytes) -> Tuple[Patch, ...]:
-    """The patches that a repository module with this text needs."""
+    """Return the enabled patches that a repository module with this source text needs."""
     return tuple(
         patch for patch in enabled() if patch.source and _pattern(patch.source).search(source)
     )
@@ -120,19 +124,22 @@ def _pattern(text: str) -> Any:
 
 
 def import_through(
-    patch: Patch, importing: str, name: str, fromlist: Any, usual: Callable[[], Any]
+    patch: Patch, importing: str, name: str, fromlist: Any, import_normally: Callable[[], Any]
 ) -> Any:
-    """What an import statement of `name` in the module `importing` gives; `usual` is the import as
-    it would be."""
-    module = _function(patch.provide)(name, fromlist, usual)
+    """Import `name` for the module `importing` through a patch.
+
+    import_normally: performs the import without the patch.
+    """
+    module = _function(patch.provide)(name, fromlist, import_normally)
     if module is not None:
         record(patch.name, importing)
         return module
-    return usual()
+    return import_normally()
 
 
 def after(patch: Patch, module: Any) -> None:
-    """Let a patch see an executed module. Its failure never reaches the user's import."""
+    """Apply a patch to an executed module. A failure is logged and never reaches the user's
+    import."""
     try:
         undo = _function(patch.after)(module)
     except Exception as error:
@@ -152,8 +159,10 @@ def after(patch: Patch, module: Any) -> None:
 
 
 def on_module(module: Any) -> None:
-    """A library's module was imported (a post-import hook); called again for the same one it does
-    nothing."""
+    """Apply the patches for a library's module after its import (a post-import hook).
+
+    A second call for the same module does nothing.
+    """
     for patch in enabled():
         if patch.module == module.__name__ and patch.name not in vars(module).get(_MARK, ()):
             after(patch, module)
@@ -166,6 +175,7 @@ def _unmark(module: Any) -> None:
 
 
 def record(name: str, module: str) -> None:
+    """Record and log that the patch `name` was applied to `module`."""
     _applied.setdefault(name, set()).add(module)
     patch = next(patch for patch in PATCHES if patch.name == name)
     telemetry.once(
@@ -179,24 +189,25 @@ def record(name: str, module: str) -> None:
 
 
 def applied() -> Dict[str, List[str]]:
-    """{patch: the modules it acted on} in this process."""
+    """Return {patch: modules it was applied to} for this process."""
     return {name: sorted(modules) for name, modules in sorted(_applied.items())}
 
 
 def uninstall() -> None:
-    """Put back what `after` patches changed."""
+    """Undo the changes of `after` patches."""
     while _undo:
         _undo.pop()()
     _applied.clear()
 
 
-def _function(where: str) -> Callable[..., Any]:
-    module, name = where.split(":")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+def _function(path: str) -> Callable[..., Any]:
+    module, name = path.split(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return function
 
 
-def unmendable() -> List[Tuple[str, str]]:
-    """What is wrong here that no patch can mend: (what, the cure). For `flashbias doctor`."""
+def known_issues() -> List[Issue]:
+    """Return the problems of this machine that no patch can fix, for `flashbias doctor`."""
     from . import machine
 
-    return machine.unmendable()
+    return machine.known_issues()

@@ -1,9 +1,8 @@
-"""mmengine checkpoints under torch >= 2.6, whose torch.load reads weights only unless told
-otherwise.
+"""Allow checkpoints of mmengine under torch >= 2.6, whose torch.load reads only weights by default.
 
-Not by turning that protection off: the few types that mmengine's own message hub stores are
-declared safe, and the `getattr` that its buffers name their statistics by is answered for those
-alone.
+The protection stays on. Only the few types that the message hub of mmengine stores are declared
+safe, and `getattr`, by which its buffers refer to their statistics, is replaced by a function that
+allows only these statistics.
 """
 
 from __future__ import annotations
@@ -13,8 +12,10 @@ from typing import Any, Callable, Optional
 
 
 def allow(module: Any) -> Optional[Callable[[], None]]:
-    """Declare HistoryBuffer, and the NumPy array it holds, safe to unpickle; `module` defines
-    it."""
+    """Declare HistoryBuffer of `module`, and NumPy arrays, safe to unpickle.
+
+    Returns a function that undoes this, or None if nothing is needed.
+    """
     import numpy
     import torch
 
@@ -26,24 +27,24 @@ def allow(module: Any) -> Optional[Callable[[], None]]:
     def statistic(owner: Any, name: str) -> Any:
         if owner is not buffer or name.startswith("_"):
             raise TypeError(
-                f"a checkpoint asks for {name!r} of {owner!r}: only statistics of HistoryBuffer "
-                "are safe"
+                f"a checkpoint needs {name!r} of {owner!r}: only statistics of HistoryBuffer "
+                "are allowed"
             )
         return getattr(owner, name)
 
     core = importlib.import_module(
         "numpy.core.multiarray" if numpy.__version__ < "2" else "numpy._core.multiarray"
     )
-    kinds = [buffer, numpy.ndarray, numpy.dtype, core._reconstruct, core.scalar]
-    kinds += [type(numpy.dtype(name)) for name in ("float64", "float32", "int64")]
+    types = [buffer, numpy.ndarray, numpy.dtype, core._reconstruct, core.scalar]
+    types += [type(numpy.dtype(name)) for name in ("float64", "float32", "int64")]
     before = torch.serialization.get_safe_globals()
-    added = [kind for kind in kinds if kind not in before] + [(statistic, "builtins.getattr")]
+    added = [kind for kind in types if kind not in before] + [(statistic, "builtins.getattr")]
     torch.serialization.add_safe_globals(added)
 
     def undo() -> None:
-        """Take away what was added here, and nothing that others have declared since."""
-        kept = [entry for entry in torch.serialization.get_safe_globals() if entry not in added]
+        """Remove the types added here; keep types that others have added since."""
+        others = [entry for entry in torch.serialization.get_safe_globals() if entry not in added]
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(kept)
+        torch.serialization.add_safe_globals(others)
 
     return undo

@@ -1,8 +1,8 @@
-"""Indexing a CPU tensor with CUDA indices, inside the methods of the family that do it.
+"""Allow indexing a CPU tensor with CUDA indices, inside the methods of the family that do so.
 
-CMT's `_dn_loss_single_task` and PETR's `prepare_for_loss` take `batch_idx[known_indice]`:
-`batch_idx` is made on the CPU, `known_indice` comes from a CUDA tensor. torch before 1.13 copied
-the indices to the CPU; so does this, there only.
+`_dn_loss_single_task` of CMT and `prepare_for_loss` of PETR compute `batch_idx[known_indice]`:
+`batch_idx` is created on the CPU, `known_indice` comes from a CUDA tensor. torch before 1.13 copied
+the indices to the CPU. This patch does the same, inside these methods only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ METHODS = ("_dn_loss_single_task", "prepare_for_loss")
 
 
 class IndexFromAnyDevice(TorchFunctionMode or object):  # type: ignore[misc]
-    """While open, indices of a CPU tensor may live elsewhere: they are copied to it."""
+    """A context in which indices of a CPU tensor may be on another device: they are copied."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__getitem__ and args[0].device.type == "cpu":
@@ -35,21 +35,21 @@ def _to_cpu(index: Any) -> Any:
 
 
 def devices(values: Iterable[Any]) -> List[str]:
-    """Device types of all tensors in nested arguments, each once."""
-    found: List[str] = []
+    """Return the sorted device types of all tensors in nested arguments."""
+    kinds: List[str] = []
     for value in values:
         if isinstance(value, torch.Tensor):
-            found.append(value.device.type)
+            kinds.append(value.device.type)
         elif isinstance(value, (tuple, list)):
-            found += devices(value)
+            kinds += devices(value)
         elif isinstance(value, dict):
-            found += devices(value.values())
-    return sorted(set(found))
+            kinds += devices(value.values())
+    return sorted(set(kinds))
 
 
 def wrap(module: Any) -> Optional[Callable[[], None]]:
-    """Wrap those methods on the classes that `module` defines; returns what puts them back."""
-    if TorchFunctionMode is None:  # before torch 1.13, which does this itself
+    """Wrap METHODS of the classes that `module` defines; return a function that undoes it."""
+    if TorchFunctionMode is None:  # torch before 1.13 copies the indices itself
         return None
     wrapped = [
         (cls, name, vars(cls)[name])
@@ -59,7 +59,7 @@ def wrap(module: Any) -> Optional[Callable[[], None]]:
         if name in vars(cls)
     ]
     for cls, name, original in wrapped:
-        setattr(cls, name, _tolerant(original))
+        setattr(cls, name, _with_copied_indices(original))
 
     def undo() -> None:
         for cls, name, original in wrapped:
@@ -69,10 +69,10 @@ def wrap(module: Any) -> Optional[Callable[[], None]]:
     return undo if wrapped else None
 
 
-def _tolerant(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_copied_indices(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(devices([args, kwargs])) < 2:  # the usual case: nothing to mend
+        if len(devices([args, kwargs])) < 2:  # the usual case: one device
             return original(self, *args, **kwargs)
         with IndexFromAnyDevice():
             return original(self, *args, **kwargs)

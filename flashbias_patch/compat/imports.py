@@ -1,4 +1,4 @@
-"""Names that import statements of a repository's modules get where the real ones are gone."""
+"""Replacement modules for imports of a repository that fail with current packages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any, Callable, List, Optional
 
 
 class Leftover(types.ModuleType):
-    """A module imported by accident: every name is there, and says what it is if it is ever
-    called."""
+    """A stand-in for a module that is imported but not needed: it has every name.
+
+    Calling one of its names raises ImportError.
+    """
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -24,16 +26,16 @@ class Leftover(types.ModuleType):
         return absent
 
 
-def leftover(name: str, fromlist: Any, usual: Callable[[], Any]) -> Optional[Any]:
-    """Names that nobody is expected to call, where the real module does not import."""
+def leftover(name: str, fromlist: Any, import_normally: Callable[[], Any]) -> Optional[Any]:
+    """Return a Leftover if the module cannot be imported, else None."""
     try:
-        usual()
+        import_normally()
     except ImportError:
         return Leftover(name if fromlist else name.partition(".")[0])
     return None
 
 
-# Removed in NumPy 1.24, and the Python type that each was (np.long and np.unicode too).
+# Aliases removed in NumPy 1.24 (np.long and np.unicode included) and their Python types.
 ALIASES = {
     **{
         name: getattr(builtins, name)
@@ -45,10 +47,9 @@ ALIASES = {
 
 
 class NumPy(types.ModuleType):
-    """NumPy as the importing module sees it: the removed aliases beside NumPy's own names.
+    """A view of NumPy that also has the removed aliases.
 
-    It holds nothing: what anybody sets on NumPy later is seen here, and what is set here is set on
-    NumPy.
+    It has no state: reading and setting attributes goes to NumPy itself.
     """
 
     def __getattribute__(self, name: str) -> Any:
@@ -56,9 +57,7 @@ class NumPy(types.ModuleType):
             return NumPy
         import numpy
 
-        if name in ALIASES and name not in vars(
-            numpy
-        ):  # not getattr: NumPy's own answer is a warning and an error
+        if name in ALIASES and name not in vars(numpy):  # not getattr: NumPy would warn and raise
             return ALIASES[name]
         return getattr(numpy, name)
 
@@ -78,22 +77,26 @@ class NumPy(types.ModuleType):
         return dir(numpy)
 
 
-def numpy_with_aliases(name: str, fromlist: Any, usual: Callable[[], Any]) -> Optional[Any]:
-    """NumPy with np.int and its like: Python's own types, as they were."""
+def numpy_with_aliases(
+    name: str, fromlist: Any, import_normally: Callable[[], Any]
+) -> Optional[Any]:
+    """Return NumPy with np.int and the other aliases of Python types, or None if it has them."""
     import numpy
 
-    found = usual()
-    if found is not numpy or all(alias in vars(numpy) for alias in ALIASES):
+    module = import_normally()
+    if module is not numpy or all(alias in vars(numpy) for alias in ALIASES):
         return None
     return NumPy("numpy")
 
 
-def linear_with_bias(name: str, fromlist: Any, usual: Callable[[], Any]) -> Optional[Any]:
-    """torch.nn.modules.linear with `_LinearWithBias`, which is NonDynamicallyQuantizableLinear
-    since torch 1.9."""
+def linear_with_bias(name: str, fromlist: Any, import_normally: Callable[[], Any]) -> Optional[Any]:
+    """Return torch.nn.modules.linear with `_LinearWithBias`, or None if that is not needed.
+
+    The class is called NonDynamicallyQuantizableLinear since torch 1.9.
+    """
     if name != "torch.nn.modules.linear" or "_LinearWithBias" not in (fromlist or ()):
         return None
-    linear = usual()
+    linear = import_normally()
     if hasattr(linear, "_LinearWithBias"):
         return None
     module = types.ModuleType(name)

@@ -1,5 +1,7 @@
-"""What a look at the installed packages tells will fail, with the cure; nothing of them is
-imported."""
+"""Detect installed packages that are known to fail together, and suggest fixes.
+
+Only versions and files are read; none of the packages is imported.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Tuple
+
+
+class Issue(NamedTuple):
+    """A problem with the installed packages, and how to fix it."""
+
+    problem: str
+    fix: str
 
 
 def _version(name: str) -> Optional[Tuple[int, ...]]:
@@ -29,8 +38,8 @@ def _dotted(version: Tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def mmcv_assertion() -> Optional[Tuple[str, str]]:
-    """mmdet, mmsegmentation and mmdet3d assert a range of mmcv versions when they are imported."""
+def mmcv_assertion() -> Optional[Issue]:
+    """Check the mmcv versions that mmdet, mmsegmentation and mmdet3d assert on import."""
     mmcv = _version("mmcv-full") or _version("mmcv")
     if mmcv is None:
         return None
@@ -39,7 +48,7 @@ def mmcv_assertion() -> Optional[Tuple[str, str]]:
             r"(?m)^(?:mmcv_maximum_version|MMCV_MAX)\s*=\s*['\"]([\d.]+)['\"]", _source(package)
         )
         if limit and mmcv > tuple(int(part) for part in limit.group(1).split(".")):
-            return (
+            return Issue(
                 f"{package} asserts mmcv <= {limit.group(1)} when imported, and mmcv "
                 f"{_dotted(mmcv)} is installed",
                 f"raise the limit in {package}/__init__.py to {_dotted(mmcv)}; 1.7.0 to 1.7.2 "
@@ -48,8 +57,8 @@ def mmcv_assertion() -> Optional[Tuple[str, str]]:
     return None
 
 
-def mmcv_operators() -> Optional[Tuple[str, str]]:
-    """mmcv 1.x without its compiled operators."""
+def mmcv_operators() -> Optional[Issue]:
+    """Check for mmcv 1.x without its compiled operators."""
     mmcv = _version("mmcv-full") or _version("mmcv")
     if mmcv is None or mmcv[0] != 1:
         return None
@@ -57,44 +66,43 @@ def mmcv_operators() -> Optional[Tuple[str, str]]:
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     if any(name.startswith("_ext") for folder in folders for name in os.listdir(folder)):
         return None
-    return (
+    return Issue(
         "mmcv is installed without its compiled operators (mmcv._ext): mmcv.ops fails on import",
         "install mmcv-full built for this torch, or build it: MMCV_WITH_OPS=1 pip install "
         "mmcv-full==1.7.2",
     )
 
 
-def numpy_and_numba() -> Optional[Tuple[str, str]]:
-    """mmcv 1.x and the devkits were built against NumPy 1; torch before 2.3 too."""
+def numpy_abi() -> Optional[Issue]:
+    """Check for torch before 2.3, which was built for NumPy 1, with NumPy 2."""
     numpy, torch = _version("numpy"), _version("torch")
     if numpy is None or torch is None or numpy < (2,) or torch >= (2, 3):
         return None
-    return (
+    return Issue(
         f"torch {_dotted(torch)} was built for NumPy 1, and NumPy {_dotted(numpy)} is installed: "
         "torch.from_numpy and tensor.numpy() fail",
         "pip install 'numpy<2'",
     )
 
 
-def spconv() -> Optional[Tuple[str, str]]:
-    """CMT and MoME import spconv when their plugin is imported, in the camera-only configurations
-    too."""
+def spconv() -> Optional[Issue]:
+    """Check for a missing spconv, which the plugins of CMT and MoME import in every config."""
     if _version("mmdet3d") is None or importlib.util.find_spec("spconv") is not None:
         return None
-    return (
+    return Issue(
         "spconv is not installed: CMT and MoME import it with their plugin",
         "pip install spconv-cu120, or spconv on a machine without a GPU",
     )
 
 
-CHECKS: Tuple[Callable[[], Optional[Tuple[str, str]]], ...] = (
+CHECKS: Tuple[Callable[[], Optional[Issue]], ...] = (
     mmcv_assertion,
     mmcv_operators,
-    numpy_and_numba,
+    numpy_abi,
     spconv,
 )
 
 
-def unmendable() -> List[Tuple[str, str]]:
-    """Every check that finds something: (what, the cure)."""
-    return [found for found in (check() for check in CHECKS) if found is not None]
+def known_issues() -> List[Issue]:
+    """Return the issues that the checks find."""
+    return [issue for issue in (check() for check in CHECKS) if issue is not None]

@@ -203,4 +203,4 @@ def test_doctor_shows_them(kept, capsys):
         for line in doctor._text(report).splitlines()
         if line.startswith("  sdpa") and "a GPU" in line
     ]
-    assert "cpu float32 D8" in line and "of what is tolerated" in line
+    assert "cpu float32 D8" in line and "of the tolerance" in line

@@ -49,7 +49,7 @@ def test_command_measures_what_runs_and_says_why_the_rest_does_not(tmp_path):
     assert "needs a GPU" in rows["cmt-800x320", "sdpa"]["why_not"]
     lines = done.stdout.splitlines()
     assert sum(line.startswith("tiny ") for line in lines) == 3
-    assert any("cannot: too large for a CPU" in line for line in lines)
+    assert any("unsupported: too large for a CPU" in line for line in lines)
 
 
 def test_names_and_exit_status(capsys):
@@ -85,7 +85,7 @@ def test_without_a_gpu_it_measures_what_a_cpu_can(monkeypatch, capsys):
     )
     status("--backends", "sdpa")
     assert asked == [(["tiny", "square-1024"], ["sdpa"], "fp32")]
-    assert "a CPU measures tiny, square-1024" in capsys.readouterr().err
+    assert "only tiny, square-1024 is measured, on the CPU" in capsys.readouterr().err
     status("--shapes", "tiny", "cmt-800x320", "--dtype", "bf16", "--backends", "sdpa")
     assert asked[1] == (["tiny", "cmt-800x320"], ["sdpa"], "bf16") and capsys.readouterr().err == ""
 
@@ -263,7 +263,7 @@ def test_a_long_reason_does_not_widen_the_table():
     head, row, other = bench.table([measured, refused]).splitlines()
     assert head == "shape  backend  forward  forward+backward  extra memory  error"
     assert row == "tiny   sdpa     1.25 ms            3.5 ms             -  1e-05"
-    assert other.startswith("tiny   triton   cannot: no GPU, no GPU")
+    assert other.startswith("tiny   triton   unsupported: no GPU, no GPU")
 
 
 def test_a_backend_that_runs_nowhere_says_why_once():
@@ -277,6 +277,7 @@ def test_a_backend_that_runs_nowhere_says_why_once():
     ]
     lines = bench.table(rows).split("\n")
     assert (
-        lines[-1] == "flash cannot: not installed" and sum("flash" in line for line in lines) == 1
+        lines[-1] == "flash unsupported: not installed"
+        and sum("flash" in line for line in lines) == 1
     )
     assert sum(line.startswith(("tiny ", "large ")) and "triton" in line for line in lines) == 2

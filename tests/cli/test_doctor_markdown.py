@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from flashbias_patch import environment, settings
+from flashbias_patch import driver, environment, settings
 from flashbias_patch.cli import doctor, system
 
 
@@ -33,7 +33,7 @@ def test_markdown_is_folded_and_shows_no_path(capsys, monkeypatch):
     assert (
         "| OS | " in page
         and "| torch | " in page
-        and "| reference | takes it |" in page
+        and "| reference | supported |" in page
         and "| mmcv | " not in page
     )
 
@@ -72,8 +72,8 @@ def test_driver(tmp_path, monkeypatch):
     (tmp_path / "version").write_text(
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 2023\n"
     )
-    monkeypatch.setattr(system, "DRIVER", str(tmp_path / "version"))
-    assert system.driver() == "535.104.05"
+    monkeypatch.setattr(driver, "FILE", str(tmp_path / "version"))
+    assert system.driver_version() == "535.104.05"
 
 
 @pytest.mark.parametrize("value, left_out", [

@@ -121,18 +121,20 @@ def test_doctor_text_and_mistakes(tmp_path):
     (tmp_path / "broken.py").write_text("class FlashMHA(:\n")
     text = flashbias("doctor", "--repo", str(tmp_path)).stdout
     assert "left alone: its forward takes (qkv, cu_seqlens)" in text and "does not parse" in text
-    assert "reference  takes it" in text and "GPU: none" in text
+    assert "reference  supported" in text and "GPU: none" in text
     assert flashbias("doctor", "--repo", str(tmp_path / "nowhere")).returncode == 2
 
 
-def test_doctor_names_what_cannot_be_mended(monkeypatch):
+def test_doctor_reports_known_problems(monkeypatch):
     from flashbias_patch import compat
     from flashbias_patch.cli import doctor
+    from flashbias_patch.compat import machine
 
-    monkeypatch.setattr(compat, "unmendable", lambda: [("mmcv is too new", "install an older one")])
+    issue = machine.Issue("mmcv is too new", "install an older one")
+    monkeypatch.setattr(compat, "known_issues", lambda: [issue])
     report = doctor.examine()
     assert report["unmendable"] == [{"what": "mmcv is too new", "cure": "install an older one"}]
-    assert "in the way: mmcv is too new\n  cure: install an older one" in doctor._text(report)
+    assert "problem: mmcv is too new\n  fix: install an older one" in doctor._text(report)
 
 
 # -- run: what wins, the line at exit --------------------------------------------------------------

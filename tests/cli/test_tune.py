@@ -74,7 +74,7 @@ def test_other_reasons_are_the_backends(monkeypatch):
 
 
 def test_show_and_forget(capsys):
-    assert status("--show") == 0 and "nothing is kept in" in capsys.readouterr().out
+    assert status("--show") == 0 and "no tile shape is stored in" in capsys.readouterr().out
     configs.remember({KEY: CONFIG})
     assert status("--show") == 0
     shown = capsys.readouterr().out.splitlines()
@@ -84,7 +84,7 @@ def test_show_and_forget(capsys):
     )
     assert status("--forget") == 0 and "removed: " in capsys.readouterr().out
     assert not os.path.exists(cache.path())
-    assert status("--forget") == 0 and "nothing is kept in" in capsys.readouterr().out
+    assert status("--forget") == 0 and "no tile shape is stored in" in capsys.readouterr().out
 
 
 def test_a_cache_that_cannot_be_removed(capsys, monkeypatch):

@@ -250,7 +250,7 @@ def test_mmengine_checkpoints_load_with_protection_on(tmp_path):
             and loaded["n"] == 2.0
             and loaded["mean"] is History.mean
         )
-        with pytest.raises(Exception, match="only statistics of HistoryBuffer are safe"):
+        with pytest.raises(Exception, match="only statistics of HistoryBuffer are allowed"):
             torch.load(bad, weights_only=True)
     finally:
         torch.serialization.add_safe_globals([Mine])
@@ -292,18 +292,18 @@ def test_a_failing_patch_leaves_the_import_alone(installed, write, monkeypatch, 
     assert "dn_index failed" in caplog.text
 
 
-def test_what_cannot_be_mended_is_named_with_its_cure(monkeypatch):
+def test_a_known_problem_is_reported_with_its_fix(monkeypatch):
     versions = {"mmcv-full": (1, 7, 2), "mmdet3d": (1, 0, 0)}
     monkeypatch.setattr(machine, "_version", versions.get)
     monkeypatch.setattr(
         machine, "_source", lambda name: "mmcv_maximum_version = '1.7.0'" * (name == "mmdet3d")
     )
-    what, cure = machine.mmcv_assertion()
-    assert "mmdet3d asserts mmcv <= 1.7.0" in what and "1.7.2" in cure
+    problem, fix = machine.mmcv_assertion()
+    assert "mmdet3d asserts mmcv <= 1.7.0" in problem and "1.7.2" in fix
     versions["mmcv-full"] = (1, 6, 0)
     assert machine.mmcv_assertion() is None
     versions.update({"numpy": (2, 0, 0), "torch": (2, 1, 0)})
-    assert "numpy<2" in machine.numpy_and_numba()[1]
+    assert "numpy<2" in machine.numpy_abi().fix
     versions["torch"] = (2, 3, 0)
-    assert machine.numpy_and_numba() is None
-    assert all(len(found) == 2 for found in compat.unmendable())
+    assert machine.numpy_abi() is None
+    assert all(len(found) == 2 for found in compat.known_issues())
