@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from . import words
+from . import sides, words
 from .records import Experiment, Run
 from .verdict import Verdict, step_times
 from .words import interval, relative, seconds, size, times, tone
@@ -53,7 +53,8 @@ def headlines(verdict: Verdict) -> List[Dict[str, Any]]:
                 "word": word,
                 "tone": tone(word),
                 "whisker": _whisker(ratio.value, ratio.low, ratio.high),
-                "interval": f"patched / unpatched, {interval(ratio)}",
+                "interval": f"{verdict.name} / unpatched, {interval(ratio)}",
+                "side": verdict.side.lower(),
                 "a": f"{show(ratio.a)} {unit}".strip(),
                 "b": f"{show(ratio.b)} {unit}".strip(),
                 "lines": [measured],
@@ -69,7 +70,7 @@ def headlines(verdict: Verdict) -> List[Dict[str, Any]]:
     cards.append(
         {
             "title": "Training",
-            "big": "Only patched fits" if fits else BIG.get(word, "\u2014"),
+            "big": f"Only {verdict.name} fits" if fits else BIG.get(word, "\u2014"),
             "long": fits or word in ("undecided", "not finite"),
             "word": "unpatched runs out of memory"
             if fits
@@ -104,7 +105,7 @@ def _lone_card(title: str, verdict: Verdict) -> Dict[str, Any]:
         "lines": [],
     }
     if math.isfinite(value):
-        card.update(big=show(value), word="patched alone", long=True)
+        card.update(big=show(value), word=f"{verdict.name} alone", long=True)
         card["tone"] = "good" if verdict.only_patched_fits else "neutral"
     return card
 
@@ -125,10 +126,34 @@ def _whisker(
     return {**place, "width": round(place["high"] - place["low"], 2)}
 
 
+def sides_of(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
+    """What the page shows of each side that is compared with A."""
+    found = []
+    for each in verdict.every:
+        pair = sides.pair(experiment, each.side)
+        found.append(
+            {
+                "letter": each.side.lower(),
+                "title": f"{each.side} {each.name}",
+                "env": " ".join(
+                    f"{k}={v}" for k, v in sides.environment(experiment.options, each.side).items()
+                ),
+                "cards": [] if each.inference else headlines(each),
+                "columns": words.columns(each),
+                "figures": words.figures(each),
+                "parts": parts_table(pair, each),
+                "backends": backends_table(pair),
+                "fallbacks": fallbacks_table(pair),
+            }
+        )
+    return found
+
+
 def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
     """The page's charts, as the data its script draws."""
-    runs = experiment.side("A") + experiment.side("B")
-    a, b = experiment.side("A"), experiment.side("B")
+    by_side = {x: experiment.side(x) for x in ("A", *sides.labels(experiment.options))}
+    runs = [run for of_side in by_side.values() for run in of_side]
+    a = by_side["A"]
     warmup = int(experiment.options.get("warmup", 0))
     found: List[Optional[Dict[str, Any]]] = []
     judged = {p.quantity: p for p in verdict.parities if not p.part}
@@ -151,8 +176,9 @@ def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
             }
             chart["mark"] = parity.first_step
         found.append(chart)
+    losses = [(each, p) for each in verdict.every for p in each.parities if p.quantity == "loss"]
     loss = judged.get("loss")
-    if loss is not None and (loss.difference > 0).any():
+    if loss is not None and any((p.difference > 0).any() for _, p in losses):
         found.append(
             {
                 "title": "How far the losses are apart",
@@ -164,7 +190,12 @@ def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
                 "mark": loss.first_step,
                 "note": "Above the band they differ by more than noise or rounding explains.",
                 "series": [
-                    {"name": "A against B", "side": "B", "values": _points(loss.difference)}
+                    {
+                        "name": f"A against {each.side}",
+                        "side": each.side,
+                        "values": _points(p.difference),
+                    }
+                    for each, p in losses
                 ],
                 "band": {
                     "name": "noise band",
@@ -181,8 +212,11 @@ def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
         _histogram(
             "Step times, warm-up left out",
             "milliseconds a step",
-            [t * 1e3 for t in step_times(a, warmup)],
-            [t * 1e3 for t in step_times(b, warmup)],
+            {
+                sides.title(experiment.options, x): [t * 1e3 for t in step_times(of_side, warmup)]
+                for x, of_side in by_side.items()
+                if of_side or x in "AB"
+            },
         )
     )
     kind = verdict.memory_kind or "rss"
@@ -275,18 +309,19 @@ def _points(values: np.ndarray) -> List[Optional[float]]:
 
 
 def _histogram(
-    title: str, label: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray]
+    title: str, label: str, times_of: Dict[str, Sequence[np.ndarray]]
 ) -> Optional[Dict[str, Any]]:
-    together = np.concatenate([*a, *b]) if a or b else np.zeros(0)
-    if together.size < 4 or not all(any(x.size for x in side) for side in (a, b)):
+    every = [x for values in times_of.values() for x in values]
+    together = np.concatenate(every) if every else np.zeros(0)
+    if together.size < 4 or not all(any(x.size for x in v) for v in times_of.values()):
         return None
     low, high = np.percentile(together, [0, 98])
     edges = np.linspace(
         low, max(high, low * 1.02), int(np.clip(2 * np.sqrt(together.size), 8, MAX_BINS)) + 1
     )
     counts = {
-        side: np.histogram(np.clip(np.concatenate(v), edges[0], edges[-1]), edges)[0]
-        for side, v in (("A", a), ("B", b))
+        name: np.histogram(np.clip(np.concatenate(v), edges[0], edges[-1]), edges)[0]
+        for name, v in times_of.items()
     }
     return {
         "title": title,
@@ -297,11 +332,11 @@ def _histogram(
         "edges": [float(f"{e:.6g}") for e in edges],
         "series": [
             {
-                "name": {"A": "A unpatched", "B": "B patched"}[side],
-                "side": side,
+                "name": name,
+                "side": name[0],
                 "values": [round(float(x), 4) for x in c / max(1, c.sum())],
             }
-            for side, c in counts.items()
+            for name, c in counts.items()
         ],
         "note": "The slowest 2% of steps are counted in the last bar.",
     }
@@ -313,7 +348,7 @@ def parts_table(experiment: Experiment, verdict: Verdict) -> List[Dict[str, str]
     judged = [p for p in verdict.parities if p.part]
     if not judged:
         return []
-    a, b = (next(run for run in experiment.side(label)) for label in "AB")
+    a, b = (next(iter(experiment.side(label))) for label in ("A", verdict.side))
     last = min(a.steps, b.steps) - 1
     rows = []
     for p in judged:
@@ -323,6 +358,7 @@ def parts_table(experiment: Experiment, verdict: Verdict) -> List[Dict[str, str]
                 "name": p.quantity,
                 "a": f"{x:.6g}",
                 "b": f"{y:.6g}",
+                "side": verdict.side,
                 "difference": relative(p.largest),
                 "word": p.word,
                 "tone": tone(p.word),
@@ -334,7 +370,7 @@ def parts_table(experiment: Experiment, verdict: Verdict) -> List[Dict[str, str]
 def gradients_table(experiment: Experiment) -> List[Dict[str, str]]:
     """Whether a gradient ever reached each watched parameter."""
     rows = []
-    for label in "AB":
+    for label in ("A", *sides.labels(experiment.options)):
         for run in experiment.side(label)[:1]:
             for name in dict.fromkeys(
                 n for p in run.ranks for line in p.steps for n in line.get("param_grads") or {}
@@ -355,7 +391,7 @@ def gradients_table(experiment: Experiment) -> List[Dict[str, str]]:
 def values_table(experiment: Experiment) -> List[Dict[str, str]]:
     """First and last value of each watched parameter, in the first run of each side."""
     rows = []
-    for label in "AB":
+    for label in ("A", *sides.labels(experiment.options)):
         for run in experiment.side(label)[:1]:
             for name, values in run.named("params").items():
                 known = values[np.isfinite(values)]
@@ -418,10 +454,15 @@ def commands(experiment: Experiment) -> List[Tuple[str, str]]:
             for k, v in {"PYTHONHASHSEED": options.get("seed", 0), **env}.items()
         )
 
-    return [
-        ("A, unpatched", f"{side(options.get('env_a') or {})}flashbias run --off -- {quoted}"),
-        ("B, patched", f"{side(options.get('env_b') or {})}flashbias run -- {quoted}"),
-    ]
+    found = []
+    for label in ("A", *sides.labels(options)):
+        env = sides.environment(options, label)
+        off = "" if sides.is_patched(options, label) else "--off "
+        own = side({k: v for k, v in env.items() if k != "FLASHBIAS_PATCH"})
+        found.append(
+            (f"{label}, {sides.name(options, label)}", f"{own}flashbias run {off}-- {quoted}")
+        )
+    return found
 
 
 def runs_table(experiment: Experiment) -> List[Dict[str, Any]]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -106,7 +107,8 @@ def missing_ranks(run: Run) -> int:
 
 @dataclass
 class Run:
-    """One run of the command: `label` A (unpatched) or B (patched)."""
+    """One run of the command: `label` A (unpatched), B (patched), or the letter of a further
+    side."""
 
     label: str
     index: int
@@ -251,17 +253,18 @@ class Experiment:
     started: float = 0.0
     lost: str = ""  # why something could not be written, if so
     interrupted: bool = False  # between two runs
+    judged: str = "B"  # the side that is compared with A
 
     def side(self, label: str) -> List[Run]:
         """The runs of A or B that recorded at least one step and were not hung or crashed early."""
         return [run for run in self.runs if run.label == label and run.steps > 0]
 
     def patched(self) -> List[Run]:
-        """The runs of B that tell which backends computed its attention: those with steps, or all
-        of an inference."""
+        """The runs of the side that is judged that tell which backends computed its attention:
+        those with steps, or all of an inference."""
         if self.options.get("inference"):
-            return [run for run in self.runs if run.label == "B"]
-        return self.side("B")
+            return [run for run in self.runs if run.label == self.judged]
+        return self.side(self.judged)
 
 
 def load(directory: str, process: Optional[str] = None) -> Experiment:
@@ -332,7 +335,7 @@ def _all_runs(directory: str, document: Dict[str, Any]) -> List[Dict[str, Any]]:
     root = os.path.join(directory, "runs")
     for name in sorted(os.listdir(root)) if os.path.isdir(root) else ():
         number, _, label = name.partition("-")
-        if name not in known and number.isdigit() and label in ("A", "B"):
+        if name not in known and number.isdigit() and re.fullmatch("[A-Z]", label):
             listed.append(
                 {
                     "label": label,

@@ -7,7 +7,7 @@ import re
 import shlex
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from . import lines, page, records, words
+from . import lines, page, records, sides, words
 from . import verdict as verdicts
 from .records import Experiment
 from .statistics import Ratio
@@ -22,24 +22,47 @@ class MissingExtra(RuntimeError):
 
 def text(experiment: Experiment, verdict: Verdict) -> str:
     """A few plain lines, for a terminal without rich."""
-    rows = [words.COLUMNS, *words.figures(verdict)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(words.COLUMNS))]
     out = [words.sentence(verdict)]
-    if len(rows) > 1:
-        out += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
+    out += _columns([words.OVERVIEW, *words.overview(verdict)])
+    for each in verdict.every:
+        out += _columns([words.columns(each), *words.figures(each)])
     out += [f"  {line}" for line in remarks(experiment, verdict)]
     return "\n".join(out)
 
 
+def _columns(rows: Sequence[Sequence[str]]) -> List[str]:
+    """A table of plain text; nothing where it has a head only."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines_of = ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
+    return lines_of if len(rows) > 1 else []
+
+
 def remarks(experiment: Experiment, verdict: Verdict) -> List[str]:
-    """What a terminal shows below the table."""
-    found = words.parity_lines(verdict)
-    found += [
-        f"{row['name']}: {row['count']} attention calls" for row in page.backends_table(experiment)
-    ]
+    """What a terminal shows below the tables."""
+    found = []
+    for each in verdict.every:
+        calls = page.backends_table(sides.pair(experiment, each.side))
+        said = words.parity_lines(each)
+        said += [f"{row['name']}: {row['count']} attention calls" for row in calls]
+        found += said if each.side == "B" else [f"{each.side} {each.name}, {x}" for x in said]
     return (
-        found + [f"problem: {p}" for p in verdict.problems] + [f"note: {n}" for n in verdict.notes]
+        found
+        + [f"problem: {p}" for p in problems(verdict)]
+        + [f"note: {n}" for n in notes(verdict)]
     )
+
+
+def problems(verdict: Verdict) -> List[str]:
+    """Those of all sides; what is said of A is said once."""
+    return list(dict.fromkeys(p for each in verdict.every for p in each.problems))
+
+
+def notes(verdict: Verdict) -> List[str]:
+    """Those of all sides, a further side's own ones under its name."""
+    found = list(verdict.notes)
+    for each in verdict.further:
+        found += [f"{each.side} {each.name}: {n}" for n in each.notes if n not in verdict.notes]
+    return found
 
 
 def markdown(experiment: Experiment, verdict: Verdict) -> str:
@@ -48,13 +71,17 @@ def markdown(experiment: Experiment, verdict: Verdict) -> str:
 
     found = verdict.detections
     out = ["## flashbias A/B", "", f"**{plain(words.sentence(verdict))}**", ""]
-    rows = words.figures(verdict)
-    if rows:
-        out += table(words.COLUMNS, rows)
-    out += [f"- {plain(line)}" for line in words.parity_lines(verdict)]
+    if verdict.further:
+        out += table(words.OVERVIEW, words.overview(verdict))
+    for each in verdict.every:
+        rows = words.figures(each)
+        if rows:
+            out += table(words.columns(each), rows)
+        out += [f"- {plain(line)}" for line in words.parity_lines(each)]
+        out += [""] if verdict.further else []
     for title, entries in (
-        ("Problems", [plain(entry) for entry in verdict.problems]),
-        ("Notes", [plain(entry) for entry in verdict.notes]),
+        ("Problems", [plain(entry) for entry in problems(verdict)]),
+        ("Notes", [plain(entry) for entry in notes(verdict)]),
         (
             "Detections",
             []
@@ -75,13 +102,19 @@ def markdown(experiment: Experiment, verdict: Verdict) -> str:
         ),
         (
             "Attention calls",
-            [f"{code(r['name'])}: {r['count']}" for r in page.backends_table(experiment)],
+            [
+                f"{where}{code(r['name'])}: {r['count']}"
+                for where, pair in _pairs(experiment, verdict)
+                for r in page.backends_table(pair)
+            ],
         ),
         (
             "Fallbacks",
             [
-                f"{code(r['source'])}, {code(r['call'])}: {code(r['reason'])} (x{r['count']})"
-                for r in page.fallbacks_table(experiment)
+                f"{where}{code(r['source'])}, {code(r['call'])}: {code(r['reason'])} "
+                f" (x{r['count']})"
+                for where, pair in _pairs(experiment, verdict)
+                for r in page.fallbacks_table(pair)
             ],
         ),
     ):
@@ -103,6 +136,17 @@ def markdown(experiment: Experiment, verdict: Verdict) -> str:
     for name, command in page.commands(experiment):
         out += [f"{name}:", *fenced(command), ""]
     return "\n".join(out)
+
+
+def _pairs(experiment: Experiment, verdict: Verdict) -> List[Tuple[str, Experiment]]:
+    """Every side's experiment with the words before what is said of it."""
+    return [
+        (
+            "" if each.side == "B" else f"{each.side} {each.name}, ",
+            sides.pair(experiment, each.side),
+        )
+        for each in verdict.every
+    ]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> List[str]:
@@ -158,19 +202,15 @@ def html(experiment: Experiment, verdict: Verdict) -> str:
         sentence=words.sentence(verdict),
         bad=verdict.failed,
         fits=verdict.only_patched_fits,
-        cards=[] if verdict.inference else page.headlines(verdict),
-        figures=words.figures(verdict),
-        columns=words.COLUMNS,
+        sides=page.sides_of(experiment, verdict),
+        overview=words.overview(verdict),
+        overview_columns=words.OVERVIEW,
         tones={word: words.tone(word) for word in (*words.GOOD, *words.BAD)},
         charts=page.charts(experiment, verdict),
-        problems=verdict.problems,
-        notes=verdict.notes,
+        problems=problems(verdict),
+        notes=notes(verdict),
         failures=page.failures(experiment),
-        parity_lines=words.parity_lines(verdict),
-        parts=page.parts_table(experiment, verdict),
         gradients=page.gradients_table(experiment),
-        backends=page.backends_table(experiment),
-        fallbacks=page.fallbacks_table(experiment),
         runs=page.runs_table(experiment),
         environment=page.environment_rows(experiment),
         commands=page.commands(experiment),
@@ -180,7 +220,31 @@ def html(experiment: Experiment, verdict: Verdict) -> str:
 
 
 def summary(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
-    """The verdict as strict JSON: a number that JSON does not have is null."""
+    """The verdict as strict JSON: a number that JSON does not have is null. Further sides are under
+    `sides`."""
+    found = {
+        **_of_side(experiment, verdict),
+        "sentence": words.sentence(verdict),
+        "sides": [
+            {
+                "side": each.side,
+                "name": each.name,
+                "env": sides.environment(experiment.options, each.side),
+                **_of_side(sides.pair(experiment, each.side), each),
+            }
+            for each in verdict.further
+        ],
+        "runs": page.runs_table(experiment),
+        "command": experiment.command,
+        "environment": dict(page.environment_rows(experiment)),
+        **({"detections": verdict.detections} if verdict.detections is not None else {}),
+    }
+    kept: Dict[str, Any] = lines.plain(found, lambda number: None)
+    return kept
+
+
+def _of_side(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
+    """The verdict on one side as JSON."""
 
     def ratio(value: Optional[Ratio]) -> Optional[Dict[str, Any]]:
         if value is None:
@@ -188,8 +252,7 @@ def summary(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
         return {**value._asdict(), "mean": ratio(value.mean)}
 
     timing = verdict.timing
-    found = {
-        "sentence": words.sentence(verdict),
+    return {
         "failed": verdict.failed,
         "failures": [failure._asdict() for failure in verdict.failures],
         "speed": ratio(verdict.speed),
@@ -225,13 +288,7 @@ def summary(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
         "notes": verdict.notes,
         "backends": page.backends_table(experiment),
         "fallbacks": page.fallbacks_table(experiment),
-        "runs": page.runs_table(experiment),
-        "command": experiment.command,
-        "environment": dict(page.environment_rows(experiment)),
-        **({"detections": verdict.detections} if verdict.detections is not None else {}),
     }
-    kept: Dict[str, Any] = lines.plain(found, lambda number: None)
-    return kept
 
 
 def load_and_judge(directory: str, process: Optional[str] = None) -> Tuple[Experiment, Verdict]:

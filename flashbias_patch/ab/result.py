@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from . import words
+from . import sides, words
 from .parity import ROUNDING
 from .records import Experiment, Run
 from .statistics import Ratio
@@ -35,6 +35,20 @@ def compact(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
         "about": about(experiment),
         "command": command(experiment),
         "headline": headline(experiment, verdict),
+        **(
+            {
+                "sides": [
+                    {
+                        "side": each.side,
+                        "name": each.name,
+                        **headline(sides.pair(experiment, each.side), each),
+                    }
+                    for each in verdict.further
+                ]
+            }
+            if verdict.further
+            else {}
+        ),
         "notes": verdict.notes,
         "problems": verdict.problems,
         "backends": _calls(experiment.patched()),
@@ -52,7 +66,7 @@ def headline(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
     losses = next((p for p in verdict.parities if p.quantity == "loss"), None)
     sides = [
         [r.peak_memory("reserved_peak") / MIB for r in experiment.side(x) if not r.nudged]
-        for x in "AB"
+        for x in ("A", verdict.side)
     ]
     reserved = [_number(max(side)) if side else None for side in sides]
     timing, mean = verdict.timing, verdict.speed.mean if verdict.speed else None
@@ -60,7 +74,9 @@ def headline(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
         "sentence": words.sentence(verdict).replace(words.SPACE, " "),
         "failures": [str(failure) for failure in verdict.failures],
         "attention_calls": verdict.calls,
-        "repeats": [sum(r.label == x and not r.nudged for r in experiment.runs) for x in "AB"],
+        "repeats": [
+            sum(r.label == x and not r.nudged for r in experiment.runs) for x in ("A", verdict.side)
+        ],
         "time": _ratio(verdict.speed, verdict.speed_word, 1.0, "s", clock=verdict.clock),
         "memory": _ratio(
             verdict.memory,
@@ -171,6 +187,10 @@ def command(experiment: Experiment) -> str:
             f"--env-{side} {k}={_local(str(v))}"
             for k, v in (options.get("env_" + side) or {}).items()
         ]
+    given += [
+        f"--side {name}:{','.join(f'{k}={_local(str(v))}' for k, v in env.items())}"
+        for name, env in options.get("sides") or ()
+    ]
     words_of = " ".join(shlex.quote(_local(word)) for word in experiment.command)
     return f"flashbias ab {' '.join(given)} -- {words_of}"
 

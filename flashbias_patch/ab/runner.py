@@ -1,5 +1,5 @@
-"""Runs a command unpatched (A) and patched (B), one fresh process tree at a time, and keeps what
-they leave.
+"""Runs a command unpatched (A), patched (B), and on further sides, one fresh process tree at a
+time, and keeps what they leave.
 
 OUT/ab.json              the command, the options, one entry a run; rewritten after each run
 OUT/runs/01-A/log.txt    the run's output, as bytes
@@ -19,7 +19,7 @@ import time
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from .. import launch
-from . import lines, probe, processes, records, verdict
+from . import lines, probe, processes, records, sides, verdict
 from .records import Experiment
 
 POLL = 0.05
@@ -42,7 +42,7 @@ class Options(NamedTuple):
 
     `inference`: the command makes no optimiser steps and is to run to its end. `stand_in`: A gets
     functions of flash_attn's names where it is not installed. `process`: the training that is
-    judged (records.choose).
+    judged (records.choose). `sides`: the further ones.
     """
 
     repeats: int = 1
@@ -57,15 +57,17 @@ class Options(NamedTuple):
     inference: bool = False
     stand_in: bool = False
     process: Optional[str] = None
+    sides: Sequence[sides.Side] = ()
 
 
-def schedule(repeats: int, noise_run: bool = True) -> str:
+def schedule(repeats: int, noise_run: bool = True, others: str = "B") -> str:
     """Which run is what, in order: A B B A A B ..., so that a drift of the machine falls on both
-    alike.
+    alike. `others`: the sides beside A, as "BCD" for A B C D D C B A.
 
     A against A needs two As: one more is added where there would be one only.
     """
-    order = "".join("AB" if i % 2 == 0 else "BA" for i in range(repeats))
+    once = "A" + others
+    order = "".join(once if i % 2 == 0 else once[::-1] for i in range(repeats))
     return order + ("A" if noise_run and repeats == 1 else "")
 
 
@@ -85,11 +87,12 @@ def run_all(
         "format": 1,
         "command": list(command),
         "cwd": os.getcwd(),
-        "schedule": schedule(options.repeats, options.noise_run),
+        "schedule": schedule(options.repeats, options.noise_run, sides.labels(options._asdict())),
         "options": {
             **options._asdict(),
             "env_a": dict(options.env_a),
             "env_b": dict(options.env_b),
+            "sides": [[side.name, dict(side.env)] for side in options.sides],
         },
         "host": {
             "platform": platform.platform(),
@@ -120,7 +123,7 @@ def run_all(
         for label in document["schedule"]:
             if label not in failed and not one(label):
                 return experiment
-        while not failed and options.noise_run:
+        while "A" not in failed and options.noise_run:
             records.choose(experiment, options.process)
             needed = verdict.next_run(experiment, verdict.judge(experiment))
             if needed is None or not one(*needed):
@@ -166,7 +169,7 @@ def run_one(
         word.replace("{predictions}", os.path.join(directory, "predictions.json"))
         for word in command
     ]
-    overrides = options.env_a if label == "A" else options.env_b
+    overrides = sides.environment(options._asdict(), label)
     run: Dict[str, Any] = {
         "label": label,
         "index": index,
@@ -214,15 +217,16 @@ def run_one(
 def _environment(label: str, probes: str, options: Options, nudge: str) -> Dict[str, str]:
     """The environment of one run. Variables given for one side win, but PYTHONPATH keeps what loads
     the probe."""
-    overrides = options.env_a if label == "A" else options.env_b
+    overrides = sides.environment(options._asdict(), label)
+    patched = sides.is_patched(options._asdict(), label)
     stand_in = (
         {probe.STAND_IN: "1", "FLASHBIAS_BACKEND": "sdpa"}
-        if options.stand_in and label == "A"
+        if options.stand_in and not patched
         else {}
     )
     return launch.prepare_environment(
         {**os.environ, **overrides},
-        patch=label == "B",
+        patch=patched,
         extra={
             "PYTHONHASHSEED": str(options.seed),
             probe.DIRECTORY: probes,

@@ -52,6 +52,7 @@ class Ratio(NamedTuple):
     mean: Optional[Ratio] = (
         None  # of times: the same of the mean instead of the midmean, with a 99% interval
     )
+    level: float = 95.0  # of the interval, percent
 
     @property
     def excludes_one(self) -> int:
@@ -122,9 +123,11 @@ def compare_times(
     b: Sequence[np.ndarray],
     seed: int = 0,
     spread: float = TYPICAL_SPREAD["time"],
+    comparisons: int = 1,
 ) -> Optional[Ratio]:
     """Ratio B/A of step times, from one array of seconds per run; None if a side has no step
-    time."""
+    time. `comparisons`: how many share the chance of a false alarm (sides.holm)."""
+    levels = [_shared(level, comparisons) for level in (95.0, MEAN_LEVEL)]
     sides = [[s[np.isfinite(s) & (s > 0)] for s in side] for side in (a, b)]
     sides = [[s for s in side if s.size] for side in sides]
     if not sides[0] or not sides[1]:
@@ -140,9 +143,16 @@ def compare_times(
     of_means = [np.mean([of_mean for _, of_mean in side], axis=0) for side in drawn]
     ends, ends_of_mean = (
         np.percentile(found[1] - found[0], [50 - level / 2, 50 + level / 2])
-        for found, level in ((within, 95.0), (of_means, MEAN_LEVEL))
+        for found, level in zip((within, of_means), levels)
     )
-    return _ratio(usual, ends, spread)._replace(mean=_ratio(mean, ends_of_mean, spread, MEAN_LEVEL))
+    return _ratio(usual, ends, spread, levels[0])._replace(
+        mean=_ratio(mean, ends_of_mean, spread, levels[1])
+    )
+
+
+def _shared(level: float, comparisons: int) -> float:
+    """The level of an interval, percent, where `comparisons` share its chance of a false alarm."""
+    return 100 - (100 - level) / comparisons
 
 
 def stalls(times: Sequence[np.ndarray]) -> Stalls:
@@ -155,13 +165,15 @@ def stalls(times: Sequence[np.ndarray]) -> Stalls:
     return Stalls(int(sum(flags.sum() for flags in slow)), sum(s.size for s in runs), share)
 
 
-def compare_peaks(a: Sequence[float], b: Sequence[float], kind: str = "cuda") -> Optional[Ratio]:
+def compare_peaks(
+    a: Sequence[float], b: Sequence[float], kind: str = "cuda", comparisons: int = 1
+) -> Optional[Ratio]:
     """Ratio B/A of peak memory, one number of bytes a run; `kind` (cuda, rss) says how much it
-    varies."""
+    varies. `comparisons`: as of `compare_times`."""
     logs = [np.log([x for x in side if np.isfinite(x) and x > 0]) for side in (a, b)]
     if not logs[0].size or not logs[1].size:
         return None
-    return _ratio(logs, np.zeros(2), TYPICAL_SPREAD[kind])
+    return _ratio(logs, np.zeros(2), TYPICAL_SPREAD[kind], _shared(95.0, comparisons))
 
 
 def midmean(values: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -213,7 +225,8 @@ def _ratio(
     guess = quantile(freedom + GUESS_WORTH, level) * typical * root
     seen = quantile(freedom, level) * spread * root if spread is not None else 0.0
     below, above = (max(math.hypot(float(end), guess), seen) for end in within)
-    return Ratio(b / a, b / a * math.exp(-below), b / a * math.exp(above), a, b, freedom, spread)
+    ends = b / a * math.exp(-below), b / a * math.exp(above)
+    return Ratio(b / a, *ends, a, b, freedom, spread, level=level)
 
 
 def _word(ratio: Optional[Ratio], more: str, less: str) -> str:

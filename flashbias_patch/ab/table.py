@@ -9,7 +9,7 @@ import math
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from .records import Experiment, Run
-from .statistics import LEVEL, MEAN_LEVEL, Ratio
+from .statistics import Ratio
 from .verdict import Verdict
 
 
@@ -33,32 +33,28 @@ def metrics(verdict: Verdict) -> List[Metric]:
     rows = []
     speed, timing = verdict.speed, verdict.timing
     if speed is not None:
-        rows.append(_of("step_time", "time per step, usual", "s", speed, LEVEL, verdict.speed_word))
+        rows.append(_of("step_time", "time per step, usual", "s", speed, verdict.speed_word))
         if speed.mean is not None:
             excludes = 0 if verdict.failures else speed.mean.excludes_one
             word = {1: "slower", -1: "faster"}.get(excludes, "")
-            rows.append(
-                _of("mean_step_time", "time per step, mean", "s", speed.mean, MEAN_LEVEL, word)
-            )
+            rows.append(_of("mean_step_time", "time per step, mean", "s", speed.mean, word))
     elif math.isfinite(verdict.patched_step):
         rows.append(_pair("step_time", "time per step, usual", "s", math.nan, verdict.patched_step))
     if timing is not None:
         rows.append(_pair("startup", "start to first step", "s", *timing.startup))
         rows.append(_pair("total", "whole run", "s", *timing.total))
     if verdict.memory is not None:
-        rows.append(
-            _of("peak_memory", "peak memory", "bytes", verdict.memory, LEVEL, verdict.memory_word)
-        )
+        rows.append(_of("peak_memory", "peak memory", "bytes", verdict.memory, verdict.memory_word))
     elif math.isfinite(verdict.patched_peak):
         rows.append(_pair("peak_memory", "peak memory", "bytes", math.nan, verdict.patched_peak))
     return rows
 
 
-def _of(name: str, title: str, unit: str, ratio: Ratio, level: float, word: str) -> Metric:
+def _of(name: str, title: str, unit: str, ratio: Ratio, word: str) -> Metric:
     found = Metric(name, title, unit, ratio.a, ratio.b, ratio.value, word=word)
     if ratio.low is None or ratio.high is None:
         return found
-    return found._replace(low=ratio.low, high=ratio.high, level=level)
+    return found._replace(low=ratio.low, high=ratio.high, level=ratio.level)
 
 
 def _pair(name: str, title: str, unit: str, a: float, b: float) -> Metric:
@@ -99,20 +95,25 @@ COLUMNS = (
 
 def rows(experiment: Experiment, verdict: Verdict) -> Iterator[Dict[str, Any]]:
     """A row per metric, per quantity of the training, per run and per step; `kind` tells which."""
-    for metric in metrics(verdict):
-        kept = {**metric._asdict(), "metric": metric.name, "verdict": metric.word}
-        yield {"kind": "metric", **{name: kept[name] for name in COLUMNS if name in kept}}
-    for parity in verdict.parities:
-        yield {
-            "kind": "training",
-            "metric": parity.quantity,
-            "unit": "relative",
-            "step": parity.first_step,
-            "steps": parity.steps,
-            "difference": parity.largest,
-            "noise": max((x for x in (parity.noise, parity.drift) if x is not None), default=None),
-            "verdict": parity.word,
-        }
+    for each in verdict.every:
+        for metric in metrics(each):
+            kept = {**metric._asdict(), "metric": metric.name, "verdict": metric.word}
+            kept = {name: kept[name] for name in COLUMNS if name in kept}
+            yield {"kind": "metric", "side": each.side, **kept}
+        for parity in each.parities:
+            yield {
+                "kind": "training",
+                "side": each.side,
+                "metric": parity.quantity,
+                "unit": "relative",
+                "step": parity.first_step,
+                "steps": parity.steps,
+                "difference": parity.largest,
+                "noise": max(
+                    (x for x in (parity.noise, parity.drift) if x is not None), default=None
+                ),
+                "verdict": parity.word,
+            }
     for run in experiment.runs:
         yield {
             "kind": "run",

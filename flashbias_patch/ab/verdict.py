@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import re
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tu
 
 import numpy as np
 
-from . import parity, records, stand_in, statistics
+from . import parity, records, sides, stand_in, statistics
 from .parity import Parity
 from .records import Experiment, Run
 from .statistics import MIN_STEPS, Ratio, Stalls
@@ -18,6 +20,7 @@ from .statistics import MIN_STEPS, Ratio, Stalls
 FAIL_IF = ("slower", "differs", "more-memory", "fails")
 BUSY_SHARE, BUSY_OTHERS = 0.9, 0.1  # of all CPUs: both together are other work that slows a run
 MOST_CONFIRMATIONS = 4  # nudged runs of A, before "differs" is said
+FURTHER_CONFIRMATIONS = 2  # more of them for each further side
 STALLS_SHARE = 0.1  # of a side's time, from which stalls are worth a note
 CUT_SHORT = (
     "crashed",
@@ -25,20 +28,21 @@ CUT_SHORT = (
     "record lost",
     records.OUT_OF_MEMORY,
 )  # of these the headline says after how many steps
-SIDES = {"A": "unpatched", "B": "patched"}
+SIDES = sides.NAMES
 
 
 class Failure(NamedTuple):
     """A run that did not come to the end that the others came to."""
 
     run: str
-    side: str  # A or B
+    side: str  # A, B, or the letter of a further side
     status: str  # crashed, hung, out of memory, ended early, ...
     message: str
     steps: int
+    who: str  # the side's name: unpatched, patched, ...
 
     def __str__(self) -> str:
-        return f"{self.run} ({SIDES[self.side]}): {self.status}{self.joint}{self.message}"
+        return f"{self.run} ({self.who}): {self.status}{self.joint}{self.message}"
 
     @property
     def joint(self) -> str:
@@ -75,6 +79,19 @@ class Verdict:
     detections: Optional[Dict[str, Any]] = None
     patched_peak: float = float("nan")  # bytes; also where there is nothing to compare it with
     patched_step: float = float("nan")  # seconds
+    side: str = "B"  # that is compared with A
+    name: str = SIDES["B"]
+    further: List[Verdict] = field(default_factory=list)  # of B: those of the further sides
+
+    @property
+    def who(self) -> str:
+        """The side in a sentence."""
+        return "patched" if self.side == "B" else f"{self.side} ({self.name})"
+
+    @property
+    def every(self) -> List[Verdict]:
+        """The verdicts of all sides, this one first."""
+        return [self, *self.further]
 
     @property
     def only_patched_fits(self) -> bool:
@@ -120,7 +137,21 @@ class Verdict:
         return min((p.first_step for p in self.parities if p.first_step is not None), default=None)
 
     def fails(self, conditions: Sequence[str]) -> List[str]:
-        """Those of `conditions` (FAIL_IF) that came true; a failed run makes any of them true."""
+        """Those of `conditions` (FAIL_IF) that came true for any side, with the side unless it is
+        B; a failed run makes any of them true."""
+        found = self._fails(conditions)
+        for each in self.further:
+            only_a = each.failed and all(f.side == "A" for f in each.failures)
+            if not (only_a and self.failed):  # a failed A is said once
+                found += [f"{condition}: {each.who}" for condition in each._fails(conditions)]
+        return found
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether every side was compared, or unpatched alone ran out of memory."""
+        return all(v.only_patched_fits or (v.comparable and not v.failed) for v in self.every)
+
+    def _fails(self, conditions: Sequence[str]) -> List[str]:
         not_finite = self.parity_word == "not finite"
         true = {
             "slower": self.speed_word == "slower",
@@ -145,16 +176,60 @@ def judge(
     seed: int = 0,
     detections: Optional[Dict[str, Any]] = None,
 ) -> Verdict:
-    """The verdict on what `flashbias ab` recorded. Failed runs count for what they recorded, where
-    their side has no other: a run cut short would shorten all that is compared. `detections`: their
-    comparison, of an inference.
+    """The verdict on what `flashbias ab` recorded: that of B, which holds those of further sides.
+
+    Failed runs count for what they recorded, where their side has no other: a run cut short would
+    shorten all that is compared. `detections`: their comparison, of an inference.
     """
-    a, b = (_whole(experiment.side(label)) for label in "AB")
+    labels = sides.labels(experiment.options)
+    made: Dict[Tuple[str, int], Verdict] = {}
+
+    def judged(label: str, comparisons: int) -> Verdict:
+        key = label, comparisons
+        if key not in made:
+            found = detections if label == "B" else None
+            made[key] = _judge(sides.pair(experiment, label), warmup, seed, found, comparisons)
+        return made[key]
+
+    def is_decided(quantity: str, label: str, comparisons: int) -> bool:
+        ratio = getattr(judged(label, comparisons), quantity)
+        return ratio is not None and ratio.decided != 0
+
+    at = {
+        quantity: sides.holm(labels, functools.partial(is_decided, quantity))[0]
+        for quantity in ("speed", "memory")
+    }
+    found = []
+    for label in labels:
+        verdict = judged(label, at["speed"][label])
+        memory = judged(label, at["memory"][label]).memory
+        found.append(dataclasses.replace(verdict, memory=memory))
+    found[0].further = found[1:]
+    if len(labels) > 1:
+        found[0].notes.append(
+            f"{len(labels)} sides are compared with A: Holm's procedure keeps the chance that any "
+            "is falsely called slower, faster or of other memory at what it is for one, by "
+            f"intervals of up to {100 - 5 / len(labels):.4g}% for the usual step"
+        )
+    return found[0]
+
+
+def _judge(
+    experiment: Experiment,
+    warmup: Optional[int],
+    seed: int,
+    detections: Optional[Dict[str, Any]],
+    comparisons: int,
+) -> Verdict:
+    """The verdict on A and the side `experiment.judged`, one of so many comparisons."""
+    label = experiment.judged
+    a, b = (_whole(experiment.side(each)) for each in ("A", label))
     verdict = Verdict(inference=bool(experiment.options.get("inference")), detections=detections)
+    verdict.side, verdict.name = label, sides.name(experiment.options, label)
     verdict.failures = _failures(experiment)
     verdict.notes = _notes(experiment, a + b)
     patched = [run for run in experiment.patched() if run.steps or run.status == "ok"]
-    if patched:
+    if patched and (label == "B" or sides.is_patched(experiment.options, label)):
         verdict.calls = sum(sum(run.calls().values()) for run in patched)
     if b:
         done = [run for run in b if run.status == "ok"]
@@ -173,7 +248,7 @@ def judge(
     if not verdict.only_patched_fits:
         verdict.problems += _other_problems(experiment, a, b)
     if a and b:
-        _compare(verdict, experiment, a, b, warmup, seed)
+        _compare(verdict, experiment, a, b, warmup, seed, comparisons)
     return verdict
 
 
@@ -184,6 +259,7 @@ def _compare(
     b: List[Run],
     warmup: Optional[int],
     seed: int,
+    comparisons: int,
 ) -> None:
     plain, nudged = [r for r in a if not r.nudged] or a, [r for r in a if r.nudged]
     warm = int(experiment.options.get("warmup", 0)) if warmup is None else warmup
@@ -198,47 +274,58 @@ def _compare(
         warm = fitting
     crowded = [run for run in plain + b if is_crowded(run, experiment)]
     spread = statistics.CROWDED_SPREAD if crowded else statistics.TYPICAL_SPREAD["time"]
-    sides = [[run.step_seconds()[warm:] for run in side] for side in (plain, b)]
-    verdict.speed = statistics.compare_times(sides[0], sides[1], seed, spread)
+    times = [[run.step_seconds()[warm:] for run in side] for side in (plain, b)]
+    verdict.speed = statistics.compare_times(times[0], times[1], seed, spread, comparisons)
     kinds = {run.memory_kind() for run in plain + b}
     verdict.memory_kind = "cuda" if kinds == {"cuda"} else "rss"
     peaks = [[run.peak_memory() for run in side] for side in (plain, b)]
-    verdict.memory = statistics.compare_peaks(peaks[0], peaks[1], verdict.memory_kind)
+    verdict.memory = statistics.compare_peaks(peaks[0], peaks[1], verdict.memory_kind, comparisons)
     clocks = {run.clock for run in plain + b}
     verdict.clock = clocks.pop() if len(clocks) == 1 else "wall clock"
     verdict.parities = parity.of_runs(
         plain, b, nudged if nudged != plain else [], any(run.half for run in a + b)
     )
-    verdict.timing = _timing(plain, b, verdict.speed, sides)
+    verdict.timing = _timing(plain, b, verdict.speed, times)
     verdict.notes += _notes_on_times(verdict, experiment, crowded, min(len(plain), len(b)))
     if any(run.redrawn for run in nudged):
         verdict.notes.append(
-            "patched, other random numbers are drawn (by dropout, say): training is held against "
-            "more As that draw "
-            "others too. Without dropout it can be held against rounding"
+            f"{verdict.who}, other random numbers are drawn (by dropout, say): training is held "
+            "against more As that draw others too. Without dropout it can be held against rounding"
         )
 
 
 def next_run(experiment: Experiment, verdict: Verdict) -> Optional[Tuple[str, str]]:
     """The run that the verdict still needs: (side, nudge); None: no more.
 
-    A nudged A, unless B is identical: where A differs from A hardly or not at all, that says
-    nothing about rounding, of which B's is another than A's. And before "differs" is said, up to
-    four of them, and a second B: noise of two kinds, or a decision that falls one way or the other
-    late, is easily missing in two As.
+    A nudged A, unless B and every further side are identical: where A differs from A hardly or not
+    at all, that says nothing about rounding, of which B's is another than A's. And before "differs"
+    is said, `most_confirmations` of them, and a second run of that side: noise of two kinds, or a
+    decision that falls one way or the other late, is easily missing in two As.
     """
-    a, b = experiment.side("A"), experiment.side("B")
-    if verdict.failures or verdict.inference or not a or not b:
+    a = experiment.side("A")
+    nudged = [run for run in a if run.nudged]
+    left = [
+        each
+        for each in verdict.every
+        if not (each.failures or each.inference)
+        and each.parity_word not in (parity.NOT_COMPARED, "identical", "not finite")
+    ]
+    if not a or not left:
         return None
-    word, nudged = verdict.parity_word, [run for run in a if run.nudged]
-    if word in (parity.NOT_COMPARED, "identical", "not finite"):
-        return None
-    if not nudged or (word == "differs" and len(nudged) < MOST_CONFIRMATIONS):
-        kind = "redraw" if any(run.random != a[0].random for run in b) else ""
+    differing = [each.side for each in left if each.parity_word == "differs"]
+    most = most_confirmations(len(verdict.every))
+    if not nudged or (differing and len(nudged) < most):
+        runs = [run for each in left for run in experiment.side(each.side)]
+        kind = "redraw" if any(run.random != a[0].random for run in runs) else ""
         return "A", f"{kind}{len(nudged) + 1}"
-    if word == "differs" and len(b) < 2:
-        return "B", ""
-    return None
+    few = next((side for side in differing if len(experiment.side(side)) < 2), None)
+    return None if few is None else (few, "")
+
+
+def most_confirmations(comparisons: int) -> int:
+    """Nudged As before "differs" is said. Several sides are several chances of a false alarm, and
+    the more As there are, the rarer is a side further from them than they are from each other."""
+    return MOST_CONFIRMATIONS + FURTHER_CONFIRMATIONS * (comparisons - 1)
 
 
 def is_crowded(run: Run, experiment: Experiment) -> bool:
@@ -282,13 +369,15 @@ def _failures(experiment: Experiment) -> List[Failure]:
                 "`--stand-in-for-a` runs A "
                 "with functions of the same names, computed by torch's scaled_dot_product_attention"
             )
-        found.append(Failure(run.name, run.label, status, message, run.steps))
+        who = sides.name(experiment.options, run.label)
+        found.append(Failure(run.name, run.label, status, message, run.steps, who))
     return found
 
 
 def _other_problems(experiment: Experiment, a: List[Run], b: List[Run]) -> List[str]:
     found = []
-    for label, runs in (("A (unpatched)", a), ("B (patched)", b)):
+    name = sides.name(experiment.options, experiment.judged)
+    for label, runs in (("A (unpatched)", a), (f"{experiment.judged} ({name})", b)):
         if not runs and not experiment.options.get("inference"):
             found.append(f"{label} recorded no step, so there is nothing to compare")
     for run in a + b:
@@ -333,7 +422,7 @@ def _mean(seconds: Iterable[float]) -> float:
 
 
 def _timing(
-    a: List[Run], b: List[Run], speed: Optional[Ratio], sides: Sequence[Sequence[np.ndarray]]
+    a: List[Run], b: List[Run], speed: Optional[Ratio], times: Sequence[Sequence[np.ndarray]]
 ) -> Timing:
     startup = (_mean(run.startup_seconds() for run in a), _mean(run.startup_seconds() for run in b))
     total = (
@@ -347,7 +436,7 @@ def _timing(
     break_even = (
         math.ceil(later / gain) if gain > 0 and math.isfinite(later) and later > 0 else None
     )
-    stalls = (statistics.stalls(sides[0]), statistics.stalls(sides[1]))
+    stalls = (statistics.stalls(times[0]), statistics.stalls(times[1]))
     return Timing(startup, total, break_even, stalls)
 
 
@@ -369,18 +458,18 @@ def _notes_on_times(
             f"a spread of {statistics.CROWDED_SPREAD:.0%} between runs is assumed"
         )
     if speed and (speed.disagree or max(s.share for s in timing.stalls) > STALLS_SHARE):
-        sides = [
-            f"{s.slow} of {s.steps} steps {SIDES[label]}, {s.share:.0%} of the time"
-            for label, s in zip("BA", reversed(timing.stalls))
+        stalled = [
+            f"{s.slow} of {s.steps} steps {who}, {s.share:.0%} of the time"
+            for who, s in zip((verdict.name, SIDES["A"]), reversed(timing.stalls))
         ]
         found.append(
             f"stalls, steps that take more than {statistics.STALL:g} times the usual one: "
-            f"{'; '.join(sides)}"
+            f"{'; '.join(stalled)}"
         )
     if speed and speed.disagree and speed.mean:
         found.append(
-            f"usual step and mean disagree: patched / unpatched is {speed.value:.2f} for the "
-            "usual step and "
+            f"usual step and mean disagree: {verdict.name} / unpatched is "
+            f"{speed.value:.2f} for the usual step and "
             f"{speed.mean.value:.2f} for the mean of all, which is what the command takes"
         )
     needed = speed.repeats_needed() if speed and not crowded and not speed.decided else None
@@ -392,7 +481,7 @@ def _notes_on_times(
     if timing.break_even is not None and verdict.speed_word == "faster":
         later = timing.startup[1] - timing.startup[0]
         found.append(
-            f"patched, the first step ends {later:.1f} s later: made up for at step "
+            f"{verdict.name}, the first step ends {later:.1f} s later: made up for at step "
             f"{timing.break_even}"
         )
     return found

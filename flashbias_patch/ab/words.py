@@ -9,7 +9,7 @@ from . import records
 from .parity import Parity
 from .statistics import LEVEL, Ratio
 from .table import Metric, metrics
-from .verdict import SIDES, Verdict
+from .verdict import Verdict
 
 SPACE = "\u00a0"  # between a figure and its unit: never the end of a line
 GOOD = ("faster", "less memory", "identical", "within rounding", "within noise", "same")
@@ -22,7 +22,7 @@ PARITY_SAYS = {
     "differs": "does not train the same",
     "not compared": "could not be compared in its losses",
 }
-ZERO_CALLS = "Zero attention calls went through the patch. "
+ZERO_CALLS = "Zero attention calls went through the patch{}. "
 NO_CALLS = "is anything patched? `flashbias doctor --repo DIR` tells"
 
 
@@ -32,8 +32,20 @@ def tone(word: str) -> str:
 
 
 def sentence(verdict: Verdict) -> str:
-    """The verdict in one or two sentences: failures first."""
-    zero = ZERO_CALLS if verdict.nothing_patched else ""
+    """The verdict in one or two sentences, and in one or two for each further side: failures
+    first."""
+    only_a = verdict.failed and all(f.side == "A" for f in verdict.failures)
+    further = [
+        _sentence(each)
+        for each in verdict.further
+        if not (only_a and all(f.side == "A" for f in each.failures))
+    ]
+    return " ".join([_sentence(verdict), *further])
+
+
+def _sentence(verdict: Verdict) -> str:
+    where = "" if verdict.side == "B" else f" of {verdict.who}"
+    zero = ZERO_CALLS.format(where) if verdict.nothing_patched else ""
     if verdict.failures:
         return zero + _failure(verdict)
     if verdict.detections is not None:
@@ -52,19 +64,23 @@ def sentence(verdict: Verdict) -> str:
 
 def _failure(verdict: Verdict) -> str:
     """Which side fails, and how."""
-    first = {side: next((f for f in verdict.failures if f.side == side), None) for side in "AB"}
+    first = {
+        side: next((f for f in verdict.failures if f.side == side), None)
+        for side in ("A", verdict.side)
+    }
     if verdict.only_patched_fits:
         made = verdict.failures[0].steps
         after = f" after {made} step{'' if made == 1 else 's'}" if made else ""
         return (
-            f"Unpatched runs out of memory{after}; patched trains at "
+            f"Unpatched runs out of memory{after}; {verdict.who} trains at "
             f"{seconds(verdict.patched_step)} a step in "
             f"{size(verdict.patched_peak)}."
         )
     if all(f is None or f.status == "interrupted" for f in first.values()):
         return f"Interrupted in {verdict.failures[0].run}: {verdict.failures[0].message}."
-    names = [SIDES[side] for side in "AB" if first[side] is not None]
-    who = " and ".join(names).capitalize()
+    by_side = {"A": "unpatched", verdict.side: verdict.who}
+    names = [by_side[side] for side in first if first[side] is not None]
+    who = capital(" and ".join(names))
     if all(f is None or f.status == records.OUT_OF_MEMORY for f in first.values()):
         return f"{who} run{'' if len(names) > 1 else 's'} out of memory: {_which(first)}"
     imports = any("--stand-in-for-a" in f.message for f in verdict.failures)
@@ -108,6 +124,7 @@ def _comparison(verdict: Verdict) -> str:
         None if speed is None else (speed.value, verdict.speed_word),
         None if memory is None else (memory.value, verdict.memory_word),
     )
+    who = capital(verdict.who)
     if word in ("undecided", "not finite"):
         worst = next(p for p in sorted(verdict.parities, key=lambda p: p.badness) if p.word == word)
         what = (
@@ -115,13 +132,18 @@ def _comparison(verdict: Verdict) -> str:
             if word == "undecided"
             else f"The {worst.quantity} is not finite"
         )
-        return f"{joined(says)}. {what}: {worst.why}{_since(worst)}."
-    return joined([*says, training_clause(word, verdict.first_step)]) + "."
+        return f"{joined(says, who)}. {what}: {worst.why}{_since(worst)}."
+    return joined([*says, training_clause(word, verdict.first_step)], who) + "."
+
+
+def capital(text: str) -> str:
+    """Its first letter a capital, the others as they are."""
+    return text[:1].upper() + text[1:]
 
 
 def clauses(speed: Optional[Tuple[float, str]], memory: Optional[Tuple[float, str]]) -> List[str]:
     """Speed and memory, each (patched / unpatched, word), as parts of a sentence that begins with
-    "Patched"."""
+    the side."""
     says = []
     if speed is not None:
         value, word = speed
@@ -146,11 +168,11 @@ def training_clause(word: str, first_step: Optional[int]) -> str:
     return PARITY_SAYS[word] + ("" if first_step is None else f" from step {first_step} on")
 
 
-def joined(says: List[str]) -> str:
+def joined(says: List[str], who: str = "Patched") -> str:
     return (
-        f"Patched {', '.join(says[:-1])}{' and ' if len(says) > 1 else ''}{says[-1]}"
+        f"{who} {', '.join(says[:-1])}{' and ' if len(says) > 1 else ''}{says[-1]}"
         if says
-        else "Patched runs"
+        else f"{who} runs"
     )
 
 
@@ -187,9 +209,18 @@ def ends(ratio: Ratio) -> str:
     )
 
 
+def level(ratio: Ratio) -> str:
+    """The level of its interval: 95%, or more where several sides are compared."""
+    return f"{ratio.level:.4g}%"
+
+
 def interval(ratio: Ratio) -> str:
     """The interval in words."""
-    return "too few steps for an interval" if ratio.low is None else f"95% interval {ends(ratio)}"
+    return (
+        "too few steps for an interval"
+        if ratio.low is None
+        else f"{level(ratio)} interval {ends(ratio)}"
+    )
 
 
 class Figure(NamedTuple):
@@ -204,6 +235,42 @@ class Figure(NamedTuple):
 
 
 COLUMNS = ("", "A unpatched", "B patched", "patched / unpatched", "95% interval", "verdict")
+
+
+def columns(verdict: Verdict) -> Tuple[str, ...]:
+    """The head of the table of a side."""
+    if verdict.side == "B":
+        return COLUMNS
+    name = f"{verdict.side} {verdict.name}"
+    return ("", COLUMNS[1], name, f"{verdict.name} / unpatched", *COLUMNS[4:])
+
+
+OVERVIEW = ("side", "time per step", "of A's", "speed", "peak memory", "of A's", "memory", "losses")
+
+
+def overview(verdict: Verdict) -> List[Tuple[str, ...]]:
+    """One row a side where there are more than two: A's own figures, then every other side's."""
+    if not verdict.further:
+        return []
+    rows: List[Tuple[str, ...]] = []
+    for each in verdict.every:
+        speed, memory = each.speed, each.memory
+        if not rows:
+            own = [seconds(speed.a) if speed else "-", size(memory.a) if memory else "-"]
+            rows.append(("A unpatched", own[0], "", "", own[1], "", "", ""))
+        rows.append(
+            (
+                f"{each.side} {each.name}",
+                seconds(speed.b if speed else each.patched_step),
+                times(speed.value) if speed else "-",
+                each.speed_word,
+                size(memory.b if memory else each.patched_peak),
+                times(memory.value) if memory else "-",
+                each.memory_word,
+                each.parity_word,
+            )
+        )
+    return rows
 
 
 def figures(verdict: Verdict) -> List[Figure]:
@@ -222,7 +289,7 @@ def _figure(metric: Metric) -> Figure:
 def _ends_of(metric: Metric) -> str:
     if not math.isfinite(metric.low):
         return "-"
-    level = "" if metric.level == LEVEL else f" ({metric.level:.0f}%)"
+    level = "" if metric.level == LEVEL else f" ({metric.level:.4g}%)"
     return f"{metric.low:.3f} to {metric.high:.3f}{level}"
 
 

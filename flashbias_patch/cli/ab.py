@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 NAME = "ab"
 HELP = "run a training command unpatched (A) and patched (B), and say what changed"
@@ -26,6 +26,15 @@ def _pair(word: str) -> Tuple[str, str]:
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {word!r}")
     return name, value
+
+
+def _side(text: str) -> Tuple[str, Dict[str, str]]:
+    from ..ab import sides
+
+    try:
+        return sides.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _at_least(kind: Any, least: Any, most: float = math.inf) -> Any:
@@ -97,6 +106,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="K=V",
         help="environment of B only",
+    )
+    parser.add_argument(
+        "--side",
+        type=_side,
+        action="append",
+        default=[],
+        metavar="NAME:K=V[,K=V...]",
+        help="a further side, patched with this environment on top, compared with A as B is; may "
+        "be given several times",
     )
     parser.add_argument(
         "--param",
@@ -171,7 +189,7 @@ def _main(args: argparse.Namespace) -> int:
         print(f"flashbias ab: {problem}", file=sys.stderr)
         return 2
     try:
-        from ..ab import detections, records, report, runner
+        from ..ab import detections, records, report, runner, sides
         from ..ab import verdict as verdicts
     except ImportError as error:
         print(
@@ -198,14 +216,16 @@ def _main(args: argparse.Namespace) -> int:
         inference=args.eval is not None,
         stand_in=args.stand_in_for_a,
         process=args.process,
+        sides=args.side,
     )
 
     ends = (signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, _as_interrupt) for number in ends}
     screen = _screen(
-        runner.schedule(args.repeats, not args.no_aa),
+        runner.schedule(args.repeats, not args.no_aa, sides.labels(options._asdict())),
         args.steps,
         not args.no_aa and args.eval is None,
+        [side.name for side in args.side],
     )
     try:
         with screen:
@@ -229,11 +249,7 @@ def _main(args: argparse.Namespace) -> int:
     if failed:
         _print(f"flashbias ab: --fail-if condition met: {', '.join(failed)}", sys.stderr)
         return FAILED
-    return (
-        0
-        if verdict.only_patched_fits or (verdict.comparable and not verdict.failed)
-        else NOT_COMPARED
-    )
+    return 0 if verdict.succeeded else NOT_COMPARED
 
 
 def _cannot_write(out: str) -> Optional[str]:
@@ -258,8 +274,27 @@ def _usage(args: argparse.Namespace, command: List[str]) -> Optional[str]:
         return "CMD is missing: say what to run, e.g. flashbias ab -- python tools/train.py CONFIG"
     if shutil.which(command[0]) is None:
         return f"CMD: {command[0]!r} is not a program on PATH"
+    problem = _side_problem(args)
+    if problem:
+        return problem
     if args.eval is not None and not any("{predictions}" in word for word in command):
         return "--eval: CMD has no {predictions}, the file its detections are written to"
+    return None
+
+
+def _side_problem(args: argparse.Namespace) -> Optional[str]:
+    """What is wrong with --side, --env-a or --env-b, with the option's name."""
+    from ..ab import sides
+
+    problem = sides.check(args.side)
+    if problem:
+        return f"--side: {problem}"
+    if args.side and args.eval is not None:
+        return "--side: not with --eval, which compares the detections of A and B"
+    for option, env in (("--env-a", args.env_a), ("--env-b", args.env_b)):
+        problem = sides.mistake(dict(env))
+        if problem:
+            return f"{option}: {problem}"
     return None
 
 
@@ -306,16 +341,20 @@ def _write(out: str, experiment: Any, verdict: Any, report: Any, csv: Optional[s
 
 
 class PlainScreen:
-    """One line per run. `nudged`: a nudged A follows the schedule where it is needed."""
+    """One line per run. `nudged`: a nudged A follows the schedule where it is needed. `names`: of
+    further sides."""
 
-    def __init__(self, schedule: str, nudged: bool) -> None:
-        self.schedule, self.nudged = schedule, nudged
+    def __init__(self, schedule: str, nudged: bool, names: Sequence[str] = ()) -> None:
+        self.schedule, self.nudged, self.names = schedule, nudged, names
 
     def __enter__(self) -> PlainScreen:
-        further = ", then a nudged A unless B is identical" if self.nudged else ""
+        identical = "all are" if self.names else "B is"
+        further = f", then a nudged A unless {identical} identical" if self.nudged else ""
+        letters = dict.fromkeys(self.schedule)
+        titles = "".join(f", {_title(x, self.names)}" for x in letters if x not in "AB")
         _print(
             f"{len(self.schedule)} runs: {' '.join(self.schedule)} (A unpatched, B "
-            f"patched){further}"
+            f"patched{titles}){further}"
         )
         return self
 
@@ -325,25 +364,27 @@ class PlainScreen:
     def update(self, event: str, run: Dict[str, Any]) -> None:
         if event == "done":
             _print(
-                f"  run {run['index'] + 1} {_name(run)}: {run['status']} in {run['seconds']:.1f} "
-                f"s: {run['message']}"
+                f"  run {run['index'] + 1} {_name(run, self.names)}: {run['status']} "
+                f"in {run['seconds']:.1f} s: {run['message']}"
             )
 
 
-def _name(run: Dict[str, Any]) -> str:
+def _title(label: str, names: Sequence[str]) -> str:
+    from ..ab import sides
+
+    return sides.title({"sides": [(name, {}) for name in names]}, label)
+
+
+def _name(run: Dict[str, Any], names: Sequence[str]) -> str:
     from ..ab.words import extra_run
 
-    return (
-        extra_run(run["redrawn"])
-        if run["nudged"]
-        else {"A": "A unpatched", "B": "B patched"}[run["label"]]
-    )
+    return extra_run(run["redrawn"]) if run["nudged"] else _title(run["label"], names)
 
 
 class RichScreen:
     """A progress bar per run, by steps."""
 
-    def __init__(self, schedule: str, steps: int) -> None:
+    def __init__(self, schedule: str, steps: int, names: Sequence[str] = ()) -> None:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -352,7 +393,7 @@ class RichScreen:
             TimeElapsedColumn,
         )
 
-        self.schedule, self.steps = schedule, steps
+        self.schedule, self.steps, self.names = schedule, steps, names
         self.tasks: Dict[int, Any] = {}
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -370,8 +411,7 @@ class RichScreen:
         return self
 
     def _task(self, run: Dict[str, Any]) -> None:
-        color = {"A": "[blue]", "B": "[dark_orange]"}[run["label"]]
-        description = f"{run['index'] + 1} {color}{_name(run)}"
+        description = f"{run['index'] + 1} {_color(run['label'])}{_name(run, self.names)}"
         self.tasks[run["index"]] = self.progress.add_task(
             description, total=self.steps, start=False, message=""
         )
@@ -397,13 +437,19 @@ class RichScreen:
             self.progress.stop_task(task)
 
 
-def _screen(schedule: str, steps: int, nudged: bool) -> Any:
+def _screen(schedule: str, steps: int, nudged: bool, names: Sequence[str]) -> Any:
     try:
         if _is_terminal():
-            return RichScreen(schedule, steps)
+            return RichScreen(schedule, steps, names)
     except ImportError:
         pass
-    return PlainScreen(schedule, nudged)
+    return PlainScreen(schedule, nudged, names)
+
+
+def _color(label: str) -> str:
+    return {"A": "[blue]", "B": "[dark_orange]", "C": "[green]", "D": "[magenta]"}.get(
+        label, "[cyan]"
+    )
 
 
 def _is_terminal() -> bool:
@@ -442,13 +488,24 @@ def _rich(experiment: Any, verdict: Any) -> List[Any]:
     from ..ab import report, words
 
     colors = {"good": "green", "bad": "red", "neutral": "yellow"}
-    table = Table(box=box.SIMPLE_HEAD)
-    for column, color in zip(words.COLUMNS, ("", "[blue]", "[dark_orange]", "", "", "")):
-        table.add_column(color + column, justify="left" if column == "" else "right")
-    for row in words.figures(verdict):
-        table.add_row(*row[:-1], f"[{colors[words.tone(row.word)]}]{row.word}" if row.word else "")
+
+    def painted(word: str) -> str:
+        return f"[{colors[words.tone(word)]}]{word}" if word else ""
+
+    tables = [Table(*words.OVERVIEW, box=box.SIMPLE_HEAD)]
+    for whole in words.overview(verdict):
+        tables[0].add_row(
+            *(painted(cell) if i in (3, 6, 7) else cell for i, cell in enumerate(whole))
+        )
+    for each in verdict.every:
+        table = Table(box=box.SIMPLE_HEAD)
+        paints = ("", _color("A"), _color(each.side), "", "", "")
+        for column, color in zip(words.columns(each), paints):
+            table.add_column(color + column, justify="left" if column == "" else "right")
+        for row in words.figures(each):
+            table.add_row(*row[:-1], painted(row.word))
+        tables.append(table)
     head = "[bold red]" if verdict.failed else "[bold]"
-    shown: List[Any] = [f"{head}{escape(words.sentence(verdict))}"] + (
-        [table] if table.row_count else []
-    )
+    shown: List[Any] = [f"{head}{escape(words.sentence(verdict))}"]
+    shown += [table for table in tables if table.row_count]
     return shown + [escape(line) for line in report.remarks(experiment, verdict)]

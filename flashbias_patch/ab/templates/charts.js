@@ -35,8 +35,12 @@
 
   function Chart(figure, chart) {
     var plot = figure.querySelector(".plot"), legend = figure.querySelector(".legend");
-    var hidden = {}, bars = chart.kind === "bars", stride = chart.stride || 1, counts = { A: 0, B: 0 };
-    chart.series.forEach(function (series) { series.dash = DASHES[counts[series.side]++ % DASHES.length]; });
+    var hidden = {}, bars = chart.kind === "bars", stride = chart.stride || 1, counts = {};
+    chart.series.forEach(function (series) {
+      var made = counts[series.side] || 0;
+      series.dash = DASHES[made % DASHES.length];
+      counts[series.side] = made + 1;
+    });
 
     function entry(name, draw) {
       var button = document.createElement("button");
