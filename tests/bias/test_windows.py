@@ -25,6 +25,7 @@ from flashbias_patch.bias import (
     factorize,
 )
 from tests.support.capabilities import needs_sdpa
+from tests.support.reference import attention
 
 FRAMES = (Grid(5, 4), Grid(3, 6, views=2))
 B, M, H, N, S = 2, 7, 2, 20 + 36, 2
@@ -80,13 +81,6 @@ def by_loop(weights, centres, frames, sides, sigmas=None, visible=None):
                             inside[b, 0, m, key] = True
                 first += frame.size
     return bias, inside
-
-
-def attend_by_loop(q, k, v, bias, hidden):
-    scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * q.shape[-1] ** -0.5 + bias
-    dead = hidden.all(-1, keepdim=True)
-    p = torch.softmax(scores.masked_fill(hidden & ~dead, -math.inf), -1).masked_fill(dead, 0.0)
-    return torch.einsum("bhmn,bnhd->bmhd", p, v)
 
 
 @pytest.mark.parametrize("side", (1, 2, 3, 4, (4, 3), 15, 100), ids=str)
@@ -306,7 +300,7 @@ def test_attention_is_the_loop(backend, dtype, masked, batches, monkeypatch):
     found = [found, *torch.autograd.grad(found, (q, k, v, weights), grad)]
     doubles = [t.detach().double().requires_grad_() for t in (q, k, v, weights)]
     exact_bias = by_loop(doubles[3], centres, FRAMES, (3, 4), (1.0, 2.0))[0]
-    exact = attend_by_loop(*doubles[:3], exact_bias, hidden)
+    exact = attention(*doubles[:3], exact_bias, hidden)
     exact = [exact, *torch.autograd.grad(exact, doubles, grad.double())]
     near = dict(rtol=1e-10, atol=1e-12) if dtype is F64 else dict(rtol=2e-5, atol=2e-6)
     for one, other in zip(found, exact):
@@ -345,13 +339,7 @@ def test_weights_keep_their_digits_in_half_precision(dtype):
     q, k, v, given = call(WindowBias(weights, places(), FRAMES, 3), dtype)
     assert given.windows.weights is weights
     out = dispatch.attend(given, "reference")
-    exact = attend_by_loop(
-        q.double(),
-        k.double(),
-        v.double(),
-        by_loop(weights.double(), places(), FRAMES, (3, 3))[0],
-        torch.zeros(1, 1, 1, 1, dtype=torch.bool),
-    )
+    exact = attention(q, k, v, by_loop(weights.double(), places(), FRAMES, (3, 3))[0])
     assert (out.double() - exact).abs().max() < 2 * torch.finfo(dtype).eps * exact.abs().max()
     narrow = flash_bias_attention(
         q.float(),
@@ -404,4 +392,4 @@ def test_any_windows(frames, data):
         torch.randn(B, length, H, 3, generator=g, dtype=F64) for length in (queries, keys, keys)
     )
     out = flash_bias_attention(q, k, v, bias + mask, backend="reference")
-    torch.testing.assert_close(out, attend_by_loop(q, k, v, exact, ~inside), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(out, attention(q, k, v, exact, ~inside), rtol=1e-10, atol=1e-12)

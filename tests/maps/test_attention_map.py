@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flashbias_patch
 from flashbias_patch.bias import LowRankBias, ModalityBias
+from tests.support import reference
 
 M, N, B, E, H = 13, 17, 2, 32, 4
 QUERIES = [3, 0, -1]
@@ -41,10 +42,8 @@ def expected(attention, query, key, bias=None, hidden=None):
     )
     q = query.double() @ weight[:E].T + offset[:E]
     k = key.double() @ weight[E : 2 * E].T + offset[E : 2 * E]
-    q, k = (x.reshape(-1, B, H, E // H).permute(1, 2, 0, 3) for x in (q, k))
-    scores = q @ k.transpose(-1, -2) / (E // H) ** 0.5
-    scores = scores if bias is None else scores + bias.double()
-    return (scores if hidden is None else scores.masked_fill(hidden, float("-inf"))).softmax(-1)
+    q, k = (x.reshape(-1, B, H, E // H).transpose(0, 1) for x in (q, k))
+    return reference.weights(q, k, bias, hidden)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import torch
 import flashbias_patch
 from flashbias_patch.patching import flash_attn_shim, install
 from tests.patching.test_install import outer_class, registry_module
+from tests.support.reference import attention
 
 
 @pytest.fixture
@@ -218,13 +219,6 @@ def test_numpy_is_mended_for_third_parties(installed, write, monkeypatch):
 # -- the functions ---------------------------------------------------------------------------------
 
 
-def textbook(q, k, v, bias=0.0):
-    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
-    return (torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias, -1) @ v).transpose(
-        1, 2
-    )
-
-
 def tensors(M=6, N=9, heads=2, kv_heads=2, B=2):
     g = torch.Generator().manual_seed(0)
     sizes = ((B, M, heads, 8), (B, N, kv_heads, 8), (B, N, kv_heads, 8))
@@ -262,7 +256,7 @@ OPTIONS = {
 def test_options_are_computed(case, M, N):
     given, bias = OPTIONS[case]
     q, k, v = tensors(M, N)
-    expected = textbook(q, k, v, bias(distance(M, N)))
+    expected = attention(q, k, v, bias(distance(M, N)))
     gradients = torch.autograd.grad(expected.sin().sum(), (q, k, v))
     packed = (torch.arange(3, dtype=torch.int32) * length for length in (M, N))
     for out in (
@@ -279,7 +273,7 @@ def test_options_are_computed(case, M, N):
 
 def test_fewer_heads_of_keys_are_shared():
     q, k, v = tensors(heads=4, kv_heads=2)
-    expected = textbook(q, *(t.repeat_interleave(2, 2) for t in (k, v)))
+    expected = attention(q, *(t.repeat_interleave(2, 2) for t in (k, v)))
     torch.testing.assert_close(
         flash_attn_shim.flash_attn_func(q, k, v), expected.float(), rtol=1e-5, atol=1e-5
     )
@@ -309,7 +303,7 @@ def test_the_causal_mask_of_flash_attn_1_is_not_that_of_2():
     offsets = torch.tensor([0, 7, 14])
     flat = [t.flatten(0, 1) for t in (q, k, v)]
     out = flash_attn_shim.flash_attn_unpadded_func(*flat, offsets, offsets, 7, 7, 0.0, causal=True)
-    expected = textbook(q, k, v, torch.full((7, 7), float("-inf")).triu(1)).float()
+    expected = attention(q, k, v, torch.full((7, 7), float("-inf")).triu(1)).float()
     torch.testing.assert_close(out.view_as(q), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(NotImplementedError, match="different lengths"):
         flash_attn_shim.flash_attn_unpadded_func(

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flashbias_patch
-from tests.attention.backends.test_sdpa_and_reference import dense_attention
 from tests.support.capabilities import RELEASE
+from tests.support.reference import attention
 
 H, E = 2, 16
 MASKS = ("none", "bool (M,N)", "float (M,N)", "bool (B*H,M,N)", "float (B*H,M,N)")
@@ -135,7 +135,7 @@ def flash_truth(module, query, key, value, positions=(None, None), biases=()):
         torch.nn.functional.linear(x, w, b).transpose(0, 1).unflatten(-1, (H, -1))
         for x, w, b in zip((q, k, value), weights, offsets)
     ]
-    out = dense_attention(*heads, *biases).flatten(2)
+    out = attention(*heads, *biases, dtype=None).flatten(2)
     return query + core.out_proj(out).transpose(0, 1)
 
 
@@ -210,9 +210,7 @@ def test_core_alone(patched):
         torch.nn.functional.linear(x, w, b).unflatten(-1, (H, -1))
         for x, w, b in zip((q, kv, kv), core.in_proj_weight.chunk(3), core.in_proj_bias.chunk(3))
     ]
-    expected = core.out_proj(
-        dense_attention(*heads, None, padding[:, None, None].expand(2, H, 5, 7)).flatten(2)
-    )
+    expected = core.out_proj(attention(*heads, key_padding_mask=padding, dtype=None).flatten(2))
     torch.testing.assert_close(masked, expected)
 
 
