@@ -2,14 +2,13 @@
 """Patch the attention classes of checkouts and compare them with their own code, forward and
 backward.
 
-    python tools/check_family.py DIR [DIR ...] [--markdown FILE] [--json FILE] [--time-limit
-    SECONDS]
+    python tools/check_family.py DIR[@BRANCH] ... [--markdown FILE] [--json FILE]
 
 DIR is a working tree or a bare git directory of a repository that holds PETR- or CMT-style
-attention. Run it in that repository's environment, or in any that has mmcv 1.x (and mmengine for
-newer ones): what else its modules import and is not there is replaced by empty names, and package
-`__init__` files are not executed, so that nothing but the modules that define attention classes
-runs. Each repository has a process of its own.
+attention; with @BRANCH, that branch or commit of it. Run it in that repository's environment, or in
+any that has mmcv 1.x (and mmengine for newer ones): what else its modules import and is not there
+is replaced by empty names, and package `__init__` files are not executed, so that nothing but the
+modules that define attention classes runs. Each repository has a process of its own.
 
 Every class is built with random sizes in float64 and called twice with the same weights, inputs and
 masks: as it is, and patched. The error printed is the largest difference of the output and of all
@@ -92,7 +91,8 @@ def check(directory: str, args: argparse.Namespace) -> Dict[str, Any]:
     """Scan a repository's source, then import and compare in a process of its own."""
     from flashbias_patch.cli import doctor
 
-    name, commit = identity(directory)
+    directory, _, ref = directory.partition("@")
+    name, commit = identity(directory, ref or "HEAD")
     result: Dict[str, Any] = {
         "repository": name,
         "commit": commit,
@@ -100,7 +100,7 @@ def check(directory: str, args: argparse.Namespace) -> Dict[str, Any]:
         "error": None,
         "with": versions(),
     }
-    with working_tree(directory) as root:
+    with working_tree(directory, ref) as root:
         found = [
             item
             for item in doctor.scan(root)
@@ -137,7 +137,7 @@ def check(directory: str, args: argparse.Namespace) -> Dict[str, Any]:
     return result
 
 
-def identity(directory: str) -> Tuple[str, str]:
+def identity(directory: str, ref: str) -> Tuple[str, str]:
     """owner/name where the remote or the path (owner+name/...) tells, and the commit."""
 
     def git(*words: str) -> str:
@@ -150,19 +150,19 @@ def identity(directory: str) -> Tuple[str, str]:
     remote = "/".join(
         remote[: -4 if remote.endswith(".git") else None].replace(":", "/").split("/")[-2:]
     )
-    return paired or remote or parts[-1], git("rev-parse", "HEAD") or "unknown"
+    return paired or remote or parts[-1], git("rev-parse", ref) or "unknown"
 
 
 @contextlib.contextmanager
-def working_tree(directory: str) -> Iterator[str]:
-    """The directory itself, or the Python files of a bare git directory's HEAD in a temporary
-    one."""
+def working_tree(directory: str, ref: str = "") -> Iterator[str]:
+    """The directory itself, or the Python files of a commit in a temporary one: of `ref`, or of
+    HEAD where the directory is bare."""
     bare = subprocess.run(
         ["git", "-C", directory, "rev-parse", "--is-bare-repository"],
         capture_output=True,
         text=True,
     )
-    if bare.stdout.strip() != "true":
+    if not ref and bare.stdout.strip() != "true":
         yield os.path.abspath(directory)
         return
     with tempfile.TemporaryDirectory() as root:
@@ -170,20 +170,13 @@ def working_tree(directory: str) -> Iterator[str]:
             **os.environ,
             "GIT_INDEX_FILE": os.path.join(root, ".index"),
         }  # the git directory stays as it is
-        subprocess.run(
-            [
-                "git",
-                f"--git-dir={directory}",
-                f"--work-tree={root}",
-                "checkout",
-                "--quiet",
-                "HEAD",
-                "--",
-                "*.py",
-            ],
-            env=env,
-            check=True,
+        where = directory if bare.stdout.strip() == "true" else os.path.join(directory, ".git")
+        git, ref = ["git", f"--git-dir={where}", f"--work-tree={root}"], ref or "HEAD"
+        listed = subprocess.run(
+            [*git, "ls-tree", "-r", "--name-only", ref], capture_output=True, text=True
         )
+        if any(name.endswith(".py") for name in listed.stdout.splitlines()):
+            subprocess.run([*git, "checkout", "--quiet", ref, "--", "*.py"], env=env, check=True)
         yield root
 
 

@@ -19,7 +19,7 @@ from .. import settings
 from . import config_options
 
 KEYS = ("aqr", "enable_aqr", "attention_bias", "attn_bias")
-FLASH_CLASSES = ("PETRMultiheadFlashAttention",)
+FLASH_CLASSES = ("PETRMultiheadFlashAttention", "MultiheadFlashAttention")
 HANDING_OVER = ("Cmt",)  # transformers whose heads provide the positions of the queries
 EMBED_DIMS, NUM_HEADS = (
     8,

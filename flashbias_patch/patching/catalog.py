@@ -35,6 +35,7 @@ _CALLED_BY_HEAD = (("query_embed", "head queries"), ("loss", "head loss"))
 TARGETS: Tuple[Target, ...] = (
     Target("PETRMultiheadAttention", "outer", _QKV, ("attn_mask", "key_padding_mask")),
     Target("PETRMultiheadFlashAttention", "outer", _QKV, ("attn_mask", "key_padding_mask")),
+    Target("MultiheadFlashAttention", "outer", _QKV, ("attn_mask", "key_padding_mask")),
     Target("GroupMultiheadAttention", "outer", _QKV, _POSITIONS),
     Target("MDHAMultiheadAttention", "outer", _QKV, _POSITIONS),
     Target("MultiheadAttention", "outer", _QKV, _POSITIONS),
@@ -72,6 +73,7 @@ MODULES: Tuple[str, ...] = (
     "mmcv.cnn.bricks.transformer",
     f"{_UTILS}.attention",
     f"{_UTILS}.attention_bias_generator",
+    "projects.mmdet3d_plugin.models.attention",
     f"{_UTILS}.petr_transformer",
     f"{_UTILS}.cmt_transformer",
     f"{_UTILS}.pme_transformer",

@@ -30,6 +30,7 @@ REPOSITORIES = {
     "aqr": "AQR on CMT: a generator of dense window biases, both generations of attention that "
     "take them",
     "mmdet3d": "projects/PETR of mmdet3d >= 1.1, registered with mmengine",
+    "sparsedrive": "a flash class that is batch first and refuses masks (DiffusionDrive too)",
     "isfusion": "FlashMHA in a package of another name, called without an outer class, for "
     "flash-attn 2.x",
     "internvl": "classes of the same names that have another shape: to be left alone",
