@@ -4,12 +4,13 @@ Started by sitecustomize when FLASHBIAS_PROBE names a directory. Imports no torc
 command to. Lines, in order of appearance (all times in seconds, memory in bytes, no number that
 JSON does not have: "nan", "inf" and "-inf" are strings):
 
-    {"event": "process", argv, pid, ppid, rank, env, ...}  at start {"event": "environment", torch,
-    gpu, ...}            at the first step {"event": "step", step, wall_s, cuda_s, loss, loss_parts,
-    grad_norm, params, param_grads, memory, calls} {"event": "fallbacks", "fallbacks": [...]}
-    whenever there are new ones {"event": "stop", steps}                             the requested
-    number of steps is reached {"event": "end", error, calls}                       the interpreter
-    shut down in order
+    {"event": "process", argv, pid, ppid, rank, env, ...}   at start
+    {"event": "environment", torch, gpu, ...}               at the first step
+    {"event": "step", step, wall_s, cuda_s, loss, loss_parts, grad_norm, params, param_grads,
+     memory, calls, loader_s, loaders}
+    {"event": "fallbacks", "fallbacks": [...]}              whenever there are new ones
+    {"event": "stop", steps}                                the requested number of steps is reached
+    {"event": "end", error, calls}                          the interpreter shut down in order
 
 A file without its last line belongs to a process that was killed. On CUDA a step's values are
 copied to pinned memory and picked up by a later step once their event has passed, so that no step
@@ -103,6 +104,7 @@ class Recorder:
         self.torch: Any = None
         self.inbox: Any = None
         self.gpu: Any = None
+        self.waits: Any = None
         self._fresh()
 
     def _fresh(self) -> None:
@@ -138,9 +140,11 @@ class Recorder:
 
     def _torch_arrived(self, torch: Any) -> None:
         try:
-            from . import capture, cuda
+            from . import capture, cuda, waits
 
             self.torch, self.inbox, self.gpu = torch, capture.Inbox(torch), cuda.Gpu(torch)
+            self.waits = waits.Waits()
+            waits.listen(self.waits)
             capture.listen(torch, self.inbox, self.on_backward, self.on_skipped)
             capture.on_optimizer_step(self.on_step, self.inbox)
             if self.seed is not None:
@@ -278,8 +282,13 @@ class Recorder:
             "backwards": len(inbox.losses),
             **({"skipped": True} if ended.skipped else {}),
         }
+        waited = self.waits.take()
         if self.last_end is not None:
             line["wall_s"] = begin - self.last_end
+            if waited:
+                line["loader_s"] = sum(waited.values())
+            if len(waited) > 1:
+                line["loaders"] = waited
         scalars: List[Tuple[Tuple[str, Optional[str]], Any]] = []
 
         def put(section: str, key: Optional[str], value: Any) -> None:

@@ -261,6 +261,9 @@ def _of_side(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
         "total_seconds": None if timing is None else timing.total,
         "break_even_step": None if timing is None else timing.break_even,
         "stalls": None if timing is None else [each._asdict() for each in timing.stalls],
+        "waiting_for_data": None
+        if timing is None
+        else [None if w is None else {**w._asdict(), "share": w.share} for w in timing.waits],
         "memory": ratio(verdict.memory),
         "memory_word": verdict.memory_word,
         "memory_kind": verdict.memory_kind,

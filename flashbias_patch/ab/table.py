@@ -43,6 +43,11 @@ def metrics(verdict: Verdict) -> List[Metric]:
     if timing is not None:
         rows.append(_pair("startup", "start to first step", "s", *timing.startup))
         rows.append(_pair("total", "whole run", "s", *timing.total))
+        if any(timing.waits):
+            waits = [0.0 if w is None else w.seconds for w in timing.waits]
+            rest = [math.nan if w is None else w.step - w.seconds for w in timing.waits]
+            rows.append(_pair("loader_wait", "of a step, waiting for data", "s", *waits))
+            rows.append(_pair("without_loader", "of a step, all else", "s", *rest))
     if verdict.memory is not None:
         rows.append(_of("peak_memory", "peak memory", "bytes", verdict.memory, verdict.memory_word))
     elif math.isfinite(verdict.patched_peak):

@@ -12,7 +12,8 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tu
 
 import numpy as np
 
-from . import parity, records, sides, stand_in, statistics
+from . import loader, parity, records, sides, stand_in, statistics
+from .loader import Wait
 from .parity import Parity
 from .records import Experiment, Run
 from .statistics import MIN_STEPS, Ratio, Stalls
@@ -57,6 +58,7 @@ class Timing(NamedTuple):
     total: Tuple[float, float]  # of a run
     break_even: Optional[int]  # the step at which a faster B has made up for a longer start
     stalls: Tuple[Stalls, Stalls]
+    waits: Tuple[Optional[Wait], Optional[Wait]] = (None, None)  # for data
 
 
 @dataclass
@@ -285,7 +287,11 @@ def _compare(
     verdict.parities = parity.of_runs(
         plain, b, nudged if nudged != plain else [], any(run.half for run in a + b)
     )
-    verdict.timing = _timing(plain, b, verdict.speed, times)
+    waits = (loader.wait_of(plain, warm), loader.wait_of(b, warm))
+    verdict.timing = _timing(plain, b, verdict.speed, times)._replace(waits=waits)
+    said = [loader.note(waits, verdict.name)]
+    said += [loader.by_loader(w, x) for w, x in zip(waits, ("unpatched", verdict.name))]
+    verdict.notes += [each for each in said if each]
     verdict.notes += _notes_on_times(verdict, experiment, crowded, min(len(plain), len(b)))
     if any(run.redrawn for run in nudged):
         verdict.notes.append(
