@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import telemetry
 from .._torch_internals import current_graph_task
 from ..bias import AttentionBias, LowRankBias, ModalityBias, SquaredDistanceBias
-from ..bias.base import full_precision
+from ..bias.factors import full_precision
 from .geometry import Places
 from .options import PER
 from .supervision import ModalityDrop

@@ -1,4 +1,4 @@
-"""Bias tensors that reach attention as descriptions (bias/tensor.py), and the gradient of such a
+"""Bias tensors that reach attention as descriptions (bias/tensor/), and the gradient of such a
 tensor itself.
 
 That gradient is dense, and nobody needs it in training: the learned weights get theirs from the

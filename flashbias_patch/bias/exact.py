@@ -7,8 +7,9 @@ from typing import Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
-from .base import AttentionBias, BiasParts, Factors, Segments, Shape, scaled_visible
+from .base import AttentionBias, BiasParts, Shape
 from .checks import check_device, check_floating, check_lengths, head_last
+from .factors import Factors, Segments, scaled_visible
 
 
 class ModalityBias(AttentionBias):

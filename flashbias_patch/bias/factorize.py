@@ -11,15 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._torch_internals import RELEASE
-from .base import (
-    AttentionBias,
-    DenseBias,
-    Factors,
-    LowRankBias,
-    MaskBias,
-    add_terms,
-    full_precision,
-)
+from .base import AttentionBias, DenseBias, LowRankBias, MaskBias, add_terms
+from .factors import Factors, full_precision
 
 METHODS = ("auto", "svd", "randomized")
 DEFAULT_ENERGY = 0.9999

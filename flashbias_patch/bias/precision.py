@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Factors
+from .factors import Factors
 
 _HALF = (torch.float16, torch.bfloat16)
 LARGEST_HALF = 65504.0

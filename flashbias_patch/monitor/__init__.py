@@ -1,8 +1,8 @@
-"""What training tells you: named parameters such as bias_scale to log lines, JSONL and TensorBoard.
+"""Monitor training: parameters such as bias_scale, and the first value that is not finite.
 
-`ParameterMonitor` for a loop of one's own; `FiniteWatch` names the first output or gradient that is
-nan or infinite; `BiasScaleMonitorHook` for mmcv 1.x and mmengine (monitor/hooks.py), which is why
-importing this package imports no torch.
+`ParameterMonitor` logs named parameters and writes JSONL and TensorBoard files. `FiniteWatch` names
+the first output or gradient that is nan or infinite. `BiasScaleMonitorHook` (runner_hooks.py) does
+the first for mmcv 1.x and mmengine; because of that hook, importing this package imports no torch.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import telemetry
 from .._torch_internals import current_graph_task
-from .parameters import rank, unwrapped
+from .models import rank, unwrapped
 
 HALF = ("float16", "bfloat16")
 

@@ -3,7 +3,6 @@ one is stuck."""
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import math
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 
 from .. import telemetry
 from ..why import causes
+from .models import at, named, rank, unwrapped
+from .optimizer_steps import Steps, distance
 from .sinks import Sinks
-from .steps import Steps, distance
 
 _serials = itertools.count()
 DEFAULT_NAMES = ("*bias_scale",)
@@ -375,42 +375,8 @@ def _words(cause: str, **values: str) -> str:
     return f"{found['finding']} ({found['change']})"
 
 
-def at(model: nn.Module, name: str) -> Optional[nn.Parameter]:
-    """The parameter of this name, None where there is none."""
-    *path, last = name.split(".")
-    module: Optional[nn.Module] = model
-    for part in path:
-        module = None if module is None else module._modules.get(part)
-    return None if module is None else module._parameters.get(last)
-
-
-def named(model: nn.Module, names: Sequence[str]) -> Dict[str, nn.Parameter]:
-    """Parameters of the unwrapped model whose name fits one of the patterns."""
-    return {
-        name: parameter
-        for name, parameter in unwrapped(model).named_parameters()
-        if any(fnmatch.fnmatchcase(name, "*" + pattern.lstrip("*")) for pattern in names)
-    }
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Without DistributedDataParallel, MMDataParallel and the like."""
-    while (
-        isinstance(getattr(model, "module", None), nn.Module) and len(list(model.children())) == 1
-    ):
-        model = model.module  # type: ignore[assignment]
-    return model
-
-
 def words(record: Dict[str, Any]) -> str:
     if not record["stepped"]:
         return f"{record['name']} {record['value']:.6g} (no optimizer step)"
     gradient = "no gradient" if record["grad_norm"] is None else f"grad {record['grad_norm']:.3g}"
     return f"{record['name']} {record['value']:.6g} ({gradient}, change {record['change']:.3g})"
-
-
-def rank() -> int:
-    """This process among those of a distributed run."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return telemetry.rank()

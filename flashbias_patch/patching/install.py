@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 import wrapt
 
 from .. import compat, environment, settings, summary, telemetry
-from ..monitor import hooks as monitor_hooks
+from ..monitor import runner_hooks
 from . import catalog, deferred_install, import_shim
 
 
@@ -178,7 +178,7 @@ _HOOKS: Dict[str, Tuple[Callable[[Any], None], ...]] = {
     **dict.fromkeys(catalog.MODULES, (_on_module,)),
     **dict.fromkeys(catalog.REGISTRIES, (_on_registry,)),
     **dict.fromkeys(compat.MODULES, (compat.on_module,)),
-    **dict.fromkeys(monitor_hooks.MODULES, (monitor_hooks.register,)),
+    **dict.fromkeys(runner_hooks.MODULES, (runner_hooks.register,)),
 }
 
 

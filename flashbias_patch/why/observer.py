@@ -77,13 +77,14 @@ class Observer:
         try:
             self._install(torch)
         except Exception as error:  # never break an import
-            self._note(error)
+            self.note_error(error)
 
     def _install(self, torch: Any) -> None:
         from torch.nn.modules import module as modules
         from torch.optim import optimizer as optim
 
         from ..ab import capture
+        from . import loading
         from .trace import Trace
 
         self.torch = torch
@@ -101,7 +102,11 @@ class Observer:
         optim.register_optimizer_step_pre_hook(self._before_step)
         optim.register_optimizer_step_post_hook(self._after_step)
         capture._wrap(torch.autograd, "backward", self._around_backward)
-        capture._wrap(torch.nn.Module, "_load_from_state_dict", self._around_load)
+        capture._wrap(
+            torch.nn.Module,
+            "_load_from_state_dict",
+            lambda original: loading.around(original, self),
+        )
         for scaler in capture._scaler_classes(torch):
             capture._wrap(scaler, "step", self._around_scaler)
         os.register_at_fork(after_in_child=self._forked)
@@ -131,7 +136,7 @@ class Observer:
         if self.trace is not None:
             self.trace.off = True
 
-    def _note(self, error: BaseException) -> None:
+    def note_error(self, error: BaseException) -> None:
         if len(self.errors) < 10:
             self.errors.append(f"{type(error).__name__}: {error}"[:300])
 
@@ -146,7 +151,7 @@ class Observer:
             self.stack.append((type(module).__name__, module))
             self.called.add(type(module).__name__)
         except Exception as error:
-            self._note(error)
+            self.note_error(error)
         if self.stopping and len(self.stack) == 1 and self.depth == 0:
             self._stop()
 
@@ -162,7 +167,7 @@ class Observer:
                 with self.torch._C.DisableTorchFunction():
                     self._received(module, args, kwargs, out)
         except Exception as error:
-            self._note(error)
+            self.note_error(error)
 
     def _received(self, module: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note whether a module was given a marked tensor, and whether its output depends on it."""
@@ -197,7 +202,7 @@ class Observer:
         if any(root is known for known in self.roots):
             return
         self.roots.append(root)
-        from ..monitor.parameters import named
+        from ..monitor.models import named
         from .subjects import Subject
 
         for name, parameter in named(root, self.patterns).items():
@@ -229,7 +234,7 @@ class Observer:
                         for handle in handles:
                             handle.remove()
                 except Exception as error:
-                    self._note(error)
+                    self.note_error(error)
             if self.depth == 0:
                 self.backwards += 1
                 self.since_step += 1
@@ -267,7 +272,7 @@ class Observer:
                     handles.append(node.register_hook(measured.hook))
                 watched.append((subject, [measured for _, measured in nodes], handles))
         except Exception as error:
-            self._note(error)
+            self.note_error(error)
         return watched
 
     # -- optimizers --------------------------------------------------------------------------------
@@ -292,7 +297,7 @@ class Observer:
             for subject in self.subjects.values():
                 subject.before_step(optimizer)
         except Exception as error:
-            self._note(error)
+            self.note_error(error)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self.done:
@@ -303,7 +308,7 @@ class Observer:
                 for subject in self.subjects.values():
                     subject.after_step(optimizer)
         except Exception as error:
-            self._note(error)
+            self.note_error(error)
         if self.since_step:
             self.steps += 1
             self._iteration_ended()
@@ -313,7 +318,7 @@ class Observer:
         try:
             self._collect_events()
         except Exception as error:
-            self._note(error)
+            self.note_error(error)
         if self.steps + self.skipped >= self.limit:
             self.stopping = True
 
@@ -321,46 +326,6 @@ class Observer:
         for subject in self.subjects.values():
             subject.end_iteration(self.trace.events.get(subject.name, []))
         self.trace.clear()
-
-    # -- checkpoints -------------------------------------------------------------------------------
-
-    def _around_load(self, original: Any) -> Any:
-        def _load_from_state_dict(
-            module: Any, state_dict: Any, prefix: Any, *args: Any, **kwargs: Any
-        ) -> Any:
-            from .subjects import matching
-
-            own = (
-                {}
-                if self.done
-                else {
-                    n: p
-                    for n, p in module._parameters.items()
-                    if matching(prefix + n, self.patterns)
-                }
-            )
-            before = {n: _numbers(p) for n, p in own.items()}
-            result = original(module, state_dict, prefix, *args, **kwargs)
-            try:
-                for n, parameter in own.items():
-                    if parameter is not None and len(LOADS) < 200:
-                        LOADS.append(
-                            (
-                                parameter,
-                                {
-                                    "key": prefix + n,
-                                    "found": prefix + n in state_dict,
-                                    "before": before[n],
-                                    "after": _numbers(module._parameters[n]),
-                                    "step": self.steps,
-                                },
-                            )
-                        )
-            except Exception as error:
-                self._note(error)
-            return result
-
-        return _load_from_state_dict
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -375,7 +340,7 @@ class Observer:
             with open(os.path.join(self.directory, "stopped"), "w"):
                 pass
         except OSError as error:
-            self._note(error)
+            self.note_error(error)
         raise SystemExit(0)
 
     def finish(self) -> None:
@@ -395,13 +360,3 @@ class Observer:
                 json.dump(facts, file)
         except Exception as error:
             print(f"flashbias: this process cannot be recorded: {error!r}", file=sys.stderr)
-
-
-LOADS: List[Tuple[Any, Dict[str, Any]]] = []
-
-
-def _numbers(parameter: Any) -> Any:
-    if parameter is None:
-        return None
-    flat = parameter.detach().double().flatten()[:4].tolist()
-    return flat[0] if len(flat) == 1 else flat

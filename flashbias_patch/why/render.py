@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, List
 
-from .diagnosis import LINKS
+from .links import LINKS
 
 SIGNS = {"ok": "ok", "broken": "BROKEN", "note": "note", "unknown": "?"}
 

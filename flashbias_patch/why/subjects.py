@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..monitor.parameters import at, unwrapped
+from ..monitor.models import at, unwrapped
 from .graph import Node
 
 NEIGHBOURS = 64

@@ -40,13 +40,13 @@ def facts(observer: Any) -> Dict[str, Any]:
     }
     if observer.trace is None:
         return found
-    from .observer import LOADS
+    from .loading import LOADS
 
     found["errors"] += observer.trace.errors
     found["writes"] = observer.trace.writes
     for subject in observer.subjects.values():
         entry = subject.as_dict()
-        entry["loads"] = [load for parameter, load in LOADS if parameter is subject.parameter]
+        entry["loads"] = [load.facts for load in LOADS if load.parameter is subject.parameter]
         found["parameters"].append(entry)
     if not observer.subjects:
         found["others"] = _others(observer)

@@ -22,7 +22,7 @@ from flashbias_patch.bias import (
     ModalityBias,
     SquaredDistanceBias,
 )
-from flashbias_patch.bias.base import add_segments
+from flashbias_patch.bias.factors import add_segments
 from tests.support import capabilities
 
 HALF, BRAIN, FULL, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64

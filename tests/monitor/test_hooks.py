@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from flashbias_patch.monitor import hooks
+from flashbias_patch.monitor import runner_hooks as hooks
 
 from .test_parameters import Model
 
@@ -112,7 +112,7 @@ def test_a_registry_that_raises_does_not_break_the_import(caplog):
 
 
 def test_importing_the_registration_imports_no_torch():
-    code = "import sys, flashbias_patch.monitor.hooks; assert 'torch' not in sys.modules"
+    code = "import sys, flashbias_patch.monitor.runner_hooks; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from flashbias_patch.monitor import ParameterMonitor, step_hooks
+from flashbias_patch.monitor import ParameterMonitor, optimizer_hooks
 from flashbias_patch.monitor import parameters as module
 from tests.support.capabilities import since
 
@@ -290,13 +290,13 @@ def test_closing_takes_the_hooks_back():
     from torch.optim import optimizer as optimizers
 
     if not hasattr(optimizers, "_global_optimizer_pre_hooks"):  # torch 2.0
-        before = len(step_hooks._hooks)
+        before = len(optimizer_hooks._hooks)
         monitor = watched(Model())
-        assert len(step_hooks._hooks) == before + 2 and hasattr(
+        assert len(optimizer_hooks._hooks) == before + 2 and hasattr(
             torch.optim.SGD.step, "__flashbias_step__"
         )
         monitor.close()
-        assert len(step_hooks._hooks) == before and hasattr(
+        assert len(optimizer_hooks._hooks) == before and hasattr(
             torch.optim.SGD.step, "__flashbias_step__"
         ) is (before > 0)
         return

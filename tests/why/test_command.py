@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flashbias_patch.why import diagnosis
+from flashbias_patch.why import links
 
 from .programs import MODEL, PROGRAMS
 
@@ -94,7 +94,7 @@ def test_the_longest_custom_key_decides():
             },
         }
     ]
-    keys = diagnosis._matching_keys("head.transformer.aqr.bias_scale", paramwise)
+    keys = links._matching_keys("head.transformer.aqr.bias_scale", paramwise)
     assert [key for key, _ in keys] == ["aqr.bias", "aqr"]
     entry = {
         "name": "head.transformer.aqr.bias_scale",
@@ -112,7 +112,7 @@ def test_the_longest_custom_key_decides():
             }
         ],
     }
-    found = diagnosis._optimizer(entry, {"paramwise": paramwise, "skipped": 0, "steps": 1})
+    found = links._optimizer(entry, {"paramwise": paramwise, "skipped": 0, "steps": 1})
     assert found["cause"] == "lr 0" and "custom_keys['aqr.bias']" in found["finding"]
 
 

@@ -1,9 +1,9 @@
-"""A bias as a tensor that remembers what it is: see core.py."""
+"""A bias as a tensor that keeps its description: see core.py."""
 
 from __future__ import annotations
 
-from . import core, dispatch, gradients, shapes, values  # the last three register their operations
+from . import arithmetic, core, gradients, registry, shapes  # arithmetic, ... register operations
 from .core import BiasTensor, described
 
-core.run = dispatch.run
-__all__ = ["BiasTensor", "core", "described", "dispatch", "gradients", "shapes", "values"]
+core.run = registry.run
+__all__ = ["BiasTensor", "arithmetic", "core", "described", "gradients", "registry", "shapes"]

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
-import sys
 import threading
 import weakref
-from typing import Any, ContextManager, List, Optional, Sequence, Set, Tuple
+from typing import Any, ContextManager, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -32,21 +30,15 @@ from ..base import AttentionBias
 from . import layout as layouts
 from . import terms
 from .layout import Layout
+from .learned_gradient import LearnedGradient
 
 FORMS = ("mn", "bmn", "bhmn")
 TRACING = ("FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode", "PythonKeyTracer")
-BECAME_DENSE = (
-    "an attention bias was needed as numbers by %s at %s and became dense there: %s, %.0f MiB"
-)
-log = logging.getLogger("flashbias_patch")
 run: Any = None  # dispatch.run, put here by the package
-_told: Set[Tuple[str, str]] = set()
 _lock = threading.RLock()
 graph_task = internals.current_graph_task
 _interpreter = internals.current_transform
 no_functions = internals.no_functions
-# Inside the package's directory and torch's, nobody is told where: the line of the user's code is.
-_OURS = (torch.__file__.rpartition("/")[0], __file__.rpartition("/bias/")[0])
 
 
 class BiasTensor(Tensor):
@@ -335,58 +327,6 @@ def _through_numbers(
         return torch.autograd.grad(dense, leaves, grad, allow_unused=True)
 
 
-class LearnedGradient(Tensor):
-    """The gradient of a BiasTensor as those of its description's tensors, on its way through a
-    reentrant checkpoint.
-
-    `_dense`: what came by way of dense numbers beside it. As numbers it is only that; nothing but
-    autograd's own addition and _Describe meets one.
-    """
-
-    _gradients: Tuple[Optional[Tensor], ...]
-    _dense: Optional[Tensor]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("add", "add_") and len(args) == 2:
-            return _sum_of(*args)
-        if name in ("detach", "clone", "alias", "view_as"):
-            return args[0]
-        raise NotImplementedError(
-            "the gradient of an attention bias inside a reentrant checkpoint is not a tensor "
-            f"for {func}: call "
-            "retain_grad() on the bias before attention reads it"
-        )
-
-
-def learned_gradient(
-    like: Tensor, gradients: Tuple[Optional[Tensor], ...], dense: Optional[Tensor]
-) -> LearnedGradient:
-    made = internals.wrapper_subclass(
-        LearnedGradient, like.shape, dtype=like.dtype, device=like.device
-    )
-    made._gradients, made._dense = gradients, dense
-    return made  # type: ignore[no-any-return]
-
-
-def _sum_of(one: Tensor, other: Tensor) -> LearnedGradient:
-    if type(one) is not LearnedGradient:
-        one, other = other, one
-    assert isinstance(one, LearnedGradient)
-    if isinstance(other, LearnedGradient):
-        gradients = tuple(
-            b if a is None else a if b is None else a + b
-            for a, b in zip(one._gradients, other._gradients)
-        )
-        parts = [dense for dense in (one._dense, other._dense) if dense is not None]
-    else:
-        gradients, parts = one._gradients, [other] if one._dense is None else [one._dense, other]
-    return learned_gradient(one, gradients, sum(parts[1:], parts[0]) if parts else None)
-
-
 def _dense_of(bias: Optional[AttentionBias], layout: Layout, dtype: torch.dtype) -> Tensor:
     assert bias is not None
     dense = terms.boolean(bias) if dtype is torch.bool else bias.dense()
@@ -431,17 +371,3 @@ def traced() -> bool:
 
     stack: Any = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", list)()
     return any(type(mode).__name__ in TRACING for mode in stack)
-
-
-def tell(operation: str, tensor: BiasTensor) -> None:
-    """One line for each operation and place that needs numbers."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
-        frame = frame.f_back
-    place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-    with _lock:
-        if (operation, place) in _told:
-            return
-        _told.add((operation, place))
-    size = tensor.numel() * tensor.element_size() / 2**20
-    log.info(BECAME_DENSE, operation, place, tuple(tensor.shape), size)

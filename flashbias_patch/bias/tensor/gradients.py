@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .core import BiasTensor, graph_task, learned_gradient, no_functions, tell, to_numbers
-from .dispatch import handles, name_of, structured
+from .core import BiasTensor, graph_task, no_functions, to_numbers
+from .learned_gradient import learned_gradient
+from .notices import tell
+from .registry import handles, name_of, structured
 
 
 @handles("requires_grad_", "set requires_grad")

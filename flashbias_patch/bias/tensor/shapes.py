@@ -12,8 +12,8 @@ from torch import Tensor
 from . import layout as layouts
 from . import terms
 from .core import BiasTensor
-from .dispatch import derived, handles, name_of, structured
 from .layout import SAME, Layout
+from .registry import derived, handles, name_of, structured
 
 
 def _dims(args: Tuple[Any, ...], kwargs: Dict[str, Any], *names: str) -> List[int]:

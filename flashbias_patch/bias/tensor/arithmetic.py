@@ -13,8 +13,8 @@ from ..base import DenseBias, MaskBias, add_terms
 from . import layout as layouts
 from . import terms
 from .core import BiasTensor, no_functions, rebind
-from .dispatch import HANDLERS, derived, handles, name_of, structured
 from .layout import Layout
+from .registry import HANDLERS, derived, handles, name_of, structured
 
 DTYPES = {
     "half": torch.float16,

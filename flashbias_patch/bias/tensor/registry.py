@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ... import _torch_internals as internals
 from ..base import AttentionBias
-from .core import BiasTensor, new, no_functions, rebind, tell, to_numbers, traced
+from .core import BiasTensor, new, no_functions, rebind, to_numbers, traced
 from .layout import Layout
+from .notices import tell
 
 # Answered by the wrapper itself: shape, dtype and the like. Of properties all but those in NUMBERS
 # are.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import telemetry
-from . import step_hooks
+from . import optimizer_hooks
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Steps:
         self._handles: List[Any] = []
         this = weakref.ref(self)
         for method in ("before", "after"):
-            self._handles.append(step_hooks.register(method == "before", _hook(this, method)))
+            self._handles.append(optimizer_hooks.register(method == "before", _hook(this, method)))
 
     def take(self) -> Dict[str, Seen]:
         """What was seen since the last call, by name."""
