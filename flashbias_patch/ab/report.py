@@ -7,7 +7,7 @@ import re
 import shlex
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from . import lines, page, records, sides, words
+from . import clocks, lines, page, records, sides, words
 from . import verdict as verdicts
 from .records import Experiment
 from .statistics import Ratio
@@ -128,6 +128,9 @@ def markdown(experiment: Experiment, verdict: Verdict) -> str:
             for r in page.runs_table(experiment)
         ],
     )
+    gpus = clocks.table(experiment)
+    if gpus:
+        out += ["### GPU clocks", *table(clocks.COLUMNS, gpus)]
     out += [
         "### Environment",
         *(f"- {name}: {code(value)}" for name, value in page.environment_rows(experiment)),
@@ -211,6 +214,8 @@ def html(experiment: Experiment, verdict: Verdict) -> str:
         notes=notes(verdict),
         failures=page.failures(experiment),
         gradients=page.gradients_table(experiment),
+        gpus=clocks.table(experiment),
+        gpu_columns=clocks.COLUMNS,
         runs=page.runs_table(experiment),
         environment=page.environment_rows(experiment),
         commands=page.commands(experiment),
@@ -235,6 +240,7 @@ def summary(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
             for each in verdict.further
         ],
         "runs": page.runs_table(experiment),
+        "gpus": {run.name: run.gpus for run in experiment.runs if run.gpus},
         "command": experiment.command,
         "environment": dict(page.environment_rows(experiment)),
         **({"detections": verdict.detections} if verdict.detections is not None else {}),

@@ -19,7 +19,7 @@ import time
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from .. import launch
-from . import lines, probe, processes, records, sides, verdict
+from . import clocks, lines, probe, processes, records, sides, verdict
 from .records import Experiment
 
 POLL = 0.05
@@ -182,6 +182,7 @@ def run_one(
     }
     progress("start", run)
     begin, machine = time.monotonic(), processes.Machine()
+    gpus = clocks.Watch({**os.environ, **overrides})
     signs, child, tail = None, None, ""
     try:
         os.makedirs(probes, exist_ok=True)
@@ -210,6 +211,7 @@ def run_one(
             if child is not None:
                 processes.end(child, probes)
     run["seconds"] = time.monotonic() - begin
+    run["gpus"] = gpus.stop()
     run.update(machine.since())
     return run, [] if signs is None else signs.recorded(), tail
 

@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tu
 
 import numpy as np
 
-from . import loader, parity, records, sides, stand_in, statistics
+from . import clocks, loader, parity, records, sides, stand_in, statistics
 from .loader import Wait
 from .parity import Parity
 from .records import Experiment, Run
@@ -282,8 +282,8 @@ def _compare(
     verdict.memory_kind = "cuda" if kinds == {"cuda"} else "rss"
     peaks = [[run.peak_memory() for run in side] for side in (plain, b)]
     verdict.memory = statistics.compare_peaks(peaks[0], peaks[1], verdict.memory_kind, comparisons)
-    clocks = {run.clock for run in plain + b}
-    verdict.clock = clocks.pop() if len(clocks) == 1 else "wall clock"
+    timed_by = {run.clock for run in plain + b}
+    verdict.clock = timed_by.pop() if len(timed_by) == 1 else "wall clock"
     verdict.parities = parity.of_runs(
         plain, b, nudged if nudged != plain else [], any(run.half for run in a + b)
     )
@@ -292,6 +292,7 @@ def _compare(
     said = [loader.note(waits, verdict.name)]
     said += [loader.by_loader(w, x) for w, x in zip(waits, ("unpatched", verdict.name))]
     verdict.notes += [each for each in said if each]
+    verdict.notes += clocks.notes(plain, b, verdict.name)
     verdict.notes += _notes_on_times(verdict, experiment, crowded, min(len(plain), len(b)))
     if any(run.redrawn for run in nudged):
         verdict.notes.append(
