@@ -8,10 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import Any, Callable, ContextManager, Iterator, List, MutableMapping, Optional, Tuple
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Iterator,
+    List,
+    MutableMapping,
+    Optional,
+    Tuple,
+)
 
 import torch
-from torch.autograd import forward_ad as _forward_ad
+import torch.utils.checkpoint
+from torch.autograd import forward_ad
+
+# Map and flatten nested dicts, lists and tuples. In every torch seen, so nothing replaces them.
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_map as tree_map
 
 _C: Any = torch._C
 VERSION = str(torch.__version__)
@@ -94,6 +109,28 @@ def _active_transform() -> Any:
     return _functorch.are_transforms_active() or None
 
 
+# True where forward-mode differentiation is allowed. It is off inside the forward of a
+# torch.autograd.Function; no_grad does not switch it off. Before torch 1.11, which lacks it,
+# no_grad is taken for such a forward.
+forward_gradients: Callable[[], bool] = getattr(_C, "_is_fwd_grad_enabled", torch.is_grad_enabled)
+# The engine's call below torch.autograd.backward and grad; None: use those, which is slower.
+run_backward: Optional[Callable[..., Any]] = getattr(
+    torch.autograd.Variable._execution_engine, "run_backward", None
+)
+# False in a backward pass with `inputs`, in which a reentrant checkpoint cannot deliver gradients.
+# In every torch seen.
+is_checkpoint_valid: Callable[[], bool] = torch.autograd._is_checkpoint_valid
+# The classes of the saved-tensor hooks of a checkpoint without reentrance, and of its
+# recomputation. Before torch 2.1 (): nothing is an instance.
+CheckpointHooks: Any = getattr(torch.utils.checkpoint, "_checkpoint_hook", ())
+RecomputationHooks: Any = getattr(torch.utils.checkpoint, "_recomputation_hook", ())
+# The backward hooks of every module (register_module_full_backward_hook). In every torch seen;
+# without it: none.
+global_backward_hooks: Dict[int, Any] = getattr(
+    torch.nn.modules.module, "_global_backward_hooks", {}
+)
+# Optimizer.__init__ calls it (before torch 2.0; None later): a place to see every new optimizer.
+HOOK_FOR_PROFILE = "_hook_for_profile"
 # The innermost active transform of torch.func (torch 1.13: functorch), or None.
 current_transform: Callable[[], Any] = getattr(
     _functorch,
@@ -151,10 +188,15 @@ any_autocast: Callable[[], bool] = getattr(_C, "_is_any_autocast_enabled", _any_
 autocast_off: Callable[[], ContextManager[Any]] = getattr(_C, "_DisableAutocast", _autocast_off)
 
 
+# forward_ad._current_level is -1 where no level of forward-mode differentiation is active. It is
+# read in place where one function call more would count (attention/dispatch.py). In every torch
+# seen.
+
+
 def transformed() -> bool:
     """Return True if a transform of torch.func or a level of forward-mode differentiation is
     active."""
-    return current_transform() is not None or _forward_ad._current_level >= 0
+    return current_transform() is not None or forward_ad._current_level >= 0
 
 
 def modes() -> List[Any]:
@@ -168,6 +210,22 @@ def modes() -> List[Any]:
     ):
         stack += getattr(module, name, list)()
     return stack
+
+
+def dispatch_mode_stack() -> List[Any]:
+    """Return the active dispatch modes."""
+    stack: List[Any] = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", list)()
+    return stack
+
+
+def constant_while_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function that torch.compile calls while it traces, and whose result it keeps.
+
+    torch.compiler.assume_constant_result sets the same attribute, but imports all of torch._dynamo.
+    Seen on torch 2.1 to 2.13; older versions do not read it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def outside_of_dynamo(dynamo: Any, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -241,6 +299,16 @@ def own_saved_tensors(
 OutOfMemoryError: Any = getattr(torch.cuda, "OutOfMemoryError", None)
 if OutOfMemoryError is None:
     OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch.cuda"})
+# The index of the current CUDA device, and its current stream as an integer. None in a torch built
+# without CUDA: settled launches are not used.
+current_cuda_device: Optional[Callable[[], int]] = getattr(_C, "_cuda_getDevice", None)
+current_cuda_stream: Optional[Callable[[int], int]] = getattr(_C, "_cuda_getCurrentRawStream", None)
+# The version of the CUDA driver; None in a torch built without CUDA.
+cuda_driver_version: Optional[Callable[[], int]] = getattr(_C, "_cuda_getDriverVersion", None)
+# The norm of each tensor of a list, in few kernels. Seen on torch 1.13 and 2.1 to 2.13.
+foreach_norm: Any = getattr(torch, "_foreach_norm", None)
+# Keeps a GPU busy for a number of clock cycles. None: timings include the host's time.
+cuda_sleep: Optional[Callable[[int], None]] = getattr(torch.cuda, "_sleep", None)
 stream_capturing: Callable[[], bool] = getattr(torch.cuda, "is_current_stream_capturing", _no)
 
 

@@ -61,6 +61,25 @@ def test_import_contract():
     )
 
 
+def test_private_names_of_torch_are_read_in_one_file():
+    contract = load("tools/check_imports.py")
+    assert contract.private_uses() == []
+    source = (
+        "import torch\nfrom torch import nn\nfrom torch.utils import _pytree\n"
+        "import torch.nn.functional as F\n"
+        "torch._C.DisableTorchFunction()\nself.torch.cuda._sleep(1)\n"
+        "getattr(nn.Module, '_call_impl', None)\nF._canonical_mask\n"
+        "module._parameters, torch.__version__, nn.Linear\n"
+    )
+    assert sorted(set(contract.private_torch_names(contract.ast.parse(source)))) == [
+        (3, "torch.utils._pytree"),
+        (5, "torch._C"),
+        (6, "torch.cuda._sleep"),
+        (7, "torch.nn.Module._call_impl"),
+        (8, "torch.nn.functional._canonical_mask"),
+    ]
+
+
 def test_templates_ask_for_what_doctor_prints():
     for name in (
         ".github/ISSUE_TEMPLATE/fault.yml",

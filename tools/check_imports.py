@@ -4,7 +4,7 @@ alone.
     python tools/check_imports.py          # exit status 1 and one line per violation
 
 Data flows one way: patching -> attention -> bias, kernels. Imports inside functions count too;
-those under `if TYPE_CHECKING` do not.
+those under `if TYPE_CHECKING` do not. Private names of torch are read in _torch_internals.py only.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ FORBIDDEN: Dict[str, Tuple[str, ...]] = {
         "torch",
         "numpy",
     ),
-    "journal": (
+    "telemetry": (
         "attention",
         "bias",
         "patching",
@@ -139,8 +139,61 @@ def violations() -> List[str]:
     return found
 
 
+READERS = ("getattr", "hasattr", "setattr")
+
+
+def private_torch_names(tree: ast.Module) -> Iterator[Tuple[int, str]]:
+    """(line, dotted name) of each private name of torch in a module: imported, an attribute of one
+    of torch's modules or classes, or the string in getattr, hasattr or setattr of one."""
+    bound = {"torch": "torch"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [(alias.asname, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [(a.asname or a.name, f"{node.module}.{a.name}") for a in node.names]
+        else:
+            continue
+        for name, full in names:
+            if inside(full, "torch"):
+                if name is not None:
+                    bound[name] = full
+                if any(is_private(part) for part in full.split(".")):
+                    yield node.lineno, full
+
+    def dotted(node: ast.expr) -> str:
+        if isinstance(node, ast.Name):
+            return bound.get(node.id, "")
+        if isinstance(node, ast.Attribute):
+            base = "" if node.attr == "torch" else dotted(node.value)
+            return "torch" if node.attr == "torch" else base and f"{base}.{node.attr}"
+        return ""
+
+    for node in ast.walk(tree):
+        owner, name = None, ""
+        if isinstance(node, ast.Attribute):
+            owner, name = node.value, node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in READERS and node.args[1:]:
+            owner, name = node.args[0], str(getattr(node.args[1], "value", ""))
+        if owner is not None and is_private(name) and dotted(owner):
+            yield node.lineno, f"{dotted(owner)}.{name}"
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_uses() -> List[str]:
+    """One line per private name of torch outside _torch_internals.py."""
+    return [
+        f"{path.relative_to(ROOT)}:{line}: {name} is private: read it in _torch_internals.py"
+        for path in sorted((ROOT / PACKAGE).rglob("*.py"))
+        if path.name != "_torch_internals.py"
+        for line, name in private_torch_names(ast.parse(path.read_text()))
+    ]
+
+
 def main() -> int:
-    found = violations()
+    found = violations() + private_uses()
     print("\n".join(found) if found else "import contract: kept")
     return 1 if found else 0
 

@@ -286,14 +286,14 @@ def local(tensor: Any) -> Any:
 
 def norm_of(torch: Any, gradients: List[Any]) -> Optional[Any]:
     """L2 norm over all of them as a 0-d tensor, on their device; None if there are none."""
+    from .._torch_internals import foreach_norm
+
     by_device: Dict[Any, List[Any]] = {}
     for gradient in gradients:
         by_device.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     norms: List[Any] = []
     for group in by_device.values():
-        norms += [
-            n.double() if n.device.type != "mps" else n.float() for n in torch._foreach_norm(group)
-        ]
+        norms += [n.double() if n.device.type != "mps" else n.float() for n in foreach_norm(group)]
     if not norms:
         return None
     home = norms[-1].device

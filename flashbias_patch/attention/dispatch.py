@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import Any, Dict, Hashable, Optional, Tuple
 
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import telemetry
-from .._torch_internals import current_transform, is_compiling
+from .._torch_internals import constant_while_traced, current_transform, forward_ad, is_compiling
 from . import (
     autograd_exit,
     differentiable,
@@ -237,15 +236,12 @@ def attend_traced(inputs: AttentionInputs, pinned: Optional[str]) -> Tensor:
     )
 
 
+@constant_while_traced
 def _load_all() -> bool:
     """Import every backend. torch.compile cannot trace that, so it runs while tracing."""
     for name in selection.MODULES:
         backend(name)
     return True
-
-
-# What torch.compiler.assume_constant_result does, which would import all of torch._dynamo.
-_load_all._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reset() -> None:

@@ -23,6 +23,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
 import torch
 
 from .. import driver, settings
+from .._torch_internals import cuda_driver_version
 from .signature import CallSignature
 
 log = logging.getLogger("flashbias_patch")
@@ -143,8 +144,8 @@ def _without(rows: List[Row], key: RowKey) -> List[Row]:
 
 @functools.lru_cache(maxsize=None)
 def _driver() -> str:
-    number: Any = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")
-    return driver.version() or str(number())
+    number = "unknown" if cuda_driver_version is None else cuda_driver_version()
+    return driver.version() or str(number)
 
 
 def _cudnn() -> Any:

@@ -13,11 +13,13 @@ from typing import Any, Callable, Dict, List, Tuple
 
 from torch.optim import optimizer as module
 
+from .._torch_internals import HOOK_FOR_PROFILE
+
 Hook = Callable[[Any, Tuple[Any, ...], Dict[str, Any]], None]
 _hooks: Dict[int, Tuple[bool, Hook]] = {}  # by number: whether before the step, and the hook
 _wrapped: List[Tuple[Any, Any, Any]] = []  # (class or object, what is its step now, what was)
 _running: List[int] = []  # ids of optimizers inside a step, which may call that of a parent class
-_for_profile: Any = getattr(module.Optimizer, "_hook_for_profile", None)
+_for_profile: Any = getattr(module.Optimizer, HOOK_FOR_PROFILE, None)
 
 
 def register(before: bool, hook: Hook) -> Any:
@@ -51,7 +53,7 @@ def _wrap_all() -> None:
         if issubclass(type(found), module.Optimizer):
             _wrap(found)
     if _for_profile is not None:
-        module.Optimizer._hook_for_profile = _watch_new  # type: ignore[attr-defined]
+        setattr(module.Optimizer, HOOK_FOR_PROFILE, _watch_new)
 
 
 def _watch_new(self: Any) -> Any:
@@ -105,5 +107,5 @@ def _unwrap_all() -> None:
             vars(owner).get("step") is wrapper
         ):  # else somebody has wrapped it since, and it does nothing more
             owner.step = original
-    if getattr(module.Optimizer, "_hook_for_profile", None) is _watch_new:
-        module.Optimizer._hook_for_profile = _for_profile  # type: ignore[attr-defined]
+    if getattr(module.Optimizer, HOOK_FOR_PROFILE, None) is _watch_new:
+        setattr(module.Optimizer, HOOK_FOR_PROFILE, _for_profile)

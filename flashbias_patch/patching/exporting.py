@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Tuple
 
 import torch
 
-from .._torch_internals import is_compiling, tracing_state
+from .._torch_internals import constant_while_traced, is_compiling, tracing_state
 from ..bias import AttentionBias
 from . import context
 
@@ -50,10 +50,6 @@ def original_alone(
     return original(module, *args, **kwargs)
 
 
+@constant_while_traced  # torch.compile cannot read context variables
 def _biased() -> bool:
     return context.ever_opened and bool(context.current_scopes())
-
-
-# What torch.compiler.assume_constant_result does, without all of torch._dynamo, which cannot read
-# context variables.
-_biased._dynamo_marked_constant = True  # type: ignore[attr-defined]

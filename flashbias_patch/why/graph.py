@@ -8,8 +8,9 @@ from typing import Any, Dict, Iterable, List, Optional, Set, Tuple
 import torch
 from torch import Tensor
 
+from .._torch_internals import all_functions_off
+
 MOST_HOOKED = 400  # nodes nearest to the parameter whose gradients are measured
-_no_functions = torch._C.DisableTorchFunction
 
 
 class Node:
@@ -33,7 +34,7 @@ class Node:
         self.called = False
 
     def hook(self, leaving: Any, entering: Any) -> None:
-        with torch.no_grad(), _no_functions():
+        with torch.no_grad(), all_functions_off():
             self.called = True
             self.entering = size_of(entering)
             towards = [leaving[index] for index in self.towards if index < len(leaving)]

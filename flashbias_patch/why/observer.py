@@ -83,11 +83,12 @@ class Observer:
         from torch.nn.modules import module as modules
         from torch.optim import optimizer as optim
 
+        from .._torch_internals import all_functions_off
         from ..ab import capture
         from . import loading
         from .trace import Trace
 
-        self.torch = torch
+        self.torch, self.functions_off = torch, all_functions_off
         self.trace = Trace(lambda: self.stack[-1][0] if self.stack else "")
         self.trace.__enter__()  # for the life of the process
         modules.register_module_forward_pre_hook(self._before_forward)
@@ -164,7 +165,7 @@ class Observer:
             if self.stack:
                 self.stack.pop()
             if self.torch.is_grad_enabled():
-                with self.torch._C.DisableTorchFunction():
+                with self.functions_off():
                     self._received(module, args, kwargs, out)
         except Exception as error:
             self.note_error(error)
@@ -221,7 +222,7 @@ class Observer:
                 return original(tensors, *args, **kwargs)
             if self.stopping and self.depth == 0:
                 self._stop()
-            with self.torch._C.DisableTorchFunction():
+            with self.functions_off():
                 paths = self._watch_graph(tensors)
             self.depth += 1
             try:
@@ -304,7 +305,7 @@ class Observer:
             return
         try:
             self.trace.stepping = False
-            with self.torch._C.DisableTorchFunction():
+            with self.functions_off():
                 for subject in self.subjects.values():
                     subject.after_step(optimizer)
         except Exception as error:
@@ -332,7 +333,7 @@ class Observer:
     def _stop(self) -> None:
         """One forward or backward pass after the last step: what writes between steps has run by
         then."""
-        with self.torch._C.DisableTorchFunction():
+        with self.functions_off():
             for subject in self.subjects.values():
                 subject.note_value()
         self.finish()

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
+from .._torch_internals import all_functions_off
 from ..monitor.models import at, unwrapped
 from .graph import Node
 
@@ -49,7 +50,7 @@ class Subject:
             parameter_hook(self._accumulated)
 
     def _accumulated(self, parameter: Tensor) -> None:
-        with torch._C.DisableTorchFunction():
+        with all_functions_off():
             self.backward_gradient = (
                 None if parameter.grad is None else parameter.grad.detach().abs().amax()
             )

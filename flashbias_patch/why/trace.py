@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._torch_internals import all_functions_off
+
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
@@ -100,7 +102,7 @@ class Trace(TorchFunctionMode):
         out = func(*args, **kwargs)
         if not self.off and self.watched:
             try:
-                with torch._C.DisableTorchFunction():
+                with all_functions_off():
                     self._seen(func, args, kwargs, out)
             except Exception as error:  # the watched command goes on
                 self.off = True

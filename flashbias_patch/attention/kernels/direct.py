@@ -14,6 +14,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ..._torch_internals import current_cuda_device, current_cuda_stream
 from .launch_backward import ByKeys, Needs, Passed, Rows
 from .launch_forward import Forward, Keys, Prepare
 from .launch_sums import Sums
@@ -30,8 +31,6 @@ Made = Tuple[
     Optional[Tensor],
     Optional[Tensor],
 ]
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def signed(tensors: Sequence[Optional[Tensor]]) -> Signed:
@@ -49,9 +48,9 @@ def stream_of(tensor: Tensor) -> Optional[int]:
     if not tensor.is_cuda:
         return 0
     index = tensor.device.index
-    if _current_device is None or _current_stream is None or _current_device() != index:
+    if current_cuda_device is None or current_cuda_stream is None or current_cuda_device() != index:
         return None
-    return _current_stream(index)  # type: ignore[no-any-return]
+    return current_cuda_stream(index)
 
 
 class Blocks(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any, Callable, List, Sequence
 import torch
 from torch import Tensor
 
+from ..._torch_internals import cuda_sleep
 from .. import selfcheck
 from ..inputs import AttentionInputs
 from ..signature import signature_of
@@ -50,9 +51,8 @@ def cuda_times(function: Callable[[], Any], repeats: int) -> List[float]:
     host = time.perf_counter() - began
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     torch.cuda.synchronize()
-    pause = getattr(torch.cuda, "_sleep", None)
-    if pause is not None:
-        pause(
+    if cuda_sleep is not None:
+        cuda_sleep(
             int(2e9 * min(0.1, 1.5 * host * repeats))
         )  # clock cycles, of which no GPU has more a second
     for begin, end in events:

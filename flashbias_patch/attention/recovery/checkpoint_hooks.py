@@ -4,8 +4,8 @@ Saved-tensor hooks, which torch's non-reentrant checkpoint is made of, get their
 entered, and it is in force while they unpack. torch's reentrant checkpoint becomes non-reentrant
 where a learned bias is in force, whose gradient it would lose.
 
-Private handles of torch, seen on 2.6 to 2.14: `CheckpointFunction`, `_checkpoint_hook`,
-`_recomputation_hook`.
+Private handles of torch, seen on 2.6 to 2.14: `CheckpointFunction`, and those that
+_torch_internals.py names.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ from typing import Any, Callable, Dict, List, Tuple
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ... import _torch_internals as internals
-from ..._torch_internals import RELEASE, saved_tensors_hooks
+from ..._torch_internals import (
+    RELEASE,
+    CheckpointHooks,
+    RecomputationHooks,
+    saved_tensors_hooks,
+    tree_map,
+)
 from ...bias import AttentionBias
 from .replay import Replay, carried, hooked, innermost, mapped, note_uninstall, restored
 
@@ -31,8 +36,6 @@ _enter: Any = getattr(saved_tensors_hooks, "__enter__", None)
 _exit: Any = getattr(saved_tensors_hooks, "__exit__", None)
 _checkpoint = torch.utils.checkpoint.checkpoint
 _CheckpointFunction: Any = getattr(torch.utils.checkpoint, "CheckpointFunction", None)
-_CheckpointHooks: Any = getattr(torch.utils.checkpoint, "_checkpoint_hook", ())
-_RecomputationHooks: Any = getattr(torch.utils.checkpoint, "_recomputation_hook", ())
 _BEFORE = "_flashbias_before"
 
 
@@ -80,10 +83,10 @@ def _enter_watched(self: Any) -> Any:
     if (
         internals.is_compiling()
         or isinstance(unpack, torch.nn.Module)
-        or isinstance(self, _RecomputationHooks)
+        or isinstance(self, RecomputationHooks)
     ):
         return _enter(self)
-    checkpoints = isinstance(self, _CheckpointHooks)
+    checkpoints = isinstance(self, CheckpointHooks)
     if (
         RELEASE < (2, 1) and getattr(unpack, "__module__", "") == "torch.utils.checkpoint"
     ):  # functions of no class

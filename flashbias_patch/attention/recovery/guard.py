@@ -242,8 +242,7 @@ class _Guarded(torch.autograd.Function):
 _apply: Callable[..., Any] = getattr(
     super(torch.autograd.Function, _Guarded), "apply", _Guarded.apply
 )
-_engine = getattr(torch.autograd.Variable, "_execution_engine", None)
-_run_backward: Callable[..., Any] = getattr(_engine, "run_backward", _by_grad)
+_run_backward: Callable[..., Any] = internals.run_backward or _by_grad
 
 
 def _forget(tensor: Tensor) -> None:

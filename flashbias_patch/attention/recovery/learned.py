@@ -64,7 +64,7 @@ class Leaves:
         ]
         if not pairs:
             return
-        if not torch.autograd._is_checkpoint_valid():
+        if not internals.is_checkpoint_valid():
             raise RuntimeError(
                 "attention_bias: the gradient of a learned bias inside this checkpoint is only "
                 "known to "

@@ -12,7 +12,7 @@ checkpoint, or by which name it was called:
 - Saved-tensor hooks (torch's non-reentrant checkpoint and copies of it): the Replay is in force
   while tensors are unpacked (checkpoint_hooks.py).
 
-Private handles of torch, seen on 2.6 to 2.14: `_is_fwd_grad_enabled`, the engine's call of
+Private handles of torch, seen on 2.6 to 2.14: `forward_gradients`, the engine's call of
 `ctx.apply`.
 """
 
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ... import _torch_internals as internals
+from ..._torch_internals import forward_gradients
 from . import learned
 
 
@@ -265,11 +266,6 @@ class restored:
 
 # -- inside the forward of a torch.autograd.Function -----------------------------------------------
 
-# Switched off inside the forward of a Function, and not by no_grad. Without it, no_grad is taken
-# for such a forward.
-forward_gradients: Callable[[], bool] = getattr(
-    torch._C, "_is_fwd_grad_enabled", torch.is_grad_enabled
-)
 _Context: Any = torch.autograd.function.BackwardCFunction
 # Function.apply has a frame on the stack while it is written in Python, as it is before torch 2.14.
 _APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)

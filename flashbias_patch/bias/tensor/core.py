@@ -23,9 +23,9 @@ from typing import Any, ContextManager, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ... import _torch_internals as internals
+from ..._torch_internals import tree_map
 from ..base import AttentionBias
 from . import layout as layouts
 from . import terms
@@ -367,7 +367,4 @@ def traced() -> bool:
         return True
     if not internals.dispatch_modes():
         return False
-    from torch.utils import _python_dispatch
-
-    stack: Any = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", list)()
-    return any(type(mode).__name__ in TRACING for mode in stack)
+    return any(type(mode).__name__ in TRACING for mode in internals.dispatch_mode_stack())

@@ -6,8 +6,8 @@ from typing import Any, List, Tuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from ..._torch_internals import tree_map
 from .core import BiasTensor, graph_task, no_functions, to_numbers
 from .learned_gradient import learned_gradient
 from .notices import tell

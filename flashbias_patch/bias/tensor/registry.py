@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
 
 from ... import _torch_internals as internals
+from ..._torch_internals import tree_flatten, tree_map
 from ..base import AttentionBias
 from .core import BiasTensor, new, no_functions, rebind, to_numbers, traced
 from .layout import Layout

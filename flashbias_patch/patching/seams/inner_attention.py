@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import settings
-from ..._torch_internals import RELEASE, tracing_state
+from ..._torch_internals import RELEASE, global_backward_hooks, tracing_state
 from ...attention import dispatch, flash_bias_attention
 from ...attention.weights import LazyWeights
 from ...bias import AttentionBias
@@ -30,7 +30,6 @@ _NOTHING: Dict[str, Any] = {}
 _LINEAR = (getattr(nn.modules.linear, "NonDynamicallyQuantizableLinear", nn.Linear), nn.Linear)
 NAME = "nn.MultiheadAttention"
 _NESTED = hasattr(Tensor, "is_nested")  # since torch 1.12
-_backward_hooks_of_all: Dict[int, Any] = getattr(nn.modules.module, "_global_backward_hooks", {})
 
 
 def wrap_forward(original: Any) -> Any:
@@ -281,7 +280,7 @@ def _attend_module(
     if weights is not None and (
         module._backward_hooks
         or getattr(module, "_backward_pre_hooks", None)
-        or _backward_hooks_of_all
+        or global_backward_hooks
         or tracing_state() is not None
     ):
         # Code in C++ receives the outputs: the autograd function of torch's backward hooks, or the
