@@ -1,5 +1,5 @@
-"""Biases on attention scores: exact low-rank ones, dense ones, and the way from dense to low
-rank."""
+"""Biases on attention scores: low-rank, dense, windowed and masks, and factorisation of dense
+ones."""
 
 from __future__ import annotations
 

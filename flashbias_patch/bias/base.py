@@ -1,9 +1,9 @@
-"""What is added to the attention scores, and the little algebra over it.
+"""Define the biases that are added to attention scores, and their sums and products.
 
-A bias is added to the *scaled* scores: softmax(q k^T * scale + bias). Shapes are (B, H, M, N) for
-the bias and (B, M, H, R) / (B, N, H, R) for its factors, B batch, H heads, M queries, N keys, R
-rank; a size of 1 in B or H means "the same for all", and stays so: nothing here expands a broadcast
-dimension to save a line.
+A bias is added to the *scaled* scores: softmax(q k^T * scale + bias). The bias has shape
+(B, H, M, N), its factors (B, M, H, R) and (B, N, H, R): B batch, H heads, M queries, N keys, R
+rank. A size of 1 in B or H means that the bias is the same for all samples or heads. Such a
+dimension is never expanded here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Shape = Tuple[int, int, int, int]
 
 
 class BiasParts(NamedTuple):
-    """What an attention backend consumes; the bias is the sum of the parts that are not None.
+    """The input of an attention backend: the bias is the sum of the parts that are not None.
 
     q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R) come together; segments is (weights
     (B|1, M, H|1, S), lengths); dense (B|1, H|1, M|1, N) is floating; mask (B|1, H|1, M|1, N) is
@@ -50,30 +50,32 @@ class BiasParts(NamedTuple):
 class AttentionBias:
     """A bias on attention scores; immutable, every operation returns a new one.
 
-    Subclasses name the tensors they hold in `_fields` and define `shape`, and `factors()` or
+    Subclasses list the names of their tensors in `_fields` and define `shape`, and `factors()` or
     `parts()`.
     """
 
     _fields: Tuple[str, ...] = ()
-    _sources: Tuple[
-        Any, ...
-    ] = ()  # the BiasTensors that it was read from, for gradients of the tensors themselves
+    # the BiasTensors that it was read from, for gradients with respect to these tensors
+    _sources: Tuple[Any, ...] = ()
 
     @property
     def shape(self) -> Shape:
-        """(B|1, H|1, M, N); 1 = broadcast. M may be 1 for a broadcast row only in DenseBias and
-        MaskBias."""
+        """Shape (B|1, H|1, M, N); 1 = broadcast. M may be 1 (the same for all queries) only in
+        DenseBias and MaskBias."""
         raise NotImplementedError
 
     @property
     def rank(self) -> Optional[int]:
-        """Columns of the factors, or None where there is no low-rank form."""
+        """Number of columns of the factors, or None if there is no low-rank form."""
         raise NotImplementedError
 
     def factors(self) -> Factors:
-        """(q_factor (B|1, M, H|1, R), k_factor (B|1, N, H|1, R)): per batch and head, bias = q k^T.
+        """Return q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R).
 
-        ValueError where `rank` is None.
+        Per batch entry and head, bias = q_factor k_factor^T.
+
+        Raises:
+            ValueError: `rank` is None.
         """
         raise ValueError(
             f"{type(self).__name__} has no low-rank form (rank is None): use dense() or parts(), "
@@ -81,33 +83,37 @@ class AttentionBias:
         )
 
     def dense(self) -> Tensor:
-        """The bias as one tensor (B|1, H|1, M, N). Costs M*N memory: for tests and reference
-        code."""
+        """Return the bias as one tensor (B|1, H|1, M, N), for tests and reference code."""
         q_factor, k_factor = self.factors()
         return multiply_out(q_factor, k_factor)
 
     def segments(self) -> Optional[Segments]:
-        """(weights (B|1, M, H|1, S), lengths) where the bias is constant over runs of keys, else
-        None."""
+        """Return (weights (B|1, M, H|1, S), lengths) if the bias is constant in each of S segments
+        of keys, else None."""
         return None
 
     def parts(self) -> BiasParts:
-        """The cheapest exact form, for attention to consume."""
+        """Return the cheapest exact form, for an attention backend."""
         q_factor, k_factor = self.factors()
         return BiasParts(q_factor=q_factor, k_factor=k_factor)
 
     def tensors(self) -> Tuple[Tensor, ...]:
-        """The tensors held: where gradients arrive, and what moves with `to`."""
+        """Return the tensors of the bias, which get gradients and are moved by `to`."""
         held = (getattr(self, name) for name in self._fields)
         return tuple(value for value in held if isinstance(value, Tensor))
 
     def to(self, device: object = None, dtype: Optional[torch.dtype] = None) -> AttentionBias:
-        """The same bias with its tensors on `device`, and the floating ones in `dtype`."""
+        """Return the same bias with its tensors on `device`, and floating tensors in `dtype`.
+
+        Raises:
+            TypeError: `dtype` is not floating.
+        """
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)  # type: ignore[call-overload]
+            own = dtype if tensor.is_floating_point() else None
+            return tensor.to(device=device, dtype=own)  # type: ignore[call-overload]
 
         return self._map(move)
 
@@ -126,11 +132,11 @@ class AttentionBias:
         return (self,)
 
     def _merged(self, other: AttentionBias) -> Optional[AttentionBias]:
-        """The sum of this and `other` as one bias of this kind, or None where there is none."""
+        """Return the sum with `other` as one bias of this class, or None if there is none."""
         return None
 
     def _scaled(self, factor: Union[float, Tensor]) -> AttentionBias:
-        """Times `factor`: a float, or a tensor that is 0-d or (H,)."""
+        """Return the bias times `factor`: a float, or a tensor, 0-d or (H,)."""
         q_factor, k_factor = self.factors()
         return LowRankBias(q_factor * head_last(factor, 1), k_factor)
 
@@ -149,14 +155,14 @@ class AttentionBias:
             return NotImplemented
         if isinstance(factor, Tensor):
             heads = self.shape[1]
-            wanted = "H" if heads == 1 else heads
+            expected_heads = "H" if heads == 1 else heads
             if not factor.is_floating_point():
                 raise TypeError(f"factor: expected a floating tensor, got {factor.dtype}")
             if factor.dim() > 1 or (
                 factor.dim() == 1 and heads != 1 and factor.shape[0] not in (1, heads)
             ):
                 raise ValueError(
-                    f"factor: expected a scalar or one number a head, () or ({wanted},), "
+                    f"factor: expected a scalar or one number per head, () or ({expected_heads},), "
                     f"to multiply a bias of shape (B, H, M, N) = {self.shape}; got "
                     f"{tuple(factor.shape)}"
                 )
@@ -176,8 +182,12 @@ class LowRankBias(AttentionBias):
     2505.12044).
 
     q_factor (B|1, M, H|1, R) and k_factor (B|1, N, H|1, R), floating, on one device. float32
-    factors keep their digits when attention computes in half precision; half factors are used as
-    they are.
+    factors keep their precision when attention computes in half precision (see split_factors);
+    factors in half precision are used unchanged.
+
+    Raises:
+        TypeError: a factor is not a floating tensor.
+        ValueError: shapes or devices do not fit each other.
     """
 
     _fields = ("q_factor", "k_factor")
@@ -194,12 +204,12 @@ class LowRankBias(AttentionBias):
             raise ValueError(
                 f"q_factor and k_factor: expected the same number of columns R >= 1, {got}"
             )
-        for dim, word in ((0, "batch"), (2, "heads")):
+        for dim, dimension in ((0, "batch"), (2, "heads")):
             sizes = (q_factor.shape[dim], k_factor.shape[dim])
             if sizes[0] != sizes[1] and 1 not in sizes:
                 raise ValueError(
-                    f"q_factor and k_factor: sizes of dimension {dim} ({word}) must be equal or "
-                    f"1, {got}"
+                    f"q_factor and k_factor: sizes of dimension {dim} ({dimension}) must be "
+                    f"equal or 1, {got}"
                 )
         check_device("q_factor", q_factor, "k_factor", k_factor)
         self.q_factor = q_factor
@@ -225,13 +235,16 @@ class LowRankBias(AttentionBias):
 
 
 class DenseBias(AttentionBias):
-    """A bias given entry by entry: (M, N), (B, M, N), (B*H, M, N) with `num_heads`, or (B|1, H|1,
-    M|1, N).
+    """A bias with one number per query and key, in a floating tensor.
 
-    A 3-D tensor is (B*H, M, N), heads fastest, if `num_heads` is given (the layout of
+    Its shape is (M, N), (B, M, N), (B*H, M, N) with `num_heads`, or (B|1, H|1, M|1, N). A 3-D
+    tensor is (B*H, M, N), heads fastest, if `num_heads` is given (the layout of
     nn.MultiheadAttention's attn_mask), else (B, M, N). Entries may be -inf: masked out. A batch or
-    head dimension that is only expanded (stride 0) is kept as broadcast, so `shape` may show a 1
-    there.
+    head dimension that is expanded (stride 0) becomes a broadcast dimension of size 1.
+
+    Raises:
+        TypeError: the tensor is not floating.
+        ValueError: the shape is none of these.
     """
 
     _fields = ("tensor",)
@@ -258,17 +271,23 @@ class DenseBias(AttentionBias):
         return DenseBias(scaled_visible(self.tensor, head_last(factor, 2)))
 
     def split_mask(self) -> Tuple[DenseBias, MaskBias]:
-        """The finite entries (0 where masked) and the -inf entries as a mask; no host
-        synchronisation."""
+        """Return the finite entries (0 where masked), and the -inf entries as a mask.
+
+        There is no synchronisation with the device.
+        """
         masked = torch.isneginf(self.tensor)
         return DenseBias(self.tensor.masked_fill(masked, 0.0)), MaskBias(masked)
 
 
 class MaskBias(AttentionBias):
-    """Pairs that must not attend: mask bool, True = masked out (-inf), in any shape DenseBias
-    takes.
+    """A boolean mask, True = masked out (-inf), in any shape that DenseBias accepts.
 
-    Multiplying it changes nothing: a pair stays forbidden, and no 0 * inf reaches a gradient.
+    Multiplication does not change it: masked pairs stay masked, and gradients never contain 0 *
+    inf.
+
+    Raises:
+        TypeError: the mask is not boolean.
+        ValueError: the shape does not fit.
     """
 
     _fields = ("mask",)
@@ -299,8 +318,7 @@ class MaskBias(AttentionBias):
 
 
 class SumBias(AttentionBias):
-    """The sum of biases that do not merge into one form: low rank, segments, dense and mask side by
-    side."""
+    """The sum of biases of several kinds: low rank, segments, dense, windows and masks."""
 
     def __init__(self, terms: Sequence[AttentionBias]) -> None:
         flat = [part for term in terms for part in term._terms()]
@@ -330,31 +348,32 @@ class SumBias(AttentionBias):
         return total
 
     def parts(self) -> BiasParts:
-        low: List[Factors] = []
+        factor_pairs: List[Factors] = []
         segments, dense, mask, windows, window_mask = None, None, None, None, None
         for term in self.terms:
             part = term.parts()
             if part.q_factor is not None and part.k_factor is not None:
-                low.append((part.q_factor, part.k_factor))
+                factor_pairs.append((part.q_factor, part.k_factor))
             if part.segments is not None:
                 if segments is None:
                     segments = part.segments
                 else:  # a backend takes one set of segments
                     segments = add_segments(segments, part.segments)
-            more, hidden = part.dense, part.mask
-            if (
-                part.windows is not None
-            ):  # a backend takes one of each: further ones go as what they are, entry by entry
+            dense_part, mask_part = part.dense, part.mask
+            # A backend takes one set of windows and one window mask: others are added densely.
+            if part.windows is not None:
                 windows, rest = grids.added(windows, part.windows)
-                more = more if rest is None else rest if more is None else more + rest
+                if rest is not None:
+                    dense_part = rest if dense_part is None else dense_part + rest
             if part.window_mask is not None:
                 window_mask, rest = grids.both(window_mask, part.window_mask)
-                hidden = hidden if rest is None else rest if hidden is None else hidden | rest
-            if more is not None:
-                dense = more if dense is None else dense + more
-            if hidden is not None:
-                mask = hidden if mask is None else mask | hidden
-        q_factor, k_factor = concatenate(low) if low else (None, None)
+                if rest is not None:
+                    mask_part = rest if mask_part is None else mask_part | rest
+            if dense_part is not None:
+                dense = dense_part if dense is None else dense + dense_part
+            if mask_part is not None:
+                mask = mask_part if mask is None else mask | mask_part
+        q_factor, k_factor = concatenate(factor_pairs) if factor_pairs else (None, None)
         return BiasParts(q_factor, k_factor, segments, dense, mask, windows, window_mask)
 
     def tensors(self) -> Tuple[Tensor, ...]:
@@ -371,8 +390,12 @@ class SumBias(AttentionBias):
 
 
 def add_terms(terms: Sequence[AttentionBias]) -> AttentionBias:
-    """One bias from several: ranks concatenate, dense ones and masks merge, unlike kinds stay
-    apart."""
+    """Add biases: factors are concatenated, dense biases and masks are merged; the rest is a
+    SumBias.
+
+    Raises:
+        ValueError: the shapes do not broadcast.
+    """
     broadcast_shapes(terms)
     low = [term for term in terms if term.rank is not None and term.segments() is None]
     segmented = [term for term in terms if term.segments() is not None]
@@ -399,10 +422,10 @@ def add_terms(terms: Sequence[AttentionBias]) -> AttentionBias:
 def _merge_alike(terms: Sequence[AttentionBias]) -> List[AttentionBias]:
     merged: List[AttentionBias] = []
     for term in terms:
-        for place, other in enumerate(merged):
-            both = other._merged(term)
-            if both is not None:
-                merged[place] = both
+        for index, other in enumerate(merged):
+            merged_term = other._merged(term)
+            if merged_term is not None:
+                merged[index] = merged_term
                 break
         else:
             merged.append(term)
@@ -414,16 +437,18 @@ def _simplest(terms: Sequence[AttentionBias]) -> AttentionBias:
 
 
 def broadcast_shapes(biases: Sequence[AttentionBias]) -> Shape:
-    """The common (B|1, H|1, M, N). ValueError names both shapes where they do not fit."""
+    """Return the common shape (B|1, H|1, M, N); ValueError names two shapes that do not fit."""
     shape = biases[0].shape
     for bias in biases[1:]:
         sizes = []
-        for mine, theirs, word in zip(shape, bias.shape, ("batch", "heads", "queries", "keys")):
-            if mine != theirs and (word == "keys" or 1 not in (mine, theirs)):
+        for size, other_size, dimension in zip(
+            shape, bias.shape, ("batch", "heads", "queries", "keys")
+        ):
+            if size != other_size and (dimension == "keys" or 1 not in (size, other_size)):
                 raise ValueError(
                     f"biases of shape (B, H, M, N) = {shape} and {bias.shape} cannot be added: "
-                    f"{word} {mine} and {theirs}"
+                    f"{dimension} {size} and {other_size}"
                 )
-            sizes.append(theirs if mine == 1 else mine)
+            sizes.append(other_size if size == 1 else size)
         shape = tuple(sizes)  # type: ignore[assignment]
     return shape

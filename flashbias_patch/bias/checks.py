@@ -1,4 +1,4 @@
-"""Shapes and dtypes of biases, checked at the door."""
+"""Check the shapes and dtypes of the arguments of biases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def head_last(factor: Union[float, Tensor], trailing: int) -> Union[float, Tensor]:
-    """(H,) -> (H, 1, ...) with as many ones as dimensions follow the heads; scalars as they are.
+    """Reshape (H,) to (H, 1, ...), with `trailing` dimensions after the heads; scalars stay.
 
     `trailing` is 1 for factors (..., H, R) and 2 for scores (..., H, M, N).
     """
@@ -18,9 +18,9 @@ def head_last(factor: Union[float, Tensor], trailing: int) -> Union[float, Tenso
 
 
 def as_four(tensor: Tensor, num_heads: Optional[int], name: str = "tensor") -> Tensor:
-    """(M, N), (B, M, N), (B*H, M, N) or (B, H, M, N) -> (B|1, H|1, M, N), a view."""
-    wrong = isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1
-    if num_heads is not None and wrong:
+    """View (M, N), (B, M, N), (B*H, M, N) or (B, H, M, N) as (B|1, H|1, M, N)."""
+    is_invalid = isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1
+    if num_heads is not None and is_invalid:
         raise ValueError(f"num_heads: expected a positive int or None, got {num_heads!r}")
     if tensor.dim() == 2:
         return tensor[None, None]
@@ -50,10 +50,9 @@ def as_four(tensor: Tensor, num_heads: Optional[int], name: str = "tensor") -> T
 
 
 def collapse_expanded(tensor: Tensor) -> Tensor:
-    """Batch and head dimensions that are only expanded (stride 0) become size 1: one copy, no cost.
+    """Replace expanded batch and head dimensions (stride 0) by dimensions of size 1.
 
-    Not of a tensor that requires grad: each slice of it has a gradient of its own, which may be
-    asked for.
+    A tensor that requires grad is not changed, because each of its slices has its own gradient.
     """
     if tensor.requires_grad:
         return tensor
@@ -64,6 +63,7 @@ def collapse_expanded(tensor: Tensor) -> Tensor:
 
 
 def check_floating(name: str, value: object, hint: str = "") -> None:
+    """Raise TypeError unless `value` is a floating tensor; `hint` is appended to the message."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a floating tensor, got {type(value).__name__}{hint}")
     if not value.is_floating_point():
@@ -71,6 +71,7 @@ def check_floating(name: str, value: object, hint: str = "") -> None:
 
 
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless both tensors are on one device."""
     if tensor.device != other.device:
         raise ValueError(
             f"{name} and {other_name}: expected one device, got {tensor.device} and {other.device}"
@@ -80,7 +81,8 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 def check_lengths(
     name: str, lengths: Sequence[int], expected_sum: Optional[int] = None
 ) -> Tuple[int, ...]:
-    """Lengths as a tuple of ints >= 0, at least one."""
+    """Return `lengths` as a tuple of ints >= 0, at least one, else raise TypeError or
+    ValueError."""
     lengths = tuple(lengths)
     if not lengths:
         raise ValueError(f"{name}: expected at least one length, got none")

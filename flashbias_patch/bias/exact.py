@@ -1,4 +1,4 @@
-"""Biases that are low rank by construction: nothing of size M*N is ever formed but by dense()."""
+"""Biases that are low-rank by construction; only dense() creates a tensor of size M*N."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from .factors import Factors, Segments, scaled_visible
 
 
 class ModalityBias(AttentionBias):
-    """bias[b, h, m, j] = weights[b, m, h, s] for a key j of segment s: one number a query and
-    modality.
+    """bias[b, h, m, j] = weights[b, m, h, s] for a key j of segment s: one weight per query and
+    segment.
 
     weights (B|1, M, S), or (B|1, M, H|1, S), floating; segments the S lengths in key order (lidar
-    BEV tokens, then the cameras), which sum to N. Rank S: q_factor = weights, k_factor = the
-    segments' indicators; exact in the sense of FlashBias (arXiv 2505.12044) for a bias that is
-    constant over runs of keys.
+    BEV tokens, then the cameras), which sum to N. The rank is S: q_factor holds the weights,
+    k_factor the indicators of the segments. This is an exact decomposition as in FlashBias (arXiv
+    2505.12044).
+
+    Raises:
+        TypeError, ValueError: weights or segments do not fit; the message names the argument.
     """
 
     _fields = ("weights",)
@@ -66,26 +69,30 @@ class SquaredDistanceBias(AttentionBias):
     """bias[b, h, i, j] = -scale[h] * |query_xy[b, i] - key_xy[b, j]|^2.
 
     Expanded, -s|x - y|^2 = -s|x|^2 + 2s x.y - s|y|^2 has rank 4 in the plane (the spatial distance
-    of FlashBias, arXiv 2505.12044). Coordinates are centred on the keys first: the distance does
-    not change, and the terms that cancel get small, which is what leaves digits in half precision.
-    Split into half by `split_factors`, scores keep an error of at most 2**-20 (float16) or 2**-14
+    of FlashBias, arXiv 2505.12044). Coordinates are first centred on the keys. This
+    does not change distances, but makes the cancelling terms small, which keeps precision in half
+    precision: after `split_factors` the error of a score is at most 2**-20 (float16) or 2**-14
     (bfloat16) of s|x|^2 + s|y|^2.
 
-    query_xy (B|1, M, 2), key_xy (B|1, N, 2), floating, in one unit (metres); half is raised to
-    float32. scale: a float, a 0-d tensor or one number a head (H,), in 1/unit^2; learned if it
-    requires grad.
+    query_xy (B|1, M, 2), key_xy (B|1, N, 2), floating, in one unit (metres); half precision is
+    cast to float32. scale: a float, a 0-d tensor or one number per head (H,), in 1/unit^2; learned
+    if it requires grad.
 
     Per segment: with `segments`, the S lengths in key order, query_xy is (B|1, M, S, 2), the
     query's coordinates in each segment's own frame (the BEV grid, each camera's image), and key_xy
     holds each key's coordinates in its segment's frame. Rank 4S. `valid` (B|1, M, S) bool: False
     where the query does not appear in that segment; its bias to the keys there is 0 and its
     coordinates are not read, NaN included.
-    Frames of unlike units: multiply a frame's coordinates by the root of its own scale.
+    If frames have different units, multiply the coordinates of each frame by the square root of
+    its own scale.
 
-    drop_query_term=True leaves out -s|x|^2, which softmax does not see, as it is one number a
-    query: rank 3. Then factors() and dense() both hold the bias up to that per-query constant:
-    -s|y|^2 + 2s x.y in coordinates relative to the keys' centre. Refused with more than one segment
-    or with `valid`, where it is not a constant.
+    drop_query_term=True omits -s|x|^2, a constant per query, which softmax ignores: rank 3. Then
+    factors() and dense() both return the bias without that constant: -s|y|^2 + 2s x.y in
+    coordinates relative to the centre of the keys. It is an error with more than one segment or
+    with `valid`, because the term then differs between keys.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
 
     _fields = ("query_xy", "key_xy", "scale", "valid")
@@ -126,8 +133,8 @@ class SquaredDistanceBias(AttentionBias):
             _check_valid(valid, query_xy)
         if drop_query_term and (len(self.lengths) > 1 or valid is not None):
             raise ValueError(
-                "drop_query_term: the per-query term differs between segments, so softmax does "
-                "see it; leave "
+                "drop_query_term: the per-query term differs between segments, and changes the "
+                "softmax; use "
                 "drop_query_term=False with several segments or with valid"
             )
         self.scale = _check_scale(scale)
@@ -183,10 +190,10 @@ class SquaredDistanceBias(AttentionBias):
     def _frame(
         self, index: int, start: int, length: int
     ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
-        """Centred (B|1, M, 2), (B|1, length, 2), and the factor (B|1, M) that is 0 where not
-        valid."""
-        given = torch.promote_types(self.query_xy.dtype, self.key_xy.dtype)
-        dtype = torch.promote_types(given, torch.float32)
+        """Return centred coordinates (B|1, M, 2) and (B|1, length, 2), and a factor (B|1, M): 0
+        where not valid."""
+        common = torch.promote_types(self.query_xy.dtype, self.key_xy.dtype)
+        dtype = torch.promote_types(common, torch.float32)
         x, y = self.query_xy[:, :, index].to(dtype), self.key_xy.narrow(1, start, length).to(dtype)
         valid = None
         if self.valid is not None:
@@ -205,11 +212,14 @@ class AlibiBias(AttentionBias):
     2108.12409).
 
     slopes (H,) floating tensor, positive to favour near keys in the past, as in the paper; learned
-    if it requires grad. The linear, signed form: rank 2. Under a causal mask it is the paper's
-    -slope * distance; the symmetric |i - j| has no low rank. Query i sits at key position i +
-    offset; offset defaults to N - M, so the last query meets the last key (decoding with a cache,
-    and flash-attn's convention); give 0 to align the first ones. For queries that are no positions
-    (object queries over image keys) ALiBi has no meaning.
+    if it requires grad. This is the linear, signed form of rank 2. Under a causal mask it equals
+    -slope * distance of the paper; the symmetric form |i - j| is not low-rank. Query i has key
+    position i + offset. offset defaults to N - M, which aligns the last query with the last key, as
+    in flash-attn and in decoding with a cache; 0 aligns the first ones. ALiBi has no meaning for
+    queries that are not positions, such as object queries over image keys.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
 
     _fields = ("slopes",)
@@ -220,7 +230,7 @@ class AlibiBias(AttentionBias):
         check_floating("slopes", slopes)
         if slopes.dim() != 1 or not slopes.numel():
             raise ValueError(
-                f"slopes: expected one slope a head, shape (H,), got {tuple(slopes.shape)}"
+                f"slopes: expected one slope per head, shape (H,), got {tuple(slopes.shape)}"
             )
         self.queries, self.keys = check_lengths("queries and keys", (queries, keys))
         self.slopes = slopes
@@ -235,7 +245,8 @@ class AlibiBias(AttentionBias):
         return 2
 
     def _positions(self) -> Tuple[Tensor, Tensor, Tensor]:
-        """Slopes and positions of queries and keys around the middle key, in float32 or better."""
+        """Return slopes, and positions of queries and keys relative to the middle key, in float32
+        or float64."""
         slopes = self.slopes.to(torch.promote_types(self.slopes.dtype, torch.float32))
         middle = (self.keys - 1) / 2
         i = torch.arange(self.queries, device=slopes.device).to(slopes.dtype) + (
@@ -256,7 +267,7 @@ class AlibiBias(AttentionBias):
 
 
 def indicators(lengths: Sequence[int], like: Tensor) -> Tensor:
-    """(1, N, 1, S): 1 where key n lies in segment s; dtype and device as `like`."""
+    """Return (1, N, 1, S): 1 where key n is in segment s; dtype and device of `like`."""
     columns = like.new_zeros(sum(lengths), len(lengths))
     start = 0
     for segment, length in enumerate(lengths):

@@ -1,5 +1,4 @@
-"""From a dense bias to a low-rank one: exact SVD, randomized, warm-started; the error is always
-measured."""
+"""Factorise a dense bias into a low-rank one by exact or randomised SVD, and measure the error."""
 
 from __future__ import annotations
 
@@ -18,31 +17,36 @@ METHODS = ("auto", "svd", "randomized")
 DEFAULT_ENERGY = 0.9999
 DEFAULT_MAX_ERROR = 2e-2
 _OVERSAMPLE = (
-    8  # columns beyond the rank wanted (Halko, Martinsson & Tropp 2011, section 4.2: 5 or 10)
+    8  # columns beyond the requested rank (Halko, Martinsson & Tropp 2011, section 4.2: 5 or 10)
 )
-_FIRST_RANK = 16  # where the search for a rank that keeps the energy begins
-_WIDEST = 256  # beyond this rank attention with factors costs more than with the dense bias
-_SMALL = 64  # a side so short that the exact SVD is as quick
-_BLOCK = 1 << 24  # entries of the residual formed at a time
+_FIRST_RANK = 16  # first rank of the search for one that keeps the energy
+_WIDEST = 256  # above this rank, factors cost more in attention than the dense bias
+_SMALL = 64  # up to this size of the shorter side the exact SVD is as fast
+_BLOCK = 1 << 24  # entries of the residual computed at a time
 
 
 class FactorState(NamedTuple):
-    """Where the last factorisation ended; pass it as `warm_start` to the next."""
+    """The state of a factorisation; pass it as `warm_start` to the next one."""
 
-    basis: Tensor  # (B|1, H|1, N, R): orthonormal, spans the rows
-    calls: int  # so that each call draws fresh columns
-    hopeless: bool  # no rank kept the energy last time: try once, do not search
+    basis: Tensor  # (B|1, H|1, N, R), orthonormal; spans the rows
+    calls: int  # number of calls, so that each call draws new columns
+    hopeless: bool  # no rank kept the energy last time: try one rank, do not search
 
 
 class Factorization(NamedTuple):
-    """What `factorize` found.
+    """The result of `factorize`.
 
-    bias: the bias to use, low rank (plus a MaskBias where entries were -inf), or the dense one as
-    given where `used_dense`, and then `reason` says why. relative_error: the Frobenius norm of what
-    the low-rank form leaves out over the norm of the finite entries, measured, of the worst batch
-    entry or head. energy: the share of squared singular values kept, 1 - relative_error**2. Where
-    the dense bias is used, relative_error, rank and energy are those of the low-rank form refused
-    (0, 0, 1: none was tried). state: pass as `warm_start` next time, or None.
+    Attributes:
+        bias: the bias to use: low-rank (plus a MaskBias if entries were -inf), or the dense bias if
+            `used_dense`.
+        relative_error: the measured Frobenius norm of the difference, divided by the norm of the
+            finite entries; of the batch entry and head where it is largest.
+        rank: number of columns.
+        energy: share of the squared singular values that is kept, 1 - relative_error**2.
+        used_dense: True if the dense bias is used. Then relative_error, rank and energy are those
+            of the rejected low-rank form (0, 0, 1 if none was tried).
+        reason: why the dense bias is used, or "".
+        state: to pass as `warm_start` next time, or None.
     """
 
     bias: AttentionBias
@@ -55,8 +59,10 @@ class Factorization(NamedTuple):
 
 
 class _Svd(NamedTuple):
-    """W ~ left * values @ right^T: left (B, H, M, K), right (B, H, N, K) orthonormal, values
-    falling."""
+    """A decomposition W ~ left * values @ right^T.
+
+    left (B, H, M, K) and right (B, H, N, K) are orthonormal; values are in descending order.
+    """
 
     left: Tensor
     values: Tensor
@@ -73,47 +79,48 @@ def factorize(
     num_heads: Optional[int] = None,
     generator: Optional[torch.Generator] = None,
 ) -> Factorization:
-    """A low-rank form of a dense bias, or the dense bias itself where no low-rank form is good
+    """Return a low-rank form of a dense bias, or the dense bias if no low-rank form is exact
     enough.
 
     bias: a floating tensor (M, N), (B, M, N), (B*H, M, N) with `num_heads`, or (B, H, M, N), or an
-    AttentionBias. Half is computed in float32. The low-rank terms of an AttentionBias are kept as
-    they are, its dense term is factorised. -inf entries are split off into a MaskBias and count as
-    0: masks that are blocks raise the rank.
+    AttentionBias. Half precision is computed in float32. The dense term of an AttentionBias is
+    factorised, its other terms are kept. -inf entries become a MaskBias and count as 0, so masks in
+    blocks raise the rank.
 
     rank: this many columns. energy, in (0, 1]: the smallest rank that keeps this share of the
     squared singular values of every batch entry and head (0.9999 if neither is given), at most
-    `rank` if both are. The relative Frobenius error is sqrt(1 - energy): energy 0.90 is an error of
-    32 %. max_error: above it the dense bias is used. Default 2e-2, or sqrt(1 - energy) for an
-    energy that implies more. method: "svd" (exact), "randomized" (subspace iteration: Halko,
-    Martinsson & Tropp 2011, arXiv 0909.4061, algorithm 4.4), "auto" (svd for a side up to 64).
-    warm_start: the `state` of the previous call on a bias that has moved a little since; then one
-    pass of subspace iteration does, from its rows and a few fresh random columns. Not used by the
-    svd, nor where it does not fit (other batch, heads or key count; M may differ).
-    generator: for the random columns; without it a private one is seeded, and no global state
-    moves.
+    `rank` if both are given. The relative Frobenius error is sqrt(1 - energy): energy 0.90 is an
+    error of 32 %. max_error: the dense bias is used above this relative error. Default 2e-2, or
+    sqrt(1 - energy) for an energy that implies more. method: "svd" (exact), "randomized" (subspace
+    iteration: Halko, Martinsson & Tropp 2011, arXiv 0909.4061, algorithm 4.4), "auto" (svd if the
+    shorter side is at most 64). warm_start: the `state` of the previous call on a bias that has
+    changed little since; then one pass of subspace iteration, from its rows and a few new random
+    columns, is enough. It is ignored by the exact SVD and if it does not fit (other batch, heads or
+    number of keys; M may differ). generator: for the random columns; by default a private one with
+    a fixed seed, so global random state is unchanged.
 
-    A bias repeated over batch or heads is factorised, and its factors are stored, once.
+    A bias that repeats over batch or heads is factorised once, and its factors are stored once.
 
     Gradients. No derivative of an SVD is taken: with U, V the orthonormal factors, held constant,
     the bias is the projection P(W) = W V V^T + U U^T W - U U^T W V V^T of the dense W, and the
-    gradient G with respect to it becomes P(G) with respect to W. For a W that is truly of the rank
-    kept this is the exact gradient, for whatever W = A B^T is made of, A and B alike. Otherwise the
-    part of G outside the rows and
-    columns kept does not arrive: directions that the bias does not have yet are not learned through
-    it. As an all-zero bias has none, it is used dense while it requires grad (`bias_scale` = 0
-    would stay 0).
+    gradient G with respect to it becomes P(G) with respect to W. If the rank of W is
+    the rank kept, this is the exact gradient, also for the tensors that W was computed from.
+    Otherwise the part of G outside the kept rows and columns is lost: the bias cannot learn
+    directions that it does not have yet. An all-zero bias has no direction, so it is used densely
+    while it requires grad (else `bias_scale` = 0 would stay 0).
 
-    Raises ValueError and TypeError for arguments out of range. NaN or +inf in the bias: used dense,
-    with the reason, as an overflow is the loss scaler's to handle.
+    A bias with NaN or +inf is used densely, with that reason; the loss scaler handles overflows.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range; the message names it.
     """
     _check(rank, energy, method, max_error)
     terms = (bias if isinstance(bias, AttentionBias) else DenseBias(bias, num_heads))._terms()
     whole = add_terms(terms)
-    given = _dense_term(whole)
-    if given is None:
+    dense = _dense_term(whole)
+    if dense is None:
         return Factorization(whole, 0.0, whole.rank or 0, 1.0, False, "no dense term", warm_start)
-    if not given.numel():
+    if not dense.numel():
         return Factorization(whole, 0.0, 0, 1.0, True, "the bias is empty", None)
     if energy is None and rank is None:
         energy = DEFAULT_ENERGY
@@ -122,7 +129,7 @@ def factorize(
             DEFAULT_MAX_ERROR, math.sqrt(1 - energy) * (1 + 1e-3) if energy is not None else 0.0
         )
 
-    once = _without_repeats(given)
+    once = _without_repeats(dense)
     has_mask = bool(once.detach().amin() == -math.inf)
     masked = torch.isneginf(once) if has_mask else None
     with torch.no_grad(), full_precision(once.device):
@@ -130,9 +137,9 @@ def factorize(
         if masked is not None:
             matrix = matrix.masked_fill(masked, 0.0)
         problem = _Problem(matrix, _squares(matrix), rank, energy, method, generator)
-        trouble = _unusable(problem.squares, given.requires_grad)
-        if trouble:
-            return Factorization(whole, 0.0, 0, 1.0, True, trouble, None)
+        problem_found = _unusable(problem.squares, dense.requires_grad)
+        if problem_found:
+            return Factorization(whole, 0.0, 0, 1.0, True, problem_found, None)
         warm = warm_start if warm_start is not None and _fits(warm_start, matrix) else None
         svd, missed = _search(problem, warm)
         error = _residual(problem, svd)
@@ -141,20 +148,20 @@ def factorize(
             error = _residual(problem, svd)
     if error > max_error and not missed:
         missed = f"relative error {error:.3g} is above max_error {max_error:.3g}"
-    kept = svd.values.shape[-1]
+    columns = svd.values.shape[-1]
     calls = 0 if warm_start is None else warm_start.calls + 1
     state = FactorState(
-        svd.right[..., : _FIRST_RANK if missed else kept].contiguous(), calls, bool(missed)
+        svd.right[..., : _FIRST_RANK if missed else columns].contiguous(), calls, bool(missed)
     )
-    found = (error, kept, 1 - error * error)
+    measured = (error, columns, 1 - error * error)
     if missed:
-        return Factorization(whole, *found, True, missed, state)
-    low: AttentionBias = LowRankBias(
-        *_Project.apply(given, masked, svd.left, svd.values, svd.right)
+        return Factorization(whole, *measured, True, missed, state)
+    low_rank: AttentionBias = LowRankBias(
+        *_Project.apply(dense, masked, svd.left, svd.values, svd.right)
     )
     rest = tuple(term for term in terms if not isinstance(term, DenseBias))
     mask = () if masked is None else (MaskBias(masked),)
-    return Factorization(add_terms((low,) + rest + mask), *found, False, "", state)
+    return Factorization(add_terms((low_rank,) + rest + mask), *measured, False, "", state)
 
 
 class _Problem(NamedTuple):
@@ -167,28 +174,28 @@ class _Problem(NamedTuple):
 
 
 class _Project(torch.autograd.Function):
-    """given -> factors of its projection; backward projects the gradient likewise (see factorize).
+    """Compute the factors of the projection of a dense bias; backward projects the gradient.
 
-    The factors are balanced, left * sqrt(values) and right * sqrt(values): as good for half
-    precision as can be. Where the bias repeats they are stored once and expanded, so that each copy
-    gets its own gradient: copies may be parameters that only happen to be equal now.
+    See factorize. The factors are balanced, left * sqrt(values) and right * sqrt(values), which
+    suits half precision. If the bias repeats, they are stored once and expanded, so that each copy
+    gets its own gradient: copies may be different parameters that are equal at the moment.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        given: Tensor,
+        dense: Tensor,
         masked: Optional[Tensor],
         left: Tensor,
         values: Tensor,
         right: Tensor,
     ) -> Factors:
         ctx.save_for_backward(masked, left, values, right)
-        ctx.dtype = given.dtype
+        ctx.dtype = dense.dtype
         root = values.sqrt().unsqueeze(-2)
         factors = [(side * root).permute(0, 2, 1, 3).contiguous() for side in (left, right)]
-        if given.requires_grad:
-            factors = [factor.expand(given.shape[0], -1, given.shape[1], -1) for factor in factors]
+        if dense.requires_grad:
+            factors = [factor.expand(dense.shape[0], -1, dense.shape[1], -1) for factor in factors]
         return factors[0], factors[1]
 
     @staticmethod
@@ -207,7 +214,7 @@ class _Project(torch.autograd.Function):
 
 
 def _search(problem: _Problem, warm: Optional[FactorState]) -> Tuple[_Svd, str]:
-    """The decomposition cut to the rank to keep, and what it fails to reach, if anything."""
+    """Return the decomposition at the rank to keep, and a message if it misses the energy."""
     matrix = problem.matrix
     rows, columns = matrix.shape[-2:]
     short = min(rows, columns)
@@ -216,8 +223,8 @@ def _search(problem: _Problem, warm: Optional[FactorState]) -> Tuple[_Svd, str]:
     )  # factors no larger than the bias
     cap = widest if problem.rank is None else min(problem.rank, short)
     if problem.method == "svd" or (problem.method == "auto" and short <= _SMALL):
-        # The CUDA default (Jacobi) leaves the factors orthonormal to some 1e-4 only, QR iteration
-        # to 1e-6.
+        # With the default driver on CUDA (Jacobi) the factors are orthonormal to about 1e-4, with
+        # QR iteration to 1e-6.
         driver = {"driver": "gesvd"} if matrix.is_cuda and RELEASE >= (1, 11) else {}
         left, values, right = torch.linalg.svd(matrix, full_matrices=False, **driver)
         return _cut(_Svd(left, values, right.transpose(-2, -1)), problem, cap)
@@ -245,21 +252,21 @@ def _search(problem: _Problem, warm: Optional[FactorState]) -> Tuple[_Svd, str]:
 def _iterate(
     matrix: Tensor, basis: Tensor, width: int, passes: int, generator: torch.Generator
 ) -> _Svd:
-    """Subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4) from a basis and random
-    columns."""
+    """Run subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4) from a basis and
+    random columns."""
     shape = basis.shape[:-1] + (width - basis.shape[-1],)
     fresh = torch.randn(shape, generator=generator, device=matrix.device, dtype=matrix.dtype)
-    fresh = fresh / math.sqrt(matrix.shape[-1])  # as long as the orthonormal ones
+    fresh = fresh / math.sqrt(matrix.shape[-1])  # of the length of the orthonormal columns
     right = torch.cat([basis, fresh], dim=-1)
     for step in range(passes):
         if step:
             right = torch.linalg.qr(right).Q
         left = torch.linalg.qr(matrix @ right).Q
         right = matrix.transpose(-2, -1) @ left
-    # The SVD of the tall thin `right` through its Gram matrix, in float64, where squaring costs no
-    # digits.
+    # The SVD of the tall thin `right` by its Gram matrix, in float64, so that squaring does not
+    # lose precision.
     gram = right.double().transpose(-2, -1) @ right.double()
-    squares, turn = torch.linalg.eigh(gram.cpu())  # some 16 x 16: not worth a GPU solver's start
+    squares, turn = torch.linalg.eigh(gram.cpu())  # about 16 x 16: faster on the CPU
     squares = squares.flip(-1).clamp(min=0).to(matrix.device)
     turn = turn.flip(-1).to(matrix)
     values = squares.sqrt().to(matrix.dtype)
@@ -270,27 +277,31 @@ def _iterate(
 
 
 def _cut(svd: _Svd, problem: _Problem, cap: int) -> Tuple[_Svd, str]:
-    """The columns to keep, at most `cap`, the same number for every batch entry and head."""
-    kept, missed = min(cap, svd.values.shape[-1]), ""
+    """Cut to the columns to keep, at most `cap`, the same number for every batch entry and head."""
+    columns, missed = min(cap, svd.values.shape[-1]), ""
     if problem.energy is not None:
         share = svd.values.double().square().cumsum(-1) / problem.squares.unsqueeze(-1)
         share = torch.where(problem.squares.unsqueeze(-1) > 0, share, torch.ones_like(share))
         tolerance = 4 * torch.finfo(problem.matrix.dtype).eps
         needed = int((share < problem.energy - tolerance).sum(-1).max()) + 1
-        if needed > kept and problem.rank is None:
-            missed = f"no rank up to {kept} keeps {problem.energy!r} of the squared singular values"
-        kept = min(kept, needed)
-    return _Svd(svd.left[..., :kept], svd.values[..., :kept], svd.right[..., :kept]), missed
+        if needed > columns and problem.rank is None:
+            missed = (
+                f"no rank up to {columns} keeps {problem.energy!r} of the squared singular values"
+            )
+        columns = min(columns, needed)
+    return _Svd(
+        svd.left[..., :columns], svd.values[..., :columns], svd.right[..., :columns]
+    ), missed
 
 
 def _squares(matrix: Tensor) -> Tensor:
-    """Squared Frobenius norms (B|1, H|1): rows summed in the matrix's precision, the rest in
-    float64."""
+    """Return squared Frobenius norms (B|1, H|1); rows are summed in the precision of the matrix,
+    the rest in float64."""
     return torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(-1)
 
 
 def _residual(problem: _Problem, svd: _Svd) -> float:
-    """The relative Frobenius error, measured entry by entry, of the worst batch entry or head."""
+    """Return the measured relative Frobenius error of the worst batch entry and head."""
     matrix = problem.matrix
     rows = max(1, _BLOCK // (matrix.shape[0] * matrix.shape[1] * matrix.shape[3]))
     left = svd.left * svd.values.unsqueeze(-2)
@@ -302,16 +313,18 @@ def _residual(problem: _Problem, svd: _Svd) -> float:
 
 
 def _without_repeats(tensor: Tensor) -> Tensor:
-    """One slice where all along batch or heads are equal; a glance at a few rows spares most
-    comparisons."""
-    glance = tensor[:, :, :: max(1, tensor.shape[2] // 4)]
+    """Return one slice if all slices along batch or heads are equal.
+
+    A few rows are compared first, which usually shows a difference already.
+    """
+    sample = tensor[:, :, :: max(1, tensor.shape[2] // 4)]
     for dim in (1, 0):
-        for view in (glance, tensor):
+        for view in (sample, tensor):
             slices = view.detach().unbind(dim)
             if not all(torch.equal(slices[0], other) for other in slices[1:]):
                 break
         else:
-            tensor, glance = tensor.narrow(dim, 0, 1), glance.narrow(dim, 0, 1)
+            tensor, sample = tensor.narrow(dim, 0, 1), sample.narrow(dim, 0, 1)
     return tensor
 
 
@@ -320,8 +333,8 @@ def _unusable(squares: Tensor, requires_grad: bool) -> str:
         return "the bias holds NaN or +inf"
     if requires_grad and (squares == 0).any():
         return (
-            "the bias is all zero for a batch entry or head: no row or column for its "
-            "gradient to follow"
+            "the bias is all zero for a batch entry or head, so its low-rank form would get no "
+            "gradient"
         )
     return ""
 

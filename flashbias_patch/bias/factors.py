@@ -17,8 +17,8 @@ Segments = Tuple[Tensor, Tuple[int, ...]]
 
 
 def scaled_visible(tensor: Tensor, factor: Union[float, Tensor]) -> Tensor:
-    """tensor * factor, where -inf stays -inf: masked out whatever the factor, whose gradient is to
-    be a number."""
+    """Multiply, but keep -inf entries: they stay masked for every factor, and its gradient is
+    finite."""
     if isinstance(factor, (int, float)) and factor > 0:
         return tensor * factor
     masked = torch.isneginf(tensor)
@@ -26,19 +26,21 @@ def scaled_visible(tensor: Tensor, factor: Union[float, Tensor]) -> Tensor:
 
 
 def add_segments(first: Segments, second: Segments) -> Segments:
-    """The sum of two biases that are constant over runs of keys: the runs that both have in
-    common."""
+    """Add two biases that are constant in segments of keys; the result has the common segments."""
     if first[1] == second[1]:
         return first[0] + second[0], first[1]
     ends = [list(itertools.accumulate(lengths)) for _, lengths in (first, second)]
     cuts = sorted({0, *ends[0], *ends[1]})
-    # The run that a key lies in: empty ones end where they begin, and no key is in them.
-    places = [[bisect.bisect_right(own, start) for start in cuts[:-1]] for own in ends]
-    weights = first[0][..., places[0]] + second[0][..., places[1]]
+    # The segment that each part belongs to. Empty segments end where they begin and hold no key.
+    indices = [
+        [bisect.bisect_right(segment_ends, start) for start in cuts[:-1]] for segment_ends in ends
+    ]
+    weights = first[0][..., indices[0]] + second[0][..., indices[1]]
     return weights, tuple(stop - start for start, stop in zip(cuts, cuts[1:]))
 
 
 def total(tensors: Sequence[Tensor]) -> Tensor:
+    """Add tensors; at least one."""
     result = tensors[0]
     for tensor in tensors[1:]:
         result = result + tensor
@@ -46,7 +48,7 @@ def total(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def concatenate(pairs: Sequence[Factors]) -> Factors:
-    """Factors side by side along R; batch and heads grow only as far as some pair needs them."""
+    """Concatenate factors along R; batch and heads are expanded only if another pair has them."""
     if len(pairs) == 1:
         return pairs[0]
 
@@ -59,15 +61,17 @@ def concatenate(pairs: Sequence[Factors]) -> Factors:
 
 
 def multiply_out(q_factor: Tensor, k_factor: Tensor) -> Tensor:
-    """(B|1, M, H|1, R), (B|1, N, H|1, R) -> (B|1, H|1, M, N), in their precision even under
-    autocast."""
+    """Multiply (B|1, M, H|1, R) and (B|1, N, H|1, R) to (B|1, H|1, M, N).
+
+    The product has the precision of the factors, also under autocast.
+    """
     dtype = torch.promote_types(q_factor.dtype, k_factor.dtype)
     with full_precision(q_factor.device):
         return q_factor.to(dtype).permute(0, 2, 1, 3) @ k_factor.to(dtype).permute(0, 2, 3, 1)
 
 
 def full_precision(device: torch.device) -> ContextManager[object]:
-    """Autocast off: digits of a bias are not to be lost in a matrix product."""
+    """Return a context with autocast off, so that matrix products keep the precision of a bias."""
     if device.type in ("cpu", "cuda"):
         return autocast(device.type, enabled=False)
     return contextlib.nullcontext()

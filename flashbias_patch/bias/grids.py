@@ -1,10 +1,9 @@
-"""Windows on grids of keys: the form in which attention receives them, and what they mean entry by
-entry.
+"""Define windows on grids of keys: the input of attention, and the equal dense bias and mask.
 
-The keys are S frames, one after the other: a frame is a Grid of views x rows x columns cells, key =
-first key of the frame + (view * rows + row) * columns + column. Every query has one window a frame:
-a square of `side` cells around a centre (view, row, column). Cells outside the grid do not count,
-so a centre may lie outside it.
+The keys are S frames, one after the other. A frame is a Grid of views x rows x columns cells; key =
+first key of the frame + (view * rows + row) * columns + column. Every query has one window per
+frame: a square of `side` cells around a centre (view, row, column). Cells outside the grid are
+ignored, so a centre may be outside it.
 """
 
 from __future__ import annotations
@@ -16,14 +15,18 @@ from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-# The centre of a window that is not there: no cell of a window around this place lies in a grid.
+# The centre of a missing window: no cell of a window around this point is in a grid.
 OUTSIDE = -(1 << 24)
 LARGEST_SIDE = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A frame of keys: `views` grids of `rows` x `columns` cells, row by row and view by view."""
+    """A frame of keys: `views` grids of `rows` x `columns` cells, row by row and view by view.
+
+    Raises:
+        TypeError, ValueError: a size is not an int in 1 .. LARGEST_SIDE.
+    """
 
     rows: int
     columns: int
@@ -46,11 +49,11 @@ class Grid:
 
 
 class WindowParts(NamedTuple):
-    """A bias for attention to consume: weight * profile inside the window of each frame, 0 outside.
+    """A bias of windows, as attention backends receive it: weight * profile inside, 0 outside.
 
-    weights (B|1, M, H|1, S) floating; centres (B|1, M, S, 3) int32: view, row, column, a window
-    that is not there has them at OUTSIDE; frames, sides and sigmas have S entries. sigmas is None
-    for boxes (profile 1), an infinite sigma is a box too.
+    weights (B|1, M, H|1, S) floating; centres (B|1, M, S, 3) int32: view, row, column (OUTSIDE for
+    a missing window); frames, sides and sigmas have S entries. sigmas is None
+    for boxes (profile 1); an infinite sigma is a box too.
     """
 
     weights: Tensor
@@ -61,13 +64,15 @@ class WindowParts(NamedTuple):
 
     @property
     def place(self) -> Tuple[object, ...]:
-        """What must be equal (centres by `same_tensor`) for weights to be added."""
+        """Frames, sides and sigmas. If these and the centres are equal, weights can be added."""
         return self.frames, self.sides, self.sigmas
 
 
 class WindowMaskParts(NamedTuple):
-    """A mask for attention to consume: the keys outside all windows of a query are hidden. Fields
-    as in WindowParts."""
+    """A mask of windows: the keys outside all windows of a query are masked out.
+
+    Fields as in WindowParts.
+    """
 
     centres: Tensor
     frames: Tuple[Grid, ...]
@@ -75,77 +80,85 @@ class WindowMaskParts(NamedTuple):
 
     @property
     def place(self) -> Tuple[object, ...]:
-        """What must be equal (centres by `same_tensor`) for two masks to be one."""
+        """Frames and sides. If these and the centres are equal, two masks are the same."""
         return self.frames, self.sides
 
 
 def key_count(frames: Sequence[Grid]) -> int:
+    """Return the number of keys of all frames."""
     return sum(frame.size for frame in frames)
 
 
 def reach(side: int) -> Tuple[int, int]:
-    """(first, last) offset of a window of that side: odd 2h + 1: -h .. h, even 2h: -h + 1 .. h."""
+    """Return the (first, last) offset of a window: -h .. h for side 2h + 1, -h + 1 .. h for 2h."""
     return side // 2 - side + 1, side // 2
 
 
-def same_tensor(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one, or views of the same numbers, without looking at the numbers."""
-    if one is other:
+def same_tensor(first: Tensor, second: Tensor) -> bool:
+    """Return True if two tensors are one object or equal views of one memory; reads no entries."""
+    if first is second:
         return True
-    if one.shape != other.shape or one.stride() != other.stride() or one.device != other.device:
+    if (
+        first.shape != second.shape
+        or first.stride() != second.stride()
+        or first.device != second.device
+    ):
         return False
     try:
-        return one.data_ptr() == other.data_ptr() and one._version == other._version
+        return first.data_ptr() == second.data_ptr() and first._version == second._version
     except RuntimeError:  # no storage: traced, functorch
         return False
 
 
 def dense_bias(parts: WindowParts) -> Tensor:
-    """The bias (B|1, H|1, M, N) in the dtype of the weights, differentiable in them."""
+    """Return the bias (B|1, H|1, M, N) in the dtype of the weights; differentiable in the
+    weights."""
     weights, centres, frames, sides, sigmas = parts
-    wide = torch.promote_types(weights.dtype, torch.float32)
-    found = []
-    for place, (inside, frame) in enumerate(zip(_inside(centres, frames, sides), frames)):
-        value = weights[..., place].to(wide).transpose(1, 2)[..., None]  # (B|1, H|1, M, 1)
-        if sigmas is not None and math.isfinite(sigmas[place]):
+    compute_dtype = torch.promote_types(weights.dtype, torch.float32)
+    values = []
+    for index, (inside, frame) in enumerate(zip(_inside(centres, frames, sides), frames)):
+        value = weights[..., index].to(compute_dtype).transpose(1, 2)[..., None]  # (B|1, H|1, M, 1)
+        if sigmas is not None and math.isfinite(sigmas[index]):
             value = (
                 value
-                * _gaussian(centres[..., place, :], frame, sides[place], sigmas[place], wide)[
-                    :, None
-                ]
+                * _gaussian(
+                    centres[..., index, :], frame, sides[index], sigmas[index], compute_dtype
+                )[:, None]
             )
-        found.append(torch.where(inside[:, None], value, value.new_zeros(())).to(weights.dtype))
-    return found[0] if len(found) == 1 else torch.cat(found, -1)
+        values.append(torch.where(inside[:, None], value, value.new_zeros(())).to(weights.dtype))
+    return values[0] if len(values) == 1 else torch.cat(values, -1)
 
 
 def hidden(parts: WindowMaskParts) -> Tensor:
-    """The mask (B|1, 1, M, N), True = masked out."""
+    """Return the mask (B|1, 1, M, N), True = masked out."""
     return ~torch.cat(list(_inside(*parts)), -1)[:, None]
 
 
-def added(one: Optional[WindowParts], other: WindowParts) -> Tuple[WindowParts, Optional[Tensor]]:
-    """The sum of two as (one, and what does not fit into it as a dense bias)."""
-    if one is None:
-        return other, None
-    if one.place == other.place and same_tensor(one.centres, other.centres):
-        return one._replace(weights=one.weights + other.weights), None
-    return one, dense_bias(other)
+def added(
+    first: Optional[WindowParts], second: WindowParts
+) -> Tuple[WindowParts, Optional[Tensor]]:
+    """Add two biases; return the sum, or the first one and the second as a dense bias."""
+    if first is None:
+        return second, None
+    if first.place == second.place and same_tensor(first.centres, second.centres):
+        return first._replace(weights=first.weights + second.weights), None
+    return first, dense_bias(second)
 
 
 def both(
-    one: Optional[WindowMaskParts], other: WindowMaskParts
+    first: Optional[WindowMaskParts], second: WindowMaskParts
 ) -> Tuple[WindowMaskParts, Optional[Tensor]]:
-    """What two masks hide, as (one, and what does not fit into it as a boolean mask)."""
-    if one is None:
-        return other, None
-    same = one.place == other.place and same_tensor(one.centres, other.centres)
-    return one, None if same else hidden(other)
+    """Combine two masks; return one mask, or the first one and the second as a boolean mask."""
+    if first is None:
+        return second, None
+    same = first.place == second.place and same_tensor(first.centres, second.centres)
+    return first, None if same else hidden(second)
 
 
 def _inside(centres: Tensor, frames: Sequence[Grid], sides: Sequence[int]) -> Iterator[Tensor]:
-    """A frame at a time: whether a key lies in its window, (B|1, M, keys of the frame)."""
-    for place, (frame, side) in enumerate(zip(frames, sides)):
-        view, row, column = centres[..., place, :, None].unbind(-2)  # (B|1, M, 1) each
+    """Yield for each frame a bool tensor (B|1, M, keys of the frame), True inside the window."""
+    for index, (frame, side) in enumerate(zip(frames, sides)):
+        view, row, column = centres[..., index, :, None].unbind(-2)  # (B|1, M, 1) each
         views = torch.arange(frame.views, device=centres.device) == view
         square = (
             _within(row, frame.rows, side)[..., :, None]
@@ -155,19 +168,20 @@ def _inside(centres: Tensor, frames: Sequence[Grid], sides: Sequence[int]) -> It
 
 
 def _within(centre: Tensor, length: int, side: int) -> Tensor:
-    """(B|1, M, 1) -> (B|1, M, length): whether a row or column is within reach of the centre."""
+    """Return (B|1, M, length): True for rows (or columns) inside a window around centre (B|1, M,
+    1)."""
     first, last = reach(side)
     offset = torch.arange(length, device=centre.device) - centre
     return (offset >= first) & (offset <= last)
 
 
 def _gaussian(centre: Tensor, frame: Grid, side: int, sigma: float, dtype: torch.dtype) -> Tensor:
-    """exp(-(dy^2 + dx^2) / (2 sigma^2)) around each centre (B|1, M, 3): (B|1, M, keys of the
-    frame)."""
+    """Return exp(-(dy^2 + dx^2) / (2 sigma^2)), (B|1, M, keys of the frame), for centres
+    (B|1, M, 3)."""
     _, row, column = centre[..., None].unbind(-2)
 
     def squared(middle: Tensor, length: int) -> Tensor:
-        # The clamp leaves distances inside the window as they are, and squares within the range of
+        # The clamp does not change distances inside the window; it keeps squares in the range of
         # the dtype.
         offset = (torch.arange(length, device=centre.device) - middle).clamp(-side, side).to(dtype)
         return offset * offset

@@ -1,4 +1,4 @@
-"""Float32 factors in half precision without losing their digits: rank is cheap, digits are not."""
+"""Represent float32 factors in half precision by splitting them into high and low parts."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ LARGEST_HALF = 65504.0
 
 
 def split_factors(q_factor: Tensor, k_factor: Tensor, dtype: torch.dtype) -> Factors:
-    """Factors in `dtype` whose float32-accumulated product is that of the factors given.
+    """Return factors in `dtype` with the same product, if that is accumulated in float32.
 
     q_factor (B|1, M, H|1, R), k_factor (B|1, N, H|1, R), floating. For float16 and bfloat16 a
     factor f not yet in `dtype` becomes f_high + f_low, both in `dtype`, and the product is
 
         q k  ~  q_high k_high + q_high k_low + q_low k_high
 
-    so 3R columns (2R where one factor is in `dtype` already, R where both are). What is left out,
-    and the rounding of the low parts, is at most 3 * 2**-22 (float16) or 3 * 2**-16 (bfloat16) of
-    |q k| a column. For float16, columns are first balanced by powers of two, so that neither factor
-    overflows or goes subnormal where their product would not. For float32 and float64 the factors
-    are cast and R stays.
+    which has 3R columns (2R if one factor is in `dtype` already, R if both are). The omitted
+    product and the rounding of the low parts are at most 3 * 2**-22 (float16) or 3 * 2**-16
+    (bfloat16) of |q k| per column. For float16, columns are first balanced by powers of two, so
+    that no factor overflows or becomes subnormal if the product does not. For float32 and float64
+    the factors are cast and R stays.
 
-    Differentiable: gradients arrive through the high parts, whose partners carry all digits; the
-    low parts are constants, as the derivative of a rounding error is zero almost everywhere.
+    Differentiable through the high parts. The low parts are constants, because the derivative of a
+    rounding error is zero almost everywhere.
     """
     if dtype not in _HALF or (q_factor.dtype == dtype and k_factor.dtype == dtype):
         return q_factor.to(dtype), k_factor.to(dtype)
     split_q, split_k = q_factor.dtype != dtype, k_factor.dtype != dtype
     if dtype == torch.float16:
         q_factor, k_factor = _balanced(q_factor, k_factor)
-        # Products beyond 65504 ** 2 stay there: as far from all other scores, and a number.
+        # Products beyond 65504 ** 2 are clamped there: finite, and far beyond all other scores.
         q_factor, k_factor = (
             factor.clamp(-LARGEST_HALF, LARGEST_HALF) for factor in (q_factor, k_factor)
         )
@@ -54,10 +54,10 @@ def _low_part(factor: Tensor, high: Tensor) -> Tensor:
 
 
 def _balanced(q_factor: Tensor, k_factor: Tensor) -> Factors:
-    """Columns scaled by 2**-e and 2**e to a like magnitude: their product does not change.
+    """Scale columns by 2**-e and 2**e to similar magnitudes; the product does not change.
 
-    Beside a column of zeros (a learned scale that starts at 0) the other is brought to 1: half
-    would make it inf, and 0 * inf is no number.
+    If one column is zero (a learned scale that starts at 0), the other is scaled to 1. In half
+    precision it could be inf, and 0 * inf is NaN.
     """
     if not q_factor.numel() or not k_factor.numel():
         return q_factor, k_factor
@@ -72,6 +72,6 @@ def _balanced(q_factor: Tensor, k_factor: Tensor) -> Factors:
         exponent = torch.where(
             exponent.isfinite(), exponent.round().clamp(-126, 126), torch.zeros_like(exponent)
         )
-        one = torch.ones_like(exponent)
-        shrink, grow = torch.ldexp(one, -exponent), torch.ldexp(one, exponent)
+        ones = torch.ones_like(exponent)
+        shrink, grow = torch.ldexp(ones, -exponent), torch.ldexp(ones, exponent)
     return q_factor * shrink, k_factor * grow

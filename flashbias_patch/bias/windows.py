@@ -1,8 +1,7 @@
-"""Local windows on grids: a bias of one weight a window, and a mask that hides everything outside
-the windows.
+"""Local windows on grids: a bias with one weight per window, and a mask of all keys outside.
 
-They stay descriptions (grids.py) through the algebra and into attention; nothing of size M x N is
-made of them but by `dense()`.
+Both keep their description (grids.py) in sums and products and in attention. Only `dense()` creates
+a tensor of size M x N.
 """
 
 from __future__ import annotations
@@ -35,17 +34,16 @@ Sigmas = Union[float, Sequence[float]]
 
 
 class _Windows(AttentionBias):
-    """One window a query and frame: what WindowBias and WindowMask share.
+    """Base class of WindowBias and WindowMask: one window per query and frame.
 
-    `centres` are kept as int32 of shape (B|1, M, S, 3), those of windows that are not visible at
-    grids.OUTSIDE.
+    `centres` is int32 (B|1, M, S, 3); windows that are not visible have grids.OUTSIDE.
     """
 
     centres: Tensor
     frames: Tuple[Grid, ...]
     sides: Tuple[int, ...]
 
-    def _place(
+    def _set_windows(
         self, centres: Tensor, frames: Sequence[Grid], side: Sides, visible: Optional[Tensor]
     ) -> None:
         self.frames = check_frames(frames)
@@ -57,7 +55,7 @@ class _Windows(AttentionBias):
         return None
 
     def _joins(self, other: AttentionBias) -> bool:
-        """Whether `other` has the very same windows."""
+        """Return True if `other` is of this class and has the same windows."""
         return (
             type(other) is type(self)
             and self._static() == other._static()  # type: ignore[attr-defined]
@@ -75,20 +73,20 @@ class _Windows(AttentionBias):
 
 
 class WindowBias(_Windows):
-    """bias[b, h, m, n] = weights[b, m, h, s] * profile where key n is in the window of query m in
+    """bias[b, h, m, n] = weights[b, m, h, s] * profile if key n is in the window of query m in
     frame s, else 0.
 
     Args:
         weights: (B|1, M, S) or (B|1, M, H|1, S), floating; learned if it requires grad.
         centres: (B|1, M, S, 3), integers or whole floating numbers: view, row, column of each
-            window's centre. Cells outside the grid do not count: windows are clipped, and a centre
-            may lie outside.
+            window's centre. Windows are clipped at the grid, and a centre may be outside it.
         frames: S Grids in the order of the keys; their sizes sum to N.
-        side: cells along a window's edge, an int or one a frame. Odd 2h + 1: offsets -h .. h around
+        side: length of a window's edge in cells, an int or one per frame. Odd 2h + 1: offsets -h ..
+        h around
             the centre; even 2h: -h + 1 .. h.
         sigma: None for a profile of 1, or the width in cells of exp(-(dy^2 + dx^2) / (2 sigma^2)),
-            a float or one a frame; infinite is a profile of 1.
-        visible: (B|1, M, S) bool, False where a query has no window in that frame; None: all have.
+            a float or one per frame; infinite means a profile of 1.
+        visible: (B|1, M, S) bool, False where a query has no window in that frame; None: all True.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -106,7 +104,7 @@ class WindowBias(_Windows):
         visible: Optional[Tensor] = None,
     ) -> None:
         check_floating("weights", weights)
-        self._place(centres, frames, side, visible)
+        self._set_windows(centres, frames, side, visible)
         self.sigmas = check_sigmas(sigma, len(self.frames))
         queries = self.centres.shape[1]
         weights = weights.unsqueeze(2) if weights.dim() == 3 else weights
@@ -116,7 +114,7 @@ class WindowBias(_Windows):
             and weights.shape[1] == queries
             and weights.shape[3] == len(self.frames)
         )
-        if not (fits and same_or_one(weights.shape[0], batch)):
+        if not (fits and broadcasts(weights.shape[0], batch)):
             raise ValueError(
                 f"weights: expected (B|1, M, S) or (B|1, M, H|1, S) with B = {batch}, M = "
                 f"{queries} and S = "
@@ -140,7 +138,7 @@ class WindowBias(_Windows):
         return self.frames, self.sides, self.sigmas
 
     def windows(self) -> WindowParts:
-        """The weights, centres and grids, as attention reads them."""
+        """Return the weights, centres and grids, as attention backends receive them."""
         return WindowParts(self.weights, self.centres, self.frames, self.sides, self.sigmas)
 
     def parts(self) -> BiasParts:
@@ -153,7 +151,7 @@ class WindowBias(_Windows):
         return self._weighted(self.weights * head_last(factor, 1))
 
     def _weighted(self, weights: Tensor) -> WindowBias:
-        """The same windows with other weights (B|1, M, H|1, S)."""
+        """Return a bias with the same windows and other weights (B|1, M, H|1, S)."""
         other = copy.copy(self)
         other.weights = weights
         return other
@@ -165,10 +163,10 @@ class WindowBias(_Windows):
 
 
 class WindowMask(_Windows):
-    """Hides every key that is in no window of its query; a query without a visible window sees no
-    key.
+    """A mask of all keys that are in no window of the query.
 
-    Arguments as in WindowBias. Multiplying it changes nothing, as with MaskBias.
+    A query without a visible window sees no key. Arguments and errors as in WindowBias.
+    Multiplication does not change it, as with MaskBias.
     """
 
     _fields = ("centres",)
@@ -176,7 +174,7 @@ class WindowMask(_Windows):
     def __init__(
         self, centres: Tensor, frames: Sequence[Grid], side: Sides, visible: Optional[Tensor] = None
     ) -> None:
-        self._place(centres, frames, side, visible)
+        self._set_windows(centres, frames, side, visible)
 
     @property
     def shape(self) -> Shape:
@@ -184,7 +182,7 @@ class WindowMask(_Windows):
         return batch, 1, queries, key_count(self.frames)
 
     def windows(self) -> WindowMaskParts:
-        """The centres and grids, as attention reads them."""
+        """Return the centres and grids, as attention backends receive them."""
         return WindowMaskParts(self.centres, self.frames, self.sides)
 
     def parts(self) -> BiasParts:
@@ -202,6 +200,7 @@ class WindowMask(_Windows):
 
 
 def check_frames(frames: Sequence[Grid]) -> Tuple[Grid, ...]:
+    """Return the frames as a tuple; raise TypeError unless all are Grids, at least one."""
     frames = (frames,) if isinstance(frames, Grid) else tuple(frames)
     if not frames or not all(isinstance(frame, Grid) for frame in frames):
         raise TypeError(
@@ -211,20 +210,22 @@ def check_frames(frames: Sequence[Grid]) -> Tuple[Grid, ...]:
 
 
 def check_sides(side: Sides, count: int) -> Tuple[int, ...]:
+    """Return one side per frame, else raise TypeError or ValueError."""
     sides = (side,) * count if isinstance(side, int) else tuple(side)
     if len(sides) != count:
         raise ValueError(
             f"side: expected an int or one for each of the {count} frames, got {side!r}"
         )
-    for one in sides:
-        if isinstance(one, bool) or not isinstance(one, int):
-            raise TypeError(f"side: expected an int, got {one!r} ({type(one).__name__})")
-        if not 1 <= one <= LARGEST_SIDE:
-            raise ValueError(f"side: expected 1 .. {LARGEST_SIDE} cells, got {one}")
+    for cells in sides:
+        if isinstance(cells, bool) or not isinstance(cells, int):
+            raise TypeError(f"side: expected an int, got {cells!r} ({type(cells).__name__})")
+        if not 1 <= cells <= LARGEST_SIDE:
+            raise ValueError(f"side: expected 1 .. {LARGEST_SIDE} cells, got {cells}")
     return sides
 
 
 def check_sigmas(sigma: Optional[Sigmas], count: int) -> Optional[Tuple[float, ...]]:
+    """Return one sigma per frame, None if all are infinite, else raise TypeError or ValueError."""
     if sigma is None:
         return None
     sigmas = (sigma,) * count if isinstance(sigma, (int, float)) else tuple(sigma)
@@ -232,16 +233,20 @@ def check_sigmas(sigma: Optional[Sigmas], count: int) -> Optional[Tuple[float, .
         raise ValueError(
             f"sigma: expected a float or one for each of the {count} frames, got {sigma!r}"
         )
-    for one in sigmas:
-        if isinstance(one, bool) or not isinstance(one, (int, float)):
-            raise TypeError(f"sigma: expected a float, got {one!r} ({type(one).__name__})")
-        if not one > 0:
-            raise ValueError(f"sigma: expected a positive width in cells, got {one}")
-    return None if all(math.isinf(one) for one in sigmas) else tuple(float(one) for one in sigmas)
+    for width in sigmas:
+        if isinstance(width, bool) or not isinstance(width, (int, float)):
+            raise TypeError(f"sigma: expected a float, got {width!r} ({type(width).__name__})")
+        if not width > 0:
+            raise ValueError(f"sigma: expected a positive width in cells, got {width}")
+    return (
+        None
+        if all(math.isinf(width) for width in sigmas)
+        else tuple(float(width) for width in sigmas)
+    )
 
 
 def check_centres(centres: Tensor, count: int, visible: Optional[Tensor]) -> Tensor:
-    """`centres` as int32 (B|1, M, S, 3), where not `visible` at OUTSIDE. Not differentiable."""
+    """Return `centres` as int32 (B|1, M, S, 3), OUTSIDE where not `visible`. Not differentiable."""
     if not isinstance(centres, Tensor) or centres.dtype is torch.bool or centres.dtype.is_complex:
         got = centres.dtype if isinstance(centres, Tensor) else type(centres).__name__
         raise TypeError(
@@ -271,7 +276,7 @@ def _check_visible(visible: Tensor, centres: Tensor) -> None:
         raise TypeError(f"visible: expected a bool tensor, got {got}")
     batch, queries, count, _ = centres.shape
     fits = visible.dim() == 3 and visible.shape[1:] == (queries, count)
-    if not (fits and same_or_one(visible.shape[0], batch)):
+    if not (fits and broadcasts(visible.shape[0], batch)):
         raise ValueError(
             f"visible: expected (B|1, M, S) = ({batch}|1, {queries}, {count}), got "
             f"{tuple(visible.shape)}"
@@ -279,5 +284,5 @@ def _check_visible(visible: Tensor, centres: Tensor) -> None:
     check_device("visible", visible, "centres", centres)
 
 
-def same_or_one(one: int, other: int) -> bool:
-    return one == other or 1 in (one, other)
+def broadcasts(size: int, other_size: int) -> bool:
+    return size == other_size or 1 in (size, other_size)
