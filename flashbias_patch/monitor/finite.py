@@ -3,6 +3,7 @@ precision and step."""
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -14,6 +15,9 @@ from .._torch_internals import current_graph_task
 from .models import rank, unwrapped
 
 HALF = ("float16", "bfloat16")
+# Before torch 2.0 a hook is not given the keyword arguments: inputs passed so are not looked at.
+_OPTIONS = inspect.signature(nn.Module.register_forward_pre_hook).parameters
+WITH_KWARGS: Dict[str, Any] = {"with_kwargs": True} if "with_kwargs" in _OPTIONS else {}
 
 
 class Finding(NamedTuple):
@@ -86,7 +90,7 @@ class FiniteWatch:
         for name, module in self.model.named_modules():
             if any(name.startswith(start) for start in names):
                 self._handles.append(
-                    module.register_forward_pre_hook(_before(this, name), with_kwargs=True)
+                    module.register_forward_pre_hook(_before(this, name), **WITH_KWARGS)
                 )
                 self._handles.append(module.register_forward_hook(_after(this, name)))
 
@@ -180,7 +184,7 @@ class FiniteWatch:
 
 
 def _before(this: Any, name: str) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def hook(module: nn.Module, args: Any, kwargs: Any = ()) -> None:
         watch = this()
         if watch is not None:
             watch._enter(name, module, (args, kwargs))

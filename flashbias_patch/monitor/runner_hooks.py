@@ -1,6 +1,7 @@
-"""BiasScaleMonitorHook for mmcv 1.x and mmengine, registered as soon as either is imported.
+"""Hooks for the runners of mmcv 1.x and mmengine, registered as soon as either is imported.
 
-custom_hooks = [dict(type='BiasScaleMonitorHook', interval=50, patience=50)]
+custom_hooks = [dict(type='BiasScaleMonitorHook', interval=50, patience=50),
+                dict(type='FiniteWatchHook')]
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from typing import Any, Dict, Optional, Sequence
 
 from .. import telemetry
+from . import finite_hook
 
 NAME = "BiasScaleMonitorHook"
 MODULES = ("mmcv.runner.hooks", "mmengine.hooks")
@@ -21,16 +23,17 @@ def register(module: Any) -> None:
         registry: Any = getattr(module, "HOOKS", None)
         if registry is None:  # mmengine.hooks does not show its own
             registry = importlib.import_module("mmengine.registry").HOOKS
-        if registry.get(NAME) is None:
-            registry.register_module(
-                name=NAME, module=make(module.Hook, mmengine=module.__name__ == "mmengine.hooks")
-            )
+        for name, make_hook in ((NAME, make), (finite_hook.NAME, finite_hook.make)):
+            if registry.get(name) is None:
+                hook = make_hook(module.Hook, mmengine=module.__name__ == "mmengine.hooks")
+                registry.register_module(name=name, module=hook)
     except Exception as error:  # an import of theirs is not to fail by ours
         telemetry.once(
             ("monitor hook", module.__name__),
             "error",
-            "%s is not registered with %s: %s: %s",
+            "%s and %s are not registered with %s: %s: %s",
             NAME,
+            finite_hook.NAME,
             module.__name__,
             type(error).__name__,
             error,

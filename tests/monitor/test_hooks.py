@@ -102,13 +102,82 @@ def test_mmengine_hook(tmp_path, monkeypatch):
     assert scalars["train/aqr.bias_scale/grad_norm"] > 0 and not list(tmp_path.iterdir())
 
 
+class Scaler:
+    """A GradScaler whose scale falls after the steps that it left out."""
+
+    def __init__(self, *scales):
+        self.scales = list(scales)
+
+    def get_scale(self):
+        return self.scales.pop(0)
+
+
+def watched(mmengine, monkeypatch, scales, **options):
+    """(the hook, a runner) of one of the two libraries, before its first iteration."""
+    registry = Registry()
+    if mmengine:
+        made = module("mmengine.registry", HOOKS=registry)
+        monkeypatch.setitem(sys.modules, "mmengine.registry", made)
+        hooks.register(module("mmengine.hooks"))
+    else:
+        hooks.register(module("mmcv.runner.hooks", HOOKS=registry))
+    model = Model()
+    holder = types.SimpleNamespace(loss_scaler=Scaler(*scales)) if scales else None
+    runner = types.SimpleNamespace(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), 0.1),
+        iter=0,
+        hooks=[object(), holder],
+        optim_wrapper=holder,
+    )
+    return registry["FiniteWatchHook"](**options), runner
+
+
+def iterate(hook, runner, factor):
+    hook.before_train_iter(runner)
+    (runner.model(torch.ones(1, 2)) * factor).sum().backward()
+    hook.after_train_iter(runner)
+    runner.iter += 1
+
+
+@pytest.mark.parametrize("mmengine", [False, True])
+def test_finite_watch_hook_names_the_first_gradient(mmengine, monkeypatch, caplog):
+    hook, runner = watched(mmengine, monkeypatch, ())
+    for factor in (1.0, 1.0, float("nan"), float("nan")):
+        iterate(hook, runner, factor)
+    assert hook.watch.first.what == "gradient" and hook.watch.first.step == 3
+    assert caplog.text.count("is not finite") == 1
+    assert not runner.model._forward_hooks and not runner.model._forward_pre_hooks
+    hook.after_run(runner)
+
+
+@pytest.mark.parametrize("mmengine", [False, True])
+def test_finite_watch_hook_ignores_what_a_grad_scaler_left_out(mmengine, monkeypatch):
+    hook, runner = watched(mmengine, monkeypatch, (4.0, 4.0, 2.0, 2.0))
+    for factor in (1.0, float("inf"), 1.0):
+        iterate(hook, runner, factor)
+    assert hook.watch.first is None
+    hook, runner = watched(mmengine, monkeypatch, (4.0, 4.0, 4.0))
+    for factor in (1.0, float("inf")):
+        iterate(hook, runner, factor)
+    assert hook.watch.first.step == 2
+
+
+def test_finite_watch_hook_options(monkeypatch):
+    hook, runner = watched(False, monkeypatch, (), stop=True)
+    with pytest.raises(FloatingPointError, match="gradient that is not finite"):
+        iterate(hook, runner, float("nan"))
+    with pytest.raises(TypeError, match="names must be a sequence of strings"):
+        watched(False, monkeypatch, (), names="pts_bbox_head")
+
+
 def test_a_registry_that_raises_does_not_break_the_import(caplog):
     class Broken(Registry):
         def get(self, name):
             raise RuntimeError("no")
 
     hooks.register(module("mmcv.runner.hooks", HOOKS=Broken()))
-    assert "is not registered" in caplog.text
+    assert "not registered" in caplog.text
 
 
 def test_importing_the_registration_imports_no_torch():
@@ -211,3 +280,40 @@ def test_real_mmcv_runner(tmp_path):
     found = [json.loads(line) for line in (tmp_path / "bias_scale.jsonl").read_text().splitlines()]
     assert [r["grad_norm"] for r in found] == [3.0] * 4
     assert found[0]["value"] == pytest.approx(1.7) and found[0]["change"] == pytest.approx(0.3)
+
+
+@pytest.mark.openmmlab
+def test_real_mmcv_runner_stops_at_the_first_nan(tmp_path):
+    pytest.importorskip("mmcv.runner")
+    code = textwrap.dedent("""
+        from mmcv.runner import IterBasedRunner, build_optimizer
+
+        class Layered(Model):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(3, 1)
+            def train_step(self, data, optimizer, **kwargs):
+                return super().train_step(self.layer(data), optimizer)
+
+        model = Layered()
+        runner = IterBasedRunner(
+            model, optimizer=torch.optim.SGD(model.parameters(), 0.1), work_dir=sys.argv[1],
+            logger=logging.getLogger("run"), max_iters=4)
+        runner.register_training_hooks(
+            dict(policy="fixed"), dict(grad_clip=None), None, None,
+            custom_hooks_config=[dict(type="FiniteWatchHook", stop=True)])
+        batches = torch.ones(4, 3)
+        batches[2] = float("nan")
+        try:
+            runner.run([torch.utils.data.DataLoader(batches)], [("train", 1)])
+        except FloatingPointError as error:
+            assert "at step 3" in str(error), error
+            sys.exit(9)
+    """)
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "FLASHBIAS_PATCH": "1",
+        "PYTHONPATH": ":".join(sys.path),
+    }
+    done = subprocess.run([sys.executable, "-c", MODEL + code, str(tmp_path)], env=environment)
+    assert done.returncode == 9
