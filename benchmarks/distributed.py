@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flashbias_patch import telemetry
 from flashbias_patch.attention import dispatch
+from flashbias_patch.attention.backends.base import Backend
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -272,20 +273,28 @@ def timed(cmt: Cmt, processes: Processes, each: int, steps: int, wrap: bool) -> 
     return times
 
 
-class Broken:
+class Broken(Backend):
     """A backend that fails in its forward from step 1 on, and is the real one otherwise."""
 
     def __init__(self, real: Any) -> None:
         self.real, self.name, self.armed, self.struck = real, real.name, False, 0
+        self.recovers = real.recovers
 
     def why_not(self, inputs: Any) -> Any:
         return self.real.why_not(inputs)
 
     def __call__(self, inputs: Any) -> Tensor:
+        self.strike()
+        return self.real(inputs)
+
+    def recovering(self, inputs: Any, on_failure: Any) -> Tensor:
+        self.strike()
+        return self.real.recovering(inputs, on_failure)
+
+    def strike(self) -> None:
         if self.armed:
             self.struck += 1
             raise RuntimeError("injected")
-        return self.real(inputs)
 
 
 def fault(cmt: Cmt, processes: Processes, each: int, steps: int) -> Dict[str, Any]:

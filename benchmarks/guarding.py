@@ -22,6 +22,7 @@ os.environ.setdefault("FLASHBIAS_PATCH", "0")
 import torch
 
 from flashbias_patch.attention import dispatch
+from flashbias_patch.attention.backends.base import Backend
 from flashbias_patch.attention.breaker import TRUSTED
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.recovery import guard
@@ -30,7 +31,7 @@ from flashbias_patch.attention.signature import signature_of
 CALLS, REPEATS = 5000, 15
 
 
-class Nothing:
+class Nothing(Backend):
     """Takes every call and does no work."""
 
     name = "triton"
@@ -94,7 +95,6 @@ def measure() -> Dict[str, float]:
         f"torch {torch.__version__}, {device}; microseconds of processor time a call, best of "
         f"{REPEATS}"
     )
-    guard.OWN_RESCUE = ()  # as for the other backends: is the call large enough?
     for features in ("plain", "factors", "factors, mask", "factors, dropout"):
         inputs = call(device, dtype, features)
         dispatch.reset()
@@ -124,7 +124,7 @@ def measure_guarded_backward() -> Dict[str, float]:
     dispatch.reset()
     dispatch.loaded["triton"] = Differentiable()
     dispatch.breakers.verdicts(signature_of(inputs))["triton"] = TRUSTED
-    guard.OWN_RESCUE, large = (), guard.LARGE
+    large = guard.LARGE
     gradient, found = torch.zeros_like(inputs.q), {}
     passes: Dict[str, Callable[[], Any]] = {
         "forward": lambda: dispatch.attend(inputs),

@@ -62,6 +62,7 @@ def call_times(repeats: int, calls: int) -> dict:
 
     import flashbias_patch
     from flashbias_patch.attention import dispatch
+    from flashbias_patch.attention.backends.base import Backend
     from flashbias_patch.patching import call_adapter, install
     from flashbias_patch.patching.seams import inner_attention
 
@@ -94,7 +95,7 @@ def call_times(repeats: int, calls: int) -> dict:
     torch.manual_seed(0)
     heads, out = torch.randn(2, 1, 2, 4), torch.randn(1, 2, 2, 4)
 
-    class Constant:
+    class Constant(Backend):
         name = "triton"
 
         def why_not(self, inputs):

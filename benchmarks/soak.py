@@ -35,6 +35,7 @@ from provenance import about  # noqa: E402
 import flashbias_patch  # noqa: E402
 from flashbias_patch import telemetry  # noqa: E402
 from flashbias_patch.attention import dispatch  # noqa: E402
+from flashbias_patch.attention.backends.base import Backend  # noqa: E402
 from flashbias_patch.attention.recovery import guard  # noqa: E402
 
 ERRORS: Dict[str, Callable[[], Exception]] = {
@@ -90,20 +91,24 @@ class _Failing(torch.autograd.Function):
         return None, grad_out
 
 
-class Saboteur:
+class Saboteur(Backend):
     """A backend that fails when told to, and is the real one otherwise."""
 
     def __init__(self, real: Any, sabotage: Sabotage) -> None:
         self.real, self.name, self.sabotage = real, real.name, sabotage
+        self.recovers = real.recovers
 
     def why_not(self, inputs: Any) -> List[str]:
         return self.real.why_not(inputs)
 
     def __call__(self, inputs: Any) -> torch.Tensor:
         self.sabotage.strike("forward")
-        out = self.real(inputs)
-        # The fused operator rescues inside its own backward: that is where it is struck.
-        return out if self.name == "triton" else _Failing.apply(self.sabotage, out)
+        return _Failing.apply(self.sabotage, self.real(inputs))
+
+    def recovering(self, inputs: Any, on_failure: Any) -> torch.Tensor:
+        self.sabotage.strike("forward")
+        # The fused operator recovers inside its own backward: that is where it is struck.
+        return self.real.recovering(inputs, on_failure)
 
 
 def sabotage_fused_backward(sabotage: Sabotage) -> None:

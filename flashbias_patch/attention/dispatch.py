@@ -23,6 +23,7 @@ from . import (
     selection,
     selfcheck,
 )
+from .backends.base import Backend, Unavailable
 from .breaker import TRUSTED, State, Verdict, breakers
 from .inputs import AttentionInputs
 from .recovery import forward, replay
@@ -31,7 +32,6 @@ from .selection import (
     LAST_RESORT,
     Candidates,
     NoBackendError,
-    Unavailable,
     backend,
     explain,
     loaded,
@@ -194,7 +194,7 @@ def _first_working(
 
 
 def _passes_self_check(
-    candidate: Any, name: str, inputs: AttentionInputs, signature: CallSignature,
+    candidate: Backend, name: str, inputs: AttentionInputs, signature: CallSignature,
     verdicts: Dict[str, Verdict],
 ) -> bool:  # fmt: skip
     """Self-check a backend before its first call of a signature. Under FLASHBIAS_STRICT a failed
@@ -205,8 +205,7 @@ def _passes_self_check(
         verdicts[name] = TRUSTED
         return True
     if not selfcheck.possible(inputs):
-        # The published kernel is known to be wrong in places; the others are not.
-        return name != "upstream"
+        return not candidate.needs_self_check
     kept = kept_verdicts.wanted(candidate, signature, name)
     if kept and kept_verdicts.holds(signature, name):
         verdicts[name] = TRUSTED
@@ -224,13 +223,12 @@ def _passes_self_check(
 
 
 def attend_traced(inputs: AttentionInputs, pinned: Optional[str]) -> Tensor:
-    """As attend, inside torch.compile: without self-check, breaker or fallback, and so without the
-    published kernel, which needs its self-check."""
+    """As attend, inside torch.compile: without self-check, breaker or fallback."""
     if _load_all():
         for name in selection.chosen(pinned).names:
-            if name != "upstream" and not loaded[name].why_not(inputs):
-                candidate = loaded[name]
-                return getattr(candidate, "traced", candidate)(inputs)  # type: ignore[no-any-return]
+            candidate = loaded[name]
+            if not candidate.needs_self_check and not candidate.why_not(inputs):
+                return candidate.traced(inputs)
     raise NoBackendError(
         "no backend takes this call under torch.compile; call it uncompiled to see why"
     )

@@ -11,6 +11,7 @@ from typing import Any, Hashable, NamedTuple, Optional, Tuple
 
 from .. import settings
 from . import selection
+from .backends.base import Backend
 from .breaker import TRUSTED, breakers
 from .inputs import AttentionInputs
 from .selection import Candidates
@@ -28,8 +29,8 @@ class Plan(NamedTuple):
     """
 
     name: str
-    backend: Any
-    tried: Tuple[Tuple[str, Any], ...]
+    backend: Backend
+    tried: Tuple[Tuple[str, Backend], ...]
     candidates: Candidates
     position: int
     settings: Any
@@ -80,11 +81,12 @@ def keep(
         return  # selection.report_pinned says why, once per signature
     position, loaded = candidates.names.index(name), selection.loaded
     verdicts = breakers.by_signature
-    tried = tuple((each, loaded.get(each)) for each in candidates.names[: position + 1])
-    if verdicts.get(signature, {}).get(name) is not TRUSTED or any(
-        backend is None for _, backend in tried
-    ):
+    if verdicts.get(signature, {}).get(name) is not TRUSTED:
         return
+    names = candidates.names[: position + 1]
+    if not all(each in loaded for each in names):
+        return
+    tried = tuple((each, loaded[each]) for each in names)
     if len(breakers.plans) >= MAX_PLANS:
         breakers.plans.clear()
     breakers.plans[key] = Plan(

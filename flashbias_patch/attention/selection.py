@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, Dict, Iterable, List, NamedTuple, NoReturn, Optional, Set, Tuple
-
-from torch import Tensor
+from typing import Dict, Iterable, List, NamedTuple, NoReturn, Optional, Set, Tuple
 
 from .. import settings, telemetry
 from . import order
+from .backends.base import Backend, Unavailable
 from .breaker import breakers
 from .inputs import AttentionInputs
 from .recovery import errors
@@ -27,25 +26,12 @@ MODULES = {
 # Plain PyTorch: it is the reference, takes every call, and needs the least memory.
 LAST_RESORT = "reference"
 
-loaded: Dict[str, Any] = {}  # name -> backend object
+loaded: Dict[str, Backend] = {}  # name -> backend object
 _reported: Set[CallSignature] = set()  # signatures that report_pinned has logged
 
 
 class NoBackendError(RuntimeError):
     """No backend takes a call; the message lists every backend with its reasons."""
-
-
-class Unavailable:
-    """Stands for a backend whose module does not import here."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
-
-    def why_not(self, inputs: AttentionInputs) -> List[str]:
-        return [self.reason]
-
-    def __call__(self, inputs: AttentionInputs) -> Tensor:
-        raise RuntimeError(self.reason)
 
 
 class Candidates(NamedTuple):
@@ -55,19 +41,19 @@ class Candidates(NamedTuple):
     chosen: bool  # by an argument or FLASHBIAS_BACKEND
 
 
-def backend(name: str) -> Any:
+def backend(name: str) -> Backend:
     """The backend object of that name; importing it for the first time may load triton."""
     if name not in loaded:
         try:
-            loaded[name] = importlib.import_module(
-                f"{__package__}.backends.{MODULES[name]}"
-            ).backend
+            module = importlib.import_module(f"{__package__}.backends.{MODULES[name]}")
+            loaded[name] = module.backend
         except Exception as error:  # a broken installation raises anything, not ImportError alone
             if not errors.survivable(error):
                 raise
-            loaded[name] = Unavailable(name, f"does not import here: {errors.first_line(error)}")
+            reason = f"does not import here: {errors.first_line(error)}"
+            loaded[name] = Unavailable(name, reason)
             if not isinstance(error, ModuleNotFoundError):
-                telemetry.once(("import", name), "warning", "%s %s", name, loaded[name].reason)
+                telemetry.once(("import", name), "warning", "%s %s", name, reason)
     return loaded[name]
 
 

@@ -30,6 +30,7 @@ from .. import _torch_internals as internals
 from .. import telemetry
 from ..bias import Grid, WindowMaskParts, WindowParts
 from .backends import reference
+from .backends.base import Backend
 from .inputs import TENSORS, AttentionInputs
 from .signature import ALIGNMENT, CallSignature
 from .values import shift_of
@@ -75,7 +76,7 @@ def possible(inputs: AttentionInputs) -> bool:
 
 
 def check(
-    backend: Any, signature: CallSignature, rank: int, evidence: Optional[Dict[str, Any]] = None
+    backend: Backend, signature: CallSignature, rank: int, evidence: Optional[Dict[str, Any]] = None
 ) -> Optional[str]:
     """Check a backend on small problems of a signature: the reason why it must not be used, or
     None.
@@ -170,15 +171,12 @@ def _with_generator(func: Any) -> Any:
 
 
 def _check(
-    backend: Any, signature: CallSignature, rank: int, evidence: Dict[str, Any]
+    backend: Backend, signature: CallSignature, rank: int, evidence: Dict[str, Any]
 ) -> Optional[str]:
-    # A backward pass that fails must fail the check.
-    attend = getattr(backend, "without_recovery", backend)
-    library = getattr(backend, "library", False)
     on_cpu = signature._replace(device=CPU)
     refusals: List[str] = []
     accepted: List[AttentionInputs] = []
-    for problem in _problems(signature, library):
+    for problem in _problems(signature, backend.compiled):
         inputs = problem_of(signature, rank, *problem)
         refusals = backend.why_not(inputs)
         if refusals:
@@ -188,9 +186,9 @@ def _check(
         # The exact result is computed on the CPU: a GPU takes longer to launch these small
         # operators than a CPU to compute them.
         expected = inputs if signature.device.type == "cpu" else problem_of(on_cpu, rank, *problem)
-        each_alone = library and len(accepted) == 1
+        each_alone = backend.compiled and len(accepted) == 1
         difference = _compare(
-            attend, inputs, expected, signature, problem.terms, each_alone, evidence
+            backend, inputs, expected, signature, problem.terms, each_alone, evidence
         )
         if difference:
             where = f"{problem.queries} x {problem.keys}{problem.terms.value}"
@@ -205,10 +203,10 @@ def _check(
     # The first of the longest: it has usual values.
     longest = max(accepted, key=lambda inputs: inputs.q.shape[1])
     with own_random_numbers(signature.device):
-        return _check_dropout(attend, longest, signature.grad)
+        return _check_dropout(backend, longest, signature.grad)
 
 
-def _problems(signature: CallSignature, library: bool) -> List[Problem]:
+def _problems(signature: CallSignature, compiled: bool) -> List[Problem]:
     on_cpu = signature.device.type == "cpu"
     usual = [ALIGNED] if signature.aligned else [SHORT] if on_cpu else [SHORT, LONG]
     problems = [Problem(*lengths) for lengths in usual]
@@ -218,7 +216,7 @@ def _problems(signature: CallSignature, library: bool) -> List[Problem]:
         or signature.key_padding not in (None, torch.bool)
     ):
         problems.append(Problem(*usual[0], Terms.LEAST))
-    if library and signature.device.type == "cuda" and not signature.aligned:
+    if compiled and signature.device.type == "cuda" and not signature.aligned:
         problems += [Problem(*lengths, Terms.LOW) for lengths in LIBRARY]
     return problems
 

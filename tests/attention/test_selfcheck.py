@@ -206,7 +206,7 @@ def test_a_gradient_that_is_wrong_by_itself_is_caught():
 
     backend = Twisted(alone)
     assert check(backend, call(("dense",))) is None
-    backend.library = True
+    backend.compiled = True
     assert "gradient of dense alone is off by 0.1" in check(backend, call(("dense",)))
 
 

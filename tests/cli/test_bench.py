@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from flashbias_patch.attention import benchmark, dispatch, selection  # noqa: E402
+from flashbias_patch.attention.backends.base import Backend  # noqa: E402
 from flashbias_patch.cli import bench  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,7 @@ def test_without_a_gpu_it_measures_what_a_cpu_can(monkeypatch, capsys):
     assert asked[1] == (["tiny", "cmt-800x320"], ["sdpa"], "bf16") and capsys.readouterr().err == ""
 
 
-class Wrong:
+class Wrong(Backend):
     """A backend that raises, or answers with zeros."""
 
     name = "wrong"

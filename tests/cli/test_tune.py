@@ -70,7 +70,7 @@ def test_other_reasons_are_the_backends(monkeypatch):
     made = benchmark.make(benchmark.SHAPES["tiny"], torch.float32, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(benchmark, "make", lambda *sizes: made)
-    assert tune.why_not() == "cannot tune here: tensors are on cpu, not on a CUDA device"
+    assert tune.why_not() == "cannot tune here: CUDA only, got cpu"
 
 
 def test_show_and_forget(capsys):

@@ -36,6 +36,7 @@ import flashbias_patch
 from flashbias_patch import attention_bias, flash_bias_attention, telemetry
 from flashbias_patch import settings as package_settings
 from flashbias_patch.attention import dispatch, selection
+from flashbias_patch.attention.backends.base import Backend
 from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.inputs import build
 from flashbias_patch.attention.recovery import guard, replay
@@ -82,7 +83,7 @@ class _Once(torch.autograd.Function):
         return (None, None, *(next(found) if need else None for need in ctx.needs_input_grad[2:]))
 
 
-class Flash:
+class Flash(Backend):
     """Right, but for what is injected into calls of head dim DOOMED and of batch B."""
 
     name = "flash"

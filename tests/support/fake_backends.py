@@ -8,9 +8,9 @@ from typing import Any, Callable, List, NamedTuple, Optional
 
 import torch
 
+from flashbias_patch.attention.backends.base import Backend
 from flashbias_patch.attention.backends.reference import TENSORS, attend_dense
 from flashbias_patch.attention.kernels.recompute import Call
-from flashbias_patch.attention.recovery import backward
 from tests.support.small_training import B, H
 
 
@@ -79,8 +79,8 @@ FAULTS = (
 
 class _Answer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, owner, inputs, seed, *tensors):
-        ctx.owner, ctx.inputs, ctx.seed, ctx.recovers = owner, inputs, seed, owner.recovers
+    def forward(ctx, owner, inputs, seed, on_failure, *tensors):
+        ctx.owner, ctx.inputs, ctx.seed, ctx.on_failure = owner, inputs, seed, on_failure
         # Recomputation follows the forward, last layer first: 2, 3, 0, 1. Reentrant, it is what has
         # a backward; otherwise the forward has.
         ctx.place = {1: 0, 2: 1, 3: 2, 4: 3, 5: 2, 6: 3, 7: 0, 8: 1}.get(owner.place)
@@ -92,7 +92,7 @@ class _Answer(torch.autograd.Function):
     def backward(ctx, grad_out):
         leaves = {
             n: t.detach().requires_grad_(need) if t.is_floating_point() else t
-            for n, t, need in zip(TENSORS, ctx.saved_tensors, ctx.needs_input_grad[3:])
+            for n, t, need in zip(TENSORS, ctx.saved_tensors, ctx.needs_input_grad[4:])
             if t is not None
         }
         inputs, owner = ctx.inputs.with_tensors([leaves.get(n) for n in TENSORS]), ctx.owner
@@ -110,7 +110,7 @@ class _Answer(torch.autograd.Function):
             try:
                 found = iter(owner.fault.act(tuple(gradients())))
             except Exception as error:
-                if owner.name != "triton" or not ctx.recovers:
+                if ctx.on_failure is None:
                     raise
                 # What the fused operator does (kernels/operator.py).
                 needs = tuple(
@@ -127,7 +127,7 @@ class _Answer(torch.autograd.Function):
                     torch.empty(0, dtype=torch.int64),
                     needs,
                 )
-                rescued = backward.of_fused(call, grad_out, error)
+                rescued = ctx.on_failure(call, grad_out, error)
                 found = iter([g for g in rescued if g is not None])
         else:
             found = gradients()
@@ -135,11 +135,12 @@ class _Answer(torch.autograd.Function):
             None,
             None,
             None,
+            None,
             *(next(found) if n in leaves and leaves[n].requires_grad else None for n in TENSORS),
         )
 
 
-class Faulty:
+class Faulty(Backend):
     """A right backend under a real one's name; `fault` strikes in `passing`, at once or from
     `step`, at `layer`."""
 
@@ -149,7 +150,9 @@ class Faulty:
         self.name, self.fault, self.passing, self.layer = name, fault, passing, layer
         self.from_start, self.striking = layer < 0, layer < 0
         self.place = 0
-        self.recovers = True  # as the fused operator does, in its own backward
+        self.recovers = name == "triton"  # in its own backward, as the fused operator does
+        self.on_failure = None
+        self.needs_self_check = name == "upstream"
         self.answered: List[str] = []
 
     def why_not(self, inputs):
@@ -169,12 +172,12 @@ class Faulty:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         return attend_dense(inputs, generator)
 
-    def without_recovery(self, inputs):
-        self.recovers = False
+    def recovering(self, inputs, on_failure):
+        self.on_failure = on_failure
         try:
             return self(inputs)
         finally:
-            self.recovers = True
+            self.on_failure = None
 
     def __call__(self, inputs):
         fires = (
@@ -183,7 +186,9 @@ class Faulty:
         if self.is_real(inputs):
             self.place += 1
         seed = int(torch.randint(1 << 31, ())) if inputs.dropout_p else None
-        out = _Answer.apply(self, inputs.with_tensors(inputs.tensors()), seed, *inputs.tensors())
+        out = _Answer.apply(
+            self, inputs.with_tensors(inputs.tensors()), seed, self.on_failure, *inputs.tensors()
+        )
         if fires:
             out = self.fault.act(out)
         if self.is_real(inputs):

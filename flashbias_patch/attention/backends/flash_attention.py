@@ -26,6 +26,7 @@ from ..kernels.concatenate import PADDING_COLUMNS, Plan, join
 from ..selfcheck import possible
 from ..values import any_far, rows_without_keys, shift_of
 from . import reference
+from .base import Backend
 from .sdpa import HALF, segments_to_factors
 
 ALIGN = 16  # of the joined head dim: the tensor cores' step, so narrower columns cost the same
@@ -52,31 +53,40 @@ GENERATIONS = (
 )
 
 
-class FlashAttention:
+class FlashAttention(Backend):
     name = "flash"
-    library = True  # its kernels are compiled already
+    dtypes = HALF
+    supports_empty = False
+    supports_dense = supports_mask = supports_windows = False  # they have no low-rank factors
+    supports_key_padding_grad = False
+    compiled = True
 
     def why_not(self, inputs: AttentionInputs) -> List[str]:
-        reasons = _reasons_of_the_call(inputs)
+        reasons = super().why_not(inputs)
         if reasons:
             return reasons
         for generation in GENERATIONS:
-            why = _reasons_of(generation, inputs)
-            if not why:
+            own = _reasons_of(generation, inputs)
+            if not own:
                 return []
-            reasons.append(f"FlashAttention-{generation.number}: {'; '.join(why)}")
+            reasons.append(f"FlashAttention-{generation.number}: {'; '.join(own)}")
         return reasons
+
+    def other_reasons(self, inputs: AttentionInputs) -> List[str]:
+        if _capability(inputs.q.device) is None:
+            return [f"needs an NVIDIA GPU, got {inputs.q.device}"]
+        return []
 
     def __call__(self, inputs: AttentionInputs) -> Tensor:
         generation = next(g for g in GENERATIONS if not _reasons_of(g, inputs))
-        given, dead = inputs, _dead_rows(inputs)
+        original, masked_rows = inputs, _fully_masked_rows(inputs)
         padding = inputs.key_padding
         if padding is not None and padding.dtype is not torch.bool:
             # Half precision has no digits for keys that are all at -1e9: relative to the sample's
             # largest.
             top = padding.amax(-1, keepdim=True)
             if possible(inputs) and any_far(top):
-                return reference.backend(given)
+                return reference.backend(original)
             inputs = inputs._replace(key_padding=padding - shift_of(top))
         q, k, scale = _columns(inputs)
         head_dim = inputs.v.shape[-1]
@@ -89,35 +99,12 @@ class FlashAttention:
         out = _function(generation.module)(q, k, v, **arguments)  # type: ignore[operator]
         if isinstance(out, tuple):  # generations 3 and 4 return the logsumexp too
             out = out[0]
-        if dead is not None:
-            out = out.masked_fill(dead, 0.0)
+        if masked_rows is not None:
+            out = out.masked_fill(masked_rows, 0.0)
         return out[..., :head_dim] if out.shape[-1] != head_dim else out
 
 
 backend = FlashAttention()
-
-
-def _reasons_of_the_call(inputs: AttentionInputs) -> List[str]:
-    """What no generation takes."""
-    reasons = []
-    q = inputs.q
-    if _capability(q.device) is None:
-        reasons.append(f"needs an NVIDIA GPU, the tensors are on {q.device}")
-    if q.dtype not in HALF:
-        reasons.append(f"float16 and bfloat16 only, not {str(q.dtype)[6:]}")
-    if 0 in q.shape or 0 in inputs.k.shape or 0 in inputs.v.shape:
-        shapes = tuple(tuple(t.shape) for t in (q, inputs.k, inputs.v))
-        reasons.append("empty: q {}, k {}, v {}".format(*shapes))
-    if inputs.dense is not None:
-        reasons.append("a dense bias has no low-rank factors")
-    if inputs.mask is not None:
-        reasons.append("an attention mask has no low-rank factors")
-    if inputs.windows is not None or inputs.window_mask is not None:
-        reasons.append("local windows have no low-rank factors")
-    padding = inputs.key_padding
-    if padding is not None and padding.requires_grad and torch.is_grad_enabled():
-        reasons.append("key_padding wants a gradient")
-    return reasons
 
 
 def _reasons_of(generation: Generation, inputs: AttentionInputs) -> List[str]:
@@ -125,7 +112,7 @@ def _reasons_of(generation: Generation, inputs: AttentionInputs) -> List[str]:
     anyway."""
     reasons = []
     if inputs.dropout_p and not generation.dropout:
-        reasons.append("no dropout")
+        reasons.append("no support for dropout")
     major = _capability(inputs.q.device)
     largest = generation.head_dims.get(major or 0)
     if largest is None:
@@ -179,7 +166,7 @@ def _function(module: str) -> Union[Callable[..., Any], str]:
     return function
 
 
-def _dead_rows(inputs: AttentionInputs) -> Optional[Tensor]:
+def _fully_masked_rows(inputs: AttentionInputs) -> Optional[Tensor]:
     """(B|1, M|1, H|1, 1) bool: rows that see no key; None if all do."""
     padding, weights, visible = inputs.key_padding, inputs.segment_weights, None
     if padding is not None:

@@ -14,6 +14,7 @@ from ...bias import grids
 from .. import differentiable
 from ..inputs import TENSORS, AttentionInputs
 from ..values import bounded, relative_weights
+from .base import Backend
 
 # Tensors of AttentionInputs that are cut along the queries, with the dimension of M; the rest is
 # used whole.
@@ -31,11 +32,8 @@ AXES = tuple(QUERY_AXIS.get(name) for name in TENSORS)
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
-class Reference:
+class Reference(Backend):
     name = "reference"
-
-    def why_not(self, inputs: AttentionInputs) -> List[str]:
-        return []
 
     def __call__(self, inputs: AttentionInputs) -> Tensor:
         return self.attend(inputs, CHUNK_BYTES.get(inputs.q.device.type, 256 << 20))

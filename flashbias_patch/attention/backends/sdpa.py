@@ -22,6 +22,7 @@ from ..inputs import AttentionInputs
 from ..selfcheck import possible
 from ..values import LEAST_WEIGHT, any_far, bounded, relative_weights, rows_without_keys, shift_of
 from . import reference
+from .base import Backend
 
 OLD = RELEASE < (2, 1)
 HALF = (torch.float16, torch.bfloat16)
@@ -37,19 +38,21 @@ WINDOW_ENTRIES = (
 )  # of a window bias or mask written out, up to which it is: 64 MiB in half precision
 
 
-class Sdpa:
+class Sdpa(Backend):
     name = "sdpa"
-    library = True  # its kernels are compiled already
+    compiled = True
+    supports_empty = False
 
-    def why_not(self, inputs: AttentionInputs) -> List[str]:
-        if OLD:
-            return [
-                f"torch {torch.__version__} is older than 2.1, whose "
-                "scaled_dot_product_attention takes a scale"
-            ]
+    def unavailable(self) -> List[str]:
+        if not OLD:
+            return []
+        return [
+            f"torch {torch.__version__} is older than 2.1, whose "
+            "scaled_dot_product_attention takes a scale"
+        ]
+
+    def other_reasons(self, inputs: AttentionInputs) -> List[str]:
         reasons = []
-        if 0 in inputs.q.shape or 0 in inputs.k.shape:
-            reasons.append(f"empty: q {tuple(inputs.q.shape)}, k {tuple(inputs.k.shape)}")
         if inputs.q.device.type == "cpu" and inputs.q.dtype in HALF:
             reasons.append("half precision on the CPU is not supported by every torch")
         if inputs.q.is_cuda and inputs.k.shape[1] > MOST_KEYS and _is_masked(inputs):

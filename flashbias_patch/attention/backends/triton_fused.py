@@ -1,11 +1,11 @@
 """This package's own Triton kernels: every feature, forward and backward, on any GPU that Triton
-serves."""
+supports."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any, List, Tuple
+from typing import Any, List, NoReturn, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -13,16 +13,15 @@ from torch import Tensor
 from ... import settings
 from ..._torch_internals import RELEASE
 from ..inputs import AttentionInputs
-from ..recovery import backward
+from .base import Backend, OnFailure
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_TRITON = (3, 0)
 LEAST_TORCH = (2, 1)
 
 
 @functools.lru_cache(maxsize=None)
 def _missing() -> Tuple[str, ...]:
-    """What keeps the kernels from being imported at all."""
+    """Reasons why the kernels cannot be imported."""
     if RELEASE < LEAST_TORCH:
         return ("torch {} is older than {}.{}".format(torch.__version__, *LEAST_TORCH),)
     if importlib.util.find_spec("triton") is None:
@@ -40,7 +39,7 @@ def _capability(index: int) -> Tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def _why_not_windows(inputs: AttentionInputs) -> List[str]:
+def _reasons_of_windows(inputs: AttentionInputs) -> List[str]:
     from ..kernels import patches
 
     reasons = []
@@ -61,39 +60,42 @@ def _why_not_windows(inputs: AttentionInputs) -> List[str]:
     return reasons
 
 
-class TritonFused:
+def _raise(call: Any, grad_out: Tensor, error: BaseException) -> NoReturn:
+    """What a backward pass without recovery does when it fails."""
+    raise error
+
+
+class TritonFused(Backend):
     name = "triton"
+    device_types = ("cuda",)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    min_head_dim, max_head_dim, equal_head_dims = 8, 128, True
+    max_rank = 64
+    supports_key_padding_grad = False
+    recovers = True
 
     def __init__(self) -> None:
         self.tune = settings.current().tune  # seconds; 0: never
         self.attend: Any = None  # kernels.operator.attend, imported with the first call
 
-    def why_not(self, inputs: AttentionInputs) -> List[str]:
-        reasons = list(_missing())
-        q, v = inputs.q, inputs.v
-        if q.device.type != "cuda":
-            reasons.append(f"tensors are on {q.device.type}, not on a CUDA device")
-        elif torch.version.hip:
+    def unavailable(self) -> Sequence[str]:
+        return _missing()
+
+    def other_reasons(self, inputs: AttentionInputs) -> List[str]:
+        reasons = []
+        if torch.version.hip:
             reasons.append("not tried on ROCm")
-        elif _capability(q.device.index) < (8, 0):
-            reasons.append(
-                "compute capability {}.{} is below 8.0".format(*_capability(q.device.index))
-            )
-        if q.dtype not in DTYPES:
-            reasons.append(f"dtype {str(q.dtype)[6:]} is not float16, bfloat16 or float32")
-        if v.shape[-1] != q.shape[-1]:
-            reasons.append(f"head dim of v is {v.shape[-1]}, of q {q.shape[-1]}: they must agree")
-        if not 8 <= q.shape[-1] <= 128:
-            reasons.append(f"head dim {q.shape[-1]} is not in 8 .. 128")
-        if inputs.q_factor is not None and inputs.q_factor.shape[-1] > 64:
-            reasons.append(f"rank {inputs.q_factor.shape[-1]} is above 64")
-        if inputs.key_padding is not None and inputs.key_padding.requires_grad:
-            reasons.append("key_padding requires a gradient")
+        elif _capability(inputs.q.device.index) < (8, 0):
+            major, minor = _capability(inputs.q.device.index)
+            reasons.append(f"compute capability {major}.{minor} is below 8.0")
         if inputs.windows is not None or inputs.window_mask is not None:
-            reasons += _why_not_windows(inputs)
+            reasons += _reasons_of_windows(inputs)
         return reasons
 
-    def __call__(self, inputs: AttentionInputs, on_failure: Any = backward.of_fused) -> Tensor:
+    def __call__(self, inputs: AttentionInputs) -> Tensor:
+        return self.recovering(inputs, _raise)
+
+    def recovering(self, inputs: AttentionInputs, on_failure: OnFailure) -> Tensor:
         if self.attend is None:
             from ..kernels import operator
 
@@ -105,14 +107,10 @@ class TritonFused:
         return self.attend(inputs, on_failure)  # type: ignore[no-any-return]
 
     def traced(self, inputs: AttentionInputs) -> Tensor:
-        """The same for torch.compile: a registered operator."""
+        """The output, as one registered operator."""
         from ..kernels.operator import fused_attention
 
-        return fused_attention(*inputs, on_failure=backward.of_fused)
-
-    def without_recovery(self, inputs: AttentionInputs) -> Tensor:
-        """The same, but a backward pass that fails raises: what the self-check runs."""
-        return self(inputs, backward.raised)
+        return fused_attention(*inputs)
 
 
-backend: Any = TritonFused()
+backend: Backend = TritonFused()

@@ -20,56 +20,43 @@ from torch import Tensor
 from ... import settings
 from ..inputs import AttentionInputs
 from ..values import rows_without_keys
+from .base import Backend
 from .sdpa import segments_to_factors
 
 FILE = "flash_bias_triton.py"
 PARAMETERS = ("q", "k", "v", "q_bias", "k_bias", "mask", "causal", "softmax_scale")
-MAX_HEAD_DIM = 128
 
 
-class Upstream:
+class Upstream(Backend):
     name = "upstream"
+    device_types = ("cuda",)
+    dtypes = (torch.float16, torch.bfloat16)
+    max_head_dim, equal_head_dims = 128, True
+    supports_empty = supports_dropout = supports_negative_scale = False
+    supports_dense = supports_mask = supports_key_padding = supports_windows = False
+    needs_self_check = True
 
     def __init__(self) -> None:
-        self._searched_for: Optional[settings.Settings] = (
-            None  # the settings that the search was made under
-        )
+        self._searched_under: Optional[settings.Settings] = None
         self._function: Optional[Callable[..., Tensor]] = None
-        self._missing = ""
+        self._missing: Optional[str] = None
 
-    def why_not(self, inputs: AttentionInputs) -> List[str]:
-        q = inputs.q
-        if not q.is_cuda:
-            return [f"CUDA only, got {q.device.type}"]
-        reasons = []
-        if q.dtype not in (torch.float16, torch.bfloat16):
-            reasons.append(f"float16 and bfloat16 only, got {q.dtype}")
-        if q.shape[-1] > MAX_HEAD_DIM or inputs.v.shape[-1] != q.shape[-1]:
-            got = f"{q.shape[-1]} and {inputs.v.shape[-1]}"
-            reasons.append(f"head dims must be equal and at most {MAX_HEAD_DIM}, got {got}")
-        if inputs.q_factor is None and inputs.segment_weights is None:
-            reasons.append("no low-rank bias to add")
-        others = ("dense", "mask", "key_padding", "windows", "window_mask")
-        given = [name for name in others if getattr(inputs, name) is not None]
-        if given:
-            reasons.append(f"takes a low-rank bias only, not {', '.join(given)}")
-        if inputs.dropout_p:
-            reasons.append("no dropout")
-        if inputs.scale <= 0:
-            reasons.append(f"scale must be positive, got {inputs.scale}")
-        if 0 in q.shape or 0 in inputs.k.shape:
-            reasons.append(f"empty: q {tuple(q.shape)}, k {tuple(inputs.k.shape)}")
-        if self._searched_for is not settings.current():
+    def unavailable(self) -> List[str]:
+        if self._searched_under is not settings.current():
             self._load()
-        if self._missing:
-            reasons.append(self._missing)
-        return reasons
+        return [] if self._missing is None else [self._missing]
+
+    def other_reasons(self, inputs: AttentionInputs) -> List[str]:
+        if inputs.q_factor is None and inputs.segment_weights is None:
+            return ["no low-rank bias to add"]
+        return []
 
     def __call__(self, inputs: AttentionInputs) -> Tensor:
         assert self._function is not None
         weights, lengths = inputs.segment_weights, inputs.segment_lengths
         inputs = segments_to_factors(inputs)
-        q, k, v, q_factor, k_factor = inputs[:5]
+        q, k, v = inputs.q, inputs.k, inputs.v
+        q_factor, k_factor = inputs.q_factor, inputs.k_factor
         assert q_factor is not None and k_factor is not None
         # Expanded here, so that autograd sums the gradients of shared factors and the kernel need
         # not.
@@ -80,7 +67,7 @@ class Upstream:
         return out.masked_fill(rows_without_keys(weights, lengths, None).transpose(1, 2), 0.0)
 
     def _load(self) -> None:
-        self._searched_for, self._function, self._missing = settings.current(), None, ""
+        self._searched_under, self._function, self._missing = settings.current(), None, None
         path, looked = find()
         if path is None:
             where = ", ".join(looked)

@@ -17,6 +17,7 @@ from ... import telemetry
 from ..._torch_internals import OutOfMemoryError
 from .. import selection
 from ..backends import reference
+from ..backends.base import Backend
 from ..breaker import Phase, breakers
 from ..inputs import TENSORS, AttentionInputs
 from ..signature import CallSignature, signature_of
@@ -92,7 +93,7 @@ def of_fused(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ..
     candidate = selection.backend("triton")
 
     def repeat(plain: AttentionInputs) -> Any:
-        out = getattr(candidate, "without_recovery", candidate)(plain)
+        out = candidate(plain)
         leaves = [t for t in plain.tensors() if t is not None and t.requires_grad]
         return torch.autograd.grad(out, leaves, grad_out.detach(), allow_unused=True)
 
@@ -110,14 +111,9 @@ def of_fused(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ..
         recompute.CHUNK_ELEMENTS = usual
 
 
-def raised(call: Any, grad_out: Tensor, error: BaseException) -> NoReturn:
-    """As of_fused, where a failure is to be seen."""
-    raise error
-
-
 def _judge(
     error: BaseException,
-    candidate: Any,
+    candidate: Backend,
     name: str,
     inputs: AttentionInputs,
     signature: CallSignature,

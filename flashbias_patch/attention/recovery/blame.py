@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ... import _torch_internals as internals
 from .. import random_state, selfcheck
+from ..backends.base import Backend
 from ..inputs import AttentionInputs
 from ..signature import CallSignature
 
@@ -65,7 +66,7 @@ class Stage(enum.Enum):
 
 def of(
     error: BaseException,
-    candidate: Any,
+    candidate: Backend,
     inputs: AttentionInputs,
     signature: CallSignature,
     again: Callable[[AttentionInputs], Any],
@@ -139,7 +140,7 @@ def _callbacks(inputs: AttentionInputs) -> Set[CodeType]:
     return {code for code in codes if isinstance(code, CodeType)}
 
 
-def _foreign(module: str, candidate: Any) -> bool:
+def _foreign(module: str, candidate: Backend) -> bool:
     """Whether code of that module is not a backend's."""
     top = module.split(".")[0]
     if module in HOOKS:

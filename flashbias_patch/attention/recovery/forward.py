@@ -9,6 +9,7 @@ from torch import Tensor
 from ... import settings, telemetry
 from .. import differentiable, random_state, selection
 from ..backends import reference
+from ..backends.base import Backend
 from ..breaker import breakers
 from ..inputs import AttentionInputs
 from ..signature import CallSignature
@@ -19,7 +20,7 @@ from .blame import Blame, Stage
 class Attempt(NamedTuple):
     """One backend's try at a call."""
 
-    candidate: Any
+    candidate: Backend
     name: str
     inputs: AttentionInputs
     signature: CallSignature
@@ -29,7 +30,7 @@ class Attempt(NamedTuple):
 
 
 def run(
-    candidate: Any,
+    candidate: Backend,
     name: str,
     inputs: AttentionInputs,
     signature: CallSignature,
@@ -41,9 +42,12 @@ def run(
 
     hooked: replay.hooked().
     """
-    if guard.wanted(name, inputs, hooked is not None):
+    if guard.wanted(candidate, inputs, hooked is not None):
         return guard.Call(candidate, name, signature, inputs, state, hooked).attend(inputs)
-    out: Tensor = candidate(inputs)
+    if candidate.recovers:
+        out = candidate.recovering(inputs, backward.of_fused)
+    else:
+        out = candidate(inputs)
     if out.requires_grad and name not in differentiable.OWN and not inputs.dropout_p:
         return differentiable.attach(out, inputs)
     return out

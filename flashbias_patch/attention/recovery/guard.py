@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ... import _torch_internals as internals
 from .. import differentiable, random_state
+from ..backends.base import Backend
 from ..inputs import TENSORS, AttentionInputs
 from ..signature import CallSignature
 from . import backward
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from .replay import Replay
 
 LARGE = 1 << 25  # scores, B * H * M * N, from which on a call is guarded
-OWN_RESCUE = ("triton",)  # backends that guard themselves
 PLAIN = (Tensor, torch.nn.Parameter)
 Graph = Tuple[
     Tensor, List[Tensor]
@@ -45,13 +45,13 @@ _hooks_in_force = internals.saved_tensor_hooks
 _keeps_graph = internals.keeps_graph
 
 
-def wanted(name: str, inputs: AttentionInputs, hooked: bool) -> bool:
+def wanted(backend: Backend, inputs: AttentionInputs, hooked: bool) -> bool:
     """Whether this call, of a class that wants gradients, is to be guarded. `hooked`: see
     Replay."""
     q = inputs.q
     if not hooked:
         B, M, H, _ = q.shape
-        if name in OWN_RESCUE:
+        if backend.recovers:
             return False
         if B * M * H * inputs.k.shape[1] < LARGE:
             # On the CPU, sdpa with dropout or a gradient of the dense bias is made of matrix
@@ -60,7 +60,7 @@ def wanted(name: str, inputs: AttentionInputs, hooked: bool) -> bool:
             dense = inputs.dense
             if (
                 q.is_cuda
-                or name != "sdpa"
+                or backend.name != "sdpa"
                 or not (inputs.dropout_p or dense is not None and dense.requires_grad)
             ):
                 return False
@@ -89,7 +89,7 @@ class Call:
     )  # fmt: skip
 
     def __init__(
-        self, backend: Any, name: str, signature: CallSignature, inputs: AttentionInputs,
+        self, backend: Backend, name: str, signature: CallSignature, inputs: AttentionInputs,
         state: Optional[random_state.State], replay: Optional[Replay] = None,
     ) -> None:  # fmt: skip
         self.backend, self.name, self.signature, self.state = backend, name, signature, state
@@ -134,7 +134,12 @@ class Call:
             tensor.detach().requires_grad_() if tensor.requires_grad else tensor
             for tensor in tensors
         ]
-        return self.backend(self.inputs(leaves)), leaves
+        return self.compute(self.inputs(leaves)), leaves
+
+    def compute(self, inputs: AttentionInputs) -> Tensor:
+        if self.backend.recovers:
+            return self.backend.recovering(inputs, backward.of_fused)
+        return self.backend(inputs)
 
     def gradients(
         self, tensors: Sequence[Tensor], needs: Sequence[bool], grad_out: Tensor
@@ -178,7 +183,7 @@ class Call:
         ]  # an operand made of another one must not count for both
         with self.as_then():
             with torch.enable_grad():
-                out = self.backend(self.inputs(aliases))
+                out = self.compute(self.inputs(aliases))
         return differentiate((out, aliases), needs, grad_out, create_graph=torch.is_grad_enabled())
 
     @contextlib.contextmanager

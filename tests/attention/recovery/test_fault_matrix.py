@@ -30,7 +30,7 @@ def check(case, patched, monkeypatch, caplog):
     if (
         guard._hooks_in_force is None
         and case.passing == "backward"
-        and case.backend not in guard.OWN_RESCUE
+        and case.backend != "triton"  # it recovers by itself
     ):
         pytest.skip(
             "only torch 2.8 and later tell which saved-tensor hooks are in force: unguarded here"
