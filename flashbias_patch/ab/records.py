@@ -255,6 +255,7 @@ class Experiment:
     lost: str = ""  # why something could not be written, if so
     interrupted: bool = False  # between two runs
     judged: str = "B"  # the side that is compared with A
+    stopped: str = ""  # why no more repeats were made (repeats.Plan)
 
     def side(self, label: str) -> List[Run]:
         """The runs of A or B that recorded at least one step and were not hung or crashed early."""
@@ -303,6 +304,7 @@ def build(directory: str, document: Dict[str, Any], runs: List[Run]) -> Experime
         cwd=document.get("cwd", ""),
         schedule=document.get("schedule", ""),
         started=document.get("started", 0.0),
+        stopped=str(document.get("stopped") or ""),
     )
 
 

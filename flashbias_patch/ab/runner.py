@@ -16,11 +16,12 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from .. import launch
-from . import clocks, lines, probe, processes, records, sides, verdict
+from . import clocks, lines, probe, processes, records, repeats, sides, verdict
 from .records import Experiment
+from .repeats import HALF_WIDTH
 
 POLL = 0.05
 GRACE_TO_END = 20.0  # after its N steps, how long a command may take to come to its end by itself
@@ -42,10 +43,12 @@ class Options(NamedTuple):
 
     `inference`: the command makes no optimiser steps and is to run to its end. `stand_in`: A gets
     functions of flash_attn's names where it is not installed. `process`: the training that is
-    judged (records.choose). `sides`: the further ones.
+    judged (records.choose). `sides`: the further ones. `repeats`: a number, or "auto": until the
+    interval is +-`half_width` percent. `max_time`: minutes after which no further pair of runs is
+    begun.
     """
 
-    repeats: int = 1
+    repeats: Union[int, str] = 1
     steps: int = 30
     warmup: int = 5
     seed: int = 0
@@ -58,14 +61,19 @@ class Options(NamedTuple):
     stand_in: bool = False
     process: Optional[str] = None
     sides: Sequence[sides.Side] = ()
+    half_width: float = HALF_WIDTH
+    max_time: Optional[float] = None
 
 
-def schedule(repeats: int, noise_run: bool = True, others: str = "B") -> str:
+def schedule(repeats: Union[int, str], noise_run: bool = True, others: str = "B") -> str:
     """Which run is what, in order: A B B A A B ..., so that a drift of the machine falls on both
-    alike. `others`: the sides beside A, as "BCD" for A B C D D C B A.
+    alike. `others`: the sides beside A, as "BCD" for A B C D D C B A. Empty for "auto": it grows as
+    runs are made.
 
     A against A needs two As: one more is added where there would be one only.
     """
+    if not isinstance(repeats, int):
+        return ""
     once = "A" + others
     order = "".join(once if i % 2 == 0 else once[::-1] for i in range(repeats))
     return order + ("A" if noise_run and repeats == 1 else "")
@@ -109,6 +117,8 @@ def run_all(
     def one(label: str, nudge: str = "") -> bool:
         """Make one run; False if it was interrupted."""
         index = len(document["runs"])
+        if options.repeats == repeats.AUTO and not nudge:
+            document["schedule"] = experiment.schedule = document["schedule"] + label
         place = os.path.join(out, "runs", f"{index + 1:02d}-{label}")
         entry, recorded, tail = run_one(command, place, label, index, options, progress, nudge)
         document["runs"].append(entry)
@@ -119,13 +129,19 @@ def run_all(
             failed.add(label)
         return bool(entry["status"] != INTERRUPTED)
 
+    def judge(experiment: Experiment) -> verdict.Verdict:
+        records.choose(experiment, options.process)
+        return verdict.judge(experiment)
+
     try:
-        for label in document["schedule"]:
+        plan = repeats.Plan(experiment, options, judge, progress)
+        for label in plan:
             if label not in failed and not one(label):
                 return experiment
+        document["stopped"] = experiment.stopped = plan.stopped
+        _save(experiment, document)
         while "A" not in failed and options.noise_run:
-            records.choose(experiment, options.process)
-            needed = verdict.next_run(experiment, verdict.judge(experiment))
+            needed = verdict.next_run(experiment, judge(experiment))
             if needed is None or not one(*needed):
                 break
     except KeyboardInterrupt:  # between two runs

@@ -52,7 +52,7 @@ class Ratio(NamedTuple):
     mean: Optional[Ratio] = (
         None  # of times: the same of the mean instead of the midmean, with a 99% interval
     )
-    level: float = 95.0  # of the interval, percent
+    level: float = LEVEL  # of the interval, percent
 
     @property
     def excludes_one(self) -> int:
@@ -123,11 +123,10 @@ def compare_times(
     b: Sequence[np.ndarray],
     seed: int = 0,
     spread: float = TYPICAL_SPREAD["time"],
-    comparisons: int = 1,
+    levels: Tuple[float, float] = (LEVEL, MEAN_LEVEL),
 ) -> Optional[Ratio]:
     """Ratio B/A of step times, from one array of seconds per run; None if a side has no step
-    time. `comparisons`: how many share the chance of a false alarm (sides.holm)."""
-    levels = [_shared(level, comparisons) for level in (95.0, MEAN_LEVEL)]
+    time. `levels`: of the intervals of the usual step and of the mean, percent."""
     sides = [[s[np.isfinite(s) & (s > 0)] for s in side] for side in (a, b)]
     sides = [[s for s in side if s.size] for side in sides]
     if not sides[0] or not sides[1]:
@@ -150,11 +149,6 @@ def compare_times(
     )
 
 
-def _shared(level: float, comparisons: int) -> float:
-    """The level of an interval, percent, where `comparisons` share its chance of a false alarm."""
-    return 100 - (100 - level) / comparisons
-
-
 def stalls(times: Sequence[np.ndarray]) -> Stalls:
     """Of the step times of one side, one array of seconds per run."""
     runs = [s[np.isfinite(s) & (s > 0)] for s in times]
@@ -166,14 +160,14 @@ def stalls(times: Sequence[np.ndarray]) -> Stalls:
 
 
 def compare_peaks(
-    a: Sequence[float], b: Sequence[float], kind: str = "cuda", comparisons: int = 1
+    a: Sequence[float], b: Sequence[float], kind: str = "cuda", level: float = LEVEL
 ) -> Optional[Ratio]:
     """Ratio B/A of peak memory, one number of bytes a run; `kind` (cuda, rss) says how much it
-    varies. `comparisons`: as of `compare_times`."""
+    varies. `level`: of the interval, percent."""
     logs = [np.log([x for x in side if np.isfinite(x) and x > 0]) for side in (a, b)]
     if not logs[0].size or not logs[1].size:
         return None
-    return _ratio(logs, np.zeros(2), TYPICAL_SPREAD[kind], _shared(95.0, comparisons))
+    return _ratio(logs, np.zeros(2), TYPICAL_SPREAD[kind], level)
 
 
 def midmean(values: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -196,13 +190,13 @@ def _block_bootstrap(values: np.ndarray, rng: np.random.Generator) -> Tuple[np.n
     )
 
 
-def quantile(freedom: int, level: float = 95.0) -> float:
+def quantile(freedom: int, level: float = LEVEL) -> float:
     """Student's t that a two-sided interval of `level` percent reaches to."""
     return float(stats.t.ppf(0.5 + level / 200, freedom))
 
 
 def _ratio(
-    logs: List[np.ndarray], within: Optional[np.ndarray], typical: float = 0.0, level: float = 95.0
+    logs: List[np.ndarray], within: Optional[np.ndarray], typical: float = 0.0, level: float = LEVEL
 ) -> Ratio:
     """The ratio and its interval, from the log of each run's result by side.
 

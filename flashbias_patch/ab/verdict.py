@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tu
 
 import numpy as np
 
-from . import clocks, loader, parity, records, sides, stand_in, statistics
+from . import clocks, loader, parity, records, repeats, sides, stand_in, statistics
 from .loader import Wait
 from .parity import Parity
 from .records import Experiment, Run
@@ -277,11 +277,13 @@ def _compare(
     crowded = [run for run in plain + b if is_crowded(run, experiment)]
     spread = statistics.CROWDED_SPREAD if crowded else statistics.TYPICAL_SPREAD["time"]
     times = [[run.step_seconds()[warm:] for run in side] for side in (plain, b)]
-    verdict.speed = statistics.compare_times(times[0], times[1], seed, spread, comparisons)
+    made = min(len(plain), len(b))
+    levels = repeats.levels(experiment.options, made, comparisons)
+    verdict.speed = statistics.compare_times(times[0], times[1], seed, spread, levels)
     kinds = {run.memory_kind() for run in plain + b}
     verdict.memory_kind = "cuda" if kinds == {"cuda"} else "rss"
     peaks = [[run.peak_memory() for run in side] for side in (plain, b)]
-    verdict.memory = statistics.compare_peaks(peaks[0], peaks[1], verdict.memory_kind, comparisons)
+    verdict.memory = statistics.compare_peaks(peaks[0], peaks[1], verdict.memory_kind, levels[0])
     timed_by = {run.clock for run in plain + b}
     verdict.clock = timed_by.pop() if len(timed_by) == 1 else "wall clock"
     verdict.parities = parity.of_runs(
@@ -293,7 +295,7 @@ def _compare(
     said += [loader.by_loader(w, x) for w, x in zip(waits, ("unpatched", verdict.name))]
     verdict.notes += [each for each in said if each]
     verdict.notes += clocks.notes(plain, b, verdict.name)
-    verdict.notes += _notes_on_times(verdict, experiment, crowded, min(len(plain), len(b)))
+    verdict.notes += _notes_on_times(verdict, experiment, crowded, made)
     if any(run.redrawn for run in nudged):
         verdict.notes.append(
             f"{verdict.who}, other random numbers are drawn (by dropout, say): training is held "
@@ -448,9 +450,9 @@ def _timing(
 
 
 def _notes_on_times(
-    verdict: Verdict, experiment: Experiment, crowded: List[Run], repeats: int
+    verdict: Verdict, experiment: Experiment, crowded: List[Run], made: int
 ) -> List[str]:
-    found = []
+    found = repeats.notes(experiment, verdict.speed, made) if verdict.side == "B" else []
     speed, timing = verdict.speed, verdict.timing
     assert timing is not None
     if speed and not speed.repeats:
@@ -479,8 +481,10 @@ def _notes_on_times(
             f"{speed.value:.2f} for the usual step and "
             f"{speed.mean.value:.2f} for the mean of all, which is what the command takes"
         )
-    needed = speed.repeats_needed() if speed and not crowded and not speed.decided else None
-    if needed is not None and needed > repeats:
+    fixed = experiment.options.get("repeats") != repeats.AUTO
+    foreseeable = speed and fixed and not crowded and not speed.decided
+    needed = speed.repeats_needed() if speed and foreseeable else None
+    if needed is not None and needed > made:
         found.append(
             f"a difference in speed of this size would take {needed} repeats, or more steps, to "
             "decide"

@@ -18,6 +18,7 @@ HELP = "run a training command unpatched (A) and patched (B), and say what chang
 
 FAIL_IF = ("slower", "differs", "more-memory", "fails")
 NOT_COMPARED, FAILED, INTERRUPTED = 3, 1, 130
+MOST_REPEATS = 20  # of --repeats auto: ab.sequential.MOST
 MOST_SEED = 2**32 - 1  # of numpy's and of PYTHONHASHSEED
 
 
@@ -53,14 +54,30 @@ def _at_least(kind: Any, least: Any, most: float = math.inf) -> Any:
     return parse
 
 
+def _repeats(word: str) -> Any:
+    return word if word == "auto" else _at_least(int, 1)(word)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats",
-        type=_at_least(int, 1),
+        type=_repeats,
         default=2,
         metavar="R",
         help="runs of each side, in the order A B B A A B ... (default 2; with 1, a second A is "
-        "run to compare A with A)",
+        "run to compare A with A); auto: until the interval of the time per step is narrow enough",
+    )
+    parser.add_argument(
+        "--half-width",
+        type=_at_least(float, 0.1),
+        metavar="PERCENT",
+        help="of the interval that is narrow enough for --repeats auto (default 2)",
+    )
+    parser.add_argument(
+        "--max-time",
+        type=_at_least(float, 0),
+        metavar="MINUTES",
+        help="begin no further pair of runs that would end later than this",
     )
     parser.add_argument(
         "--steps",
@@ -189,7 +206,7 @@ def _main(args: argparse.Namespace) -> int:
         print(f"flashbias ab: {problem}", file=sys.stderr)
         return 2
     try:
-        from ..ab import detections, records, report, runner, sides
+        from ..ab import detections, records, repeats, report, runner, sides
         from ..ab import verdict as verdicts
     except ImportError as error:
         print(
@@ -217,6 +234,8 @@ def _main(args: argparse.Namespace) -> int:
         stand_in=args.stand_in_for_a,
         process=args.process,
         sides=args.side,
+        half_width=args.half_width or repeats.HALF_WIDTH,
+        max_time=args.max_time,
     )
 
     ends = (signal.SIGTERM, signal.SIGHUP)
@@ -279,6 +298,10 @@ def _usage(args: argparse.Namespace, command: List[str]) -> Optional[str]:
         return problem
     if args.eval is not None and not any("{predictions}" in word for word in command):
         return "--eval: CMD has no {predictions}, the file its detections are written to"
+    if args.eval is not None and args.repeats == "auto":
+        return "--repeats auto: not with --eval, which compares detections and no times"
+    if args.half_width is not None and args.repeats != "auto":
+        return "--half-width: only with --repeats auto"
     return None
 
 
@@ -348,14 +371,16 @@ class PlainScreen:
         self.schedule, self.nudged, self.names = schedule, nudged, names
 
     def __enter__(self) -> PlainScreen:
+        from ..ab import sides
+
         identical = "all are" if self.names else "B is"
         further = f", then a nudged A unless {identical} identical" if self.nudged else ""
-        letters = dict.fromkeys(self.schedule)
-        titles = "".join(f", {_title(x, self.names)}" for x in letters if x not in "AB")
-        _print(
-            f"{len(self.schedule)} runs: {' '.join(self.schedule)} (A unpatched, B "
-            f"patched{titles}){further}"
-        )
+        letters = "AB" + sides.FURTHER[: len(self.names)]
+        titles = "".join(f", {_title(x, self.names)}" for x in letters[2:])
+        auto = not self.schedule
+        count = f"up to {len(letters) * MOST_REPEATS}" if auto else len(self.schedule)
+        order = " ".join(self.schedule or letters + letters[::-1]) + (" ..." if auto else "")
+        _print(f"{count} runs: {order} (A unpatched, B patched{titles}){further}")
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -367,6 +392,14 @@ class PlainScreen:
                 f"  run {run['index'] + 1} {_name(run, self.names)}: {run['status']} "
                 f"in {run['seconds']:.1f} s: {run['message']}"
             )
+        elif event == "look":
+            _print(f"  {_look(run)}")
+
+
+def _look(look: Dict[str, Any]) -> str:
+    from ..ab import repeats
+
+    return repeats.look_text(look)
 
 
 def _title(label: str, names: Sequence[str]) -> str:
@@ -420,6 +453,9 @@ class RichScreen:
         self.progress.__exit__(*exc)
 
     def update(self, event: str, run: Dict[str, Any]) -> None:
+        if event == "look":
+            self.progress.console.print(_look(run), markup=False, highlight=False)
+            return
         if event == "start":
             if (
                 run["index"] in self.tasks

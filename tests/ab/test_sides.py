@@ -9,7 +9,17 @@ import re
 import numpy as np
 import pytest
 
-from flashbias_patch.ab import page, records, report, result, runner, sides, statistics, words
+from flashbias_patch.ab import (
+    page,
+    records,
+    repeats,
+    report,
+    result,
+    runner,
+    sides,
+    statistics,
+    words,
+)
 from flashbias_patch.ab.runner import Options, schedule
 from flashbias_patch.ab.verdict import FAIL_IF, judge, most_confirmations, next_run
 from flashbias_patch.cli import ab as cli_ab
@@ -226,7 +236,7 @@ def test_equal_sides_are_rarely_called_slower_or_faster():
 def test_the_interval_widens_with_the_comparisons():
     rng = np.random.default_rng(0)
     a, b = ([synthetic.step_times(rng, 40, 0.1)[5:] for _ in range(2)] for _ in "ab")
-    one, three = (statistics.compare_times(a, b, comparisons=m) for m in (1, 3))
+    one, three = (statistics.compare_times(a, b, levels=repeats.levels({}, 2, m)) for m in (1, 3))
     assert three.low < one.low < one.high < three.high
     assert (one.level, three.level) == (95.0, pytest.approx(100 - 5 / 3))
     peaks = [statistics.compare_peaks([1.0, 1.01], [1.0, 1.01], "rss", m) for m in (1, 3)]
