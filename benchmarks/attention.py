@@ -27,7 +27,7 @@ from provenance import about
 
 from flashbias_patch.attention import flash_bias_attention
 from flashbias_patch.attention.benchmark import SHAPES as MODELS
-from flashbias_patch.attention.kernels.operator import fused_attention
+from flashbias_patch.attention.kernels.autograd import fused_attention
 from flashbias_patch.attention.kernels.recompute import Call, _attend
 from flashbias_patch.bias import LowRankBias
 
@@ -464,14 +464,14 @@ def check_part(part, parts):
     """Every parts-th case of the grid, each from draws of its own: (case, worst error over what is
     allowed, or what was wrong)."""
     generator = torch.Generator("cuda")
-    from flashbias_patch.attention.kernels import launch_backward, problem
+    from flashbias_patch.attention.kernels import launcher_backward, problem
 
     problem.empty = lambda *size, **options: torch.empty(*size, **options).fill_(
         float("nan")
     )  # every element written?
-    separate, found = launch_backward.SEPARATE, []
+    separate, found = launcher_backward.SEPARATE, []
     for place, case in list(enumerate(grid()))[part::parts]:
-        launch_backward.SEPARATE = separate * (place % 2)  # gradients of shared factors both ways
+        launcher_backward.SEPARATE = separate * (place % 2)  # gradients of shared factors both ways
         try:
             found.append((case, one_check(*case, generator.manual_seed(place))))
         except Exception as error:

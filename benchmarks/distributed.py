@@ -353,9 +353,9 @@ def fault(cmt: Cmt, processes: Processes, each: int, steps: int) -> Dict[str, An
 
 def _break_backward(flag: List[int], culprit: Broken) -> Callable[[], None]:
     """The fused operator rescues inside its own backward: fail there while flag[0] is not 0."""
-    from flashbias_patch.attention.kernels import launch
+    from flashbias_patch.attention.kernels import launcher
 
-    real = launch.backward
+    real = launcher.backward
 
     def backward(*args: Any, **kwargs: Any) -> Any:
         if flag[0]:
@@ -363,10 +363,10 @@ def _break_backward(flag: List[int], culprit: Broken) -> Callable[[], None]:
             raise RuntimeError("injected")
         return real(*args, **kwargs)
 
-    launch.backward = backward
+    launcher.backward = backward
 
     def undo() -> None:
-        launch.backward = real
+        launcher.backward = real
 
     return undo
 

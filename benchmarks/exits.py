@@ -27,7 +27,7 @@ def child(wait: bool) -> None:
     import torch
 
     from flashbias_patch.attention import autograd_exit
-    from flashbias_patch.attention.kernels.operator import fused_attention
+    from flashbias_patch.attention.kernels.autograd import fused_attention
 
     if wait:
         autograd_exit.wait_for_autograd()

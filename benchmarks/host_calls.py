@@ -298,7 +298,7 @@ def fused_without_launches() -> Iterator[List[str]]:
     name."""
     from flashbias_patch.attention import dispatch
     from flashbias_patch.attention.backends import triton_fused
-    from flashbias_patch.attention.kernels import settled
+    from flashbias_patch.attention.kernels import cached_launch
 
     launched: List[str] = []
 
@@ -315,7 +315,7 @@ def fused_without_launches() -> Iterator[List[str]]:
 
     with mock.patch.object(triton_fused.TritonFused, "why_not", no_reasons), mock.patch.object(
         dispatch, "_passes_self_check", trusted
-    ), mock.patch.object(settled.Launch, "first", compiled):
+    ), mock.patch.object(cached_launch.Launch, "first", compiled):
         yield launched
 
 

@@ -20,8 +20,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.p
 import torch
 import window_cases
 
-from flashbias_patch.attention.kernels import launch_backward, problem
-from flashbias_patch.attention.kernels.operator import fused_attention
+from flashbias_patch.attention.kernels import launcher_backward, problem
+from flashbias_patch.attention.kernels.autograd import fused_attention
 
 # lengths, head dim, rank, dtype, which of segments, dense, mask, padding, dropout
 CASES = [
@@ -76,7 +76,9 @@ def run(lengths: tuple, D: int, R: int, dtype: str, features: str, device: str =
 
 def main() -> None:
     for place, case in enumerate(CASES):
-        launch_backward.SEPARATE = (1 << 20) * (place % 2)  # gradients of shared factors both ways
+        launcher_backward.SEPARATE = (1 << 20) * (
+            place % 2
+        )  # gradients of shared factors both ways
         run(*case)
         torch.cuda.synchronize()
         print("ran", *case, flush=True)

@@ -112,15 +112,15 @@ class Saboteur(Backend):
 
 
 def sabotage_fused_backward(sabotage: Sabotage) -> None:
-    from flashbias_patch.attention.kernels import launch
+    from flashbias_patch.attention.kernels import launcher
 
-    real = launch.backward
+    real = launcher.backward
 
     def backward(*args: Any, **kwargs: Any) -> Any:
         sabotage.strike("backward")
         return real(*args, **kwargs)
 
-    launch.backward = backward
+    launcher.backward = backward
 
 
 def load_train() -> Any:

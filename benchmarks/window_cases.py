@@ -14,7 +14,7 @@ import torch
 from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.kernels import recompute
-from flashbias_patch.attention.kernels.operator import fused_attention
+from flashbias_patch.attention.kernels.autograd import fused_attention
 from flashbias_patch.bias.grids import OUTSIDE, Grid, WindowMaskParts, WindowParts
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32

@@ -54,7 +54,7 @@ def test_hooks_before_a_commit_run_what_lint_runs():
 def test_import_contract():
     contract = load("tools/check_imports.py")
     assert contract.violations() == []
-    kernels = ROOT / "flashbias_patch" / "attention" / "kernels" / "launch.py"
+    kernels = ROOT / "flashbias_patch" / "attention" / "kernels" / "launcher.py"
     seen = {name for _, name in contract.imported(kernels)}
     assert any(contract.inside(name, "attention.kernels") for name in seen), (
         "relative imports are resolved"

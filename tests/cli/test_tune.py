@@ -14,20 +14,20 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.0")
 
 from flashbias_patch.attention import benchmark  # noqa: E402
-from flashbias_patch.attention.kernels import cache, configs, trial  # noqa: E402
+from flashbias_patch.attention.kernels import cache, tiles, trial  # noqa: E402
 from flashbias_patch.attention.kernels import tune as tuner  # noqa: E402
 from flashbias_patch.cli import tune  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-KEY = configs.Key("forward", 90, True, 32, 16, True)
-CONFIG = configs.Config(32, 32, 4, 2)
+KEY = tiles.Key("forward", 90, True, 32, 16, True)
+CONFIG = tiles.Config(32, 32, 4, 2)
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in (("_tuned", {}), ("_working", {}), ("_loaded", False)):
-        monkeypatch.setattr(configs, name, value)
+        monkeypatch.setattr(tiles, name, value)
 
 
 def status(*words):
@@ -75,7 +75,7 @@ def test_other_reasons_are_the_backends(monkeypatch):
 
 def test_show_and_forget(capsys):
     assert status("--show") == 0 and "no tile shape is stored in" in capsys.readouterr().out
-    configs.remember({KEY: CONFIG})
+    tiles.remember({KEY: CONFIG})
     assert status("--show") == 0
     shown = capsys.readouterr().out.splitlines()
     assert (
@@ -88,7 +88,7 @@ def test_show_and_forget(capsys):
 
 
 def test_a_cache_that_cannot_be_removed(capsys, monkeypatch):
-    configs.remember({KEY: CONFIG})
+    tiles.remember({KEY: CONFIG})
 
     def refuse(path):
         raise PermissionError(13, "denied")

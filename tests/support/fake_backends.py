@@ -112,7 +112,7 @@ class _Answer(torch.autograd.Function):
             except Exception as error:
                 if ctx.on_failure is None:
                     raise
-                # What the fused operator does (kernels/operator.py).
+                # What the fused operator does (kernels/autograd.py).
                 needs = tuple(
                     n in leaves and leaves[n].requires_grad for n in (*TENSORS[:6], "dense")
                 )

@@ -40,12 +40,12 @@ def _capability(index: int) -> Tuple[int, int]:
 
 
 def _reasons_of_windows(inputs: AttentionInputs) -> List[str]:
-    from ..kernels import patches
+    from ..kernels import window_patches
 
     reasons = []
     windows, mask = inputs.windows, inputs.window_mask
     for parts in (windows, mask):
-        reason = None if parts is None else patches.why_not(parts.frames, parts.sides)
+        reason = None if parts is None else window_patches.why_not(parts.frames, parts.sides)
         if reason is not None:
             reasons.append(reason)
     frames = mask.frames if windows is None else windows.frames  # type: ignore[union-attr]
@@ -53,7 +53,7 @@ def _reasons_of_windows(inputs: AttentionInputs) -> List[str]:
         reasons.append("a bias and a mask of windows lie on different frames")
     if inputs.dense is not None and inputs.dense.requires_grad:
         reasons.append("windows beside a dense bias that requires a gradient")
-    if inputs.segment_weights is not None and not patches.aligned(
+    if inputs.segment_weights is not None and not window_patches.aligned(
         inputs.segment_lengths or (), frames
     ):
         reasons.append("segments do not end where frames of windows end")
@@ -76,7 +76,7 @@ class TritonFused(Backend):
 
     def __init__(self) -> None:
         self.tune = settings.current().tune  # seconds; 0: never
-        self.attend: Any = None  # kernels.operator.attend, imported with the first call
+        self.attend: Any = None  # kernels.autograd.attend, imported with the first call
 
     def unavailable(self) -> Sequence[str]:
         return _missing()
@@ -97,9 +97,9 @@ class TritonFused(Backend):
 
     def recovering(self, inputs: AttentionInputs, on_failure: OnFailure) -> Tensor:
         if self.attend is None:
-            from ..kernels import operator
+            from ..kernels import autograd
 
-            self.attend = operator.attend
+            self.attend = autograd.attend
         if self.tune:
             from ..kernels import on_miss
 
@@ -108,7 +108,7 @@ class TritonFused(Backend):
 
     def traced(self, inputs: AttentionInputs) -> Tensor:
         """The output, as one registered operator."""
-        from ..kernels.operator import fused_attention
+        from ..kernels.autograd import fused_attention
 
         return fused_attention(*inputs)
 

@@ -17,9 +17,9 @@ from ..._torch_internals import current_graph_task
 from .. import selfcheck
 from ..inputs import AttentionInputs
 from ..recovery import errors
-from . import cache, configs, trial
-from .configs import KERNELS, Key
+from . import cache, tiles, trial
 from .problem import on_device
+from .tiles import KERNELS, Key
 
 _met: Set[Key] = set()
 
@@ -29,7 +29,7 @@ def tune(inputs: AttentionInputs, seconds: float) -> None:
     for it.
 
     Not while a call is captured, traced or differentiated, and not outside the main thread:
-    configs.forced holds for every thread. A later call of the class is then the first.
+    tiles.forced holds for every thread. A later call of the class is then the first.
     """
     if not trial.long(inputs):
         return
@@ -42,7 +42,7 @@ def tune(inputs: AttentionInputs, seconds: float) -> None:
         return
     _met.add(key)
     try:
-        if not configs.measured(key):
+        if not tiles.measured(key):
             with on_device(inputs.q):  # the cache goes by the current device
                 _once(inputs, key, seconds)
     except Exception as error:
@@ -62,11 +62,11 @@ def _once(inputs: AttentionInputs, key: Key, seconds: float) -> None:
             first = stack.enter_context(cache.locked(name, 2 * seconds))
         except OSError:
             first = True  # without locks every process tunes for itself
-        configs.reload()
+        tiles.reload()
         missing = [
             each
             for each in (key._replace(kernel=kernel) for kernel in KERNELS)
-            if not configs.tuned(each)
+            if not tiles.tuned(each)
         ]
         if first and missing:
             _tune(inputs, missing, seconds)
@@ -76,7 +76,7 @@ def _tune(inputs: AttentionInputs, missing: List[Key], seconds: float) -> None:
     from . import tune
 
     # Noted beforehand: a shape that takes the process along must not meet the next run.
-    configs.remember({key: configs.shipped(key)[0] for key in missing})
+    tiles.remember({key: tiles.shipped(key)[0] for key in missing})
     kernels = [key.kernel for key in missing]
     call = inputs.call_class()
     telemetry.once(
@@ -89,7 +89,7 @@ def _tune(inputs: AttentionInputs, missing: List[Key], seconds: float) -> None:
     try:
         report = tune.tune(inputs, seconds=seconds, kernels=kernels)
     except KeyboardInterrupt:
-        configs.forget(missing)
+        tiles.forget(missing)
         raise
     found = "; ".join(
         f"{row.kernel} {row.ratio:.2f}x" if row.tuned else f"{row.kernel} as shipped"

@@ -26,11 +26,11 @@ from typing import (
 import torch
 from torch import Tensor
 
-from .configs import Config, Key
 from .recompute import dropout_shift
+from .tiles import Config, Key
 
 if TYPE_CHECKING:
-    from .windows import Windows
+    from .window_tables import Windows
 
 LOG2E = 1.4426950408889634
 COLUMNS = 16  # common.COLUMNS

@@ -101,11 +101,11 @@ def counted(call: Call, N: int, device: torch.device) -> Tuple[Tensor, Tensor]:
         return rows, counted_keys(
             call.segment_lengths if call.segment_weights is not None else (), N, device
         )
-    from . import patches, windows  # windows.py imports Triton
+    from . import window_patches, window_tables  # which imports Triton
 
-    local = windows.make(*windows.arguments(call.windows, call.window_mask))
-    order = windows.tables_of(local).order[:, : call.q.shape[1]].long()
-    return order.argsort(1), patches.counted_keys(local.frames, device)
+    local = window_tables.make(*window_tables.arguments(call.windows, call.window_mask))
+    order = window_tables.tables_of(local).order[:, : call.q.shape[1]].long()
+    return order.argsort(1), window_patches.counted_keys(local.frames, device)
 
 
 def _operands(call: Call) -> List[Optional[Tensor]]:

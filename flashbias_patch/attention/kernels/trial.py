@@ -14,8 +14,8 @@ from ..._torch_internals import cuda_sleep
 from .. import selfcheck
 from ..inputs import AttentionInputs
 from ..signature import signature_of
-from . import launch, operator, problem
-from .configs import KERNELS, Key
+from . import autograd, launcher, problem
+from .tiles import KERNELS, Key
 
 SMALL = selfcheck.LONG  # lengths that are multiples of nothing
 LEAST = 1 << 24  # scores, B * H * M * N, below which launching takes longer than the kernels
@@ -70,7 +70,7 @@ class Trial:
         parts: List[Any] = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
         has = [t is not None for t in parts[:6]]
         parts[6] = list(inputs.segment_lengths or ()) if inputs.segment_weights is not None else []
-        self.problem = operator._problem(*parts)
+        self.problem = autograd._problem(*parts)
         self.counts = long(inputs)
         q = inputs.q
         self.generator = torch.Generator(q.device).manual_seed(0)
@@ -79,8 +79,8 @@ class Trial:
         )
         dense = inputs.dense is not None and inputs.dense.requires_grad
         self.needs = {
-            "keys": launch.Needs(False, True, True, False, has[4], False, dense),
-            "queries": launch.Needs(True, False, False, has[3], False, has[5], False),
+            "keys": launcher.Needs(False, True, True, False, has[4], False, dense),
+            "queries": launcher.Needs(True, False, False, has[3], False, has[5], False),
         }
         self._forward: Any = None
         self._grad_out: Any = None
@@ -88,17 +88,17 @@ class Trial:
     def prepare(self, kernel: str) -> None:
         """What the backward kernels start from."""
         if kernel != "forward" and self._forward is None:
-            self._forward = launch.forward(self.problem, self.seed, True)
+            self._forward = launcher.forward(self.problem, self.seed, True)
             out = self._forward[0]
             noise = torch.randn(out.shape, device=out.device, generator=self.generator)
             self._grad_out = noise.to(out.dtype)
 
     def run(self, kernel: str) -> Any:
         if kernel == "forward":
-            return launch.forward(self.problem, self.seed, True)
+            return launcher.forward(self.problem, self.seed, True)
         out, low, lse = self._forward
-        passed = launch.Passed(self._grad_out, out, low, lse, self.seed)
-        return launch.backward(self.problem, self.needs[kernel], passed)
+        passed = launcher.Passed(self._grad_out, out, low, lse, self.seed)
+        return launcher.backward(self.problem, self.needs[kernel], passed)
 
     def results(self, kernel: str) -> List[Tensor]:
         """What a tile shape must leave as it is, whatever the order of its sums."""

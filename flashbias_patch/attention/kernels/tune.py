@@ -4,7 +4,7 @@ For each kernel: tiles and warps around the shipped shape first, then pipeline s
 limits of the best two; the fastest few once more, interleaved, the slower half dropped each time;
 at last the fastest against the shipped one, in turns. Every shape must give what the shipped one
 gives, on the calls themselves and on a small call of odd lengths. Launches are forced by
-configs.forced, so that they take the way that every launch takes.
+tiles.forced, so that they take the way that every launch takes.
 
 The clock is read before each step, and a step compiles at most one shape: the time given is
 exceeded by at most that.
@@ -26,8 +26,8 @@ from torch import Tensor
 from .. import selfcheck
 from ..inputs import AttentionInputs
 from ..recovery import errors
-from . import configs
-from .configs import KERNELS, Config, Key
+from . import tiles
+from .tiles import KERNELS, Config, Key
 from .trial import Trial, class_of, cuda_times, distance, small_call
 
 log = logging.getLogger("flashbias_patch")
@@ -78,7 +78,7 @@ def tune(
 
     The first call is searched on; on the others that are long enough to tell (trial.LEAST), a new
     shape must not be slower than the shipped one by MARGIN. Winners are remembered
-    (configs.remember) as they are found, unless `remember` is off. progress(elapsed, seconds, what)
+    (tiles.remember) as they are found, unless `remember` is off. progress(elapsed, seconds, what)
     is called before each step. Random state, grad mode and autocast stay as they are; of `calls`
     only values are read. Raises what a lost CUDA context raises; any other failure of a shape only
     leaves it out.
@@ -105,7 +105,7 @@ def tune(
             key = class_of(calls[0], kernel)
             row = _Search(kernel, key, trials, timer or cuda_times, clock, now, share, report).run()
             if row.tuned is not None and remember:
-                configs.remember({row.key: row.tuned})
+                tiles.remember({row.key: row.tuned})
             rows.append(row)
     return Report(calls[0].call_class(), rows, clock() - began)
 
@@ -121,12 +121,12 @@ def _say(
         progress(min(clock() - began, seconds), seconds, what)
 
 
-def tiles(key: Key, config: Config) -> List[Config]:
+def shapes_near(key: Key, config: Config) -> List[Config]:
     """Shapes within a factor of two of `config`, the nearest first."""
     sizes = (16, 32, 64, 128)
     warps = (
         (4, 8) if key.half else (4,)
-    )  # eight and float32: an illegal access, which costs the process (configs.py)
+    )  # eight and float32: an illegal access, which costs the process (tiles.py)
     found = [
         config._replace(block_m=m, block_n=n, warps=w)
         for m in sizes if m <= 2 * config.block_m <= 4 * m
@@ -226,13 +226,13 @@ class _Search:
         for trial in self.trials:
             self._step("preparing")
             trial.prepare(self.kernel)
-        for config in configs.shipped(self.key):
+        for config in tiles.shipped(self.key):
             try:
                 for place, trial in enumerate(self.trials):
                     self._step(words(config))
-                    with configs.forced(self.key, config):
+                    with tiles.forced(self.key, config):
                         self.expected[place] = trial.results(self.kernel)
-                with configs.forced(self.key, config):
+                with tiles.forced(self.key, config):
                     self.times[config] = self._median(0, 10)
                 return config
             except _TimeIsUp:
@@ -243,7 +243,7 @@ class _Search:
 
     def _best(self, shipped: Config) -> Tuple[Optional[Config], float]:
         with self._phase(SEARCH):
-            for config in tiles(self.key, shipped):
+            for config in shapes_near(self.key, shipped):
                 self._try(config)
             leaders = sorted(self.times, key=self.times.__getitem__)[:2]
             for pair in zip(*map(pipelines, leaders)):
@@ -273,7 +273,7 @@ class _Search:
         self._step(words(config))
         best = min(self.times.values())
         try:
-            with configs.forced(self.key, config):
+            with tiles.forced(self.key, config):
                 if not self._right(0, config):
                     return
                 ms = self._median(0, 1)
@@ -292,7 +292,7 @@ class _Search:
             for _ in range(3):
                 for config in taken:
                     self._step(words(config))
-                    with configs.forced(self.key, config):
+                    with tiles.forced(self.key, config):
                         taken[config] += self._times(0, _repeats(self.times[config]))
             field[:count] = sorted(taken, key=lambda config: statistics.median(taken[config]))
             count = (count + 1) // 2
@@ -302,7 +302,7 @@ class _Search:
         for place in range(1, len(self.trials)):
             self._step(words(config))
             try:
-                with configs.forced(self.key, config):
+                with tiles.forced(self.key, config):
                     if not self._right(place, config):
                         return False
             except Exception as error:
@@ -317,7 +317,7 @@ class _Search:
         for _ in range(TURNS):
             for one, times in taken.items():
                 self._step(f"{words(config)} against the shipped shape")
-                with configs.forced(self.key, one):
+                with tiles.forced(self.key, one):
                     times += self._times(place, _repeats(self.times[config]))
         return statistics.median(taken[config]) / statistics.median(taken[shipped])
 

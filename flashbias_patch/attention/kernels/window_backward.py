@@ -25,7 +25,7 @@ from .common import (
     weights,
     wide,
 )
-from .window_tiles import (
+from .window_common import (
     VALUES,
     distances,
     frame_offsets,

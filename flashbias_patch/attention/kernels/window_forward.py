@@ -1,6 +1,6 @@
 """Forward with windows on grids: as forward.py, but a tile of keys is a patch of a grid, and
-queries come in an order in which neighbours have windows near each other (window_tiles.py,
-windows.py). Imports nothing but Triton.
+queries come in an order in which neighbours have windows near each other (window_common.py,
+window_tables.py). Imports nothing but Triton.
 """
 
 import triton
@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .common import LOG2E, add_terms, bounded, dot, exp2, keep_tile, multiples, wide
 from .forward import enter_segment, store_lse, store_rounded
-from .window_tiles import (
+from .window_common import (
     VALUES,
     distances,
     frame_offsets,

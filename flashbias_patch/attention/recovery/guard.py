@@ -12,7 +12,7 @@ it is done only
   many tensors as its forward did, whichever backend answers it.
 
 The fused operator needs none of this elsewhere: it rescues inside its own backward
-(kernels/operator.py).
+(kernels/autograd.py).
 """
 
 from __future__ import annotations

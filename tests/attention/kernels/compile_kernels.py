@@ -1,7 +1,7 @@
 """Compile every class of kernel variant without a GPU: `python compile_kernels.py [arch ...]`,
 needs only Triton.
 
-Tiles are those that configs.py ships for the architecture; where shared memory has no room the next
+Tiles are those that tiles.py ships for the architecture; where shared memory has no room the next
 is compiled, as a launch would do. Prints one line a variant; the last is "compiled N". Works from
 Triton 3.0 on.
 """
@@ -25,7 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-KERNELS = os.path.join(HERE, os.pardir, os.pardir, "flashbias_patch", "attention", "kernels")
+ROOT = os.path.join(HERE, os.pardir, os.pardir, os.pardir)
+KERNELS = os.path.join(ROOT, "flashbias_patch", "attention", "kernels")
 
 
 def load():
@@ -51,8 +52,8 @@ def load():
             "backward",
             "sums",
             "concatenate",
-            "configs",
-            "window_tiles",
+            "tiles",
+            "window_common",
             "window_forward",
             "window_backward",
         )
@@ -64,10 +65,8 @@ def load():
                 sys.modules[name] = module
 
 
-forward, backward, sums, concatenate, configs, window_tiles, window_forward, window_backward = (
-    load()
-)
-configs._loaded = True  # no tiles that this machine has tuned
+forward, backward, sums, concatenate, tiles, window_common, window_forward, window_backward = load()
+tiles._loaded = True  # no tiles that this machine has tuned
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448}  # bytes a program can have
 
 POINTERS = dict(
@@ -228,7 +227,7 @@ ALL_WINDOWS = tuple(int(part) for part in triton.__version__.split(".")[:2]) not
     (3, 2),
     (3, 4),
 )
-ONE = configs.Config(0, 0, 4, 2)  # of kernels without a choice
+ONE = tiles.Config(0, 0, 4, 2)  # of kernels without a choice
 JOIN = dict(
     HEADS=8,
     D=32,
@@ -248,16 +247,14 @@ JOIN_POINTERS = ("q", "q_factor", "q_out", "k", "k_factor", "k_out")
 SUM = dict(HEADS=1, COLUMNS=8, BLOCK=8, SUM_B=2, SUM_H=8, B=1)
 
 
-def tiles(kind, arch, dtype, constants):
+def choices_of(kind, arch, dtype, constants):
     pairs = constants["HAS_DENSE"] or constants["HAS_MASK"]
     plain = not (pairs or constants["PAD_KIND"] or constants["DROPOUT"])
     columns = constants["BLOCK_D"], constants["BLOCK_R"]
     if "MODE" in constants:
         kind = ("mask " if constants["MASKED"] else "window ") + kind
-    key = configs.Key(
-        kind, arch, dtype != "fp32", *columns, plain, constants["SEGMENTS"] > 0, pairs
-    )
-    return configs.candidates(key)
+    key = tiles.Key(kind, arch, dtype != "fp32", *columns, plain, constants["SEGMENTS"] > 0, pairs)
+    return tiles.candidates(key)
 
 
 def apart(constants):
@@ -299,11 +296,11 @@ def variants(arch):
                 dict(QUERIES, **fold, NEED_W=base["SEGMENTS"] > 0),
             ),
         ):
-            yield name, kernel, dict(base, **more), dtype, rows, tiles(kind, arch, dtype, base)
+            yield name, kernel, dict(base, **more), dtype, rows, choices_of(kind, arch, dtype, base)
     yield from window_variants(arch)
     exact = dict(PLAIN, PARTIAL=False, HAS_LOW=True, VECTOR=8, APART=False)
     for exp in (1, 2):
-        chosen = [tiles("forward", arch, "fp16", PLAIN)[0]._replace(exp=exp)]
+        chosen = [choices_of("forward", arch, "fp16", PLAIN)[0]._replace(exp=exp)]
         yield f"exp2 {exp}", forward.forward_kernel, exact, "fp16", {}, chosen
     tile = dict(D=40, BLOCK_D=64, BLOCK_M=16)
     for pair in (False, True):
@@ -414,7 +411,7 @@ def window_variants(arch):
                 dict(constants, **more),
                 dtype,
                 types,
-                tiles(kind, arch, dtype, base),
+                choices_of(kind, arch, dtype, base),
             )
         more = dict(grads, HAS_LOW=dtype != "fp32", BLOCK_M=64)
         yield (
@@ -426,10 +423,10 @@ def window_variants(arch):
             [ONE],
         )
     centres = dict(CENTRES="i32")
-    yield "window places", window_tiles.places_kernel, dict(F=2, BLOCK=128), "fp32", centres, [ONE]
+    yield "window places", window_common.places_kernel, dict(F=2, BLOCK=128), "fp32", centres, [ONE]
     yield (
         "window centres",
-        window_tiles.centres_kernel,
+        window_common.centres_kernel,
         dict(F=2, BLOCK=128),
         "fp32",
         centres,
@@ -437,10 +434,10 @@ def window_variants(arch):
     )
     for compact in (False, True):
         made = dict(F=2, COMPACT=compact, BLOCK_M=64, CHUNK=64)
-        yield "window lists", window_tiles.lists_kernel, made, "fp32", {}, [ONE]
+        yield "window lists", window_common.lists_kernel, made, "fp32", {}, [ONE]
     yield (
         "window blocks",
-        window_tiles.blocks_kernel,
+        window_common.blocks_kernel,
         dict(BLOCK=64),
         "fp32",
         dict(BLOCKS="i32"),

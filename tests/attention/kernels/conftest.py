@@ -14,16 +14,16 @@ def nothing_kept():
     """Launches that another test settled, with its tile shapes, are made anew."""
     if importlib.util.find_spec("triton") is None:  # test_concatenate runs without it
         return
-    from flashbias_patch.attention.kernels import configs
+    from flashbias_patch.attention.kernels import tiles
 
-    configs.generation += 1
+    tiles.generation += 1
 
 
 @pytest.fixture
 def untuned(monkeypatch, tmp_path):
     """Nothing tuned, nothing tried, and a cache of the test's own."""
-    from flashbias_patch.attention.kernels import configs
+    from flashbias_patch.attention.kernels import tiles
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in (("_tuned", {}), ("_working", {}), ("_loaded", False)):
-        monkeypatch.setattr(configs, name, value)
+        monkeypatch.setattr(tiles, name, value)

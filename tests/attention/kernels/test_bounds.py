@@ -7,8 +7,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", minversion="3.0")
-from flashbias_patch.attention.kernels import launch_backward, settled, windows
-from flashbias_patch.attention.kernels.operator import fused_attention
+from flashbias_patch.attention.kernels import cached_launch, launcher_backward, window_tables
+from flashbias_patch.attention.kernels.autograd import fused_attention
 from tests.support.scripts import load
 
 HALF, BRAIN, FULL = "float16", "bfloat16", "float32"
@@ -38,7 +38,7 @@ def watched(monkeypatch):
     ):
         pytest.skip("this Triton's interpreter reads and writes elsewhere")
     spans, seen = [], [0]
-    launch = settled.Launch.__call__
+    launch = cached_launch.Launch.__call__
 
     def handed(self, *tensors, stream=None):
         spans[:] = sorted({span_of(tensor) for tensor in tensors})
@@ -68,7 +68,7 @@ def watched(monkeypatch):
 
         monkeypatch.setattr(builder, method, checked)
 
-    monkeypatch.setattr(settled.Launch, "__call__", handed)
+    monkeypatch.setattr(cached_launch.Launch, "__call__", handed)
     looked_at("create_masked_load", 0, 1)
     looked_at("create_masked_store", 0, 2)
     looked_at("create_atomic_rmw", 1, 3)
@@ -87,7 +87,7 @@ def span_of(tensor):
 @pytest.mark.parametrize("separate", [True, False])
 def test_inside_the_tensors(monkeypatch, watched, separate, lengths, D, R, dtype, features):
     if not separate:  # gradients of shared factors added up by the kernels
-        monkeypatch.setattr(launch_backward, "SEPARATE", 0)
+        monkeypatch.setattr(launcher_backward, "SEPARATE", 0)
     load("benchmarks/sanitizer.py").run(lengths, D, R, dtype, features, device="cpu")
     assert watched[0] > 6 * 2 * 2 * lengths[0] * D  # batch 2, 2 heads
 
@@ -109,7 +109,7 @@ def test_inside_the_tensors(monkeypatch, watched, separate, lengths, D, R, dtype
     ],
 )
 def test_windows_inside_the_tensors(watched, name):
-    windows._kept.clear()
+    window_tables._kept.clear()
     cases = load("benchmarks/window_cases.py")
     case = cases.Case(**cases.CASES[name])
     case.fused()

@@ -19,8 +19,8 @@ from flashbias_patch import settings  # noqa: E402
 from flashbias_patch.attention import selfcheck  # noqa: E402
 from flashbias_patch.attention.backends import triton_fused  # noqa: E402
 from flashbias_patch.attention.inputs import AttentionInputs  # noqa: E402
-from flashbias_patch.attention.kernels import cache, configs, on_miss, operator, trial, tune  # noqa: E402
-from flashbias_patch.attention.kernels.configs import KERNELS, Config, Key  # noqa: E402
+from flashbias_patch.attention.kernels import autograd, cache, on_miss, tiles, trial, tune  # noqa: E402
+from flashbias_patch.attention.kernels.tiles import KERNELS, Config, Key  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
 KEY = Key("forward", 89, True, 16, 0, True)
@@ -48,7 +48,7 @@ def tuned(monkeypatch):
 
     def stand_in(inputs, *, seconds, kernels):
         asked.append((seconds, tuple(kernels)))
-        configs.remember({KEY: FOUND})
+        tiles.remember({KEY: FOUND})
         rows = [
             tune.Row(k, KEY, FOUND, FOUND if k == "forward" else None, 0.8, "", 3, {})
             for k in kernels
@@ -60,8 +60,8 @@ def tuned(monkeypatch):
 
 
 def restart(monkeypatch):
-    monkeypatch.setattr(configs, "_tuned", {})
-    monkeypatch.setattr(configs, "_loaded", False)
+    monkeypatch.setattr(tiles, "_tuned", {})
+    monkeypatch.setattr(tiles, "_loaded", False)
     monkeypatch.setattr(on_miss, "_met", set())
 
 
@@ -75,13 +75,13 @@ def test_once_a_class_and_machine(tuned, monkeypatch, caplog):
     restart(monkeypatch)
     on_miss.tune(call(), 9.0)
     assert len(tuned) == 1, "what stays as shipped is noted, too"
-    assert configs.candidates(KEY)[0] == FOUND
+    assert tiles.candidates(KEY)[0] == FOUND
     keys = KEY._replace(kernel="keys")
-    assert configs.candidates(keys)[0] == configs.shipped(keys)[0]
+    assert tiles.candidates(keys)[0] == tiles.shipped(keys)[0]
 
 
 def test_only_what_was_not_measured(tuned, monkeypatch):
-    configs.remember({KEY._replace(kernel="keys"): FOUND})
+    tiles.remember({KEY._replace(kernel="keys"): FOUND})
     on_miss.tune(call(), 9.0)
     assert tuned == [(9.0, ("forward", "queries"))]
     monkeypatch.setattr(
@@ -128,7 +128,7 @@ def test_a_failure_leaves_the_shipped_shapes(monkeypatch, caplog):
     assert (
         "gave up, the shipped tile shapes are used: RuntimeError: CUDA out of memory" in caplog.text
     )
-    assert configs.candidates(KEY)[0] == configs.shipped(KEY)[0]
+    assert tiles.candidates(KEY)[0] == tiles.shipped(KEY)[0]
 
 
 def test_what_killed_a_run_is_not_tried_again_but_an_interrupted_one_is(tuned, monkeypatch):
@@ -157,13 +157,13 @@ def test_a_rank_that_waits_in_vain_takes_the_shipped_shapes(tuned, tmp_path):
     with cache.locked(cache.path() + ".89-True-16-0-True-False-False.tuning", 0) as mine:
         assert mine
         on_miss.tune(call(), 0.1)
-    assert not tuned and configs.candidates(KEY)[0] == configs.shipped(KEY)[0]
+    assert not tuned and tiles.candidates(KEY)[0] == tiles.shipped(KEY)[0]
 
 
 def test_without_a_cache_directory_every_process_tunes(tuned, tmp_path):
     (tmp_path / "flashbias_patch").write_text("a file where the directory should be")
     on_miss.tune(call(), 9.0)
-    assert len(tuned) == 1 and configs.candidates(KEY)[0] == FOUND
+    assert len(tuned) == 1 and tiles.candidates(KEY)[0] == FOUND
 
 
 RANK = """
@@ -174,12 +174,12 @@ def slow(inputs, *, seconds, kernels):
     with open(sys.argv[1], "a") as file:
         file.write("tuned\\n")
     time.sleep(1)
-    configs.remember({KEY: FOUND})
+    tiles.remember({KEY: FOUND})
     return tune.Report("a call", [], 1.0)
 tune.tune = slow
-configs.tuned(KEY)  # the cache was read for an earlier class
+tiles.tuned(KEY)  # the cache was read for an earlier class
 on_miss.tune(call(), 30.0)
-print(configs.candidates(KEY)[0] == FOUND)
+print(tiles.candidates(KEY)[0] == FOUND)
 """
 
 
@@ -203,8 +203,8 @@ def test_of_two_ranks_one_tunes_and_both_use_it(tmp_path):
 def test_the_backend_asks_where_the_variable_is_on_and_nothing_is_compiled(monkeypatch):
     asked = []
     monkeypatch.setattr(on_miss, "tune", lambda inputs, seconds: asked.append(seconds))
-    monkeypatch.setattr(operator, "attend", lambda inputs, on_failure: inputs.q)
-    monkeypatch.setattr(operator, "fused_attention", lambda *inputs, **rest: inputs[0])
+    monkeypatch.setattr(autograd, "attend", lambda inputs, on_failure: inputs.q)
+    monkeypatch.setattr(autograd, "fused_attention", lambda *inputs, **rest: inputs[0])
     settings.reload({})
     triton_fused.TritonFused()(call())
     settings.reload({"FLASHBIAS_TUNE": "45"})
@@ -221,7 +221,7 @@ def test_the_backend_asks_where_the_variable_is_on_and_nothing_is_compiled(monke
 def test_torch_compile_does_not_tune(monkeypatch):
     asked = []
     monkeypatch.setattr(on_miss, "tune", lambda inputs, seconds: asked.append(seconds))
-    monkeypatch.setattr(operator, "fused_attention", lambda q, *rest, **others: q + 1)
+    monkeypatch.setattr(autograd, "fused_attention", lambda q, *rest, **others: q + 1)
     backend = triton_fused.TritonFused()
     backend.tune = 45.0
     rest = call(8, 8)[1:]

@@ -12,9 +12,9 @@ import triton.language as tl  # noqa: E402
 from flashbias_patch.attention import fp16_gradients  # noqa: E402
 from flashbias_patch.attention.backends.reference import attend_dense  # noqa: E402
 from flashbias_patch.attention.inputs import AttentionInputs  # noqa: E402
-from flashbias_patch.attention.kernels import configs, launch, launch_backward, operator  # noqa: E402
+from flashbias_patch.attention.kernels import autograd, launcher, launcher_backward, tiles  # noqa: E402
 from flashbias_patch.attention.kernels import problem as problem_module  # noqa: E402
-from flashbias_patch.attention.kernels.operator import fused_attention  # noqa: E402
+from flashbias_patch.attention.kernels.autograd import fused_attention  # noqa: E402
 from flashbias_patch.attention.kernels.recompute import Call, _attend, keep_mask, plain_backward  # noqa: E402
 
 NAMES = ("q", "k", "v", "q_factor", "k_factor", "weights", "dense")
@@ -31,7 +31,7 @@ def strict(monkeypatch):
     def poisoned(*size, **options):
         return torch.full(*size, float("nan"), **options)
 
-    monkeypatch.setattr(operator, "plain_backward", fail)
+    monkeypatch.setattr(autograd, "plain_backward", fail)
     monkeypatch.setattr(problem_module, "empty", poisoned)
 
 
@@ -220,8 +220,8 @@ def test_features(name, dtype):
 @pytest.mark.parametrize("splits", [0, 3])
 def test_a_shared_factors_gradient_added_to_by_every_head(monkeypatch, splits):
     """As it is on large problems, where parts of their own would take memory."""
-    monkeypatch.setattr(configs, "INTERPRETED", configs.Config(16, 16, 4, 1, splits=splits))
-    monkeypatch.setattr(launch_backward, "SEPARATE", 0)
+    monkeypatch.setattr(tiles, "INTERPRETED", tiles.Config(16, 16, 4, 1, splits=splits))
+    monkeypatch.setattr(launcher_backward, "SEPARATE", 0)
     check(*problem(20, 70, **FEATURES["shared factors"]))
 
 
@@ -239,7 +239,7 @@ def test_a_shared_factors_gradient_added_to_by_every_head(monkeypatch, splits):
 def test_split(monkeypatch, name, deterministic):
     """Cut over keys and over queries, results combined; in deterministic mode the same bits
     again."""
-    monkeypatch.setattr(configs, "INTERPRETED", configs.Config(16, 16, 4, 1, splits=3))
+    monkeypatch.setattr(tiles, "INTERPRETED", tiles.Config(16, 16, 4, 1, splits=3))
     torch.use_deterministic_algorithms(deterministic)
     try:
         case = problem(20, 70, **FEATURES[name])
@@ -315,7 +315,7 @@ def test_rows_of_masks_begin_at_multiples_of_16(monkeypatch):
     ):
         assert problem_module.aligned_rows(tensor) is tensor
     q, k = torch.zeros(3, 9, 2, 16).to(HALF), torch.zeros(3, 21, 2, 16).to(HALF)
-    case = operator._problem(q, k, k, None, None, None, (), dense, mask, None, 0.0, 0.25)
+    case = autograd._problem(q, k, k, None, None, None, (), dense, mask, None, 0.0, 0.25)
     assert case.mask.stride(2) == 32 and case.dense.stride(2) == 32
     apart = torch.zeros(1, 1, 4, 32, dtype=torch.uint8)[..., 1:]
     assert problem_module.aligned_rows(apart).data_ptr() % 16 == 0
@@ -354,11 +354,11 @@ def test_delta_does_not_see_the_output_rounded():
     """Its error would be common to all keys, and add up in gradients that are sums over keys. What
     remains is that of the weights, rounded before they meet v."""
     q, k, v, grad = (torch.randn(1, length, 2, 16).to(HALF) for length in (20, 300, 300, 20))
-    case = operator._problem(q, k, v, None, None, None, (), None, None, None, 0.0, 0.25)
-    passed = launch.Passed(grad, *launch.forward(case, None, training=True), None)
+    case = autograd._problem(q, k, v, None, None, None, (), None, None, None, 0.0, 0.25)
+    passed = launcher.Passed(grad, *launcher.forward(case, None, training=True), None)
     scores = torch.einsum("bmhd,bnhd->bhmn", q.double(), k.double()) * 0.25
     delta = (torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), v.double()) * grad).sum(-1)[0].T
-    rows = launch.Rows(case, passed)(case, passed).double()
+    rows = launcher.Rows(case, passed)(case, passed).double()
     seen = -(rows[2:, 3:6] @ rows[1, 3:6]).view(2, -1)[:, :20]
     rounded = (passed.out.double() * grad).sum(-1)[0].T
     assert (seen - delta).norm() < 0.8 * (rounded - delta).norm()
@@ -372,19 +372,19 @@ def test_folded_rows_are_those_not_folded(monkeypatch, rank, dtype):
     M, H, D, S = 70, 2, 16, 2
     tensors, rest, grad = problem(M, 30, D, rank, dtype, B=1, S=S)
     q, k, v, qf, kf, weights = tensors[:6]
-    case = operator._problem(
+    case = autograd._problem(
         q, k, v, qf, kf, weights, rest["segment_lengths"], None, None, None, 0.0, 0.25
     )
     sizes = torch.logspace(-7, 4, M)[:, None]
     out = torch.ones(1, M, H, D) * sizes[None, :, :, None]
     lse = torch.randn(H, M) * sizes.flip(0).T
     lse[0, :3] = torch.tensor([float("inf"), 3e5, -3e5])
-    passed = launch.Passed(torch.ones(1, M, H, D).to(dtype), out, None, lse, None)
-    folded = launch.Rows(case, passed)(case, passed)
+    passed = launcher.Passed(torch.ones(1, M, H, D).to(dtype), out, None, lse, None)
+    folded = launcher.Rows(case, passed)(case, passed)
     assert folded.dtype == dtype and folded.isfinite().all()
     assert not case._replace(rank=11).folded  # its columns would leave room for five
     monkeypatch.setattr(problem_module.Problem, "folded", False)
-    pairs = launch.Rows(case, passed)(case, passed)
+    pairs = launcher.Rows(case, passed)(case, passed)
     by = folded[:2].double()
     tile = folded[2:].double().view(S, H, -1, 16)
     wanted = pairs.double().view(S, H, -1, 2)
@@ -480,13 +480,13 @@ def test_backward_falls_back_inside_itself(monkeypatch, caplog):
     swallowed."""
     tensors, rest, grad = problem(20, 40, R=3, S=2, mask=(1, 1, 20, 40), p=0.2, shared=True, B=1)
     want = fused(tensors, rest, grad, FULL)
-    monkeypatch.setattr(operator, "_told", False)
-    monkeypatch.setattr(operator, "plain_backward", plain_backward)
+    monkeypatch.setattr(autograd, "_told", False)
+    monkeypatch.setattr(autograd, "plain_backward", plain_backward)
 
     def broken(*_):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(launch, "backward", broken)
+    monkeypatch.setattr(launcher, "backward", broken)
     with caplog.at_level("WARNING", logger="flashbias_patch"):
         got = [fused(tensors, rest, grad, FULL) for _ in range(2)][1]
     assert sum("no room" in record.getMessage() for record in caplog.records) == 1
@@ -496,7 +496,7 @@ def test_backward_falls_back_inside_itself(monkeypatch, caplog):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch, "backward", stopped)
+    monkeypatch.setattr(launcher, "backward", stopped)
     with pytest.raises(KeyboardInterrupt):
         fused(tensors, rest, grad, FULL)
 
@@ -556,9 +556,9 @@ def test_compiles_into_one_graph():
         0.25,
     )
     utilities = ("test_schema", "test_faketensor")
-    torch.library.opcheck(operator._op, arguments, test_utils=utilities)
+    torch.library.opcheck(autograd._op, arguments, test_utils=utilities)
     strided = [torch.randn(1, 2, length, 16).transpose(1, 2) for length in (20, 40, 40)]
     nothing = (None, None, None, [], None, None, None, 0.0)
     torch.library.opcheck(
-        operator._op, (*strided, *nothing, -0.25), test_utils=utilities
+        autograd._op, (*strided, *nothing, -0.25), test_utils=utilities
     )  # q is copied, scaled

@@ -12,8 +12,8 @@ pytest.importorskip("triton", minversion="3.0")
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from flashbias_patch.attention.inputs import AttentionInputs  # noqa: E402
-from flashbias_patch.attention.kernels import configs, launch, trial, tune  # noqa: E402
-from flashbias_patch.attention.kernels.configs import INTERPRETED, KERNELS, Config  # noqa: E402
+from flashbias_patch.attention.kernels import launcher, tiles, trial, tune  # noqa: E402
+from flashbias_patch.attention.kernels.tiles import INTERPRETED, KERNELS, Config  # noqa: E402
 
 SHIPPED = INTERPRETED
 BEST = Config(64, 32, 8, 3, registers=128)
@@ -38,7 +38,7 @@ def away(config, best=BEST):
 
 
 class World:
-    """launch.forward and backward, and the timer and clock that go with them."""
+    """launcher.forward and backward, and the timer and clock that go with them."""
 
     def __init__(
         self,
@@ -50,12 +50,12 @@ class World:
     ):
         self.cost, self.compiling, self.fails, self.wrong = cost, compiling, fails, wrong
         self.now, self.compiled, self.runs, self.M = 0.0, set(), [], 0
-        monkeypatch.setattr(launch, "forward", self.forward)
-        monkeypatch.setattr(launch, "backward", self.backward)
+        monkeypatch.setattr(launcher, "forward", self.forward)
+        monkeypatch.setattr(launcher, "backward", self.backward)
 
     def launched(self, kernel, problem):
-        key = configs.Key(kernel, 0, True, 16, 16, not problem.dropout_p)
-        config, self.M = configs.candidates(key)[0], problem.q.shape[1]
+        key = tiles.Key(kernel, 0, True, 16, 16, not problem.dropout_p)
+        config, self.M = tiles.candidates(key)[0], problem.q.shape[1]
         if (kernel, config, self.M) not in self.compiled:
             self.compiled.add((kernel, config, self.M))
             self.now += self.compiling
@@ -86,27 +86,27 @@ class World:
 
 
 def test_the_fastest_wins_and_is_remembered(monkeypatch):
-    before = configs.generation
+    before = tiles.generation
     said = []
     report = World(monkeypatch).tune(progress=lambda *now: said.append(now))
     assert [row.kernel for row in report.rows] == list(KERNELS)
     for row in report.rows:
         assert (row.shipped, row.tuned, row.why) == (SHIPPED, BEST, "")
         assert row.ratio == pytest.approx(1.1**-5)
-        assert configs._tuned[row.key] == BEST and row.key == trial.class_of(call(), row.kernel)
-    assert configs.generation > before and not configs._forced
+        assert tiles._tuned[row.key] == BEST and row.key == trial.class_of(call(), row.kernel)
+    assert tiles.generation > before and not tiles._forced
     assert all(
         0 <= elapsed <= seconds for elapsed, seconds, _ in said
     ) and "keys 64 x 32, 8 warps" in str(said)
-    monkeypatch.setattr(configs, "_tuned", {})
-    configs.reload()
-    assert configs._tuned[trial.class_of(call())] == BEST, "it is on disk"
+    monkeypatch.setattr(tiles, "_tuned", {})
+    tiles.reload()
+    assert tiles._tuned[trial.class_of(call())] == BEST, "it is on disk"
 
 
 def test_kernels_and_remembering_are_the_callers_choice(monkeypatch):
     report = World(monkeypatch).tune(kernels=["queries"], remember=False)
     assert [row.kernel for row in report.rows] == ["queries"] and report.rows[0].tuned == BEST
-    assert not configs._tuned
+    assert not tiles._tuned
 
 
 @pytest.mark.parametrize("where", ["in the call", "in the small one"])
@@ -154,13 +154,13 @@ def test_what_could_not_be_checked_in_time_is_not_remembered(monkeypatch):
     forward = world.forward
 
     def slow_small(problem, seed, training):
-        first = configs.candidates(trial.class_of(call()))[0] == SHIPPED
+        first = tiles.candidates(trial.class_of(call()))[0] == SHIPPED
         world.now += 1e9 if problem.q.shape[1] == trial.SMALL[0] and not first else 0
         return forward(problem, seed, training)
 
-    monkeypatch.setattr(launch, "forward", slow_small)
+    monkeypatch.setattr(launcher, "forward", slow_small)
     (row,) = world.tune(kernels=["forward"]).rows
-    assert row.tuned is None and row.why == "the time was up" and not configs._tuned
+    assert row.tuned is None and row.why == "the time was up" and not tiles._tuned
 
 
 @pytest.mark.parametrize("ratio, taken", [(0.98, False), (0.96, True), (1.2, False)])
@@ -169,9 +169,9 @@ def test_margin(monkeypatch, ratio, taken):
         monkeypatch,
         cost=lambda config, M: {SHIPPED: 1.0, BEST: ratio}.get(config, 1.5 if ratio < 1 else 1.2),
     )
-    monkeypatch.setattr(tune, "tiles", lambda key, config: [SHIPPED, BEST])
+    monkeypatch.setattr(tune, "shapes_near", lambda key, config: [SHIPPED, BEST])
     (row,) = world.tune(kernels=["forward"]).rows
-    assert (row.tuned == BEST, bool(configs._tuned)) == (taken, taken)
+    assert (row.tuned == BEST, bool(tiles._tuned)) == (taken, taken)
     assert taken or "3% faster" in row.why
 
 
@@ -195,9 +195,7 @@ def test_a_lost_gpu_ends_it(monkeypatch, caplog):
     world = World(monkeypatch, fails=lambda config: lost if config.block_n == 32 else None)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         world.tune()
-    assert (
-        "the forward kernel was tried with 32 x 32, 4 warps" in caplog.text and not configs._forced
-    )
+    assert "the forward kernel was tried with 32 x 32, 4 warps" in caplog.text and not tiles._forced
 
 
 def test_a_shape_that_is_clearly_slower_is_run_once(monkeypatch):
@@ -225,9 +223,9 @@ def test_float32_stays_with_four_warps():
     """Eight with products by tf32x3 end in an illegal access."""
     for half in (True, False):
         for arch in (80, 90):
-            key = configs.Key("keys", arch, half, 32, 16, True)
-            shipped = configs.shipped(key)[0]
-            grid = tune.tiles(key, shipped)
+            key = tiles.Key("keys", arch, half, 32, 16, True)
+            shipped = tiles.shipped(key)[0]
+            grid = tune.shapes_near(key, shipped)
             assert {config.warps for config in grid} == ({4, 8} if half else {4})
             assert grid[0] == shipped and len(grid) == len(set(grid)) <= 18
             assert all(
@@ -264,14 +262,14 @@ def test_the_kernels_themselves(monkeypatch, name):
     launches ask for."""
     inputs = call(20, 33, R=0 if "segments" in name else 4, dtype=torch.float32, **FEATURES[name])
     other = Config(16, 16, 4, 1)
-    asked, candidates = [], configs.candidates
+    asked, candidates = [], tiles.candidates
 
     def seen(key):
         asked.append((key, candidates(key)[0]))
         return candidates(key)
 
-    monkeypatch.setattr(configs, "candidates", seen)
-    monkeypatch.setattr(tune, "tiles", lambda key, config: [config, other])
+    monkeypatch.setattr(tiles, "candidates", seen)
+    monkeypatch.setattr(tune, "shapes_near", lambda key, config: [config, other])
     monkeypatch.setattr(tune, "pipelines", lambda config: [config])
     monkeypatch.setattr(trial, "SMALL", (19, 37))
 

@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("triton", minversion="3.0")
 from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.inputs import AttentionInputs
-from flashbias_patch.attention.kernels import configs, operator
+from flashbias_patch.attention.kernels import autograd, tiles
 from flashbias_patch.attention.kernels import problem as problem_module
-from flashbias_patch.attention.kernels.operator import fused_attention
+from flashbias_patch.attention.kernels.autograd import fused_attention
 
 HALF, FULL = torch.float16, torch.float32
 LEAST = torch.finfo(FULL).min
@@ -31,7 +31,7 @@ def strict(monkeypatch):
     def fail(*unused):
         raise  # the error that is being handled
 
-    monkeypatch.setattr(operator, "plain_backward", fail)
+    monkeypatch.setattr(autograd, "plain_backward", fail)
     monkeypatch.setattr(
         problem_module, "empty", lambda *size, **options: torch.full(*size, float("nan"), **options)
     )
@@ -147,7 +147,7 @@ def plainly(**arguments):
 )
 def test_rows_far_from_zero(monkeypatch, dtype, name, splits):
     if splits:
-        monkeypatch.setattr(configs, "INTERPRETED", configs.Config(16, 16, 4, 1, splits=splits))
+        monkeypatch.setattr(tiles, "INTERPRETED", tiles.Config(16, 16, 4, 1, splits=splits))
     terms = TERMS[name]
     ours, plain = run(fused_attention, dtype, terms), run(plainly, dtype, terms)
     exact = run(plainly, dtype, terms, torch.float64)

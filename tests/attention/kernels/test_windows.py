@@ -9,10 +9,17 @@ import pytest
 import torch
 
 pytest.importorskip("triton", minversion="3.0")
-from flashbias_patch.attention.kernels import configs, launch, operator, patches, recompute, windows
+from flashbias_patch.attention.kernels import (
+    autograd,
+    launcher,
+    recompute,
+    tiles,
+    window_patches,
+    window_tables,
+)
 from flashbias_patch.attention.kernels import problem as problem_module
-from flashbias_patch.attention.kernels.configs import Config
-from flashbias_patch.attention.kernels.operator import fused_attention
+from flashbias_patch.attention.kernels.autograd import fused_attention
+from flashbias_patch.attention.kernels.tiles import Config
 from flashbias_patch.bias.grids import Grid, hidden
 from tests.attention.kernels.test_operator import bfloat16_products  # noqa: F401  a fixture
 from tests.support.scripts import load
@@ -43,7 +50,7 @@ def poisoned(monkeypatch):
         return torch.full(*size, float("nan"), **options)
 
     monkeypatch.setattr(problem_module, "empty", filled)
-    windows._kept.clear()
+    window_tables._kept.clear()
 
 
 def check(case):
@@ -63,8 +70,8 @@ def tile(monkeypatch, block_m, block_n, splits=0):
             )
         ]
 
-    monkeypatch.setattr(configs, "candidates", candidates)
-    configs.generation += 1
+    monkeypatch.setattr(tiles, "candidates", candidates)
+    tiles.generation += 1
 
 
 @pytest.mark.parametrize("name", quick(CASES, QUICK))
@@ -147,7 +154,9 @@ def test_twice_the_same():
 
 def test_only_touched_patches_are_listed():
     case = Case(M=33, bias="", mask=True, frames=(Grid(64, 64),), sides=(3,), B=1)
-    tables = windows.tables_of(windows.make(*windows.arguments(None, case.window_mask)))
+    tables = window_tables.tables_of(
+        window_tables.make(*window_tables.arguments(None, case.window_mask))
+    )
     _, numbers, counts, flags = tables.lists(16)
     listed = int(counts.sum())
     assert 0 < listed == int(flags.sum()) < flags.numel() / 2
@@ -161,19 +170,21 @@ def test_only_touched_patches_are_listed():
 
 def test_tables_are_shared_and_follow_the_centres():
     case = Case()
-    made = windows.make(*windows.arguments(case.windows, None))
-    first = windows.tables_of(made)
+    made = window_tables.make(*window_tables.arguments(case.windows, None))
+    first = window_tables.tables_of(made)
     other = case.windows._replace(
         centres=case.windows.centres.detach(), weights=case.windows.weights * 2
     )
-    assert windows.tables_of(windows.make(*windows.arguments(other, None))) is first
+    assert (
+        window_tables.tables_of(window_tables.make(*window_tables.arguments(other, None))) is first
+    )
     case.windows.centres.add_(1)
-    assert windows.tables_of(made) is not first
+    assert window_tables.tables_of(made) is not first
     check(case)
-    assert len(windows._kept) <= windows.ROOM
+    assert len(window_tables._kept) <= window_tables.ROOM
     del case, other, made
-    windows.tables_of(windows.make(*windows.arguments(Case(M=7).windows, None)))
-    assert len(windows._kept) == 1
+    window_tables.tables_of(window_tables.make(*window_tables.arguments(Case(M=7).windows, None)))
+    assert len(window_tables._kept) == 1
 
 
 @pytest.mark.slow
@@ -188,7 +199,7 @@ def test_recomputed_gradients(monkeypatch):
         torch.manual_seed(3)
         out = fused_attention(*case.inputs(leaves))
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "backward", broken)
+            patch.setattr(launcher, "backward", broken)
             patch.setattr(recompute, "CHUNK_ELEMENTS", 4000)
             found = torch.autograd.grad(out, list(leaves.values()), case.grad)
         for one, two in zip(found, want[1:]):
@@ -197,9 +208,9 @@ def test_recomputed_gradients(monkeypatch):
 
 def test_counted_keys_number_each_key_once():
     for frames in (WIDE, SMALL):
-        keys = patches.counted_keys(frames, torch.device("cpu"))
+        keys = window_patches.counted_keys(frames, torch.device("cpu"))
         assert len(keys.unique()) == len(keys) == sum(frame.size for frame in frames)
-        words = patches.tables(
+        words = window_patches.tables(
             frames, (1,) * len(frames), (1,) * len(frames), None, (), torch.device("cpu")
         )[0]
         assert int(keys.max()) < 64 * len(words)
@@ -225,9 +236,9 @@ def test_compiles_into_one_graph(case):
         *inputs[:6],
         lengths,
         *inputs[7:12],
-        *windows.arguments(inputs.windows, inputs.window_mask),
+        *window_tables.arguments(inputs.windows, inputs.window_mask),
     )
-    torch.library.opcheck(operator._op, given, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(autograd._op, given, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_no_queries():

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from flashbias_patch.attention.kernels import configs
+from flashbias_patch.attention.kernels import tiles
 from tests.integration.distributed import two_ranks
 
 
@@ -27,14 +27,14 @@ def test_one_rank_falling_back_neither_hangs_nor_changes_the_gradients():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(configs, "_tuned", {})
-    monkeypatch.setattr(configs, "_working", {})
-    monkeypatch.setattr(configs, "_loaded", False)
+    monkeypatch.setattr(tiles, "_tuned", {})
+    monkeypatch.setattr(tiles, "_working", {})
+    monkeypatch.setattr(tiles, "_loaded", False)
     return tmp_path / "flashbias_patch" / "tuned.json"
 
 
-KEY = configs.Key("forward", 90, True, 32, 16, True)
-CONFIG = configs.Config(32, 32, 4, 2)
+KEY = tiles.Key("forward", 90, True, 32, 16, True)
+CONFIG = tiles.Config(32, 32, 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -43,16 +43,16 @@ CONFIG = configs.Config(32, 32, 4, 2)
 def test_a_corrupt_tuning_cache_is_as_good_as_none(cache, text):
     cache.parent.mkdir()
     cache.write_text(text)
-    assert configs.candidates(KEY)
-    configs.remember({KEY: CONFIG})
-    assert configs.candidates(KEY)[0] == CONFIG
+    assert tiles.candidates(KEY)
+    tiles.remember({KEY: CONFIG})
+    assert tiles.candidates(KEY)[0] == CONFIG
     assert json.loads(cache.read_text())  # whole again
 
 
 def test_an_unwritable_cache_directory_costs_the_cache_only(cache):
     cache.parent.write_text("a file where the directory should be")
-    configs.remember({KEY: CONFIG})
-    assert configs.candidates(KEY)[0] == CONFIG
+    tiles.remember({KEY: CONFIG})
+    assert tiles.candidates(KEY)[0] == CONFIG
 
 
 @pytest.mark.parametrize("locks", ["here", "refused", "missing"])
@@ -60,7 +60,7 @@ def test_two_processes_tuning_at_once(cache, locks):
     """With locks nothing is lost; without, the file stays whole."""
     source = (
         "import sys\n"
-        "from flashbias_patch.attention.kernels import cache, configs as c\n"
+        "from flashbias_patch.attention.kernels import cache, tiles as c\n"
         "class NoLocks:\n"
         "    LOCK_EX = LOCK_NB = 0\n"
         "    def flock(*args): raise OSError(95, 'not supported')\n"
@@ -93,7 +93,7 @@ def test_a_lock_that_is_not_given_back_costs_its_wait_only(cache, monkeypatch):
     ) as too:
         assert mine and not too
         began = time.monotonic()
-        configs.remember({KEY: CONFIG})
+        tiles.remember({KEY: CONFIG})
         assert 0.2 <= time.monotonic() - began < 5
     assert len(json.loads(cache.read_text())) == 1
     with disk.locked(disk.path() + ".lock", 0) as mine:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ...bias.grids import Grid, WindowMaskParts, WindowParts
-from . import patches
-from . import window_tiles as tiles
+from . import window_common as kernels
+from . import window_patches
+from .cached_launch import Kept, Launch, signature
 from .problem import cdiv, unit_last
-from .settled import Kept, Launch, signature
 
 try:
     from torch.multiprocessing.reductions import StorageWeakRef
@@ -52,7 +52,7 @@ class Windows(NamedTuple):
 
     @property
     def which(self) -> int:
-        """Column of FRAMES (patches.tables) with the sides that decide which patches are
+        """Column of FRAMES (window_patches.tables) with the sides that decide which patches are
         touched."""
         return 6 if self.masked else 5
 
@@ -63,8 +63,8 @@ class Windows(NamedTuple):
     def static(
         self, lengths: Tuple[int, ...], device: torch.device
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """PATCHES, OWNERS, FRAMES, WIDTHS of patches.tables."""
-        return patches.tables(
+        """PATCHES, OWNERS, FRAMES, WIDTHS of window_patches.tables."""
+        return window_patches.tables(
             self.frames, self.sides, self.mask_sides, self.sigmas, lengths, device
         )
 
@@ -158,7 +158,7 @@ class Tables:
         options = dict(F=self.S, BLOCK=BLOCK)
         numbers = (self.M, *_strides(centres), self.which)
         _run(
-            tiles.places_kernel,
+            kernels.places_kernel,
             own * cdiv(self.M, BLOCK),
             numbers,
             options,
@@ -179,7 +179,7 @@ class Tables:
         programs = self.batch * self.padded // BLOCK
         options = dict(F=self.S, BLOCK=BLOCK)
         _run(
-            tiles.centres_kernel,
+            kernels.centres_kernel,
             programs,
             numbers,
             options,
@@ -203,7 +203,7 @@ class Tables:
             counts = torch.empty((self.batch, count, self.S), dtype=torch.int32, device=device)
             flags = torch.zeros((self.batch * count + 1, P), dtype=torch.uint8, device=device)
             _run(
-                tiles.lists_kernel, self.batch * count * self.S, (self.batch, self.padded, count,
+                kernels.lists_kernel, self.batch * count * self.S, (self.batch, self.padded, count,
                 P, self.which),
                 dict(F=self.S, COMPACT=self.compact, BLOCK_M=block, CHUNK=CHUNK),
                 self.mask_centres if self.compact else self.centres, self.frames, self.words,
@@ -220,7 +220,7 @@ class Tables:
             ids = torch.zeros(self.batch * P * count + 1, dtype=torch.int32, device=flags.device)
             counts = torch.empty((self.batch, P), dtype=torch.int32, device=flags.device)
             programs = self.batch * cdiv(P, CHUNK)
-            _run(tiles.blocks_kernel, programs, (P, count), dict(BLOCK=CHUNK), flags, ids, counts)
+            _run(kernels.blocks_kernel, programs, (P, count), dict(BLOCK=CHUNK), flags, ids, counts)
             found = self._blocks[block] = ids, counts
         return found
 

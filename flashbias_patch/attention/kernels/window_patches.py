@@ -23,7 +23,7 @@ from ...bias.grids import Grid, key_count
 
 EDGE = 8
 SIZE = EDGE * EDGE
-PADDING = 8  # as in window_tiles.py
+PADDING = 8  # as in window_common.py
 KEYS, ROWS, COLUMNS = 1 << 28, (1 << 16) - EDGE, (1 << 12) - EDGE
 LOG2E = 1.4426950408889634
 

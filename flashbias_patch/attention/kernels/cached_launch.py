@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from . import configs
+from . import tiles
 
 Step = TypeVar("Step")
 # Since 3.3 a compiled kernel is handed the constants too, and skips them.
@@ -120,12 +120,12 @@ class Kept:
     differ every time)."""
 
     def __init__(self, room: int = 1024) -> None:
-        self.room, self.generation = room, configs.generation
+        self.room, self.generation = room, tiles.generation
         self.steps: Dict[Any, Any] = {}
 
     def find(self, key: Any) -> Any:
-        if self.generation != configs.generation:
-            self.generation = configs.generation
+        if self.generation != tiles.generation:
+            self.generation = tiles.generation
             self.steps.clear()
         return self.steps.get(key)
 

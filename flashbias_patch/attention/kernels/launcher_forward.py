@@ -9,10 +9,10 @@ from torch import Tensor
 
 from . import forward as fwd
 from . import problem as pb
-from .configs import Config
+from .cached_launch import Launch
 from .problem import Problem, block_columns, cdiv
 from .recompute import keep_scale
-from .settled import Launch
+from .tiles import Config
 
 Outputs = Tuple[Tensor, Optional[Tensor], Tensor]
 

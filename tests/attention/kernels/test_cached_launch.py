@@ -11,10 +11,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.0")
 
-from flashbias_patch.attention.kernels import configs, launch, settled  # noqa: E402
-from flashbias_patch.attention.kernels.operator import fused_attention  # noqa: E402
+from flashbias_patch.attention.kernels import cached_launch, launcher, tiles  # noqa: E402
+from flashbias_patch.attention.kernels.autograd import fused_attention  # noqa: E402
 
-SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "settled_launches.py")
+SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cached_launches.py")
 
 
 @pytest.mark.slow
@@ -37,9 +37,9 @@ def attend(**changes):
 
 def test_a_class_of_calls_is_settled_once():
     attend()
-    kept = dict(launch._forwards.steps)
+    kept = dict(launcher._forwards.steps)
     attend()
-    assert dict(launch._forwards.steps) == kept and len(kept) == 1
+    assert dict(launcher._forwards.steps) == kept and len(kept) == 1
 
 
 @pytest.mark.parametrize(
@@ -57,20 +57,20 @@ def test_a_class_of_calls_is_settled_once():
 )
 def test_what_makes_another_class(changes):
     attend()
-    (before,) = launch._forwards.steps
+    (before,) = launcher._forwards.steps
     attend(**changes)
-    assert set(launch._forwards.steps) > {before}
+    assert set(launcher._forwards.steps) > {before}
 
 
 def test_another_tile_shape_unsettles_everything(monkeypatch):
     attend()
-    (step,) = launch._forwards.steps.values()
-    monkeypatch.setattr(configs, "INTERPRETED", configs.Config(16, 16, 4, 1))
+    (step,) = launcher._forwards.steps.values()
+    monkeypatch.setattr(tiles, "INTERPRETED", tiles.Config(16, 16, 4, 1))
     attend()
-    assert list(launch._forwards.steps.values()) == [step]
-    configs.generation += 1
+    assert list(launcher._forwards.steps.values()) == [step]
+    tiles.generation += 1
     attend()
-    (other,) = launch._forwards.steps.values()
+    (other,) = launcher._forwards.steps.values()
     assert other is not step and other.attend.options["BLOCK_M"] == 16
 
 
@@ -98,7 +98,7 @@ def test_backwards_kernels_side_by_side(monkeypatch, fails):
         return torch.autograd.grad(fused_attention(q, k, k, factor, factor).square().sum(), (q, k))
 
     want = gradients()
-    _, steps, _ = next(iter(launch._backwards.steps.values()))
+    _, steps, _ = next(iter(launcher._backwards.steps.values()))
     for step, name in zip(steps, ("keys", "queries")):
 
         def noted(*tensors, stream=None, launch=step.launch, name=name):
@@ -109,7 +109,7 @@ def test_backwards_kernels_side_by_side(monkeypatch, fails):
 
         step.launch = noted
     monkeypatch.setattr(
-        launch, "_streams", lambda problem: (Stream("one", notes), Stream("other", notes))
+        launcher, "_streams", lambda problem: (Stream("one", notes), Stream("other", notes))
     )
     assert all(
         torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients(), want)
@@ -125,11 +125,11 @@ def test_backwards_kernels_side_by_side(monkeypatch, fails):
 def test_the_queries_kernels_stream_goes_first(monkeypatch):
     """torch counts priorities downwards, the usual stream's is 0."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority=0: priority)
-    assert launch._other_stream.__wrapped__(torch.device("cuda")) < 0
+    assert launcher._other_stream.__wrapped__(torch.device("cuda")) < 0
 
 
 def test_lengths_that_differ_every_time_do_not_pile_up():
-    kept = settled.Kept(room=3)
+    kept = cached_launch.Kept(room=3)
     for key in range(10):
         kept.keep(key, object())
         assert kept.find(key) is not None and len(kept.steps) <= 3

@@ -1,5 +1,5 @@
-"""What the kernels with windows share: patches of keys (patches.py), windows of queries, and the
-tables of both.
+"""Device functions of the kernels with windows: patches of keys (window_patches.py), windows of
+queries, and the tables of both.
 
 In a patch the window of a query is a product of a factor of the row and a factor of the column,
 which in a tile of scores are few different numbers a thread: one multiply-add a score. Imports
@@ -15,7 +15,7 @@ FAR = tl.constexpr(-1e6)  # the centre of a window that reaches no cell
 LIMIT = tl.constexpr(
     32768.0
 )  # window weights keep within it, from 0 and from each other: see window_lift
-VALUES = tl.constexpr(9)  # of a frame in FRAMES: patches.tables
+VALUES = tl.constexpr(9)  # of a frame in FRAMES: window_patches.tables
 PADDING = tl.constexpr(8)
 EDGE = tl.constexpr(8)
 

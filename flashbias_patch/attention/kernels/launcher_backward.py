@@ -10,12 +10,12 @@ from torch import Tensor
 
 from . import backward as bwd
 from . import problem as pb
-from .configs import Config
-from .launch_forward import Keys, split_over_keys
-from .launch_sums import Sum
+from .cached_launch import Launch
+from .launcher_forward import Keys, split_over_keys
+from .launcher_sums import Sum
 from .problem import Problem, block_columns, cdiv, strides
 from .recompute import keep_scale
-from .settled import Launch
+from .tiles import Config
 
 # Numbers, B * N * H * R, up to which each head writes its own part of a shared k_factor's gradient:
 # summing these costs less than clearing memory that all of them add to.

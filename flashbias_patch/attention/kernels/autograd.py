@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ... import _torch_internals as internals
 from ...bias.grids import WindowMaskParts, WindowParts
-from . import direct, launch
-from . import windows as win
+from . import cached_call, launcher
+from . import window_tables as win
+from .cached_launch import Kept
 from .problem import (
     Problem,
     aligned_rows,
@@ -24,7 +25,6 @@ from .problem import (
     unit_last,
 )
 from .recompute import Call, differentiable_backward, plain_backward
-from .settled import Kept
 
 log = logging.getLogger("flashbias_patch")
 _told = False
@@ -38,10 +38,10 @@ Made = Tuple[
     Optional[Tensor],
     Optional[Tensor],
 ]
-# the arguments of _forward: twelve, and seven more (windows.arguments) where there are windows
+# the arguments of _forward: twelve, and with windows seven more (window_tables.arguments)
 Inputs = Any
 PLAIN = 12
-_forward_plans, _backward_plans = Kept(), Kept()  # direct.py, by the signatures of the tensors
+_forward_plans, _backward_plans = Kept(), Kept()  # cached_call.py, by the signatures of the tensors
 
 
 def _recompute(call: Call, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:
@@ -76,7 +76,7 @@ def _problem(
     that."""
     rank = 0 if q_factor is None else q_factor.shape[-1]
     if copies is None:
-        q, q_factor, k_factor = launch.prepare(q, q_factor, k_factor, scale)
+        q, q_factor, k_factor = launcher.prepare(q, q_factor, k_factor, scale)
     else:
         new_q, new_qf, new_kf = copies
         q, q_factor, k_factor = (
@@ -121,9 +121,9 @@ def _forward(inputs: Inputs, training: bool) -> Made:
     k_factor; None for what was not made."""
     q, q_factor, dropout_p = inputs[0], inputs[3], inputs[10]
     place, plan = None, None
-    stream = direct.stream_of(q) if len(inputs) == PLAIN else None
+    stream = cached_call.stream_of(q) if len(inputs) == PLAIN else None
     if stream is not None:
-        signature, addresses = direct.signed((*inputs[:6], *inputs[7:10]))
+        signature, addresses = cached_call.signed((*inputs[:6], *inputs[7:10]))
         place = signature, tuple(inputs[6]), dropout_p, inputs[11], training
         plan = _forward_plans.find(place)
         if plan:
@@ -132,13 +132,15 @@ def _forward(inputs: Inputs, training: bool) -> Made:
     seed = (
         torch.randint(1 << 62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     )
-    out, low, lse = launch.forward(problem, seed, training)
+    out, low, lse = launcher.forward(problem, seed, training)
     padded = q_factor is not None and block_columns(problem.rank) != problem.rank
     factors = (problem.q_factor, problem.k_factor) if padded else (None, None)
     if place is not None and plan is None:
-        prepare = None if q_factor is None else launch.prepared(q, q_factor, inputs[4], inputs[11])
-        plan = direct.ForwardPlan.of(
-            inputs, problem, launch.forward_step(problem, seed, training), prepare
+        prepare = (
+            None if q_factor is None else launcher.prepared(q, q_factor, inputs[4], inputs[11])
+        )
+        plan = cached_call.ForwardPlan.of(
+            inputs, problem, launcher.forward_step(problem, seed, training), prepare
         )
         _forward_plans.keep(place, plan or False)  # False: always the long way
     return (out, low, lse, seed, problem.q if problem.scaled else None, *factors)  # type: ignore[return-value]
@@ -160,7 +162,7 @@ def _backward(
             else True
         )
         place, plan = None, None
-        stream = direct.stream_of(grad_out) if plain else None
+        stream = cached_call.stream_of(grad_out) if plain else None
         if stream is not None:
             new_q, new_qf, new_kf = made[4:]
             given = (
@@ -168,7 +170,7 @@ def _backward(
                 inputs[3] if new_qf is None else new_qf,
                 inputs[4] if new_kf is None else new_kf, inputs[5], *inputs[7:10],
             )  # fmt: skip
-            signature, addresses = direct.signed((*given, grad_out, out, low, lse, seed))
+            signature, addresses = cached_call.signed((*given, grad_out, out, low, lse, seed))
             rank = 0 if inputs[3] is None else inputs[3].shape[-1]
             place = (
                 signature, tuple(inputs[6]), *inputs[10:12], rank, tuple(needs),
@@ -178,11 +180,11 @@ def _backward(
             if plan:
                 return plan(given[0], addresses, stream)  # type: ignore[no-any-return]
         problem = _problem(*inputs[:PLAIN], made[4:], _windows(inputs))  # type: ignore[call-arg]
-        wanted, passed = launch.Needs(*needs), launch.Passed(grad_out, out, low, lse, seed)
-        grads = launch.backward(problem, wanted, passed)
+        wanted, passed = launcher.Needs(*needs), launcher.Passed(grad_out, out, low, lse, seed)
+        grads = launcher.backward(problem, wanted, passed)
         if place is not None and plan is None:
-            kept = launch.backward_steps(problem, wanted, passed)
-            plan = kept and direct.BackwardPlan.of(
+            kept = launcher.backward_steps(problem, wanted, passed)
+            plan = kept and cached_call.BackwardPlan.of(
                 given, grad_out, problem, kept[1], wanted, kept[0]
             )
             _backward_plans.keep(place, plan or False)
@@ -435,10 +437,10 @@ def fused_attention(
     dtype, R <= 64; segment_weights (B|1, M, H|1, S) with segment_lengths summing to N; dense (B|1,
     H|1, M|1, N) floating; mask (B|1, H|1, M|1, N) bool, True hides; key_padding (B, N) bool (True
     hides) or floating (added). windows and window_mask as bias/grids.py has them, both on the same
-    frames (patches.why_not: what there is no room for), not with a dense that requires a gradient.
-    A row that sees no key gives zeros. `on_failure` gives the gradients where the backward kernels
-    fail (not in a compiled graph, where plain PyTorch gives them). Inputs are trusted:
-    `flash_bias_attention` is the validating door.
+    frames (window_patches.why_not says which fit), not with a dense that requires a gradient. A
+    row that sees no key gives zeros. `on_failure` gives the gradients where the backward kernels
+    fail (not in a compiled graph, where plain PyTorch gives them). Inputs are not validated: use
+    `flash_bias_attention` for that.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lengths = list(segment_lengths or ()) if segment_weights is not None else []

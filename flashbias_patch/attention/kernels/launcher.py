@@ -10,13 +10,22 @@ from typing import Any, Callable, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .configs import Config, first_working
-from .launch_backward import ByKeys, ByQueries, Made, Needs, Passed, Rows, differentiable, shapes_of
-from .launch_forward import Forward, Outputs, Prepare
-from .launch_sums import Sums
-from .launch_windows import WindowByKeys, WindowByQueries, WindowForward, WindowRows
+from .cached_launch import Kept, signature
+from .launcher_backward import (
+    ByKeys,
+    ByQueries,
+    Made,
+    Needs,
+    Passed,
+    Rows,
+    differentiable,
+    shapes_of,
+)
+from .launcher_forward import Forward, Outputs, Prepare
+from .launcher_sums import Sums
+from .launcher_windows import WindowByKeys, WindowByQueries, WindowForward, WindowRows
 from .problem import Problem, on_device, scales_q, unit_last
-from .settled import Kept, signature
+from .tiles import Config, first_working
 
 OVERLAPPED = 1 << 26  # scores, B * H * M * N, from which on backward's two kernels run side by side
 _prepared, _forwards, _backwards = Kept(), Kept(), Kept()

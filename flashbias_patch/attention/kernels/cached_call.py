@@ -1,7 +1,7 @@
 """A settled call of the fused operator: from the addresses of its tensors to the launches, with
 nothing to decide.
 
-The long way (operator.py, launch.py) makes a Problem of a call's tensors and steps of the Problem.
+The long way (autograd.py, launcher.py) makes a Problem of a call's tensors and steps of that.
 Where the kernels take the tensors as they are, a later call of the same signature needs their
 addresses alone. Such a call is a plan here: memory that is allocated and launches that follow, in
 order. Small calls wait for the processor, so this is their time.
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..._torch_internals import current_cuda_device, current_cuda_stream
-from .launch_backward import ByKeys, Needs, Passed, Rows
-from .launch_forward import Forward, Keys, Prepare
-from .launch_sums import Sums
+from .cached_launch import Launch
+from .launcher_backward import ByKeys, Needs, Passed, Rows
+from .launcher_forward import Forward, Keys, Prepare
+from .launcher_sums import Sums
 from .problem import Problem
-from .settled import Launch
 
 Signed = Tuple[Tuple[Any, ...], List[int]]
 Made = Tuple[
@@ -35,7 +35,7 @@ Made = Tuple[
 
 def signed(tensors: Sequence[Optional[Tensor]]) -> Signed:
     """(what a launch depends on of these tensors, their addresses, 0 for None): as
-    settled.signature."""
+    cached_launch.signature."""
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     return tuple([
         None if t is None else (t.shape, t.stride(), t.dtype, t.device, address & 15)

@@ -1,7 +1,7 @@
 """What reaches the GPU's driver when a call's launches are settled, against what Triton's own
 launch hands over.
 
-`python settled_launches.py` prints one line a case; needs Triton and PyTorch, no GPU: the driver is
+`python cached_launches.py` prints one line a case; needs Triton and PyTorch, no GPU: the driver is
 a stand-in that notes its arguments, the kernels are compiled for Hopper. Every case runs twice,
 forward and backward, with other tensors of the same signature; then with tensors at odd addresses,
 which are another class.
@@ -88,14 +88,14 @@ JITFunction.run = lambda self, *args, **kwargs: (
     through_triton.append(self) or _run(self, *args, **kwargs)
 )
 
-from flashbias_patch.attention.kernels import operator, problem, settled  # noqa: E402
+from flashbias_patch.attention.kernels import autograd, cached_launch, problem  # noqa: E402
 
-_launch = settled.Launch.__call__
-_launch_at = settled.Launch.at
-settled.Launch.at = lambda self, stream, *addresses: (
+_launch = cached_launch.Launch.__call__
+_launch_at = cached_launch.Launch.at
+cached_launch.Launch.at = lambda self, stream, *addresses: (
     handed.append(addresses) or _launch_at(self, stream, *addresses)
 )
-settled.Launch.__call__ = lambda self, *tensors, **options: (
+cached_launch.Launch.__call__ = lambda self, *tensors, **options: (
     handed.append(tensors) or _launch(self, *tensors, **options)
 )
 problem.arch_of = lambda tensor: (90, 132)
@@ -124,7 +124,7 @@ def attention(rank=0, segments=False, dense=False, padding=False, dropout_p=0.0,
     weights = tensor(B, M, 1, 2, dtype=torch.float32) if segments else None
     bias = tensor(1, 1, M, N, dtype=torch.float32) if dense else None
     padded = torch.zeros(B, N, dtype=torch.bool) if padding else None
-    out = operator.fused_attention(
+    out = autograd.fused_attention(
         *leaves, *factors, weights, [50, N - 50], bias, key_padding=padded, dropout_p=dropout_p,
         on_failure=failed,
     )  # fmt: skip

@@ -9,21 +9,21 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.0")
 
-from flashbias_patch.attention.kernels import cache, configs
-from flashbias_patch.attention.kernels.configs import Config, Key
+from flashbias_patch.attention.kernels import cache, tiles
+from flashbias_patch.attention.kernels.tiles import Config, Key
 
 pytestmark = pytest.mark.usefixtures("untuned")
 KEY = Key("forward", 90, True, 32, 16, True)
 
 
-@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("kernel", tiles.KERNELS)
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
 @pytest.mark.parametrize("half", [True, False])
 def test_every_call_finds_a_shipped_tile(kernel, arch, half):
     for block_d in (16, 32, 64, 128):
         for block_r in (0, 16, 32, 64):
-            found = configs.candidates(Key(kernel, arch, half, block_d, block_r, True))
-            assert len(found) > len(configs.SMALLER)
+            found = tiles.candidates(Key(kernel, arch, half, block_d, block_r, True))
+            assert len(found) > len(tiles.SMALLER)
             assert half or all(config.warps <= 4 for config in found), (
                 "tf32x3 and eight warps crash"
             )
@@ -36,27 +36,27 @@ def test_what_does_not_fit_is_passed_over_and_remembered():
 
     def launch(config):
         tried.append(config)
-        if config != configs.SMALLER[0]:
+        if config != tiles.SMALLER[0]:
             raise OutOfResources(1, 0, "shared memory")
         return "done"
 
-    assert configs.first_working(KEY, launch) == "done"
+    assert tiles.first_working(KEY, launch) == "done"
     count = len(tried)
-    configs.first_working(KEY, launch)
-    assert count > 1 and tried[count:] == [configs.SMALLER[0]]
+    tiles.first_working(KEY, launch)
+    assert count > 1 and tried[count:] == [tiles.SMALLER[0]]
     with pytest.raises(RuntimeError, match="no tile shape fits"):
-        configs._working.clear()
-        configs.first_working(
+        tiles._working.clear()
+        tiles.first_working(
             KEY, lambda config: (_ for _ in ()).throw(OutOfResources(1, 0, "registers"))
         )
 
 
 def test_tuned_choices_survive_on_disk(monkeypatch):
     chosen = Config(32, 32, 4, 1)
-    configs.remember({KEY: chosen})
-    monkeypatch.setattr(configs, "_tuned", {})
-    monkeypatch.setattr(configs, "_loaded", False)
-    assert configs.candidates(KEY)[0] == chosen
+    tiles.remember({KEY: chosen})
+    monkeypatch.setattr(tiles, "_tuned", {})
+    monkeypatch.setattr(tiles, "_loaded", False)
+    assert tiles.candidates(KEY)[0] == chosen
 
 
 def test_a_forced_shape_is_the_only_one_and_leaves_no_trace():
@@ -65,71 +65,71 @@ def test_a_forced_shape_is_the_only_one_and_leaves_no_trace():
     def no_room(config):
         raise OutOfResources(1, 0, "shared memory")
 
-    plain, other = configs.candidates(KEY), KEY._replace(kernel="keys")
+    plain, other = tiles.candidates(KEY), KEY._replace(kernel="keys")
     one, two = Config(16, 32, 4, 1), Config(32, 16, 4, 1)
-    with pytest.raises(ZeroDivisionError), configs.forced(KEY, one):
-        assert configs.candidates(KEY) == [one] and len(configs.candidates(other)) > 1
-        with configs.forced(KEY, two):
-            assert configs.first_working(KEY, lambda config: config) == two
+    with pytest.raises(ZeroDivisionError), tiles.forced(KEY, one):
+        assert tiles.candidates(KEY) == [one] and len(tiles.candidates(other)) > 1
+        with tiles.forced(KEY, two):
+            assert tiles.first_working(KEY, lambda config: config) == two
             with pytest.raises(RuntimeError, match="no tile shape fits"):
-                configs.first_working(KEY, no_room)
-        assert configs.candidates(KEY) == [one]
+                tiles.first_working(KEY, no_room)
+        assert tiles.candidates(KEY) == [one]
         raise ZeroDivisionError
-    assert configs.candidates(KEY) == plain and not configs._working
-    with configs.forced(KEY._replace(arch=0), one):  # the interpreter's too
-        assert configs.candidates(KEY._replace(arch=0)) == [one]
+    assert tiles.candidates(KEY) == plain and not tiles._working
+    with tiles.forced(KEY._replace(arch=0), one):  # the interpreter's too
+        assert tiles.candidates(KEY._replace(arch=0)) == [one]
 
 
 def test_the_generation_counts_what_changes_answers():
     from triton.runtime.errors import OutOfResources
 
     def count(action):
-        before = configs.generation
+        before = tiles.generation
         action()
-        return configs.generation - before
+        return tiles.generation - before
 
     def only(config):
         def launch(given):
             if given != config:
                 raise OutOfResources(1, 0, "shared memory")
 
-        return lambda: configs.first_working(KEY, launch)
+        return lambda: tiles.first_working(KEY, launch)
 
     def force():
-        with configs.forced(KEY, Config(16, 16, 4, 1)):
-            inside.append(configs.generation)
+        with tiles.forced(KEY, Config(16, 16, 4, 1)):
+            inside.append(tiles.generation)
 
-    inside, start = [], configs.generation
-    best = configs.candidates(KEY)[0]
+    inside, start = [], tiles.generation
+    best = tiles.candidates(KEY)[0]
     assert count(only(best)) == 0, "what was the first candidate stays it"
-    assert count(lambda: configs.candidates(KEY)) == 0
+    assert count(lambda: tiles.candidates(KEY)) == 0
     assert count(force) == 2 and inside[0] == start + 1
-    assert count(lambda: configs.remember({KEY: Config(32, 32, 4, 1)})) > 0
-    configs._working.clear()
-    assert count(only(configs.SMALLER[-1])) > 0, "another one than the first works"
-    assert count(only(configs.SMALLER[-1])) == 0
-    assert count(configs.reload) > 0
-    assert count(configs.forget) > 0 and configs.candidates(KEY)[0] == best
+    assert count(lambda: tiles.remember({KEY: Config(32, 32, 4, 1)})) > 0
+    tiles._working.clear()
+    assert count(only(tiles.SMALLER[-1])) > 0, "another one than the first works"
+    assert count(only(tiles.SMALLER[-1])) == 0
+    assert count(tiles.reload) > 0
+    assert count(tiles.forget) > 0 and tiles.candidates(KEY)[0] == best
 
 
 def test_which_classes_the_shipped_table_was_measured_for():
-    assert configs.measured(KEY) and configs.measured(KEY._replace(arch=0))
+    assert tiles.measured(KEY) and tiles.measured(KEY._replace(arch=0))
     for arch in (80, 89, 100, 120):
-        assert not configs.measured(KEY._replace(arch=arch))
-    assert not configs.tuned(KEY)
-    configs.remember({KEY: Config(32, 32, 4, 1)})
-    assert configs.tuned(KEY) and not configs.tuned(KEY._replace(arch=86))
+        assert not tiles.measured(KEY._replace(arch=arch))
+    assert not tiles.tuned(KEY)
+    tiles.remember({KEY: Config(32, 32, 4, 1)})
+    assert tiles.tuned(KEY) and not tiles.tuned(KEY._replace(arch=86))
 
 
 def test_reading_again_finds_what_another_process_wrote(monkeypatch):
-    configs.remember({KEY: Config(32, 32, 4, 1)})
-    configs.first_working(KEY, lambda config: config)
+    tiles.remember({KEY: Config(32, 32, 4, 1)})
+    tiles.first_working(KEY, lambda config: config)
     with monkeypatch.context() as patch:  # another process
-        patch.setattr(configs, "_tuned", {})
-        configs.remember({KEY: Config(16, 32, 4, 1)})
-    configs.first_working(KEY, lambda config: config)
-    configs.reload()
-    assert configs.candidates(KEY)[0] == Config(16, 32, 4, 1)
+        patch.setattr(tiles, "_tuned", {})
+        tiles.remember({KEY: Config(16, 32, 4, 1)})
+    tiles.first_working(KEY, lambda config: config)
+    tiles.reload()
+    assert tiles.candidates(KEY)[0] == Config(16, 32, 4, 1)
 
 
 def elsewhere(monkeypatch, name, value):
@@ -140,32 +140,32 @@ def elsewhere(monkeypatch, name, value):
 
 
 def again(monkeypatch):
-    monkeypatch.setattr(configs, "_tuned", {})
-    monkeypatch.setattr(configs, "_loaded", False)
-    return configs.candidates(KEY)[0]
+    monkeypatch.setattr(tiles, "_tuned", {})
+    monkeypatch.setattr(tiles, "_loaded", False)
+    return tiles.candidates(KEY)[0]
 
 
 @pytest.mark.parametrize("name", cache.NAMES)
 def test_what_another_gpu_or_version_tuned_is_kept_and_not_used(monkeypatch, name):
-    theirs, ours, shipped = Config(32, 32, 4, 1), Config(16, 32, 4, 1), configs.candidates(KEY)[0]
+    theirs, ours, shipped = Config(32, 32, 4, 1), Config(16, 32, 4, 1), tiles.candidates(KEY)[0]
     with monkeypatch.context() as patch:
         elsewhere(patch, name, "another")
-        configs.remember({KEY: theirs})
+        tiles.remember({KEY: theirs})
         assert again(patch) == theirs
     assert again(monkeypatch) == shipped
-    configs.remember({KEY: ours})
+    tiles.remember({KEY: ours})
     assert again(monkeypatch) == ours
     assert len(cache.rows()) == 2
-    configs.forget([KEY])
+    tiles.forget([KEY])
     assert again(monkeypatch) == shipped and len(cache.rows()) == 1
     elsewhere(monkeypatch, name, "another")
     assert again(monkeypatch) == theirs
-    assert configs.forget() and again(monkeypatch) == shipped and not configs.forget()
+    assert tiles.forget() and again(monkeypatch) == shipped and not tiles.forget()
 
 
 def test_rows_of_the_old_format_and_damaged_ones_are_dropped(monkeypatch):
-    good, shipped = Config(32, 32, 4, 1), configs.candidates(KEY)[0]
-    configs.remember({KEY: good})
+    good, shipped = Config(32, 32, 4, 1), tiles.candidates(KEY)[0]
+    tiles.remember({KEY: good})
     (row,) = cache.rows()
     damaged = [
         {**row, "config": numbers}
@@ -189,7 +189,7 @@ def test_rows_of_the_old_format_and_damaged_ones_are_dropped(monkeypatch):
         assert again(monkeypatch) == good, bad
     with open(cache.path(), "w") as file:
         json.dump([[list(KEY), list(good)]], file)
-    configs.remember({KEY: good})
+    tiles.remember({KEY: good})
     assert len(cache.rows()) == 1
 
 
@@ -199,8 +199,8 @@ def test_a_corrupt_cache_is_ignored(content):
     os.makedirs(os.path.dirname(path))
     with open(path, "w") as file:
         file.write(content)
-    assert configs.candidates(KEY)[0] == configs.candidates(KEY)[0]
-    configs.remember({KEY: Config(32, 32, 4, 1)})
+    assert tiles.candidates(KEY)[0] == tiles.candidates(KEY)[0]
+    tiles.remember({KEY: Config(32, 32, 4, 1)})
     with open(path) as file:
         assert len(json.load(file)) == 1
 
@@ -208,5 +208,5 @@ def test_a_corrupt_cache_is_ignored(content):
 def test_an_unwritable_cache_is_no_error(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    configs.remember({KEY: Config(32, 32, 4, 1)})
-    assert configs.candidates(KEY)[0] == Config(32, 32, 4, 1)
+    tiles.remember({KEY: Config(32, 32, 4, 1)})
+    assert tiles.candidates(KEY)[0] == Config(32, 32, 4, 1)

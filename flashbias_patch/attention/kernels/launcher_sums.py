@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import problem as pb
+from .cached_launch import Launch
 from .problem import cdiv
-from .settled import Launch
 from .sums import sum_kernel
 
 ROWS = 32  # of a program

@@ -1,5 +1,5 @@
-"""The forward and backward pass of one class of calls with windows, as launch_forward.py and
-launch_backward.py have them for calls without."""
+"""The forward and backward pass of one class of calls with windows, as launcher_forward.py and
+launcher_backward.py have them for calls without."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from . import problem as pb
 from . import window_backward as bwd
 from . import window_forward as fwd
-from .configs import Config
-from .launch_backward import Needs, Passed, Step, key_sums, needed, shapes_of
-from .launch_forward import Outputs, Outs
-from .launch_sums import Sum
-from .patches import LOG2E
+from .cached_launch import Launch
+from .launcher_backward import Needs, Passed, Step, key_sums, needed, shapes_of
+from .launcher_forward import Outputs, Outs
+from .launcher_sums import Sum
 from .problem import Problem, block_columns, cdiv, strides
 from .recompute import keep_scale
-from .settled import Launch
-from .windows import Windows, tables_of
+from .tiles import Config
+from .window_patches import LOG2E
+from .window_tables import Windows, tables_of
 
 
 def windows_of(problem: Problem) -> Windows:
