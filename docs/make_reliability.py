@@ -45,7 +45,7 @@ def soak(name: str, result: Dict[str, Any]) -> List[str]:
 
 def synchronisations(name: str, result: Dict[str, Any]) -> List[str]:
     lines = [
-        "**Synchronisations.** What waits for the GPU in the profiled steps of mini_cmt. "
+        "**Synchronisations.** Calls that wait for the GPU in the profiled steps of mini_cmt. "
         f"{source(name, result)}.",
         "",
         "| | unpatched | patched |",

@@ -49,7 +49,7 @@ class Fault(NamedTuple):
     name: str
     act: Callable[..., Any]
     silent: bool = False
-    outcome: str = "out for this class of call, the next backend answers"
+    outcome: str = "not used for this signature; the next backend computes the call"
 
 
 FAULTS = (
@@ -64,11 +64,11 @@ FAULTS = (
         _raise(
             torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
         ),
-        outcome="small chunks for this call, nothing is out",
+        outcome="this call in small chunks; no breaker opens",
     ),
     Fault("NaN output", _each(lambda t: t * float("nan")), silent=True),
     Fault("wrong output", _each(lambda t: torch.cat([t[:, :-1], t[:, -1:] + 0.5], 1)), silent=True),
-    Fault("slow compile", _slow, outcome="waited for"),
+    Fault("slow compile", _slow, outcome="the call waits for it"),
     Fault(
         "unwritable cache directory",
         _raise(PermissionError(13, "Permission denied: '.triton/cache'")),

@@ -32,9 +32,9 @@ def lines(found: Iterable[Case]) -> List[str]:
                     moment = "in mid-training" if late else "before the first step"
                     how = fault.outcome
                     if not late and fault.name not in ("OOM", "slow compile"):
-                        how = "the self-check meets it: " + how
+                        how = "the self-check finds it: " + how
                     elif not late and fault.name == "OOM":
-                        how = "the self-check meets it: small chunks for each such call"
+                        how = "the self-check finds it: small chunks for each such call"
                     table.append(f"| {fault.name} | {passing} | {moment} | {runs} | {how} |")
     return table
 
