@@ -34,6 +34,22 @@ KINDS = ("cross", "self", "all")
 Bias = Union[AttentionBias, Tensor]
 
 
+class History:
+    """Whether any `with attention_bias(...)` was opened in this process.
+
+    `opened` is set when the first one opens, and never cleared. Until then no call reads a context
+    variable for its biases.
+    """
+
+    __slots__ = ("opened",)
+
+    def __init__(self) -> None:
+        self.opened = False
+
+
+history = History()
+
+
 class Block:
     """One `with attention_bias(...)`: whether it is open, which kinds of attention were called in
     it, and whether any of them was given the bias. A block in a generator may end in another thread
@@ -71,7 +87,6 @@ _inherited: contextvars.ContextVar[Scopes] = contextvars.ContextVar(
 _learned: contextvars.ContextVar[Tuple[Tensor, ...]] = contextvars.ContextVar(
     "flashbias_learned", default=()
 )
-ever_opened = False  # any `with attention_bias(...)` in this process
 
 
 def map_bias(bias: Bias, function: Callable[[Tensor], Tensor]) -> Bias:
@@ -124,8 +139,7 @@ def attention_bias(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not isinstance(bias, (AttentionBias, Tensor)):
         raise TypeError(f"bias must be an AttentionBias or a Tensor, got {type(bias).__name__}")
-    global ever_opened
-    ever_opened = True
+    history.opened = True
     checkpoint_hooks.watch()
     # a checkpoint around this block does not need the bias: it opens the block again
     replay.current()
@@ -181,10 +195,10 @@ def learned(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def active() -> bool:
-    """Whether any `with attention_bias(...)` may concern a call here. Not before one was opened
-    (`ever_opened`)."""
+    """Return True if an `attention_bias(...)` block may concern a call here. Only to be called
+    where `history.opened` is True."""
     scopes = _scopes.get()
-    return bool(_inherited.get() if scopes is None else scopes) or bool(unreachable.modules)
+    return bool(_inherited.get() if scopes is None else scopes) or unreachable.record.any
 
 
 def biases_for(module: Any, kind: str) -> List[Bias]:

@@ -52,4 +52,4 @@ def original_alone(
 
 @constant_while_traced  # torch.compile cannot read context variables
 def _biased() -> bool:
-    return context.ever_opened and bool(context.current_scopes())
+    return context.history.opened and bool(context.current_scopes())

@@ -263,13 +263,13 @@ def _wrap_inner_attention() -> None:
     """Wrap the forward of torch's own attention, which acts inside an outer forward only."""
     from torch import nn
 
-    from .seams import inner_attention
+    from .seams import inner_forward
 
     original = vars(nn.MultiheadAttention)["forward"]
     if _is_patched(original):
         return
-    wrapper = inner_attention.wrap_forward(original)
-    wrapper.__flashbias_seam__ = inner_attention
+    wrapper = inner_forward.wrap_forward(original)
+    wrapper.__flashbias_seam__ = inner_forward
     wrapper.__flashbias_original__ = original
     nn.MultiheadAttention.forward = wrapper  # type: ignore[method-assign]
     _claims.append(

@@ -1,14 +1,13 @@
-"""Biases that a recomputation cannot find again: an error there, not a gradient without them.
+"""Biases that a recomputation cannot find: it raises an error instead of computing without them.
 
 Inside a torch.autograd.Function that does not hand its ctx to forward(), nothing can be attached to
-the graph (see attention/recovery/replay.py). The modules that were given a bias in such a place are
-remembered.
+the graph (see attention/recovery/replay.py). Modules that were given a bias there are recorded.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any, List
+from typing import Any
 
 from .._torch_internals import current_graph_task
 from ..attention.recovery import replay
@@ -19,23 +18,43 @@ _CURE = (
     "Python. Open attention_bias(...) inside the checkpointed function, or use "
     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
 )
-# The set of these modules, once there is one. Until then an empty list, which costs nothing to look
-# at.
-modules: List[weakref.WeakSet[Any]] = []
+
+
+class Record:
+    """The modules that were given a bias where no recomputation can find it.
+
+    Attributes:
+        any: True once there was such a module in this process. Every call looks at it, and it costs
+            no function call.
+        modules: these modules; it does not keep them alive.
+    """
+
+    __slots__ = ("any", "modules")
+
+    def __init__(self) -> None:
+        self.any = False
+        self.modules: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+record = Record()
 
 
 def remember(module: Any) -> None:
-    """`module` is given a bias here: note it where a recomputation would be without."""
+    """Record `module`, which is given a bias here, if a recomputation could not find that bias."""
     if replay.out_of_reach():
-        if not modules:
-            modules.append(weakref.WeakSet())
-        modules[0].add(module)
+        record.any = True
+        record.modules.add(module)
 
 
 def check(module: Any) -> None:
-    """RuntimeError if `module`, which has no bias here, is being recomputed and had one that cannot
-    be found again."""
-    if modules and module in modules[0] and current_graph_task() != -1 and not replay.repeating():
+    """Raise RuntimeError if `module`, which has no bias here, is recomputed, and its forward had a
+    bias that the recomputation cannot find."""
+    if (
+        record.any
+        and module in record.modules
+        and current_graph_task() != -1
+        and not replay.repeating()
+    ):
         raise RuntimeError(
             f"attention_bias: {type(module).__name__} is recomputed in a backward pass without "
             "the bias that its "
@@ -44,7 +63,7 @@ def check(module: Any) -> None:
 
 
 def refuse(module: Any) -> None:
-    """RuntimeError, in the forward pass, where a recomputation could not even be told to be one."""
+    """Raise RuntimeError in the forward pass, where a recomputation could not be recognised."""
     if replay.out_of_reach():
         raise RuntimeError(
             f"attention_bias: a recomputation of {type(module).__name__} would be without it: "

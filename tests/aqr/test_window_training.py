@@ -144,8 +144,11 @@ def test_evaluation_and_one_sample(heads, attention):
 def test_dense_biases_length_first_are_understood(heads, monkeypatch):
     """A generator that is left alone: its (M, B, N) reaches both generations."""
     from flashbias_patch.patching.seams import bias_generator
+    from flashbias_patch.patching.seams.window_description import Verdict
 
-    monkeypatch.setattr(bias_generator.GeneratorSeam, "_recipe", lambda self, *args: "off")
+    monkeypatch.setattr(
+        bias_generator.GeneratorSeam, "_verdict", lambda self, *args: Verdict(reason="off")
+    )
     for attention in ATTENTIONS:
         plain, patched = (make(cls, attention, False) for cls in heads)
         out, found = gradients(patched, inputs())

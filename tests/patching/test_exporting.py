@@ -190,7 +190,7 @@ def test_a_strict_export_beside_a_block(model):
 def test_a_strict_export_after_a_bias_out_of_reach(model, monkeypatch):
     """Modules remembered for another reason than an open block do not refuse an export."""
     monkeypatch.setattr(unreachable, "modules", [weakref.WeakSet([nn.Linear(1, 1)])])
-    monkeypatch.setattr(context, "ever_opened", True)
+    monkeypatch.setattr(context.history, "opened", True)
     flashbias_patch.install()
     with torch.no_grad():
         export_strict(model)

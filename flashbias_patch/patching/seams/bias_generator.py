@@ -1,18 +1,19 @@
-"""The seam of AttentionBiasGenerator: its bias as a description (bias/tensor) instead of a dense
-(B, M, N) tensor.
+"""The seam of AttentionBiasGenerator: it returns its bias as a description (bias/tensor) instead of
+a dense (B, M, N) tensor.
 
-The class paints a lidar and a camera weight of every query into windows around the query's place on
-the BEV grid and in one camera, times a clamped, learned scale. Forks may do something else under
-that name. So before the first call of a module is replaced, its own forward is run on a few queries
-of a synthetic call, and values and gradients are compared; where they differ, or where it leaves
-something behind that is not understood, it runs as ever.
+The class paints a lidar and a camera weight per query into windows: around the query's cell of the
+BEV grid, and around its pixel in one camera, times a clamped, learned scale. Forks may compute
+something else under that name. So before the first call of a module is replaced, its own forward
+runs on a few queries of a synthetic call, and values and gradients are compared
+(bias_generator_check.py). Where they differ, or where the forward changes the module in a way that
+is not understood, the module keeps its forward.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List
 
 import torch
 from torch import Tensor, nn
@@ -22,39 +23,34 @@ from ..._torch_internals import autocast, is_compiling
 from ...attention.recovery import errors as faults
 from ...attention.selfcheck import undisturbed
 from ...bias.tensor.core import traced
+from .base import Args, Kwargs, Seam
 from .bias_generator_check import judge
 from .comparison import plain_attributes
 from .window_description import ATTRIBUTES, NAMES, SCALE, Recipe, Verdict, bounded, describe
 
 
-class GeneratorSeam:
+class GeneratorSeam(Seam):
     """forward(lidar_weights, camera_weights, pts_bev_indices, pts_pers_indices) -> (B, M, N)."""
 
     def __init__(self, cls: type) -> None:
-        self.name = cls.__qualname__
+        super().__init__(cls)
         self.checking = False
         self.verdicts: Dict[Any, Verdict] = {}
 
-    def __call__(
-        self,
-        wrapped: Callable[..., Any],
-        module: Any,
-        args: Tuple[Any, ...],
-        kwargs: Dict[str, Any],
-    ) -> Any:
-        given = dict(zip(NAMES, args), **kwargs)
-        if self.checking or set(given) != set(NAMES) or is_compiling() or traced():
+    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Args, kwargs: Kwargs) -> Any:
+        arguments = dict(zip(NAMES, args), **kwargs)
+        if self.checking or set(arguments) != set(NAMES) or is_compiling() or traced():
             return wrapped(*args, **kwargs)
-        tensors = [given[name] for name in NAMES]
+        tensors = [arguments[name] for name in NAMES]
         if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
             return wrapped(*args, **kwargs)
-        recipe = self._recipe(wrapped, module, tensors)
-        if isinstance(recipe, str) or not bounded(module, tensors):
+        recipe = self._verdict(wrapped, module, tensors).recipe
+        if recipe is None or not bounded(module, tensors):
             return wrapped(*args, **kwargs)
-        self._print_if_due(wrapped, module, recipe, given)
+        self._print_if_due(wrapped, module, recipe, arguments)
         return describe(module, recipe, *tensors)
 
-    def _recipe(self, wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> Verdict:
+    def _verdict(self, wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> Verdict:
         scale = getattr(module, SCALE, None)
         # Not by module: nn.DataParallel makes new ones in every step.
         settings = (
@@ -69,11 +65,15 @@ class GeneratorSeam:
         if verdict is not None:
             return verdict
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return "a CUDA graph is captured"
+            return Verdict(reason="a CUDA graph is captured")
         verdict = self.verdicts[key] = self._judge(wrapped, module, tensors)
-        if isinstance(verdict, str):
+        if verdict.recipe is None:
             telemetry.once(
-                (self.name, verdict), "warning", "%s keeps its dense bias: %s", self.name, verdict
+                (self.name, verdict.reason),
+                "warning",
+                "%s keeps its dense bias: %s",
+                self.name,
+                verdict.reason,
             )
         else:
             telemetry.once(
@@ -94,14 +94,14 @@ class GeneratorSeam:
         except Exception as error:
             if not faults.survivable(error):
                 raise
-            return f"its check failed: {faults.first_line(error)}"
+            return Verdict(reason=f"its check failed: {faults.first_line(error)}")
         finally:
             self.checking = False
 
     def _print_if_due(
-        self, wrapped: Callable[..., Any], module: Any, recipe: Recipe, given: Dict[str, Tensor]
+        self, wrapped: Callable[..., Any], module: Any, recipe: Recipe, arguments: Dict[str, Tensor]
     ) -> None:
-        """The module's own forward where its count of calls says that it prints statistics of its
+        """Run the module's own forward if its count of calls says that it prints statistics of its
         dense bias."""
         if recipe.counter is None:
             return
@@ -110,7 +110,7 @@ class GeneratorSeam:
             self.checking = True
             try:
                 with torch.no_grad():
-                    wrapped(**given)
+                    wrapped(**arguments)
             except Exception as error:
                 if not faults.out_of_memory(error):
                     raise

@@ -1,43 +1,47 @@
-"""The check of an AttentionBiasGenerator: values and gradients of its own forward, compared."""
+"""The check of an AttentionBiasGenerator: its own forward, compared with windows.
+
+A synthetic call of few queries runs through the module's own forward and through the description,
+with several scales. Values and gradients are compared.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from .window_description import ATTRIBUTES, NAMES, SCALE, Recipe, Verdict, bias_of
+from .window_description import ATTRIBUTES, NAMES, SCALE, SIZES, Recipe, Verdict, bias_of
 
 QUERIES = 24  # of the synthetic call
-LEAST_PERIOD = 50  # of calls, from which on a number in its code may be that of its debug prints
+LEAST_PERIOD = 50  # calls; a smaller number in its code is not the period of its debug prints
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def judge(wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> Verdict:
+    """Compare `wrapped`, the forward of `module`, with windows; `tensors` are those of a call."""
     missing = [name for name in (*ATTRIBUTES, SCALE) if not hasattr(module, name)]
     if missing:
-        return f"it has no {', '.join(missing)}"
-    if not all(type(getattr(module, n)) is int and getattr(module, n) > 0 for n in ATTRIBUTES[:6]):
-        return f"expected positive ints as {', '.join(ATTRIBUTES[:6])}"
-    given = _synthetic(module, tensors)
+        return Verdict(reason=f"it has no {', '.join(missing)}")
+    if not all(type(getattr(module, n)) is int and getattr(module, n) > 0 for n in SIZES):
+        return Verdict(reason=f"expected positive ints as {', '.join(SIZES)}")
+    synthetic = _synthetic(module, tensors)
     if any(
         tensor.shape[2:] != like.shape[2:] or tensor.dim() != like.dim()
-        for tensor, like in zip(tensors, given)
+        for tensor, like in zip(tensors, synthetic)
     ):
-        return (
-            "its arguments have the shapes "
-            f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)}"
-        )
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        return Verdict(reason=f"its arguments have the shapes {shapes}")
     counter = None
     dtype: Optional[torch.dtype] = None
-    wrong = {True: "", False: ""}
+    # Clamped or not -> the first difference from windows with such a scale.
+    differences: Dict[bool, Optional[str]] = {True: None, False: None}
     for value in _scales(module):
         with _with_scale(module, value) as scale, _state_kept(module) as changes:
-            leaves = [tensor.detach().requires_grad_() for tensor in given[:2]]
-            out = wrapped(**dict(zip(NAMES, (*leaves, *given[2:]))))
+            leaves = [tensor.detach().requires_grad_() for tensor in synthetic[:2]]
+            out = wrapped(**dict(zip(NAMES, (*leaves, *synthetic[2:]))))
             learned = [t for t in (*leaves, scale) if isinstance(t, Tensor) and t.requires_grad]
             grad = (
                 torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype)
@@ -45,25 +49,27 @@ def judge(wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> Ve
             theirs = _run(out, learned, grad)
             dtype = out.dtype
             for clamped in (True, False):
-                if not wrong[clamped]:
-                    bias = bias_of(module, clamped, *leaves, *given[2:])
-                    if bias.dense()[:, 0].shape != out.shape:
-                        return f"its bias has the shape {tuple(out.shape)}"
-                    ours = _run(bias.dense()[:, 0].to(dtype), learned, grad)
-                    wrong[clamped] = _difference(ours, theirs, dtype)
+                if differences[clamped] is None:
+                    dense = bias_of(module, clamped, *leaves, *synthetic[2:]).dense()[:, 0]
+                    if dense.shape != out.shape:
+                        return Verdict(reason=f"its bias has the shape {tuple(out.shape)}")
+                    ours = _run(dense.to(dtype), learned, grad)
+                    differences[clamped] = _difference(ours, theirs, dtype)
         if changes.others:
-            return f"it changes {', '.join(changes.others)}"
+            return Verdict(reason=f"it changes {', '.join(changes.others)}")
         counter = changes.counter
-    if wrong[True] and wrong[False]:
-        return wrong[True]
+    clamps = differences[True] is None
+    if not clamps and differences[False] is not None:
+        return Verdict(reason=differences[True])
     assert dtype is not None
     periods = () if counter is None else _periods(module)
     if counter is not None and not periods:
-        return f"it counts its calls in {counter}"
-    return Recipe(dtype, not wrong[True], counter, periods)
+        return Verdict(reason=f"it counts its calls in {counter}")
+    return Verdict(Recipe(dtype, clamps, counter, periods))
 
 
 def _run(out: Tensor, learned: List[Tensor], grad: Tensor) -> List[Optional[Tensor]]:
+    """Return the output and its gradients with respect to `learned`."""
     if not learned:
         return [out.detach()]
     return [out.detach(), *torch.autograd.grad(out, learned, grad, allow_unused=True)]
@@ -71,37 +77,35 @@ def _run(out: Tensor, learned: List[Tensor], grad: Tensor) -> List[Optional[Tens
 
 def _difference(
     ours: List[Optional[Tensor]], theirs: List[Optional[Tensor]], dtype: torch.dtype
-) -> str:
-    """How values and gradients differ by more than the roundings of their dtypes; "" if they do
-    not."""
-    for place, (mine, true) in enumerate(zip(ours, theirs)):
-        if mine is None and true is None:
+) -> Optional[str]:
+    """Say how values (the first of each list) or gradients (the others) differ by more than the
+    rounding of their dtypes; None if they do not."""
+    for index, pair in enumerate(zip(ours, theirs)):
+        tensors = [tensor for tensor in pair if tensor is not None]
+        if not tensors:
             continue
-        given = [tensor for tensor in (mine, true) if tensor is not None]
-        bound = max(
-            TOLERANCE.get(each, 1e-5) for each in (dtype, *(tensor.dtype for tensor in given))
+        bound = max(TOLERANCE.get(each, 1e-5) for each in (dtype, *(t.dtype for t in tensors)))
+        our, their = (
+            torch.zeros((), device=tensors[0].device) if t is None else t.double() for t in pair
         )
-        wide = [
-            torch.zeros((), device=given[0].device) if t is None else t.double()
-            for t in (mine, true)
-        ]
-        gap, size = float((wide[0] - wide[1]).abs().amax()), float(wide[1].abs().amax())
-        if not gap <= bound * (size + 1e-3) * (10 if place else 1):
-            name = "gradients" if place else "values"
+        gap, size = float((our - their).abs().amax()), float(their.abs().amax())
+        is_gradient = index > 0
+        if not gap <= bound * (size + 1e-3) * (10 if is_gradient else 1):
+            name = "gradients" if is_gradient else "values"
             return (
                 f"its {name} are not those of windows (they differ by {gap:.2g} where the "
                 f"largest is {size:.2g})"
             )
-    return ""
+    return None
 
 
 def _synthetic(module: Any, tensors: List[Tensor]) -> List[Tensor]:
-    """A call of few queries: places all over the grids, their edges among them, weights from -1 to
-    1."""
+    """Return the arguments of a call of few queries: cells all over the grids, edges included, and
+    weights from -1 to 1."""
     B, device = tensors[0].shape[0], tensors[0].device
     draw = torch.Generator().manual_seed(0)
 
-    def places(size: int) -> Tensor:
+    def indices(size: int) -> Tensor:
         drawn = torch.randint(0, size, (B, QUERIES), generator=draw)
         drawn[:, 0], drawn[:, 1] = 0, size - 1
         return drawn.to(device)
@@ -111,14 +115,15 @@ def _synthetic(module: Any, tensors: List[Tensor]) -> List[Tensor]:
         for t in tensors[:2]
     ]
     camera = torch.stack(
-        [places(module.num_views), places(module.pers_h), places(module.pers_w)], -1
+        [indices(module.num_views), indices(module.pers_h), indices(module.pers_w)], -1
     )
-    bev = places(module.bev_h) * module.bev_w + places(module.bev_w)
+    bev = indices(module.bev_h) * module.bev_w + indices(module.bev_w)
     return [*weights, bev.to(tensors[2].dtype), camera.to(tensors[3].dtype)]
 
 
 def _scales(module: Any) -> List[Optional[float]]:
-    """Scales to try: its own (None), and where it is a tensor some beyond both clamps."""
+    """Return the scales to try: its own (None), and if it is a tensor also some beyond both
+    clamps."""
     if not isinstance(getattr(module, SCALE), Tensor):
         return [None]
     low, high = float(module.min_scale), float(module.max_scale)
@@ -127,8 +132,8 @@ def _scales(module: Any) -> List[Optional[float]]:
 
 @contextlib.contextmanager
 def _with_scale(module: Any, value: Optional[float]) -> Iterator[Any]:
-    """The module's scale, or a stand-in of that value for it, which is what is in its place
-    meanwhile."""
+    """Replace the module's scale, if it is a tensor, by one of that value (None: its own) in the
+    block; yields what the module holds."""
     scale = getattr(module, SCALE)
     if not isinstance(scale, Tensor):
         yield scale
@@ -136,35 +141,42 @@ def _with_scale(module: Any, value: Optional[float]) -> Iterator[Any]:
     store = next(
         d for d in (module._parameters, module._buffers, module.__dict__) if d.get(SCALE) is scale
     )
-    stand_in: Tensor = scale.detach().clone() if value is None else torch.full_like(scale, value)
+    replacement: Tensor = scale.detach().clone() if value is None else torch.full_like(scale, value)
     if store is module._parameters:
-        stand_in = nn.Parameter(stand_in, scale.requires_grad)
-    store[SCALE] = stand_in
+        replacement = nn.Parameter(replacement, scale.requires_grad)
+    store[SCALE] = replacement
     try:
-        yield stand_in
+        yield replacement
     finally:
         store[SCALE] = scale
 
 
 class _Changes:
-    counter: Optional[str] = None
-    others: Tuple[str, ...] = ()
+    """Changes that a forward makes to its module.
+
+    Attributes:
+        counter: the one attribute that grew by 1, if any: it counts the calls.
+        others: names of all other attributes and buffers that changed.
+    """
+
+    def __init__(self) -> None:
+        self.counter: Optional[str] = None
+        self.others: Tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
 def _state_kept(module: Any) -> Iterator[_Changes]:
-    """What a forward changes in its module is found, and put back."""
-    before, found = (dict(module.__dict__), dict(vars(type(module)))), _Changes()
+    """Find the changes that a forward makes to its module in the block, and undo them."""
+    own, of_class, changes = dict(module.__dict__), dict(vars(type(module))), _Changes()
     buffers = {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers()}
     changed: List[str] = []
     try:
-        yield found
+        yield changes
     finally:
-        own, of_class = before
         changed += [
             name
             for name, value in vars(type(module)).items()
-            if value is not of_class.get(name, found)
+            if value is not of_class.get(name, changes)
         ]
         for name, value in list(module.__dict__.items()):
             if name not in own:
@@ -172,21 +184,21 @@ def _state_kept(module: Any) -> Iterator[_Changes]:
                 del module.__dict__[name]
             elif value is not own[name]:
                 counts = type(value) is int and type(own[name]) is int and value == own[name] + 1
-                if counts and found.counter in (None, name):
-                    found.counter = name
+                if counts and changes.counter in (None, name):
+                    changes.counter = name
                 else:
                     changed.append(name)
                 module.__dict__[name] = own[name]
-        for name, (buffer, kept) in buffers.items():
-            if not torch.equal(buffer, kept):
+        for name, (buffer, original) in buffers.items():
+            if not torch.equal(buffer, original):
                 changed.append(name)
-                buffer.copy_(kept)
-        found.others = tuple(changed)
+                buffer.copy_(original)
+        changes.others = tuple(changed)
 
 
 def _periods(module: Any) -> Tuple[int, ...]:
-    """Numbers of calls after which the module may print: those in its code and in its attributes of
-    such a name."""
+    """Return the numbers of calls after which the module may print: constants of its code, and
+    attributes whose names speak of an interval."""
     numbers: List[int] = []
     for base in type(module).__mro__:
         if base.__module__.startswith("torch."):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ...attention.recovery import replay
 from .. import call_adapter, context, route, unreachable
 from ..call_adapter import Bias, check_lengths
 from ..route import Route
+from .base import Args, Kwargs, Seam
 from .original_code import note_original
 
 _NO_BIASES: Tuple[Bias, ...] = ()
@@ -28,29 +29,23 @@ def new_route(
     ambient ones."""
     if not replay.forward_gradients():
         replay.current()
-    if context.ever_opened and context.active():
+    if context.history.opened and context.active():
         own = (*own, *context.biases_for(module, call_adapter.kind_of(module, query, key)))
-    elif unreachable.modules:
+    elif unreachable.record.any:
         unreachable.check(module)
     return Route(module, ()), own
 
 
-class CoreSeam:
+class CoreSeam(Seam):
     """FlashMHA.forward(q, k, v, key_padding_mask=None): batch first, packed in_proj_weight, returns
     (out, None)."""
 
     def __init__(self, cls: type) -> None:
-        self.name = cls.__qualname__
+        super().__init__(cls)
         self.parameters = call_adapter.Parameters(cls)
         self.options = self.parameters.defaults_without(_CORE_PARAMETERS)
 
-    def __call__(
-        self,
-        wrapped: Callable[..., Any],
-        module: Any,
-        args: Tuple[Any, ...],
-        kwargs: Dict[str, Any],
-    ) -> Any:
+    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Args, kwargs: Kwargs) -> Any:
         parameters, own = self.parameters, _NO_BIASES
         if (
             len(args) > 4
@@ -78,7 +73,7 @@ class CoreSeam:
         note_original(self.name, why, opened, own)
         return wrapped(*args, **kwargs)
 
-    def _unknown_option(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Optional[str]:
+    def _unknown_option(self, args: Args, kwargs: Kwargs) -> Optional[str]:
         for name, default in self.options:
             value = self.parameters.get(name, args, kwargs)
             if value is not None and value is not default:
@@ -86,7 +81,7 @@ class CoreSeam:
         return None
 
     def _masks(
-        self, module: Any, opened: Route, args: Tuple[Any, ...], kwargs: Dict[str, Any]
+        self, module: Any, opened: Route, args: Args, kwargs: Kwargs
     ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         """(attn_mask, key_padding_mask) in torch's convention: what the core is handed, else what
         the outer forward was.

@@ -12,7 +12,7 @@ call is compared with it.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .. import call_adapter, route, unreachable
 from ..call_adapter import Bias, check_lengths
 from ..exporting import exporting
 from . import core
+from .base import Args, Kwargs
 from .comparison import plain_attributes
 from .original_code import note_original
 
@@ -36,7 +37,22 @@ BIASED = (
     "it on as attn_bias"
 )
 QUERIES, KEYS = 3, 5  # of the small call
-Result = Callable[[Tensor], Any]
+
+
+class Verdict(NamedTuple):
+    """The result of the comparison: the form of what the class returns, or the reason why its
+    original code runs."""
+
+    returned: Optional[Callable[[Tensor], Any]] = None  # output -> what the forward returns
+    reason: Optional[str] = None
+
+
+class Sequences(NamedTuple):
+    """query, key and value as a call has them."""
+
+    query: Any
+    key: Any
+    value: Any
 
 
 class DualCoreSeam(core.CoreSeam):
@@ -50,23 +66,16 @@ class DualCoreSeam(core.CoreSeam):
         )
         self.options = self.parameters.defaults_without(known)
         self.checking = False
-        # By kind of module and call: what it returns, made of the output, or why it is left alone.
-        self.verdicts: Dict[Any, Any] = {}
+        self.verdicts: Dict[Tuple[Any, ...], Verdict] = {}  # by kind of module and call
 
-    def __call__(
-        self,
-        wrapped: Callable[..., Any],
-        module: Any,
-        args: Tuple[Any, ...],
-        kwargs: Dict[str, Any],
-    ) -> Any:
+    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Args, kwargs: Kwargs) -> Any:
         if self.checking:
             return wrapped(*args, **kwargs)
         args, kwargs, own = call_adapter.take_biases(self.parameters, args, kwargs)
         sequences = self._sequences(args, kwargs)
         opened = route.current()
         if opened is None:
-            opened, own = core.new_route(module, own, *sequences[:2])
+            opened, own = core.new_route(module, own, sequences.query, sequences.key)
         elif opened.biases:
             unreachable.remember(module)
         opened.reached = True
@@ -76,32 +85,31 @@ class DualCoreSeam(core.CoreSeam):
                 raise NotImplementedError(BIASED)
             return wrapped(*args, **kwargs)
         why = self._unsupported(module, sequences, masks, args, kwargs)
-        result = self._result(wrapped, module, sequences) if why is None else why
-        if not isinstance(result, str):
-            biases = (*own, *(mask for mask in masks if mask is not None))
-            try:
-                return result(self._output(module, sequences, opened, biases))
-            except dispatch.NoBackendError as error:
-                if own or opened.biases or settings.current().strict:
-                    raise
-                result = str(error)
-        note_original(self.name, result, opened, own)
+        if why is None:
+            returned, why = self._verdict(wrapped, module, sequences.query)
+            if returned is not None:
+                biases = (*own, *(mask for mask in masks if mask is not None))
+                try:
+                    return returned(self._output(module, sequences, opened, biases))
+                except dispatch.NoBackendError as error:
+                    if own or opened.biases or settings.current().strict:
+                        raise
+                    why = str(error)
+        assert why is not None
+        note_original(self.name, why, opened, own)
         return wrapped(*args, **kwargs)
 
-    def _sequences(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tuple[Any, ...]:
-        found = []
-        for long, short in NAMES:
-            given = self.parameters.get(long, args, kwargs)
-            found.append(self.parameters.get(short, args, kwargs) if given is None else given)
-        return tuple(found)
+    def _sequences(self, args: Args, kwargs: Kwargs) -> Sequences:
+        sequences = []
+        for name, short_name in NAMES:
+            sequence = self.parameters.get(name, args, kwargs)
+            if sequence is None:
+                sequence = self.parameters.get(short_name, args, kwargs)
+            sequences.append(sequence)
+        return Sequences(*sequences)
 
     def _unsupported(
-        self,
-        module: Any,
-        sequences: Tuple[Any, ...],
-        masks: List[Any],
-        args: Tuple[Any, ...],
-        kwargs: Dict[str, Any],
+        self, module: Any, sequences: Sequences, masks: List[Any], args: Args, kwargs: Kwargs
     ) -> Optional[str]:
         if not all(isinstance(sequence, Tensor) and sequence.dim() == 3 for sequence in sequences):
             return "its query, key and value are not all given as (B, L, E)"
@@ -117,10 +125,10 @@ class DualCoreSeam(core.CoreSeam):
             return (
                 f"{', '.join(sorted(set(kwargs) - set(self.parameters.position)))} is not supported"
             )
-        return self._unknown_option(args, kwargs) or core.why_unsupported(module, sequences[0])
+        return self._unknown_option(args, kwargs) or core.why_unsupported(module, sequences.query)
 
     def _output(
-        self, module: Any, sequences: Tuple[Any, ...], opened: route.Route, biases: Tuple[Bias, ...]
+        self, module: Any, sequences: Sequences, opened: route.Route, biases: Tuple[Bias, ...]
     ) -> Tensor:
         q, k, v = sequences
         check_lengths(q, k, v, batch_first=True)
@@ -140,8 +148,7 @@ class DualCoreSeam(core.CoreSeam):
 
     # -- the check ---------------------------------------------------------------------------------
 
-    def _result(self, wrapped: Callable[..., Any], module: Any, sequences: Tuple[Any, ...]) -> Any:
-        query = sequences[0]
+    def _verdict(self, wrapped: Callable[..., Any], module: Any, query: Tensor) -> Verdict:
         key = (
             type(module),
             plain_attributes(module),
@@ -155,11 +162,11 @@ class DualCoreSeam(core.CoreSeam):
         )
         if key not in self.verdicts:
             if query.is_cuda and torch.cuda.is_current_stream_capturing():
-                return "a CUDA graph is captured"
+                return Verdict(reason="a CUDA graph is captured")
             self.verdicts[key] = self._judge(wrapped, module, query)
         return self.verdicts[key]
 
-    def _judge(self, wrapped: Callable[..., Any], module: Any, query: Tensor) -> Any:
+    def _judge(self, wrapped: Callable[..., Any], module: Any, query: Tensor) -> Verdict:
         modes = [(each, each.training) for each in module.modules()]
         casting = torch.is_autocast_enabled()
         self.checking = True
@@ -173,58 +180,60 @@ class DualCoreSeam(core.CoreSeam):
         except Exception as error:
             if not errors.survivable(error):
                 raise
-            return f"its check failed: {errors.first_line(error)}"
+            return Verdict(reason=f"its check failed: {errors.first_line(error)}")
         finally:
             self.checking = False
             for each, mode in modes:
                 each.training = mode
 
-    def _compare(self, wrapped: Callable[..., Any], module: Any, like: Tensor) -> Any:
+    def _compare(self, wrapped: Callable[..., Any], module: Any, like: Tensor) -> Verdict:
         draw = torch.Generator().manual_seed(0)
 
         def drawn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=draw).to(like.device, like.dtype)
 
         width = module.in_proj_weight.shape[1]
-        sequences = drawn(2, QUERIES, width), drawn(2, KEYS, width), drawn(2, KEYS, width)
-        result: Any = None
+        sequences = Sequences(
+            drawn(2, QUERIES, width), drawn(2, KEYS, width), drawn(2, KEYS, width)
+        )
+        returned: Optional[Callable[[Tensor], Any]] = None
         for bias in (None, drawn(2, QUERIES, KEYS)):
             more = {} if bias is None else {"attn_bias": bias}
-            given, again = (
-                wrapped(
-                    **{pair[form]: sequence for pair, sequence in zip(NAMES, sequences)}, **more
-                )
-                for form in (0, 1)
+            first, second = (
+                wrapped(**dict(zip(names, sequences)), **more)
+                for names in ([name for name, _ in NAMES], [short for _, short in NAMES])
             )
             ours = self._output(
                 module, sequences, route.Route(module, ()), () if bias is None else (bias,)
             )
-            if isinstance(given, Tensor):
-                result, theirs, also = _as_it_is, given, again
+            if isinstance(first, Tensor):
+                returned, outputs = _output_alone, (first, second)
             elif (
-                isinstance(given, tuple)
-                and isinstance(given[0], Tensor)
-                and all(one is None for one in given[1:])
+                isinstance(first, tuple)
+                and isinstance(first[0], Tensor)
+                and all(one is None for one in first[1:])
             ):
-                result, theirs, also = _Beside(len(given) - 1), given[0], again[0]
+                returned, outputs = _OutputAndNone(len(first) - 1), (first[0], second[0])
             else:
-                return f"it returns {type(given).__name__}"
-            half = 2e-2 if ours.dtype in (torch.float16, torch.bfloat16) else 1e-4
-            for other in (theirs, also):
+                return Verdict(reason=f"it returns {type(first).__name__}")
+            tolerance = 2e-2 if ours.dtype in (torch.float16, torch.bfloat16) else 1e-4
+            for other in outputs:
                 gap = (ours.double() - other.double()).abs().amax()
                 if other.dtype != ours.dtype or not bool(
-                    gap <= half * (1 + other.double().abs().amax())
+                    gap <= tolerance * (1 + other.double().abs().amax())
                 ):
-                    return f"its output is not that of attention (off by {float(gap):.2g})"
-        return result
+                    return Verdict(
+                        reason=f"its output is not that of attention (off by {float(gap):.2g})"
+                    )
+        return Verdict(returned)
 
 
-def _as_it_is(out: Tensor) -> Tensor:
+def _output_alone(out: Tensor) -> Tensor:
     return out
 
 
-class _Beside:
-    """An output and as many None."""
+class _OutputAndNone:
+    """Makes a tuple of an output and `count` times None."""
 
     def __init__(self, count: int) -> None:
         self.rest = (None,) * count

@@ -10,7 +10,7 @@ import inspect
 import sys
 import threading
 import types
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 import torch.nn.functional as F
 
@@ -71,6 +71,12 @@ def _replacement(*args: Any, **kwargs: Any) -> Any:
 
 
 _FUNCTION_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+# Parameters of the function that are fields of InnerCall too; the others are set one by one.
+_SAME_NAMES = tuple(
+    name
+    for name in InnerCall._fields
+    if name not in ("batch_first", "dropout_p", "average_attn_weights")
+)
 
 
 def _attend_function(
@@ -81,44 +87,33 @@ def _attend_function(
         unreachable.refuse(open_route.module)
     bound = _FUNCTION_SIGNATURE.bind(*args, **kwargs)
     bound.apply_defaults()
-    given = bound.arguments
-    dropout_p = given["dropout_p"] if given["training"] else 0.0
-    static = given["static_k"] is not None or given["static_v"] is not None
-    unsupported = (
-        "static_k or static_v is not supported"
-        if static
-        else why_unsupported(
-            given["query"],
+    arguments = bound.arguments
+    dropout_p = arguments["dropout_p"] if arguments["training"] else 0.0
+    if arguments["static_k"] is not None or arguments["static_v"] is not None:
+        unsupported: Optional[str] = "static_k or static_v is not supported"
+    else:
+        unsupported = why_unsupported(
+            arguments["query"],
             dropout_p,
-            given.get("is_causal", False),
-            given["use_separate_proj_weight"],
-            given["bias_k"] is not None or given["bias_v"] is not None,
-            given["add_zero_attn"],
+            arguments.get("is_causal", False),
+            arguments["use_separate_proj_weight"],
+            arguments["bias_k"] is not None or arguments["bias_v"] is not None,
+            arguments["add_zero_attn"],
         )
+    call = {name: arguments[name] for name in _SAME_NAMES}
+    call.update(
+        batch_first=False,
+        dropout_p=dropout_p,
+        average_attn_weights=arguments.get("average_attn_weights", True),
     )
-    arguments_ = (
-        given["query"],
-        given["key"],
-        given["value"],
-        False,
-        given["num_heads"],
-        given["in_proj_weight"],
-        given["in_proj_bias"],
-        given["out_proj_weight"],
-        given["out_proj_bias"],
-        dropout_p,
-        given["attn_mask"],
-        given["key_padding_mask"],
-        given["need_weights"],
-        given.get("average_attn_weights", True),
-    )
-    result = attend(open_route, unsupported, arguments_)
+    result = attend(open_route, unsupported, call)
     if result is None:
-        masks = masks_with_biases(open_route, InnerCall(*arguments_))
+        masks = masks_with_biases(open_route, InnerCall(**call))
         if masks is not None:
-            given["attn_mask"], given["key_padding_mask"] = masks
-            if "is_causal" in given:
-                given["is_causal"] = False
+            arguments["attn_mask"] = masks.attn_mask
+            arguments["key_padding_mask"] = masks.key_padding_mask
+            if "is_causal" in arguments:
+                arguments["is_causal"] = False
         return original(*bound.args, **bound.kwargs)
     return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Optional
 
 import torch
 from torch import nn
@@ -11,24 +11,16 @@ from ... import aqr
 from ...aqr.geometry import take_geometry
 from ...aqr.router import AdaptiveQueryRouter
 from ...attention.recovery import replay
+from .base import Args, Kwargs, Seam
 from .pending_losses import _of_output, _pending, _take, _tensors
 from .transformer_constructor import KEY
 
 
-class HeadSeam:
+class HeadSeam(Seam):
     """forward of a head: its outputs keep their supervision; geometry and supervision of an aborted
     call are forgotten."""
 
-    def __init__(self, cls: type) -> None:
-        pass
-
-    def __call__(
-        self,
-        wrapped: Callable[..., Any],
-        module: Any,
-        args: Tuple[Any, ...],
-        kwargs: Dict[str, Any],
-    ) -> Any:
+    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Args, kwargs: Kwargs) -> Any:
         router = router_of(module)
         if router is None or replay.recomputing():
             return wrapped(*args, **kwargs)
@@ -49,20 +41,11 @@ class HeadSeam:
         return outputs
 
 
-class QueryEmbedSeam:
+class QueryEmbedSeam(Seam):
     """query_embed(ref_points, img_metas) of a CMT head: where the queries are, for the transformer
     called next."""
 
-    def __init__(self, cls: type) -> None:
-        pass
-
-    def __call__(
-        self,
-        wrapped: Callable[..., Any],
-        module: Any,
-        args: Tuple[Any, ...],
-        kwargs: Dict[str, Any],
-    ) -> Any:
+    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Args, kwargs: Kwargs) -> Any:
         router = router_of(module)
         if router is not None and router.needs_places:
             points = args[0] if args else kwargs["ref_points"]
@@ -82,19 +65,10 @@ class QueryEmbedSeam:
         return wrapped(*args, **kwargs)
 
 
-class LossSeam:
+class LossSeam(Seam):
     """loss(...) of a head -> dict: with aqr.supervision, `loss_aqr` beside the others."""
 
-    def __init__(self, cls: type) -> None:
-        pass
-
-    def __call__(
-        self,
-        wrapped: Callable[..., Any],
-        module: Any,
-        args: Tuple[Any, ...],
-        kwargs: Dict[str, Any],
-    ) -> Any:
+    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Args, kwargs: Kwargs) -> Any:
         losses = wrapped(*args, **kwargs)
         router = router_of(module)
         if (

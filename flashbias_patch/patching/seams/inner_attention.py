@@ -1,13 +1,11 @@
 """torch's multi-head attention below an outer forward, computed through FlashBias.
 
-`wrap_forward` wraps nn.MultiheadAttention.forward. Outside an outer forward the wrapper calls the
-original at once, and TorchScript and torch.compile see the original (see its docstring).
+inner_forward.py wraps nn.MultiheadAttention.forward, and functional_attention.py
+F.multi_head_attention_forward; both compute their calls here.
 """
 
 from __future__ import annotations
 
-import functools
-import types
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
@@ -32,151 +30,8 @@ NAME = "nn.MultiheadAttention"
 _NESTED = hasattr(Tensor, "is_nested")  # since torch 1.12
 
 
-def wrap_forward(original: Any) -> Any:
-    """nn.MultiheadAttention.forward that computes through FlashBias inside an outer forward.
-
-    TorchScript compiles the source of `__wrapped__`, and resolves names through the wrapper's
-    globals: they are the original's. torch.compile traces `_torchdynamo_inline` in the wrapper's
-    place and reads the wrapper's defaults: these are the original's too.
-    """
-    _route, _original, _attend = route.current, original, _attend_module
-    _unreachable, _check = unreachable.modules, unreachable.check
-    if RELEASE < (2, 0):
-        return _wrap_earlier_forward(original)
-
-    def forward(
-        self: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        key_padding_mask: Any,
-        need_weights: Any,
-        attn_mask: Any,
-        average_attn_weights: Any,
-        is_causal: Any,
-    ) -> Any:
-        open_route = _route()
-        if open_route is None:
-            if _unreachable:
-                _check(self)
-            return _original(
-                self,
-                query,
-                key,
-                value,
-                key_padding_mask,
-                need_weights,
-                attn_mask,
-                average_attn_weights,
-                is_causal,
-            )
-        return _attend(
-            open_route,
-            _original,
-            self,
-            query,
-            key,
-            value,
-            key_padding_mask,
-            need_weights,
-            attn_mask,
-            average_attn_weights,
-            is_causal,
-        )
-
-    return _in_place_of(original, forward)
-
-
-def _in_place_of(original: Any, forward: Any) -> Any:
-    wrapper = types.FunctionType(
-        forward.__code__,
-        original.__globals__,
-        "forward",
-        original.__defaults__,
-        forward.__closure__,
-    )
-    functools.update_wrapper(wrapper, original)
-    wrapper._torchdynamo_inline = original  # type: ignore[attr-defined]
-    return wrapper
-
-
-def _wrap_earlier_forward(original: Any) -> Any:
-    """The same before torch 2.0, whose forward has no is_causal, or 1.11, where it has no
-    average_attn_weights either."""
-    averages = RELEASE >= (1, 11)
-    _route, _original, _attend = route.current, original, _attend_module
-    _unreachable, _check = unreachable.modules, unreachable.check
-
-    def usual(*arguments: Any) -> Any:
-        return original(*arguments[: 8 if averages else 7])
-
-    def forward(
-        self: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        key_padding_mask: Any,
-        need_weights: Any,
-        attn_mask: Any,
-        average_attn_weights: Any,
-    ) -> Any:
-        open_route = _route()
-        if open_route is None:
-            if _unreachable:
-                _check(self)
-            return _original(
-                self,
-                query,
-                key,
-                value,
-                key_padding_mask,
-                need_weights,
-                attn_mask,
-                average_attn_weights,
-            )
-        return _attend(
-            open_route,
-            usual,
-            self,
-            query,
-            key,
-            value,
-            key_padding_mask,
-            need_weights,
-            attn_mask,
-            average_attn_weights,
-            False,
-        )
-
-    def averaged(
-        self: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        key_padding_mask: Any,
-        need_weights: Any,
-        attn_mask: Any,
-    ) -> Any:
-        open_route = _route()
-        if open_route is None:
-            if _unreachable:
-                _check(self)
-            return _original(self, query, key, value, key_padding_mask, need_weights, attn_mask)
-        return _attend(
-            open_route,
-            usual,
-            self,
-            query,
-            key,
-            value,
-            key_padding_mask,
-            need_weights,
-            attn_mask,
-            True,
-            False,
-        )
-
-    return _in_place_of(original, forward if averages else averaged)
+# The output, and its attention weights or None.
+AttentionResult = Tuple[Tensor, Optional[LazyWeights]]
 
 
 class InnerCall(NamedTuple):
@@ -199,7 +54,7 @@ class InnerCall(NamedTuple):
     average_attn_weights: bool
 
 
-def _attend_module(
+def attend_module(
     open_route: Route,
     original: Any,
     module: Any,
@@ -220,10 +75,10 @@ def _attend_module(
     own: Dict[str, Any] = module._parameters if type(module) is nn.MultiheadAttention else _NOTHING
     outs: Dict[str, Any] = out_proj._parameters if type(out_proj) in _LINEAR else _NOTHING
     # A parametrised parameter, or one of a replica of nn.DataParallel, is an attribute only.
-    weight = own["in_proj_weight"] if "in_proj_weight" in own else module.in_proj_weight
-    offset = own["in_proj_bias"] if "in_proj_bias" in own else module.in_proj_bias
+    in_weight = own["in_proj_weight"] if "in_proj_weight" in own else module.in_proj_weight
+    in_bias = own["in_proj_bias"] if "in_proj_bias" in own else module.in_proj_bias
     out_weight = outs["weight"] if "weight" in outs else out_proj.weight
-    out_offset = outs["bias"] if "bias" in outs else out_proj.bias
+    out_bias = outs["bias"] if "bias" in outs else out_proj.bias
     dropout_p = module.dropout if module.training else 0.0
     unsupported = None
     if not (
@@ -237,31 +92,29 @@ def _attend_module(
             module.bias_k is not None,
             module.add_zero_attn,
         )
-    arguments_ = (
-        query,
-        key,
-        value,
-        module.batch_first,
-        module.num_heads,
-        weight,
-        offset,
-        out_weight,
-        out_offset,
-        dropout_p,
-        attn_mask,
-        key_padding_mask,
-        need_weights,
-        average_attn_weights,
-    )
-    result = attend(open_route, unsupported, arguments_)
+    call = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "batch_first": module.batch_first,
+        "num_heads": module.num_heads,
+        "in_proj_weight": in_weight,
+        "in_proj_bias": in_bias,
+        "out_proj_weight": out_weight,
+        "out_proj_bias": out_bias,
+        "dropout_p": dropout_p,
+        "attn_mask": attn_mask,
+        "key_padding_mask": key_padding_mask,
+        "need_weights": need_weights,
+        "average_attn_weights": average_attn_weights,
+    }
+    result = attend(open_route, unsupported, call)
     if result is None:
-        masks = masks_with_biases(open_route, InnerCall(*arguments_))
+        masks = masks_with_biases(open_route, InnerCall(**call))
         if masks is not None:
-            (attn_mask, key_padding_mask), is_causal = (
-                masks,
-                False,
-            )  # is_causal only describes the mask given
-        token = route.enter(None)  # the functional below it is not to be computed here either
+            attn_mask, key_padding_mask = masks.attn_mask, masks.key_padding_mask
+            is_causal = False  # it only describes the mask of the call
+        token = route.enter(None)  # the functional below it is not computed here either
         try:
             return original(
                 module,
@@ -276,7 +129,7 @@ def _attend_module(
             )
         finally:
             route.leave(token)
-    weights = result[1]
+    output, weights = result
     if weights is not None and (
         module._backward_hooks
         or getattr(module, "_backward_pre_hooks", None)
@@ -285,7 +138,7 @@ def _attend_module(
     ):
         # Code in C++ receives the outputs: the autograd function of torch's backward hooks, or the
         # tracer.
-        return result[0], weights.computed()
+        return output, weights.computed()
     return result
 
 
@@ -308,16 +161,19 @@ def why_unsupported(
 
 
 def attend(
-    open_route: Route, unsupported: Optional[str], arguments_: Tuple[Any, ...]
-) -> Optional[Tuple[Tensor, Optional[LazyWeights]]]:
-    """(output, weights or None) of a call with the arguments of InnerCall; None where the original
-    code must run."""
+    open_route: Route, unsupported: Optional[str], call: Dict[str, Any]
+) -> Optional[AttentionResult]:
+    """Compute a call; None where the original code must run.
+
+    unsupported: why this call cannot be computed here, or None.
+    call: the fields of an InnerCall. A dict costs one function call less than the record.
+    """
     open_route.reached = True
     if tracing_state() is not None or is_exporting():
         return None
     if unsupported is None:
         try:
-            return _compute(open_route, *arguments_)
+            return _compute(open_route, **call)
         except dispatch.NoBackendError as error:
             if settings.current().strict:
                 raise
@@ -328,27 +184,28 @@ def attend(
 
 def _compute(
     open_route: Route,
+    *,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     batch_first: bool,
     num_heads: int,
-    weight: Tensor,
-    offset: Optional[Tensor],
-    out_weight: Tensor,
-    out_offset: Optional[Tensor],
+    in_proj_weight: Tensor,
+    in_proj_bias: Optional[Tensor],
+    out_proj_weight: Tensor,
+    out_proj_bias: Optional[Tensor],
     dropout_p: float,
     attn_mask: Optional[Tensor],
-    padding: Optional[Tensor],
+    key_padding_mask: Optional[Tensor],
     need_weights: bool,
-    average: bool,
-) -> Tuple[Tensor, Optional[LazyWeights]]:
+    average_attn_weights: bool,
+) -> AttentionResult:
     batched = query.ndim == 3
     batch_first = batch_first or not batched
     if not batched:
-        query, key, value, padding = _batch_of_one(query, key, value, padding)
+        query, key, value, key_padding_mask = _batch_of_one(query, key, value, key_padding_mask)
     check_lengths(query, key, value, batch_first)
-    q, k, v = call_adapter.project(query, key, value, weight, offset, num_heads)
+    q, k, v = call_adapter.project(query, key, value, in_proj_weight, in_proj_bias, num_heads)
     if not batch_first:
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
     own = _NO_BIASES
@@ -364,34 +221,40 @@ def _compute(
         v,
         bias,
         attn_mask=attn_mask,
-        key_padding_mask=padding,
+        key_padding_mask=key_padding_mask,
         dropout_p=dropout_p,
         dtype=call_adapter.compute_dtype(q.dtype),
     )
     if not batch_first:
         out = out.transpose(0, 1)
-    out = F.linear(out.reshape(query.shape), out_weight, out_offset)
+    out = F.linear(out.reshape(query.shape), out_proj_weight, out_proj_bias)
     weights = None
     if need_weights:
-        weights = LazyWeights.of(q, k, bias, attn_mask, padding, average, batched)
+        weights = LazyWeights.of(
+            q, k, bias, attn_mask, key_padding_mask, average_attn_weights, batched
+        )
     return (out if batched else out[0]), weights
 
 
 def _batch_of_one(
-    query: Tensor, key: Tensor, value: Tensor, padding: Optional[Tensor]
-) -> Tuple[Any, ...]:
-    """(L, E) -> (1, L, E), keeping what is the same object the same object."""
-    given = {id(t): t for t in (query, key, value)}
-    made = {name: t.unsqueeze(0) for name, t in given.items()}
-    if padding is not None and padding.dim() == 1:
-        padding = padding.unsqueeze(0)
-    return made[id(query)], made[id(key)], made[id(value)], padding
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Optional[Tensor]
+) -> Tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
+    """(L, E) -> (1, L, E). Arguments that are one tensor stay one tensor."""
+    batched = {id(tensor): tensor.unsqueeze(0) for tensor in (query, key, value)}
+    if key_padding_mask is not None and key_padding_mask.dim() == 1:
+        key_padding_mask = key_padding_mask.unsqueeze(0)
+    return batched[id(query)], batched[id(key)], batched[id(value)], key_padding_mask
 
 
-def masks_with_biases(
-    open_route: Route, call: InnerCall
-) -> Optional[Tuple[Tensor, Optional[Tensor]]]:
-    """(attn_mask, key_padding_mask) with the biases added to the mask; None if there are none."""
+class Masks(NamedTuple):
+    """The masks of a call of torch's own multi-head attention."""
+
+    attn_mask: Tensor
+    key_padding_mask: Optional[Tensor]
+
+
+def masks_with_biases(open_route: Route, call: InnerCall) -> Optional[Masks]:
+    """Return the masks with the biases added to attn_mask; None if there are no biases."""
     query, mask, padding = call.query, call.attn_mask, call.key_padding_mask
     own: Tuple[Bias, ...] = (mask,) if isinstance(mask, AttentionBias) else ()
     if not open_route.biases and not own:
@@ -404,19 +267,17 @@ def masks_with_biases(
     bias = open_route.total_bias(own, B, call.num_heads, M, N)
     if bias is None:
         return None
-    if padding is not None and RELEASE < (
-        2,
-        0,
-    ):  # which takes a floating mask beside a boolean padding, and no other pair
+    if padding is not None and RELEASE < (2, 0):
+        # It takes a floating mask beside a boolean padding, and no other pair.
         dense = dense_mask(bias, None if own else mask, B, call.num_heads, M, N, query)
         if not padding.is_floating_point():
-            return dense, padding.bool()
+            return Masks(dense, padding.bool())
         rows = padding.view(-1, 1, 1, N).expand(B, call.num_heads, 1, N).reshape(-1, 1, N)
-        return dense + rows.to(dense.dtype), None
-    if (
-        padding is not None and not padding.is_floating_point()
-    ):  # torch wants both masks of one kind
+        return Masks(dense + rows.to(dense.dtype), None)
+    if padding is not None and not padding.is_floating_point():
+        # torch requires both masks to be of one kind.
         padding = torch.zeros_like(padding, dtype=query.dtype).masked_fill(
             padding.bool(), float("-inf")
         )
-    return dense_mask(bias, None if own else mask, B, call.num_heads, M, N, query), padding
+    dense = dense_mask(bias, None if own else mask, B, call.num_heads, M, N, query)
+    return Masks(dense, padding)

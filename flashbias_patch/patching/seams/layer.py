@@ -4,28 +4,24 @@ checkpoint."""
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, List
 
 from torch import Tensor
 
 from ...bias import AttentionBias
 from .. import call_adapter, context
+from .base import Args, Kwargs, Seam
 
 
-class LayerSeam:
+class LayerSeam(Seam):
     """forward(query, ..., attn_masks=[self, cross], ...): `attention_bias=` goes to its cross
     attention."""
 
     def __init__(self, cls: type) -> None:
+        super().__init__(cls)
         self.parameters = call_adapter.Parameters(cls)
 
-    def __call__(
-        self,
-        wrapped: Callable[..., Any],
-        module: Any,
-        args: Tuple[Any, ...],
-        kwargs: Dict[str, Any],
-    ) -> Any:
+    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Args, kwargs: Kwargs) -> Any:
         kwargs, biases = call_adapter.take_bias_keywords(kwargs, self.parameters.accepts)
         learned = _learned(self.parameters.get("attn_masks", args, kwargs))
         if not biases and not learned:

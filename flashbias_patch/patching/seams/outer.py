@@ -17,6 +17,7 @@ from ...bias import AttentionBias
 from .. import call_adapter, context, route
 from ..call_adapter import Bias
 from ..route import Route
+from .base import Args, Kwargs, Seam
 from .core import CoreSeam
 from .functional_attention import FunctionalAttention, mentions_functional
 from .original_code import count_original, dense_mask
@@ -44,12 +45,12 @@ def _reopen(opened: Route) -> Any:
 replay.carry(route.variable, _map_route, _reopen)
 
 
-class OuterSeam:
+class OuterSeam(Seam):
     """forward(query, key=None, value=None, ..., attn_mask, key_padding_mask) around an inner
     attention."""
 
     def __init__(self, cls: type) -> None:
-        self.name = cls.__qualname__
+        super().__init__(cls)
         self.parameters = call_adapter.Parameters(cls)
         self.calls_functional: Dict[
             Optional[type], bool
@@ -57,13 +58,7 @@ class OuterSeam:
         self.reached_once = False  # whether any call has reached its core
         self.mask_at, self.padding_at = self.parameters.places("attn_mask", "key_padding_mask")
 
-    def __call__(
-        self,
-        wrapped: Callable[..., Any],
-        module: Any,
-        args: Tuple[Any, ...],
-        kwargs: Dict[str, Any],
-    ) -> Any:
+    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Args, kwargs: Kwargs) -> Any:
         parameters, given, biases = self.parameters, len(args), _NO_BIASES
         # As parameters.get, which every call of every attention would call twice.
         mask = (
@@ -96,7 +91,7 @@ class OuterSeam:
             parent is not None and parent.module is module
         ):  # a subclass' forward calling its parent's
             return _parents_forward(parent, opened, wrapped, args, kwargs)
-        if context.ever_opened and context.active():
+        if context.history.opened and context.active():
             query, key = parameters.get("query", args, kwargs), parameters.get("key", args, kwargs)
             opened.biases = (
                 *biases,
@@ -133,9 +128,7 @@ class OuterSeam:
         self.calls_functional[core] = found
         return found
 
-    def _biases_as_mask(
-        self, opened: Route, args: Tuple[Any, ...], kwargs: Dict[str, Any]
-    ) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
+    def _biases_as_mask(self, opened: Route, args: Args, kwargs: Kwargs) -> Tuple[Args, Kwargs]:
         """For a forward that computes its attention itself: the biases as its dense attn_mask."""
         query = self.parameters.get("query", args, kwargs)
         key = self.parameters.get("key", args, kwargs)

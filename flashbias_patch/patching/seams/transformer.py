@@ -22,6 +22,7 @@ from ...attention.recovery import replay
 from .. import context
 from ..call_adapter import Parameters
 from . import pending_losses
+from .base import Args, Kwargs, Seam
 from .transformer_constructor import KEY
 from .transformer_layouts import Keys, Layout, layout_of
 
@@ -29,11 +30,11 @@ from .transformer_layouts import Keys, Layout, layout_of
 _running: contextvars.ContextVar[Any] = contextvars.ContextVar("flashbias_running", default=None)
 
 
-class TransformerSeam:
+class TransformerSeam(Seam):
     """forward(...): the bias from its own arguments, in play for its cross attentions."""
 
     def __init__(self, cls: type) -> None:
-        self.name = cls.__qualname__
+        super().__init__(cls)
         self.layout = layout_of(cls)
         self.parameters = Parameters(cls)
         signature = inspect.signature(inspect.unwrap(cls.forward)).parameters  # type: ignore[attr-defined]
@@ -41,13 +42,7 @@ class TransformerSeam:
             name: p.default for name, p in signature.items() if p.default is not p.empty
         }
 
-    def __call__(
-        self,
-        wrapped: Callable[..., Any],
-        module: Any,
-        args: Tuple[Any, ...],
-        kwargs: Dict[str, Any],
-    ) -> Any:
+    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Args, kwargs: Kwargs) -> Any:
         router = module._modules.get(KEY)
         if not isinstance(router, AdaptiveQueryRouter) or _running.get() is module:
             return wrapped(*args, **kwargs)
@@ -105,9 +100,7 @@ class TransformerSeam:
         views = None if keys.cameras is None else (keys.cameras.shape[1], *keys.cameras.shape[-2:])
         return places(geometry, bev, views)
 
-    def _with(
-        self, args: Tuple[Any, ...], kwargs: Dict[str, Any], values: Dict[str, Any]
-    ) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
+    def _with(self, args: Args, kwargs: Kwargs, values: Dict[str, Any]) -> Tuple[Args, Kwargs]:
         """The same call with other values for some parameters."""
         positional = list(args)
         named = dict(kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextvars
 import inspect
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Optional
 
 import torch
 
@@ -14,6 +14,7 @@ from ...aqr import options as aqr_options
 from ...aqr.options import ONLY, WINDOW
 from ...aqr.router import AdaptiveQueryRouter
 from ...aqr.window_router import WindowRouter
+from .base import Args, Kwargs, Seam
 from .transformer_layouts import Layout, layout_of
 
 KEY = "aqr"
@@ -24,22 +25,16 @@ _constructing: contextvars.ContextVar[Any] = contextvars.ContextVar(
 )
 
 
-class ConstructorSeam:
+class ConstructorSeam(Seam):
     """__init__(..., aqr=...): the router becomes the module's `aqr`, built last, before any
     optimiser can exist."""
 
     def __init__(self, cls: type) -> None:
-        self.name = cls.__qualname__
+        super().__init__(cls)
         self.layout = layout_of(cls)
         self.knows_key = KEY in inspect.signature(inspect.unwrap(cls.__init__)).parameters  # type: ignore[misc]
 
-    def __call__(
-        self,
-        wrapped: Callable[..., Any],
-        module: Any,
-        args: Tuple[Any, ...],
-        kwargs: Dict[str, Any],
-    ) -> Any:
+    def __call__(self, wrapped: Callable[..., Any], module: Any, args: Args, kwargs: Kwargs) -> Any:
         if _constructing.get() is module or self.knows_key:
             return wrapped(*args, **kwargs)
         given = kwargs.get(KEY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -10,13 +10,9 @@ from torch import Tensor
 from ...bias import AttentionBias, Grid, ModalityBias, WindowBias, described
 
 NAMES = ("lidar_weights", "camera_weights", "pts_bev_indices", "pts_pers_indices")
+SIZES = ("bev_h", "bev_w", "num_views", "pers_h", "pers_w", "window_size")  # positive ints
 ATTRIBUTES = (
-    "bev_h",
-    "bev_w",
-    "num_views",
-    "pers_h",
-    "pers_w",
-    "window_size",
+    *SIZES,
     "use_local_bias",
     "use_gaussian_window",
     "gaussian_sigma",
@@ -26,19 +22,23 @@ ATTRIBUTES = (
     "max_scale",
 )
 SCALE = "bias_scale"
-LIMIT = 5.0  # entries are brought into +- min(LIMIT, max_scale)
+LIMIT = 5.0  # entries are clamped to +- min(LIMIT, max_scale)
 
 
 class Recipe(NamedTuple):
     """How a module's bias is described."""
 
     dtype: torch.dtype  # of its result
-    clamped: bool  # whether the scale is brought into [min_scale, max_scale]
-    counter: Optional[str]  # the attribute in which it counts its calls
+    clamped: bool  # True if the scale is clamped to [min_scale, max_scale]
+    counter: Optional[str]  # the attribute that counts the calls
     periods: Tuple[int, ...]  # numbers of calls after which it may print
 
 
-Verdict = Union[Recipe, str]
+class Verdict(NamedTuple):
+    """The result of a check: a recipe, or the reason why the module keeps its dense bias."""
+
+    recipe: Optional[Recipe] = None
+    reason: Optional[str] = None
 
 
 def describe(
@@ -82,8 +82,8 @@ def bias_of(
 
 
 def bounded(module: Any, tensors: List[Tensor]) -> bool:
-    """Whether clamping weights is clamping entries: for boxes always, for Gaussian windows where
-    nothing is clamped."""
+    """Return True if clamping the weights is the same as clamping the entries: always for boxes;
+    for Gaussian windows where nothing is clamped."""
     if not (module.use_local_bias and module.use_gaussian_window):
         return True
     if module.max_scale > LIMIT:
