@@ -303,13 +303,18 @@ def norm_of(torch: Any, gradients: List[Any]) -> Optional[Any]:
 def nudge(torch: Any, optimizer: Any, relative: float, seed: int = 1) -> None:
     """Change every parameter by +-`relative` of itself, with signs from a generator of its own:
     simulated rounding."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    nudge_parameters(torch, parameters, relative, seed)
+
+
+def nudge_parameters(torch: Any, parameters: List[Any], relative: float, seed: int = 1) -> None:
+    """`nudge` for these parameters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.is_floating_point() and not hasattr(parameter, "to_local"):
-                    signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
-                    parameter.mul_(1 + relative * signs.to(parameter.device, parameter.dtype))
+        for parameter in parameters:
+            if parameter.is_floating_point() and not hasattr(parameter, "to_local"):
+                signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+                parameter.mul_(1 + relative * signs.to(parameter.device, parameter.dtype))
 
 
 def find_parameters(torch: Any, suffixes: List[str], limit: int = 8) -> Dict[str, Any]:

@@ -31,7 +31,9 @@ def wait_of(runs: Sequence[Run], warmup: int) -> Optional[Wait]:
     steps: List[float] = []
     names: Dict[str, List[float]] = {}
     for run in runs:
-        wait, whole = (_slowest(run.per_step(key)[:, warmup:]) for key in ("loader_s", "wall_s"))
+        loop = run.per_step("loop_s")  # of inference, whose wall_s is that of the forward pass
+        whole = _slowest((loop if np.isfinite(loop).any() else run.per_step("wall_s"))[:, warmup:])
+        wait = _slowest(run.per_step("loader_s")[:, warmup:])
         known = np.isfinite(whole)
         waits += list(np.nan_to_num(wait[known]))
         steps += list(whole[known])

@@ -69,7 +69,7 @@ def headlines(verdict: Verdict) -> List[Dict[str, Any]]:
     ]
     cards.append(
         {
-            "title": "Training",
+            "title": "Outputs" if verdict.of_outputs else "Training",
             "big": f"Only {verdict.name} fits" if fits else BIG.get(word, "\u2014"),
             "long": fits or word in ("undecided", "not finite"),
             "word": "unpatched runs out of memory"
@@ -157,13 +157,17 @@ def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
     warmup = int(experiment.options.get("warmup", 0))
     found: List[Optional[Dict[str, Any]]] = []
     judged = {p.quantity: p for p in verdict.parities if not p.part}
-    for title, key in (("Loss", "loss"), ("Gradient norm", "grad_norm")):
+    for title, key in (("Loss", "loss"), ("Gradient norm", "grad_norm"), ("Outputs", "output")):
         parity = judged.get(title.lower())
         chart = _lines(
             title,
             title.lower(),
             [(run, run.series(key)) for run in runs],
-            note="" if key == "loss" else "Before clipping, where the command clips.",
+            note={
+                "loss": "",
+                "grad_norm": "Before clipping, where the command clips.",
+                "output": "One number that stands for all values of the outputs.",
+            }[key],
         )
         whole = [run for run in a if parity is not None and run.steps >= parity.steps]
         if chart and parity is not None and parity.band.size and whole:
@@ -176,12 +180,13 @@ def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
             }
             chart["mark"] = parity.first_step
         found.append(chart)
-    losses = [(each, p) for each in verdict.every for p in each.parities if p.quantity == "loss"]
-    loss = judged.get("loss")
+    measured = "outputs" if verdict.of_outputs else "loss"
+    losses = [(each, p) for each in verdict.every for p in each.parities if p.quantity == measured]
+    loss = judged.get(measured)
     if loss is not None and any((p.difference > 0).any() for _, p in losses):
         found.append(
             {
-                "title": "How far the losses are apart",
+                "title": f"How far the {'outputs' if verdict.of_outputs else 'losses'} are apart",
                 "kind": "lines",
                 "x": "optimiser step",
                 "y": "relative difference",
@@ -235,7 +240,11 @@ def charts(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
         )
     )
     found += _parameter_charts(runs)
-    return [chart for chart in found if chart is not None]
+    made = [chart for chart in found if chart is not None]
+    if verdict.of_outputs:
+        for chart in made:
+            chart["x"] = chart["x"].replace("optimiser step", "forward pass")
+    return made
 
 
 def _parameter_charts(runs: Sequence[Run]) -> List[Optional[Dict[str, Any]]]:
@@ -352,7 +361,8 @@ def parts_table(experiment: Experiment, verdict: Verdict) -> List[Dict[str, str]
     last = min(a.steps, b.steps) - 1
     rows = []
     for p in judged:
-        x, y = (float(run.per_step("loss_parts", p.quantity)[0][last]) for run in (a, b))
+        section = "outputs" if verdict.of_outputs else "loss_parts"
+        x, y = (float(run.per_step(section, p.quantity)[0][last]) for run in (a, b))
         rows.append(
             {
                 "name": p.quantity,

@@ -39,6 +39,7 @@ SMALL_PART = 1e-2  # of the loss: a part that is smaller is measured by this
 
 WORST_FIRST = ("differs", "not finite", "undecided", "within noise", "within rounding", "identical")
 NOT_COMPARED = "not compared"
+OUTPUTS = "outputs"  # the quantity of an inference
 
 
 @dataclass
@@ -163,6 +164,14 @@ def _groups(
             )
         return found
 
+    if any(np.isfinite(run.per_step("output")).any() for run in runs):  # inference
+        named = [set(run.named("outputs")) for run in runs]
+        outputs = [x for x in a[0].named("outputs") if all(x in each for each in named)]
+        each_output = [curves(x, ("outputs", x), "loss", True) for x in outputs]
+        return [
+            curves(OUTPUTS, ("output",), "loss"),
+            [c for found in each_output for c in found] if len(outputs) > 1 else [],
+        ]
     return [
         curves("loss", ("loss",), "loss"),
         curves("gradient norm", ("grad_norm",), "gradient norm"),

@@ -9,6 +9,8 @@ JSON does not have: "nan", "inf" and "-inf" are strings):
     {"event": "step", step, wall_s, cuda_s, loss, loss_parts, grad_norm, params, param_grads,
      memory, calls, loader_s, loaders}
     {"event": "fallbacks", "fallbacks": [...]}              whenever there are new ones
+    {"event": "profile", steps, device, kernels, rest_s}    after the timed steps
+    {"event": "restart"}                                    the steps so far were no iterations
     {"event": "stop", steps}                                the requested number of steps is reached
     {"event": "end", error, calls}                          the interpreter shut down in order
 
@@ -29,9 +31,9 @@ import os
 import sys
 import time
 from collections import deque
-from typing import Any, Deque, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Tuple
 
-from . import iterations, lines
+from . import inference, iterations, lines, profiling
 
 DIRECTORY = "FLASHBIAS_PROBE"
 STEPS = "FLASHBIAS_PROBE_STEPS"
@@ -105,6 +107,9 @@ class Recorder:
         self.inbox: Any = None
         self.gpu: Any = None
         self.waits: Any = None
+        self.sketch: Any = None  # of inference
+        self.infers = environ.get(inference.MODE) == "infer"
+        self.profiled = int(environ.get(profiling.PROFILE) or 0)
         self._fresh()
 
     def _fresh(self) -> None:
@@ -117,6 +122,8 @@ class Recorder:
         self.parameters: Dict[str, Any] = {}
         self.last_end: Optional[float] = None
         self.fallbacks = 0
+        self.profiler: Any = None
+        self.forward: Optional[str] = None  # class of the first module that was called
 
     # -- life of the process -----------------------------------------------------------------------
 
@@ -146,7 +153,13 @@ class Recorder:
             self.waits = waits.Waits()
             waits.listen(self.waits)
             capture.listen(torch, self.inbox, self.on_backward, self.on_skipped)
-            capture.on_optimizer_step(self.on_step, self.inbox)
+            if self.infers:
+                name = self.environ.get(inference.MODULE) or ""
+                self.sketch = inference.Sketcher(torch)
+                inference.Listener(torch, self.gpu, self.on_forward, self._restart, name).listen()
+            else:
+                capture.on_optimizer_step(self.on_step, self.inbox)
+                inference.first_call(torch, self._heard)
             if self.seed is not None:
                 torch.manual_seed(self._own_seed())
             self.write({"event": "torch", "version": torch.__version__})
@@ -190,6 +203,8 @@ class Recorder:
             return
         try:
             self._write_arrived(everything=True)
+            if self.profiler is not None:
+                self._end_profile()
             error = getattr(sys, "last_value", None)
             if (
                 self.torch is not None and not self.step
@@ -200,6 +215,7 @@ class Recorder:
                     "event": "end",
                     "steps": self.step,
                     "calls": self._calls(),
+                    "forward": self.forward,
                     "error": None if error is None else f"{type(error).__name__}: {error}"[:500],
                 }
             )
@@ -243,25 +259,118 @@ class Recorder:
             self._note(error)
         if ended is None:
             return
+
+        def record() -> None:
+            if ended.new:
+                self.gpu.follow(ended.optimizer)
+            self._record(ended, begin, self.gpu.event())
+
+        self._iterate(record)
+
+    def on_forward(self, module: Any, seconds: float, output: Any) -> None:
+        """After a forward pass of the top module, where these are the iterations."""
+        begin = time.perf_counter()
+        if self.stopping:
+            raise SystemExit(0)
+        self._iterate(lambda: self._record_forward(module, seconds, output, begin))
+
+    def _iterate(self, record: Callable[[], None]) -> None:
+        """An iteration ended: `record()` it, or, once there are enough, profile the next ones."""
+        if self.profiler is not None:
+            self.inbox.clear()
+            if self.profiler.step():
+                self._end_profile()
+                self._stop()
+            return
         try:
             if self.failures < MAX_FAILURES:
-                if ended.new:
-                    self.gpu.follow(ended.optimizer)
-                self._record(ended, begin, self.gpu.event())
+                record()
         except Exception as error:
             self.gpu.last = None
             self._note(error)
         self.inbox.clear()
         self.step += 1
-        if (self.limit and self.step >= self.limit) or (
-            self.watcher and not lines.alive(self.watcher)
+        gone = bool(self.watcher) and not lines.alive(self.watcher)
+        if (gone or (self.limit and self.step >= self.limit)) and (
+            gone or not self._begin_profile()
         ):
-            self.stopping = True
-            with contextlib.suppress(Exception):
-                self._write_arrived(everything=True)
-                self.write({"event": "stop", "steps": self.step})
-            raise SystemExit(0)
+            self._stop()
         self.last_end = time.perf_counter()
+
+    def _stop(self) -> None:
+        self.stopping = True
+        with contextlib.suppress(Exception):
+            self._write_arrived(everything=True)
+            self.write({"event": "stop", "steps": self.step})
+        raise SystemExit(0)
+
+    def _begin_profile(self) -> bool:
+        """Whether a profile was asked for and has begun."""
+        if not self.profiled:
+            return False
+        try:
+            self._write_arrived(everything=True)
+            self.profiler = profiling.Profiler(self.torch, self.profiled, self.gpu)
+            self.profiler.start()
+        except Exception as error:
+            self.profiler = None
+            self._note(error)
+        return self.profiler is not None
+
+    def _end_profile(self) -> None:
+        profiler, self.profiler = self.profiler, None
+        try:
+            self.write(profiler.stop())
+        except Exception as error:
+            profiler.cancel()
+            self._note(error)
+
+    def _heard(self, name: str) -> None:
+        self.forward = name
+
+    def _restart(self) -> None:
+        """A larger module turned out to be the top one: the steps so far were no iterations."""
+        self.pending.clear()
+        self.step, self.last_end = 0, None
+        self.write({"event": "restart"})
+
+    def _record_forward(self, module: Any, seconds: float, output: Any, begin: float) -> None:
+        if self.step == 0:
+            self.write(self._environment())
+        first = next(module.parameters(), None)
+        line: Dict[str, Any] = {
+            "event": "step",
+            "step": self.step,
+            "time": time.time(),
+            "wall_s": seconds,
+        }
+        waited = self.waits.take()
+        if self.last_end is not None:
+            line["loop_s"] = begin - self.last_end
+            line.update({"loader_s": sum(waited.values())} if waited else {})
+            line.update({"loaders": waited} if len(waited) > 1 else {})
+        with self.torch.no_grad():
+            kept = inference.tensors_of(self.torch, output)
+            values = [float(self.sketch(tensor)) for _, tensor in kept]
+        line["outputs"] = {name: value for (name, _), value in zip(kept, values)}
+        if values:
+            line["output"] = sum(values)
+        if self.inbox.half or (first is not None and first.element_size() < 4):
+            line["half"] = True
+        line["memory"] = {**_resident(), **self.gpu.memory()}
+        calls = self._calls()
+        if calls is not None:
+            line["calls"] = calls
+        if self.step == 0:
+            line["random"] = self.gpu.random_state()
+            if self.nudge:
+                from . import capture
+
+                size = NUDGES["half" if line.get("half") else "float32"]
+                capture.nudge_parameters(self.torch, list(module.parameters()), size, self.nudge)
+        if self.redraw:
+            self.gpu.redraw_in_step(self.nudge)
+        self.write(line)
 
     def _record(self, ended: iterations.Ended, begin: float, begun: Any) -> None:
         from . import capture

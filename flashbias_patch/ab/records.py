@@ -36,6 +36,8 @@ class Process:
     truncated: bool = False
     error: Optional[str] = None
     calls: Optional[Dict[str, int]] = None  # attention calls by backend, in all
+    profile: Dict[str, Any] = field(default_factory=dict)  # of profiling.py
+    forward: Optional[str] = None  # class of the first module that was called
 
     @property
     def rank(self) -> int:
@@ -407,6 +409,11 @@ def _take(process: Process, line: Dict[str, Any]) -> None:
         process.stopped = True
     elif event == "end":
         process.ended, process.error, process.calls = True, line.get("error"), line.get("calls")
+        process.forward = line.get("forward")
+    elif event == "profile":
+        process.profile = dict(line)
+    elif event == "restart":
+        process.steps.clear()
 
 
 def _dig(line: Any, keys: Any) -> float:

@@ -7,7 +7,7 @@ import re
 import shlex
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from . import clocks, lines, page, records, sides, words
+from . import clocks, lines, page, profiles, records, sides, words
 from . import verdict as verdicts
 from .records import Experiment
 from .statistics import Ratio
@@ -26,6 +26,9 @@ def text(experiment: Experiment, verdict: Verdict) -> str:
     out += _columns([words.OVERVIEW, *words.overview(verdict)])
     for each in verdict.every:
         out += _columns([words.columns(each), *words.figures(each)])
+    for each in verdict.every:
+        table_of = _columns([profiles.columns(each), *profiles.shown(experiment, each)])
+        out += [f"  {profiles.title(experiment)}:", *table_of] if table_of else []
     out += [f"  {line}" for line in remarks(experiment, verdict)]
     return "\n".join(out)
 
@@ -128,6 +131,10 @@ def markdown(experiment: Experiment, verdict: Verdict) -> str:
             for r in page.runs_table(experiment)
         ],
     )
+    if profiles.title(experiment):
+        out += [f"### {profiles.title(experiment)}"]
+        for each in verdict.every:
+            out += table(profiles.columns(each), profiles.shown(experiment, each))
     gpus = clocks.table(experiment)
     if gpus:
         out += ["### GPU clocks", *table(clocks.COLUMNS, gpus)]
@@ -215,6 +222,13 @@ def html(experiment: Experiment, verdict: Verdict) -> str:
         failures=page.failures(experiment),
         gradients=page.gradients_table(experiment),
         gpus=clocks.table(experiment),
+        parts_title="Outputs" if verdict.of_outputs else "Parts of the loss",
+        profiles=[
+            (profiles.columns(each), profiles.shown(experiment, each))
+            for each in verdict.every
+            if profiles.rows(experiment, each)
+        ],
+        profile_title=profiles.title(experiment),
         gpu_columns=clocks.COLUMNS,
         runs=page.runs_table(experiment),
         environment=page.environment_rows(experiment),
@@ -297,6 +311,7 @@ def _of_side(experiment: Experiment, verdict: Verdict) -> Dict[str, Any]:
         "notes": verdict.notes,
         "backends": page.backends_table(experiment),
         "fallbacks": page.fallbacks_table(experiment),
+        "profile": profiles.document(experiment, verdict),
     }
 
 

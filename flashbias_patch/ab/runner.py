@@ -19,7 +19,18 @@ import time
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from .. import launch
-from . import clocks, lines, probe, processes, records, repeats, sides, verdict
+from . import (
+    clocks,
+    inference,
+    lines,
+    probe,
+    processes,
+    profiling,
+    records,
+    repeats,
+    sides,
+    verdict,
+)
 from .records import Experiment
 from .repeats import HALF_WIDTH
 
@@ -45,7 +56,8 @@ class Options(NamedTuple):
     functions of flash_attn's names where it is not installed. `process`: the training that is
     judged (records.choose). `sides`: the further ones. `repeats`: a number, or "auto": until the
     interval is +-`half_width` percent. `max_time`: minutes after which no further pair of runs is
-    begun.
+    begun. `mode`: infer where iterations are forward passes, of the top module or of `module`.
+    `profile`: steps under torch.profiler, after the timed ones, in the first run of each side.
     """
 
     repeats: Union[int, str] = 1
@@ -63,6 +75,9 @@ class Options(NamedTuple):
     sides: Sequence[sides.Side] = ()
     half_width: float = HALF_WIDTH
     max_time: Optional[float] = None
+    mode: str = "train"
+    module: str = ""
+    profile: int = 0
 
 
 def schedule(repeats: Union[int, str], noise_run: bool = True, others: str = "B") -> str:
@@ -120,7 +135,9 @@ def run_all(
         if options.repeats == repeats.AUTO and not nudge:
             document["schedule"] = experiment.schedule = document["schedule"] + label
         place = os.path.join(out, "runs", f"{index + 1:02d}-{label}")
-        entry, recorded, tail = run_one(command, place, label, index, options, progress, nudge)
+        again = any(entry["label"] == label for entry in document["runs"])
+        how = options._replace(profile=0) if again else options
+        entry, recorded, tail = run_one(command, place, label, index, how, progress, nudge)
         document["runs"].append(entry)
         experiment.runs.append(records.make_run(entry, recorded, tail))
         _save(experiment, document)
@@ -253,6 +270,9 @@ def _environment(label: str, probes: str, options: Options, nudge: str) -> Dict[
             probe.SEED: str(options.seed),
             probe.WATCHER: str(os.getpid()),
             **({probe.NUDGE: nudge} if nudge else {}),
+            **({inference.MODE: options.mode} if options.mode != "train" else {}),
+            **({inference.MODULE: options.module} if options.module else {}),
+            **({profiling.PROFILE: str(options.profile)} if options.profile else {}),
             **stand_in,
             **{name: value for name, value in overrides.items() if name != "PYTHONPATH"},
         },
@@ -325,7 +345,7 @@ def _outcome(
     if options.inference:
         return {"status": "ok", "message": "finished"}
     if signs.steps == 0:
-        return {"status": "no steps", "message": _no_steps(signs)}
+        return {"status": "no steps", "message": _no_steps(signs, options)}
     if ending == "stopped":
         return {
             "status": "ok",
@@ -343,7 +363,7 @@ def _out_of_memory(signs: Signs) -> bool:
     return any(OUT_OF_MEMORY.search(text) for text in errors or [signs.tail()])
 
 
-def _no_steps(signs: Signs) -> str:
+def _no_steps(signs: Signs, options: Options) -> str:
     if signs.processes == 0:
         return (
             "no Python process of the command loaded the probe: does it run Python with -S, -I "
@@ -353,7 +373,12 @@ def _no_steps(signs: Signs) -> str:
     seen = f"{signs.processes} Python process{'' if signs.processes == 1 else 'es'} seen"
     if not signs.torch:
         return f"{seen}, none of which imported torch: is this the training command?"
-    return f"{seen}, torch was imported, but no torch.optim optimizer made a step"
+    if options.mode == "infer":
+        which = f"module {options.module!r}" if options.module else "module"
+        return f"{seen}, but no {which} made a forward pass in eval mode or without gradients"
+    forward = next((p.forward for p in signs.recorded() if p.forward), None)
+    hint = f"; {forward} made a forward pass: is it inference (`--mode infer`)?" if forward else ""
+    return f"{seen}, torch was imported, but no torch.optim optimizer made a step{hint}"
 
 
 def _signal_name(number: int) -> str:

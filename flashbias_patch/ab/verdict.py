@@ -96,6 +96,11 @@ class Verdict:
         return [self, *self.further]
 
     @property
+    def of_outputs(self) -> bool:
+        """Were outputs of forward passes compared instead of losses?"""
+        return any(p.quantity == parity.OUTPUTS for p in self.parities)
+
+    @property
     def only_patched_fits(self) -> bool:
         """The best result: unpatched runs out of memory, patched trains."""
         return (

@@ -22,6 +22,13 @@ PARITY_SAYS = {
     "differs": "does not train the same",
     "not compared": "could not be compared in its losses",
 }
+OUTPUTS_SAY = {
+    "identical": "gives identical outputs",
+    "within rounding": "gives the same outputs within rounding",
+    "within noise": "gives the same outputs within the command's own noise",
+    "differs": "does not give the same outputs",
+    "not compared": "could not be compared in its outputs",
+}
 ZERO_CALLS = "Zero attention calls went through the patch{}. "
 NO_CALLS = "is anything patched? `flashbias doctor --repo DIR` tells"
 
@@ -128,12 +135,13 @@ def _comparison(verdict: Verdict) -> str:
     if word in ("undecided", "not finite"):
         worst = next(p for p in sorted(verdict.parities, key=lambda p: p.badness) if p.word == word)
         what = (
-            "Whether it trains the same is undecided"
+            f"Whether it {'infers' if verdict.of_outputs else 'trains'} the same is undecided"
             if word == "undecided"
             else f"The {worst.quantity} is not finite"
         )
         return f"{joined(says, who)}. {what}: {worst.why}{_since(worst)}."
-    return joined([*says, training_clause(word, verdict.first_step)], who) + "."
+    clause = training_clause(word, verdict.first_step, verdict.of_outputs)
+    return joined([*says, clause], who) + "."
 
 
 def capital(text: str) -> str:
@@ -164,8 +172,9 @@ def clauses(speed: Optional[Tuple[float, str]], memory: Optional[Tuple[float, st
     return says
 
 
-def training_clause(word: str, first_step: Optional[int]) -> str:
-    return PARITY_SAYS[word] + ("" if first_step is None else f" from step {first_step} on")
+def training_clause(word: str, first_step: Optional[int], outputs: bool = False) -> str:
+    says = (OUTPUTS_SAY if outputs else PARITY_SAYS)[word]
+    return says + ("" if first_step is None else f" from step {first_step} on")
 
 
 def joined(says: List[str], who: str = "Patched") -> str:
@@ -245,7 +254,16 @@ def columns(verdict: Verdict) -> Tuple[str, ...]:
     return ("", COLUMNS[1], name, f"{verdict.name} / unpatched", *COLUMNS[4:])
 
 
-OVERVIEW = ("side", "time per step", "of A's", "speed", "peak memory", "of A's", "memory", "losses")
+OVERVIEW = (
+    "side",
+    "time per step",
+    "of A's",
+    "speed",
+    "peak memory",
+    "of A's",
+    "memory",
+    "losses or outputs",
+)
 
 
 def overview(verdict: Verdict) -> List[Tuple[str, ...]]:
@@ -329,11 +347,13 @@ def parity_lines(verdict: Verdict) -> List[str]:
     are."""
     found = [parity_line(p) for p in verdict.parities if not p.part]
     parts = [p for p in verdict.parities if p.part and p.word != "not compared"]
+    what = "output" if verdict.of_outputs else "part of the loss"
     bad = sorted((p for p in parts if tone(p.word) != "good"), key=lambda p: p.badness)
-    found += [f"part of the loss, {parity_line(p)}" for p in bad]
+    found += [f"{what}, {parity_line(p)}" for p in bad]
     if len(bad) < len(parts):
         found.append(
-            f"{len(parts) - len(bad)} of {len(parts)} parts of the loss: within rounding or noise"
+            f"{len(parts) - len(bad)} of {len(parts)} "
+            f"{'outputs' if verdict.of_outputs else 'parts of the loss'}: within rounding or noise"
         )
     return [until_then(verdict) + line for line in found]
 

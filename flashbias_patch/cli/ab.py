@@ -134,6 +134,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "be given several times",
     )
     parser.add_argument(
+        "--mode",
+        choices=("train", "infer"),
+        default="train",
+        help="infer: CMD has no optimizer; forward passes in eval mode or without gradients are "
+        "timed, and their outputs compared",
+    )
+    parser.add_argument(
+        "--module",
+        metavar="NAME",
+        default="",
+        help="with --mode infer: the module whose forward passes count, by class or by its place "
+        "in the model (default: the largest that CMD calls)",
+    )
+    parser.add_argument(
+        "--profile",
+        type=_at_least(int, 0),
+        default=0,
+        metavar="N",
+        help="N more steps of each side under torch.profiler, after the timed ones: the time by "
+        "class of kernels",
+    )
+    parser.add_argument(
         "--param",
         action="append",
         default=[],
@@ -236,6 +258,9 @@ def _main(args: argparse.Namespace) -> int:
         sides=args.side,
         half_width=args.half_width or repeats.HALF_WIDTH,
         max_time=args.max_time,
+        mode=args.mode,
+        module=args.module,
+        profile=args.profile,
     )
 
     ends = (signal.SIGTERM, signal.SIGHUP)
@@ -293,6 +318,10 @@ def _usage(args: argparse.Namespace, command: List[str]) -> Optional[str]:
         return "CMD is missing: say what to run, e.g. flashbias ab -- python tools/train.py CONFIG"
     if shutil.which(command[0]) is None:
         return f"CMD: {command[0]!r} is not a program on PATH"
+    if args.module and args.mode != "infer":
+        return "--module: only with --mode infer"
+    if args.mode == "infer" and args.eval is not None:
+        return "--mode infer: not with --eval, which compares what CMD writes"
     problem = _side_problem(args)
     if problem:
         return problem
