@@ -1,6 +1,6 @@
-"""Adaptive query routing: weights over modalities -> AttentionBias, scaled by a learned bias_scale.
+"""Adaptive query routing: turn weights over modalities into an AttentionBias with a learned scale.
 
-Names are loaded on first use (PEP 562): `options` is read before torch is imported.
+Names are loaded on first use (PEP 562), because `options` is used before torch is imported.
 """
 
 from __future__ import annotations

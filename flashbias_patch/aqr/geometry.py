@@ -1,4 +1,4 @@
-"""Where queries and keys are: reference points projected onto the BEV grid and into the cameras."""
+"""Compute positions of queries and keys on the BEV grid and in the cameras."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ _geometry: contextvars.ContextVar[Optional[Geometry]] = contextvars.ContextVar(
 
 
 class Geometry(NamedTuple):
-    """reference (B|1, M, 3) in 0..1 of pc_range (x0, y0, z0, x1, y1, z1, metres); lidar2img (B, V,
-    4, 4) to pixels, or None without cameras; img_shape (height, width) in pixels."""
+    """Reference points and camera matrices.
+
+    reference (B|1, M, 3) in 0..1 of pc_range (x0, y0, z0, x1, y1, z1, metres); lidar2img (B, V, 4,
+    4) to pixels, or None without cameras; img_shape (height, width) in pixels.
+    """
 
     reference: Tensor
     pc_range: Tuple[float, ...]
@@ -28,7 +31,7 @@ class Geometry(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Queries and keys in the frames of their segments, as SquaredDistanceBias takes them.
+    """Positions of queries and keys in the frames of their segments, for SquaredDistanceBias.
 
     A frame is the BEV grid (metres) or one camera (units of the image's width, from its upper left
     corner). query_xy (B, M, F, 2), valid (B, M, F) bool, lengths: keys in each of the F frames.
@@ -37,7 +40,7 @@ class Places(NamedTuple):
     query_xy: Tensor
     valid: Tensor
     lengths: Tuple[int, ...]
-    bev: bool  # whether the first frame is the BEV grid
+    bev: bool  # True if the first frame is the BEV grid
     grids: Tuple[Tuple[int, int], ...] = ()  # rows and columns of each frame
     extents: Tuple[
         Tuple[float, float, float, float], ...
@@ -45,37 +48,37 @@ class Places(NamedTuple):
 
     @property
     def key_xy(self) -> Tensor:
-        """(1, N, 2): the middle of each key's cell in its frame."""
-        found: List[Tensor] = []
-        for place, (grid, (x, y, width, height)) in enumerate(zip(self.grids, self.extents)):
-            if place and (grid, self.extents[place]) == (
-                self.grids[place - 1],
-                self.extents[place - 1],
+        """Centre of each key's cell in its frame, (1, N, 2)."""
+        coordinates: List[Tensor] = []
+        for index, (grid, (x, y, width, height)) in enumerate(zip(self.grids, self.extents)):
+            if index and (grid, self.extents[index]) == (
+                self.grids[index - 1],
+                self.extents[index - 1],
             ):
-                found.append(found[-1])  # cameras are alike
+                coordinates.append(coordinates[-1])  # all cameras have the same grid
                 continue
             xy = _cells(*grid, self.query_xy) * self.query_xy.new_tensor((width, height))
-            found.append(xy + self.query_xy.new_tensor((x, y)) if x or y else xy)
-        return torch.cat(found)[None]
+            coordinates.append(xy + self.query_xy.new_tensor((x, y)) if x or y else xy)
+        return torch.cat(coordinates)[None]
 
     def kinds(self, device: Any) -> Tensor:
-        """(F,) long: 0 for the BEV frame, 1 for a camera."""
+        """Return (F,) long: 0 for the BEV frame, 1 for a camera."""
         return torch.tensor(
             [0 if self.bev and i == 0 else 1 for i in range(len(self.lengths))], device=device
         )
 
     def visible(self, num_segments: int) -> Tensor:
-        """(B, M, S) bool: in view of the segment; cameras that share a segment count together."""
+        """Return (B, M, S) bool: True if a query is in view of a camera of the segment, or on the
+        BEV."""
         if num_segments == len(self.lengths):
             return self.valid
         cameras = self.valid[..., int(self.bev) :].any(-1, keepdim=True)
         return torch.cat([self.valid[..., :1], cameras], -1) if self.bev else cameras
 
     def cells(self) -> Tensor:
-        """(B, M, F, 2) floating whole numbers: row, column of the cell of each query in each
-        frame's grid.
+        """Return row and column of the cell of each query in each frame, (B, M, F, 2) whole floats.
 
-        A query outside a frame has the nearest cell of its edge there; NaN stays NaN.
+        For a query outside a frame it is the nearest cell at the edge; NaN stays NaN.
         """
         numbers = [
             (-x, -y, columns / width, rows / height, columns - 1, rows - 1)
@@ -92,11 +95,14 @@ def provide_geometry(
     lidar2img: Optional[Any] = None,
     img_shape: Optional[Sequence[int]] = None,
 ) -> None:
-    """Tell the next transformer with a router where its queries are; a CMT head does so by itself.
+    """Set the query positions for the next transformer with a router; CMT heads do it already.
 
-    reference (B, M, 3) or (M, 3) in 0..1 of pc_range, no gradient is taken from it; lidar2img (B,
-    V, 4, 4), tensor or array-like, lidar metres to pixels of the network's input; img_shape
+    reference (B, M, 3) or (M, 3) in 0..1 of pc_range, used without gradient; lidar2img
+    (B, V, 4, 4), tensor or array-like, lidar metres to pixels of the network input; img_shape
     (height, width) of that input.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
     """
     if (
         not isinstance(reference, Tensor)
@@ -125,7 +131,7 @@ def provide_geometry(
 
 
 def take_geometry() -> Optional[Geometry]:
-    """What was provided, once."""
+    """Return the geometry that was provided, and remove it."""
     geometry = _geometry.get()
     if geometry is not None:
         _geometry.set(None)
@@ -135,10 +141,13 @@ def take_geometry() -> Optional[Geometry]:
 def places(
     geometry: Geometry, bev: Optional[Tuple[int, int]], views: Optional[Tuple[int, int, int]]
 ) -> Places:
-    """bev: (rows along y, columns along x) of the grid; views: (V, rows, columns); keys in that
+    """Return the positions of queries and keys.
+
+    bev: (rows along y, columns along x) of the grid; views: (V, rows, columns). Keys are in that
     order, row by row.
 
-    ValueError where the geometry lacks cameras, or has another number of them.
+    Raises:
+        ValueError: the geometry has no cameras, or another number of them.
     """
     low, high = geometry.reference.new_tensor(geometry.pc_range).split(3)
     points = geometry.reference * (high - low) + low
@@ -161,9 +170,9 @@ def places(
             got = "none" if geometry.lidar2img is None else geometry.lidar2img.shape[1]
             raise ValueError(f"lidar2img: expected the matrices of {views[0]} cameras, got {got}")
         height, width = geometry.img_shape
-        xy, seen = _project(points, geometry.lidar2img, height, width)
+        xy, in_view = _project(points, geometry.lidar2img, height, width)
         query.append(xy)
-        valid.append(seen)
+        valid.append(in_view)
         lengths += [views[1] * views[2]] * views[0]
         grids += [views[1:]] * views[0]
         extents += [(0.0, 0.0, 1.0, height / width)] * views[0]
@@ -179,7 +188,7 @@ def places(
 
 
 def _cells(rows: int, columns: int, like: Tensor) -> Tensor:
-    """(rows * columns, 2): x, y of the cells' middles in 0..1, row by row."""
+    """Return (rows * columns, 2): x and y of the cell centres in 0..1, row by row."""
     y = (torch.arange(rows, device=like.device) + 0.5) / rows
     x = (torch.arange(columns, device=like.device) + 0.5) / columns
     grid = meshgrid(y, x)
@@ -187,12 +196,14 @@ def _cells(rows: int, columns: int, like: Tensor) -> Tensor:
 
 
 def _project(points: Tensor, lidar2img: Tensor, height: int, width: int) -> Tuple[Tensor, Tensor]:
-    """(B|1, M, 3), (B, V, 4, 4) -> (B, M, V, 2) in units of the image's width, (B, M, V) in
-    view."""
+    """Project points (B|1, M, 3) by matrices (B, V, 4, 4).
+
+    Returns positions (B, M, V, 2) in units of the image width, and (B, M, V) True if in view.
+    """
     batch = lidar2img.shape[0]
-    seen = torch.einsum("bvij,bmj->bmvi", lidar2img[..., :3, :3], points.expand(batch, -1, -1))
-    seen = seen + lidar2img[:, None, :, :3, 3]
-    depth = seen[..., 2]
-    pixels = seen[..., :2] / depth.clamp(min=NEAREST)[..., None]
+    projected = torch.einsum("bvij,bmj->bmvi", lidar2img[..., :3, :3], points.expand(batch, -1, -1))
+    projected = projected + lidar2img[:, None, :, :3, 3]
+    depth = projected[..., 2]
+    pixels = projected[..., :2] / depth.clamp(min=NEAREST)[..., None]
     below = (pixels[..., 0] < width) & (pixels[..., 1] < height)
     return pixels / width, (depth > NEAREST) & (pixels >= 0).all(-1) & below

@@ -1,5 +1,4 @@
-"""The `aqr=dict(...)` of a transformer's config and FLASHBIAS_AQR: one set of options, checked by
-name."""
+"""Define and check the options of `aqr=dict(...)` in a transformer config and of FLASHBIAS_AQR."""
 
 from __future__ import annotations
 
@@ -14,13 +13,13 @@ MODALITY, WINDOW = "modality", "window"
 PER = ("scalar", "head", "layer")
 CAMERA_WINDOWS = ("first", "all")
 CHOICES = {"bias": (MODALITY, WINDOW), "per": PER, "camera_windows": CAMERA_WINDOWS}
-# bias -> options that have no meaning for the other one
+# bias -> options that only this kind of bias has
 ONLY = {
     MODALITY: ("cameras", "locality", "eps"),
     WINDOW: ("window", "lidar_window", "gaussian", "camera_windows", "min_scale", "max_scale"),
 }
 INIT_BIAS_SCALE = {MODALITY: 1.0, WINDOW: 2.5}
-# option -> least, largest, the same in words
+# option -> smallest value, largest value, description
 NUMBERS = {
     "init_bias_scale": (-math.inf, math.inf, "a finite number"),
     "min_scale": (0.0, math.inf, "a finite number of at least 0"),
@@ -31,32 +30,37 @@ NUMBERS = {
 
 
 class Options(NamedTuple):
-    """What `aqr=dict(enable=True, ...)` may hold."""
+    """The options of `aqr=dict(enable=True, ...)`."""
 
     enable: bool = False
     bias: str = MODALITY
     per: str = "scalar"
-    init_bias_scale: float = INIT_BIAS_SCALE[MODALITY]  # `read` has the default of the given bias
-    cameras: Optional[int] = (
-        None  # camera segments: 1 = all as one, V = one each; None: as the transformer has it
-    )
+    init_bias_scale: float = INIT_BIAS_SCALE[
+        MODALITY
+    ]  # `read` uses the default of the selected bias
+    # number of camera segments: 1 = one for all cameras, V = one per camera; None: by transformer
+    cameras: Optional[int] = None
     locality: Any = False
     hidden_dims: Optional[int] = None
     eps: float = 1e-6
     drop: float = 0.0  # probability of dropping a sensor, in training
     supervision: float = 0.0  # weight of the cross entropy against the dropped sensor
-    window: int = 15  # cells along the edge of a window in a camera, and on the BEV grid
-    lidar_window: Optional[int] = None  # on the BEV grid where it is another number
+    window: int = 15  # edge of a window in cells, in cameras and on the BEV grid
+    lidar_window: Optional[int] = None  # the same on the BEV grid, if different
     gaussian: Optional[float] = None  # sigma of the profile in cells; None or False: a box
-    camera_windows: str = (
-        "first"  # a window in the first camera that sees the query, or in "all" that do
-    )
+    camera_windows: str = "first"  # windows in the first camera that sees the query, or in "all"
     min_scale: float = 0.5  # bias_scale is clamped to [min_scale, max_scale]
     max_scale: float = 5.0
 
 
 def read(given: Any, source: str = "aqr") -> Options:
-    """A bool, or a dict of options; ValueError or TypeError names what is wrong."""
+    """Read a bool or a dict of options.
+
+    source: the name for messages.
+
+    Raises:
+        TypeError, ValueError: an option is unknown or has a wrong value; the message names it.
+    """
     if isinstance(given, bool):
         return Options(enable=given)
     if not isinstance(given, dict):
@@ -86,12 +90,12 @@ def read(given: Any, source: str = "aqr") -> Options:
         options = options._replace(init_bias_scale=INIT_BIAS_SCALE[options.bias])
     if options.gaussian is False:
         options = options._replace(gaussian=None)
-    for name, (low, high, words) in NUMBERS.items():
+    for name, (low, high, expected) in NUMBERS.items():
         value = getattr(options, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{source}.{name}: expected a number, got {value!r}")
         if not math.isfinite(value) or not low <= value <= high:
-            raise ValueError(f"{source}.{name}: expected {words}, got {value!r}")
+            raise ValueError(f"{source}.{name}: expected {expected}, got {value!r}")
     for name, least in (("cameras", 0), ("hidden_dims", 1), ("lidar_window", 1)):
         value = getattr(options, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
@@ -104,7 +108,7 @@ def read(given: Any, source: str = "aqr") -> Options:
 
 
 def _checked(options: Options, source: str) -> Options:
-    """What options say of each other."""
+    """Check options that depend on each other."""
     for bias, names in ONLY.items():
         for name in names:
             if bias != options.bias and getattr(options, name) != Options._field_defaults[name]:
@@ -141,8 +145,11 @@ def _checked(options: Options, source: str) -> Options:
 
 
 def from_environment() -> Optional[Options]:
-    """FLASHBIAS_AQR: a switch ("1", "off"), or "key=value,..." with enable implied; None where
-    unset."""
+    """Read FLASHBIAS_AQR: a switch ("1", "off") or "key=value,..."; return None if it is unset.
+
+    Raises:
+        TypeError, ValueError: as `read`.
+    """
     text = settings.current().aqr
     if not text:
         return None
@@ -152,14 +159,14 @@ def from_environment() -> Optional[Options]:
 
 
 def pairs(text: str, source: str) -> Dict[str, Any]:
-    """The options of "key=value,..."; ValueError where a part has no "="."""
-    given: Dict[str, Any] = {}
+    """Parse "key=value,..."; raise ValueError for a part without "="."""
+    options: Dict[str, Any] = {}
     for part in text.split(",") if text else ():
         key, separator, value = part.partition("=")
         if not separator:
             raise ValueError(f"{source}: expected 1, 0 or key=value,..., got {part!r}")
-        given[key.strip()] = _value(value.strip())
-    return given
+        options[key.strip()] = _value(value.strip())
+    return options
 
 
 def _value(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""The router: how much each object query should listen to each modality, as a bias on its attention
+"""Define the router: it weights the modalities for each object query by a bias on attention
 scores."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .geometry import Places
 from .options import PER
 from .supervision import ModalityDrop
 
-EXTRA = "_extra_state"  # the name that torch gives to what is no tensor of the module
+EXTRA = "_extra_state"  # torch's key suffix for state that is not a tensor of the module
 
 
 class Locality(NamedTuple):
@@ -32,7 +32,7 @@ class Locality(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What the router thought: logits and weights (B|1, M, S), and the places it was given."""
+    """The result of a router: logits and weights (B|1, M, S), and the places it received."""
 
     logits: Tensor
     weights: Tensor
@@ -46,19 +46,19 @@ _recorder: contextvars.ContextVar[Optional[List[Routing]]] = contextvars.Context
 
 @contextlib.contextmanager
 def record_routing() -> Iterator[List[Routing]]:
-    """Collects, detached, what every router thinks in this block: `with record_routing() as seen:
-    model(...)`."""
-    seen: List[Routing] = []
-    token = _recorder.set(seen)
+    """Record the detached logits and weights of every router: `with record_routing() as
+    routings:`."""
+    routings: List[Routing] = []
+    token = _recorder.set(routings)
     try:
-        yield seen
+        yield routings
     finally:
         _recorder.reset(token)
 
 
 class AdaptiveQueryRouter(nn.Module):
-    """Scores each query over S key segments (lidar BEV, cameras) and turns the scores into an
-    attention bias.
+    """Score each query over S key segments (lidar BEV, cameras); the scores become an attention
+    bias.
 
         w = softmax(logits)                                    (B, M, S)
         bias[b, h, m, n] = bias_scale * (log(w[b, m, s(n)] + eps) - locality[b, m, n])
@@ -68,31 +68,33 @@ class AdaptiveQueryRouter(nn.Module):
     softmax(scores + log w) gives a segment w times the attention it would have had. With the
     learned, non-negative scales of `locality`, the squared distance between key and query in the
     BEV plane and in each camera is subtracted; a query outside a camera's view gets no such term
-    there. bias_scale = 0 is the model without a router.
+    there. With bias_scale = 0 the model is the one without a router.
 
-    logits: a hidden layer on the query, then a linear layer over the segments; plus, where
-    `features` are given, the product of that hidden layer with a projection of each segment's mean
-    feature (a zeroed sensor shows); plus a learned gain where `places` show the query inside a
-    segment's view (without places `visible_gain` gets a
-    gradient of 0: a CMT head provides them with `locality` or windows only, see
-    geometry.provide_geometry).
+    logits: a hidden layer on the query, then a linear layer over the segments; plus, with
+    `features`, the product of that hidden layer with a projection of each segment's mean feature
+    (which detects a zeroed sensor); plus, with `places`, a learned gain if the query is in view of
+    the segment. Without places `visible_gain` gets a gradient of 0. A CMT head provides places only
+    for `locality` or windows, see geometry.provide_geometry.
 
     Args:
         embed_dims: C, width of the queries.
         num_segments: S.
         num_heads, num_layers: needed by per="head" and per="layer".
-        per: bias_scale is one number ("scalar"), one a head (H,), or one a layer (L,).
+        per: bias_scale is one number ("scalar"), one per head (H,), or one per layer (L,).
         hidden_dims: width of the hidden layer; default embed_dims // 2.
         init_bias_scale: its initial value.
         locality: None, True, or initial scales as a Locality or a dict(bev=..., camera=...).
         eps: added to w before the logarithm; bounds the bias from below by bias_scale * log(eps).
 
-    Computes in float32, whatever autocast or the parameters' dtype. Its parameters are drawn
-    without touching the global random state, and none is called `weight`: initialisers that walk
-    over modules leave them alone.
+    It computes in float32, independently of autocast and the dtype of the parameters. Its
+    parameters are drawn without using the global random state, and none is called `weight`, so
+    generic initialisers do not change them.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
     """
 
-    # Where a transformer's config asks for them; read by the wrapper that built the router.
+    # Set from a transformer's config, and read by the seam that built the router.
     drop: Optional[ModalityDrop] = None
     supervision: float = 0.0
 
@@ -140,26 +142,30 @@ class AdaptiveQueryRouter(nn.Module):
         scales = _locality(locality)
         if scales is None:
             self.register_parameter("locality_raw", None)
-        else:  # softplus of it is the scale
+        else:  # the scale is softplus of it
             self.locality_raw = nn.Parameter(
                 torch.tensor([math.log(math.expm1(value)) for value in scales])
             )
 
-        self._register_state_dict_hook(
-            _save_drop
-        )  # and not get_extra_state: without `drop` there is no such key
+        # Not get_extra_state: without `drop` there must be no such key.
+        self._register_state_dict_hook(_save_drop)
 
     @property
     def locality_scales(self) -> Optional[Tensor]:
-        """(2,) non-negative: BEV in 1/m^2, camera in 1/(image width)^2; None without a locality
-        term."""
+        """Scales (2,), non-negative: BEV in 1/m^2, camera in 1/(image width)^2; None without
+        locality."""
         return None if self.locality_raw is None else F.softplus(self.locality_raw.float())
 
     def route(
         self, query: Tensor, features: Optional[Tensor] = None, places: Optional[Places] = None
     ) -> Routing:
-        """query (B|1, M, C), features (B, S, C): each segment's mean feature -> logits and weights
-        (B, M, S)."""
+        """Return logits and weights (B, M, S).
+
+        query (B|1, M, C); features (B, S, C): the mean feature of each segment.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
         if query.dim() != 3 or query.shape[-1] != self.embed_dims:
             raise ValueError(
                 f"query: expected (B, M, C) with C = {self.embed_dims}, got {tuple(query.shape)}"
@@ -180,9 +186,9 @@ class AdaptiveQueryRouter(nn.Module):
                     logits + places.visible(self.num_segments).float() * self.visible_gain.float()
                 )
             routing = Routing(logits, self._weights(logits), places)
-        seen = _recorder.get()
-        if seen is not None and current_graph_task() == -1:  # not in a recomputation
-            seen.append(Routing(logits.detach(), routing.weights.detach(), places))
+        recorder = _recorder.get()
+        if recorder is not None and current_graph_task() == -1:  # not in a recomputation
+            recorder.append(Routing(logits.detach(), routing.weights.detach(), places))
         return routing
 
     def _weights(self, logits: Tensor) -> Tensor:
@@ -190,13 +196,13 @@ class AdaptiveQueryRouter(nn.Module):
 
     @property
     def needs_places(self) -> bool:
-        """Whether `bias` needs to know where the queries are."""
+        """True if `bias` needs the positions of the queries."""
         return self.locality_raw is not None
 
     def biases(
         self, routing: Routing, segments: Sequence[int]
     ) -> List[Tuple[AttentionBias, Optional[Tuple[int, ...]]]]:
-        """Each bias with the layers that it is for, None: all."""
+        """Return the biases, each with the indices of its layers (None: all)."""
         if self.per != "layer":
             return [(self.bias(routing, segments), None)]
         return [
@@ -204,7 +210,7 @@ class AdaptiveQueryRouter(nn.Module):
         ]
 
     def _scale(self, layer: Optional[int]) -> Tensor:
-        """bias_scale of all layers or of one, float32: (1,) or (H,)."""
+        """Return bias_scale of all layers or of one, float32: (1,) or (H,)."""
         if (layer is None) == (self.per == "layer"):
             raise ValueError(
                 f"layer: expected an index with per='layer' and None otherwise, got {layer!r} "
@@ -216,10 +222,13 @@ class AdaptiveQueryRouter(nn.Module):
     def bias(
         self, routing: Routing, segments: Sequence[int], layer: Optional[int] = None
     ) -> AttentionBias:
-        """The bias over keys whose S segments have these lengths; `layer` picks its scale with
-        per="layer".
+        """Return the bias (B|1, H|1, M, N) over keys in S segments of these lengths.
 
-        (B|1, H|1, M, N): rank S, exact, and 4 more ranks a frame (BEV, each camera) with locality.
+        layer: selects the scale for per="layer". The bias is exact, of rank S; with locality 4 more
+        per frame (BEV, each camera).
+
+        Raises:
+            ValueError: segments, layer or the places of the routing do not fit.
         """
         scale = self._scale(layer)
         if len(segments) != self.num_segments:
@@ -247,12 +256,12 @@ class AdaptiveQueryRouter(nn.Module):
         places: Optional[Places] = None,
         layer: Optional[int] = None,
     ) -> AttentionBias:
-        """`bias(route(query, features, places), segments, layer)`."""
+        """Return `bias(route(query, features, places), segments, layer)`."""
         return self.bias(self.route(query, features, places), segments, layer)
 
     def _locality(self, places: Places, scale: Tensor) -> AttentionBias:
-        """-bias_scale * s * |x - y|^2: exact factors of the unit distance, the scales on the
-        queries' side."""
+        """Return -bias_scale * s * |x - y|^2: exact factors of the distance, scaled on the query
+        side."""
         unit = SquaredDistanceBias(
             places.query_xy, places.key_xy, 1.0, places.lengths, places.valid
         )
@@ -265,8 +274,8 @@ class AdaptiveQueryRouter(nn.Module):
         return LowRankBias(q_factor * (scale[:, None] * a_frame), k_factor)
 
     def zero(self) -> Tensor:
-        """0 with a gradient path to every parameter: none is ever unused, whatever a batch lacks
-        (DDP)."""
+        """Return 0 with a gradient path to every parameter, so that DDP finds no unused
+        parameter."""
         return (
             torch.cat([parameter.float().reshape(-1) for parameter in self.parameters()]) * 0.0
         ).sum()
@@ -281,13 +290,13 @@ class AdaptiveQueryRouter(nn.Module):
         unexpected_keys: List[str],
         error_msgs: List[str],
     ) -> None:
-        own = [prefix + name for name, _ in self.named_parameters()]
-        if not any(name in state_dict for name in own):  # a checkpoint from before the router
+        own_keys = [prefix + name for name, _ in self.named_parameters()]
+        if not any(name in state_dict for name in own_keys):  # a checkpoint from before the router
             telemetry.once(
                 ("aqr checkpoint", prefix),
                 "warning",
                 "the checkpoint has no router: %s keep their initial values",
-                ", ".join(own),
+                ", ".join(own_keys),
             )
             return
         super()._load_from_state_dict(
@@ -302,7 +311,7 @@ class AdaptiveQueryRouter(nn.Module):
                 error_msgs.append(f"{prefix}{EXTRA}: {error}")
 
     def extra_repr(self) -> str:
-        """The options that differ between routers, for `print(model)`."""
+        """Return the options that differ between routers, for `print(model)`."""
         locality = "" if self.locality_raw is None else ", locality"
         return f"{self.embed_dims}, segments={self.num_segments}, per={self.per!r}{locality}"
 
@@ -310,8 +319,7 @@ class AdaptiveQueryRouter(nn.Module):
 def _save_drop(
     router: AdaptiveQueryRouter, state_dict: Dict[str, Any], prefix: str, local_metadata: Any
 ) -> None:
-    """State dict hook, which mmcv 1.x calls too: a resumed run goes on with the random sequence of
-    `drop`."""
+    """Save the random state of `drop` (a state dict hook, which mmcv 1.x calls too)."""
     if router.drop is not None:
         state_dict[prefix + EXTRA] = router.drop.state()
 

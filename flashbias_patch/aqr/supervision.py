@@ -1,5 +1,4 @@
-"""Dropping a sensor in training, and telling the router which one it was (as MoME does, arXiv
-2503.19776)."""
+"""Drop a sensor in training and supervise the router with it (as MoME does, arXiv 2503.19776)."""
 
 from __future__ import annotations
 
@@ -13,11 +12,13 @@ LIDAR, CAMERA = "lidar", "camera"
 
 
 class ModalityDrop:
-    """Chooses, sample by sample, whether a sensor is dropped: lidar or cameras, each with
-    probability / 2.
+    """Select per sample whether a sensor is dropped: lidar or cameras, each with probability / 2.
 
-    Draws from a generator of its own: other random numbers of a run do not change. Each `rank` has
+    It has its own random generator, so other random numbers of a run do not change. Each `rank` has
     its own sequence.
+
+    Raises:
+        ValueError: the probability is not in 0 .. 1.
     """
 
     def __init__(self, probability: float, seed: int = 0, rank: int = 0) -> None:
@@ -32,24 +33,23 @@ class ModalityDrop:
         self._random = random.Random(self.seed + self.rank)
 
     def draw(self, batch: int) -> List[Optional[str]]:
-        """For each of `batch` samples "lidar", "camera" or None."""
-        chosen: List[Optional[str]] = []
+        """Return "lidar", "camera" or None for each of `batch` samples."""
+        sensors: List[Optional[str]] = []
         self.drawn += batch
         for _ in range(batch):
             dropped, sensor = (
                 self._random.random() < self.probability,
                 self._random.choice((LIDAR, CAMERA)),
             )
-            chosen.append(sensor if dropped else None)
-        return chosen
+            sensors.append(sensor if dropped else None)
+        return sensors
 
     def state(self) -> Tensor:
-        """(2,) int64: the seed, and how many samples were drawn for. The same on every rank."""
+        """Return (2,) int64: the seed and the number of samples drawn, the same on every rank."""
         return torch.tensor([self.seed, self.drawn], dtype=torch.int64)
 
     def restore(self, state: Any) -> None:
-        """Go on, on this rank, where a run of this `state` was. ValueError for anything but a
-        `state()`."""
+        """Continue the sequence of this rank after `state`; ValueError if it is not a `state()`."""
         if not isinstance(state, Tensor) or tuple(state.shape) != (2,) or state.is_floating_point():
             got = (
                 f"{tuple(state.shape)} {state.dtype}"
@@ -65,35 +65,42 @@ class ModalityDrop:
 def drop_modalities(
     x: Tensor, x_img: Tensor, dropped: Sequence[Optional[str]]
 ) -> Tuple[Tensor, Tensor]:
-    """Zero x (B, ...) where "lidar" is dropped and x_img (B*V, ...) where "camera" is; positions
-    stay."""
+    """Set x (B, ...) to zero where "lidar" is dropped, and x_img (B*V, ...) where "camera" is.
+
+    Position embeddings are not changed.
+
+    Raises:
+        ValueError: `dropped` does not have one entry per sample.
+    """
     if len(dropped) != x.shape[0] or x_img.shape[0] % x.shape[0]:
         raise ValueError(
-            f"dropped: expected one entry a sample, B = {x.shape[0]}, got {len(dropped)}, with "
+            f"dropped: expected one entry per sample, B = {x.shape[0]}, got {len(dropped)}, with "
             "x_img's "
             f"first dimension {x_img.shape[0]} a multiple of B"
         )
     if not any(dropped):
         return x, x_img
 
-    def kept(like: Tensor, sensor: str) -> Tensor:
+    def without_dropped(like: Tensor, sensor: str) -> Tensor:
         keep = torch.tensor(
             [name != sensor for name in dropped], dtype=like.dtype, device=like.device
         )
         keep = keep.repeat_interleave(like.shape[0] // len(dropped))
         return like * keep.view(-1, *[1] * (like.dim() - 1))
 
-    return kept(x, LIDAR), kept(x_img, CAMERA)
+    return without_dropped(x, LIDAR), without_dropped(x_img, CAMERA)
 
 
 def supervision_loss(logits: Tensor, dropped: Sequence[Optional[str]]) -> Tensor:
-    """Cross entropy of the router's choice against the sensors that are left; 0 where none was
-    dropped.
+    """Return the cross entropy of the router against the remaining sensors; 0 if none was dropped.
 
     logits (B, M, S), segment 0 the lidar, the others cameras. A sample's target is the lidar where
-    "camera" was dropped, and all cameras alike where "lidar" was. MoME has a third class, fused,
+    "camera" was dropped, and all cameras equally where "lidar" was. MoME has a third class, fused,
     for intact samples; here those are left to the detection losses, since soft weights need no
     class for "both".
+
+    Raises:
+        ValueError: the shape of the logits does not fit.
     """
     batch, _, segments = logits.shape
     if len(dropped) != batch or segments < 2:

@@ -1,5 +1,4 @@
-"""The router of local windows: two weights a query, painted around its place on the BEV grid and in
-the cameras."""
+"""Define the router of local windows: two weights per query, applied around its position."""
 
 from __future__ import annotations
 
@@ -16,27 +15,29 @@ from .router import AdaptiveQueryRouter, Routing
 
 
 class WindowRouter(AdaptiveQueryRouter):
-    """Scores each query over lidar and cameras and adds its weights to the scores of the keys near
-    the query.
+    """Score each query over lidar and cameras; the weights are added to the scores of near keys.
 
         w = tanh(logits)                                                           (B, M, S), S = 1
         or 2 bias[b, h, m, n] = clamp(bias_scale) * w[b, m, s(n)] * profile[b, m, n]    inside a
         window of the query, else 0
 
     The windows of a query are squares of `lidar_window` cells around its cell of the BEV grid and
-    of `window` cells around its place in a camera. The bias is exact and never dense: see
+    of `window` cells around its place in a camera. The bias is exact and never dense, see
     bias.WindowBias. logits: as AdaptiveQueryRouter.
 
     Args:
         embed_dims, num_segments, num_heads, num_layers, per, hidden_dims: as AdaptiveQueryRouter;
             num_segments is 2, or 1 without lidar or without cameras.
-        window: cells along an edge, an even side 2h reaches from -h + 1 to h.
+        window: edge of a window in cells; an even side 2h covers offsets -h + 1 .. h.
         lidar_window: the same on the BEV grid; None: `window`.
         gaussian: None for a profile of 1, or sigma in cells of exp(-(dy^2 + dx^2) / (2 sigma^2)).
         camera_windows: "first": one window, in the first camera that sees the query; "all": one in
-            each that does.
-        init_bias_scale, min_scale, max_scale: bias_scale's initial value, and the bounds to which
-            it is clamped in use; its gradient beyond them is 0.
+            each camera that sees it.
+        init_bias_scale, min_scale, max_scale: initial value of bias_scale, and the bounds to which
+            it is clamped when used; outside them its gradient is 0.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
     """
 
     def __init__(
@@ -83,9 +84,8 @@ class WindowRouter(AdaptiveQueryRouter):
     def biases(
         self, routing: Routing, segments: Sequence[int]
     ) -> List[Tuple[AttentionBias, Optional[Tuple[int, ...]]]]:
-        windows = self.windows(
-            routing
-        )  # once: the layers share the tables that a kernel makes of its centres
+        # One bias for all layers, so that they share the tables that a kernel builds from it.
+        windows = self.windows(routing)
         if self.per != "layer":
             return [(windows * self._scale(None), None)]
         return [(windows * self._scale(layer), (layer,)) for layer in range(len(self.bias_scale))]
@@ -93,11 +93,12 @@ class WindowRouter(AdaptiveQueryRouter):
     def bias(
         self, routing: Routing, segments: Sequence[int], layer: Optional[int] = None
     ) -> AttentionBias:
-        """(B|1, 1|H, M, N) over the keys of `routing.places`; `segments` is not needed."""
+        """Return the bias (B|1, 1|H, M, N) over the keys of `routing.places`; `segments` is
+        ignored."""
         return self.windows(routing) * self._scale(layer)
 
     def windows(self, routing: Routing) -> WindowBias:
-        """The bias before bias_scale."""
+        """Return the bias without bias_scale; ValueError if the routing has no places."""
         places = routing.places
         if places is None:
             raise ValueError(
@@ -133,30 +134,30 @@ class WindowRouter(AdaptiveQueryRouter):
 
 
 def window_places(places: Places, camera_windows: str) -> Tuple[Tensor, Tensor, Tuple[Grid, ...]]:
-    """Centres (B, M, S, 3), whole floating numbers; visible (B, M, S) bool; and the S frames.
+    """Return centres (B, M, S, 3), whole floats; visible (B, M, S) bool; and the S frames.
 
-    The frames are the BEV grid if there is one, and then all cameras as one ("first") or each by
-    itself ("all").
+    The frames are the BEV grid, if there is one, and then one frame for all cameras ("first") or
+    one per camera ("all").
     """
-    cells, seen, bev = places.cells(), places.valid, int(places.bev)
+    cells, in_view, bev = places.cells(), places.valid, int(places.bev)
     grids = places.grids[bev:]
     frames = [Grid(*grid) for grid in places.grids[:bev]]
     centres = [_with_view(cells[..., :bev, :])]
-    visible = [seen[..., :bev]]
+    visible = [in_view[..., :bev]]
     if grids and camera_windows == "first":
-        order = torch.arange(len(grids), 0, -1, device=seen.device)
-        view = (seen[..., bev:] * order).argmax(-1)  # of the largest number: the first camera
+        order = torch.arange(len(grids), 0, -1, device=in_view.device)
+        view = (in_view[..., bev:] * order).argmax(-1)  # argmax of the order: the first camera
         cell = cells[..., bev:, :].gather(2, view[..., None, None].expand(-1, -1, 1, 2))
         centres.append(torch.cat([view[..., None, None].to(cell.dtype), cell], -1))
-        visible.append(seen[..., bev:].any(-1, keepdim=True))
+        visible.append(in_view[..., bev:].any(-1, keepdim=True))
         frames.append(Grid(*grids[0], views=len(grids)))
     elif grids:
         centres.append(_with_view(cells[..., bev:, :]))
-        visible.append(seen[..., bev:])
+        visible.append(in_view[..., bev:])
         frames += [Grid(*grid) for grid in grids]
     return torch.cat(centres, 2), torch.cat(visible, 2), tuple(frames)
 
 
 def _with_view(cells: Tensor) -> Tensor:
-    """View 0 before row and column."""
+    """Prepend view 0 to row and column."""
     return torch.nn.functional.pad(cells, (1, 0))

@@ -1,4 +1,4 @@
-"""Attention maps: the rows of chosen queries, and pictures of them."""
+"""Attention maps: attention weights of selected queries, and pictures of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""paint(...): one query's attention over the BEV plane and the cameras, as a matplotlib figure."""
+"""Draw the attention weights of one query over the BEV plane and the cameras (matplotlib)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-COLUMNS = 3  # of cameras
+COLUMNS = 3  # cameras per line of the figure
 
 
 def paint(
@@ -20,7 +20,7 @@ def paint(
     names: Optional[Sequence[str]] = None,
     title: Optional[str] = None,
 ) -> Any:
-    """A figure of one row of attention weights.
+    """Return a figure of one row of attention weights.
 
     Args:
         row: (N,), as `maps[0].weights[0].mean(0)[0]`: the first frame, all heads, the first query.
@@ -49,31 +49,31 @@ def paint(
             f"row must have shape (N,) with N = {length} for bev={bev} and cameras={cameras}, "
             f"got {tuple(row.shape)}"
         )
-    for argument, given in (("images", images), ("names", names)):
-        if given is not None and len(given) != views:
+    for argument, value in (("images", images), ("names", names)):
+        if value is not None and len(value) != views:
             raise ValueError(
-                f"{argument} must hold one entry for each of {views} cameras, got {len(given)}"
+                f"{argument} must hold one entry for each of {views} cameras, got {len(value)}"
             )
     weights = row.detach().float().cpu()
-    top = float(weights.max()) or 1.0 if length else 1.0
-    lines = math.ceil(views / COLUMNS)
+    largest = float(weights.max()) or 1.0 if length else 1.0
+    camera_lines = math.ceil(views / COLUMNS)
     figure = Figure(
         figsize=(
             4 * bool(bev) + 3.2 * min(views, COLUMNS) + 0.4,
-            max(3.6 * bool(bev), 1.9 * lines) + 0.5,
+            max(3.6 * bool(bev), 1.9 * camera_lines) + 0.5,
         ),
         layout="constrained",
     )
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
-        max(lines, 1),
+        max(camera_lines, 1),
         bool(bev) + min(views, COLUMNS),
         width_ratios=[*([1.4] if bev else []), *[1.0] * min(views, COLUMNS)],
     )
     if bev:
         axes = figure.add_subplot(grid[:, 0])
         axes.imshow(
-            weights[:first].reshape(bev).numpy(), origin="lower", cmap="magma", vmin=0, vmax=top
+            weights[:first].reshape(bev).numpy(), origin="lower", cmap="magma", vmin=0, vmax=largest
         )
         _bare(axes, f"BEV: {100 * float(weights[:first].sum()):.0f} %")
     for view in range(views):
@@ -83,15 +83,15 @@ def paint(
         part = weights[first + view * size : first + (view + 1) * size].reshape(cameras[1:])
         picture = None if images is None else torch.as_tensor(images[view])
         if picture is None:
-            axes.imshow(part.numpy(), cmap="magma", vmin=0, vmax=top)
+            axes.imshow(part.numpy(), cmap="magma", vmin=0, vmax=largest)
         else:
             height, width = picture.shape[:2]
             large = torch.nn.functional.interpolate(
                 part[None, None], (height, width), mode="bilinear"
             )[0, 0]
             axes.imshow(picture.numpy())
-            shade = 0.25 + 0.65 * (large / top).clamp(0, 1)
-            axes.imshow(large.numpy(), cmap="magma", vmin=0, vmax=top, alpha=shade.numpy())
+            shade = 0.25 + 0.65 * (large / largest).clamp(0, 1)
+            axes.imshow(large.numpy(), cmap="magma", vmin=0, vmax=largest, alpha=shade.numpy())
         _bare(
             axes, f"{names[view] if names else f'camera {view}'}: {100 * float(part.sum()):.0f} %"
         )

@@ -1,5 +1,4 @@
-"""attention_map(...): the attention weights of chosen queries, recomputed from the arguments of
-each patched attention."""
+"""Record attention weights of selected queries, recomputed from the arguments of each attention."""
 
 from __future__ import annotations
 
@@ -20,11 +19,11 @@ class AttentionMap(NamedTuple):
     """The attention weights of one call of one attention.
 
     Attributes:
-        name: of the attention module below the module given.
+        name: of the attention module, relative to the module passed to `attention_map`.
         call: 0 for the first call of that module in the block, 1 for the second, ...
-        kind: "self" where there are as many keys as queries, else "cross".
-        queries: the positions of the rows, k of them.
-        heads: the heads of the columns, h of them.
+        kind: "self" if there are as many keys as queries, else "cross".
+        queries: the k positions of the queries.
+        heads: the h heads.
         weights: (B, h, k, N), float32 or wider, detached, on the attention's device; before
             dropout. A row whose keys are all masked is zero; every other row sums to 1.
     """
@@ -38,7 +37,7 @@ class AttentionMap(NamedTuple):
 
 
 class _Recording:
-    """One open block."""
+    """The state of one open `attention_map` block."""
 
     def __init__(
         self, root: nn.Module, queries: Tuple[int, ...], heads: Optional[Tuple[int, ...]]
@@ -75,7 +74,8 @@ def _position(index: int, size: int, argument: str, name: str) -> int:
 
 
 def rows(inputs: attention_inputs.AttentionInputs, queries: Sequence[int]) -> Tensor:
-    """softmax of the scores of these queries, (B, H, k, N); nothing of size M x N is made."""
+    """Return the softmax of the scores of these queries, (B, H, k, N), without a tensor of size M x
+    N."""
     M = inputs.q.shape[1]
     index = torch.tensor(list(queries), dtype=torch.long, device=inputs.q.device)
     chosen = [
@@ -100,7 +100,7 @@ _blocks = 0
 def attention_map(
     module: nn.Module, queries: Sequence[int], heads: Optional[Sequence[int]] = None
 ) -> Iterator[List[AttentionMap]]:
-    """Record the attention weights of some queries in every patched attention below `module`.
+    """Record the attention weights of `queries` in every patched attention below `module`.
 
         with flashbias_patch.attention_map(model, queries=[3, 17]) as maps:
             model(**batch)
@@ -113,14 +113,14 @@ def attention_map(
             denoising come first.
         heads: heads to keep; None: all.
 
-    The weights are recomputed exactly from the arguments that the attention was called with -
-    masks, key padding and biases included, before dropout: k x N numbers per layer and head, never
-    M x N. The outputs and gradients of the model are unchanged. What a checkpoint recomputes in a
-    backward pass is not recorded again. Attention whose original code runs (status() counts it as
-    "original") has no map.
+    The weights are recomputed exactly from the arguments of the attention, masks, key padding and
+    biases included, before dropout: k x N numbers per layer and head, never M x N. The outputs and
+    gradients of the model are unchanged. Recomputations of checkpoints in a backward pass are not
+    recorded again. Attention whose original code runs (status() counts it as "original") has no
+    map.
 
     Raises:
-        TypeError: module is no nn.Module, or queries or heads are no integers.
+        TypeError: module is not an nn.Module, or queries or heads are not integers.
         ValueError: nothing below `module` is patched.
         IndexError: an attention has fewer queries or heads.
     """
@@ -155,22 +155,22 @@ def attention_map(
 
 def _left(recording: _Recording, module: nn.Module) -> None:
     while recording.running and recording.running.pop() is not module:
-        pass  # of a forward that raised
+        pass  # forwards that raised
 
 
 def _integers(argument: str, values: Any) -> Tuple[int, ...]:
-    found = (
+    integers = (
         values.tolist()
         if isinstance(values, Tensor)
         else list(values)
         if hasattr(values, "__iter__")
         else None
     )
-    if found is None or not all(
-        isinstance(value, int) and not isinstance(value, bool) for value in found
+    if integers is None or not all(
+        isinstance(value, int) and not isinstance(value, bool) for value in integers
     ):
         raise TypeError(f"{argument} must be a sequence of integers, got {values!r}")
-    return tuple(found)
+    return tuple(integers)
 
 
 def _is_patched(module: nn.Module) -> bool:
@@ -182,8 +182,10 @@ def _is_patched(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _listening() -> Iterator[None]:
-    """While a block is open, the seams call `_attend` in place of flash_bias_attention: no cost
-    outside."""
+    """Replace flash_bias_attention by `_attend` in the seams while a block is open.
+
+    Outside such blocks there is no cost.
+    """
     global _blocks
     from ..patching.seams import core, dual_core, inner_attention
 
@@ -201,8 +203,8 @@ def _listening() -> Iterator[None]:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, **options: Any) -> Tensor:
-    """flash_bias_attention, and the rows for every open recording that this attention belongs
-    to."""
+    """Call flash_bias_attention, and record the weights for every open block with this
+    attention."""
     out = attention.flash_bias_attention(q, k, v, bias, **options)
     if current_graph_task() == -1:
         for recording in _open.get():

@@ -1,5 +1,4 @@
-"""FiniteWatch: the first output or gradient of a model that is not finite, with module, backend,
-precision and step."""
+"""FiniteWatch: find the first output or gradient of a model that is not finite."""
 
 from __future__ import annotations
 
@@ -26,12 +25,12 @@ class Finding(NamedTuple):
     Attributes:
         what: "input", "output" or "gradient" (of the loss with respect to the module's output).
         module: name in the model; kind: its class.
-        backends: the attention backends that computed in it; empty without attention, "original"
-            for the unpatched code.
-        dtype: of the tensor. autocast: the dtype of the autocast that was open, or None.
+        backends: the attention backends that ran in it; empty without attention, "original" for the
+            unpatched code.
+        dtype: of the tensor. autocast: the dtype of the active autocast, or None.
         step: counted from 1, or as given to update().
-        entries: how many are nan, and how many are infinite, of how many.
-        advice: what to try.
+        entries: numbers of nan, of infinite and of all entries.
+        advice: what to try first.
     """
 
     what: str
@@ -45,7 +44,7 @@ class Finding(NamedTuple):
     advice: str
 
 
-class _Seen(NamedTuple):
+class _Value(NamedTuple):
     what: str
     module: str
     kind: str
@@ -57,23 +56,24 @@ class _Seen(NamedTuple):
 
 
 class FiniteWatch:
-    """Names the first output or gradient of `model` that is nan or infinite; call `update()` once
-    per step.
+    """Name the first output or gradient of `model` that is nan or infinite.
 
-    Each module's output, and the gradient that arrives at it in backward, are reduced to two
-    numbers on their device; these come over in one transfer per step, in `update()`. That costs two
-    reductions per module, so it is for looking for a fault, not for every training: open it, train
-    until it speaks, and close it.
+    Call `update()` once per step. The output of each module and its gradient are reduced to two
+    numbers on their device; `update()` copies these to the host in one transfer per step. This
+    costs two reductions per module, so use it to search for a fault, not in every training: create
+    it, train until it reports a module, and close it.
 
     Args:
         model: the model, wrapped by DDP or not.
         names: watch only modules whose name starts with one of these; default: all.
-        stop: raise FloatingPointError in `update()` where something is found. Default: one warning.
+        stop: raise FloatingPointError in `update()` for a value that is not finite. Default: log
+        one
+            warning.
 
-    `first` holds the Finding, None so far. It is the first in the order of execution: of the
-    forward pass where an output is not finite, else of the backward pass, which begins at the loss.
-    A GradScaler's first steps overflow by design; pass `update(skipped=True)` for a step that it
-    left out to forgive gradients of that step.
+    `first` holds the Finding, or None. It is the first in the order of execution: of the forward
+    pass if an output is not finite, else of the backward pass, which begins at the loss. The first
+    steps of a GradScaler overflow by design: `update(skipped=True)`, for a step that it skipped,
+    ignores the gradients of that step.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class FiniteWatch:
         self.stop = stop
         self.first: Optional[Finding] = None
         self._step = 0
-        self._seen: List[_Seen] = []
+        self._values: List[_Value] = []
         self._calls: List[Dict[str, int]] = []
         self._handles: List[Any] = []
         this = weakref.ref(self)
@@ -95,33 +95,40 @@ class FiniteWatch:
                 self._handles.append(module.register_forward_hook(_after(this, name)))
 
     def update(self, step: Optional[int] = None, *, skipped: bool = False) -> Optional[Finding]:
-        """One step is over: read what was seen in it. Returns the Finding when it is made."""
+        """Check the values of the last step; return the Finding in the step where it is made.
+
+        step: its number, by default counted from 1. skipped: GradScaler skipped this step.
+
+        Raises:
+            FloatingPointError: a value is not finite, and `stop` is True.
+        """
         self._step = self._step + 1 if step is None else step
-        seen, self._seen, self._calls = self._seen, [], []
-        if self.first is not None or not seen:
+        values, self._values, self._calls = self._values, [], []
+        if self.first is not None or not values:
             return None
-        counts = torch.stack([one.counts.to(seen[0].counts.device) for one in seen]).tolist()
-        bad = [
-            (one, n)
-            for one, n in zip(seen, counts)
-            if any(n) and not (skipped and one.what == "gradient")
+        counts = torch.stack(
+            [value.counts.to(values[0].counts.device) for value in values]
+        ).tolist()
+        not_finite = [
+            (value, n)
+            for value, n in zip(values, counts)
+            if any(n) and not (skipped and value.what == "gradient")
         ]
-        bad.sort(
-            key=lambda entry: entry[0].what == "gradient"
-        )  # stable: forward first, each in order
-        if not bad:
+        # The sort is stable: forward values first, each group in the order of execution.
+        not_finite.sort(key=lambda entry: entry[0].what == "gradient")
+        if not not_finite:
             return None
-        one, (nans, infinite) = bad[0]
+        value, (nans, infinite) = not_finite[0]
         self.first = Finding(
-            one.what,
-            one.module,
-            one.kind,
-            one.backends,
-            one.dtype,
-            one.autocast,
+            value.what,
+            value.module,
+            value.kind,
+            value.backends,
+            value.dtype,
+            value.autocast,
             self._step,
-            (int(nans), int(infinite), one.size),
-            advice(one.what, one.dtype, one.backends, nans > 0),
+            (int(nans), int(infinite), value.size),
+            advice(value.what, value.dtype, value.backends, nans > 0),
         )
         if rank() == 0:
             telemetry.once(
@@ -143,7 +150,7 @@ class FiniteWatch:
     def _enter(self, name: str, module: nn.Module, args: Tuple[Any, ...]) -> None:
         if current_graph_task() == -1:
             self._calls.append(dict(telemetry.calls))
-            if not self._seen:  # the batch itself
+            if not self._values:  # the input of the model
                 for tensor in _tensors(args):
                     self._note("input", name, module, (), tensor)
 
@@ -169,8 +176,8 @@ class FiniteWatch:
             values = tensor.detach()
             counts = torch.stack([values.isnan().sum(), values.isinf().sum()])
         autocast = str(torch.get_autocast_gpu_dtype())[6:] if torch.is_autocast_enabled() else None
-        self._seen.append(
-            _Seen(
+        self._values.append(
+            _Value(
                 what,
                 name,
                 type(module).__name__,
@@ -211,7 +218,7 @@ def _gradient(this: Any, name: str, module: nn.Module, backends: Tuple[str, ...]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Floating tensors of an output: alone, or in tuples, lists and dicts."""
+    """Yield the floating tensors of an output, also in tuples, lists and dicts."""
     if isinstance(value, Tensor):
         if (
             type(value) in (Tensor, nn.Parameter)
@@ -227,33 +234,32 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def sentence(found: Finding) -> str:
-    nans, infinite, size = found.entries
-    attention = f", attention by {', '.join(found.backends)}" if found.backends else ""
-    autocast = f" under autocast to {found.autocast}" if found.autocast else ""
+def sentence(finding: Finding) -> str:
+    """Describe a Finding in one sentence."""
+    nans, infinite, size = finding.entries
+    attention = f", attention by {', '.join(finding.backends)}" if finding.backends else ""
+    autocast = f" under autocast to {finding.autocast}" if finding.autocast else ""
     return (
-        f"the first {found.what} that is not finite is that of {found.module or 'the model'} "
-        f"({found.kind}{attention}, "
-        f"{found.dtype}{autocast}) at step {found.step}: {nans} nan and {infinite} infinite of "
-        f"{size}; {found.advice}"
+        f"the first {finding.what} that is not finite belongs to {finding.module or 'the model'} "
+        f"({finding.kind}{attention}, "
+        f"{finding.dtype}{autocast}) at step {finding.step}: {nans} nan and {infinite} infinite of "
+        f"{size}; {finding.advice}"
     )
 
 
 def advice(what: str, dtype: str, backends: Sequence[str], is_nan: bool) -> str:
-    """What to try first."""
+    """Return what to try first."""
     if what == "input":
-        return "look at the batch: the data holds it already"
+        return "check the batch: the input data are not finite"
     if what == "gradient" and dtype == "float16":
         return (
-            "the gradient overflows float16: a GradScaler lowers its scale by itself in the "
-            "first steps; if it "
-            "stays, use bfloat16, or clip gradients (grad_clip)"
+            "the gradient overflows float16: GradScaler lowers its scale in the first steps; if "
+            "the overflow persists, use bfloat16 or clip gradients (grad_clip)"
         )
     if what == "gradient":
         return (
-            "outputs are finite, so look at the operations after it, up to the loss: a root or a "
-            "norm at 0, a "
-            "logarithm of 0, a division"
+            "outputs are finite, so check the operations between this module and the loss: a root "
+            "or a norm at 0, a logarithm of 0, a division"
         )
     if dtype == "float16" and not is_nan:
         return (
@@ -268,13 +274,12 @@ def advice(what: str, dtype: str, backends: Sequence[str], is_nan: bool) -> str:
         )
     if backends:
         return (
-            "try FLASHBIAS_BACKEND=reference: if it stays, the inputs are too large; if it goes, "
-            "report it with "
-            "flashbias doctor --markdown"
+            "try FLASHBIAS_BACKEND=reference: if the error stays, the inputs are too large; if "
+            "not, report it with flashbias doctor --markdown"
         )
     if dtype in HALF:
         return "compute this module in float32"
     return (
-        "look at its parameters (a diverged learning rate) and at operations such as a "
-        "logarithm or a root"
+        "check its parameters (diverged because of the learning rate) and operations such as "
+        "a logarithm or a root"
     )

@@ -12,7 +12,7 @@ from .. import telemetry
 
 
 def at(model: nn.Module, name: str) -> Optional[nn.Parameter]:
-    """The parameter of this name, None where there is none."""
+    """Return the parameter with this name, or None."""
     *path, last = name.split(".")
     module: Optional[nn.Module] = model
     for part in path:
@@ -21,7 +21,7 @@ def at(model: nn.Module, name: str) -> Optional[nn.Parameter]:
 
 
 def named(model: nn.Module, names: Sequence[str]) -> Dict[str, nn.Parameter]:
-    """Parameters of the unwrapped model whose name fits one of the patterns."""
+    """Return the parameters of the unwrapped model whose names match one of the patterns."""
     return {
         name: parameter
         for name, parameter in unwrapped(model).named_parameters()
@@ -30,7 +30,7 @@ def named(model: nn.Module, names: Sequence[str]) -> Dict[str, nn.Parameter]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Without DistributedDataParallel, MMDataParallel and the like."""
+    """Return the model inside DistributedDataParallel, MMDataParallel and similar wrappers."""
     while (
         isinstance(getattr(model, "module", None), nn.Module) and len(list(model.children())) == 1
     ):
@@ -39,7 +39,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def rank() -> int:
-    """This process among those of a distributed run."""
+    """Return the rank of this process; 0 outside distributed runs."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
+        return int(torch.distributed.get_rank())
     return telemetry.rank()

@@ -1,8 +1,8 @@
-"""Hooks before and after every optimizer's step: torch's own, and for torch before 2.0, which has
-none, a stand-in.
+"""Register hooks before and after every optimizer step.
 
-The stand-in wraps the `step` of each optimizer class while a hook is registered. An optimizer whose
-learning-rate scheduler has put a `step` on the object itself is wrapped there.
+torch 2.0 and later has such hooks. For older versions, the `step` of each optimizer class is
+wrapped while a hook is registered. If a learning-rate scheduler has set a `step` on the optimizer
+object, that one is wrapped.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.optim import optimizer as module
 from .._torch_internals import HOOK_FOR_PROFILE
 
 Hook = Callable[[Any, Tuple[Any, ...], Dict[str, Any]], None]
-_hooks: Dict[int, Tuple[bool, Hook]] = {}  # by number: whether before the step, and the hook
-_wrapped: List[Tuple[Any, Any, Any]] = []  # (class or object, what is its step now, what was)
-_running: List[int] = []  # ids of optimizers inside a step, which may call that of a parent class
+_hooks: Dict[int, Tuple[bool, Hook]] = {}  # number -> (True: before the step, hook)
+_wrapped: List[Tuple[Any, Any, Any]] = []  # (class or object, its wrapped step, the original)
+_running: List[int] = []  # ids of optimizers inside a step; it may call the step of a parent class
 _for_profile: Any = getattr(module.Optimizer, HOOK_FOR_PROFILE, None)
 
 
 def register(before: bool, hook: Hook) -> Any:
-    """Call hook(optimizer, args, kwargs) around each step from now on; returns an object whose
-    remove() ends that."""
+    """Call hook(optimizer, args, kwargs) before (or after) each step; return a handle with
+    remove()."""
     name = "register_optimizer_step_pre_hook" if before else "register_optimizer_step_post_hook"
     own = getattr(module, name, None)
     return _Handle(before, hook) if own is None else own(hook)
@@ -49,15 +49,15 @@ def _wrap_all() -> None:
         cls = classes.pop()
         classes += cls.__subclasses__()
         _wrap(cls)
-    for found in gc.get_objects():
-        if issubclass(type(found), module.Optimizer):
-            _wrap(found)
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), module.Optimizer):
+            _wrap(candidate)
     if _for_profile is not None:
         setattr(module.Optimizer, HOOK_FOR_PROFILE, _watch_new)
 
 
 def _watch_new(self: Any) -> Any:
-    """In place of what the constructor of every optimizer calls: classes that are new are wrapped
+    """Replace Optimizer._hook_for_profile, which every constructor calls, to wrap new classes
     too."""
     result = _for_profile(self)
     for cls in type(self).__mro__:
@@ -79,12 +79,12 @@ def _wrap(owner: Any) -> None:
         optimizer = args[0] if isinstance(owner, type) else owner
         if id(optimizer) in _running:
             return original(*args, **kwargs)
-        given = args if isinstance(owner, type) else (owner, *args)
+        step_args = args if isinstance(owner, type) else (owner, *args)
         _running.append(id(optimizer))
         try:
-            _call(True, optimizer, given, kwargs)
+            _call(True, optimizer, step_args, kwargs)
             result = original(*args, **kwargs)
-            _call(False, optimizer, given, kwargs)
+            _call(False, optimizer, step_args, kwargs)
         finally:
             _running.remove(id(optimizer))
         return result
@@ -103,9 +103,8 @@ def _call(before: bool, optimizer: Any, args: Tuple[Any, ...], kwargs: Dict[str,
 def _unwrap_all() -> None:
     while _wrapped:
         owner, wrapper, original = _wrapped.pop()
-        if (
-            vars(owner).get("step") is wrapper
-        ):  # else somebody has wrapped it since, and it does nothing more
+        # If other code has wrapped it since, it stays; without hooks it does nothing.
+        if vars(owner).get("step") is wrapper:
             owner.step = original
     if getattr(module.Optimizer, HOOK_FOR_PROFILE, None) is _watch_new:
         setattr(module.Optimizer, HOOK_FOR_PROFILE, _for_profile)

@@ -1,5 +1,4 @@
-"""The steps of optimizers, as watched parameters see them: gradient, movement, and steps that were
-left out."""
+"""Observe optimizer steps of monitored parameters: gradient norm, movement and skipped steps."""
 
 from __future__ import annotations
 
@@ -15,24 +14,20 @@ from . import optimizer_hooks
 
 
 @dataclass
-class Seen:
-    """One step of an optimizer, for one parameter. Tensors are scalars on the parameter's
-    device."""
+class StepRecord:
+    """One optimizer step of one parameter. Tensors are scalars on the device of the parameter."""
 
-    norm: Optional[Tensor]  # of the gradient, unscaled; None where there was no gradient
-    moved: Optional[Tensor] = (
-        None  # how far the parameter was from its last recorded value right after the step
-    )
-    found_inf: Optional[Tensor] = None  # not 0: a fused optimizer left this step out (GradScaler)
+    norm: Optional[Tensor]  # norm of the unscaled gradient; None without a gradient
+    moved: Optional[Tensor] = None  # distance from the last recorded value, right after the step
+    found_inf: Optional[Tensor] = None  # not 0: a fused optimizer skipped this step (GradScaler)
 
 
 class Steps:
-    """Watches every torch optimizer of the process that holds one of the parameters, or that was
-    given.
+    """Observe the given optimizers, and every torch optimizer that holds one of the parameters.
 
-    The hooks are global, so that an optimizer that is built later (a resumed or a restarted
-    training) is seen too. `parameters()` returns the watched parameters by name; `previous` holds
-    their last recorded values.
+    The hooks are global, so optimizers that are built later (resumed or restarted training) are
+    observed too. `parameters()` returns the monitored parameters by name; `previous` holds their
+    last recorded values.
     """
 
     def __init__(
@@ -43,26 +38,24 @@ class Steps:
     ) -> None:
         self.given = flattened(optimizers)
         self.parameters, self.previous = parameters, previous
-        self.stepping: weakref.WeakSet[Any] = (
-            weakref.WeakSet()
-        )  # those that have stepped and hold a parameter
-        self.owned: Set[str] = set()  # parameters that one of these holds
-        self.watching = any(isinstance(o, Optimizer) for o in self.given)
-        self._seen: Dict[str, Seen] = {}
+        # optimizers that have made a step and hold a parameter, and the names of such parameters
+        self.stepping: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.owned: Set[str] = set()
+        self.observing = any(isinstance(o, Optimizer) for o in self.given)
+        self._records: Dict[str, StepRecord] = {}
         self._broken = False
         self._handles: List[Any] = []
         this = weakref.ref(self)
         for method in ("before", "after"):
             self._handles.append(optimizer_hooks.register(method == "before", _hook(this, method)))
 
-    def take(self) -> Dict[str, Seen]:
-        """What was seen since the last call, by name."""
-        seen, self._seen = self._seen, {}
+    def take(self) -> Dict[str, StepRecord]:
+        """Return the steps since the last call, by parameter name."""
+        seen, self._records = self._records, {}
         return seen
 
     def holders(self, parameter: nn.Parameter) -> List[Any]:
-        """The parameter groups that hold `parameter`, of optimizers given and of those that have
-        stepped."""
+        """Return the parameter groups that hold `parameter`, of all known optimizers."""
         return [
             group
             for optimizer in (*self.given, *self.stepping)
@@ -78,28 +71,30 @@ class Steps:
     # -- hooks -------------------------------------------------------------------------------------
 
     def before(self, optimizer: Any, closure: bool) -> None:
+        """Read the gradients before a step without a closure."""
         if not closure:  # a closure computes the gradients inside the step
             self._read(optimizer)
 
     def after(self, optimizer: Any, closure: bool) -> None:
+        """Read the movement after a step, and the gradients if the step had a closure."""
         if closure:
             self._read(optimizer)
         held = _ids(optimizer)
         for name, parameter in self.parameters().items():
-            if id(parameter) in held and name in self._seen:
-                self._seen[name].moved = distance(parameter, self.previous[name])
+            if id(parameter) in held and name in self._records:
+                self._records[name].moved = distance(parameter, self.previous[name])
 
     def _read(self, optimizer: Any) -> None:
         held = _ids(optimizer)
-        given = any(optimizer is one for one in self.given)
+        is_given = any(optimizer is one for one in self.given)
         scale = getattr(optimizer, "grad_scale", None)  # fused optimizers unscale by themselves
         found_inf = getattr(optimizer, "found_inf", None)
         for name, parameter in self.parameters().items():
             if id(parameter) in held:
                 self.stepping.add(optimizer)
                 self.owned.add(name)
-                self.watching = True
-            elif not given or name in self.owned or self.holders(parameter):
+                self.observing = True
+            elif not is_given or name in self.owned or self.holders(parameter):
                 continue  # another optimizer's step
             gradient = parameter.grad
             norm = (
@@ -107,10 +102,12 @@ class Steps:
                 if gradient is None
                 else gradient.detach().float().norm() / (1.0 if scale is None else scale)
             )
-            self._seen[name] = Seen(norm, found_inf=found_inf if id(parameter) in held else None)
+            self._records[name] = StepRecord(
+                norm, found_inf=found_inf if id(parameter) in held else None
+            )
 
     def guarded(self, method: str, optimizer: Any, closure: bool) -> None:
-        """`before` or `after`; a failure is logged, and ends the watching instead of the
+        """Call `before` or `after`; a failure is logged and ends the observation, not the
         training."""
         if self._broken:
             return
@@ -121,7 +118,7 @@ class Steps:
             telemetry.once(
                 ("monitor steps", id(self)),
                 "error",
-                "monitor: the steps of %s cannot be watched: %s: %s",
+                "monitor: the steps of %s cannot be observed: %s: %s",
                 type(optimizer).__name__,
                 type(error).__name__,
                 error,
@@ -132,9 +129,11 @@ def _hook(this: Any, method: str) -> Callable[[Any, Any, Any], None]:
     def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
         steps = this()
         if steps is not None:
-            given = (*args, *kwargs.values())
+            arguments = (*args, *kwargs.values())
             steps.guarded(
-                method, optimizer, any(callable(value) for value in given if value is not optimizer)
+                method,
+                optimizer,
+                any(callable(value) for value in arguments if value is not optimizer),
             )
 
     return hook
@@ -145,12 +144,13 @@ def _ids(optimizer: Any) -> Set[int]:
 
 
 def distance(parameter: Tensor, previous: Tensor) -> Tensor:
-    """Norm of the difference, float32, on the parameter's device."""
-    return (parameter.detach() - previous.to(parameter.device)).float().norm()
+    """Return the norm of the difference as float32, on the device of the parameter."""
+    norm: Tensor = (parameter.detach() - previous.to(parameter.device)).float().norm()
+    return norm
 
 
 def flattened(optimizers: Any) -> List[Any]:
-    """Optimizers from one, several, a dict of them, or wrappers that hold one (mmengine, Lightning,
+    """Return the optimizers in one, several, a dict of them, or wrappers (mmengine, Lightning,
     Accelerate)."""
     if optimizers is None:
         return []

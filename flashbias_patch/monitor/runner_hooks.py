@@ -1,4 +1,4 @@
-"""Hooks for the runners of mmcv 1.x and mmengine, registered as soon as either is imported.
+"""Register hooks with the runners of mmcv 1.x and mmengine when either is imported.
 
 custom_hooks = [dict(type='BiasScaleMonitorHook', interval=50, patience=50),
                 dict(type='FiniteWatchHook')]
@@ -18,16 +18,19 @@ MODULES = ("mmcv.runner.hooks", "mmengine.hooks")
 
 
 def register(module: Any) -> None:
-    """Post-import hook of mmcv.runner.hooks and mmengine.hooks. Never raises."""
+    """Register the hook classes; a post-import hook of mmcv.runner.hooks and mmengine.hooks.
+
+    It never raises.
+    """
     try:
         registry: Any = getattr(module, "HOOKS", None)
-        if registry is None:  # mmengine.hooks does not show its own
+        if registry is None:  # mmengine.hooks does not export it
             registry = importlib.import_module("mmengine.registry").HOOKS
         for name, make_hook in ((NAME, make), (finite_hook.NAME, finite_hook.make)):
             if registry.get(name) is None:
                 hook = make_hook(module.Hook, mmengine=module.__name__ == "mmengine.hooks")
                 registry.register_module(name=name, module=hook)
-    except Exception as error:  # an import of theirs is not to fail by ours
+    except Exception as error:  # must not break the import of mmcv or mmengine
         telemetry.once(
             ("monitor hook", module.__name__),
             "error",
@@ -40,15 +43,15 @@ def register(module: Any) -> None:
         )
 
 
-def make(base: type, mmengine: bool) -> type:
-    """The hook class for one of the two runners."""
+def make(base: Any, mmengine: bool) -> type:
+    """Return the hook class for the runner of mmcv 1.x or mmengine."""
 
-    class BiasScaleMonitorHook(base):  # type: ignore[misc, valid-type]
-        """See monitor.ParameterMonitor. Scalars go to the runner's own log and TensorBoard too.
+    class BiasScaleMonitorHook(base):  # type: ignore[misc]
+        """Run a ParameterMonitor; its scalars also go to the log and TensorBoard of the runner.
 
-        names: patterns of parameters; jsonl: a file, relative to the runner's work_dir, or None. At
-        the default priority it comes after the optimizer's hook and before the loggers. Iterations
-        without a step of the optimizer (accumulation) repeat the scalars of the last step.
+        names: patterns of parameters. jsonl: a file, relative to work_dir of the runner, or None.
+        At the default priority the hook runs after that of the optimizer and before the loggers.
+        Iterations without an optimizer step (accumulation) repeat the scalars of the last step.
         """
 
         def __init__(
@@ -62,9 +65,8 @@ def make(base: type, mmengine: bool) -> type:
             from .parameters import check_counts
 
             super().__init__()
-            check_counts(
-                interval=interval, patience=patience
-            )  # while the runner is built, not when it starts to train
+            # Checked here, so that errors appear when the runner is built.
+            check_counts(interval=interval, patience=patience)
             self.settings: Dict[str, Any] = {
                 "names": names,
                 "interval": interval,
@@ -79,7 +81,7 @@ def make(base: type, mmengine: bool) -> type:
                 self._start(runner, runner.optimizer)
 
         def before_train(self, runner: Any) -> None:
-            if mmengine:  # built between before_run and here
+            if mmengine:  # optim_wrapper is built after before_run
                 self._start(runner, runner.optim_wrapper)
 
         def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,5 +1,7 @@
-"""Files of the monitor: JSONL and TensorBoard. One that cannot be written is logged once and given
-up."""
+"""Write the records of the monitor to JSONL and TensorBoard files.
+
+If a file cannot be written, this is logged once, and the file is not written any more.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ SCALARS = ("value", "grad_norm", "change")
 
 
 class Sinks:
-    """Writes records; `say(key, message, *args)` logs a failure."""
+    """Write records; `warn(key, message, *args)` logs a failure once."""
 
     def __init__(
-        self, jsonl: Optional[str], tensorboard: Optional[str], say: Callable[..., None]
+        self, jsonl: Optional[str], tensorboard: Optional[str], warn: Callable[..., None]
     ) -> None:
-        self._jsonl, self._say = jsonl, say
+        self._jsonl, self._warn = jsonl, warn
         self._board: Any = None
         if tensorboard is not None:
             try:
@@ -46,7 +48,7 @@ class Sinks:
                             self._board.add_scalar(
                                 f"{record['name']}/{key}", record[key], record["step"]
                             )
-            except Exception as error:  # its writer's thread hands on whatever stopped it
+            except Exception as error:  # the writer's thread passes on any exception
                 self._failed("tensorboard", self._board.log_dir, error)
                 self._board = None
 
@@ -59,7 +61,7 @@ class Sinks:
                 self._failed("tensorboard", board.log_dir, error)
 
     def _failed(self, kind: str, where: Any, error: Exception) -> None:
-        self._say(
+        self._warn(
             ("sink", kind),
             "monitor: %s %s cannot be written, nothing more goes there: %s: %s",
             kind,
@@ -70,11 +72,13 @@ class Sinks:
 
 
 def strict(record: Dict[str, Any]) -> Dict[str, Any]:
-    """The record with null for numbers that JSON has no word for; `not_finite` names their keys."""
-    bad = [key for key in SCALARS if record[key] is not None and not math.isfinite(record[key])]
-    if not bad:
+    """Replace numbers that JSON cannot represent by None; `not_finite` lists their keys."""
+    not_finite = [
+        key for key in SCALARS if record[key] is not None and not math.isfinite(record[key])
+    ]
+    if not not_finite:
         return record
-    values: Dict[str, Any] = dict.fromkeys(bad)
+    values: Dict[str, Any] = dict.fromkeys(not_finite)
     if "values" in record:
         values["values"] = [v if math.isfinite(v) else None for v in record["values"]]
-    return {**record, **values, "not_finite": bad}
+    return {**record, **values, "not_finite": not_finite}

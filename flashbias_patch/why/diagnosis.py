@@ -1,4 +1,4 @@
-"""Facts -> a chain of links for each parameter; the first broken one is the diagnosis."""
+"""Turn facts into a chain of links per parameter; the first broken link is the diagnosis."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from .links import CHECKS, Link, broken, ok
 
 
 def diagnose(facts: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """A diagnosis for each parameter: {name, verdict, broken (a link or None), also (further broken
-    links), links, evidence}.
+    """Return a diagnosis per parameter.
+
+    A diagnosis: {name, verdict, broken (a link or None), also (further broken links), links,
+    evidence}.
 
     A link: {link, status ("ok", "broken", "note" or "unknown"), finding, change, cause}.
     """
@@ -27,8 +29,8 @@ def _missing(facts: Dict[str, Any]) -> Link:
     if not facts["roots"]:
         return broken("no model")
     if others.get("attributes"):
-        found = others["attributes"][0]
-        link = broken("not a parameter", name=found["name"], what=found["what"])
+        attribute = others["attributes"][0]
+        link = broken("not a parameter", name=attribute["name"], what=attribute["what"])
     elif others.get("switches"):
         return broken("switched off", name=name, switches=", ".join(others["switches"]))
     else:
@@ -48,9 +50,9 @@ def _of_parameter(entry: Dict[str, Any], facts: Dict[str, Any]) -> Dict[str, Any
         )
     ]
     for check in CHECKS:
-        found = check(entry, facts)
-        if found is not None:
-            links.append(found)
+        link = check(entry, facts)
+        if link is not None:
+            links.append(link)
     return _finished(entry["name"], links, entry)
 
 
@@ -62,7 +64,7 @@ def _finished(name: str, links: List[Link], entry: Dict[str, Any]) -> Dict[str, 
         notes = [link["finding"] for link in links if link["status"] == "note"]
         verdict = f"{name}: it learns" + (f"; {notes[0]}" if notes else "")
         if not any(link["link"] == "update" and link["status"] == "ok" for link in links):
-            verdict = f"{name}: no broken link was seen, and no step either"
+            verdict = f"{name}: no broken link, but no optimizer step was observed either"
     return {
         "name": name,
         "verdict": verdict,

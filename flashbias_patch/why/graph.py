@@ -1,5 +1,4 @@
-"""The autograd graph between a loss and a parameter: whether there is a path, and where the
-gradient on it ends."""
+"""Inspect the autograd graph between a loss and a parameter."""
 
 from __future__ import annotations
 
@@ -14,11 +13,10 @@ MOST_HOOKED = 400  # nodes nearest to the parameter whose gradients are measured
 
 
 class Node:
-    """A node of the path: its distance from the parameter, and the sizes of the gradients that
-    enter and leave it.
+    """A node of the path: its distance from the parameter, and the sizes of its gradients.
 
-    Sizes are (largest absolute value, sum of absolute values) as tensors; None where there was no
-    gradient.
+    `entering` comes from the side of the loss, `leaving` goes towards the parameter. A size is
+    (largest absolute value, sum of absolute values) as tensors, or None without a gradient.
     """
 
     def __init__(self, node: Any, distance: int, towards: Tuple[int, ...]) -> None:
@@ -39,8 +37,8 @@ class Node:
             self.entering = size_of(entering)
             towards = [leaving[index] for index in self.towards if index < len(leaving)]
             self.leaving = size_of(towards)
-            found = [g for g in towards if isinstance(g, Tensor)]
-            self.dtype = str(found[0].dtype)[6:] if found else ""
+            gradients = [g for g in towards if isinstance(g, Tensor)]
+            self.dtype = str(gradients[0].dtype)[6:] if gradients else ""
 
     def as_dict(self) -> Dict[str, Any]:
         return {
@@ -55,16 +53,16 @@ class Node:
 
 
 def size_of(gradients: Iterable[Any]) -> Optional[Tuple[Tensor, Tensor]]:
-    """(largest absolute value, sum of absolute values); None without a gradient."""
-    found = [
+    """Return (largest absolute value, sum of absolute values), or None without a gradient."""
+    magnitudes = [
         g.detach().abs()
         for g in gradients
         if isinstance(g, Tensor) and g.numel() and g.layout == torch.strided
     ]
-    if not found:
+    if not magnitudes:
         return None
-    largest = torch.stack([g.amax().double() for g in found]).amax()
-    return largest, torch.stack([g.double().sum() for g in found]).sum()
+    largest = torch.stack([g.amax().double() for g in magnitudes]).amax()
+    return largest, torch.stack([g.double().sum() for g in magnitudes]).sum()
 
 
 def _floats(size: Optional[Tuple[Tensor, Tensor]]) -> Optional[List[float]]:
@@ -72,12 +70,13 @@ def _floats(size: Optional[Tuple[Tensor, Tensor]]) -> Optional[List[float]]:
 
 
 def roots_of(tensors: Any) -> List[Any]:
+    """Return the grad_fn of each tensor that has one."""
     tensors = tensors if isinstance(tensors, (list, tuple)) else (tensors,)
     return [t.grad_fn for t in tensors if isinstance(t, Tensor) and t.grad_fn is not None]
 
 
 def parents_of(roots: List[Any]) -> Dict[Any, List[Tuple[Any, int]]]:
-    """Every node below the roots -> the nodes that use its result, with the index of that input."""
+    """Map every node below the roots to the nodes that use its result, and the input's index."""
     parents: Dict[Any, List[Tuple[Any, int]]] = {root: [] for root in roots}
     waiting = list(parents)
     while waiting:
@@ -93,8 +92,8 @@ def parents_of(roots: List[Any]) -> Dict[Any, List[Tuple[Any, int]]]:
 
 
 def path(parents: Dict[Any, List[Tuple[Any, int]]], parameter: Tensor) -> List[Tuple[Any, Node]]:
-    """The nodes between `parameter` and the loss, nearest first; empty if the loss does not depend
-    on it."""
+    """Return the nodes between `parameter` and the loss, nearest first; empty if there is no
+    path."""
     leaf = next((node for node in parents if getattr(node, "variable", None) is parameter), None)
     if leaf is None:
         return []
@@ -111,14 +110,14 @@ def path(parents: Dict[Any, List[Tuple[Any, int]]], parameter: Tensor) -> List[T
 
 
 def depends(tensors: Iterable[Tensor], parameters: List[Tensor], most: int = 20000) -> bool:
-    """Whether the graph of any of `tensors` holds one of `parameters`."""
-    seen: Set[Any] = set()
+    """Return True if the graph of any of `tensors` contains one of `parameters`."""
+    visited: Set[Any] = set()
     waiting = roots_of(list(tensors))
-    while waiting and len(seen) < most:
+    while waiting and len(visited) < most:
         node = waiting.pop()
-        if node in seen:
+        if node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         variable = getattr(node, "variable", None)
         if variable is not None and any(variable is parameter for parameter in parameters):
             return True

@@ -9,24 +9,24 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 from .causes import describe
 
 LINKS = {
-    "exists": "there is such a parameter",
+    "exists": "the parameter exists",
     "learnable": "it requires a gradient",
     "optimizer": "an optimizer holds it, with a learning rate",
-    "loaded": "a checkpoint that sets it",
+    "loaded": "loading of a checkpoint",
     "forward": "the forward pass uses it",
     "loss": "the loss depends on it",
-    "gradient": "a gradient arrives that is not 0",
+    "gradient": "it gets a gradient other than 0",
     "finite": "the gradient is finite",
-    "update": "the step moves it",
+    "update": "the step changes it",
     "stays": "the new value stays",
-    "visible": "the change shows in a log",
+    "visible": "the change is visible in a log",
 }
-TINY = 1e-4  # of the neighbours' gradient: said, not a broken link
-ROUNDING = 1e-6  # of the sum before it cancels: rounding only
-# nodes from the parameter, within which that sum is looked for: farther ones hold the whole batch
+TINY = 1e-4  # share of the gradient of other parameters below which a note is written
+ROUNDING = 1e-6  # share of the sum before cancellation below which only rounding error is left
+# distance in nodes from the parameter within which that sum is read; farther nodes hold the batch
 NEAR = 6
-FEW = 16  # entries, at most, of a parameter whose value a log prints
-DIGITS = 4  # that logs print
+FEW = 16  # largest number of entries of a parameter that a log prints
+DIGITS = 4  # digits that logs print
 Link = Dict[str, str]
 
 
@@ -37,7 +37,7 @@ def _learnable(entry: Dict[str, Any], facts: Dict[str, Any]) -> Link:
 def _optimizer(entry: Dict[str, Any], facts: Dict[str, Any]) -> Link:
     if not entry["groups"]:
         if facts["skipped"] and not facts["steps"]:
-            return unknown("optimizer", "GradScaler left out every step")
+            return unknown("optimizer", "GradScaler skipped every step")
         if not facts["steps"]:
             return broken("no step")
         if entry["replaced"] or entry["stale"]:
@@ -59,30 +59,32 @@ def _optimizer(entry: Dict[str, Any], facts: Dict[str, Any]) -> Link:
             else ""
         )
         return broken("lr 0", key=key, how=how)
-    words = f"{group['optimizer']}, group {group['index']} of {group['of']}, lr {group['lr']:.3g}"
+    finding = f"{group['optimizer']}, group {group['index']} of {group['of']}, lr {group['lr']:.3g}"
     if group["largest_lr"] > 0 and group["lr"] < group["largest_lr"]:
-        words += f" ({group['lr'] / group['largest_lr']:.3g}x of the largest group's)"
-    words += f", weight decay {group['weight_decay']:.3g}"
+        finding += f" ({group['lr'] / group['largest_lr']:.3g}x of the largest group's)"
+    finding += f", weight decay {group['weight_decay']:.3g}"
     for name, options in keys[:1]:
-        words += (
+        finding += (
             f", multipliers of custom_keys[{name!r}]: "
             f"{', '.join(f'{k} {v:g}' for k, v in options.items())}"
         )
-    return ok("optimizer", words)
+    return ok("optimizer", finding)
 
 
 def _matching_keys(
     name: str, paramwise: List[Dict[str, Any]]
 ) -> List[Tuple[str, Dict[str, float]]]:
-    """custom_keys that are part of the name; mmcv and mmengine take the longest, and of equally
-    long ones the first in the alphabet."""
-    found = [
+    """Return the custom_keys that are part of the name, the one that counts first.
+
+    mmcv and mmengine use the longest key, and of equally long ones the first in the alphabet.
+    """
+    matches = [
         (key, options)
         for each in paramwise
         for key, options in each["custom_keys"].items()
         if key in name
     ]
-    return sorted(sorted(found), key=lambda item: len(item[0]), reverse=True)
+    return sorted(sorted(matches), key=lambda item: len(item[0]), reverse=True)
 
 
 def _loaded(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
@@ -107,7 +109,7 @@ def _forward(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
         if any(it["reaches"] for it in entry["iterations"]):
             return ok("forward")
         if not entry["iterations"]:
-            return unknown("forward", "no iteration was seen")
+            return unknown("forward", "no iteration was observed")
         owner = (
             f"; its module, {entry['owner']}, was never called"
             if entry["owner"] not in facts.get("called", ())
@@ -136,7 +138,7 @@ def _loss(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
         if dropped:
             return note(
                 "loss",
-                f"the loss depends on it, but {', '.join(dropped[:3])} drops the tensor made "
+                f"the loss depends on it, but {', '.join(dropped[:3])} drops the tensor computed "
                 "from it",
             )
         return ok("loss")
@@ -156,8 +158,8 @@ def _loss(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
         return broken("no effect", reason=f"{reasons[0]['where']}: {reasons[0]['reason']}")
     if dropped_by:
         return broken("dropped", where=dropped_by)
-    # A value that is only logged is detached too: the cut that matters is of the last tensor made
-    # from it.
+    # A value that is only logged is detached too. The relevant cut is that of the last tensor
+    # computed from the parameter.
     if cuts and (not live or cuts[-1]["kind"] != "detached" or _last_live_is_cut(events)):
         return broken(cuts[-1]["kind"], op=cuts[-1]["op"], site=cuts[-1]["site"])
     last = live[-1] if live else events[-1]
@@ -177,13 +179,13 @@ _ENDS: Tuple[Tuple[str, str], ...] = (
 
 
 def _gradient(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
-    seen = [(it, step) for it, step in zip(entry["iterations"], entry["steps"]) if it["reaches"]]
-    if not seen:
+    pairs = [(it, step) for it, step in zip(entry["iterations"], entry["steps"]) if it["reaches"]]
+    if not pairs:
         late = [it for it in entry["iterations"] if it["reaches"]]
         if not late or entry["steps"]:
             return None
         return _of_gradient(entry, facts, late[-1], late[-1]["backward_gradient"], None)
-    iteration, step = seen[-1]
+    iteration, step = pairs[-1]
     return _of_gradient(entry, facts, iteration, step["gradient"], step)
 
 
@@ -204,7 +206,7 @@ def _of_gradient(
         return broken("no gradient", op=_op(end) if end else "an operation")
     if gradient == 0.0:
         return _zero(entry, path)
-    words = f"norm {gradient:.3g}"
+    finding = f"norm {gradient:.3g}"
     total = max(
         (n["entering"][1] for n in path if n["entering"] and n["distance"] <= NEAR), default=0.0
     )
@@ -215,14 +217,14 @@ def _of_gradient(
         return broken("cancels", size=gradient, total=total)
     if step is not None and step["rms"] is not None and step["neighbours"]:
         ratio = step["rms"] / step["neighbours"]
-        words += f", {ratio:.2g} times that of other parameters, per entry"
+        finding += f", {ratio:.2g} times that of other parameters, per entry"
         if ratio < TINY:
-            return note("gradient", words)
-    return ok("gradient", words)
+            return note("gradient", finding)
+    return ok("gradient", finding)
 
 
 def _zero(entry: Dict[str, Any], path: List[Dict[str, Any]]) -> Link:
-    """Where, going from the parameter towards the loss, a gradient is first not 0."""
+    """Find the node nearest to the parameter that receives a gradient other than 0."""
     for node in path:
         entering, leaving = node["entering"], node["leaving"]
         if not entering or not entering[0]:
@@ -301,7 +303,7 @@ def _visible(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
     needed = math.ceil(len(steps) * 0.5 * 10.0**-DIGITS / abs(last - first))
     return note(
         "visible",
-        f"the change is only invisible in {DIGITS} printed digits: {first:.9g} -> {last:.9g} in "
+        f"the change is too small for {DIGITS} printed digits: {first:.9g} -> {last:.9g} in "
         f"{len(steps)} steps; at this pace {DIGITS} digits show it after about {needed} "
         "steps: print more digits",
     )
@@ -313,7 +315,7 @@ CHECKS: Tuple[Callable[[Dict[str, Any], Dict[str, Any]], Optional[Link]], ...] =
 
 
 def _events(entry: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """The operations of the last iteration that has some."""
+    """Return the operations of the last iteration that has any."""
     return next((it["events"] for it in reversed(entry["iterations"]) if it["events"]), [])
 
 

@@ -1,8 +1,7 @@
-"""Inside every Python process of `flashbias why`: follows the named parameters for a few steps and
-writes facts.
+"""Observe the named parameters in each Python process of `flashbias why`, and write facts.
 
-Started by sitecustomize when FLASHBIAS_PROBE names a directory and FLASHBIAS_PROBE_WHY the
-parameters. It never changes a number of the command. After the requested steps it writes
+sitecustomize starts it if FLASHBIAS_PROBE names a directory and FLASHBIAS_PROBE_WHY the parameters.
+It never changes a value of the command. After the requested steps it writes
 `rank<rank>-pid<pid>.json` and ends the process.
 """
 
@@ -19,15 +18,13 @@ NAMES = "FLASHBIAS_PROBE_WHY"
 STEPS = "FLASHBIAS_PROBE_STEPS"
 DIRECTORY = "FLASHBIAS_PROBE"
 MOST_SUBJECTS = 16
-BACKWARDS_PER_STEP = (
-    64  # backward passes without a step after which an iteration is counted all the same
-)
+BACKWARDS_PER_STEP = 64  # so many backward passes without a step count as an iteration
 
 _observer: Optional[Observer] = None
 
 
 def start(environ: Optional[Mapping[str, str]] = None) -> None:
-    """Watch this process. Imports no torch; it waits for the command to."""
+    """Observe this process. torch is not imported here; the observer waits for its import."""
     global _observer
     environ = os.environ if environ is None else environ
     if _observer is None and environ.get(NAMES):
@@ -43,7 +40,7 @@ def start(environ: Optional[Mapping[str, str]] = None) -> None:
 
 
 class Observer:
-    """Watches the modules, backward passes and optimizers of this process."""
+    """Observe the modules, backward passes and optimizers of this process."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.directory, self.environ = environ[DIRECTORY], environ
@@ -53,7 +50,7 @@ class Observer:
         self.steps = self.backwards = self.skipped = self.since_step = 0
         self.subjects: Dict[int, Any] = {}  # id(parameter) -> subjects.Subject
         self.errors: List[str] = []
-        self.mult: List[
+        self.paramwise: List[
             Dict[str, Any]
         ] = []  # paramwise_cfg of mmcv's and mmengine's optimizer constructors
         self.roots: List[Any] = []
@@ -66,7 +63,7 @@ class Observer:
 
     @property
     def stack(self) -> List[Tuple[str, Any]]:
-        """The modules that run in this thread, outermost first."""
+        """Return the modules that are running in this thread, outermost first."""
         if not hasattr(self._local, "stack"):
             self._local.stack = []
         return self._local.stack  # type: ignore[no-any-return]
@@ -76,7 +73,7 @@ class Observer:
     def torch_imported(self, torch: Any) -> None:
         try:
             self._install(torch)
-        except Exception as error:  # never break an import
+        except Exception as error:  # must not break the import of torch
             self.note_error(error)
 
     def _install(self, torch: Any) -> None:
@@ -90,7 +87,7 @@ class Observer:
 
         self.torch, self.functions_off = torch, all_functions_off
         self.trace = Trace(lambda: self.stack[-1][0] if self.stack else "")
-        self.trace.__enter__()  # for the life of the process
+        self.trace.__enter__()  # until the process ends
         modules.register_module_forward_pre_hook(self._before_forward)
         try:
             modules.register_module_forward_hook(
@@ -122,7 +119,7 @@ class Observer:
 
     def _around_constructor(self, original: Any) -> Any:
         def __call__(constructor: Any, *args: Any, **kwargs: Any) -> Any:
-            self.mult.append(
+            self.paramwise.append(
                 {
                     "paramwise_cfg": getattr(constructor, "paramwise_cfg", None) or {},
                     "base_lr": getattr(constructor, "base_lr", None),
@@ -148,7 +145,7 @@ class Observer:
             return
         try:
             if not self.stack:
-                self._find(module)
+                self._watch_parameters(module)
             self.stack.append((type(module).__name__, module))
             self.called.add(type(module).__name__)
         except Exception as error:
@@ -161,7 +158,7 @@ class Observer:
             return
         try:
             while self.stack and self.stack[-1][1] is not module:
-                self.stack.pop()  # of a forward that raised, before torch's always_call
+                self.stack.pop()  # its forward raised (torch without always_call)
             if self.stack:
                 self.stack.pop()
             if self.torch.is_grad_enabled():
@@ -171,35 +168,36 @@ class Observer:
             self.note_error(error)
 
     def _received(self, module: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Note whether a module was given a marked tensor, and whether its output depends on it."""
+        """Record if a module received a marked tensor, and if its output depends on it."""
         from . import graph
         from .trace import Mark, tensors_in
 
-        given = [
+        marks = [
             mark
             for mark in map(self.trace.mark_of, tensors_in((args, kwargs), 4))
             if mark is not None and mark.live
         ]
-        if not given:
+        if not marks:
             return
-        names = frozenset().union(*(mark.names for mark in given))
+        names = frozenset().union(*(mark.names for mark in marks))
         outputs = [t for t in tensors_in(out, 4) if t.is_floating_point()]
-        marked: set = set()
+        marked_names: set = set()
         for mark in map(self.trace.mark_of, outputs):
-            marked |= mark.names if mark is not None and mark.live else set()
+            marked_names |= mark.names if mark is not None and mark.live else set()
         for subject in self.subjects.values():
             if subject.name not in names:
                 continue
-            kept = subject.name in marked or graph.depends(outputs, [subject.parameter])
-            if kept:
+            depends_on_it = subject.name in marked_names or graph.depends(
+                outputs, [subject.parameter]
+            )
+            if depends_on_it:
                 for tensor in outputs:
                     if tensor.requires_grad and self.trace.mark_of(tensor) is None:
                         self.trace.mark(tensor, Mark(frozenset((subject.name,)), True))
-            subject.note_received(type(module).__name__, kept)
+            subject.note_received(type(module).__name__, depends_on_it)
 
-    def _find(self, root: Any) -> None:
-        """Watch what a module that is called at top level has of the parameters. Each is looked at
-        once."""
+    def _watch_parameters(self, root: Any) -> None:
+        """Watch the parameters of a module that is called at top level; each module only once."""
         if any(root is known for known in self.roots):
             return
         self.roots.append(root)
@@ -208,8 +206,8 @@ class Observer:
 
         for name, parameter in named(root, self.patterns).items():
             if id(parameter) not in self.subjects and len(self.subjects) < MOST_SUBJECTS:
-                taken = any(subject.name == name for subject in self.subjects.values())
-                label = f"{name} (of {type(root).__name__})" if taken else name
+                is_taken = any(subject.name == name for subject in self.subjects.values())
+                label = f"{name} (of {type(root).__name__})" if is_taken else name
                 subject = Subject(label, name, parameter, root)
                 self.subjects[id(parameter)] = subject
                 self.trace.watch(label, parameter)
@@ -246,8 +244,10 @@ class Observer:
         return backward
 
     def _watch_graph(self, tensors: Any) -> List[Any]:
-        """Hooks on the nodes between the loss and each parameter; also inside the recomputation of
-        a checkpoint."""
+        """Register hooks on the nodes between the loss and each parameter.
+
+        This is also done for backward passes inside the recomputation of a checkpoint.
+        """
         from . import graph
 
         watched = []
@@ -331,8 +331,10 @@ class Observer:
     # -- the end -----------------------------------------------------------------------------------
 
     def _stop(self) -> None:
-        """One forward or backward pass after the last step: what writes between steps has run by
-        then."""
+        """End the process, one forward or backward pass after the last step.
+
+        Code that writes to parameters between steps has run by then.
+        """
         with self.functions_off():
             for subject in self.subjects.values():
                 subject.note_value()

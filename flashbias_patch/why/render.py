@@ -1,4 +1,4 @@
-"""The diagnoses of `flashbias why` as text and as Markdown."""
+"""Format the diagnoses of `flashbias why` as text or Markdown."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ SIGNS = {"ok": "ok", "broken": "BROKEN", "note": "note", "unknown": "?"}
 
 
 def text(report: Dict[str, Any]) -> str:
+    """Return the report as text."""
     lines = [_head(report)]
     for diagnosis in report["diagnoses"]:
         lines += ["", diagnosis["verdict"]]
@@ -23,12 +24,13 @@ def text(report: Dict[str, Any]) -> str:
 
 
 def markdown(report: Dict[str, Any]) -> str:
+    """Return the report as Markdown."""
     lines = [f"# {_head(report)}"]
     for diagnosis in report["diagnoses"]:
         lines += ["", f"## `{diagnosis['name']}`", "", f"**{_escaped(diagnosis['verdict'])}**"]
         if diagnosis["broken"]:
             lines += ["", f"Change: {_escaped(diagnosis['broken']['change'])}."]
-        lines += ["", "| link | | found |", "|---|---|---|"]
+        lines += ["", "| link | | finding |", "|---|---|---|"]
         lines += [
             f"| {LINKS[link['link']]} | {SIGNS[link['status']]} | {_escaped(link['finding'])} |"
             for link in diagnosis["links"]
@@ -49,5 +51,5 @@ def _notes(report: Dict[str, Any]) -> List[str]:
     return ["", *(f"note: {note}" for note in report["notes"])] if report["notes"] else []
 
 
-def _escaped(words: str) -> str:
-    return words.replace("|", "\\|").replace("<", "&lt;")
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")

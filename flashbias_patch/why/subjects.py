@@ -1,4 +1,4 @@
-"""One watched parameter: what each step shows of it."""
+"""Record the facts about one observed parameter, step by step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NEIGHBOURS = 64
 
 
 def matching(name: str, patterns: Sequence[str]) -> bool:
-    """As in monitor.named: fnmatch patterns, "*" in front implied."""
+    """Return True if `name` matches one of the fnmatch patterns, with an implicit "*" in front."""
     return any(fnmatch.fnmatchcase(name, "*" + pattern.lstrip("*")) for pattern in patterns)
 
 
 class Subject:
-    """A parameter of `root`, and the facts about it."""
+    """A parameter of the module `root`, and the facts about it."""
 
     def __init__(self, label: str, name: str, parameter: nn.Parameter, root: nn.Module) -> None:
         self.name, self.own_name, self.parameter, self.root = (
@@ -37,9 +37,8 @@ class Subject:
         self.backward_gradient: Optional[Tensor] = None
         self.steps: List[Dict[str, Any]] = []
         self.iterations: List[Dict[str, Any]] = []
-        self.received: Dict[
-            str, List[int]
-        ] = {}  # class -> [times its output depended on it, times it did not]
+        # class -> [times its output depended on the parameter, times it did not]
+        self.received: Dict[str, List[int]] = {}
         self.first_dropped = ""
         self.groups: List[Dict[str, Any]] = []
         self.optimizers: List[str] = []
@@ -62,8 +61,8 @@ class Subject:
         self.note_value()
 
     def note_value(self) -> None:
-        """The value before a backward pass: not that of after the last step if something wrote in
-        between."""
+        """Record the value before a backward pass; it differs if code wrote to it after the
+        step."""
         if self.steps and "next" not in self.steps[-1]:
             last = self.steps[-1]
             value = self.parameter.detach()
@@ -83,10 +82,10 @@ class Subject:
         if nodes:
             self.path = nodes
 
-    def note_received(self, class_name: str, kept: bool) -> None:
+    def note_received(self, class_name: str, depends: bool) -> None:
         counts = self.received.setdefault(class_name, [0, 0])
-        counts[0 if kept else 1] += 1
-        if not kept and not self.first_dropped:
+        counts[0 if depends else 1] += 1
+        if not depends and not self.first_dropped:
             self.first_dropped = class_name
 
     def end_iteration(self, events: List[Dict[str, Any]]) -> None:
@@ -191,18 +190,19 @@ class Subject:
 
 
 def _first(value: Tensor) -> float:
-    """The first entry: what a log usually prints of a scale."""
+    """Return the first entry, which logs usually print for a scale."""
     return float(value.flatten()[0]) if value.numel() else math.nan
 
 
 def _rms(gradient: Tensor) -> float:
     gradient = gradient.detach()
     gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return float(gradient.float().norm()) / max(gradient.numel(), 1) ** 0.5
+    size: float = max(gradient.numel(), 1) ** 0.5
+    return float(gradient.float().norm()) / size
 
 
 def spacing(value: Tensor) -> float:
-    """The distance from the largest entry to the next number of its dtype."""
+    """Return the distance from the largest entry to the next number of its dtype."""
     if not value.numel():
         return 0.0
     largest = float(value.detach().abs().amax())

@@ -1,4 +1,4 @@
-"""The facts of a process as one dict, and what there is where a parameter is missing."""
+"""Collect the facts of a process; if a parameter is missing, also similar names and options."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ HAVING = ("aqr", "bias", "learnable", "scale", "rout")
 
 
 def facts(observer: Any) -> Dict[str, Any]:
-    """What `observer` saw, JSON-able."""
+    """Return the observations of `observer` as a JSON-able dict."""
     if observer.trace is not None and any(observer.trace.events.values()):
-        observer._collect_events()  # of an iteration that did not end
+        observer._collect_events()  # events of an unfinished iteration
     torch = sys.modules.get("torch")
     found: Dict[str, Any] = {
         "argv": getattr(sys, "orig_argv", None) or sys.argv,
@@ -33,7 +33,7 @@ def facts(observer: Any) -> Dict[str, Any]:
         "unreached": telemetry.unreached_biases(),
         "patched": _patched(),
         "called": sorted(observer.called),
-        "paramwise": [_plain(entry) for entry in observer.mult],
+        "paramwise": [_plain(entry) for entry in observer.paramwise],
         "parameters": [],
         "writes": [],
         "others": {},
@@ -70,8 +70,10 @@ def _plain(entry: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _others(observer: Any) -> Dict[str, Any]:
-    """Near names, attributes and buffers of that name, and options that are off, of every live
-    module."""
+    """Find similar names, attributes and buffers of that name, and options that are off.
+
+    All modules that exist in the process are searched.
+    """
     torch = observer.torch
     names: List[str] = []
     attributes: List[Dict[str, str]] = []

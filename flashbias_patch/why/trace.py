@@ -1,5 +1,7 @@
-"""Which operations and modules receive what is made from a parameter, seen by a torch function
-mode."""
+"""Trace the operations and modules that use tensors computed from a parameter.
+
+A torch function mode sees every operation.
+"""
 
 from __future__ import annotations
 
@@ -59,20 +61,21 @@ MOST_EVENTS = 200
 
 
 class Mark(NamedTuple):
-    """A tensor made from watched parameters: their names, and whether a gradient can flow from it
-    to them."""
+    """A mark of a tensor computed from watched parameters.
+
+    names: of the parameters. live: True if a gradient can flow from the tensor to them.
+    """
 
     names: FrozenSet[str]
     live: bool
 
 
 class Trace(TorchFunctionMode):
-    """Marks every tensor that is made from a watched parameter.
+    """Mark every tensor that is computed from a watched parameter.
 
-    events: name -> the operations that took part, each {op, site, module, kind}. kind: "used", or
-    how the gradient is cut: "detached", "no_grad", "reentrant", "not differentiable"; "write" for a
-    change in place outside an optimizer's step. `module_of()` returns the innermost module that
-    runs.
+    events: name -> the operations involved, each {op, site, module, kind}. kind: "used", or how the
+    gradient is cut: "detached", "no_grad", "reentrant", "not differentiable". writes: changes in
+    place outside optimizer steps. `module_of()` returns the innermost running module.
     """
 
     def __init__(self, module_of: Callable[[], str]) -> None:
@@ -87,7 +90,7 @@ class Trace(TorchFunctionMode):
         self.clear()
 
     def clear(self) -> None:
-        """Forget one iteration."""
+        """Remove the events of one iteration."""
         self.events: Dict[str, List[Dict[str, Any]]] = {
             name: [] for name, _ in self.watched.values()
         }
@@ -103,16 +106,16 @@ class Trace(TorchFunctionMode):
         if not self.off and self.watched:
             try:
                 with all_functions_off():
-                    self._seen(func, args, kwargs, out)
-            except Exception as error:  # the watched command goes on
+                    self._observe(func, args, kwargs, out)
+            except Exception as error:  # the command must go on
                 self.off = True
                 self.errors.append(f"{type(error).__name__}: {error}")
         return out
 
     def mark_of(self, tensor: Any) -> Optional[Mark]:
-        found = self.watched.get(id(tensor))
-        if found is not None and found[1] is tensor:
-            return Mark(frozenset((found[0],)), bool(tensor.requires_grad))
+        parameter_entry = self.watched.get(id(tensor))
+        if parameter_entry is not None and parameter_entry[1] is tensor:
+            return Mark(frozenset((parameter_entry[0],)), bool(tensor.requires_grad))
         entry = self._marks.get(id(tensor))
         return entry[1] if entry is not None and entry[0]() is tensor else None
 
@@ -120,7 +123,7 @@ class Trace(TorchFunctionMode):
         key, marks = id(tensor), self._marks
         marks[key] = (weakref.ref(tensor, lambda _: marks.pop(key, None)), mark)
 
-    def _seen(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _observe(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = getattr(func, "__name__", str(func))
         if (
             (name == "__get__" and func not in _VIEWS)
@@ -139,22 +142,22 @@ class Trace(TorchFunctionMode):
             return
         names = frozenset().union(*(mark.names for mark in marks))
         was_live = any(mark.live for mark in marks)
-        made = [t for t in tensors_in(out, depth=2) if t.is_floating_point() or t.is_complex()]
+        outputs = [t for t in tensors_in(out, depth=2) if t.is_floating_point() or t.is_complex()]
         event: Optional[Dict[str, Any]] = None
-        for tensor in made:
+        for tensor in outputs:
             live = was_live and tensor.requires_grad
             self.mark(tensor, Mark(names, live))
             if live and tensor.grad_fn is not None:
                 event = event or self._event(name, func, args, kwargs, "used")
                 self.sites.setdefault(tensor.grad_fn, event)
-        if was_live and not any(t.requires_grad for t in made):
-            event = self._event(name, func, args, kwargs, self._cut(func, name, made))
+        if was_live and not any(t.requires_grad for t in outputs):
+            event = self._event(name, func, args, kwargs, self._cut(func, name, outputs))
         if event is not None:
-            for each in names:
-                if len(self.events[each]) < MOST_EVENTS:
-                    self.events[each].append(event)
+            for label in names:
+                if len(self.events[label]) < MOST_EVENTS:
+                    self.events[label].append(event)
 
-    def _cut(self, func: Any, name: str, made: List[Tensor]) -> str:
+    def _cut(self, func: Any, name: str, outputs: List[Tensor]) -> str:
         if name in _TO_PYTHON or func == _DATA or "detach" in name:
             return "detached"
         if not torch.is_grad_enabled():
@@ -200,21 +203,21 @@ class Trace(TorchFunctionMode):
                     return
 
 
-def _same_memory(one: Tensor, other: Tensor) -> bool:
+def _same_memory(first: Tensor, second: Tensor) -> bool:
     try:
         return (
-            one.device == other.device
-            and one.numel() > 0
-            and one.layout == torch.strided
-            and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+            first.device == second.device
+            and first.numel() > 0
+            and first.layout == torch.strided
+            and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr() != 0
         )
     except (RuntimeError, NotImplementedError):  # tensors without storage
         return False
 
 
 def tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
-    """Tensors in `value`, in containers down to `depth`, and in objects that list theirs
-    (AttentionBias.tensors)."""
+    """Yield the tensors in `value`, in containers down to `depth`, and in biases
+    (AttentionBias)."""
     if isinstance(value, Tensor):
         yield value
     elif depth > 0:
@@ -231,7 +234,7 @@ def tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
 
 
 def site() -> str:
-    """file:line, in function, of the innermost frame that is neither torch's nor this package's."""
+    """Return file:line and function of the innermost frame outside torch and this package."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
@@ -242,7 +245,7 @@ def site() -> str:
 
 
 def short(file: str) -> str:
-    """Relative to the working directory where it is below it."""
+    """Return the path relative to the working directory if it is below it."""
     try:
         relative = os.path.relpath(file)
     except (ValueError, OSError):
@@ -251,8 +254,7 @@ def short(file: str) -> str:
 
 
 def _in_checkpoint() -> bool:
-    """Whether some caller is the forward of an autograd function in a file of checkpointing:
-    torch's, mmcv's, fairscale's."""
+    """Return True if a caller is the forward of a checkpoint function (torch, mmcv, fairscale)."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "forward" and "checkpoint" in os.path.basename(

@@ -64,7 +64,9 @@ def test_an_output_is_named_once_with_its_step(caplog):
         11,
         (12, 0, 12),
     )
-    assert len(caplog.records) == 1 and "that of middle (Fault, float32) at step 11" in caplog.text
+    assert (
+        len(caplog.records) == 1 and "belongs to middle (Fault, float32) at step 11" in caplog.text
+    )
 
 
 def test_a_gradient_is_named_where_outputs_are_finite():

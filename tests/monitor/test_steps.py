@@ -213,7 +213,7 @@ def test_a_clamped_parameter(warnings, inside):
         monitor.update()
     (line,) = warnings()
     assert (
-        "gradient of exactly 0" if inside else "is moved by each step and set back"
+        "gradient of exactly 0" if inside else "is changed by each step and set back"
     ) in line and "clamp" in line
 
 

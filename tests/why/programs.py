@@ -175,7 +175,7 @@ PROGRAMS = {
     "cancels": (
         "model.weights = torch.randn(5, 1).expand(5, 7)\ntrain(model)",
         "cancels",
-        "softmax does not see",
+        "softmax ignores",
     ),
     "loss weight 0": (
         "loss_of = lambda out: out.square().sum() * 0.0\ntrain(model)",
@@ -247,7 +247,7 @@ PROGRAMS = {
         "8))).backward()\n"
         "    optimizer.zero_grad()\n    optimizer.step()",
         "cleared",
-        "gone",
+        "has none",
     ),
     "too small": ("LR = 1e-12\ntrain(model)", "too small", "spacing"),
     "half parameter": (

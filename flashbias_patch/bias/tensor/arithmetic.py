@@ -1,4 +1,4 @@
-"""What arithmetic, masks, dtypes and devices do to a BiasTensor."""
+"""Handlers for arithmetic, masks, dtypes and devices of a BiasTensor."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles("masked_fill")
 def _masked_fill(func: Any, args: Any, kwargs: Any) -> Any:
-    given = dict(zip(("self", "mask", "value"), args), **kwargs)
-    tensor, mask, value = given.get("self"), given.get("mask"), given.get("value")
+    arguments = dict(zip(("self", "mask", "value"), args), **kwargs)
+    tensor, mask, value = arguments.get("self"), arguments.get("mask"), arguments.get("value")
     if tensor is None or not structured(tensor) or tensor.dtype is torch.bool:
         return NotImplemented
     if not isinstance(mask, Tensor) or isinstance(value, Tensor) or value != -math.inf:
@@ -134,9 +134,9 @@ def _clamp(func: Any, args: Any, kwargs: Any) -> Any:
     names = {"clamp_min": ("min",), "clamp_max": ("max",)}.get(name_of(func), ("min", "max"))
     if not structured(args[0]) or args[0].dtype is torch.bool:
         return NotImplemented
-    given = dict(zip(names, args[1:]), **kwargs)
-    low, high = given.get("min"), given.get("max")
-    if set(given) - {"min", "max"} or any(
+    arguments = dict(zip(names, args[1:]), **kwargs)
+    low, high = arguments.get("min"), arguments.get("max")
+    if set(arguments) - {"min", "max"} or any(
         not isinstance(bound, (int, float, type(None))) for bound in (low, high)
     ):
         return NotImplemented
@@ -144,13 +144,13 @@ def _clamp(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _aligned(layout: Layout, other: Tensor) -> Optional[Tuple[Layout, Tensor]]:
-    """layouts.canonical of what the two broadcast to."""
+    """Return layouts.canonical of `other`, broadcast with `layout`."""
     try:
         grown = layouts.expanded(
             layout, torch.broadcast_shapes(layouts.shape_of(layout), other.shape)
         )
     except RuntimeError:
-        return None  # they do not fit: the dense tensor raises as ever
+        return None  # they do not fit: the dense tensor raises the error
     return None if grown is None else layouts.canonical(grown, other)
 
 
@@ -179,7 +179,7 @@ IN_PLACE = {
 
 @handles(*IN_PLACE)
 def _in_place(func: Any, args: Any, kwargs: Any) -> Any:
-    """As the operation that makes a new tensor, where nothing else shares the numbers."""
+    """Compute an operation in place if no other tensor shares the memory."""
     tensor = args[0]
     if not structured(tensor) or len(tensor._family()) > 1:
         return NotImplemented
@@ -187,18 +187,19 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> Any:
         if tensor.is_leaf and tensor.requires_grad:
             return NotImplemented
     name = IN_PLACE[name_of(func)]
-    found = HANDLERS[name](getattr(Tensor, name), args, kwargs)
-    if found is NotImplemented or found.dtype != tensor.dtype or found.shape != tensor.shape:
+    result = HANDLERS[name](getattr(Tensor, name), args, kwargs)
+    if result is NotImplemented or result.dtype != tensor.dtype or result.shape != tensor.shape:
         return NotImplemented
     old = tensor._before_change()
-    function, given, named = found._replay
-    tensor._replay = function, (old, *given[1:]), named
-    tensor._parents, tensor._shares = (old, *found._parents[1:]), False
-    rebind(tensor, found._bias, found._layout)
+    function, replay_args, replay_kwargs = result._replay
+    tensor._replay = function, (old, *replay_args[1:]), replay_kwargs
+    tensor._parents, tensor._shares = (old, *result._parents[1:]), False
+    rebind(tensor, result._bias, result._layout)
     return tensor
 
 
 def result_type(tensor: BiasTensor, other: Any) -> torch.dtype:
+    """Return torch.result_type without dispatch to BiasTensor."""
     with no_functions():
         return torch.result_type(tensor, other)
 
@@ -224,7 +225,7 @@ def _moved(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     tensor, name = args[0], name_of(func)
     dtype, device = tensor.dtype, tensor.device
-    given = [
+    targets = [
         *args[1:],
         *(value for key, value in kwargs.items() if key in ("dtype", "device", "other")),
     ]
@@ -234,7 +235,7 @@ def _moved(func: Any, args: Any, kwargs: Any) -> Any:
         with no_functions():
             device = getattr(torch.empty(0, device=tensor.device), name)(*args[1:], **kwargs).device
     elif name in ("to", "type", "type_as"):
-        for value in given:
+        for value in targets:
             if isinstance(value, torch.dtype):
                 dtype = value
             elif isinstance(value, Tensor):
@@ -250,7 +251,7 @@ def _moved(func: Any, args: Any, kwargs: Any) -> Any:
                 )
             elif isinstance(value, str) or value is not None and not isinstance(value, bool):
                 return NotImplemented
-    if name == "type" and not given:
+    if name == "type" and not targets:
         return NotImplemented
     if dtype is torch.bool if tensor.dtype is not torch.bool else dtype is not torch.bool:
         return NotImplemented
@@ -269,5 +270,5 @@ def _moved(func: Any, args: Any, kwargs: Any) -> Any:
 def _detach(func: Any, args: Any, kwargs: Any) -> Any:
     if not structured(args[0]):
         return NotImplemented
-    with torch.no_grad():  # which is what detaches the description
+    with torch.no_grad():  # this detaches the description
         return derived(func, args, kwargs, args[0]._bias, args[0]._layout, is_view=True)

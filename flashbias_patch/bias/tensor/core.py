@@ -1,16 +1,15 @@
-"""A bias as a tensor that remembers what it is.
+"""Define BiasTensor: a tensor that keeps the description of a bias.
 
-Code that makes a bias and code that attends are often far apart, and hand it on as a tensor:
-transposed, expanded over heads, reshaped to (B*H, M, N), halved, added to a mask. A BiasTensor goes
-through these as a description (an AttentionBias, and a layout that says which dimension is what).
-Attention reads the description; whatever else needs numbers gets the dense tensor, which is made
-once, and a log line says where.
+Between the code that creates a bias and the attention, the bias is passed as a tensor: transposed,
+expanded over heads, reshaped to (B*H, M, N), cast to half, added to a mask. A BiasTensor keeps its
+description through these operations: an AttentionBias, and a layout that maps dimensions to axes.
+Attention reads the description. Any other operation uses the dense tensor, which is computed once;
+a log line names the place.
 
-Three layers, from the outside in: `__torch_function__`: operations that a description survives
-(dispatch.py); all others run on the dense tensor. autograd: a BiasTensor has the description's
-learned tensors behind it (_Describe), for code that does not dispatch in Python, such as
-checkpointing. `__torch_dispatch__`: what gets there, from C++ or inside transforms, computes with
-the dense numbers.
+There are three layers. `__torch_function__`: operations that keep the description (registry.py);
+all others run on the dense tensor. Autograd: a BiasTensor depends on the learned tensors of its
+description (_Describe), for code that does not dispatch in Python, such as checkpointing.
+`__torch_dispatch__`: operations from C++ or inside transforms run on the dense tensor.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from .learned_gradient import LearnedGradient
 
 FORMS = ("mn", "bmn", "bhmn")
 TRACING = ("FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode", "PythonKeyTracer")
-run: Any = None  # dispatch.run, put here by the package
+run: Any = None  # registry.run, set by the package
 _lock = threading.RLock()
 graph_task = internals.current_graph_task
 _interpreter = internals.current_transform
@@ -42,30 +41,27 @@ no_functions = internals.no_functions
 
 
 class BiasTensor(Tensor):
-    """See the module. Made by `described`, and by operations on another one."""
+    """A tensor that keeps the description of a bias; created by `described` and by operations."""
 
-    _bias: Optional[AttentionBias]  # None: only the dense tensor is left
+    _bias: Optional[AttentionBias]  # None: there is only the dense tensor
     _layout: Layout
-    _replay: Optional[
-        Tuple[Any, Any, Any]
-    ]  # function, arguments and keywords that made it of another one
+    # function, arguments and keywords that computed it from another BiasTensor
+    _replay: Optional[Tuple[Any, Any, Any]]
     _parents: Tuple[BiasTensor, ...]
     _children: List[Any]  # weak references
-    _shares: bool  # of its parents' numbers, or might be
+    _shares: bool  # it shares the memory of its parents, or may
     _dense: Optional[Tensor]
-    _observed: (
-        bool  # somebody wants the gradient of the tensor itself: all that is made of it is dense
-    )
+    _observed: bool  # its own gradient is needed: all tensors computed from it are dense
     _used: bool  # attention has read the description
-    _wanted: Optional[
-        List[Tensor]
-    ]  # gradients of the tensor itself, while autograd.grad asks for them
+    # gradients of the tensor itself, while torch.autograd.grad runs for it
+    _wanted: Optional[List[Tensor]]
     _handle: Optional[Tensor]
 
     def attention_bias(self, B: int, H: int, M: int, N: int) -> Optional[AttentionBias]:
-        """What attention of that size is to add or to hide, or None where it must take `numbers()`.
+        """Return the bias for attention of that size, or None if it must use `numbers()`.
 
-        ValueError where the shape does not fit.
+        Raises:
+            ValueError: the shape does not fit.
         """
         if self._bias is None or self._must_be_dense():
             return None
@@ -75,14 +71,15 @@ class BiasTensor(Tensor):
         for tensor in (self, *self._ancestors()):
             tensor._used = True
         if torch.is_grad_enabled() and self._learned():
-            found = self._bias._copy()
-            found._sources = ((self, reading),)
-            return found
+            copy = self._bias._copy()
+            copy._sources = ((self, reading),)
+            return copy
         return self._bias
 
     def numbers(self) -> Tensor:
-        """The dense tensor, made once; differentiable in what the description learns."""
-        if _interpreter() is not None:  # what a transform makes is not to outlive it
+        """Return the dense tensor, computed once; differentiable in the tensors of the
+        description."""
+        if _interpreter() is not None:  # a tensor of a transform must not outlive it
             return self._make() if self._dense is None else self._dense
         with _lock:
             if self._dense is None or (
@@ -105,23 +102,23 @@ class BiasTensor(Tensor):
         return self._observed or any(parent._must_be_dense() for parent in self._parents)
 
     def _ancestors(self) -> List[BiasTensor]:
-        found: List[BiasTensor] = []
+        ancestors: List[BiasTensor] = []
         for parent in self._parents:
-            found += [parent, *parent._ancestors()]
-        return found
+            ancestors += [parent, *parent._ancestors()]
+        return ancestors
 
     def _family(self) -> List[BiasTensor]:
-        """All that may share its numbers, and are still there."""
-        found: List[BiasTensor] = []
-        left = [self]
-        while left:
-            one = left.pop()
-            if all(one is not other for other in found):
-                found.append(one)
-                left += (one._parents if one._shares else ()) + tuple(
-                    c for c in one._living() if c._shares
+        """Return all living tensors that may share its memory, itself included."""
+        relatives: List[BiasTensor] = []
+        queue = [self]
+        while queue:
+            tensor = queue.pop()
+            if all(tensor is not other for other in relatives):
+                relatives.append(tensor)
+                queue += (tensor._parents if tensor._shares else ()) + tuple(
+                    c for c in tensor._living() if c._shares
                 )
-        return found
+        return relatives
 
     def _living(self) -> List[BiasTensor]:
         return [
@@ -129,8 +126,8 @@ class BiasTensor(Tensor):
         ]
 
     def _before_change(self) -> BiasTensor:
-        """A tensor that is what this one was, for all that was computed of it and does not share
-        its numbers."""
+        """Return a copy with the old value, for tensors that were computed from it and share no
+        memory."""
         old = _wrapper(self._bias, self._layout, self.dtype)
         old._replay, old._parents, old._shares = self._replay, self._parents, self._shares
         old._observed, old._used = self._observed, self._used
@@ -146,13 +143,13 @@ class BiasTensor(Tensor):
         return old
 
     def gradient_for(self, ancestor: BiasTensor, grad: Tensor) -> Tensor:
-        """The gradient of what this tensor is made of, from a dense one of its own."""
+        """Return the gradient of `ancestor` from a dense gradient of this tensor."""
         with torch.enable_grad(), no_functions():
             leaf = ancestor.numbers().detach().requires_grad_()
-            made = self._made_of(ancestor, leaf)
-            if made is leaf:
+            value = self._made_of(ancestor, leaf)
+            if value is leaf:
                 return grad.to(leaf.dtype)
-            return torch.autograd.grad(made, leaf, grad.to(made.dtype))[0]
+            return torch.autograd.grad(value, leaf, grad.to(value.dtype))[0]
 
     def _made_of(self, ancestor: BiasTensor, leaf: Tensor) -> Tensor:
         if self is ancestor:
@@ -167,9 +164,8 @@ class BiasTensor(Tensor):
         return function(*args, **kwargs)  # type: ignore[no-any-return]
 
     def handle(self) -> List[Tensor]:
-        """Leaves by which a graph is searched for uses of this tensor and of those that it is made
-        of."""
-        roots = [one for one in (self, *self._ancestors()) if not one._parents]
+        """Return leaves that mark uses of this tensor and of its ancestors in a graph."""
+        roots = [tensor for tensor in (self, *self._ancestors()) if not tensor._parents]
         for root in roots:
             if root._handle is None:
                 with torch.inference_mode(False):
@@ -191,12 +187,11 @@ class BiasTensor(Tensor):
 def described(
     bias: AttentionBias, form: str = "bmn", dtype: Optional[torch.dtype] = None
 ) -> Tensor:
-    """`bias` as a BiasTensor: "mn" (M, N), "bmn" (B, M, N) or "bhmn" (B, H, M, N); dense while
-    torch traces.
+    """Return `bias` as a BiasTensor; while torch traces a graph, as a dense tensor.
 
-    dtype: that of the tensor, by default that of the bias' first floating tensor; torch.bool for a
-    sum of masks, True = masked out. The description keeps the digits of its own tensors whatever
-    the dtype.
+    form: "mn" (M, N), "bmn" (B, M, N) or "bhmn" (B, H, M, N). dtype: of the tensor, by default that
+    of the first floating tensor of the bias; torch.bool for a sum of masks, True = masked out. The
+    description keeps the precision of its own tensors in any case.
 
     Raises:
         ValueError: the form leaves out a dimension along which the bias changes, or is not one of
@@ -232,29 +227,29 @@ def new(
         bias = bias._map(_without_grad)
     learned = [tensor for tensor in bias.tensors() if tensor.requires_grad]
     if learned:
-        made = _Describe.apply(None, bias, layout, dtype, *learned)
+        result = _Describe.apply(None, bias, layout, dtype, *learned)
     else:
-        made = _wrapper(bias, layout, dtype)
-    made._replay, made._parents, made._shares = replay, parents, is_view
-    reference = weakref.ref(made)
+        result = _wrapper(bias, layout, dtype)
+    result._replay, result._parents, result._shares = replay, parents, is_view
+    reference = weakref.ref(result)
     for parent in parents:
         parent._children.append(reference)
-    return made  # type: ignore[no-any-return]
+    return result  # type: ignore[no-any-return]
 
 
 def _wrapper(bias: Optional[AttentionBias], layout: Layout, dtype: torch.dtype) -> BiasTensor:
     assert bias is not None
-    made = internals.wrapper_subclass(
+    result = internals.wrapper_subclass(
         BiasTensor, layouts.shape_of(layout), dtype=dtype, device=bias.tensors()[0].device
     )
-    made._bias, made._layout, made._replay, made._parents = bias, layout, None, ()
-    made._children, made._dense, made._wanted, made._handle = [], None, None, None
-    made._observed = made._used = made._shares = False
-    return made  # type: ignore[no-any-return]
+    result._bias, result._layout, result._replay, result._parents = bias, layout, None, ()
+    result._children, result._dense, result._wanted, result._handle = [], None, None, None
+    result._observed = result._used = result._shares = False
+    return result  # type: ignore[no-any-return]
 
 
 def rebind(tensor: BiasTensor, bias: Optional[AttentionBias], layout: Layout) -> None:
-    """After a change in place: the tensor is `bias` now, or if that is None its `_dense`."""
+    """Set the value of a tensor after a change in place: `bias`, or `_dense` if that is None."""
     tensor._bias, tensor._layout = bias, layout
     if bias is not None:
         tensor._dense = None
@@ -268,8 +263,11 @@ def rebind(tensor: BiasTensor, bias: Optional[AttentionBias], layout: Layout) ->
 
 
 class _Describe(torch.autograd.Function):
-    """The learned tensors of a description, or its dense tensor -> the BiasTensor, for gradients
-    that come by way of dense numbers. With `changed` that BiasTensor gets them."""
+    """Connect a BiasTensor in the graph to the learned tensors of its description.
+
+    Gradients of the dense tensor reach them by this function. With `changed`, an existing
+    BiasTensor is connected; if the description is None, to its dense tensor.
+    """
 
     @staticmethod
     def forward(
@@ -285,7 +283,7 @@ class _Describe(torch.autograd.Function):
         if bias is not None:
             ctx.description = bias._map(_without_grad), layout, dtype
             ctx.places = [
-                place for place, tensor in enumerate(bias.tensors()) if tensor.requires_grad
+                index for index, tensor in enumerate(bias.tensors()) if tensor.requires_grad
             ]
         if changed is None:
             return _wrapper(bias, layout, dtype)
@@ -295,23 +293,26 @@ class _Describe(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Optional[Tensor]) -> Any:
-        found: List[Optional[Tensor]] = [None] * len(ctx.places)
+        gradients: List[Optional[Tensor]] = [None] * len(ctx.places)
         if type(grad) is LearnedGradient:
-            found, grad = [grad._gradients[place] for place in ctx.places], grad._dense
+            gradients, grad = [grad._gradients[index] for index in ctx.places], grad._dense
         if grad is not None:
-            more = (
+            through_dense = (
                 [grad]
                 if ctx.description is None
                 else _through_numbers(ctx.description, ctx.places, grad)
             )
-            found = [b if a is None else a if b is None else a + b for a, b in zip(found, more)]
-        return (None, None, None, None, *found)
+            gradients = [
+                b if a is None else a if b is None else a + b
+                for a, b in zip(gradients, through_dense)
+            ]
+        return (None, None, None, None, *gradients)
 
 
 def _through_numbers(
     description: Tuple[AttentionBias, Layout, torch.dtype], places: List[int], grad: Tensor
 ) -> Sequence[Optional[Tensor]]:
-    """Gradients of the tensors at `places` from that of the dense tensor."""
+    """Return the gradients of the tensors at `places` from that of the dense tensor."""
     bias, layout, dtype = description
     leaves: List[Tensor] = []
     counted = itertools.count()
@@ -338,13 +339,15 @@ def _without_grad(tensor: Tensor) -> Tensor:
 
 
 def _uncounted() -> ContextManager[Any]:
-    """What is made once must not count among the tensors that a checkpoint saves, in its forward
-    only."""
+    """Return a context in which a checkpoint does not count saved tensors.
+
+    The dense tensor is computed only once, so a recomputation would save fewer tensors.
+    """
     return internals.own_saved_tensors(Tensor.detach, _as_it_is)
 
 
 def _without_modes() -> ContextManager[Any]:
-    """A mode's own tensors must not be kept."""
+    """Return a context without dispatch modes, whose tensors must not be kept."""
     return internals.without_modes() if internals.dispatch_modes() else contextlib.nullcontext()
 
 
@@ -361,8 +364,7 @@ def _to_plain_numbers(value: Any) -> Any:
 
 
 def traced() -> bool:
-    """Whether what is computed here becomes a graph: descriptions are nothing that a graph could
-    hold."""
+    """Return True while torch traces a graph, which cannot contain descriptions."""
     if internals.tracing_state() is not None:
         return True
     if not internals.dispatch_modes():

@@ -1,4 +1,4 @@
-"""Who wants gradients of, or through, a BiasTensor."""
+"""Handlers for gradients of a BiasTensor: requires_grad, grad, hooks and torch.autograd.grad."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._torch_internals import tree_map
 from .core import BiasTensor, graph_task, no_functions, to_numbers
 from .learned_gradient import learned_gradient
-from .notices import tell
+from .notices import log_dense
 from .registry import handles, name_of, structured
 
 
@@ -30,13 +30,13 @@ def _requires_grad(func: Any, args: Any, kwargs: Any) -> Any:
         if not value
         else bias._map(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t)
     )
-    if (
-        value and graph_task() == -1
-    ):  # somebody's own leaf: the gradient is to be that of the tensor
+    # A leaf of the user: the gradient must be that of the tensor itself.
+    if value and graph_task() == -1:
         tensor._parents, tensor._replay = (), None
         dense = tensor.numbers().detach().requires_grad_()
         tensor._bias, tensor._dense = None, dense
-    # a checkpoint's, which hands the gradient on to the tensor that this one was detached from
+    # A leaf of a checkpoint, which passes the gradient to the tensor that this one was detached
+    # from.
     else:
         tensor._bias = leaf if value else bias._map(Tensor.detach)
         tensor._parents, tensor._replay, tensor._dense = (), None, None
@@ -65,15 +65,17 @@ def _observe(func: Any, args: Any, kwargs: Any) -> Any:
                 "own gradient is not "
                 "computed otherwise"
             )
-        tell(name_of(func), tensor)
+        log_dense(name_of(func), tensor)
         tensor._observed = True
     return func(tensor.numbers(), *args[1:], **kwargs)
 
 
 @handles("grad")
 def _autograd_grad(func: Any, args: Any, kwargs: Any) -> Any:
-    """torch.autograd.grad with respect to BiasTensors; what attention finds it adds to `_wanted`
-    (attention/observe.py)."""
+    """Run torch.autograd.grad with respect to BiasTensors.
+
+    Attention adds its gradients to `_wanted` (attention/observe.py).
+    """
     if func is not torch.autograd.grad:
         return NotImplemented
     names = (
@@ -85,31 +87,31 @@ def _autograd_grad(func: Any, args: Any, kwargs: Any) -> Any:
         "only_inputs",
         "allow_unused",
     )
-    given = dict(zip(names, args), **kwargs)
-    outputs, inputs = tree_map(to_numbers, given.pop("outputs")), given.pop("inputs")
+    arguments = dict(zip(names, args), **kwargs)
+    outputs, inputs = tree_map(to_numbers, arguments.pop("outputs")), arguments.pop("inputs")
     single = isinstance(inputs, Tensor)
-    asked = [inputs] if single else list(inputs)
-    unused_allowed = bool(given.pop("allow_unused", False))
+    requested = [inputs] if single else list(inputs)
+    unused_allowed = bool(arguments.pop("allow_unused", False))
     internal: List[Tensor] = []
     spans: List[Tuple[int, int]] = []
-    for each in asked:
-        own = [each]
-        if type(each) is BiasTensor:
-            own = each.handle() + (
-                [each._dense] if each._dense is not None and each._dense.requires_grad else []
+    for tensor in requested:
+        leaves = [tensor]
+        if type(tensor) is BiasTensor:
+            leaves = tensor.handle() + (
+                [tensor._dense] if tensor._dense is not None and tensor._dense.requires_grad else []
             )
-            each._wanted = []
-        spans.append((len(internal), len(internal) + len(own)))
-        internal += own
+            tensor._wanted = []
+        spans.append((len(internal), len(internal) + len(leaves)))
+        internal += leaves
     try:
-        found = func(outputs, internal, allow_unused=True, **given)
+        gradients = func(outputs, internal, allow_unused=True, **arguments)
         results = []
-        for each, (start, stop) in zip(asked, spans):
-            parts = [part for part in found[start:stop] if part is not None]
-            if type(each) is BiasTensor:
+        for tensor, (start, stop) in zip(requested, spans):
+            parts = [part for part in gradients[start:stop] if part is not None]
+            if type(tensor) is BiasTensor:
                 parts = [
-                    *(each._wanted or ()),
-                    *(part for part in parts if part.shape == each.shape and part.dim()),
+                    *(tensor._wanted or ()),
+                    *(part for part in parts if part.shape == tensor.shape and part.dim()),
                 ]
             total = None if not parts else sum(parts[1:], parts[0])
             if total is None and not unused_allowed:
@@ -120,7 +122,7 @@ def _autograd_grad(func: Any, args: Any, kwargs: Any) -> Any:
                 )
             results.append(total)
     finally:
-        for each in asked:
-            if type(each) is BiasTensor:
-                each._wanted = None
+        for tensor in requested:
+            if type(tensor) is BiasTensor:
+                tensor._wanted = None
     return tuple(results)

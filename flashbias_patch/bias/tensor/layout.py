@@ -1,10 +1,9 @@
-"""How a tensor's dimensions run over batch, heads, queries and keys, and what tensor operations do
-to that.
+"""Layouts: how the dimensions of a tensor map to batch, heads, queries and keys.
 
 A dimension is a product of factors (axis, size), slowest first; the axis is one of "b", "h", "m",
-"n", or "*" for a dimension along which nothing changes (made by expand). (B*H, M, N) made of a bias
-that is the same for all heads is ((("b", B), ("*", H)), (("m", M),), (("n", N),)). A dimension of
-size 1 has no factors.
+"n", or "*" for a dimension along which nothing changes (created by expand). The layout (B*H, M, N)
+of a bias that is the same for all heads is ((("b", B), ("*", H)), (("m", M),), (("n", N),)). A
+dimension of size 1 has no factors.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def shape_of(layout: Layout) -> Tuple[int, ...]:
 
 
 def axis_of(dim: Dim) -> Optional[str]:
-    """The axis of a dimension that is one whole axis, "*" if nothing changes along it, else
+    """Return the axis if the dimension is one whole axis, "*" if nothing changes along it, else
     None."""
     axes = {axis for axis, _ in dim}
     if axes <= {SAME}:
@@ -42,23 +41,23 @@ def axis_of(dim: Dim) -> Optional[str]:
 
 
 def expanded(layout: Layout, sizes: Sequence[int]) -> Optional[Layout]:
-    """As Tensor.expand; None where the sizes do not fit."""
+    """Return the layout after Tensor.expand, or None if the sizes do not fit."""
     added = len(sizes) - len(layout)
     if added < 0:
         return None
-    found: List[Dim] = []
+    dims: List[Dim] = []
     for dim, size in zip(((),) * added + layout, sizes):
         if size in (-1, size_of(dim)):
-            found.append(dim)
+            dims.append(dim)
         elif size_of(dim) == 1:
-            found.append(dim_of(SAME, size))
+            dims.append(dim_of(SAME, size))
         else:
             return None
-    return tuple(found)
+    return tuple(dims)
 
 
 def repeated(layout: Layout, counts: Sequence[int]) -> Optional[Layout]:
-    """As Tensor.repeat."""
+    """Return the layout after Tensor.repeat, or None if the counts do not fit."""
     added = len(counts) - len(layout)
     if added < 0 or any(count < 1 for count in counts):
         return None
@@ -66,7 +65,7 @@ def repeated(layout: Layout, counts: Sequence[int]) -> Optional[Layout]:
 
 
 def regrouped(layout: Layout, sizes: Sequence[int]) -> Optional[Layout]:
-    """As Tensor.reshape; None where an axis would have to be cut into pieces."""
+    """Return the layout after Tensor.reshape, or None if an axis would be split."""
     total = math.prod(shape_of(layout))
     sizes = list(sizes)
     if sizes.count(-1) == 1:
@@ -76,46 +75,45 @@ def regrouped(layout: Layout, sizes: Sequence[int]) -> Optional[Layout]:
         sizes[sizes.index(-1)] = total // known
     if math.prod(sizes) != total or total == 0:
         return None
-    left = [factor for dim in layout for factor in dim]
-    found: List[Dim] = []
+    remaining = [factor for dim in layout for factor in dim]
+    dims: List[Dim] = []
     for size in sizes:
         dim: List[Factor] = []
         while size > 1:
-            if not left:
+            if not remaining:
                 return None
-            axis, length = left.pop(0)
+            axis, length = remaining.pop(0)
             if size % length == 0:
                 dim.append((axis, length))
                 size //= length
             elif axis == SAME and length % size == 0:
                 dim.append((SAME, size))
-                left.insert(0, (SAME, length // size))
+                remaining.insert(0, (SAME, length // size))
                 size = 1
             else:
                 return None
-        found.append(tuple(dim))
-    return tuple(found) if not left else None
+        dims.append(tuple(dim))
+    return tuple(dims) if not remaining else None
 
 
 def spread(layout: Layout, tensor: Tensor) -> Tensor:
-    """A canonical (B|1, H|1, M, N) tensor in that layout: a view where it can be one."""
+    """Bring a canonical (B|1, H|1, M, N) tensor into `layout`, as a view if possible."""
     factors = [factor for dim in layout for factor in dim]
     present = [axis for axis, _ in factors if axis != SAME]
     order = ["bhmn".index(axis) for axis in present]
-    rest = [place for place in range(4) if place not in order]
-    tensor = tensor.permute(*order, *rest).reshape([tensor.shape[place] for place in order])
-    for place, (axis, _) in enumerate(factors):
+    rest = [position for position in range(4) if position not in order]
+    tensor = tensor.permute(*order, *rest).reshape([tensor.shape[position] for position in order])
+    for position, (axis, _) in enumerate(factors):
         if axis == SAME:
-            tensor = tensor.unsqueeze(place)
+            tensor = tensor.unsqueeze(position)
     return tensor.expand([size for _, size in factors]).reshape(shape_of(layout))
 
 
 def canonical(layout: Layout, tensor: Tensor) -> Optional[Tuple[Layout, Tensor]]:
-    """A plain tensor that broadcasts to `layout` as (B|1, H|1, M|1, N|1), and the layout in which
-    it does.
+    """Bring a plain tensor that broadcasts to `layout` into the form (B|1, H|1, M|1, N|1).
 
-    Where it changes along a "*" factor, that becomes heads, or batch and heads. None where it
-    cannot be done.
+    Returns the layout too: a "*" factor along which the tensor changes becomes heads, or batch and
+    heads. Returns None if this is not possible.
     """
     if tensor.dim() > len(layout):
         return None
@@ -132,10 +130,10 @@ def canonical(layout: Layout, tensor: Tensor) -> Optional[Tuple[Layout, Tensor]]
     if any(axis == SAME and size > 1 for axis, size in zip(axes, sizes)):
         return None
     tensor = tensor.reshape(sizes)
-    keep = [place for place, axis in enumerate(axes) if axis != SAME]
+    keep = [position for position, axis in enumerate(axes) if axis != SAME]
     tensor = tensor.permute(*keep, *(p for p in range(len(axes)) if p not in keep))
-    tensor = tensor.reshape([sizes[place] for place in keep])
-    present = [axes[place] for place in keep]
+    tensor = tensor.reshape([sizes[position] for position in keep])
+    present = [axes[position] for position in keep]
     for axis in "bhmn":
         if axis not in present:
             present.append(axis)
@@ -144,30 +142,28 @@ def canonical(layout: Layout, tensor: Tensor) -> Optional[Tuple[Layout, Tensor]]
 
 
 def _named(layout: Layout, tensor: Tensor) -> Layout:
-    """Names for the "*" factors along which `tensor` changes: "h" for the last, "b" for one
-    before."""
+    """Name the "*" factors along which `tensor` changes: the last is "h", the one before "b"."""
     changing = [
-        (place, index)
-        for place, dim in enumerate(layout)
+        (position, index)
+        for position, dim in enumerate(layout)
         for index, (axis, _) in enumerate(dim)
-        if axis == SAME and tensor.shape[place] != 1
+        if axis == SAME and tensor.shape[position] != 1
     ]
     taken = {axis for dim in layout for axis, _ in dim}
     names = [axis for axis in "hb" if axis not in taken]
     if not changing or len(changing) > len(names):
         return layout
     named = [list(dim) for dim in layout]
-    for (place, index), axis in zip(reversed(changing), names):
-        named[place][index] = (axis, named[place][index][1])
+    for (position, index), axis in zip(reversed(changing), names):
+        named[position][index] = (axis, named[position][index][1])
     return tuple(tuple(dim) for dim in named)
 
 
 def readable(layout: Layout, B: int, H: int, M: int, N: int) -> Optional[str]:
-    """How attention reads a tensor in that layout: "mn", "bmn", "mbn", "(bh)mn" or "bhmn"; None
-    where it cannot.
+    """Return how attention reads a tensor of that layout, or None if it cannot.
 
-    (M, B, N) is what repositories with length-first tensors hand on; a plain tensor would not be
-    understood so.
+    The result is "mn", "bmn", "mbn", "(bh)mn" or "bhmn". (M, B, N) comes from repositories with
+    length-first tensors; it is not accepted for plain tensors.
     """
 
     def fits(dim: Dim, axis: str, size: int) -> bool:
@@ -191,15 +187,19 @@ def readable(layout: Layout, B: int, H: int, M: int, N: int) -> Optional[str]:
     ):
         return "mbn"
     if rows and size_of(first) == B * H:
-        two = regrouped((first,), (B, H))
+        batch_and_heads = regrouped((first,), (B, H))
         return (
-            "(bh)mn" if two is not None and fits(two[0], "b", B) and fits(two[1], "h", H) else None
+            "(bh)mn"
+            if batch_and_heads is not None
+            and fits(batch_and_heads[0], "b", B)
+            and fits(batch_and_heads[1], "h", H)
+            else None
         )
     return None
 
 
 def as_read(tensor: Tensor, reading: str) -> Tensor:
-    """A gradient (B, H, M, N) of the scores as that of the tensor which attention read so."""
+    """Convert a gradient (B, H, M, N) of the scores to the shape of the tensor that was read."""
     if reading == "mn":
         return tensor.sum((0, 1))
     if reading == "(bh)mn":

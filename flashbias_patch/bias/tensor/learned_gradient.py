@@ -10,11 +10,10 @@ from ... import _torch_internals as internals
 
 
 class LearnedGradient(Tensor):
-    """The gradient of a BiasTensor as those of its description's tensors, on its way through a
-    reentrant checkpoint.
+    """The gradient of a BiasTensor, as gradients of the tensors of its description.
 
-    `_dense`: what came by way of dense numbers beside it. As numbers it is only that; nothing but
-    autograd's own addition and _Describe meets one.
+    A reentrant checkpoint passes it on. `_dense` is the part of the gradient that came through the
+    dense tensor. Only the addition of autograd and core._Describe use such a gradient.
     """
 
     _gradients: Tuple[Optional[Tensor], ...]
@@ -39,23 +38,26 @@ class LearnedGradient(Tensor):
 def learned_gradient(
     like: Tensor, gradients: Tuple[Optional[Tensor], ...], dense: Optional[Tensor]
 ) -> LearnedGradient:
-    made = internals.wrapper_subclass(
+    gradient = internals.wrapper_subclass(
         LearnedGradient, like.shape, dtype=like.dtype, device=like.device
     )
-    made._gradients, made._dense = gradients, dense
-    return made  # type: ignore[no-any-return]
+    gradient._gradients, gradient._dense = gradients, dense
+    return gradient  # type: ignore[no-any-return]
 
 
-def _sum_of(one: Tensor, other: Tensor) -> LearnedGradient:
-    if type(one) is not LearnedGradient:
-        one, other = other, one
-    assert isinstance(one, LearnedGradient)
-    if isinstance(other, LearnedGradient):
+def _sum_of(first: Tensor, second: Tensor) -> LearnedGradient:
+    if type(first) is not LearnedGradient:
+        first, second = second, first
+    assert isinstance(first, LearnedGradient)
+    if isinstance(second, LearnedGradient):
         gradients = tuple(
             b if a is None else a if b is None else a + b
-            for a, b in zip(one._gradients, other._gradients)
+            for a, b in zip(first._gradients, second._gradients)
         )
-        parts = [dense for dense in (one._dense, other._dense) if dense is not None]
+        parts = [dense for dense in (first._dense, second._dense) if dense is not None]
     else:
-        gradients, parts = one._gradients, [other] if one._dense is None else [one._dense, other]
-    return learned_gradient(one, gradients, sum(parts[1:], parts[0]) if parts else None)
+        gradients, parts = (
+            first._gradients,
+            [second] if first._dense is None else [first._dense, second],
+        )
+    return learned_gradient(first, gradients, sum(parts[1:], parts[0]) if parts else None)

@@ -15,20 +15,20 @@ BECAME_DENSE = (
 )
 log = logging.getLogger("flashbias_patch")
 _lock = threading.Lock()
-_told: Set[Tuple[str, str]] = set()
-# Inside the package's directory and torch's, nobody is told where: the line of the user's code is.
-_OURS = (torch.__file__.rpartition("/")[0], __file__.rpartition("/bias/")[0])
+_logged: Set[Tuple[str, str]] = set()
+# Frames in these directories are skipped: the message names the line of the user's code.
+_INTERNAL_PATHS = (torch.__file__.rpartition("/")[0], __file__.rpartition("/bias/")[0])
 
 
-def tell(operation: str, tensor: Tensor) -> None:
-    """One line for each operation and place that needs numbers."""
+def log_dense(operation: str, tensor: Tensor) -> None:
+    """Log that `operation` made `tensor` dense, once per operation and line of code."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL_PATHS):
         frame = frame.f_back
-    place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    location = f"{frame.f_code.co_filename}:{frame.f_lineno}"
     with _lock:
-        if (operation, place) in _told:
+        if (operation, location) in _logged:
             return
-        _told.add((operation, place))
+        _logged.add((operation, location))
     size = tensor.numel() * tensor.element_size() / 2**20
-    log.info(BECAME_DENSE, operation, place, tuple(tensor.shape), size)
+    log.info(BECAME_DENSE, operation, location, tuple(tensor.shape), size)

@@ -1,5 +1,7 @@
-"""Operations on a BiasTensor: those that its description survives, by name (shapes.py, values.py,
-gradients.py); all others run on the dense tensor."""
+"""Dispatch operations on a BiasTensor to handlers, by name; all others run on the dense tensor.
+
+The handlers, which keep the description, are in shapes.py, arithmetic.py and gradients.py.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,9 @@ from ..._torch_internals import tree_flatten, tree_map
 from ..base import AttentionBias
 from .core import BiasTensor, new, no_functions, rebind, to_numbers, traced
 from .layout import Layout
-from .notices import tell
+from .notices import log_dense
 
-# Answered by the wrapper itself: shape, dtype and the like. Of properties all but those in NUMBERS
-# are.
+# Computed by the tensor itself: shape, dtype and the like; also all properties not in NUMBERS.
 METADATA = {
     "size",
     "dim",
@@ -44,6 +45,7 @@ HANDLERS: Dict[str, Handler] = {}
 
 
 def run(func: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    """Run an operation that has a BiasTensor among its arguments."""
     name = name_of(func)
     if (
         name in METADATA
@@ -53,53 +55,54 @@ def run(func: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
     ):
         with no_functions():
             return func(*args, **kwargs)
-    if (
-        internals.tracing_state() is not None
-    ):  # torch.jit.trace records below, where numbers are put in
+    # torch.jit.trace records below __torch_function__, where the dense tensor is used.
+    if internals.tracing_state() is not None:
         with no_functions():
             return func(*args, **kwargs)
     handler = HANDLERS.get(name)
     if handler is not None:
-        found = handler(func, args, kwargs)
-        if found is not NotImplemented:
-            return found
+        result = handler(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
     return on_numbers(func, name, args, kwargs)
 
 
 def name_of(func: Any) -> str:
+    """Return the name of an operation; "get X" and "set X" for a property X."""
     name = getattr(func, "__name__", "")
-    if name in ("__get__", "__set__"):  # of a property
+    if name in ("__get__", "__set__"):  # a property
         owner = func.__self__
-        # written in Python, as `grad` in torch 1.9
+        # a property written in Python, such as `grad` in torch 1.9
         return f"{name[2:5]} {getattr(owner, 'fget', owner).__name__}"
     return name
 
 
 def on_numbers(func: Any, name: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
-    """`func` on the dense tensors."""
-    found = [value for value in tree_flatten((args, kwargs))[0] if type(value) is BiasTensor]
-    for tensor in found:
+    """Run `func` on the dense tensors."""
+    biases = [value for value in tree_flatten((args, kwargs))[0] if type(value) is BiasTensor]
+    for tensor in biases:
         if tensor._bias is not None:
-            tell(name, tensor)
+            log_dense(name, tensor)
     first = args[0] if args else None
     changed = [
         value
         for value in (kwargs.get("out"), first if changes_first(name) else None)
         if type(value) is BiasTensor
     ]
-    family = [one for tensor in changed for one in tensor._family()]
-    for one in family:  # whatever shares the numbers that change is dense from here on
-        one.numbers()
-        if one._bias is not None:
-            one._before_change()
+    family = [relative for tensor in changed for relative in tensor._family()]
+    for relative in family:  # every tensor that shares the changed memory becomes dense
+        relative.numbers()
+        if relative._bias is not None:
+            relative._before_change()
     plain_args, plain_kwargs = tree_map(to_numbers, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
-    for one in family:
-        rebind(one, None, one._layout)
+    for relative in family:
+        rebind(relative, None, relative._layout)
     return next((tensor for tensor in changed if result is tensor._dense), result)
 
 
 def changes_first(name: str) -> bool:
+    """Return True if the operation changes its first argument in place."""
     if name in ("__setitem__", "set data"):
         return True
     return (
@@ -110,6 +113,8 @@ def changes_first(name: str) -> bool:
 
 
 def handles(*names: str) -> Callable[[Handler], Handler]:
+    """Register a handler for the operations with these names."""
+
     def register(handler: Handler) -> Handler:
         for name in names:
             HANDLERS[name] = handler
@@ -122,8 +127,10 @@ def derived(
     func: Any, args: Any, kwargs: Any, bias: Optional[AttentionBias], layout: Optional[Layout],
     dtype: Optional[torch.dtype] = None, is_view: bool = False,
 ) -> Any:  # fmt: skip
-    """The result of func(*args, **kwargs) as a description, or NotImplemented where there is
-    none."""
+    """Return the result of func(*args, **kwargs) as a BiasTensor with the description `bias`.
+
+    Returns NotImplemented if `bias` or `layout` is None.
+    """
     if bias is None or layout is None:
         return NotImplemented
     parents = tuple(value for value in tree_flatten((args, kwargs))[0] if type(value) is BiasTensor)
@@ -138,6 +145,7 @@ def derived(
 
 
 def structured(value: Any) -> bool:
+    """Return True for a BiasTensor that has a description which may be used."""
     return (
         type(value) is BiasTensor
         and value._bias is not None

@@ -1,4 +1,4 @@
-"""What transposing, expanding, reshaping, slicing and concatenating do to a BiasTensor."""
+"""Handlers for transposing, expanding, reshaping, slicing and concatenating a BiasTensor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .registry import derived, handles, name_of, structured
 
 
 def _dims(args: Tuple[Any, ...], kwargs: Dict[str, Any], *names: str) -> List[int]:
-    """Sizes or dimensions given as f(t, 1, 2), f(t, (1, 2)) or by keyword."""
+    """Return sizes or dimensions passed as f(t, 1, 2), f(t, (1, 2)) or by keyword."""
     for name in names:
         if name in kwargs:
             value = kwargs[name]
@@ -31,9 +31,9 @@ def _dims(args: Tuple[Any, ...], kwargs: Dict[str, Any], *names: str) -> List[in
 def _permuted(func: Any, args: Any, kwargs: Any, order: List[int]) -> Any:
     tensor = args[0]
     count = len(tensor._layout)
-    if any(not -count <= place < count for place in order):
+    if any(not -count <= index < count for index in order):
         return NotImplemented
-    order = [place % count for place in order]
+    order = [index % count for index in order]
     if sorted(order) != list(range(count)):
         return NotImplemented
     return derived(
@@ -41,7 +41,7 @@ def _permuted(func: Any, args: Any, kwargs: Any, order: List[int]) -> Any:
         args,
         kwargs,
         tensor._bias,
-        tuple(tensor._layout[place] for place in order),
+        tuple(tensor._layout[index] for index in order),
         is_view=True,
     )
 
@@ -54,7 +54,7 @@ def _transpose(func: Any, args: Any, kwargs: Any) -> Any:
         kwargs[name] for name in ("dim0", "dim1", "axis0", "axis1") if name in kwargs
     ]
     count = len(args[0]._layout)
-    if len(pair) != 2 or any(not -count <= place < count for place in pair):
+    if len(pair) != 2 or any(not -count <= index < count for index in pair):
         return NotImplemented
     order = list(range(count))
     a, b = pair[0] % count, pair[1] % count
@@ -85,11 +85,11 @@ def _flipped(func: Any, args: Any, kwargs: Any) -> Any:
 def _unsqueeze(func: Any, args: Any, kwargs: Any) -> Any:
     if not structured(args[0]):
         return NotImplemented
-    (place,) = _dims(args, kwargs, "dim")
+    (index,) = _dims(args, kwargs, "dim")
     dims = list(args[0]._layout)
-    if not -len(dims) - 1 <= place <= len(dims):
+    if not -len(dims) - 1 <= index <= len(dims):
         return NotImplemented
-    dims.insert(place % (len(dims) + 1), ())
+    dims.insert(index % (len(dims) + 1), ())
     return derived(func, args, kwargs, args[0]._bias, tuple(dims), is_view=True)
 
 
@@ -98,12 +98,12 @@ def _squeeze(func: Any, args: Any, kwargs: Any) -> Any:
     if not structured(args[0]):
         return NotImplemented
     layout = args[0]._layout
-    places = _dims(args, kwargs, "dim") or list(range(len(layout)))
-    places = [place % len(layout) for place in places if -len(layout) <= place < len(layout)]
-    kept = tuple(
-        dim for place, dim in enumerate(layout) if place not in places or layouts.size_of(dim) != 1
+    indices = _dims(args, kwargs, "dim") or list(range(len(layout)))
+    indices = [index % len(layout) for index in indices if -len(layout) <= index < len(layout)]
+    remaining = tuple(
+        dim for index, dim in enumerate(layout) if index not in indices or layouts.size_of(dim) != 1
     )
-    return derived(func, args, kwargs, args[0]._bias, kept, is_view=True)
+    return derived(func, args, kwargs, args[0]._bias, remaining, is_view=True)
 
 
 @handles(
@@ -129,25 +129,25 @@ def _resized(func: Any, args: Any, kwargs: Any) -> Any:
             return NotImplemented
         sizes = _dims(args, kwargs, "size", "shape", "sizes", "repeats", "dims")
     if name in ("expand", "expand_as"):
-        found = layouts.expanded(layout, sizes if name == "expand" else tuple(args[1].shape))
+        new_layout = layouts.expanded(layout, sizes if name == "expand" else tuple(args[1].shape))
     elif name in ("repeat", "tile"):
         if name == "tile" and len(sizes) < len(layout):
             sizes = [1] * (len(layout) - len(sizes)) + sizes
-        found = layouts.repeated(layout, sizes)
+        new_layout = layouts.repeated(layout, sizes)
     elif name == "repeat_interleave":
-        found = _interleaved(layout, args, kwargs)
+        new_layout = _interleaved(layout, args, kwargs)
     else:
         if name in ("view_as", "reshape_as"):
             sizes = list(args[1].shape)
         elif name == "flatten":
             sizes = _flat_sizes(layout, *args[1:], **kwargs)
         elif name == "unflatten":
-            place, parts = [*args[1:], *kwargs.values()][:2]
+            index, parts = [*args[1:], *kwargs.values()][:2]
             sizes = list(tensor.shape)
-            sizes[place : place + 1 or None] = parts
-        found = layouts.regrouped(layout, sizes)
+            sizes[index : index + 1 or None] = parts
+        new_layout = layouts.regrouped(layout, sizes)
     copied = name in ("repeat", "tile", "repeat_interleave")
-    return derived(func, args, kwargs, tensor._bias, found, is_view=not copied)
+    return derived(func, args, kwargs, tensor._bias, new_layout, is_view=not copied)
 
 
 def _flat_sizes(layout: Layout, start_dim: int = 0, end_dim: int = -1) -> List[int]:
@@ -157,17 +157,17 @@ def _flat_sizes(layout: Layout, start_dim: int = 0, end_dim: int = -1) -> List[i
 
 
 def _interleaved(layout: Layout, args: Any, kwargs: Any) -> Optional[Layout]:
-    given = dict(zip(("repeats", "dim"), args[1:]), **kwargs)
-    count, place = given.get("repeats"), given.get("dim")
+    arguments = dict(zip(("repeats", "dim"), args[1:]), **kwargs)
+    count, index = arguments.get("repeats"), arguments.get("dim")
     if (
         not isinstance(count, int)
         or count < 1
-        or place is None
-        or not -len(layout) <= place < len(layout)
+        or index is None
+        or not -len(layout) <= index < len(layout)
     ):
         return None
     dims = list(layout)
-    dims[place] = dims[place] + layouts.dim_of(SAME, count)
+    dims[index] = dims[index] + layouts.dim_of(SAME, count)
     return tuple(dims)
 
 
@@ -181,15 +181,19 @@ def _getitem(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     index = index if isinstance(index, tuple) else (index,)
     if (
-        any(type(each) is BiasTensor for each in index)
-        or sum(each is Ellipsis for each in index) > 1
+        any(type(entry) is BiasTensor for entry in index)
+        or sum(entry is Ellipsis for entry in index) > 1
     ):
         return NotImplemented
     dims = tensor._layout
-    given = sum(each is not None and each is not Ellipsis for each in index)
-    whole = (slice(None),) * (len(dims) - given)
-    place = next((i for i, each in enumerate(index) if each is Ellipsis), None)
-    index = (*index, *whole) if place is None else (*index[:place], *whole, *index[place + 1 :])
+    entries = sum(entry is not None and entry is not Ellipsis for entry in index)
+    whole = (slice(None),) * (len(dims) - entries)
+    ellipsis_at = next((i for i, entry in enumerate(index) if entry is Ellipsis), None)
+    index = (
+        (*index, *whole)
+        if ellipsis_at is None
+        else (*index[:ellipsis_at], *whole, *index[ellipsis_at + 1 :])
+    )
     return _chosen(func, args, kwargs, index)
 
 
@@ -199,110 +203,118 @@ def _choose(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     name = name_of(func)
     order = ("dim", "index") if name != "narrow" else ("dim", "start", "length")
-    given = dict(zip(order, args[1:]), **kwargs)
+    arguments = dict(zip(order, args[1:]), **kwargs)
     count = len(args[0]._layout)
-    if set(given) != set(order) or not -count <= given["dim"] < count:
+    if set(arguments) != set(order) or not -count <= arguments["dim"] < count:
         return NotImplemented
-    place = given["dim"] % count
-    which = given.get("index")
+    position = arguments["dim"] % count
+    chosen = arguments.get("index")
     if name == "narrow":
-        start = int(given["start"])
-        start += args[0].shape[place] if start < 0 else 0
-        which = slice(start, start + given["length"])
+        start = int(arguments["start"])
+        start += args[0].shape[position] if start < 0 else 0
+        chosen = slice(start, start + arguments["length"])
     return _chosen(
-        func, args, kwargs, (*(slice(None),) * place, which, *(slice(None),) * (count - place - 1))
+        func,
+        args,
+        kwargs,
+        (*(slice(None),) * position, chosen, *(slice(None),) * (count - position - 1)),
     )
 
 
 def _chosen(func: Any, args: Any, kwargs: Any, index: Tuple[Any, ...]) -> Any:
-    """Whole batch entries, heads and queries; `index` has an entry for each dimension, and None for
-    a new one."""
+    """Select whole batch entries, heads and queries.
+
+    index: one entry per dimension, and None for a new dimension.
+    """
     tensor = args[0]
     bias, dims = tensor._bias, iter(tensor._layout)
-    found: List[Any] = []
+    new_dims: List[Any] = []
     lists = 0
-    for each in index:
-        if each is None:
-            found.append(())
+    for entry in index:
+        if entry is None:
+            new_dims.append(())
             continue
         dim = next(dims, None)
         if dim is None:
             return NotImplemented
         length = layouts.size_of(dim)
-        if isinstance(each, slice) and each.indices(length) == (0, length, 1):
-            found.append(dim)
+        if isinstance(entry, slice) and entry.indices(length) == (0, length, 1):
+            new_dims.append(dim)
             continue
         axis = layouts.axis_of(dim)
         if axis is None or axis == "n":
             return NotImplemented
-        if isinstance(each, numbers.Integral) and not isinstance(each, bool):
-            if not -length <= int(each) < length:
-                return NotImplemented  # the dense tensor raises as ever
-            place = int(each) % length
-            bias = bias if axis == SAME else terms.take(bias, axis, slice(place, place + 1))
+        if isinstance(entry, numbers.Integral) and not isinstance(entry, bool):
+            if not -length <= int(entry) < length:
+                return NotImplemented  # the dense tensor raises the error
+            position = int(entry) % length
+            bias = bias if axis == SAME else terms.take(bias, axis, slice(position, position + 1))
             continue
-        if isinstance(each, slice):
-            start, stop, step = each.indices(length)
+        if isinstance(entry, slice):
+            start, stop, step = entry.indices(length)
             if step < 1:
                 return NotImplemented
-            size, each = len(range(start, stop, step)), slice(start, stop, step)
+            size, entry = len(range(start, stop, step)), slice(start, stop, step)
         else:
-            each = _as_indices(each, length, tensor)
+            entry = _as_indices(entry, length, tensor)
             lists += 1
-            if each is None or lists > 1:
+            if entry is None or lists > 1:
                 return NotImplemented
-            size = len(each)
-        bias = bias if axis == SAME else terms.take(bias, axis, each)
-        found.append(layouts.dim_of(axis, size))
+            size = len(entry)
+        bias = bias if axis == SAME else terms.take(bias, axis, entry)
+        new_dims.append(layouts.dim_of(axis, size))
     if (
         next(dims, None) is not None
         or lists
-        and any(isinstance(each, numbers.Integral) for each in index)
+        and any(isinstance(entry, numbers.Integral) for entry in index)
     ):
         return NotImplemented
-    return derived(func, args, kwargs, bias, tuple(found), is_view=not lists)
+    return derived(func, args, kwargs, bias, tuple(new_dims), is_view=not lists)
 
 
-def _as_indices(given: Any, length: int, tensor: BiasTensor) -> Optional[Tensor]:
-    if isinstance(given, (list, range)) and all(
-        isinstance(one, int) and not isinstance(one, bool) for one in given
+def _as_indices(indices: Any, length: int, tensor: BiasTensor) -> Optional[Tensor]:
+    if isinstance(indices, (list, range)) and all(
+        isinstance(index, int) and not isinstance(index, bool) for index in indices
     ):
-        given = torch.tensor(given, dtype=torch.int64)
-    if not isinstance(given, Tensor) or given.dim() != 1:
+        indices = torch.tensor(indices, dtype=torch.int64)
+    if not isinstance(indices, Tensor) or indices.dim() != 1:
         return None
-    if given.dtype is torch.bool:
-        if len(given) != length:
+    if indices.dtype is torch.bool:
+        if len(indices) != length:
             return None
-        given = given.nonzero()[:, 0]
-    if given.is_floating_point() or given.dtype is torch.uint8:
+        indices = indices.nonzero()[:, 0]
+    if indices.is_floating_point() or indices.dtype is torch.uint8:
         return None
-    return given.to(tensor.device)
+    return indices.to(tensor.device)
 
 
 @handles("cat", "concat", "concatenate")
 def _cat(func: Any, args: Any, kwargs: Any) -> Any:
-    given = dict(zip(("tensors", "dim"), args), **kwargs)
-    pieces, place = given.get("tensors"), given.get("dim", given.get("axis", 0))
-    if "out" in given or not isinstance(pieces, (tuple, list)):
+    arguments = dict(zip(("tensors", "dim"), args), **kwargs)
+    pieces, position = arguments.get("tensors"), arguments.get("dim", arguments.get("axis", 0))
+    if "out" in arguments or not isinstance(pieces, (tuple, list)):
         return NotImplemented
-    ours = [piece for piece in pieces if type(piece) is BiasTensor]
-    if len(ours) != 1 or not structured(ours[0]):
+    biases = [piece for piece in pieces if type(piece) is BiasTensor]
+    if len(biases) != 1 or not structured(biases[0]):
         return NotImplemented
-    tensor = ours[0]
+    tensor = biases[0]
     others = [piece for piece in pieces if piece is not tensor]
     count = len(tensor._layout)
-    if not -count <= place < count or any(piece.dtype != tensor.dtype for piece in others):
+    if not -count <= position < count or any(piece.dtype != tensor.dtype for piece in others):
         return NotImplemented
-    where = next(i for i, piece in enumerate(pieces) if piece is tensor)
-    rows = [piece.shape[place] if piece.dim() == count else None for piece in others]
-    if None in rows or any(map(_holds_anything, others)):
+    bias_at = next(i for i, piece in enumerate(pieces) if piece is tensor)
+    rows = [piece.shape[position] if piece.dim() == count else None for piece in others]
+    if None in rows or any(map(_has_nonzero, others)):
         return NotImplemented
-    before, after = sum(rows[:where]), sum(rows[where:])  # type: ignore[arg-type]
-    return _with_rows(func, args, kwargs, tensor, place % count, before, after)
+    before, after = sum(rows[:bias_at]), sum(rows[bias_at:])  # type: ignore[arg-type]
+    return _with_rows(func, args, kwargs, tensor, position % count, before, after)
 
 
-def _holds_anything(tensor: Tensor) -> bool:
-    """Whether some entry is not zero. Waits for the GPU, which takes less than a dense bias."""
+def _has_nonzero(tensor: Tensor) -> bool:
+    """Return True if an entry is not zero, or if that cannot be checked.
+
+    This synchronises with the GPU, which costs less than a dense bias.
+    """
     if tensor.requires_grad or tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         return True
     for dim in range(tensor.dim()):
@@ -313,12 +325,12 @@ def _holds_anything(tensor: Tensor) -> bool:
 
 @handles("pad", "_pad", "constant_pad_nd")
 def _pad(func: Any, args: Any, kwargs: Any) -> Any:
-    given = dict(zip(("input", "pad", "mode", "value"), args), **kwargs)
-    tensor, around = given["input"], list(given.get("pad", ()))
+    arguments = dict(zip(("input", "pad", "mode", "value"), args), **kwargs)
+    tensor, around = arguments["input"], list(arguments.get("pad", ()))
     if (
         not structured(tensor)
-        or given.get("mode", "constant") != "constant"
-        or given.get("value") not in (None, 0)
+        or arguments.get("mode", "constant") != "constant"
+        or arguments.get("value") not in (None, 0)
     ):
         return NotImplemented
     count = len(tensor._layout)
@@ -330,17 +342,20 @@ def _pad(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _with_rows(
-    func: Any, args: Any, kwargs: Any, tensor: BiasTensor, place: int, before: int, after: int
+    func: Any, args: Any, kwargs: Any, tensor: BiasTensor, position: int, before: int, after: int
 ) -> Any:
-    dim = tensor._layout[place]
+    dim = tensor._layout[position]
     assert tensor._bias is not None
     queries = tensor._bias.shape[2]
     is_rows = (
-        layouts.axis_of(dim) == "m" or not dim and queries == 1 and place == len(tensor._layout) - 2
+        layouts.axis_of(dim) == "m"
+        or not dim
+        and queries == 1
+        and position == len(tensor._layout) - 2
     )
     if not is_rows:
         return NotImplemented
     bias = terms.with_empty_rows(tensor._bias, before, after)
     layout = list(tensor._layout)
-    layout[place] = layouts.dim_of("m", queries + before + after)
+    layout[position] = layouts.dim_of("m", queries + before + after)
     return derived(func, args, kwargs, bias, tuple(layout))

@@ -1,5 +1,4 @@
-"""Operations on whole batch entries, heads and queries of a bias, entry by entry exact; None where
-there is no such form."""
+"""Exact operations on the terms of a bias; they return None if the result is not a description."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from ..exact import ModalityBias
 from ..grids import OUTSIDE
 from ..windows import WindowBias, WindowMask
 
-# Of each kind, its tensors with the dimension of each axis, and what stands for "no bias" in a row.
+# class -> its tensors, and the dimension of each axis in them
 AXES: Dict[type, Dict[str, Dict[str, int]]] = {
     WindowBias: {"weights": {"b": 0, "m": 1, "h": 2}, "centres": {"b": 0, "m": 1}},
     WindowMask: {"centres": {"b": 0, "m": 1}},
@@ -28,7 +27,7 @@ AXES: Dict[type, Dict[str, Dict[str, int]]] = {
     MaskBias: {"mask": {"b": 0, "h": 1, "m": 2}},
 }
 MASKS = (MaskBias, WindowMask)
-FEW = 1 << 10  # factors of a masked bias, whose signs Python looks at
+FEW = 1 << 10  # largest number of factors whose signs are checked on the host
 SCALED = {
     WindowBias: "weights",
     ModalityBias: "weights",
@@ -38,11 +37,12 @@ SCALED = {
 
 
 def is_known(bias: AttentionBias) -> bool:
+    """Return True if every term is of a class in AXES."""
     return all(type(term) in AXES for term in bias._terms())
 
 
 def take(bias: AttentionBias, axis: str, index: Any) -> AttentionBias:
-    """The entries `index` (a slice, or a 1-D tensor of integers) along batch, heads or queries."""
+    """Select the entries `index` (a slice, or a 1-D integer tensor) of batch, heads or queries."""
 
     def cut(tensor: Tensor, dim: int) -> Tensor:
         return tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (index,)]
@@ -64,7 +64,7 @@ def _each(
 
 
 def with_empty_rows(bias: AttentionBias, before: int, after: int) -> Optional[AttentionBias]:
-    """Queries without any bias before and after those of `bias`."""
+    """Add queries without a bias before and after those of `bias`."""
     terms: List[AttentionBias] = []
     queries = bias.shape[2]
     for term in bias._terms():
@@ -84,17 +84,16 @@ def with_empty_rows(bias: AttentionBias, before: int, after: int) -> Optional[At
 def scaled(
     bias: AttentionBias, factor: Any, operation: Callable[[Any, Any], Any]
 ) -> Optional[AttentionBias]:
-    """`operation` (multiplication or division) by a number or a tensor (B|1, H|1, M|1, 1).
+    """Multiply or divide (`operation`) by a number or a tensor (B|1, H|1, M|1, 1).
 
-    A mask has this form only where every factor is positive: -inf times another factor is +inf or
-    NaN.
+    A mask stays a mask only if every factor is positive: -inf times another factor is +inf or NaN.
     """
     terms: List[AttentionBias] = []
-    number = isinstance(factor, (int, float))
-    if number and factor != factor:
+    is_number = isinstance(factor, (int, float))
+    if is_number and factor != factor:
         return None
     if any(isinstance(term, MASKS) for term in bias._terms()) and not (
-        factor > 0 if number else _positive(factor)
+        factor > 0 if is_number else _positive(factor)
     ):
         return None
     for term in bias._terms():
@@ -103,17 +102,17 @@ def scaled(
             continue
         name = SCALED[type(term)]
         tensor = getattr(term, name)
-        same = (
+        aligned = (
             factor if not isinstance(factor, Tensor) or name == "tensor" else factor.transpose(1, 2)
         )
         other = copy.copy(term)
-        setattr(other, name, operation(tensor, same))
+        setattr(other, name, operation(tensor, aligned))
         terms.append(other)
     return add_terms(terms)
 
 
 def _positive(factor: Tensor) -> bool:
-    """Whether every entry is, of few: it waits for the GPU."""
+    """Return True if there are few entries and all are positive; synchronises with the GPU."""
     return (
         factor.numel() <= FEW
         and type(factor) in (Tensor, Parameter)
@@ -124,8 +123,7 @@ def _positive(factor: Tensor) -> bool:
 def clamped(
     bias: AttentionBias, low: Optional[float], high: Optional[float]
 ) -> Optional[AttentionBias]:
-    """Every entry brought into [low, high]: clamped weights, where entries are single weights or
-    0."""
+    """Clamp every entry to [low, high], by clamping the weights if each entry is a weight or 0."""
     terms = bias._terms()
     if len(terms) != 1:
         return None
@@ -143,9 +141,9 @@ def clamped(
 
 
 def boolean(bias: AttentionBias) -> Tensor:
-    """(B|1, H|1, M|1, N) bool of a sum of masks, True = masked out."""
-    found = [
+    """Return a sum of masks as bool (B|1, H|1, M|1, N), True = masked out."""
+    masks = [
         term.mask if isinstance(term, MaskBias) else torch.isneginf(term.dense())
         for term in bias._terms()
     ]
-    return functools.reduce(operator.or_, found)
+    return functools.reduce(operator.or_, masks)
