@@ -1,9 +1,8 @@
-"""FLASHBIAS_RANK / FLASHBIAS_ENERGY: dense biases that reach a patched layer go on as low-rank
-ones.
+"""FLASHBIAS_RANK and FLASHBIAS_ENERGY: factorise dense biases that reach a patched layer.
 
-A learned bias moves slowly, so each module's factorisation starts from its previous one. A
-recomputation under checkpointing must find the very same factors: it is recognised by its tensor,
-and starts where that one started.
+A learned bias changes slowly, so each module's factorisation starts from its previous one. A
+recomputation under checkpointing must compute the same factors: it is recognised by its tensor, and
+starts from the state that its forward started from.
 """
 
 from __future__ import annotations
@@ -31,17 +30,19 @@ _last: weakref.WeakKeyDictionary[Any, _Last] = weakref.WeakKeyDictionary()
 
 
 def enabled() -> bool:
-    """Whether the settings ask for it; by default a dense bias is computed exactly."""
+    """Return True if a rank or an energy is set; by default a dense bias is computed exactly."""
     read = settings.current()
     return read.rank is not None or read.energy is not None
 
 
-def low_rank(module: Any, given: Any, dense: DenseBias) -> AttentionBias:
-    """`dense`, which came as the object `given`, in low-rank form, or itself above
-    FLASHBIAS_MAX_ERROR."""
+def low_rank(module: Any, original: Any, dense: DenseBias) -> AttentionBias:
+    """Return `dense` in low-rank form, or `dense` if the error exceeds FLASHBIAS_MAX_ERROR.
+
+    original: the object that the caller passed as the bias; a recomputation passes the same.
+    """
     read = settings.current()
     last = _last.get(module)
-    tensor = given if isinstance(given, Tensor) else dense.tensor
+    tensor = original if isinstance(original, Tensor) else dense.tensor
     # Nothing is recomputed under inference_mode, and a state from there could not be used in
     # training.
     inference = is_inference(tensor) or torch.is_inference_mode_enabled()
@@ -58,8 +59,10 @@ def low_rank(module: Any, given: Any, dense: DenseBias) -> AttentionBias:
         if read.energy is not None and (1 - read.energy) ** 0.5 > read.max_error
         else read.max_error
     )
-    found = factorize(dense, read.rank, read.energy, warm_start=start, max_error=limit)
+    result = factorize(dense, read.rank, read.energy, warm_start=start, max_error=limit)
     if not inference:
-        _last[module] = _Last(weakref.ref(tensor), tensor._version, start, found.state)
-    telemetry.factorized(type(module).__qualname__, found.rank, found.relative_error, found.reason)
-    return found.bias
+        _last[module] = _Last(weakref.ref(tensor), tensor._version, start, result.state)
+    telemetry.factorized(
+        type(module).__qualname__, result.rank, result.relative_error, result.reason
+    )
+    return result.bias

@@ -1,4 +1,8 @@
-"""Any upstream signature -> one attention call: its biases, and projections to (B, L, H, D)."""
+"""Read a call of any upstream signature: its arguments, its biases, and its projections.
+
+A signature is read once per class (`Parameters`), not bound in each call: inspect.Signature.bind
+makes dozens of Python calls.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,7 @@ Bias = Union[AttentionBias, Tensor]
 
 
 class Parameters:
-    """Where a forward's parameters stand, so that a value is found whether positional or
-    keyword."""
+    """The parameters of a forward: the value of each is read from args or kwargs."""
 
     def __init__(self, cls: type) -> None:
         signature = inspect.signature(inspect.unwrap(cls.forward))  # type: ignore[attr-defined]
@@ -44,8 +47,8 @@ class Parameters:
             if n not in known
         )
 
-    def places(self, *names: str) -> Tuple[int, ...]:
-        """Positions of parameters; beyond every call's arguments for those that have none."""
+    def positions(self, *names: str) -> Tuple[int, ...]:
+        """Return the positions of parameters; sys.maxsize for one that the forward lacks."""
         return tuple(self.position.get(name, sys.maxsize) for name in names)
 
     def get(self, name: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
@@ -57,13 +60,13 @@ class Parameters:
     def without(
         self, name: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]
     ) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
-        """The same call with that parameter None."""
+        """Return args and kwargs with None for that parameter."""
         return self.with_value(name, None, args, kwargs)
 
     def with_value(
         self, name: str, value: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]
     ) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
-        """The same call with another value of that parameter."""
+        """Return args and kwargs with another value for that parameter."""
         index = self.position.get(name, len(args))
         if name not in kwargs and index < len(args):
             return (*args[:index], value, *args[index + 1 :]), kwargs
@@ -73,45 +76,45 @@ class Parameters:
 def take_biases(
     parameters: Parameters, args: Tuple[Any, ...], kwargs: Dict[str, Any]
 ) -> Tuple[Tuple[Any, ...], Dict[str, Any], Tuple[Bias, ...]]:
-    """Split what no code but this package's can add from a call: (args, kwargs, biases).
+    """Take the biases that upstream code cannot read out of a call: (args, kwargs, biases).
 
-    These are `attention_bias=` and `attn_bias=`, unless the forward has a parameter of that name,
-    and AttentionBias objects in the place of a mask or of such a parameter.
+    They are `attention_bias=` and `attn_bias=`, unless the forward has a parameter of that name,
+    and AttentionBias objects passed as a mask or as such a parameter.
     """
     biases: Tuple[Bias, ...] = ()
     if "attention_bias" in kwargs or "attn_bias" in kwargs:
-        kwargs, found = take_bias_keywords(kwargs, parameters.accepts)
-        biases = tuple(found)
+        kwargs, keyword_biases = take_bias_keywords(kwargs, parameters.accepts)
+        biases = tuple(keyword_biases)
     for name in parameters.may_hold_bias:
-        given = parameters.get(name, args, kwargs)
-        if isinstance(given, AttentionBias):
+        value = parameters.get(name, args, kwargs)
+        if isinstance(value, AttentionBias):
             args, kwargs = parameters.without(name, args, kwargs)
-            biases = (*biases, given)
+            biases = (*biases, value)
     return args, kwargs, biases
 
 
 def take_bias_keywords(
     kwargs: Dict[str, Any], accepted: Any = ()
 ) -> Tuple[Dict[str, Any], List[Bias]]:
-    """Split `attention_bias=` / `attn_bias=` from the keywords, unless the forward has a parameter
-    of that name."""
+    """Take `attention_bias=` and `attn_bias=` out of the keywords, except those in `accepted`: the
+    forward has a parameter of that name. TypeError for a value that is no bias."""
     if "attention_bias" not in kwargs and "attn_bias" not in kwargs:
         return kwargs, []
-    found = [kwargs[name] for name in BIAS_KEYWORDS if name in kwargs and name not in accepted]
+    biases = [kwargs[name] for name in BIAS_KEYWORDS if name in kwargs and name not in accepted]
     rest = {
         key: value for key, value in kwargs.items() if key not in BIAS_KEYWORDS or key in accepted
     }
-    for bias in found:
+    for bias in biases:
         if bias is not None and not isinstance(bias, (AttentionBias, Tensor)):
             raise TypeError(
                 f"attention_bias must be an AttentionBias or a Tensor, got {type(bias).__name__}"
             )
-    return rest, [bias for bias in found if bias is not None]
+    return rest, [bias for bias in biases if bias is not None]
 
 
 def kind_of(module: Any, query: Any, key: Any) -> str:
-    """ "self" or "cross": what mmcv named the operation, else by whether the key is the query, or a
-    view of all of it."""
+    """Return "self" or "cross": mmcv's `operation_name` if there is one, else "self" where the key
+    is the query or has the same memory."""
     name = getattr(module, "operation_name", None)
     if name in ("self_attn", "cross_attn"):
         return name[:-5]
@@ -137,11 +140,10 @@ def project(
     bias: Optional[Tensor],
     num_heads: int,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """The packed in-projection (3E, E), with as few matrix products as the identities of q, k and v
-    allow.
+    """Apply the packed in-projection `weight` (3E, E), `bias` (3E,) or None.
 
-    Each result has two leading dimensions as its input and is a strided view (.., .., H, D) where
-    it can be.
+    query, key and value that are the same tensor share a matrix product. Each result is
+    (*leading, H, D), where `leading` are the two leading dimensions of its input.
     """
     width = weight.shape[0] // 3
     if key is value:
@@ -162,7 +164,7 @@ def project(
 
 
 def check_lengths(query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> None:
-    """ValueError unless key and value have one length, and query's batch size."""
+    """Raise ValueError unless key and value have one length, and query's batch size."""
     batch = 0 if batch_first else 1
     if key.shape[:2] != value.shape[:2] or key.shape[batch] != query.shape[batch]:
         axes = "(batch, length, channels)" if batch_first else "(length, batch, channels)"
@@ -174,6 +176,6 @@ def check_lengths(query: Tensor, key: Tensor, value: Tensor, batch_first: bool) 
 
 
 def compute_dtype(upstream: torch.dtype) -> torch.dtype:
-    """FLASHBIAS_DTYPE, or what the patched class computes in."""
+    """Return the dtype of FLASHBIAS_DTYPE; for "auto", `upstream`, which the patched class uses."""
     name = settings.current().dtype
     return upstream if name == "auto" else DTYPES[name]

@@ -1,5 +1,4 @@
-"""The one table of what is patched: class name, the shape its forward must have, and the seam it
-gets."""
+"""The table of targets: class name, required parameters of its forward, and seam."""
 
 from __future__ import annotations
 
@@ -13,11 +12,11 @@ ENTRY_POINT_GROUP = "flashbias_patch.targets"
 
 
 class Target(NamedTuple):
-    """A class to patch: claimed by `name` only if its forward's parameters hold `leading`, in
-    order, and `having`."""
+    """A class to patch. It is claimed by `name` if the parameters of its forward begin with
+    `leading`, in order, and contain `having`."""
 
     name: str
-    seam: str  # of its forward: a key of seams.SEAMS
+    seam: str  # of its forward: a key of patching.seams.SEAMS
     leading: Tuple[str, ...]
     having: Tuple[str, ...] = ()
     others: Tuple[
@@ -105,18 +104,18 @@ def _entry_points() -> List[Target]:
     global _third_party
     if _third_party is None:
         _third_party = []
-        found = importlib.metadata.entry_points()
-        if hasattr(found, "select"):
-            group: Any = found.select(group=ENTRY_POINT_GROUP)
+        entry_points = importlib.metadata.entry_points()
+        if hasattr(entry_points, "select"):
+            group: Any = entry_points.select(group=ENTRY_POINT_GROUP)
         else:  # before Python 3.10
-            group = found.get(ENTRY_POINT_GROUP, [])
+            group = entry_points.get(ENTRY_POINT_GROUP, [])
         for entry in group:
             try:
                 value = entry.load()
                 _third_party.extend(
                     [value] if isinstance(value, Target) else [Target(*item) for item in value]
                 )
-            except Exception as error:  # someone else's package must not cost the user theirs
+            except Exception as error:  # a broken plugin must not disable patching
                 telemetry.once(
                     ("entry point", entry.name),
                     "error",
@@ -129,13 +128,13 @@ def _entry_points() -> List[Target]:
 
 
 def target_of(cls: type) -> Optional[Target]:
-    """The target that `cls`, or a class it inherits from, is named as."""
+    """Return the target with the name of `cls` or of a base class; None if there is none."""
     known = targets()
     return next((known[base.__name__] for base in cls.__mro__ if base.__name__ in known), None)
 
 
 def fitting(cls: type, target: Target) -> Tuple[Target, Optional[str]]:
-    """(the generation of `target` that `cls` is, None), or (target, why it is none)."""
+    """Return (the generation of `target` that `cls` fits, None), or (target, why it fits none)."""
     why = misfit(cls, target)
     if why is not None and target.otherwise is not None and misfit(cls, target.otherwise) is None:
         return target.otherwise, None
@@ -143,7 +142,7 @@ def fitting(cls: type, target: Target) -> Tuple[Target, Optional[str]]:
 
 
 def misfit(cls: type, target: Target) -> Optional[str]:
-    """Why `cls` is not what its name suggests; None if it is."""
+    """Return why `cls` does not fit the target; None if it fits."""
     forward = getattr(cls, "forward", None)
     if not callable(forward):
         return "it has no forward"

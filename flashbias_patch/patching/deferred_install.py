@@ -1,8 +1,6 @@
-"""Waiting for torch: with a sitecustomize every Python process pays for our import, and most never
-see a tensor.
+"""Defer patching until torch is imported, so that processes without torch start fast.
 
-Whatever defines a class to patch imports torch first; wrapt and the hooks are loaded then, not
-before.
+Every module that defines a class to patch imports torch first. wrapt and the hooks are loaded then.
 """
 
 from __future__ import annotations
@@ -15,8 +13,7 @@ if TYPE_CHECKING:
 
 
 class _Trigger:
-    """A meta path finder that finds nothing; it installs the hooks when torch is first looked
-    for."""
+    """A meta path finder that finds no module; it installs the hooks when torch is imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name == "torch":
@@ -55,7 +52,7 @@ def _install() -> None:
         from .. import telemetry
 
         telemetry.logger().error("not installed: this process runs unpatched: %s", error)
-    except Exception:  # the one boundary where nothing may reach the user's import
+    except Exception:  # an error here must not fail the user's import
         from .. import telemetry
 
         telemetry.logger().exception("not installed: this process runs unpatched")

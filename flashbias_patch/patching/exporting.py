@@ -1,5 +1,5 @@
-"""While a model is traced or exported, the original attention runs: the file is that of an
-unpatched model.
+"""Tracing and exporting: the original attention runs, so that the file is that of an unpatched
+model.
 
 torch.jit.trace and the TorchScript exporter of ONNX set a tracing state; torch.export, and the
 exporter of ONNX on top of it, set torch.compiler.is_exporting(). A bias becomes the original's
@@ -31,14 +31,14 @@ REFUSED = (
 
 
 def exporting() -> bool:
-    """Whether torch.jit.trace, torch.export or an exporter of ONNX runs this code."""
+    """Return True if torch.jit.trace, torch.export or an exporter of ONNX runs this code."""
     return tracing_state() is not None or is_exporting()
 
 
 def original_alone(
     original: Callable[..., Any], module: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]
 ) -> Any:
-    """The original method, for torch.export.export(strict=True); NotImplementedError where a bias
+    """Call the original method, for torch.export.export(strict=True); NotImplementedError if a bias
     would be lost."""
     if (
         _biased()

@@ -1,10 +1,9 @@
-"""Modules of the user's repository that import flash_attn or need a compatibility patch.
+"""Import modules of the user's repository that import flash_attn or need a compatibility patch.
 
-flash-attn 0.2.2 cannot be built any more and the family imports it at module scope. The import
+flash-attn 0.2.2 cannot be built any more, and the family imports it at module scope. The import
 statements of such a module are compiled as calls of `import_name`, which uses a stand-in for a name
-that is missing. All else in the module is compiled as it is written, and nothing is put in
-sys.modules: `importlib.util.find_spec("flash_attn")` and every other module see the environment
-unchanged.
+that is missing. The rest of the module is compiled as it is written. Nothing is put in sys.modules:
+`importlib.util.find_spec("flash_attn")` and every other module see the environment unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .. import compat
 
 FLASH_ATTN = "flash_attn"
 IMPORT = "__flashbias_import__"  # the name under which a rewritten module finds `import_name`
-_OWN = __name__.partition(".")[0]  # used from a checkout, this package's source shows every need
+_OWN = __name__.partition(".")[0]  # in a checkout, this package's own source names everything
 _STANDARD_LIBRARY = os.path.dirname(os.__file__)
 
 
@@ -92,7 +91,7 @@ def _is_installed(path: str) -> bool:
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Executes the module with its imports of `imports` rewritten, then offers it to be patched."""
+    """Executes the module with its imports of `imports` rewritten, then calls `on_module`."""
 
     def __init__(
         self,
@@ -121,7 +120,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         try:
             tree = ast.parse(self.get_data(self.path), self.path)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return None  # the usual loader reports it
+            return None  # the usual loader raises the error
         rewriter = _Rewriter(self._imports)
         tree = rewriter.visit(tree)
         return ast.fix_missing_locations(tree) if rewriter.changed else None
@@ -280,8 +279,7 @@ class _Rewriter(ast.NodeTransformer):
         return self._expecting(node, any(_suppresses(item.context_expr) for item in node.items))
 
 
-# Exceptions that an `except` clause may name and that are no ImportError. A name that is not here
-# may be one.
+# Exceptions of `except` clauses that are not ImportError. Any other name may be an ImportError.
 _OTHER_ERRORS = frozenset(
     {
         "ArithmeticError",
@@ -314,7 +312,7 @@ def _catches_import_error(kind: Optional[ast.expr]) -> bool:
 
 
 def _ends_in_raise(body: List[ast.stmt]) -> bool:
-    """Whether a handler gives up: the code has no way of its own without the import."""
+    """Return True if a handler ends the program or raises: the import is required."""
     last = body[-1]
     if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call):
         return _last_name(last.value.func) in _EXITS

@@ -1,12 +1,12 @@
-"""Finding classes and wrapping them; install and uninstall.
+"""Find classes and wrap their methods; install and uninstall.
 
-Three ways lead to `claim`: wrapt post-import hooks on the modules of the catalog, the registries of
-mmcv 1.x and mmengine, and `repository.Finder` for modules of a user's repository that import
-flash_attn. wrapt calls a hook at the first import only; the Finder sees a module that is reloaded,
-or purged from sys.modules and imported again. What was imported before install() is found in
-sys.modules.
+A class is claimed (`claim`) from three places: wrapt post-import hooks on the modules of the
+catalog, the registries of mmcv 1.x and mmengine, and `import_shim.Finder` for modules of a user's
+repository that import flash_attn. wrapt calls a hook at the first import only; the Finder sees a
+module that is reloaded, or purged from sys.modules and imported again. Modules that were imported
+before install() are found in sys.modules.
 
-Nothing here keeps a class alive: what is wrapped is remembered by weak references.
+Wrapped classes are recorded by weak references, so that they can be freed.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ def installed() -> bool:
 
 
 def install() -> None:
-    """Patch what is imported already and all that will be. Calling it again does nothing."""
+    """Patch the classes of imported modules, and those of later imports. Calling it again does
+    nothing."""
     global _installed, _hooked
     with _lock:
         if _installed:
             return
         _installed = True
-        if (
-            not _hooked
-        ):  # wrapt has no way to take a hook back: the hooks look at `_installed` instead
+        if not _hooked:
+            # wrapt cannot remove a hook, so the hooks check `_installed`.
             for module in _HOOKS:
                 wrapt.register_post_import_hook(_on_import, module)
             wrapt.register_post_import_hook(_shield_from_dynamo, "torch._dynamo")
@@ -80,7 +80,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Put the very same objects back. Classes imported later stay as they are."""
+    """Put the original objects back. Classes that are imported later are not patched."""
     global _installed, _checked
     with _lock:
         _installed = _checked = False
@@ -96,7 +96,7 @@ def uninstall() -> None:
                 continue
             if wrapper is None or vars(owner).get(claim.attribute) is not wrapper:
                 telemetry.logger().warning(
-                    "%s.%s was replaced by someone else since: left as it is",
+                    "%s.%s was replaced by other code after patching: left as it is",
                     owner.__qualname__,
                     claim.attribute,
                 )
@@ -109,9 +109,11 @@ def uninstall() -> None:
 
 
 def _check_environment() -> None:
-    """Name unknown classes, patches and options in FLASHBIAS_* variables. Loading a third party's
-    targets may import torch, whose own import may be what this runs in: then it waits for the first
-    module that is patched."""
+    """Log unknown classes, patches and options in FLASHBIAS_* variables.
+
+    Loading a third party's targets may import torch, and this may run during the import of torch:
+    then the check waits for the first patched module.
+    """
     global _checked
     if not _checked and ("torch" in sys.modules or not environment.loads_third_parties()):
         _checked = True
@@ -119,14 +121,15 @@ def _check_environment() -> None:
 
 
 def _on_import(module: Any) -> None:
-    """A module was executed: one of _HOOKS, or one that `repository.Finder` found. Never raises."""
+    """Run the hooks of a module that was executed: one of _HOOKS, or one that `import_shim.Finder`
+    found. Never raises."""
     if _installed:
         _check_environment()
     name = str(getattr(module, "__name__", None))
     for hook in _HOOKS.get(name, (_on_module,)) if _installed else ():
         try:
             hook(module)
-        except Exception as error:  # an error here must not become one of the user's import
+        except Exception as error:  # an error here must not fail the user's import
             telemetry.once(
                 ("import", name, str(error)),
                 "error",
@@ -138,13 +141,12 @@ def _on_import(module: Any) -> None:
 
 
 def _on_module(module: Any) -> None:
-    """Claim every target among a module's own names."""
+    """Claim every target among the names of a module."""
     if not _installed:
         return
     names = catalog.targets()
     for value in list(getattr(module, "__dict__", {}).values()):
-        # not isinstance: some modules hold objects whose __class__ answers with a deprecation
-        # warning
+        # Not isinstance: some modules hold objects whose __class__ gives a deprecation warning.
         if (
             issubclass(type(value), type)
             and value.__name__ in names
@@ -154,7 +156,7 @@ def _on_module(module: Any) -> None:
 
 
 def _on_registry(module: Any) -> None:
-    """Watch a Registry class: whatever it registers is considered."""
+    """Wrap a Registry class, so that each class it registers is claimed if it is a target."""
     registry = getattr(module, catalog.REGISTRIES[module.__name__], None)
     original = getattr(registry, "_register_module", None)
     if not _installed or original is None or _is_patched(original):
@@ -165,8 +167,7 @@ def _on_registry(module: Any) -> None:
         cls = args[0] if args else kwargs.get("module", kwargs.get("module_class"))
         if _installed and inspect.isclass(cls) and catalog.target_of(cls) is not None:
             claim(cls)
-            # The core it calls lives in the globals of the module that defines it, under its own
-            # name.
+            # The core that it calls is a global of the module that defines it.
             _on_module(sys.modules.get(cls.__module__))
         return result
 
@@ -183,8 +184,8 @@ _HOOKS: Dict[str, Tuple[Callable[[Any], None], ...]] = {
 
 
 def claim(cls: type) -> bool:
-    """Wrap the methods of `cls` with the seams of its target, if it has the target's shape. Never
-    raises."""
+    """Wrap the methods of `cls` with the seams of its target; return False if it does not fit.
+    Never raises."""
     try:
         return _claim(cls)
     except Exception as error:
@@ -217,11 +218,9 @@ def _claim(cls: type) -> bool:
 
         checkpoint_hooks.watch()
         for method, seam in (("forward", target.seam), *target.others):
-            found = inspect.getattr_static(cls, method, None)
-            if found is not None and not _is_patched(found):
-                _wrap(
-                    cls, method, SEAMS[seam](cls), seam
-                )  # not where it, or the one inherited, is wrapped
+            original = inspect.getattr_static(cls, method, None)
+            if original is not None and not _is_patched(original):  # itself, or inherited
+                _wrap(cls, method, SEAMS[seam](cls), seam)
         if target.seam == "outer":
             _wrap_inner_attention()
         _refused.pop((cls.__module__, cls.__qualname__), None)
@@ -237,7 +236,7 @@ def _claim(cls: type) -> bool:
 
 
 def _tell_missing() -> None:
-    """Say once what an old torch lacks."""
+    """Log once the features that this torch lacks."""
     from .. import _torch_internals as internals
 
     if internals.MISSING:
@@ -260,7 +259,7 @@ def _wrap(owner: Any, attribute: str, wrapper: Callable[..., Any], seam: str) ->
 
 
 def _wrap_inner_attention() -> None:
-    """Wrap the forward of torch's own attention, which acts inside an outer forward only."""
+    """Wrap the forward of torch's own attention. The wrapper acts inside an outer forward only."""
     from torch import nn
 
     from .seams import inner_forward
@@ -278,11 +277,11 @@ def _wrap_inner_attention() -> None:
 
 
 def _patched_function(original: Any, seam: Callable[..., Any]) -> Any:
-    """A function that hands a call of the method `original` to `seam`; under a strict torch.export,
-    to nobody.
+    """Return a function that calls `seam` instead of the method `original`; under a strict
+    torch.export it calls the original.
 
-    Not a wrapt.FunctionWrapper: torch.compile takes that for the function it wraps and runs the
-    original code.
+    It is not a wrapt.FunctionWrapper: torch.compile takes one for the function inside it and runs
+    the original code.
     """
 
     from . import exporting  # imports torch, as whoever defines such a class
@@ -304,15 +303,23 @@ def _is_patched(function: Any) -> bool:
     return hasattr(function, "__flashbias_seam__")
 
 
-def _call(seam: Callable[..., Any], original: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+def _call_directly(
+    seam: Callable[..., Any], original: Any, instance: Any, args: Any, kwargs: Any
+) -> Any:
     # Bound here, where torch.compile does not look: it cannot trace __get__ before torch 2.7.
     return seam(original.__get__(instance, type(instance)), instance, args, kwargs)
+
+
+# How every patched method calls its seam. It is replaced once, when torch._dynamo is imported: by
+# the same function behind a graph break (`_shield_from_dynamo`). A global, because patched methods
+# read it at each call without a function call, and torch.compile can read it.
+_call: Callable[..., Any] = _call_directly
 
 
 def _traced_call(
     seam: Callable[..., Any], original: Any, instance: Any, args: Any, kwargs: Any
 ) -> Any:
-    """A patched method as torch.compile and torch.export(strict=True) read it."""
+    """Call a patched method where torch.compile or torch.export(strict=True) traces it."""
     from . import exporting
 
     if exporting.is_exporting():
@@ -321,16 +328,15 @@ def _traced_call(
 
 
 def _shield_from_dynamo(dynamo: Any) -> None:
-    """torch.compile breaks its graph at a patched call and leaves what is inside to run as it
-    is."""
+    """Make torch.compile break its graph at each patched call, and compile nothing inside."""
     global _call
     from .._torch_internals import outside_of_dynamo
 
-    _call = outside_of_dynamo(dynamo, _call)
+    _call = outside_of_dynamo(dynamo, _call_directly)
 
 
 def patched() -> List[Dict[str, str]]:
-    """What is wrapped now: class, module and seam."""
+    """Return class, module and seam of each wrapped method."""
     with _lock:
         return [
             {"class": owner.__qualname__, "module": owner.__module__, "seam": c.seam}
@@ -340,7 +346,7 @@ def patched() -> List[Dict[str, str]]:
 
 
 def refused() -> List[Dict[str, str]]:
-    """Classes that bear a target's name and are left alone, with the reason."""
+    """Return the classes that have a target's name and are left alone, with the reason."""
     with _lock:
         return [
             {"class": name, "module": module, "reason": why}

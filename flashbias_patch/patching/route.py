@@ -1,4 +1,4 @@
-"""The state of one call of an outer forward: what its core adds, and what the core did with it."""
+"""The route of one call of an outer forward: the biases its core adds, and which were added."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .call_adapter import Bias
 
 
 class Route:
-    """What the core below one outer forward adds to the masks that it is handed.
+    """The biases that the core below one outer forward adds to its masks.
 
     Attributes:
         module: the outer module; for a core that is called on its own, the core.
-        biases: what no argument of the core can carry.
+        biases: those that no argument of the core can carry.
         attn_mask, key_padding_mask: as the outer forward received them. Only a flash core looks at
             them, because the flash class drops them.
         reached: whether a core was called.
-        used: positions in `biases` of those that were added to the scores of some core.
-        misfits: position -> the error of a bias that did not fit a core's sizes. A forward with two
+        used: indices of the `biases` that were added to the scores of some core.
+        misfits: index -> the error of a bias that did not fit a core's sizes. A forward with two
             attentions may hold a bias for one of them, so the error is raised only if the bias fits
             none.
         unsupported: why a core could not add the biases.
@@ -86,7 +86,7 @@ class Route:
         return total
 
     def absorb(self, inner: Route) -> None:
-        """Take over what became of this route's biases in an inner one, which begins with them."""
+        """Merge the state of an inner route, whose biases begin with those of this one."""
         own = range(len(self.biases))
         self.reached = self.reached or inner.reached
         self.used = (
@@ -99,7 +99,7 @@ class Route:
         self.unsupported = self.unsupported or inner.unsupported
 
     def unused(self, first: int = 0) -> Tuple[int, ...]:
-        """Positions, from `first` on, of the biases that no core added; raises the error of one
+        """Return the indices, from `first` on, of biases that no core added; raise the error of one
         that fits no core."""
         unused = tuple(index for index in range(first, len(self.biases)) if index not in self.used)
         for index in unused:
@@ -109,8 +109,7 @@ class Route:
 
 
 def batch_first(bias: Bias, B: int, M: int, N: int) -> Bias:
-    """A bias that came length first, (M, B, N), as (B, M, N). Where M is B it is read as (B, M,
-    N)."""
+    """Transpose a bias (M, B, N) to (B, M, N). Where M equals B it is read as (B, M, N)."""
     if isinstance(bias, Tensor) and bias.dim() == 3 and bias.shape == (M, B, N) and M != B:
         return bias.transpose(0, 1)
     return bias
@@ -125,8 +124,8 @@ leave = variable.reset
 
 
 def is_bias(mask: Any) -> bool:
-    """Whether what stands in a mask's place is a bias: a description, or a floating tensor that
-    requires a gradient."""
+    """Return True if an argument passed as a mask is a bias: a description, or a floating tensor
+    that requires a gradient."""
     return isinstance(mask, (AttentionBias, BiasTensor)) or (
         isinstance(mask, Tensor) and mask.requires_grad
     )

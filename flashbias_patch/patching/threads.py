@@ -1,5 +1,5 @@
-"""Handing context on to threads: nn.DataParallel runs its replicas in threads, which start with
-empty context variables.
+"""Pass context variables to threads: nn.DataParallel runs its replicas in threads, which start
+with empty ones.
 
 While a block of `handing_on` is open, threading.Thread.start and ThreadPoolExecutor.submit wrap
 what the new thread, or the task, runs. Code that calls neither of them inside the block is not
@@ -16,12 +16,12 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 Wrap = Callable[
     [Callable[..., Any]], Callable[..., Any]
-]  # returns the function itself where there is nothing to hand on
+]  # returns the function itself where there is nothing to pass on
 
 _lock = threading.Lock()
 _depth = 0
 _put_back: List[Callable[[], None]] = []
-_made: Dict[Tuple[Any, Wrap], Any] = {}  # wrappers by what they wrap
+_wrappers: Dict[Tuple[Any, Wrap], Any] = {}  # (original, wrap) -> wrapper
 
 
 @contextlib.contextmanager
@@ -49,18 +49,17 @@ def handing_on(wrap_run: Wrap, wrap_task: Wrap) -> Iterator[None]:
 def _replace(
     owner: Any, name: str, make: Callable[[Any, Wrap], Any], wrap: Wrap
 ) -> Callable[[], None]:
-    """Replace a method; returns what puts it back, unless somebody else has replaced it
-    meanwhile."""
+    """Replace a method; return a function that undoes it unless other code replaced it since."""
     original = getattr(owner, name)
-    made = _made.get((original, wrap))
-    if made is None:
-        if len(_made) > 16:  # somebody wraps these methods anew, again and again
-            _made.clear()
-        made = _made[original, wrap] = functools.wraps(original)(make(original, wrap))
-    setattr(owner, name, made)
+    wrapper = _wrappers.get((original, wrap))
+    if wrapper is None:
+        if len(_wrappers) > 16:  # other code wraps these methods again and again
+            _wrappers.clear()
+        wrapper = _wrappers[original, wrap] = functools.wraps(original)(make(original, wrap))
+    setattr(owner, name, wrapper)
 
     def put_back() -> None:
-        if getattr(owner, name) is made:
+        if getattr(owner, name) is wrapper:
             setattr(owner, name, original)
 
     return put_back

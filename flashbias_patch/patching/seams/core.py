@@ -25,8 +25,8 @@ _CORE_PARAMETERS = ("q", "k", "v", "key_padding_mask", "attn_mask", *call_adapte
 def new_route(
     module: Any, own: Tuple[Bias, ...], query: Any, key: Any
 ) -> Tuple[Route, Tuple[Bias, ...]]:
-    """The route of a core that no patched outer forward is around, and `own` biases with the
-    ambient ones."""
+    """Return a route for a core that no patched outer forward calls, and `own` together with the
+    biases of open attention_bias(...) blocks."""
     if not replay.forward_gradients():
         replay.current()
     if context.history.opened and context.active():
@@ -83,8 +83,8 @@ class CoreSeam(Seam):
     def _masks(
         self, module: Any, opened: Route, args: Args, kwargs: Kwargs
     ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-        """(attn_mask, key_padding_mask) in torch's convention: what the core is handed, else what
-        the outer forward was.
+        """Return (attn_mask, key_padding_mask) in torch's convention: of the core's call, else of
+        the outer forward.
 
         The flash class drops its masks. Boolean masks and key padding are dropped here too, unless
         FLASHBIAS_MASKS says otherwise; a floating mask is a bias, and is applied.

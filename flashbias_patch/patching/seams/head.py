@@ -12,7 +12,7 @@ from ...aqr.geometry import take_geometry
 from ...aqr.router import AdaptiveQueryRouter
 from ...attention.recovery import replay
 from .base import Args, Kwargs, Seam
-from .pending_losses import _of_output, _pending, _take, _tensors
+from .pending_losses import of_output, pending, take, tensors_of
 from .transformer_constructor import KEY
 
 
@@ -27,17 +27,16 @@ class HeadSeam(Seam):
         take_geometry()
         if not router.supervision:
             return wrapped(*args, **kwargs)
-        awaited = {
-            id(loss) for loss in _of_output.values()
-        }  # outputs that nobody holds have no loss to come
-        earlier = [loss for loss in _pending.pop(router, ()) if id(loss) in awaited]
+        # Outputs that were freed cannot reach a loss any more.
+        awaited = {id(loss) for loss in of_output.values()}
+        earlier = [loss for loss in pending.pop(router, ()) if id(loss) in awaited]
         outputs = wrapped(*args, **kwargs)
-        own = _pending.get(router, [])
+        own = pending.get(router, [])
         if len(own) > 1:  # a transformer that is called for each of several levels
             own = [torch.stack(own).mean()]
-        _pending[router] = earlier + own
-        for tensor in _tensors(outputs):
-            _of_output[tensor] = own[0] if own else None
+        pending[router] = earlier + own
+        for tensor in tensors_of(outputs):
+            of_output[tensor] = own[0] if own else None
         return outputs
 
 
@@ -73,11 +72,11 @@ class LossSeam(Seam):
         router = router_of(module)
         if (
             router is not None
-            and _pending.get(router)
+            and pending.get(router)
             and isinstance(losses, dict)
             and "loss_aqr" not in losses
         ):
-            supervision = _take(_pending[router], (args, kwargs))
+            supervision = take(pending[router], (args, kwargs))
             if supervision is not None:
                 losses["loss_aqr"] = router.supervision * supervision
         return losses

@@ -1,4 +1,4 @@
-"""The original code of an attention runs: it is counted, logged, and its mask holds the biases."""
+"""Count and log that the original code of an attention runs, and make its mask from the biases."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def note_original(name: str, why: str, opened: Route, own: Tuple[Bias, ...]) -> 
 def dense_mask(
     bias: AttentionBias, attn_mask: Optional[Tensor], B: int, H: int, M: int, N: int, like: Tensor
 ) -> Tensor:
-    """bias + attn_mask as torch's multi-head attention takes it: (B*H, M, N), in the dtype and on
-    the device of `like`."""
+    """Return bias + attn_mask for torch's multi-head attention: (B*H, M, N), with the dtype and
+    device of `like`."""
     total = bias.dense().to(like.device, like.dtype)
     if attn_mask is not None:
         kind, mask = mask_4d(attn_mask, B, H, M, N)

@@ -56,22 +56,22 @@ class OuterSeam(Seam):
             Optional[type], bool
         ] = {}  # by the class of the inner attention
         self.reached_once = False  # whether any call has reached its core
-        self.mask_at, self.padding_at = self.parameters.places("attn_mask", "key_padding_mask")
+        self.mask_at, self.padding_at = self.parameters.positions("attn_mask", "key_padding_mask")
 
     def __call__(self, wrapped: Callable[..., Any], module: Any, args: Args, kwargs: Kwargs) -> Any:
-        parameters, given, biases = self.parameters, len(args), _NO_BIASES
-        # As parameters.get, which every call of every attention would call twice.
+        parameters, count, biases = self.parameters, len(args), _NO_BIASES
+        # The same as parameters.get, without two function calls per attention call.
         mask = (
             kwargs["attn_mask"]
             if "attn_mask" in kwargs
             else args[self.mask_at]
-            if self.mask_at < given
+            if self.mask_at < count
             else None
         )
         if "key_padding_mask" in kwargs:
             padding = kwargs["key_padding_mask"]
         else:
-            padding = args[self.padding_at] if self.padding_at < given else None
+            padding = args[self.padding_at] if self.padding_at < count else None
         if (
             parameters.accepts
             or "attention_bias" in kwargs
@@ -84,7 +84,7 @@ class OuterSeam(Seam):
                 biases = _of_self_attention(biases, parameters.get("query", args, kwargs))
         opened = Route(module, biases, mask, padding)
         if not replay.forward_gradients():
-            # a checkpoint around this call is to be known before anything is set for the call
+            # Find a checkpoint around this call before any variable is set for the call.
             replay.current()
         parent = route.current()
         if (
@@ -122,14 +122,14 @@ class OuterSeam(Seam):
         return out
 
     def _calls_functional(self, module: Any, core: Optional[type]) -> bool:
-        """Whether F.multi_head_attention_forward may be called by other code than
-        nn.MultiheadAttention."""
-        found = mentions_functional({type(child) for child in module.modules()})
-        self.calls_functional[core] = found
-        return found
+        """Return True if code other than nn.MultiheadAttention may call
+        F.multi_head_attention_forward."""
+        calls = mentions_functional({type(child) for child in module.modules()})
+        self.calls_functional[core] = calls
+        return calls
 
     def _biases_as_mask(self, opened: Route, args: Args, kwargs: Kwargs) -> Tuple[Args, Kwargs]:
-        """For a forward that computes its attention itself: the biases as its dense attn_mask."""
+        """Add the biases to attn_mask, for a forward that computes its attention itself."""
         query = self.parameters.get("query", args, kwargs)
         key = self.parameters.get("key", args, kwargs)
         B, M, N = _sizes(opened.module, query, query if key is None else key, opened.biases[0])
@@ -143,14 +143,14 @@ class OuterSeam(Seam):
 
 
 def _of_self_attention(biases: Tuple[Bias, ...], query: Tensor) -> Tuple[Bias, ...]:
-    """Without those of other keys: decoders that know `attention_bias` hand it to every attention
+    """Drop the biases of other keys: decoders that know `attention_bias` pass it to every attention
     of a layer."""
     return tuple(bias for bias in biases if bias.shape[-1] in query.shape[:-1])
 
 
 def _parents_forward(parent: Route, opened: Route, wrapped: Any, args: Any, kwargs: Any) -> Any:
-    """A forward called within another of the same module: it has masks of its own, and adds to the
-    biases."""
+    """Run a forward that is called by another forward of the same module: it has masks of its own,
+    and adds its biases to those of the caller."""
     inherited = len(parent.biases)
     opened.biases = (*parent.biases, *opened.biases)
     token = route.enter(opened)
@@ -165,15 +165,15 @@ def _parents_forward(parent: Route, opened: Route, wrapped: Any, args: Any, kwar
 
 
 def _check_used(name: str, opened: Route, first: int = 0) -> None:
-    """Warn about biases, from the position `first` on, that no core added; raise the error of one
-    that fits none."""
+    """Log the biases, from index `first` on, that no core added; raise the error of one that fits
+    no core."""
     if opened.unused(first):
         why = opened.unsupported or "the attention that it called has no place for it"
         telemetry.unreached(f"{name}: attention_bias", why)
 
 
 def _holds_core(module: nn.Module) -> bool:
-    """Whether some nn.MultiheadAttention or patched FlashMHA is below an outer module."""
+    """Return True if an nn.MultiheadAttention or a patched FlashMHA is below an outer module."""
     return _is_core(module._modules.get("attn")) or any(
         _is_core(child) for child in module.modules()
     )
@@ -185,14 +185,16 @@ def _is_core(module: Any) -> bool:
 
 
 def _sizes(module: Any, query: Tensor, key: Tensor, bias: Bias) -> Tuple[int, int, int]:
-    """(B, M, N) of sequences (L, B, E), (B, L, E) or (L, E): the layout that fits the bias, else as
-    `batch_first` says."""
+    """Return (B, M, N) of sequences (L, B, E), (B, L, E) or (L, E): of the layout that fits the
+    bias, else of the module's `batch_first`."""
     if query.dim() == 2:
         return 1, query.shape[0], key.shape[0]
     M, N = bias.shape[-2:]
-    said = int(bool(getattr(module, "batch_first", False)))
+    declared = int(bool(getattr(module, "batch_first", False)))
     fits = (
-        axis for axis in (said, 1 - said) if key.shape[axis] == N and M in (1, query.shape[axis])
+        axis
+        for axis in (declared, 1 - declared)
+        if key.shape[axis] == N and M in (1, query.shape[axis])
     )
-    axis = next(fits, said)
+    axis = next(fits, declared)
     return query.shape[1 - axis], query.shape[axis], key.shape[axis]

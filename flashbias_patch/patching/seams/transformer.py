@@ -65,8 +65,7 @@ class TransformerSeam(Seam):
         with (
             torch.enable_grad() if supervised and replay.in_function() else contextlib.nullcontext()
         ):
-            # The router reads and does not steer: its gradient would move reference points to
-            # change their weights.
+            # Inputs are detached: the router's gradient must not move reference points.
             routing = router.route(
                 (query if query.dim() == 3 else query[None]).detach(),
                 _mean_features(keys, router.num_segments, self.layout).detach(),
@@ -101,7 +100,7 @@ class TransformerSeam(Seam):
         return places(geometry, bev, views)
 
     def _with(self, args: Args, kwargs: Kwargs, values: Dict[str, Any]) -> Tuple[Args, Kwargs]:
-        """The same call with other values for some parameters."""
+        """Return args and kwargs with other values for some parameters."""
         positional = list(args)
         named = dict(kwargs)
         for name, value in values.items():
@@ -114,7 +113,7 @@ class TransformerSeam(Seam):
 
 
 def _draw(drop: aqr.ModalityDrop, batch: int) -> List[Optional[str]]:
-    """What is dropped in this forward, and in every recomputation of it."""
+    """Return the sensor that each sample drops in this forward; a recomputation drops the same."""
     if replay.out_of_reach():
         raise RuntimeError(
             "aqr.drop: the torch.autograd.Function around this transformer does not hand its ctx "
@@ -126,8 +125,7 @@ def _draw(drop: aqr.ModalityDrop, batch: int) -> List[Optional[str]]:
 
 
 def _segments(keys: Keys, wanted: int, layout: Layout, name: str) -> Tuple[int, ...]:
-    """Lengths in key order, from the tensors. A call without image has no camera keys: lengths of
-    0."""
+    """Return the segment lengths in key order. A call without images has camera lengths of 0."""
     cameras = wanted - int(layout.lidar)
     lengths = [] if keys.lidar is None else [keys.lidar.shape[-2] * keys.lidar.shape[-1]]
     if keys.flat is not None:
@@ -151,7 +149,7 @@ def _segments(keys: Keys, wanted: int, layout: Layout, name: str) -> Tuple[int, 
 
 
 def _mean_features(keys: Keys, wanted: int, layout: Layout) -> Tensor:
-    """(B, S, C): each segment's mean feature; zeros where there is nothing."""
+    """Return the mean feature per segment (B, S, C); zeros for a segment without keys."""
     cameras = wanted - int(layout.lidar)
     parts = [] if keys.lidar is None else [keys.lidar.mean((-2, -1))[:, None]]
     if keys.flat is not None:

@@ -37,8 +37,8 @@ class ConstructorSeam(Seam):
     def __call__(self, wrapped: Callable[..., Any], module: Any, args: Args, kwargs: Kwargs) -> Any:
         if _constructing.get() is module or self.knows_key:
             return wrapped(*args, **kwargs)
-        given = kwargs.get(KEY)
-        options = aqr_options.from_environment() if given is None else aqr_options.read(given)
+        config = kwargs.get(KEY)
+        options = aqr_options.from_environment() if config is None else aqr_options.read(config)
         token = _constructing.set(module)
         try:
             wrapped(*args, **{name: value for name, value in kwargs.items() if name != KEY})
