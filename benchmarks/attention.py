@@ -28,8 +28,9 @@ from provenance import about
 from flashbias_patch.attention import flash_bias_attention
 from flashbias_patch.attention.benchmark import SHAPES as MODELS
 from flashbias_patch.attention.kernels.autograd import fused_attention
-from flashbias_patch.attention.kernels.recompute import Call, _attend
+from flashbias_patch.attention.kernels.recompute import Call, dropout_of
 from flashbias_patch.bias import LowRankBias
+from tests.support.reference import of_call
 
 
 def model(name, dtype="float16", **changed):
@@ -330,9 +331,7 @@ def exact(t, dtype, factors=True, segments=False):
         torch.zeros(1),
         (True,) * 7,
     )
-    return leaves, _attend(
-        call, [q, k, v, call.q_factor, call.k_factor, call.segment_weights, None], 0, q.shape[1]
-    )
+    return leaves, of_call(call, dtype=None)
 
 
 def benchmark(args):
@@ -438,7 +437,9 @@ def one_check(lengths, H, D, R, dtype, feature, generator):
             call = Call(
                 *leaves[:6], tuple(split), leaves[6], mask, padding, p, D**-0.5, seed, (True,) * 7
             )
-            out = _attend(call, leaves, 0, M)
+            dropout = dropout_of(call)
+            keep = None if dropout is None else dropout.kept(0, M, 0, N) * dropout.scale
+            out = of_call(call, keep, None)
         else:
             torch.manual_seed(1)
             out = fused_attention(*leaves[:6], split, leaves[6], mask, padding, p, on_failure=fail)

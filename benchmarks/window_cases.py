@@ -11,10 +11,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.p
 
 import torch
 
-from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.kernels import recompute
 from flashbias_patch.attention.kernels.autograd import fused_attention
+from flashbias_patch.attention.reference_attention import attend as attend_dense
 from flashbias_patch.bias.grids import OUTSIDE, Grid, WindowMaskParts, WindowParts
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -148,9 +148,7 @@ class Case:
 
         def attend(inputs):
             call = call_of(inputs, seed)
-            held = None if inputs.windows is None else inputs.windows.weights
-            pieces = [*call[:6], call.dense, held]
-            return recompute._attend(call, pieces, 0, inputs.q.shape[1])
+            return attend_dense(call, recompute.dropout_of(call))
 
         return self.run(attend, dtype)
 

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from provenance import about
 
 from flashbias_patch.attention import flash_bias_attention
-from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.inputs import build
+from flashbias_patch.attention.reference_attention import attend as attend_dense
 from flashbias_patch.bias import Grid, ModalityBias, WindowBias, WindowMask
 
 B, M, H, D = 2, 1490, 8, 32

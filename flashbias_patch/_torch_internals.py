@@ -312,6 +312,17 @@ cuda_sleep: Optional[Callable[[int], None]] = getattr(torch.cuda, "_sleep", None
 stream_capturing: Callable[[], bool] = getattr(torch.cuda, "is_current_stream_capturing", _no)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that a new tensor can have, those that torch's allocator holds back
+    included. Before torch 1.11 other processes' memory cannot be told."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    told = getattr(torch.cuda, "mem_get_info", None)
+    if told is not None:
+        return int(told(device)[0]) + held
+    whole = torch.cuda.get_device_properties(device).total_memory
+    return int(whole) - torch.cuda.memory_allocated(device)
+
+
 def is_inference(tensor: torch.Tensor) -> bool:
     """Return True if a tensor was created in inference mode (torch 1.9 has no method for that)."""
     try:

@@ -18,9 +18,9 @@ from torch import Tensor
 from .. import __version__, telemetry
 from ..bias import LowRankBias
 from . import dispatch, selection
-from .backends.reference import attend_dense
 from .inputs import AttentionInputs, build
 from .recovery import errors
+from .reference_attention import attend
 
 
 def _shape(
@@ -221,7 +221,7 @@ def _error(inputs: AttentionInputs, out: Tensor) -> float:
     M = inputs.q.shape[1]
     rows = torch.arange(0, M, max(1, M // SAMPLE), device=out.device)
     assert inputs.q_factor is not None and inputs.k_factor is not None
-    exact = attend_dense(
+    exact = attend(
         AttentionInputs(
             inputs.q[:, rows].double(), inputs.k.double(), inputs.v.double(),
             inputs.q_factor[:, rows].double(), inputs.k_factor.double(), scale=inputs.scale,

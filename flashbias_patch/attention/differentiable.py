@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch_internals as internals
+from . import reference_attention
 from .inputs import TENSORS, AttentionInputs
 
 Attend = Callable[[AttentionInputs], Tensor]
@@ -37,9 +38,7 @@ def needed_in_backward(grad_out: Tensor) -> bool:
 
 def attend(inputs: AttentionInputs) -> Tensor:
     """The output of a call, (B, M, H, Dv)."""
-    from .backends.reference import attend_dense  # which imports this module
-
-    return attend_dense(inputs)
+    return reference_attention.attend(inputs)
 
 
 def gradients(
@@ -134,14 +133,12 @@ def _alive(reference: Any) -> Optional[Tensor]:
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], scale: float) -> Tensor:
     """scaled_dot_product_attention in differentiable operators, (B, H, L, D)."""
-    dtype = torch.promote_types(torch.float32, q.dtype)
-    scores = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * scale
-    if attn_mask is not None:
-        if attn_mask.dtype is torch.bool:
-            scores = scores.masked_fill(~attn_mask, float("-inf"))
-        else:
-            scores = scores + attn_mask.to(dtype)
-    return (torch.softmax(scores, -1) @ v.to(dtype)).to(q.dtype)
+    masked = attn_mask is not None and attn_mask.dtype is torch.bool
+    inputs = AttentionInputs(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale,
+        dense=None if masked else attn_mask, mask=~attn_mask if masked else None,  # type: ignore[operator]
+    )  # fmt: skip
+    return reference_attention.attend(inputs).transpose(1, 2)
 
 
 def attach(out: Tensor, inputs: AttentionInputs) -> Tensor:

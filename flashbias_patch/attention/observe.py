@@ -18,8 +18,8 @@ from .. import _torch_internals as internals
 from ..bias import AttentionBias
 from ..bias.tensor import layout as layouts
 from ..bias.tensor.core import BiasTensor, no_functions
-from .backends import reference
-from .inputs import AttentionInputs
+from . import chunked_attention, differentiable
+from .inputs import TENSORS, AttentionInputs
 
 DROPOUT = (
     "the gradient of an attention bias itself is not known after attention with dropout: call "
@@ -75,14 +75,15 @@ def _tell(
         v=inputs.v.detach().to(wide),
         dense=dense,
     )
-    place = reference.TENSORS.index("dense")
-    needed = tuple(i == place for i in range(len(reference.TENSORS)))
-    rows = reference.chunk_rows(inputs, reference.CHUNK_BYTES.get(grad.device.type, 1 << 28))
-    (found,) = [
-        g
-        for g in reference.gradients(inputs, grad.detach().to(wide), needed, None, rows)
-        if g is not None
-    ]
+    grad = grad.detach().to(wide)
+    if internals.is_batch(grad):
+        inputs = inputs._replace(dense=dense.requires_grad_())
+        needs = [name == "dense" for name in TENSORS]
+        found = differentiable.gradients(inputs, needs, grad)[TENSORS.index("dense")]
+        assert found is not None
+    else:
+        chunks = chunked_attention.chunks_of(inputs)
+        found = chunked_attention.gradients(inputs, grad, ["dense"], chunks)["dense"]
     found = layouts.as_read(found, reading)
     with no_functions():
         found = found.sum_to_size(tensor.shape)

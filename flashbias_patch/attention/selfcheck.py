@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import _torch_internals as internals
 from .. import telemetry
 from ..bias import Grid, WindowMaskParts, WindowParts
-from .backends import reference
+from . import reference_attention
 from .backends.base import Backend
 from .inputs import TENSORS, AttentionInputs
 from .signature import ALIGNMENT, CallSignature
@@ -365,7 +365,9 @@ def _compare(
         ]
     grad_out = _Draw(CPU, 7)((*inputs.q.shape[:3], inputs.v.shape[-1]), inputs.q.dtype)
     results = _run(attend, inputs, wanted, grad_out.to(inputs.q.device))
-    exact = _run(reference.attend_dense, _cast(on_cpu, torch.float64), wanted, grad_out.double())
+    exact = _run(
+        reference_attention.attend, _cast(on_cpu, torch.float64), wanted, grad_out.double()
+    )
     rounding = _plain if terms is Terms.USUAL else _plain_relative
     plain = _run(rounding, on_cpu, wanted, grad_out)
     names = ["output", *("gradient of " + name for name in wanted)]
@@ -428,8 +430,8 @@ def _plain(inputs: AttentionInputs, relative: bool = False) -> Tensor:
         return x.to(dtype).to(torch.promote_types(torch.float32, dtype))
 
     bare = AttentionInputs(inputs.q, inputs.k, inputs.v, scale=inputs.scale)
-    s = rounded(reference.scores(bare))
-    added = reference.scores(inputs._replace(q=inputs.q.detach() * 0))
+    s = rounded(reference_attention.scores(bare))
+    added = reference_attention.scores(inputs._replace(q=inputs.q.detach() * 0))
     s = s + added if relative else rounded(s + rounded(added))
     if relative:
         s = rounded(s - shift_of(s.detach().amax(-1, keepdim=True)))

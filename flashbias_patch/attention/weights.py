@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _torch_internals as internals
 from ..bias import AttentionBias
-from .backends import reference
+from . import reference_attention
 from .inputs import build
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -33,13 +33,8 @@ def attention_weights(
 
     A row whose keys are all masked is zero.
     """
-    scores = reference.scores(
-        build(q, k, k, bias, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
-    )
-    if not scores.shape[-1]:
-        return scores
-    masked = scores.detach().amax(-1, keepdim=True) == float("-inf")
-    return scores.masked_fill(masked, 0.0).softmax(-1).masked_fill(masked, 0.0)
+    inputs = build(q, k, k, bias, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
+    return reference_attention.weights(inputs)
 
 
 class LazyWeights(Tensor):

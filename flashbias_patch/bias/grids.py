@@ -129,6 +129,19 @@ def dense_bias(parts: WindowParts) -> Tensor:
     return values[0] if len(values) == 1 else torch.cat(values, -1)
 
 
+def profiles(parts: WindowParts) -> Iterator[Tensor]:
+    """The derivative of each frame's bias by its weight, (B|1, M, keys of the frame): bool for a
+    box, else floating, at least float32."""
+    weights, centres, frames, sides, sigmas = parts
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    for place, (inside, frame) in enumerate(zip(_inside(centres, frames, sides), frames)):
+        if sigmas is not None and math.isfinite(sigmas[place]):
+            cells = _gaussian(centres[..., place, :], frame, sides[place], sigmas[place], wide)
+            yield cells.masked_fill(~inside, 0.0)
+        else:
+            yield inside
+
+
 def hidden(parts: WindowMaskParts) -> Tensor:
     """Return the mask (B|1, 1, M, N), True = masked out."""
     return ~torch.cat(list(_inside(*parts)), -1)[:, None]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import attention
 from .._torch_internals import current_graph_task
 from ..attention import inputs as attention_inputs
-from ..attention.backends import reference
+from ..attention import reference_attention
 
 
 class AttentionMap(NamedTuple):
@@ -76,18 +76,12 @@ def _position(index: int, size: int, argument: str, name: str) -> int:
 def rows(inputs: attention_inputs.AttentionInputs, queries: Sequence[int]) -> Tensor:
     """Return the softmax of the scores of these queries, (B, H, k, N), without a tensor of size M x
     N."""
-    M = inputs.q.shape[1]
     index = torch.tensor(list(queries), dtype=torch.long, device=inputs.q.device)
-    chosen = [
-        tensor if tensor is None or axis is None or (tensor.shape[axis] == 1 and M != 1)
-        else tensor.index_select(axis, index.to(tensor.device))
-        for tensor, axis in zip(inputs.tensors(), reference.AXES)
-    ]  # fmt: skip
-    scores = reference.scores(inputs.with_tensors(chosen))
-    if not scores.shape[-1] or not scores.shape[-2]:
-        return scores
-    masked = scores.amax(-1, keepdim=True) == float("-inf")
-    return scores.masked_fill(masked, 0.0).softmax(-1).masked_fill(masked, 0.0)
+    return reference_attention.weights(
+        reference_attention.of_queries(
+            inputs, lambda tensor, axis: tensor.index_select(axis, index.to(tensor.device))
+        )
+    )
 
 
 _open: contextvars.ContextVar[Tuple[_Recording, ...]] = contextvars.ContextVar(

@@ -9,9 +9,9 @@ from torch.autograd import forward_ad
 
 from flashbias_patch import flash_bias_attention, telemetry
 from flashbias_patch.attention import dispatch
-from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.inputs import build
 from flashbias_patch.attention.recovery import guard
+from flashbias_patch.attention.reference_attention import attend as attend_dense
 from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias
 from tests.support.capabilities import FASTEST, checkpoint_options, needs_transforms, since
 

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import flashbias_patch
 from flashbias_patch import flash_bias_attention, settings, telemetry
-from flashbias_patch.attention import dispatch, selection
+from flashbias_patch.attention import chunked_attention, dispatch, selection
 from flashbias_patch.attention.backends import reference
-from flashbias_patch.attention.recovery import backward, errors
+from flashbias_patch.attention.recovery import errors
 from flashbias_patch.bias import DenseBias, LowRankBias
 from tests.attention.recovery.fault_matrix import only
 from tests.support.capabilities import since
@@ -59,14 +59,15 @@ OOM = torch.cuda.OutOfMemoryError(
 def test_out_of_memory_is_retried_once_in_small_chunks_and_opens_no_breaker(monkeypatch):
     backend = Raising(OOM)
     only(monkeypatch, backend)
-    monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", 64 << 20)
+    monkeypatch.setitem(chunked_attention.CHUNK_BYTES, "cpu", 64 << 20)
     chunks = []
     attend = reference.backend.attend
     monkeypatch.setattr(
         reference.backend, "attend", lambda i, size: chunks.append(size) or attend(i, size)
     )
     out = answer_of()
-    assert chunks == [backward.LEAST_BYTES] and reference.CHUNK_BYTES["cuda"] > backward.LEAST_BYTES
+    least = chunked_attention.LEAST_BYTES
+    assert chunks == [least] and chunked_attention.CHUNK_BYTES["cuda"] > least
     torch.testing.assert_close(out, answer_of(backend="reference"))
     answer_of()
     assert backend.tried == 2  # asked again: never slower for ever after one OOM

@@ -9,9 +9,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from flashbias_patch.attention import dispatch, selfcheck, signature
-from flashbias_patch.attention.backends.reference import attend_dense, scores
 from flashbias_patch.attention.breaker import TRUSTED
 from flashbias_patch.attention.inputs import AttentionInputs
+from flashbias_patch.attention.reference_attention import attend as attend_dense
+from flashbias_patch.attention.reference_attention import scores
 from flashbias_patch.bias import WindowMaskParts, WindowParts
 from tests.attention.recovery.fault_matrix import only
 from tests.support.fake_backends import Fault, Faulty

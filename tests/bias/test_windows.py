@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashbias_patch import flash_bias_attention
-from flashbias_patch.attention import dispatch, inputs
-from flashbias_patch.attention.backends import reference, sdpa
+from flashbias_patch.attention import chunked_attention, dispatch, inputs
+from flashbias_patch.attention.backends import sdpa
 from flashbias_patch.bias import (
     DenseBias,
     Grid,
@@ -283,7 +283,8 @@ def call(bias, dtype, seed=5, v_dim=4, **more):
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("batches", ((B, B), (1, B), (B, 1), (1, 1)), ids=str)
 def test_attention_is_the_loop(backend, dtype, masked, batches, monkeypatch):
-    monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", 2 * B * H * N * 4)  # two queries at a time
+    # Two queries at a time, or one: the gradients have two buffers of scores.
+    monkeypatch.setitem(chunked_attention.CHUNK_BYTES, "cpu", 2 * 2 * B * H * N * 4)
     centres = places(batch=batches[1])
     weights = torch.randn(batches[0], M, H, S, generator=generator(1)).to(dtype).requires_grad_()
     bias = WindowBias(weights, centres, FRAMES, (3, 4), (1.0, 2.0))
@@ -309,11 +310,11 @@ def test_attention_is_the_loop(backend, dtype, masked, batches, monkeypatch):
 
 
 def test_the_reference_holds_no_more_than_a_chunk(monkeypatch):
-    monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", 2 * B * H * N * 4)
+    monkeypatch.setitem(chunked_attention.CHUNK_BYTES, "cpu", 2 * 2 * B * H * N * 4)
     seen = []
-    dense_bias = reference.grids.dense_bias
+    dense_bias = chunked_attention.grids.dense_bias
     monkeypatch.setattr(
-        reference.grids,
+        chunked_attention.grids,
         "dense_bias",
         lambda parts: seen.append(parts.weights.shape[1]) or dense_bias(parts),
     )

@@ -37,9 +37,9 @@ from flashbias_patch import attention_bias, flash_bias_attention, telemetry
 from flashbias_patch import settings as package_settings
 from flashbias_patch.attention import dispatch, selection
 from flashbias_patch.attention.backends.base import Backend
-from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.inputs import build
 from flashbias_patch.attention.recovery import guard, replay
+from flashbias_patch.attention.reference_attention import attend as attend_dense
 from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias
 from tests import stand_ins
 

@@ -123,12 +123,14 @@ def test_a_training_step_is_unchanged(patched):
 
 def test_nothing_of_size_m_by_n_is_made(patched, monkeypatch):
     """With a thousand queries, the recorded scores are those of two."""
-    from flashbias_patch.attention.backends import reference
+    from flashbias_patch.attention import reference_attention
 
     torch.manual_seed(0)
-    layer, sizes, scores = Layer(patched).eval(), [], reference.scores
+    layer, sizes, scores = Layer(patched).eval(), [], reference_attention.scores
     monkeypatch.setattr(
-        reference, "scores", lambda call: sizes.append(tuple(scores(call).shape)) or scores(call)
+        reference_attention,
+        "scores",
+        lambda call: sizes.append(tuple(scores(call).shape)) or scores(call),
     )
     query = torch.randn(1000, B, E)
     bias = LowRankBias(torch.randn(1, 1000, 1, 4), torch.randn(1, N, 1, 4))

@@ -9,8 +9,9 @@ from typing import Any, Callable, List, NamedTuple, Optional
 import torch
 
 from flashbias_patch.attention.backends.base import Backend
-from flashbias_patch.attention.backends.reference import TENSORS, attend_dense
+from flashbias_patch.attention.inputs import TENSORS
 from flashbias_patch.attention.kernels.recompute import Call
+from flashbias_patch.attention.reference_attention import attend as attend_dense
 from tests.support.small_training import B, H
 
 
@@ -170,7 +171,7 @@ class Faulty(Backend):
 
     def compute(self, inputs, seed=None):
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return attend_dense(inputs, generator)
+        return attend_dense(inputs, generator=generator)
 
     def recovering(self, inputs, on_failure):
         self.on_failure = on_failure

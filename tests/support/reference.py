@@ -4,7 +4,7 @@ error."""
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import Any, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -66,3 +66,31 @@ def weights(
             scores = scores + term.to(dtype)
     empty = (scores == -math.inf).all(-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+
+
+def product(q_factor: Tensor, k_factor: Tensor) -> Tensor:
+    """The bias (B|1, H|1, M, N) of factors (B|1, M, H|1, R) and (B|1, N, H|1, R)."""
+    return q_factor.transpose(1, 2) @ k_factor.transpose(1, 2).transpose(-1, -2)
+
+
+def spread(segment_weights: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The bias (B|1, H|1, M, N) of weights (B|1, M, H|1, S): each for `length` keys."""
+    columns = [
+        segment_weights[..., place, None].expand(*segment_weights.shape[:3], length)
+        for place, length in enumerate(lengths)
+    ]
+    return torch.cat(columns, -1).transpose(1, 2)
+
+
+def of_call(
+    inputs: Any, dropout_keep: Optional[Tensor] = None, dtype: Optional[torch.dtype] = torch.float64
+) -> Tensor:
+    """`attention` of a named tuple with the fields of AttentionInputs, without windows."""
+    terms = [] if inputs.dense is None else [inputs.dense]
+    if inputs.q_factor is not None:
+        terms.append(product(inputs.q_factor, inputs.k_factor))
+    if inputs.segment_weights is not None:
+        terms.append(spread(inputs.segment_weights, inputs.segment_lengths))
+    bias = sum(terms[1:], terms[0]) if terms else None
+    operands = inputs.q, inputs.k, inputs.v, bias, inputs.mask, inputs.key_padding, inputs.scale
+    return attention(*operands, dropout_keep, dtype)

@@ -1,24 +1,23 @@
-"""Gradients by plain PyTorch, a chunk of queries at a time: what backward falls back to when its
-kernels fail."""
+"""Gradients by the reference attention, with the kernels' own dropout: what backward falls back to
+when its kernels fail."""
 
 from __future__ import annotations
 
-import math
+from itertools import compress
 from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from ... import _torch_internals as internals
-from ...bias.grids import WindowMaskParts, WindowParts, dense_bias, hidden
-
-CHUNK_ELEMENTS = 1 << 26  # scores held at once
-BY_ROW = (0, 3, 5, 7)  # of Call.needs, those with a value for each query
+from ...bias.grids import WindowMaskParts, WindowParts
+from .. import chunked_attention, reference_attention
+from ..reference_attention import Dropout
 
 
 class Call(NamedTuple):
     """What a fused attention call was given, and what its forward drew (seed, empty without
-    dropout)."""
+    dropout). The fields that reference_attention reads are named as in AttentionInputs."""
 
     q: Tensor
     k: Tensor
@@ -108,124 +107,63 @@ def counted(call: Call, N: int, device: torch.device) -> Tuple[Tensor, Tensor]:
     return order.argsort(1), window_patches.counted_keys(local.frames, device)
 
 
-def _operands(call: Call) -> List[Optional[Tensor]]:
-    """The tensors that can have a gradient, in the order of Call.needs."""
+# The operands that can have a gradient, in the order of Call.needs.
+OPERANDS = (
+    "q", "k", "v", "q_factor", "k_factor", "segment_weights", "dense", "window_weights",
+)  # fmt: skip
+
+
+def _needed(call: Call) -> List[bool]:
+    """Whether each of OPERANDS is there and needs a gradient."""
     windows = None if call.windows is None else call.windows.weights
-    return [
-        call.q,
-        call.k,
-        call.v,
-        call.q_factor,
-        call.k_factor,
-        call.segment_weights,
-        call.dense,
-        windows,
-    ]
+    operands = (*call[:6], call.dense, windows)
+    return [t is not None and need for t, need in zip(operands, (*call.needs, False))]
+
+
+def dropout_of(call: Call) -> Optional[Dropout]:
+    """What the kernels' forward dropped."""
+    if call.dropout_p <= 0:
+        return None
+    B, _, H, _ = call.q.shape
+    N, device = call.k.shape[1], call.q.device
+    heads = torch.arange(B * H, device=device).view(B, H, 1, 1)
+    rows, keys = counted(call, N, device)
+    rows = rows[None, None] if rows.dim() == 1 else rows[:, None]
+
+    def kept(row: int, end_row: int, key: int, end_key: int) -> Tensor:
+        some = rows[..., row:end_row, None]
+        return keep_mask(call.seed, heads, some, keys[key:end_key], call.dropout_p)
+
+    return Dropout(kept, keep_scale(call.dropout_p))
 
 
 def plain_backward(
-    call: Call, grad_out: Tensor, error: Optional[BaseException] = None
-) -> Tuple[Any, ...]:
-    """Gradients of q, k, v, q_factor, k_factor, segment_weights, dense and the weights of windows,
-    None where call.needs says so."""
-    B, M, H, D = call.q.shape
-    N = call.k.shape[1]
-    real = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    tensors = _operands(call)
-    needs = (*call.needs, False)[: len(tensors)]
-    wanted = [t if t is not None and need else None for t, need in zip(tensors, needs)]
-    total: List[Any] = [
-        None if t is None else torch.zeros(t.shape, dtype=real, device=t.device) for t in wanted
-    ]
-    chunk = max(1, CHUNK_ELEMENTS // max(1, B * H * N))
-    for lo in range(0, M if N else 0, chunk):
-        hi = min(lo + chunk, M)
-        pieces: List[Any] = []
-        for place, tensor in enumerate(tensors):
-            if tensor is not None and place in BY_ROW:
-                tensor = tensor[:, lo:hi]
-            elif place == 6 and tensor is not None and tensor.shape[2] > 1:
-                tensor = tensor[:, :, lo:hi]
-            if tensor is not None:
-                tensor = tensor.detach().to(real).requires_grad_(wanted[place] is not None)
-            pieces.append(tensor)
-        with torch.enable_grad(), internals.autocast_off():
-            out = _attend(call, pieces, lo, hi)
-            leaves = [piece for piece in pieces if piece is not None and piece.requires_grad]
-            found = iter(
-                torch.autograd.grad(out, leaves, grad_out[:, lo:hi].to(real), allow_unused=True)
-            )
-        for place, piece in enumerate(pieces):
-            if piece is None or not piece.requires_grad:
-                continue
-            grad = next(found)
-            if grad is None:
-                continue
-            if place in BY_ROW:
-                total[place][:, lo:hi] += grad
-            elif place == 6 and total[6].shape[2] > 1:
-                total[6][:, :, lo:hi] += grad
-            else:
-                total[place] += grad
-    return tuple(None if t is None or w is None else t.to(w.dtype) for t, w in zip(total, wanted))
+    call: Call, grad_out: Tensor, chunk_bytes: Optional[int] = None
+) -> Tuple[Optional[Tensor], ...]:
+    """Gradients of OPERANDS, None where call.needs says so, with `chunk_bytes` of scores at once
+    (chunked_attention.chunks_of)."""
+    needed = [name for name, need in zip(OPERANDS, _needed(call)) if need]
+    chunks = chunked_attention.chunks_of(call, chunk_bytes)
+    found = chunked_attention.gradients(call, grad_out, needed, chunks, dropout_of(call))
+    return tuple(map(found.get, OPERANDS))
 
 
-def differentiable_backward(call: Call, grad_out: Tensor) -> Tuple[Any, ...]:
+def differentiable_backward(call: Call, grad_out: Tensor) -> Tuple[Optional[Tensor], ...]:
     """As plain_backward, all queries at once; the gradients can be differentiated again if grad
     mode is on."""
-    again = torch.is_grad_enabled()
-    real = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    tensors = _operands(call)
-    needs = (*call.needs, False)[: len(tensors)]
+    again, needed, dropout = torch.is_grad_enabled(), _needed(call), dropout_of(call)
     with torch.enable_grad(), internals.autocast_off():
+        windows = call.windows
+        operands: List[Any] = [*call[:6], call.dense, None if windows is None else windows.weights]
         # An operand that was made of another one must not count for both.
-        leaves = [t.view_as(t) if t is not None and need else t for t, need in zip(tensors, needs)]
-        out = _attend(call, [None if t is None else t.to(real) for t in leaves], 0, call.q.shape[1])
-        wanted = [t for t, need in zip(leaves, needs) if t is not None and need]
+        leaves: List[Any] = [t.view_as(t) if need else t for t, need in zip(operands, needed)]
+        if windows is not None:
+            windows = windows._replace(weights=leaves[7])
+        out = reference_attention.attend(
+            call._replace(**dict(zip(OPERANDS[:7], leaves)), windows=windows), dropout
+        )
+        wanted = [*compress(leaves, needed)]
         found = iter(
-            torch.autograd.grad(
-                out, wanted, grad_out.to(real), create_graph=again, allow_unused=True
-            )
+            torch.autograd.grad(out, wanted, grad_out, create_graph=again, allow_unused=True)
         )
-    return tuple(next(found) if t is not None and need else None for t, need in zip(leaves, needs))
-
-
-def _attend(call: Call, pieces: List[Any], lo: int, hi: int) -> Tensor:
-    q, k, v, q_factor, k_factor, weights, dense, *held = pieces
-    scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * call.scale
-    if q_factor is not None:
-        scores = scores + torch.matmul(q_factor.transpose(1, 2), k_factor.permute(0, 2, 3, 1))
-    if weights is not None:
-        lengths = torch.tensor(call.segment_lengths, device=q.device)
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths)
-        scores = scores + weights.transpose(1, 2)[..., owner]
-    if dense is not None:
-        scores = scores + dense
-    if call.windows is not None:
-        windows = call.windows._replace(weights=held[0], centres=call.windows.centres[:, lo:hi])
-        scores = scores + dense_bias(windows)
-    if call.window_mask is not None:
-        scores = scores.masked_fill(
-            hidden(call.window_mask._replace(centres=call.window_mask.centres[:, lo:hi])), -math.inf
-        )
-    if call.mask is not None:
-        mask = call.mask if call.mask.shape[2] == 1 else call.mask[:, :, lo:hi]
-        scores = scores.masked_fill(mask, -math.inf)
-    if call.key_padding is not None:
-        padding = call.key_padding[:, None, None]
-        scores = (
-            scores.masked_fill(padding, -math.inf)
-            if padding.dtype == torch.bool
-            else scores + padding
-        )
-    empty = (scores == -math.inf).all(-1, keepdim=True)
-    p = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
-    if call.dropout_p > 0:
-        device = q.device
-        B, H, _, N = p.shape
-        heads = torch.arange(B * H, device=device).view(B, H, 1, 1)
-        rows, keys = counted(call, N, device)
-        rows = rows[..., lo:hi, None] if rows.dim() == 1 else rows[:, None, lo:hi, None]
-        keep = keep_mask(call.seed, heads, rows, keys, call.dropout_p)
-        p = p * keep * keep_scale(call.dropout_p)
-    return torch.einsum("bhmn,bnhd->bmhd", p, v)
+    return tuple(next(found) if need else None for need in needed)

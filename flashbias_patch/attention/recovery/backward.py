@@ -8,6 +8,7 @@ left.
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional, Sequence, Tuple
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from ... import telemetry
 from ..._torch_internals import OutOfMemoryError
-from .. import selection
-from ..backends import reference
+from .. import chunked_attention, selection
 from ..backends.base import Backend
 from ..breaker import Phase, breakers
+from ..chunked_attention import LEAST_BYTES
 from ..inputs import TENSORS, AttentionInputs
 from ..signature import CallSignature, signature_of
 from . import blame, errors
@@ -27,7 +28,6 @@ from .blame import Blame
 if TYPE_CHECKING:
     from .guard import Call
 
-LEAST_BYTES = 32 << 20  # of scores at once, when memory has run out
 IN_CHUNKS = "out of memory in backward: gradients were computed in small chunks by plain PyTorch"
 ONCE_MORE = "out of memory in backward: the cache was emptied and the call run once more"
 TWICE = (
@@ -67,15 +67,13 @@ def of_guarded(
             return call.once_more(call.operands(inputs), needs, grad_out)
         except Exception as again:
             raise_failed_twice(again, call.name, inputs)
-    usual = reference.CHUNK_BYTES.get(inputs.q.device.type, LEAST_BYTES)
-    rows = reference.chunk_rows(inputs, min(usual, LEAST_BYTES) if short else usual)
-    needed = dict(zip(call.present, needs))
-    asked = tuple(needed.get(place, False) for place in range(len(TENSORS)))
+    names = [TENSORS[place] for place in call.present]
     try:
-        found = reference.gradients(inputs, grad_out.to(inputs.q.dtype), asked, None, rows)
+        chunks = chunked_attention.chunks_of(inputs, LEAST_BYTES if short else None)
+        found = chunked_attention.gradients(inputs, grad_out, [*compress(names, needs)], chunks)
     except Exception as again:
         raise_with_advice(again, inputs)
-    return [found[place] for place in call.present]
+    return [found.get(name) for name in names]
 
 
 def of_fused(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:
@@ -100,15 +98,10 @@ def of_fused(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ..
     short = _judge(
         error, candidate, "triton", inputs, signature_of(inputs, grad=True), IN_CHUNKS, repeat
     )
-    usual = recompute.CHUNK_ELEMENTS
-    if short:
-        recompute.CHUNK_ELEMENTS = min(usual, LEAST_BYTES // 4)
     try:
-        return recompute.plain_backward(call, grad_out)
+        return recompute.plain_backward(call, grad_out, LEAST_BYTES if short else None)
     except Exception as again:
         raise_with_advice(again, inputs)
-    finally:
-        recompute.CHUNK_ELEMENTS = usual
 
 
 def _judge(

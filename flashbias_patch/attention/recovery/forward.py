@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Optional
 from torch import Tensor
 
 from ... import settings, telemetry
-from .. import differentiable, random_state, selection
+from .. import chunked_attention, differentiable, random_state, selection
 from ..backends import reference
 from ..backends.base import Backend
 from ..breaker import breakers
@@ -129,6 +129,6 @@ def _least_memory(
 
 def in_small_chunks(inputs: AttentionInputs) -> Tensor:
     """The last resort's output, with the least memory."""
-    out = reference.backend.attend(inputs, backward.LEAST_BYTES)
+    out = reference.backend.attend(inputs, chunked_attention.LEAST_BYTES)
     telemetry.calls[selection.LAST_RESORT] += 1
     return out

@@ -213,24 +213,41 @@ def test_segments(backend):
     )
 
 
-def test_reference_holds_one_chunk_only(monkeypatch):
-    from flashbias_patch.attention.backends import reference
+@pytest.mark.parametrize("rows", (1, 5, 23))
+@pytest.mark.parametrize("bias", ("low rank", "dense", "segments"))
+def test_reference_holds_one_chunk_only(rows, bias, monkeypatch):
+    """Two buffers of scores, however long queries and keys are; the results are the same."""
+    from flashbias_patch.attention import chunked_attention
 
-    monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", 2 * 3 * 31 * 4 * 5)  # five queries at a time
-    largest = []
-    scores = reference.scores
-    monkeypatch.setattr(
-        reference, "scores", lambda inputs: largest.append(scores(inputs).numel()) or scores(inputs)
-    )
-    tensors = make(23, 31)
+    room = rows * 7
+    monkeypatch.setitem(chunked_attention.CHUNK_BYTES, "cpu", 2 * 2 * 3 * room * 4)
+    buffers, largest = chunked_attention._Columns.buffers, []
+
+    def counted(columns, chunks, count):
+        made = buffers(columns, chunks, count)
+        largest.append(sum(buffer.numel() for buffer in made))
+        return made
+
+    monkeypatch.setattr(chunked_attention._Columns, "buffers", counted)
+    tensors = {
+        **make(23, 31),
+        "w": torch.randn(2, 23, 1, 3, generator=torch.Generator().manual_seed(4)),
+    }
+
+    def biases(t):
+        low_rank = LowRankBias(t["a"], t["b"])
+        if bias == "dense":
+            return low_rank + DenseBias(
+                t["q"].transpose(1, 2).cumsum(-1) @ t["k"].permute(0, 2, 3, 1)
+            )
+        return low_rank + ModalityBias(t["w"], [9, 2, 20]) if bias == "segments" else low_rank
+
     assert_as_good_as_pytorch(
-        lambda t: flash_bias_attention(
-            t["q"], t["k"], t["v"], LowRankBias(t["a"], t["b"]), backend="reference"
-        ),
-        lambda t: dense_attention(t["q"], t["k"], t["v"], dense_of(t)),
+        lambda t: flash_bias_attention(t["q"], t["k"], t["v"], biases(t), backend="reference"),
+        lambda t: dense_attention(t["q"], t["k"], t["v"], biases(t).dense()),
         tensors,
     )
-    assert max(largest) == 2 * 3 * 5 * 31
+    assert 0 < max(largest) <= 2 * 2 * 3 * room
 
 
 @pytest.mark.parametrize("backend", ["reference"])

@@ -10,12 +10,13 @@ pytest.importorskip("triton", minversion="3.0")
 import triton.language as tl  # noqa: E402
 
 from flashbias_patch.attention import fp16_gradients  # noqa: E402
-from flashbias_patch.attention.backends.reference import attend_dense  # noqa: E402
 from flashbias_patch.attention.inputs import AttentionInputs  # noqa: E402
 from flashbias_patch.attention.kernels import autograd, launcher, launcher_backward, tiles  # noqa: E402
 from flashbias_patch.attention.kernels import problem as problem_module  # noqa: E402
 from flashbias_patch.attention.kernels.autograd import fused_attention  # noqa: E402
-from flashbias_patch.attention.kernels.recompute import Call, _attend, keep_mask, plain_backward  # noqa: E402
+from flashbias_patch.attention.kernels.recompute import Call, dropout_of, keep_mask, plain_backward  # noqa: E402
+from flashbias_patch.attention.reference_attention import attend as attend_dense  # noqa: E402
+from tests.support.reference import of_call  # noqa: E402
 
 NAMES = ("q", "k", "v", "q_factor", "k_factor", "weights", "dense")
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -125,7 +126,11 @@ def plainly(tensors, rest, grad, dtype, seed):
         seed,
         (True,) * 7,
     )
-    return grads(_attend(call, leaves, 0, q.shape[1]), leaves, grad)
+    kept = None
+    if rest["dropout_p"] > 0:
+        dropout = dropout_of(call)
+        kept = (dropout.kept(0, q.shape[1], 0, leaves[1].shape[1]) * dropout.scale).to(dtype)
+    return grads(of_call(call, kept, None), leaves, grad)
 
 
 def fused(tensors, rest, grad, dtype):
@@ -501,9 +506,7 @@ def test_backward_falls_back_inside_itself(monkeypatch, caplog):
         fused(tensors, rest, grad, FULL)
 
 
-def test_recomputed_gradients_in_chunks(monkeypatch):
-    from flashbias_patch.attention.kernels import recompute
-
+def test_recomputed_gradients_in_chunks():
     tensors, rest, grad = problem(33, 20, R=3, S=2, dense=(2, 1, 33, 20), mask=(1, 1, 33, 20))
     leaves = leaves_of(tensors, FULL)
     call = Call(
@@ -518,8 +521,7 @@ def test_recomputed_gradients_in_chunks(monkeypatch):
         (True,) * 7,
     )
     whole = plain_backward(call, grad)
-    monkeypatch.setattr(recompute, "CHUNK_ELEMENTS", 1)
-    for a, b in zip(whole[:7], plain_backward(call, grad)):  # there are no windows
+    for a, b in zip(whole[:7], plain_backward(call, grad, 1)):  # there are no windows
         assert torch.allclose(a, b, atol=1e-5)
 
 

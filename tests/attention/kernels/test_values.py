@@ -10,11 +10,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton", minversion="3.0")
-from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.kernels import autograd, tiles
 from flashbias_patch.attention.kernels import problem as problem_module
 from flashbias_patch.attention.kernels.autograd import fused_attention
+from flashbias_patch.attention.reference_attention import attend as attend_dense
 
 HALF, FULL = torch.float16, torch.float32
 LEAST = torch.finfo(FULL).min

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashbias_patch import flash_bias_attention, telemetry
 from flashbias_patch.attention import dispatch
-from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.recovery import guard
+from flashbias_patch.attention.reference_attention import attend as attend_dense
 from flashbias_patch.bias import DenseBias, LowRankBias
 from tests import stand_ins
 from tests.attention.recovery.fault_matrix import only

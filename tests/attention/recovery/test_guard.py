@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from flashbias_patch import flash_bias_attention, settings, telemetry
 from flashbias_patch.attention import dispatch
-from flashbias_patch.attention.backends.reference import attend_dense
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.recovery import backward, guard
+from flashbias_patch.attention.reference_attention import attend as attend_dense
 from flashbias_patch.attention.selfcheck import problem_of
 from flashbias_patch.attention.signature import signature_of
 from flashbias_patch.bias import DenseBias, LowRankBias
@@ -289,14 +289,16 @@ def test_gradients_are_right_and_the_next_forward_asks_another(monkeypatch, bias
 def test_out_of_memory_opens_no_breaker_and_takes_small_chunks(monkeypatch):
     q, k, v = tensors()
     expected = gradients(flash_bias_attention(q, k, v, backend="reference"), (q, k, v))
-    rows = []
-    real = backward.reference.gradients
-    monkeypatch.setitem(backward.reference.CHUNK_BYTES, "cpu", 1 << 40)
-    monkeypatch.setattr(backward.reference, "gradients", lambda *a: rows.append(a[-1]) or real(*a))
+    chunked, sizes = backward.chunked_attention, []
+    chunks_of = chunked.chunks_of
+    monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", 1 << 40)
+    monkeypatch.setattr(
+        chunked, "chunks_of", lambda call, size: sizes.append(size) or chunks_of(call, size)
+    )
     backend = Plain(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     only(monkeypatch, backend)
     torch.testing.assert_close(gradients(flash_bias_attention(q, k, v), (q, k, v)), expected)
-    assert rows == [backward.LEAST_BYTES // (2 * 10 * 4)]
+    assert sizes == [backward.LEAST_BYTES]
     flash_bias_attention(q, k, v)
     assert backend.asked == 2 and [f["reason"] for f in telemetry.fallbacks()] == [
         backward.IN_CHUNKS
@@ -308,7 +310,7 @@ def test_out_of_memory_for_good_says_what_would_help(monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 MiB. GPU 0")
 
     only(monkeypatch, Plain(torch.cuda.OutOfMemoryError("CUDA out of memory")))
-    monkeypatch.setattr(backward.reference, "gradients", full)
+    monkeypatch.setattr(backward.chunked_attention, "gradients", full)
     q, k, v = tensors()
     out = flash_bias_attention(q, k, v)
     with pytest.raises(torch.cuda.OutOfMemoryError, match="requested: 96.00 MiB"):
