@@ -23,19 +23,20 @@ MOST_VALUES = 2**20  # of one tensor that are projected; of the others, evenly s
 
 
 class Listener:
-    """Calls `ended(module, seconds, output)` after each iteration, `restart()` where a larger
-    module turns out to be the top one."""
+    """Calls `begins(module)` before and `ended(module, seconds, output)` after each iteration,
+    `restart()` where a larger module turns out to be the top one."""
 
     def __init__(
         self,
         torch: Any,
         gpu: Any,
+        begins: Callable[[Any], None],
         ended: Callable[[Any, float, Any], None],
         restart: Callable[[], None],
         name: str = "",
     ) -> None:
         self.torch, self.gpu, self.ended, self.restart, self.name = torch, gpu, ended, restart, name
-        self.busy = False
+        self.begins, self.busy = begins, False
         self.largest = 0
         self.begun: Optional[float] = None
         self.hooked: Dict[int, Any] = {}
@@ -62,7 +63,7 @@ class Listener:
             return self.original(module, *args, **kwargs)
         if not self._counts(module) or self._size(module) < self.largest:
             return self.original(module, *args, **kwargs)
-        self._begin()
+        self._begin(module)
         output = self.original(module, *args, **kwargs)
         self._end(module, output)
         return output
@@ -87,14 +88,15 @@ class Listener:
         )
         if found is not None and id(found) not in self.hooked:
             self.hooked[id(found)] = found
-            found.register_forward_pre_hook(lambda module, args: self._begin())
+            found.register_forward_pre_hook(lambda module, args: self._begin(module))
             found.register_forward_hook(
                 lambda module, args, output: (
                     self._end(module, output) if self._counts(module) else None
                 )
             )
 
-    def _begin(self) -> None:
+    def _begin(self, module: Any) -> None:
+        self.begins(module)
         self._synchronize()
         self.begun = time.perf_counter()
 

@@ -108,6 +108,7 @@ class Recorder:
         self.gpu: Any = None
         self.waits: Any = None
         self.sketch: Any = None  # of inference
+        self.nudged = 0  # identity of the module whose parameters were nudged before its first pass
         self.infers = environ.get(inference.MODE) == "infer"
         self.profiled = int(environ.get(profiling.PROFILE) or 0)
         self._fresh()
@@ -156,7 +157,8 @@ class Recorder:
             if self.infers:
                 name = self.environ.get(inference.MODULE) or ""
                 self.sketch = inference.Sketcher(torch)
-                inference.Listener(torch, self.gpu, self.on_forward, self._restart, name).listen()
+                heard = self._before_forward, self.on_forward, self._restart
+                inference.Listener(torch, self.gpu, *heard, name).listen()
             else:
                 capture.on_optimizer_step(self.on_step, self.inbox)
                 inference.first_call(torch, self._heard)
@@ -334,6 +336,21 @@ class Recorder:
         self.step, self.last_end = 0, None
         self.write({"event": "restart"})
 
+    def _before_forward(self, module: Any) -> None:
+        """Nudge the parameters before the first pass; never raises."""
+        if self.step or not self.nudge or self.nudged == id(module):
+            return
+        self.nudged = id(module)
+        try:
+            from . import capture
+
+            parameters = list(module.parameters())
+            half = any(p.element_size() < 4 for p in parameters[:1])
+            size = NUDGES["half" if half or self.torch.is_autocast_enabled() else "float32"]
+            capture.nudge_parameters(self.torch, parameters, size, self.nudge)
+        except Exception as error:
+            self._note(error)
+
     def _record_forward(self, module: Any, seconds: float, output: Any, begin: float) -> None:
         if self.step == 0:
             self.write(self._environment())
@@ -363,11 +380,6 @@ class Recorder:
             line["calls"] = calls
         if self.step == 0:
             line["random"] = self.gpu.random_state()
-            if self.nudge:
-                from . import capture
-
-                size = NUDGES["half" if line.get("half") else "float32"]
-                capture.nudge_parameters(self.torch, list(module.parameters()), size, self.nudge)
         if self.redraw:
             self.gpu.redraw_in_step(self.nudge)
         self.write(line)

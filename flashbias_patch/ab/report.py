@@ -209,7 +209,7 @@ def html(experiment: Experiment, verdict: Verdict) -> str:
     return render(
         "report.html.j2",
         title="flashbias A/B",
-        sentence=words.sentence(verdict),
+        sentences=words.sentences(verdict),
         bad=verdict.failed,
         fits=verdict.only_patched_fits,
         sides=page.sides_of(experiment, verdict),

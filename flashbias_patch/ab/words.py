@@ -38,16 +38,21 @@ def tone(word: str) -> str:
     return "good" if word in GOOD else "bad" if word in BAD else "neutral"
 
 
-def sentence(verdict: Verdict) -> str:
-    """The verdict in one or two sentences, and in one or two for each further side: failures
-    first."""
+def sentences(verdict: Verdict) -> List[str]:
+    """One for each side: the headline, and what stands below it on the page."""
     only_a = verdict.failed and all(f.side == "A" for f in verdict.failures)
     further = [
         _sentence(each)
         for each in verdict.further
         if not (only_a and all(f.side == "A" for f in each.failures))
     ]
-    return " ".join([_sentence(verdict), *further])
+    return [_sentence(verdict), *further]
+
+
+def sentence(verdict: Verdict) -> str:
+    """The verdict in one or two sentences, and in one or two for each further side: failures
+    first."""
+    return " ".join(sentences(verdict))
 
 
 def _sentence(verdict: Verdict) -> str:

@@ -428,6 +428,31 @@ def test_page_in_chromium(tmp_path, width, dark):
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+@pytest.mark.parametrize("width,dark", [(1280, True), (390, False)])
+def test_page_of_four_sides_in_chromium(tmp_path, width, dark):
+    """With clocks, a profile, waiting for data, and a long environment of a side."""
+    from .test_clocks import clocked
+    from .test_profiles import profiled
+    from .test_sides import several
+
+    found = several(0, {"B": -0.25, "C": 0.0, "D": 0.3}, {"D": 1.3})
+    env = {"FLASHBIAS_PATCH": "0", "SOME_VARIABLE": "/a/long/path/" + "x" * 80}
+    found.options["sides"] = [["sdpa", env], ["a-name-of-24-characters-", env]]
+    kernels = profiled(dict.fromkeys("AB", {"softmax_warp_forward": 0.1, "x" * 90: 0.1}))
+    for run in found.runs:
+        run.gpus = clocked(1800.0, 1800.0).runs[0].gpus
+        run.processes[0].profile = kernels.runs[0].processes[0].profile
+        for line in run.processes[0].steps:
+            line["loader_s"] = line["wall_s"] * 0.6
+    found = browse(tmp_path, html_of(found), width, dark)
+    assert found["problems"] == [] and found["requests"] == []
+    assert found["inner"] == width and found["scroll"] <= width and found["wide"] == []
+    assert found["drawn"] == found["charts"] >= 5
+    assert (found["ground"] == "rgb(14, 19, 25)") == dark
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 def test_page_of_a_failure_in_chromium(tmp_path):
     experiment = synthetic.experiment(failing_experiment().runs[4:5])
     found = browse(tmp_path, html_of(experiment), 390)
