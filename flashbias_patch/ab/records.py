@@ -257,6 +257,7 @@ class Experiment:
     lost: str = ""  # why something could not be written, if so
     interrupted: bool = False  # between two runs
     judged: str = "B"  # the side that is compared with A
+    commit: str = ""  # of the directory that the command ran in (history.commit_of)
     stopped: str = ""  # why no more repeats were made (repeats.Plan)
 
     def side(self, label: str) -> List[Run]:
@@ -306,6 +307,7 @@ def build(directory: str, document: Dict[str, Any], runs: List[Run]) -> Experime
         cwd=document.get("cwd", ""),
         schedule=document.get("schedule", ""),
         started=document.get("started", 0.0),
+        commit=str(document.get("commit") or ""),
         stopped=str(document.get("stopped") or ""),
     )
 

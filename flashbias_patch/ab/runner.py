@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 from .. import launch
 from . import (
     clocks,
+    history,
     inference,
     lines,
     probe,
@@ -110,6 +111,7 @@ def run_all(
         "format": 1,
         "command": list(command),
         "cwd": os.getcwd(),
+        "commit": history.commit_of(os.getcwd()),
         "schedule": schedule(options.repeats, options.noise_run, sides.labels(options._asdict())),
         "options": {
             **options._asdict(),

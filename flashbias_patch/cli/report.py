@@ -13,7 +13,15 @@ HELP = "write the report of an A/B comparison: HTML, Markdown, JSON, TensorBoard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="the --out directory of flashbias ab")
+    parser.add_argument(
+        "directory", metavar="DIR", nargs="?", help="the --out directory of flashbias ab"
+    )
+    parser.add_argument(
+        "--history",
+        metavar="DIR",
+        nargs="+",
+        help="the trend over several comparisons instead: time, memory and loss by commit and date",
+    )
     parser.add_argument(
         "--html", metavar="FILE", help="default DIR/report.html, when no other format is asked for"
     )
@@ -47,7 +55,15 @@ def main(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
+    if (args.history is None) == (args.directory is None):
+        print("flashbias report: give one DIR, or --history DIR...", file=sys.stderr)
+        return 2
+    if args.history and (args.json or args.tensorboard):
+        print("flashbias report: --history: not with --json or --tensorboard", file=sys.stderr)
+        return 2
     try:
+        if args.history:
+            return _history(args)
         experiment, verdict = report.load_and_judge(args.directory, args.process)
         other = args.markdown or args.json or args.csv or args.tensorboard
         page = args.html or (None if other else os.path.join(args.directory, "report.html"))
@@ -70,6 +86,25 @@ def main(args: argparse.Namespace) -> int:
         print(report.text(experiment, verdict))
         if verdict.detections is not None:
             print(detections.text(verdict.detections))
+    return 0
+
+
+def _history(args: argparse.Namespace) -> int:
+    """The trend, as text or in the formats that were asked for."""
+    from ..ab import history, table
+
+    entries = history.load(args.history, args.process)
+    beside = os.path.dirname(os.path.abspath(args.history[-1]))
+    other = args.markdown or args.csv
+    page = args.html or (None if other else os.path.join(beside, "history.html"))
+    if page:
+        _write(page, history.html(entries))
+    if args.markdown:
+        _write(args.markdown, history.markdown(entries))
+    if args.csv:
+        _write(args.csv, table.to_csv(history.csv_rows(entries), history.CSV_COLUMNS))
+    if "-" not in (args.markdown, args.csv, args.html):
+        print(history.text(entries))
     return 0
 
 

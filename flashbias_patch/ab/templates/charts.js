@@ -120,7 +120,7 @@
       });
       ticks(xr[0], xr[1], Math.max(2, Math.floor((right - left) / 80))).forEach(function (v) {
         if (!bars && v % 1) return;
-        el("text", { x: x(v), y: bottom + 17, "text-anchor": x(v) > right - 12 ? "end" : "middle" }, svg, number(v));
+        el("text", { x: x(v), y: bottom + 17, "text-anchor": x(v) > right - 12 ? "end" : chart.ticks && v === 0 ? "start" : "middle" }, svg, chart.ticks ? chart.ticks[v] || "" : number(v));
       });
       el("line", { x1: left, x2: right, y1: bottom, y2: bottom, "class": "axis" }, svg);
       el("text", { x: (left + right) / 2, y: height - 4, "text-anchor": "middle" }, svg, chart.x);
@@ -155,6 +155,9 @@
           pen = "L";
         });
         el("path", { d: path, "class": side, "stroke-width": 2, "stroke-dasharray": series.dash, "stroke-linejoin": "round" }, inside);
+        if (chart.labels) series.values.forEach(function (v, i) {  // one with no neighbour has no line
+          if (v !== null) el("circle", { cx: x(i * stride), cy: y(v), r: 3.5, style: "fill:var(--" + side + ")" }, svg);
+        });
       });
       if (chart.mark !== null && chart.mark !== undefined) {
         el("line", { x1: x(chart.mark), x2: x(chart.mark), y1: top, y2: bottom, "class": "mark" }, svg);
@@ -185,7 +188,7 @@
         cross.setAttribute("x2", where);
         tip.textContent = "";
         var head = document.createElement("div");
-        head.textContent = bars ? number(chart.edges[index]) + " to " + number(chart.edges[index + 1]) + " " + chart.unit : "step " + index * stride;
+        head.textContent = bars ? number(chart.edges[index]) + " to " + number(chart.edges[index + 1]) + " " + chart.unit : chart.labels ? chart.labels[index] : "step " + index * stride;
         tip.appendChild(head);
         shown().forEach(function (series) {
           var row = document.createElement("div"), dot = document.createElement("i"), v = series.values[index];
