@@ -7,6 +7,7 @@ import torch
 
 from flashbias_patch.attention import order, selection
 from flashbias_patch.attention.inputs import AttentionInputs
+from tests.support import internals
 from tests.support.scripts import ROOT, load
 
 
@@ -54,7 +55,7 @@ def test_the_row_is_chosen_by_class_and_size(monkeypatch, M, first):
         99,
         {(True, "dropout", True): ((1000, ("sdpa",)), (order.UNBOUNDED, ("triton",)))},
     )
-    order._rows.cache_clear()
+    internals.forget_order()
 
     class OnCuda:
         device, dtype, shape = torch.device("cuda", 0), torch.float16, (1, M, 1, 8)
@@ -62,11 +63,11 @@ def test_the_row_is_chosen_by_class_and_size(monkeypatch, M, first):
     inputs = AttentionInputs(OnCuda(), torch.zeros(1, 3, 1, 8), OnCuda(), dropout_p=0.5)
     assert order.fastest(inputs, True) == (first,)
     assert order.fastest(inputs._replace(dropout_p=0.0), True) == ()
-    order._rows.cache_clear()
+    internals.forget_order()
 
 
 def test_what_was_not_measured_comes_after_in_the_usual_order():
     names = tuple(selection.MODULES)
-    found = selection._measured(("sdpa", "triton", "gone"), names)
+    found = internals.in_measured_order(("sdpa", "triton", "gone"), names)
     assert found.names == ("sdpa", "triton", "flash", "upstream", "reference")
-    assert selection._measured((), names).names == names
+    assert internals.in_measured_order((), names).names == names

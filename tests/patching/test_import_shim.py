@@ -17,6 +17,7 @@ import torch
 import flashbias_patch
 from flashbias_patch.patching import flash_attn_shim, install
 from tests.patching.test_install import outer_class, registry_module
+from tests.support import internals
 from tests.support.reference import attention
 
 
@@ -239,14 +240,14 @@ OPTIONS = {
     "window": (dict(window_size=(2, 1)), lambda d: hidden((d < -2) | (d > 1))),
     "left window": (dict(window_size=(1, -1)), lambda d: hidden(d < -1)),
     "causal window": (dict(causal=True, window_size=(2, 2)), lambda d: hidden((d < -2) | (d > 0))),
-    "alibi": (dict(alibi_slopes=SLOPES), lambda d: -SLOPES[:, None, None] * d.abs()),
+    "alibi": (dict(alibi_slopes=SLOPES), lambda d: -SLOPES[None, :, None, None] * d.abs()),
     "alibi of a batch": (
         dict(alibi_slopes=torch.stack([SLOPES, 2 * SLOPES]), causal=True),
         lambda d: -torch.stack([SLOPES, 2 * SLOPES])[..., None, None] * d.abs() + hidden(d > 0),
     ),
     "none": (
         dict(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False),
-        lambda d: 0.0,
+        lambda d: None,
     ),
 }
 
@@ -322,9 +323,8 @@ def test_a_purged_library_is_watched_again(installed, write, monkeypatch):
         "force=False):\n        pass\n"
     )
     name = "a_watched_registry"
-    monkeypatch.setitem(install._HOOKS, name, (lambda module: seen.append(module),))
     seen = []
-    install.import_shim.Finder.enable(install._on_import, install._HOOKS)
+    internals.on_import_of(name, seen.append, monkeypatch)
     first = write(source, name)
     del sys.modules[name]
     second = importlib.import_module(name)
@@ -336,8 +336,7 @@ def test_an_error_of_a_hook_is_logged_and_the_import_goes_on(installed, write, m
         raise RuntimeError("planted")
 
     name = "a_module_of_a_broken_hook"
-    monkeypatch.setitem(install._HOOKS, name, (broken,))
-    install.import_shim.Finder.enable(install._on_import, install._HOOKS)
+    internals.on_import_of(name, broken, monkeypatch)
     assert write("value = 1\n", name).value == 1
     assert f"after the import of {name}: RuntimeError: planted" in caplog.text
 
@@ -363,7 +362,7 @@ def test_classes_are_freed(installed):
 
 def test_a_freed_registry_does_not_stop_uninstall(installed):
     module = registry_module("mmcv.utils.registry")
-    install._on_registry(module)
+    internals.watch_registry(module)
     del module
     gc.collect()
     flashbias_patch.uninstall()

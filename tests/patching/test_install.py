@@ -17,6 +17,7 @@ from torch import nn
 import flashbias_patch
 from flashbias_patch import settings
 from flashbias_patch.patching import catalog, install, seams
+from tests.support import internals
 from tests.support.mini_cmt import MODULE, take_out
 
 TARGETS = {
@@ -43,7 +44,7 @@ def test_every_target_of_a_repository_is_found(patched):
 
 def test_already_imported_modules_are_found(repository):
     module = repository()
-    assert not install._is_patched(module.PETRMultiheadAttention.forward)
+    assert not internals.is_patched(module.PETRMultiheadAttention.forward)
     flashbias_patch.install()
     assert names() >= TARGETS - {"FlashMHA"}  # which failed to import without the patches
 
@@ -76,7 +77,7 @@ def test_reload_patches_the_new_classes(patched):
     attention = sys.modules[old.__module__]
     importlib.reload(attention)
     assert attention.FlashMHA is not old
-    assert install._is_patched(vars(attention.FlashMHA)["forward"])
+    assert internals.is_patched(vars(attention.FlashMHA)["forward"])
 
 
 def test_targets_setting_narrows(monkeypatch, repository):
@@ -124,7 +125,7 @@ def outer_class(name="PETRMultiheadAttention"):
 def test_two_classes_of_one_name(installed):
     first, second = outer_class(), outer_class()
     assert install.claim(first) and install.claim(second)
-    assert all(install._is_patched(vars(cls)["forward"]) for cls in (first, second))
+    assert all(internals.is_patched(vars(cls)["forward"]) for cls in (first, second))
 
 
 def test_subclasses_are_wrapped_once_each(installed):
@@ -239,9 +240,9 @@ def registry_module(name):
 def test_forks_are_found_by_registration(installed, name):
     module = registry_module(name)
     original = vars(module.Registry)["_register_module"]
-    install._on_registry(module)
+    internals.watch_registry(module)
     cls = module.Registry().register_module()(outer_class())
-    assert install._is_patched(vars(cls)["forward"])
+    assert internals.is_patched(vars(cls)["forward"])
     flashbias_patch.uninstall()
     assert vars(module.Registry)["_register_module"] is original
 
@@ -260,9 +261,9 @@ def test_a_core_is_found_beside_its_registered_outer_class(installed, monkeypatc
     outer = outer_class("PETRMultiheadFlashAttention")
     outer.__module__ = fork.__name__
     registry = registry_module("mmcv.utils.registry")
-    install._on_registry(registry)
+    internals.watch_registry(registry)
     registry.Registry().register_module()(outer)
-    assert install._is_patched(vars(FlashMHA)["forward"])
+    assert internals.is_patched(vars(FlashMHA)["forward"])
 
 
 def test_third_party_targets(installed, monkeypatch):
@@ -285,10 +286,10 @@ def test_third_party_targets(installed, monkeypatch):
         def select(group):
             return [Broken, Entry] if group == catalog.ENTRY_POINT_GROUP else []
 
-    monkeypatch.setattr(catalog, "_third_party", None)
+    internals.forget_third_parties(monkeypatch)
     monkeypatch.setattr(catalog.importlib.metadata, "entry_points", lambda: EntryPoints)
     assert install.claim(outer_class("TheirAttention"))
-    monkeypatch.setattr(catalog, "_third_party", None)
+    internals.forget_third_parties(monkeypatch)
 
 
 # -- the flash_attn stand-in -----------------------------------------------------------------------

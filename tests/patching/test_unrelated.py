@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import flashbias_patch
-from flashbias_patch.patching import install
+from tests.support import internals
 from tests.support.capabilities import needs_compile
 
 
@@ -37,7 +37,7 @@ def call(patched):
 
 def test_torch_itself_is_untouched_but_for_a_forward_that_is_put_back(repository):
     before = vars(nn.MultiheadAttention)["forward"]
-    assert not install._is_patched(before)
+    assert not internals.is_patched(before)
     flashbias_patch.install()
     repository()
     assert inspect.unwrap(vars(nn.MultiheadAttention)["forward"]) is before

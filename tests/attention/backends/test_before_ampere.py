@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from flashbias_patch.attention import dispatch, order
-from flashbias_patch.attention.backends import flash_attention, triton_fused
 from flashbias_patch.attention.inputs import AttentionInputs
+from tests.support import internals
 
 fake = pytest.importorskip("torch._subclasses.fake_tensor")
-CACHES = (triton_fused._capability, flash_attention._major, order._rows)
 
 
 @pytest.fixture(params=[(6, 1), (7, 0), (7, 5)])
@@ -20,8 +19,7 @@ def card(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *index: request.param)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", "12.1")
-    for cache in CACHES:
-        cache.cache_clear()
+    internals.forget_capabilities()
     try:
         with fake.FakeTensorMode(allow_non_fake_inputs=True):
             try:
@@ -30,8 +28,7 @@ def card(request, monkeypatch):
                 pytest.skip(f"this torch wants a GPU for fake tensors too: {str(error)[:40]}")
             yield request.param
     finally:
-        for cache in CACHES:
-            cache.cache_clear()
+        internals.forget_capabilities()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

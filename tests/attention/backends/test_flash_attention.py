@@ -220,7 +220,7 @@ def test_dropout_goes_to_generation_2(flash):
     assert flash.calls[-1][0] == 2 and flash.calls[-1][4] == 0.25
     flash.install(4)
     sys.modules["flash_attn"].__dict__.pop("flash_attn_func")
-    fa._function.cache_clear()
+    flash.forget()
     reasons = backend.why_not(inputs)
     assert any("FlashAttention-4: no support for dropout" in r for r in reasons)
     assert any("FlashAttention-2" in r and "fa4" in r for r in reasons)

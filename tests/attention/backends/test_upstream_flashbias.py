@@ -13,6 +13,7 @@ from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.reference_attention import attend
 from flashbias_patch.attention.selfcheck import problem_of
 from flashbias_patch.attention.signature import signature_of
+from tests.support import internals
 
 # A stand-in with the published call shape, in plain PyTorch.
 STAND_IN = """
@@ -54,8 +55,7 @@ def loaded(monkeypatch, home=None, backend=None):
     if backend is not None:
         monkeypatch.setenv("FLASHBIAS_BACKEND", backend)
     settings.reload()
-    upstream_flashbias.backend._load()
-    return upstream_flashbias.backend
+    return internals.load_upstream()
 
 
 def test_found_in_flashbias_home(place, monkeypatch):

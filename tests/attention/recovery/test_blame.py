@@ -19,10 +19,11 @@ from flashbias_patch.bias import DenseBias, LowRankBias
 from tests import stand_ins
 from tests.attention.recovery.fault_matrix import only
 from tests.support.fake_backends import Faulty
+from tests.support.internals import tells_hooks
 
 BACKENDS = ("sdpa", "reference")
 NEEDS_HOOKS = pytest.mark.skipif(
-    guard._hooks_in_force is None, reason="before torch 2.8 such calls are not guarded"
+    not tells_hooks(), reason="before torch 2.8 such calls are not guarded"
 )
 
 

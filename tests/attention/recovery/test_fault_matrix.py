@@ -11,6 +11,7 @@ from flashbias_patch.attention.recovery import guard
 from tests.attention.recovery import fault_table as table
 from tests.attention.recovery.fault_matrix import run_case
 from tests.support.fake_backends import BACKENDS, FAULTS, cases
+from tests.support.internals import tells_hooks
 
 ALL = cases()
 # By default every fault x pass x moment with backends and layers taking turns; the slow tier runs
@@ -27,11 +28,7 @@ DEFAULT = [group[(5 * place) % len(group)] for place, group in enumerate(CHOSEN.
 
 
 def check(case, patched, monkeypatch, caplog):
-    if (
-        guard._hooks_in_force is None
-        and case.passing == "backward"
-        and case.backend != "triton"  # it recovers by itself
-    ):
+    if not tells_hooks() and case.passing == "backward" and case.backend != "triton":  # recovers itself
         pytest.skip(
             "only torch 2.8 and later tell which saved-tensor hooks are in force: unguarded here"
         )

@@ -20,12 +20,13 @@ from flashbias_patch.attention.signature import signature_of
 from flashbias_patch.bias import DenseBias, LowRankBias
 from tests.attention.recovery.fault_matrix import only
 from tests.attention.test_selfcheck import FEATURES, call
+from tests.support import internals
 from tests.support.fake_backends import FAULTS, Fault, Faulty
 from tests.support.small_training import LAYERS, decoder_of, train
 
 OOM = next(f for f in FAULTS if f.name == "OOM").act
 pytestmark = pytest.mark.skipif(
-    guard._hooks_in_force is None,
+    not internals.tells_hooks(),
     reason="only torch 2.8 and later tell which saved-tensor hooks are in force",
 )
 
@@ -131,8 +132,7 @@ def test_dropout_is_the_bare_backends(monkeypatch):
 def test_without_torchs_private_entry_points(monkeypatch):
     q, k, v = tensors()
     expected = gradients(flash_bias_attention(q, k, v, backend="sdpa"), (q, k, v))
-    monkeypatch.setattr(guard, "_apply", guard._Guarded.apply)
-    monkeypatch.setattr(guard, "_run_backward", guard._by_grad)
+    internals.without_private_entry_points(monkeypatch)
     out = flash_bias_attention(q, k, v, backend="sdpa")
     assert is_guarded(out) and all(
         torch.equal(*pair) for pair in zip(gradients(out, (q, k, v)), expected)
