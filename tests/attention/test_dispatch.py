@@ -19,14 +19,10 @@ from flashbias_patch.attention.backends import reference
 from flashbias_patch.attention.recovery import errors
 from flashbias_patch.bias import DenseBias, LowRankBias
 from tests.attention.recovery.fault_matrix import only
+from tests.support.builders import tensors
 from tests.support.capabilities import since
 from tests.support.fake_backends import Fault, Faulty
 from tests.support.small_training import LAYERS, decoder_of, train
-
-
-def tensors(M=6, N=10, H=2, D=8, B=1, grad=True):
-    g = torch.Generator().manual_seed(0)
-    return [torch.randn(B, n, H, D, generator=g).requires_grad_(grad) for n in (M, N, N)]
 
 
 class Raising(Faulty):

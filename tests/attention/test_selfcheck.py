@@ -10,59 +10,12 @@ from torch.overrides import TorchFunctionMode
 
 from flashbias_patch.attention import dispatch, selfcheck, signature
 from flashbias_patch.attention.breaker import TRUSTED
-from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.reference_attention import attend as attend_dense
 from flashbias_patch.attention.reference_attention import scores
-from flashbias_patch.bias import WindowMaskParts, WindowParts
 from tests.attention.recovery.fault_matrix import only
+from tests.support.builders import FEATURES
+from tests.support.builders import call_of_zeros as call
 from tests.support.fake_backends import Fault, Faulty
-
-FEATURES = ("factors", "segments", "dense", "mask", "padding", "windows", "window mask")
-
-
-def call(
-    features=("factors",),
-    D=16,
-    dtype=torch.float32,
-    dropout_p=0.0,
-    grad=True,
-    M=9,
-    N=14,
-    Dv=None,
-    R=3,
-    scale=0.2,
-):
-    B, H = 1, 2
-    made = dict(
-        q=torch.zeros(B, M, H, D, dtype=dtype, requires_grad=grad),
-        k=torch.zeros(B, N, H, D, dtype=dtype),
-        v=torch.zeros(B, N, H, Dv or D, dtype=dtype),
-        dropout_p=dropout_p,
-        scale=scale,
-    )
-    if "factors" in features:
-        made.update(
-            q_factor=torch.zeros(1, M, 1, R, dtype=dtype),
-            k_factor=torch.zeros(B, N, H, R, dtype=dtype),
-        )
-    if "segments" in features:
-        made.update(segment_weights=torch.zeros(B, M, 1, 3), segment_lengths=(N - 2, 1, 1))
-    if "dense" in features:
-        made.update(dense=torch.zeros(1, H, M, N, requires_grad=grad))
-    if "mask" in features:
-        made.update(mask=torch.zeros(1, H, M, N, dtype=torch.bool))
-    if "padding" in features:
-        made.update(key_padding=torch.zeros(B, N))
-    frames, sides = selfcheck.grids_of(N, 2)
-    if "windows" in features:
-        made.update(
-            windows=WindowParts(
-                torch.zeros(B, M, H, 2), torch.zeros(1, M, 2, 3).int(), frames, sides, (1.0, 2.0)
-            )
-        )
-    if "window mask" in features:
-        made.update(window_mask=WindowMaskParts(torch.zeros(B, M, 2, 3).int(), frames, sides))
-    return AttentionInputs(**made)
 
 
 def check(backend, inputs):

@@ -3,6 +3,7 @@ are survived."""
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
 
@@ -18,6 +19,7 @@ from flashbias_patch.attention.reference_attention import attend as attend_dense
 from flashbias_patch.bias import DenseBias, LowRankBias
 from tests import stand_ins
 from tests.attention.recovery.fault_matrix import only
+from tests.support import builders
 from tests.support.fake_backends import Faulty
 from tests.support.internals import tells_hooks
 
@@ -26,14 +28,11 @@ NEEDS_HOOKS = pytest.mark.skipif(
     not tells_hooks(), reason="before torch 2.8 such calls are not guarded"
 )
 
+tensors = functools.partial(builders.tensors, M=5, N=7)
+
 
 class Mine(Exception):
     pass
-
-
-def tensors(grad=True, M=5, N=7, **options):
-    g = torch.Generator().manual_seed(0)
-    return [torch.randn(1, n, 2, 8, generator=g, **options).requires_grad_(grad) for n in (M, N, N)]
 
 
 def call(backend=None, **kwargs):

@@ -19,8 +19,9 @@ from flashbias_patch.attention.selfcheck import problem_of
 from flashbias_patch.attention.signature import signature_of
 from flashbias_patch.bias import DenseBias, LowRankBias
 from tests.attention.recovery.fault_matrix import only
-from tests.attention.test_selfcheck import FEATURES, call
 from tests.support import internals
+from tests.support.builders import FEATURES, tensors
+from tests.support.builders import call_of_zeros as call
 from tests.support.fake_backends import FAULTS, Fault, Faulty
 from tests.support.small_training import LAYERS, decoder_of, train
 
@@ -67,11 +68,6 @@ class Plain(Faulty):
             return out
         self.asked += 1
         return Fails.apply(self, out) if self.errors or self.passes else out
-
-
-def tensors(M=6, N=10, H=2, D=8, dtype=torch.float32):
-    g = torch.Generator().manual_seed(0)
-    return [torch.randn(1, n, H, D, generator=g, dtype=dtype).requires_grad_() for n in (M, N, N)]
 
 
 def gradients(out, leaves):
