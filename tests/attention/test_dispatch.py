@@ -16,7 +16,9 @@ import flashbias_patch
 from flashbias_patch import flash_bias_attention, settings, telemetry
 from flashbias_patch.attention import chunked_attention, dispatch, selection
 from flashbias_patch.attention.backends import reference
+from flashbias_patch.attention.breaker import Phase
 from flashbias_patch.attention.recovery import errors
+from flashbias_patch.attention.signature import signature_of
 from flashbias_patch.bias import DenseBias, LowRankBias
 from tests.attention.recovery.fault_matrix import only
 from tests.support.builders import tensors
@@ -426,3 +428,31 @@ def test_every_backend_failing_ends_in_the_original_class(patched, monkeypatch, 
         assert train(patched)[0] == pytest.approx(unbroken, rel=2e-5)
     assert telemetry.calls["original"] > 0 and set(telemetry.calls) == {"original"}
     assert any("reference too" in r.message for r in caplog.records)
+
+
+def test_a_breaker_opened_in_a_backward_pass_waits_for_the_next_forward():
+    inputs = dispatch.AttentionInputs(*tensors(), scale=0.3)
+    signature, seen = signature_of(inputs), []
+
+    def fail(grad):
+        dispatch.breakers.open(signature, "triton", "planted", Phase.BACKWARD)
+        seen.append(dispatch.breakers.reason(signature, "triton"))
+
+    leaf = torch.ones(2, requires_grad=True)
+    out = 2 * leaf
+    out.register_hook(fail)
+    out.sum().backward()
+    assert len(seen) == 1 and not seen[0]
+    dispatch.attend(inputs)
+    assert dispatch.breakers.reason(signature, "triton") == "backward: planted"
+
+
+def test_settings_that_change_between_calls_count(monkeypatch):
+    q, k, v = tensors(grad=False)
+    for _ in range(2):
+        flash_bias_attention(q, k, v)
+    monkeypatch.setenv("FLASHBIAS_BACKEND", "reference")
+    settings.reload()
+    telemetry.calls.clear()
+    flash_bias_attention(q, k, v)
+    assert dict(telemetry.calls) == {"reference": 1}

@@ -6,8 +6,9 @@ import torch
 
 from flashbias_patch import telemetry
 from flashbias_patch.attention import dispatch, flash_bias_attention
-from flashbias_patch.bias import LowRankBias
+from flashbias_patch.bias import LowRankBias, MaskBias
 from tests.support.capabilities import FASTEST
+from tests.support.reference import attention
 
 F8 = getattr(torch, "float8_e4m3fn", torch.int8)
 q, k = torch.zeros(2, 5, 3, 8), torch.zeros(2, 7, 3, 8)
@@ -78,3 +79,13 @@ def test_a_scale_that_is_one_number(scale):
     assert torch.equal(
         flash_bias_attention(x, x, x, scale=scale), flash_bias_attention(x, x, x, scale=2.0)
     )
+
+
+@pytest.mark.parametrize("backend", ("reference", FASTEST))
+def test_the_mask_of_a_bias_and_attn_mask_both_hide(backend):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 8, generator=g) for n in (5, 7, 7))
+    first, second = (torch.rand(5, 7, generator=g) < 0.4 for _ in range(2))
+    out = flash_bias_attention(q, k, v, MaskBias(first), attn_mask=second, backend=backend)
+    exact = attention(q, k, v, mask=first | second)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)

@@ -157,6 +157,28 @@ def test_split_mask():
     assert parts.mask is None and torch.equal(parts.dense[0, 0], tensor)
 
 
+@pytest.mark.parametrize("factor", (0.0, -2.0, torch.tensor(0.0), torch.tensor(-2.0)), ids=str)
+def test_hidden_entries_stay_hidden_whatever_the_factor(factor):
+    tensor = torch.randn(M, N, dtype=F64)
+    tensor[1, 2] = float("-inf")
+    factor = factor.clone().requires_grad_() if isinstance(factor, torch.Tensor) else factor
+    found = (DenseBias(tensor) * factor).dense()[0, 0]
+    exact = (tensor * factor).masked_fill(torch.isneginf(tensor), float("-inf"))
+    assert torch.equal(found, exact)
+    if isinstance(factor, torch.Tensor):
+        (grad,) = torch.autograd.grad(found.softmax(-1).square().sum(), factor)
+        assert grad.isfinite()
+
+
+def test_the_shape_of_a_sum_is_that_of_both():
+    for shapes in (((1, 1), (B, 1)), ((B, 1), (1, H)), ((1, H), (B, 1))):
+        first, second = (DenseBias(torch.randn(*shape, M, N)) for shape in shapes)
+        low = LowRankBias(torch.randn(B, M, H, 2), torch.randn(1, N, 1, 2))
+        wanted = tuple(map(max, *shapes))
+        assert (first + second).shape == (*wanted, M, N)
+        assert (first + low).shape == (low + first).shape == (B, H, M, N)
+
+
 def test_gradients_reach_factors_and_multiplier():
     q = torch.randn(1, 3, 2, 2, dtype=F64, requires_grad=True)
     k = torch.randn(2, 4, 1, 2, dtype=F64, requires_grad=True)

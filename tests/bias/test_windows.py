@@ -334,6 +334,14 @@ def test_sdpa_takes_windows_up_to_a_size(monkeypatch):
     assert dispatch.attend(given).shape == given.q.shape  # the reference
 
 
+@pytest.mark.parametrize("backend", ("reference", pytest.param("sdpa", marks=needs_sdpa)))
+def test_attention_adds_windows_to_a_dense_bias(backend):
+    weights, dense = torch.randn(B, M, H, S), torch.randn(B, 1, M, N)
+    q, k, v, given = call(WindowBias(weights, places(), FRAMES, 3) + DenseBias(dense), F64)
+    exact = by_loop(weights, places(), FRAMES, (3, 3))[0] + dense
+    torch.testing.assert_close(dispatch.attend(given, backend), attention(q, k, v, exact))
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_weights_keep_their_digits_in_half_precision(dtype):
     weights = torch.randn(B, M, H, S) * 3

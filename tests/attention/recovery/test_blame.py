@@ -327,6 +327,13 @@ def test_what_fails_only_in_the_callers_context_is_passed_over_for_this_call_onl
     assert dict(telemetry.calls) == {"triton": 1}
 
 
+def test_the_last_backend_fails_in_the_callers_context_with_its_own_error(monkeypatch):
+    only(monkeypatch, OnlyUnderModes())
+    with FailingDispatch("nothing"), pytest.raises(RuntimeError, match="^no data pointer$"):
+        call("triton")
+    assert not dispatch.breakers.failures() and not telemetry.fallbacks()
+
+
 def test_the_last_resort_is_never_out(monkeypatch):
     only(monkeypatch)
     broken = Persistent("reference")
