@@ -65,7 +65,7 @@ def test_good_values(field, text, value):
 
 
 @pytest.mark.parametrize("field, text, allowed", BAD)
-def test_bad_values_are_refused_by_name_with_what_is_allowed(field, text, allowed):
+def test_bad_values_are_named_with_the_allowed_ones(field, text, allowed):
     read = Settings({f"FLASHBIAS_{field.upper()}": text})
     default = next(v.default for v in VARIABLES if v.field == field)
     assert getattr(read, field) == default

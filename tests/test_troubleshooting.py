@@ -154,6 +154,6 @@ def test_every_message_is_on_the_page():
     assert len(found) > 180
 
 
-def test_the_exceptions_are_still_said():
+def test_the_exceptions_are_still_printed():
     said = {text for _, text in messages()}
     assert set(NO_TROUBLE) <= said, set(NO_TROUBLE) - said

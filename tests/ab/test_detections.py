@@ -124,7 +124,7 @@ def test_frames_as_mini_cmt_writes_them(tmp_path):
     ]
 
 
-def test_no_ground_truth_and_no_devkit_are_said(monkeypatch):
+def test_no_ground_truth_and_no_devkit_are_reported(monkeypatch):
     bare = document()
     for sample in bare["samples"]:
         del sample["gt_boxes"], sample["gt_labels"]

@@ -45,7 +45,7 @@ for i, x in enumerate(DataLoader(Slow(0.02), batch_size=2)):
     assert all("loaders" not in line for line in steps)
 
 
-def test_iterators_and_several_loaders_are_told_apart(tmp_path):
+def test_iterators_and_several_loaders_are_kept_apart(tmp_path):
     body = """
 one, two, three = (iter(DataLoader(d)) for d in (Slow(0.02), Other(0.01), Slow(0.0)))
 for i in range(3):

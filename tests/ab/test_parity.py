@@ -62,7 +62,7 @@ def test_identical_means_bit_for_bit():
     assert parity("loss", [curves(), curves()], [curves() * (1 + 1e-12)]).word == "within rounding"
 
 
-def test_deterministic_command_is_held_to_rounding():
+def test_deterministic_command_is_compared_within_rounding():
     off = curves() * (1 + 5e-3)
     assert parity("loss", [curves(), curves()], [off]).first_step == 0
     assert parity("loss", [curves(), curves()], [off], half=True).word == "differs"
@@ -72,7 +72,7 @@ def test_deterministic_command_is_held_to_rounding():
     )
 
 
-def test_nudged_run_shows_how_far_rounding_may_drift():
+def test_perturbed_run_shows_how_far_rounding_may_drift():
     wild = curves() * (1 + 0.05 * (1 - np.exp(-np.arange(30) / 5.0)) * np.sin(np.arange(30)))
     other = curves() * (1 + 0.05 * (1 - np.exp(-np.arange(30) / 5.0)) * np.cos(np.arange(30)))
     assert parity("loss", [curves(), curves()], [other]).word == "differs"

@@ -285,7 +285,7 @@ def test_start_without_the_variable_does_nothing():
     assert probe.start({}) is None
 
 
-def test_openmmlab_loss_parts_are_heard(tmp_path):
+def test_openmmlab_loss_parts_are_recorded(tmp_path):
     """mmcv 1.x's LogBuffer, mmdet's _parse_losses, mmengine's parse_losses: modules of those names
     and shapes."""
     for name, body in {
@@ -333,7 +333,7 @@ def test_openmmlab_loss_parts_are_heard(tmp_path):
 
 
 @pytest.mark.parametrize("seeds", ["0 if i == 0 else None", "i"])
-def test_where_the_generators_stand_is_told_once(tmp_path, seeds):
+def test_the_state_of_the_generators_is_recorded_once(tmp_path, seeds):
     """And a redrawn run draws otherwise from the second step on, also where each step is seeded."""
     body = f"""
         for i in range(3):
@@ -360,7 +360,7 @@ def test_where_the_generators_stand_is_told_once(tmp_path, seeds):
     )  # what is drawn right after the first step already
 
 
-def test_nudge_changes_parameters_by_rounding_only():
+def test_perturbation_changes_parameters_by_rounding_only():
     import torch
 
     from flashbias_patch.ab import capture

@@ -150,7 +150,7 @@ def test_no_step_waits_for_the_gpu(gpu, recorder, tmp_path):
     assert gpu.waits > 0 and [line["step"] for line in recorded(tmp_path).steps] == list(range(9))
 
 
-def test_the_optimisers_own_device_is_asked(gpu):
+def test_the_optimisers_own_device_is_used(gpu):
     class Optimizer:
         param_groups = [{"params": [torch.zeros(1), FakeTensor()]}]
 

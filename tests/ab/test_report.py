@@ -229,7 +229,7 @@ def test_page_of_nothing_and_of_one_side():
     assert "recorded no step" in html_of(one)
 
 
-def test_never_moving_parameter_is_said():
+def test_never_moving_parameter_is_reported():
     text = html_of()
     assert "Never moved in A1, A4, A5" in text and "never</span>" in text
 

@@ -103,7 +103,7 @@ def test_plain_command(tmp_path):
     assert verdict.parity_word == "identical" and not verdict.problems
 
 
-def test_deterministic_command_that_differs_gets_a_nudged_run(tmp_path):
+def test_deterministic_command_that_differs_gets_a_perturbed_run(tmp_path):
     body = "train(100, loss=lambda i: 1.0 + (1e-9 if os.environ['FLASHBIAS_PATCH'] == '1' else 0))"
     experiment, verdict = compare(tmp_path, command(tmp_path, body), noise_run=True)
     assert [run.nudged for run in experiment.runs] == [False, False, False, True]
@@ -111,7 +111,7 @@ def test_deterministic_command_that_differs_gets_a_nudged_run(tmp_path):
 
 
 @pytest.mark.parametrize("drawn", ("as A", "otherwise"))
-def test_another_draw_is_held_against_another_draw(tmp_path, drawn):
+def test_a_reseeded_run_is_compared_with_a_reseeded_run(tmp_path, drawn):
     body = """
     patched, nudge = os.environ['FLASHBIAS_PATCH'] == '1', os.environ.get('FLASHBIAS_PROBE_NUDGE') or ''
     draw = 0.02 if patched else -0.02 if nudge.startswith('redraw') else 0.0
@@ -618,7 +618,7 @@ def test_a_record_that_vanishes_ends_the_run_and_keeps_what_was_read(tmp_path):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["failed"]
 
 
-def test_a_full_disk_is_said_and_costs_files_only(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_costs_files_only(tmp_path, monkeypatch):
     experiment = records.build(str(tmp_path / "file" / "out"), {"command": ["true"]}, [])
     (tmp_path / "file").write_text("")
     runner._save(experiment, {"runs": []})

@@ -100,7 +100,7 @@ def test_speedup_is_found():
     assert speed_words(-0.10, 3).count("faster") >= 0.95 * TRIALS
 
 
-def test_interval_covers_the_truth():
+def test_interval_covers_the_true_ratio():
     covered = 0
     for seed in range(TRIALS):
         ratio = judge(synthetic.trial(seed, 0.05)).speed
@@ -161,7 +161,7 @@ def test_stalls_are_slower_though_the_usual_step_is_not(every, factor, repeats):
     assert statistics.stalls([steps[0] * stalling])[:2] == (30 // every, 30)
 
 
-def test_a_faster_usual_step_is_not_faster_where_stalls_eat_it_up():
+def test_a_faster_usual_step_is_not_faster_where_stalls_outweigh_it():
     steps = np.full(30, 1.0)
     stalling = np.where(np.arange(30) % 10 == 9, 8.0, 0.8)
     ratio = compare_times([steps, steps], [stalling, stalling * 1.001])

@@ -83,7 +83,7 @@ def test_per_head_and_per_layer_scales():
         dict(hidden_dims=0),
     ],
 )
-def test_bad_arguments_are_refused_by_name(bad):
+def test_bad_arguments_are_named_in_the_error(bad):
     with pytest.raises(
         ValueError,
         match=next(iter(bad)) if "per" not in bad or bad["per"] == "rank" else "num_heads",
@@ -91,7 +91,7 @@ def test_bad_arguments_are_refused_by_name(bad):
         aqr.AdaptiveQueryRouter(C, S, **bad)
 
 
-def test_building_a_router_leaves_the_random_state_alone_and_follows_the_seed():
+def test_building_a_router_follows_the_seed_and_keeps_the_random_state():
     torch.manual_seed(3)
     before = torch.get_rng_state()
     first = aqr.AdaptiveQueryRouter(C, S)
@@ -187,7 +187,7 @@ def test_gradients_reach_every_parameter():
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_locality_scale_stays_positive_and_zero_bias_scale_switches_everything_off():
+def test_locality_stays_positive_and_a_zero_bias_scale_disables_all():
     _, _, found = places()
     router, query, _ = made(locality=True, init_bias_scale=0.0)
     with torch.no_grad():

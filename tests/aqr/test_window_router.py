@@ -437,7 +437,7 @@ def test_defaults_and_the_environment_variable(claimed, monkeypatch):
     assert router.bias_scale.tolist() == [2.5] * family.L
 
 
-def test_a_class_whose_keys_are_no_grid_is_refused(claimed):
+def test_a_class_whose_keys_are_no_grid_is_an_error(claimed):
     with pytest.raises(ValueError, match="aqr.bias: 'window' needs rows and columns"):
         family.PETRTemporalTransformer(aqr=dict(enable=True, bias="window"))
 

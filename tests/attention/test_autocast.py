@@ -178,7 +178,7 @@ def attention_class():
         yield load(f"{stand_ins.UTILS}.petr_transformer").PETRMultiheadAttention
 
 
-def test_a_patched_class_returns_what_the_unpatched_one_does_under_autocast(
+def test_a_patched_class_equals_the_unpatched_one_under_autocast(
     attention_class, installed, monkeypatch
 ):
     torch.manual_seed(0)

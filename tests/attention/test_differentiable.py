@@ -134,7 +134,7 @@ def test_transforms_with_half_inside_float32():
 
 
 @needs_transforms
-def test_a_transform_that_refuses_says_so_itself():
+def test_a_transform_that_fails_raises_its_own_error():
     (q, k, v), _ = problem("none")
     flash_bias_attention(q, k, v, dropout_p=0.5)
     with pytest.raises(RuntimeError, match="randomness"):

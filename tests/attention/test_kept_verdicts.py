@@ -75,7 +75,7 @@ def test_another_machine_checks(kept, monkeypatch):
     assert kept == [SDPA] * 2 and len(kept_verdicts.rows()) == 2
 
 
-def test_unlike_gpus_of_one_process_are_told_apart(kept, monkeypatch):
+def test_unlike_gpus_of_one_process_are_kept_apart(kept, monkeypatch):
     monkeypatch.setattr(kept_verdicts, "here", lambda device: f"GPU {device.index}")
     key = signature.signature_of(call())
     first, second = (key._replace(device=torch.device("cuda", index)) for index in range(2))

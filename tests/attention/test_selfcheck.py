@@ -164,7 +164,7 @@ def test_a_gradient_that_is_wrong_by_itself_is_caught():
     assert "gradient of dense alone is off by 0.1" in check(backend, call(("dense",)))
 
 
-def test_a_library_meets_the_lengths_that_its_cuda_kernels_got_wrong():
+def test_a_library_is_checked_at_lengths_its_cuda_kernels_got_wrong():
     key = signature.signature_of(call(("dense",)))
     on_cuda = key._replace(device=torch.device("cuda"))
     problems = selfcheck._problems(on_cuda, True)
@@ -308,7 +308,7 @@ def test_random_state_stays():
         assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_backend_that_refuses_the_problem_is_not_trusted():
+def test_a_backend_that_rejects_the_problem_fails_the_check():
     class Shy(Faulty):
         def why_not(self, inputs):
             return ["lengths over 1000 only"] if inputs.q.shape[1] < 1000 else []

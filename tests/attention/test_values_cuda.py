@@ -115,7 +115,7 @@ def test_infinite_modality_weights(backend):
         assert (mine - true).norm() <= 5e-3 * true.norm() + 1e-3
 
 
-def test_a_long_mask_is_refused():
+def test_a_long_mask_is_unsupported():
     q, k = (torch.zeros(1, n, 1, 8).cuda() for n in (2, 65536))
     hidden = torch.zeros(1, 65536, dtype=torch.bool).cuda()
     assert any(

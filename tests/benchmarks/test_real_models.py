@@ -62,7 +62,7 @@ def test_every_field_of_a_plan_is_one_of_a_run():
 
 
 @pytest.mark.parametrize("words", (["--only", "petr|PETR"], ["--parts", "batch"]))
-def test_nothing_to_run_is_said(words, monkeypatch, capsys):
+def test_nothing_to_run_is_reported(words, monkeypatch, capsys):
     import real_models
 
     monkeypatch.setattr(
@@ -101,7 +101,7 @@ def test_the_largest_batch_is_found(best, low):
     assert len(tried) == len(set(tried)) <= 12
 
 
-def test_each_run_is_a_process_and_one_that_dies_loses_its_run_only(monkeypatch):
+def test_each_run_is_a_process_and_a_crash_loses_its_run_only(monkeypatch):
     import real_models
 
     folders = set()

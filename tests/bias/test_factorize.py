@@ -74,7 +74,7 @@ def test_fixed_rank_and_both(method):
     assert factorize(dense, rank=500, method=method).rank == 96
 
 
-def test_error_is_honest_under_noise_and_far_from_the_optimum_never():
+def test_error_is_measured_under_noise_and_never_far_from_the_optimum():
     g = torch.Generator().manual_seed(3)
     dense = planted([10.0] * 8, 300, 500) + 1e-3 * torch.randn(300, 500, generator=g)
     exact = factorize(dense, rank=8, method="svd")

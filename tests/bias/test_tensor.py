@@ -308,7 +308,7 @@ def own_gradient(made, way, chain, use=attend):
 @pytest.mark.parametrize(
     "chain", ("as the repositories do", "one for all", "hidden", "four", "same for all")
 )
-def test_whoever_wants_the_gradient_of_the_bias_gets_it(way, chain):
+def test_the_gradient_of_the_bias_itself_is_available(way, chain):
     mine, true = own_gradient(Made(), way, CHAINS[chain])
     assert type(mine) is torch.Tensor and mine.shape == (B, M, N)
     torch.testing.assert_close(mine, true)
@@ -358,7 +358,7 @@ def test_a_leaf_of_somebodys_own():
 # -- whatever else ---------------------------------------------------------------------------------
 
 
-def test_numbers_are_made_once_and_told_once(caplog):
+def test_numbers_are_made_once_and_logged_once(caplog):
     caplog.set_level(logging.INFO)
     made = Made()
     for _ in range(2):

@@ -122,7 +122,7 @@ def test_a_backend_that_fails_is_not_timed(monkeypatch, raises, words):
     assert found["forward_ms"] is None and words in found["why_not"]
 
 
-def test_an_answer_by_another_backend_is_not_timed_as_this_one(monkeypatch):
+def test_a_call_computed_by_another_backend_is_not_timed_as_this_one(monkeypatch):
     """Out of memory opens no breaker: the reference answers, and only the journal knows."""
     inputs = benchmark.make(benchmark.SHAPES["tiny"], torch.float32, torch.device("cpu"))
     assert "error" in benchmark.measure(inputs, "sdpa")

@@ -89,7 +89,7 @@ def test_delete_replaces_and_enable_false_is_off(written):
     )
 
 
-def test_a_missing_base_is_noted_and_a_missing_file_refused(written, tmp_path):
+def test_a_missing_base_is_noted_and_a_missing_file_is_an_error(written, tmp_path):
     report = config_check.check(written("_base_ = ['../mmdetection3d/nus-3d.py']\n" + BASE))
     assert "nus-3d.py does not exist" in report["notes"][0] and len(report["transformers"]) == 1
     with pytest.raises(config_check.ConfigError, match="is not a file"):

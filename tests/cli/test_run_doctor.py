@@ -275,7 +275,7 @@ MISSPELT = {
 
 @pytest.mark.parametrize("name", list(MISSPELT))
 @pytest.mark.parametrize("door", ["import", "run", "doctor"])
-def test_misspelt_values_are_named_once_by_every_door(name, door):
+def test_misspelt_values_are_named_once_by_every_entry_point(name, door):
     text, named = MISSPELT[name]
     if door == "import":
         env = {k: v for k, v in os.environ.items() if not k.startswith("FLASHBIAS_")}

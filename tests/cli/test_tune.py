@@ -106,7 +106,7 @@ def test_shapes_of_one_class_go_together_the_largest_first():
 
 
 @pytest.mark.parametrize("feature", [*tune.FEATURES, "none"])
-def test_features_are_those_asked_for(feature):
+def test_features_are_the_requested_ones(feature):
     made = benchmark.make(benchmark.SHAPES["tiny"], torch.float32, torch.device("cpu"))
     inputs = tune.with_features(made, [feature])
     has = dict(
@@ -147,7 +147,7 @@ def gpu(monkeypatch):
     return asked
 
 
-def test_the_table_and_what_it_was_asked_for(gpu, capsys):
+def test_the_table_and_its_request(gpu, capsys):
     assert status("--shapes", "tiny", "square-1024", "--seconds", "7", "--dry-run") == 0
     assert gpu == [([1024, 64], 7.0, False)]
     out = capsys.readouterr().out

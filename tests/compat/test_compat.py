@@ -100,7 +100,7 @@ def test_one_name_switches_one_patch_on(write, without, monkeypatch):
         write(SOURCES["ipython"][0])()
 
 
-def test_an_unknown_name_is_told(monkeypatch, caplog):
+def test_an_unknown_name_is_logged(monkeypatch, caplog):
     switch(monkeypatch, "turtles")
     assert compat.enabled() == ()
     flashbias_patch.install()

@@ -186,7 +186,7 @@ def test_importing_the_registration_imports_no_torch():
 
 
 @pytest.mark.parametrize("bad", [dict(interval=0), dict(patience=True)])
-def test_a_bad_count_is_refused_when_the_hook_is_built(bad):
+def test_a_bad_count_is_an_error_when_the_hook_is_built(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected a positive integer"):
         hooks.make(Hook, mmengine=False)(**bad)
 

@@ -121,7 +121,7 @@ STUCK = {
 
 
 @pytest.mark.parametrize("case", sorted(STUCK))
-def test_a_stuck_parameter_is_told_once_with_its_cause(caplog, case):
+def test_a_stuck_parameter_is_logged_once_with_its_cause(caplog, case):
     make, what, cause = STUCK[case]
     model = Model()
     loss = make(model)
@@ -159,7 +159,7 @@ def test_a_moving_parameter_is_left_in_peace(caplog):
     assert "step 5: aqr.bias_scale" in caplog.text and "heads.bias_scale" in caplog.text
 
 
-def test_an_unknown_name_is_told(caplog):
+def test_an_unknown_name_is_logged(caplog):
     with caplog.at_level(logging.WARNING, "flashbias_patch"):
         monitor = ParameterMonitor(Model(), "bias_scales")
         monitor.update()
@@ -199,7 +199,7 @@ def test_tensorboard_and_wrapped_models(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [dict(interval=0), dict(patience=1.5)])
-def test_bad_arguments_are_refused_by_name(bad):
+def test_bad_arguments_are_named_in_the_error(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         ParameterMonitor(Model(), **bad)
 

@@ -155,7 +155,7 @@ def test_an_optimizer_and_a_parameter_that_are_built_again(warnings):
     assert not warnings()
 
 
-def test_an_optimizer_built_without_the_parameter_and_a_parameter_that_goes(warnings):
+def test_an_optimizer_without_the_parameter_and_a_removed_parameter(warnings):
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     monitor = watched(model, optimizer, patience=2)

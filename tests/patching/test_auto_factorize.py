@@ -64,7 +64,7 @@ def test_low_rank_inside_and_the_gradient_of_the_dense_one(
     assert "rank 3, relative error" in str(flashbias_patch.status())
 
 
-def test_above_the_error_the_dense_bias_is_used_and_said(patched, monkeypatch, seen, caplog):
+def test_above_the_error_the_dense_bias_is_used_and_logged(patched, monkeypatch, seen, caplog):
     setting(monkeypatch, rank=1)
     decoder, maker, tensors = (
         decoder_of(patched, "PETRMultiheadAttention", False),

@@ -234,7 +234,7 @@ def test_kinds_and_layers(patched):
     torch.testing.assert_close(decoder(**tensors), plain)
 
 
-def test_mistakes_are_refused_with_the_shapes(patched):
+def test_errors_name_the_shapes(patched):
     decoder = decoder_of(patched, "PETRMultiheadAttention", with_cp=False)
     with pytest.raises(ValueError, match=f"M={M}, N={N}"):
         with flashbias_patch.attention_bias(

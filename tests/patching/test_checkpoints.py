@@ -478,9 +478,7 @@ def within(kind, function):
 
 @since(2, 0, "setup_context")
 @pytest.mark.parametrize("way", ("scope", "keyword"))
-def test_a_function_without_ctx_around_an_inner_attention_is_an_error_at_the_recomputation(
-    patched, way
-):
+def test_a_function_without_ctx_around_an_inner_attention_is_an_error(patched, way):
     decoder, inputs = decoder_of(), Inputs()
     for layer in decoder.layers:
         layer.attentions[1].checkpoint = WithSetupContext.apply

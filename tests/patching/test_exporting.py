@@ -165,7 +165,7 @@ def test_a_bias_is_exported_in_plain_operators(model, way, kind):
 
 
 @needs_export
-def test_a_strict_export_refuses_a_bias(model):
+def test_a_strict_export_with_a_bias_is_an_error(model):
     flashbias_patch.install()
     with pytest.raises(Exception) as raised:
         export_strict(Biased(model, BIASES["low rank"]).eval())

@@ -283,7 +283,7 @@ def test_fewer_heads_of_keys_are_shared():
 @pytest.mark.parametrize(
     "option", [{"softcap": 1.0}, {"return_attn_probs": True}, {"deterministic": True}]
 )
-def test_other_options_are_refused_by_name(option):
+def test_other_options_are_named_in_the_error(option):
     (name,) = option
     q, k, v = tensors()
     with pytest.raises(NotImplementedError, match=name):

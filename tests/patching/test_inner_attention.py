@@ -418,7 +418,7 @@ def warnings_of(caplog):
         ),
     ],
 )
-def test_a_block_whose_bias_nobody_takes_is_warned_of_once(caplog, kind, layers, why):
+def test_a_block_whose_bias_is_not_used_is_warned_of_once(caplog, kind, layers, why):
     cls, original = outer(leaving)
     module, (query, key) = cls(), sequences()
     forward = original if "no patched" in why else cls.forward
@@ -709,7 +709,7 @@ def test_kinds_of_a_bare_flash_core(kind):
 
 
 @since(2, 0, "setup_context")
-def test_a_flash_core_in_a_function_without_ctx_is_an_error_at_the_recomputation():
+def test_a_flash_core_in_a_function_without_ctx_is_an_error():
     """What the outer forward adds to it, a floating mask that the flash class drops too, cannot be
     found again."""
     from .test_checkpoints import WithSetupContext

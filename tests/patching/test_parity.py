@@ -156,7 +156,7 @@ def test_flash_class_runs_on_the_cpu_as_its_formula(patched, attn_drop):
     assert_equal([ours, *grads[0]], [theirs, *grads[1]])
 
 
-def test_flash_class_drops_boolean_masks_as_upstream_unless_told(patched, monkeypatch, caplog):
+def test_flash_class_drops_boolean_masks_as_upstream_by_default(patched, monkeypatch, caplog):
     caplog.set_level("INFO", "flashbias_patch")
     module = patched.PETRMultiheadFlashAttention(E, H)
     query, key = torch.randn(5, 2, E), torch.randn(7, 2, E)
@@ -232,7 +232,7 @@ def test_what_is_not_supported_runs_the_original_code(patched, arguments):
 @pytest.mark.parametrize(
     "inner, name", [(True, "in_proj_weight"), (False, "weight"), (False, "bias")]
 )
-def test_a_class_that_computes_a_parameter_is_heard(patched, inner, name):
+def test_a_class_that_computes_a_parameter_is_respected(patched, inner, name):
     """The class of a module may be replaced once it is built, as adapters do, with a property over
     the parameter."""
     module = patched.PETRMultiheadAttention(E, H).eval()
@@ -266,7 +266,7 @@ def test_dropout_is_drawn_and_scaled(patched):
     torch.testing.assert_close(module(query, key, key), first)
 
 
-def test_mismatched_lengths_are_refused_by_name(patched):
+def test_mismatched_lengths_are_named_in_the_error(patched):
     module = patched.PETRMultiheadAttention(E, H)
     with pytest.raises(ValueError, match="key and value"):
         module(torch.randn(5, 2, E), torch.randn(7, 2, E), torch.randn(6, 2, E))

@@ -83,7 +83,7 @@ def test_other_threads_do_not_have_it(patched):  # noqa: F811
         torch.testing.assert_close(out, call.without)
 
 
-def test_a_thread_that_outlives_the_block_goes_on_without(patched):  # noqa: F811
+def test_a_thread_that_outlasts_the_block_has_no_bias(patched):  # noqa: F811
     call, closed, found = Call(), threading.Event(), []
 
     def work():
@@ -103,7 +103,7 @@ def test_a_thread_that_outlives_the_block_goes_on_without(patched):  # noqa: F81
     torch.testing.assert_close(found[1], call.without)
 
 
-def test_a_pool_has_the_bias_of_whoever_submits(patched):  # noqa: F811
+def test_a_pool_has_the_bias_of_the_submitting_thread(patched):  # noqa: F811
     call = Call()
     with ThreadPoolExecutor(1) as pool:
         torch.testing.assert_close(

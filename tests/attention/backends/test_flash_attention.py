@@ -207,7 +207,7 @@ def test_nothing_is_copied_where_there_is_nothing_to_add(flash, monkeypatch):
 
 
 @pytest.mark.parametrize("generation,installed", [(4, (2, 3, 4)), (3, (2, 3)), (2, (2,))])
-def test_the_newest_generation_answers(flash, generation, installed):
+def test_the_newest_generation_is_used(flash, generation, installed):
     flash.install(*installed)
     backend(call())
     assert flash.calls[-1][0] == generation

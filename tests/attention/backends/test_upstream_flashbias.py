@@ -68,7 +68,7 @@ def test_found_in_external_of_the_working_directory(place, monkeypatch):
 
 
 @pytest.mark.parametrize("folder, entry", [("external/FlashBias", None), (".", ""), (".", ".")])
-def test_code_of_the_working_directory_runs_only_when_asked_for(place, monkeypatch, folder, entry):
+def test_code_of_the_working_directory_runs_only_on_request(place, monkeypatch, folder, entry):
     place(folder, "raise SystemExit('executed')")
     if entry is not None:
         monkeypatch.setattr(sys, "path", [entry, *sys.path])
@@ -103,7 +103,7 @@ def test_not_found_says_where_it_looked(place, monkeypatch, tmp_path):
         ("def f(:", "does not load: SyntaxError"),
     ),
 )
-def test_another_file_of_that_name_is_refused(place, monkeypatch, text, part):
+def test_another_file_of_that_name_is_rejected(place, monkeypatch, text, part):
     assert part in loaded(monkeypatch, place("checkout", text))._missing
     assert (
         text.startswith("x") or "flash_bias_func" in text or "flash_bias_triton" not in sys.modules

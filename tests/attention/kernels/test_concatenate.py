@@ -80,7 +80,7 @@ def test_strided_operands_are_read_in_place():
         assert torch.equal(got, expected)
 
 
-def test_a_gradient_that_nobody_needs_is_not_computed():
+def test_a_gradient_that_is_not_needed_is_not_computed():
     q, k, q_factor, k_factor = operands(12, 3)
     outs = join(q, k.detach(), q_factor.detach(), k_factor, None, Plan(0.25, 0.5, False, 1.0, 16))
     sum(out.sum() for out in outs).backward()

@@ -330,7 +330,7 @@ def test_rows_of_masks_begin_at_multiples_of_16(monkeypatch):
     assert problem_module.aligned_rows(dense) is dense
 
 
-def test_dropout_repeats_with_the_generator_and_backward_uses_the_same_mask():
+def test_dropout_follows_the_generator_and_backward_uses_the_same_mask():
     """v = 1 makes a row's output its share of kept weights; dv recovers each kept weight."""
     M, N, p = 9, 40, 0.4
     q, k = torch.zeros(1, M, 1, 16), torch.zeros(1, N, 1, 16)

@@ -80,7 +80,7 @@ def test_a_forced_shape_is_the_only_one_and_leaves_no_trace():
         assert tiles.candidates(KEY._replace(arch=0)) == [one]
 
 
-def test_the_generation_counts_what_changes_answers():
+def test_the_generation_counts_changes_of_results():
     from triton.runtime.errors import OutOfResources
 
     def count(action):

@@ -110,7 +110,7 @@ def test_kernels_and_remembering_are_the_callers_choice(monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["in the call", "in the small one"])
-def test_a_shape_with_another_result_is_refused(monkeypatch, where):
+def test_a_shape_with_another_result_is_rejected(monkeypatch, where):
     small = trial.SMALL[0]
     world = World(
         monkeypatch,
@@ -121,7 +121,7 @@ def test_a_shape_with_another_result_is_refused(monkeypatch, where):
         assert "off by" in row.skipped[BEST]
 
 
-def test_a_result_that_is_not_a_number_is_refused():
+def test_a_result_that_is_not_a_number_is_rejected():
     one = torch.ones(4)
     assert not trial.distance([one * float("nan")], [one]) <= 1e9
     assert (

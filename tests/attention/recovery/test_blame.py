@@ -225,7 +225,7 @@ class Asked(Faulty):
 
 
 @pytest.mark.parametrize("first", (True, False))
-def test_an_error_while_a_backend_is_asked(monkeypatch, first):
+def test_an_error_in_why_not(monkeypatch, first):
     backend = Asked()
     only(monkeypatch, backend)
     if not first:
@@ -314,7 +314,7 @@ class OnlyUnderModes(Persistent):
         return attend_dense(inputs)
 
 
-def test_what_fails_only_in_the_callers_context_is_passed_over_for_this_call_only(monkeypatch):
+def test_a_failure_only_in_the_callers_context_counts_for_that_call_only(monkeypatch):
     only(monkeypatch, OnlyUnderModes())
     with FailingDispatch("nothing"):
         found = call()

@@ -7,7 +7,6 @@ import logging
 
 import pytest
 
-from flashbias_patch.attention.recovery import guard
 from tests.attention.recovery import fault_table as table
 from tests.attention.recovery.fault_matrix import run_case
 from tests.support.fake_backends import BACKENDS, FAULTS, cases
@@ -28,7 +27,7 @@ DEFAULT = [group[(5 * place) % len(group)] for place, group in enumerate(CHOSEN.
 
 
 def check(case, patched, monkeypatch, caplog):
-    if not tells_hooks() and case.passing == "backward" and case.backend != "triton":  # recovers itself
+    if not tells_hooks() and case.passing == "backward" and case.backend != "triton":
         pytest.skip(
             "only torch 2.8 and later tell which saved-tensor hooks are in force: unguarded here"
         )

@@ -224,7 +224,7 @@ def test_the_output_may_be_changed_in_place():
     )
 
 
-def test_transforms_and_forward_mode_meet_the_bare_backend(monkeypatch):
+def test_transforms_and_forward_mode_use_the_unguarded_backend(monkeypatch):
     only(monkeypatch, Plain())
     q, k, v = (t.detach() for t in tensors())
     found = torch.func.vmap(lambda q: flash_bias_attention(q, k, v))(torch.stack([q, 2 * q]))
@@ -239,7 +239,7 @@ def test_transforms_and_forward_mode_meet_the_bare_backend(monkeypatch):
         assert forward_ad.unpack_dual(flash_bias_attention(dual, k, v)).tangent is not None
 
 
-def test_hooks_of_the_user_meet_the_bare_backend():
+def test_hooks_of_the_user_see_the_unguarded_backend():
     q, k, v = tensors()
     with torch.autograd.graph.save_on_cpu():
         out = flash_bias_attention(q, k, v, backend="sdpa")
@@ -330,7 +330,7 @@ def test_with_dropout_the_same_backend_runs_once_more(monkeypatch, error):
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
-def test_with_dropout_failing_twice_is_told_not_guessed(monkeypatch):
+def test_with_dropout_failing_twice_is_an_error(monkeypatch):
     only(monkeypatch, Plain(RuntimeError("no luck"), RuntimeError("again")))
     q, k, v = tensors()
     out = flash_bias_attention(q, k, v, dropout_p=0.5)

@@ -138,7 +138,7 @@ def test_a_frame_without_objects_trains(built):
 
 
 @pytest.mark.parametrize("sensor", ["lidar", "camera"])
-def test_a_dropped_sensor_is_not_heard(built, sensor):
+def test_a_dropped_sensor_has_no_effect(built, sensor):
     _, _, model, batch = built
     other = (
         {**batch, "img": batch["img"].flip(-1)}
