@@ -60,8 +60,8 @@ FAULTS = (
     fault(
         "bias: segments of unlike runs",
         "bias/*.py",
-        "+ second[0][..., places[1]]",
-        "+ second[0][..., places[0]]",
+        "+ second[0][..., indices[1]]",
+        "+ second[0][..., indices[0]]",
         BIAS + "algebra.py",
     ),
     fault(
@@ -74,8 +74,8 @@ FAULTS = (
     fault(
         "bias: shapes do not broadcast",
         "bias/*.py",
-        "sizes.append(theirs if mine == 1 else mine)",
-        "sizes.append(mine)",
+        "sizes.append(other_size if size == 1 else size)",
+        "sizes.append(size)",
         BIAS + "algebra.py",
     ),
     fault(
@@ -221,7 +221,7 @@ FAULTS = (
     fault(
         "flash: rows without keys are not cleared",
         "attention/backends/flash_attention.py",
-        "out = out.masked_fill(dead, 0.0)",
+        "out = out.masked_fill(masked_rows, 0.0)",
         "pass",
         BACKENDS + "flash_attention.py",
     ),
@@ -481,8 +481,8 @@ FAULTS = (
     fault(
         "aqr windows: the last camera instead of the first",
         "aqr/window_router.py",
-        "torch.arange(len(grids), 0, -1, device=seen.device)",
-        "torch.arange(1, len(grids) + 1, device=seen.device)",
+        "torch.arange(len(grids), 0, -1, ",
+        "torch.arange(1, len(grids) + 1, ",
         AQR + "window_router.py",
     ),
     fault(

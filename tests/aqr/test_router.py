@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import pickle
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from flashbias_patch import aqr
+from flashbias_patch.aqr.router import Routing
 
 from . import family
 
@@ -256,3 +258,11 @@ def test_recording():
     assert (
         len(seen) == 1 and seen[0].weights.shape == (B, M, S) and not seen[0].weights.requires_grad
     )
+
+
+def test_eps_bounds_the_bias_from_below():
+    router = aqr.AdaptiveQueryRouter(8, 2, eps=1e-4)
+    logits = torch.tensor([[[200.0, -200.0]]])
+    routing = Routing(logits, logits.softmax(-1), None)  # the second weight is 0 in float32
+    dense = router.bias(routing, (2, 3)).dense()[0, 0, 0]
+    torch.testing.assert_close(dense[2:], torch.full((3,), math.log(1e-4)))

@@ -377,3 +377,16 @@ def test_stand_in_functions_compute():
 
 def test_module_name_of_the_fixture_is_in_the_catalog():
     assert MODULE in catalog.MODULES
+
+
+def test_a_wrapper_that_another_tool_wrapped_is_left_by_uninstall(installed):
+    cls = outer_class()
+    assert install.claim(cls)
+    ours = vars(cls)["forward"]
+
+    def theirs(self, *args, **kwargs):
+        return ours(self, *args, **kwargs)
+
+    cls.forward = theirs
+    flashbias_patch.uninstall()
+    assert vars(cls)["forward"] is theirs
