@@ -22,7 +22,7 @@ from typing import (
 
 import torch
 import torch.utils.checkpoint
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad as forward_ad
 
 # Map and flatten nested dicts, lists and tuples. In every torch seen, so nothing replaces them.
 from torch.utils._pytree import tree_flatten as tree_flatten
@@ -168,7 +168,7 @@ def _any_autocast() -> bool:
 
 
 def _autocast_of_gpu_alone(kind: str, enabled: bool = True) -> ContextManager[Any]:
-    return torch.cuda.amp.autocast(enabled=enabled) if kind == "cuda" else contextlib.nullcontext()  # type: ignore
+    return torch.cuda.amp.autocast(enabled=enabled) if kind == "cuda" else contextlib.nullcontext()
 
 
 # torch.autocast(kind, enabled=); before torch 1.10 the CPU has none.
@@ -278,7 +278,7 @@ TorchFunctionMode: Any = (
 )
 # The class of hooks for tensors saved for the backward pass; None before torch 1.10.
 try:
-    from torch.autograd.graph import saved_tensors_hooks
+    from torch.autograd.graph import saved_tensors_hooks as saved_tensors_hooks
 except ImportError:
     saved_tensors_hooks = None  # type: ignore[assignment, misc]
 # True if a Function may define setup_context and a forward without ctx (torch 2.0 and later).
@@ -364,7 +364,7 @@ def repeat_interleave(tensor: torch.Tensor, lengths: Any, output_size: int) -> t
 def meshgrid(*axes: torch.Tensor) -> Tuple[torch.Tensor, ...]:
     """Return torch.meshgrid(..., indexing="ij"); torch before 1.10 has no other indexing."""
     options = {} if RELEASE < (1, 10) else {"indexing": "ij"}
-    return tuple(torch.meshgrid(*axes, **options))  # type: ignore[arg-type]
+    return tuple(torch.meshgrid(*axes, **options))
 
 
 class _WeakIdKeyDictionary(MutableMapping):  # type: ignore[type-arg]
@@ -401,6 +401,6 @@ class _WeakIdKeyDictionary(MutableMapping):  # type: ignore[type-arg]
 
 
 try:
-    from torch.utils.weak import WeakIdKeyDictionary
+    from torch.utils.weak import WeakIdKeyDictionary as WeakIdKeyDictionary
 except ImportError:
     WeakIdKeyDictionary = _WeakIdKeyDictionary  # type: ignore[misc, assignment]

@@ -94,7 +94,8 @@ class Variable(namedtuple("Variable", "field default parse help")):
 
     @property
     def name(self) -> str:
-        return "FLASHBIAS_" + self.field.upper()
+        field: str = self.field
+        return "FLASHBIAS_" + field.upper()
 
     def shown(self, value: Any) -> str:
         """Format the parsed `value` as README.md does: on, off, unset, all, or the value itself."""

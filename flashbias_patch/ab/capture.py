@@ -125,7 +125,7 @@ def listen(
     )
     import wrapt
 
-    def later(place: Any, make: Callable[[Callable], Callable]) -> None:
+    def later(place: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         module_name, class_name, function = place
         wrapt.register_post_import_hook(
             lambda module: _wrap(getattr(module, class_name, None), function, make), module_name
@@ -136,7 +136,7 @@ def listen(
     later(LOG_BUFFER, lambda original: _log_buffer(original, inbox))
 
 
-def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     original = vars(owner).get(name) if owner is not None else None
     if callable(original) and not hasattr(original, "_flashbias_listens"):
         wrapped = functools.wraps(original)(make(original))
@@ -144,7 +144,9 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
         setattr(owner, name, wrapped)
 
 
-def _backward(original: Callable, inbox: Inbox, after: Callable[[], None]) -> Callable:
+def _backward(
+    original: Callable[..., Any], inbox: Inbox, after: Callable[[], None]
+) -> Callable[..., Any]:
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
         if inbox.depth == 0:
             inbox.hear_backward(tensors, sys._getframe(1))
@@ -160,7 +162,9 @@ def _backward(original: Callable, inbox: Inbox, after: Callable[[], None]) -> Ca
     return backward
 
 
-def _scaler_step(original: Callable, inbox: Inbox, skipped: Callable[[Any], None]) -> Callable:
+def _scaler_step(
+    original: Callable[..., Any], inbox: Inbox, skipped: Callable[[Any], None]
+) -> Callable[..., Any]:
     def step(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         before = inbox.steps
         result = original(self, optimizer, *args, **kwargs)
@@ -171,7 +175,7 @@ def _scaler_step(original: Callable, inbox: Inbox, skipped: Callable[[Any], None
     return step
 
 
-def _clip(original: Callable, inbox: Inbox) -> Callable:
+def _clip(original: Callable[..., Any], inbox: Inbox) -> Callable[..., Any]:
     def clip_grad_norm_(*args: Any, **kwargs: Any) -> Any:
         norm = original(*args, **kwargs)
         inbox.clip_norm = (
@@ -182,7 +186,7 @@ def _clip(original: Callable, inbox: Inbox) -> Callable:
     return clip_grad_norm_
 
 
-def _scale(original: Callable) -> Callable:
+def _scale(original: Callable[..., Any]) -> Callable[..., Any]:
     def scale(self: Any, outputs: Any) -> Any:
         scaled = original(self, outputs)
         if (
@@ -194,7 +198,7 @@ def _scale(original: Callable) -> Callable:
     return scale
 
 
-def _autocast(original: Callable, inbox: Inbox) -> Callable:
+def _autocast(original: Callable[..., Any], inbox: Inbox) -> Callable[..., Any]:
     def __enter__(self: Any) -> Any:
         inbox.half = inbox.half or bool(getattr(self, "_enabled", False))
         return original(self)
@@ -202,7 +206,7 @@ def _autocast(original: Callable, inbox: Inbox) -> Callable:
     return __enter__
 
 
-def _parse_losses(original: Callable, inbox: Inbox) -> Callable:
+def _parse_losses(original: Callable[..., Any], inbox: Inbox) -> Callable[..., Any]:
     def parse_losses(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         if isinstance(result, tuple) and len(result) == 2:
@@ -212,7 +216,7 @@ def _parse_losses(original: Callable, inbox: Inbox) -> Callable:
     return parse_losses
 
 
-def _log_buffer(original: Callable, inbox: Inbox) -> Callable:
+def _log_buffer(original: Callable[..., Any], inbox: Inbox) -> Callable[..., Any]:
     def update(self: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
         inbox.hear_parts(values)
         return original(self, values, *args, **kwargs)
@@ -244,7 +248,7 @@ def on_optimizer_step(hook: Callable[[Any], None], inbox: Inbox) -> None:
         after(lambda optimizer, args, kwargs: ended(optimizer))
         return
 
-    def init(original: Callable) -> Callable:
+    def init(original: Callable[..., Any]) -> Callable[..., Any]:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
             _wrap(type(self), "step", lambda step: _around(step, inbox, ended))
@@ -254,7 +258,9 @@ def on_optimizer_step(hook: Callable[[Any], None], inbox: Inbox) -> None:
     _wrap(module.Optimizer, "__init__", init)
 
 
-def _around(step: Callable, inbox: Inbox, ended: Callable[[Any], None]) -> Callable:
+def _around(
+    step: Callable[..., Any], inbox: Inbox, ended: Callable[[Any], None]
+) -> Callable[..., Any]:
     def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
         inbox.begin_step()
         result = step(self, *args, **kwargs)

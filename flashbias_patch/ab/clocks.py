@@ -52,7 +52,7 @@ class Watch:
         self.visible, self.period = environ.get("CUDA_VISIBLE_DEVICES"), period
         self.program = shutil.which("nvidia-smi", path=environ.get("PATH"))
         self.samples: List[Dict[str, Any]] = []
-        self.child: Optional[subprocess.Popen] = None
+        self.child: Optional[subprocess.Popen[bytes]] = None
         self.stopped = False
         self.lock = threading.Lock()
         self.thread: Optional[threading.Thread] = None
@@ -68,7 +68,7 @@ class Watch:
                 if self.stopped or self.samples:
                     return
                 try:
-                    self.child = subprocess.Popen(
+                    child = self.child = subprocess.Popen(
                         [*words, f"--loop-ms={int(self.period * 1000)}"],
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.PIPE,
@@ -77,13 +77,13 @@ class Watch:
                     )
                 except OSError:
                     return
-            assert self.child.stdout is not None
-            for line in self.child.stdout:
+            assert child.stdout is not None
+            for line in child.stdout:
                 sample = parse(line.decode("utf-8", "replace"))
                 if sample is not None:
                     self.samples.append(sample)
-            self.child.stdout.close()
-            self.child.wait()
+            child.stdout.close()
+            child.wait()
 
     def stop(self) -> List[Dict[str, Any]]:
         """End the sampling; what was seen of each GPU (see `summary`)."""

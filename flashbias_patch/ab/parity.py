@@ -310,7 +310,8 @@ def _scale(curves: np.ndarray) -> np.ndarray:
 
 def _mean(curves: np.ndarray) -> np.ndarray:
     """Of equal curves exactly one of them."""
-    return np.where((curves == curves[0]).all(axis=0), curves[0], curves.mean(axis=0))
+    mean: np.ndarray = np.where((curves == curves[0]).all(axis=0), curves[0], curves.mean(axis=0))
+    return mean
 
 
 def _pairs(curves: np.ndarray, scale: np.ndarray) -> List[np.ndarray]:

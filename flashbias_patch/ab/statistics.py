@@ -173,7 +173,8 @@ def compare_peaks(
 def midmean(values: np.ndarray, axis: int = -1) -> np.ndarray:
     """Mean of the middle half along `axis`: hardly moved by outliers, and steadier than a
     median."""
-    return stats.trim_mean(values, 0.25, axis=axis)
+    mean: np.ndarray = stats.trim_mean(values, 0.25, axis=axis)
+    return mean
 
 
 def _block_bootstrap(values: np.ndarray, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,7 @@ class Waits:
         found, self.by_thread = self.by_thread, {}
         return found.get(threading.get_ident(), {})
 
-    def timed(self, original: Callable) -> Callable:
+    def timed(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """`original(loader or its iterator, ...)`, timed. A loader inside another one's call is
         part of that call."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from . import records
 from .parity import Parity
@@ -104,7 +104,7 @@ def _failure(verdict: Verdict) -> str:
     return f"{who} fail{'' if len(names) > 1 else 's'}: {_which(first)}{hint}"
 
 
-def _which(first: dict) -> str:
+def _which(first: Dict[str, Any]) -> str:
     said = []
     for failure in filter(None, first.values()):
         message = failure.message.partition("; ")[0]

@@ -148,7 +148,7 @@ class AdaptiveQueryRouter(nn.Module):
             )
 
         # Not get_extra_state: without `drop` there must be no such key.
-        self._register_state_dict_hook(_save_drop)
+        self._register_state_dict_hook(_save_drop)  # type: ignore[no-untyped-call]
 
     @property
     def locality_scales(self) -> Optional[Tensor]:
@@ -348,7 +348,7 @@ def _locality(
     if value is True:
         return Locality()
     try:
-        scales = Locality(**value) if isinstance(value, dict) else Locality(*value)  # type: ignore[misc]
+        scales = Locality(**value) if isinstance(value, dict) else Locality(*value)
         if all(float(scale) > 0.0 for scale in scales):
             return Locality(*map(float, scales))
     except TypeError:

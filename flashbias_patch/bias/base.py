@@ -113,7 +113,8 @@ class AttentionBias:
 
         def move(tensor: Tensor) -> Tensor:
             own = dtype if tensor.is_floating_point() else None
-            return tensor.to(device=device, dtype=own)  # type: ignore[call-overload]
+            moved: Tensor = tensor.to(device=device, dtype=own)  # type: ignore[call-overload]
+            return moved
 
         return self._map(move)
 

@@ -35,7 +35,8 @@ def as_four(tensor: Tensor, num_heads: Optional[int], name: str = "tensor") -> T
                 "size "
                 f"does not divide by {num_heads}: got {tuple(tensor.shape)}"
             )
-        return tensor.unflatten(0, (tensor.shape[0] // num_heads, num_heads))
+        unflattened: Tensor = tensor.unflatten(0, (tensor.shape[0] // num_heads, num_heads))
+        return unflattened
     if tensor.dim() == 4:
         if num_heads is not None and tensor.shape[1] not in (1, num_heads):
             raise ValueError(

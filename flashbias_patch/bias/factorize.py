@@ -156,9 +156,10 @@ def factorize(
     measured = (error, columns, 1 - error * error)
     if missed:
         return Factorization(whole, *measured, True, missed, state)
-    low_rank: AttentionBias = LowRankBias(
-        *_Project.apply(dense, masked, svd.left, svd.values, svd.right)
+    factors = _Project.apply(  # type: ignore[no-untyped-call]
+        dense, masked, svd.left, svd.values, svd.right
     )
+    low_rank: AttentionBias = LowRankBias(*factors)
     rest = tuple(term for term in terms if not isinstance(term, DenseBias))
     mask = () if masked is None else (MaskBias(masked),)
     return Factorization(add_terms((low_rank,) + rest + mask), *measured, False, "", state)
@@ -297,7 +298,8 @@ def _cut(svd: _Svd, problem: _Problem, cap: int) -> Tuple[_Svd, str]:
 def _squares(matrix: Tensor) -> Tensor:
     """Return squared Frobenius norms (B|1, H|1); rows are summed in the precision of the matrix,
     the rest in float64."""
-    return torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(-1)
+    row_norms: Tensor = torch.linalg.vector_norm(matrix, dim=-1)
+    return row_norms.double().square().sum(-1)
 
 
 def _residual(problem: _Problem, svd: _Svd) -> float:

@@ -58,8 +58,8 @@ class _Windows(AttentionBias):
         """Return True if `other` is of this class and has the same windows."""
         return (
             type(other) is type(self)
-            and self._static() == other._static()  # type: ignore[attr-defined]
-            and same_tensor(self.centres, other.centres)  # type: ignore[attr-defined]
+            and self._static() == other._static()
+            and same_tensor(self.centres, other.centres)
         )
 
     def _static(self) -> Tuple[object, ...]:

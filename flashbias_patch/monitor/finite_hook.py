@@ -1,4 +1,4 @@
-"""FiniteWatchHook for the runners of mmcv 1.x and mmengine (see hooks.py)."""
+"""FiniteWatchHook for the runners of mmcv 1.x and mmengine (see runner_hooks.py)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any, Iterator, Optional, Sequence
 NAME = "FiniteWatchHook"
 
 
-def make(base: type, mmengine: bool) -> type:
-    """The hook class for one of the two runners."""
+def make(base: Any, mmengine: bool) -> type:
+    """Return the hook class for the runner of mmcv 1.x or mmengine."""
 
-    class FiniteWatchHook(base):  # type: ignore[misc, valid-type]
-        """Names the first output or gradient that is nan or infinite; see monitor.FiniteWatch.
+    class FiniteWatchHook(base):  # type: ignore[misc]
+        """Name the first output or gradient that is nan or infinite; see monitor.FiniteWatch.
 
         names: watch only modules whose name starts with one of these. stop: end the training with
-        FloatingPointError where something is found. At the default priority the hook comes after
-        that of the optimizer. Gradients of a step that a GradScaler left out are ignored.
+        FloatingPointError for a value that is not finite. At the default priority the hook comes
+        after that of the optimizer. Gradients of a step that GradScaler skipped are ignored.
         """
 
         def __init__(self, names: Sequence[str] = ("",), stop: bool = False) -> None:
@@ -44,7 +44,7 @@ def make(base: type, mmengine: bool) -> type:
             self._close()
 
         def _close(self) -> None:
-            """Take the watch's hooks off the model; training goes on at its own speed."""
+            """Remove the hooks from the model, so that training is not slowed down any more."""
             if self.watch is not None:
                 self.watch.close()
 
@@ -52,7 +52,7 @@ def make(base: type, mmengine: bool) -> type:
 
 
 def _loss_scale(runner: Any, mmengine: bool) -> Optional[float]:
-    """The scale of the runner's GradScaler, which falls where a step was left out; None without
+    """Return the scale of GradScaler, which decreases after a skipped step; None without
     one."""
     for owner in _owners(runner, mmengine):
         scaler: Any = getattr(owner, "loss_scaler", None)
@@ -62,7 +62,8 @@ def _loss_scale(runner: Any, mmengine: bool) -> Optional[float]:
 
 
 def _owners(runner: Any, mmengine: bool) -> Iterator[Any]:
-    """What may hold a `loss_scaler`: the optimizer's wrapper (mmengine), or its hook (mmcv)."""
+    """Yield objects that may have a `loss_scaler`: the optimizer wrapper (mmengine) or hooks
+    (mmcv)."""
     if mmengine:
         yield runner.optim_wrapper
     else:

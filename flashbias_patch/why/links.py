@@ -167,7 +167,7 @@ def _loss(entry: Dict[str, Any], facts: Dict[str, Any]) -> Optional[Link]:
 
 
 def _last_live_is_cut(events: List[Dict[str, Any]]) -> bool:
-    return events[-1]["kind"] != "used"
+    return bool(events[-1]["kind"] != "used")
 
 
 _ENDS: Tuple[Tuple[str, str], ...] = (

@@ -181,7 +181,7 @@ class Observer:
             return
         names = frozenset().union(*(mark.names for mark in marks))
         outputs = [t for t in tensors_in(out, 4) if t.is_floating_point()]
-        marked_names: set = set()
+        marked_names: Set[str] = set()
         for mark in map(self.trace.mark_of, outputs):
             marked_names |= mark.names if mark is not None and mark.live else set()
         for subject in self.subjects.values():

@@ -227,7 +227,7 @@ def new(
         bias = bias._map(_without_grad)
     learned = [tensor for tensor in bias.tensors() if tensor.requires_grad]
     if learned:
-        result = _Describe.apply(None, bias, layout, dtype, *learned)
+        result = _Describe.apply(None, bias, layout, dtype, *learned)  # type: ignore[no-untyped-call]
     else:
         result = _wrapper(bias, layout, dtype)
     result._replay, result._parents, result._shares = replay, parents, is_view
@@ -259,7 +259,9 @@ def rebind(tensor: BiasTensor, bias: Optional[AttentionBias], layout: Layout) ->
         else [t for t in (tensor._dense,) if t is not None and t.requires_grad]
     )
     if learned and torch.is_grad_enabled():
-        _Describe.apply(tensor, bias, layout, tensor.dtype, *learned)
+        _Describe.apply(  # type: ignore[no-untyped-call]
+            tensor, bias, layout, tensor.dtype, *learned
+        )
 
 
 class _Describe(torch.autograd.Function):

@@ -285,7 +285,8 @@ def _as_indices(indices: Any, length: int, tensor: BiasTensor) -> Optional[Tenso
         indices = indices.nonzero()[:, 0]
     if indices.is_floating_point() or indices.dtype is torch.uint8:
         return None
-    return indices.to(tensor.device)
+    moved: Tensor = indices.to(tensor.device)
+    return moved
 
 
 @handles("cat", "concat", "concatenate")
