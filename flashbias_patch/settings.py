@@ -23,6 +23,10 @@ FALSE = ("0", "false", "off", "no", "n", "none", "disable", "disabled")
 # tests and benchmarks, and the list of problems that this process or a parent process has reported.
 NAMED = "FLASHBIAS_NAMED"
 INTERNAL = (NAMED, "FLASHBIAS_PROBE", "FLASHBIAS_FUZZ", "FLASHBIAS_FRAME", "FLASHBIAS_TEST")
+# Variables of earlier versions, without effect now -> the reason, and what to do instead.
+RETIRED = {
+    "FLASHBIAS_TUNE": "tile shapes are not tuned during a run; run `flashbias tune` before it"
+}
 
 
 class Bad(ValueError):
@@ -74,17 +78,6 @@ def _number(kind: type, low: float, high: float, expected: str) -> Callable[[str
     return parse
 
 
-def _seconds(text: str) -> float:
-    if text.lower() in FALSE:
-        return 0.0
-    if text.lower() in TRUE:
-        return 60.0
-    seconds: float = _number(
-        float, 2.0, 3600.0, "off, on (60) or a number of seconds from 2 to 3600"
-    )(text)
-    return seconds
-
-
 def _names(text: str) -> Tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -99,7 +92,7 @@ class Variable(namedtuple("Variable", "field default parse help")):
 
     def shown(self, value: Any) -> str:
         """Format the parsed `value` as README.md does: on, off, unset, all, or the value itself."""
-        if isinstance(value, bool) or (self.parse is _seconds and not value):
+        if isinstance(value, bool):
             return "on" if value else "off"
         if value is None:
             return "unset"
@@ -164,13 +157,6 @@ VARIABLES: Tuple[Variable, ...] = (
         "adaptive query routing without a change of the config: 1, or key=value,...",
     ),
     Variable("compat", ("all",), _names, "comma-separated compatibility patches, `all` or `none`"),
-    Variable(
-        "tune",
-        0.0,
-        _seconds,
-        "time tile shapes for GPUs that the shipped table was not measured on: off, on, or "
-        "seconds per call signature",
-    ),
     Variable(
         "verdicts",
         True,
@@ -244,6 +230,8 @@ def _unknown(name: str) -> List[str]:
     upper = name.upper()
     if not upper.startswith("FLASH") or name in _KNOWN or name.startswith(INTERNAL):
         return []
+    if upper in RETIRED:
+        return [f"{name} has no effect any more: {RETIRED[upper]}."]
     if upper.startswith("FLASHBIAS_"):
         field = nearest(upper[len("FLASHBIAS_") :], [variable.field for variable in VARIABLES])
         near = field and "FLASHBIAS_" + field.upper()

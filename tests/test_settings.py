@@ -32,7 +32,6 @@ GOOD = {
     "max_error": [("0.1", 0.1)],
     "aqr": [("enable=1", "enable=1")],
     "compat": [("none", ("none",)), ("turtle,dn_index", ("turtle", "dn_index"))],
-    "tune": [("off", 0.0), ("0", 0.0), ("on", 60.0), ("20", 20.0), ("2.5", 2.5)],
     "verdicts": [("off", False), ("1", True)],
     "log_level": [("INFO", "info")],
 }
@@ -46,9 +45,6 @@ BAD = [
     ("energy", "1.5", ("(0, 1]",)),
     ("max_error", "-1", ("0 to 1",)),
     ("log_level", "loud", ("warning",)),
-    ("tune", "soon", ("off, on", "2 to 3600")),
-    ("tune", "-5", ("seconds",)),
-    ("tune", "nan", ("seconds",)),
 ]
 
 
@@ -98,6 +94,14 @@ def test_an_unknown_setting_names_the_known_ones():
 def test_a_misspelt_value_is_named_with_the_nearest(field, text, near):
     (problem,) = Settings({f"FLASHBIAS_{field.upper()}": text}).problems
     assert f"the nearest is {near!r}" in problem
+
+
+def test_a_retired_name_says_what_to_do_instead():
+    (message,) = Settings({"FLASHBIAS_TUNE": "60"}).unknown
+    assert message == (
+        "FLASHBIAS_TUNE has no effect any more: tile shapes are not tuned during a run; "
+        "run `flashbias tune` before it."
+    )
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def why_not() -> str:
 def _tune(args: argparse.Namespace, benchmark: Any) -> int:
     import torch
 
-    tune = importlib.import_module(KERNELS + ".tune")
+    tune = importlib.import_module("flashbias_patch.attention.tuning")
     names = args.shapes or list(benchmark.SHAPES)
     groups = classes({name: benchmark.SHAPES[name] for name in names})
     device, dtype = torch.device("cuda"), benchmark.DTYPES[args.dtype]

@@ -14,8 +14,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.0")
 
 from flashbias_patch.attention import benchmark  # noqa: E402
-from flashbias_patch.attention.kernels import cache, tiles, trial  # noqa: E402
-from flashbias_patch.attention.kernels import tune as tuner  # noqa: E402
+from flashbias_patch.attention import tuning as tuner  # noqa: E402
+from flashbias_patch.attention import tuning_trial as trial  # noqa: E402
+from flashbias_patch.attention.kernels import cache, tiles  # noqa: E402
 from flashbias_patch.cli import tune  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,10 +79,7 @@ def test_show_and_forget(capsys):
     tiles.remember({KEY: CONFIG})
     assert status("--show") == 0
     shown = capsys.readouterr().out.splitlines()
-    assert (
-        len(shown) == 2
-        and "forward 90 True 32 16 True False False  32, 32, 4, 2, 0, 0, 0" in shown[1]
-    )
+    assert len(shown) == 2 and "forward 90 True 32 16 True False False  32, 32, 4, 2, 0" in shown[1]
     assert status("--forget") == 0 and "removed: " in capsys.readouterr().out
     assert not os.path.exists(cache.path())
     assert status("--forget") == 0 and "no tile shape is stored in" in capsys.readouterr().out

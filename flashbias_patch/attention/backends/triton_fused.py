@@ -10,7 +10,6 @@ from typing import Any, List, NoReturn, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ... import settings
 from ..._torch_internals import RELEASE
 from ..inputs import AttentionInputs
 from .base import Backend, OnFailure
@@ -75,7 +74,6 @@ class TritonFused(Backend):
     recovers = True
 
     def __init__(self) -> None:
-        self.tune = settings.current().tune  # seconds; 0: never
         self.attend: Any = None  # kernels.autograd.attend, imported with the first call
 
     def unavailable(self) -> Sequence[str]:
@@ -100,10 +98,6 @@ class TritonFused(Backend):
             from ..kernels import autograd
 
             self.attend = autograd.attend
-        if self.tune:
-            from ..kernels import on_miss
-
-            on_miss.tune(inputs, self.tune)
         return self.attend(inputs, on_failure)  # type: ignore[no-any-return]
 
     def traced(self, inputs: AttentionInputs) -> Tensor:

@@ -25,7 +25,6 @@ from .common import (
     bounded,
     dot,
     dropout_shift,
-    exp2,
     keep_tile,
     keep_tile_by_key,
     largest_weight,
@@ -207,7 +206,6 @@ def keys_kernel(
     DROPOUT: tl.constexpr,
     NEED_KV: tl.constexpr, NEED_KF: tl.constexpr, DENSE_GRAD: tl.constexpr, SHARED_KF: tl.constexpr,
     FOLDED: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EXP: tl.constexpr,
 ):  # fmt: skip
     """A block of keys against queries split * split_rows .. + split_rows. Tiles are (keys,
     queries).
@@ -356,7 +354,7 @@ def keys_kernel(
             lse_delta = tl.load(ROWS + 2 * first_row + tl.arange(0, 2 * BLOCK_M))
             lse, delta = tl.split(tl.reshape(lse_delta, [BLOCK_M, 2]))
             x = s * score_scale - lse[None, :]
-        p = exp2(x, EXP)
+        p = tl.exp2(x)
         if HAS_MASK:
             hidden = _load_pairs_by_key(
                 MASK, mask_m, first_row, row_hi, start, end, whole, 1, BLOCK_M, BLOCK_N
@@ -440,7 +438,7 @@ def _queries_step(
     BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr,
     PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr, NEED_Q: tl.constexpr,
     NEED_QF: tl.constexpr,
-    NEED_W: tl.constexpr, FOLDED: tl.constexpr, EXP: tl.constexpr, EDGE: tl.constexpr,
+    NEED_W: tl.constexpr, FOLDED: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     k = load_tile(K, k_n, start, end, BLOCK_N, D, BLOCK_D, EDGE)
     s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
@@ -467,7 +465,7 @@ def _queries_step(
         x = (x - lse[:, None]) - log_total[:, None]
     else:
         x = s * score_scale - lse[:, None]
-    p = exp2(x, EXP)
+    p = tl.exp2(x)
     if HAS_MASK:
         p = tl.where(
             load_pairs(MASK, mask_m, first_row, M, start, end, 1, BLOCK_M, BLOCK_N, EDGE) == 0,
@@ -508,7 +506,7 @@ def queries_kernel(
     DROPOUT: tl.constexpr,
     NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr, FOLDED: tl.constexpr,
     VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """DQ (splits, B, M, H, D) and DQF (splits, B, M, H, R) written, DW (splits, B, M, H, SEGMENTS)
     added to."""
@@ -601,7 +599,7 @@ def queries_kernel(
                     score_scale, dropout_p, keep_scale,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND,
                     APART, DROPOUT,
-                    NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, False,
+                    NEED_Q, NEED_QF, NEED_W, FOLDED, False,
                 )  # fmt: skip
         for index in range(whole, hi):
             block = tl.load(ORDER + index)
@@ -619,7 +617,7 @@ def queries_kernel(
                 dropout_p, keep_scale,
                 BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND,
                 APART, DROPOUT,
-                NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, True,
+                NEED_Q, NEED_QF, NEED_W, FOLDED, True,
             )  # fmt: skip
             if NEED_W:
                 # Its own rows and nobody else's: an atomic only because the rows are written again
@@ -648,7 +646,7 @@ def queries_kernel(
                     score_scale, dropout_p, keep_scale,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND,
                     APART, DROPOUT,
-                    NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, False,
+                    NEED_Q, NEED_QF, NEED_W, FOLDED, False,
                 )  # fmt: skip
             if tail < hi:
                 dq, dqf, row_sum = _queries_step(
@@ -658,7 +656,7 @@ def queries_kernel(
                     score_scale, dropout_p, keep_scale,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK, PAD_KIND,
                     APART, DROPOUT,
-                    NEED_Q, NEED_QF, NEED_W, FOLDED, EXP, True,
+                    NEED_Q, NEED_QF, NEED_W, FOLDED, True,
                 )  # fmt: skip
             if NEED_W:
                 tl.atomic_add(DW + dw_offsets + segment, row_sum, mask=rows < M, sem="relaxed")

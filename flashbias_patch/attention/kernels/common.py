@@ -15,51 +15,6 @@ LARGEST = tl.constexpr(
 )  # the sum of a dense bias, padding and a segment weight stays finite, times log2(e) too
 COLUMNS = tl.constexpr(16)  # of a tile of factors with room for what problem.folded speaks of
 
-# exp2 of four elements, three on the special-function unit and one as a polynomial on the
-# multiply-add units: at head dim 32 exponentials are the scarcest thing (16 a clock on each
-# multiprocessor). Degree 3, relative error 1e-4, under half precision's own rounding. The integer
-# part of x is added to the exponent bits.
-EXP2_MIXED = tl.constexpr(
-    """{
-    .reg .f32 a, b, c, t, j, f, p, x;
-    .reg .b32 i, r;
-    ex2.approx.ftz.f32 a, $4;
-    ex2.approx.ftz.f32 b, $5;
-    ex2.approx.ftz.f32 c, $6;
-    max.ftz.f32 x, $7, 0fC2FC0000;
-    add.rn.ftz.f32 t, x, 0f4B400000;
-    sub.rn.ftz.f32 j, t, 0f4B400000;
-    sub.rn.ftz.f32 f, x, j;
-    fma.rn.ftz.f32 p, f, 0f3D61FB9C, 0f3E786F0C;
-    fma.rn.ftz.f32 p, p, f, 0f3F31798E;
-    fma.rn.ftz.f32 p, p, f, 0f3F7FFB49;
-    mov.b32 i, t;
-    shl.b32 i, i, 23;
-    mov.b32 r, p;
-    add.s32 r, r, i;
-    mov.f32 $0, a;
-    mov.f32 $1, b;
-    mov.f32 $2, c;
-    mov.b32 $3, r;
-    }"""
-)
-
-
-@triton.jit
-def exp2(x, EXP: tl.constexpr):
-    """EXP 0: tl.exp2. 1: the bare instruction, denormals flushed. 2: a quarter by polynomial (half
-    precision only)."""
-    if EXP == 2:
-        return tl.inline_asm_elementwise(
-            EXP2_MIXED, "=f,=f,=f,=f,f,f,f,f", [x], dtype=tl.float32, is_pure=True, pack=4
-        )
-    elif EXP == 1:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.exp2(x)
-
 
 @triton.jit
 def _upper(x):

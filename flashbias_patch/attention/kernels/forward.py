@@ -12,7 +12,6 @@ from .common import (
     bounded,
     dot,
     dropout_shift,
-    exp2,
     keep_tile,
     largest_weight,
     load_keys,
@@ -34,7 +33,7 @@ def _step(
     score_scale, dropout_p,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr,
-    PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr, EXP: tl.constexpr,
+    PAD_KIND: tl.constexpr, APART: tl.constexpr, DROPOUT: tl.constexpr,
     EDGE: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running softmax. `weight`: of the segment, for each row, where it
@@ -76,9 +75,9 @@ def _step(
         anchor = new_peak
     alpha = tl.exp2(peak - anchor)
     if APART:
-        p = exp2(s - anchor[:, None], EXP)
+        p = tl.exp2(s - anchor[:, None])
     else:
-        p = exp2(s * score_scale - anchor[:, None], EXP)
+        p = tl.exp2(s * score_scale - anchor[:, None])
     total = total * alpha + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(
@@ -137,7 +136,7 @@ def forward_kernel(
     HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr,
     DROPOUT: tl.constexpr,
     PARTIAL: tl.constexpr, HAS_LOW: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """OUT (splits, B, M, H, D), LOW what OUT lost by being rounded (HAS_LOW), and LSE (splits, B *
     H, M), in log2 units.
@@ -205,7 +204,7 @@ def forward_kernel(
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, start, N, shift, M, score_scale,
                     dropout_p,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
-                    PAD_KIND, APART, DROPOUT, EXP, False,
+                    PAD_KIND, APART, DROPOUT, False,
                 )  # fmt: skip
         for index in range(whole, hi):
             block = tl.load(ORDER + index)
@@ -220,7 +219,7 @@ def forward_kernel(
                 k_n, v_n, kf_n, dense_m, mask_m, first_row, start, end, shift, M, score_scale,
                 dropout_p,
                 BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
-                PAD_KIND, APART, DROPOUT, EXP, True,
+                PAD_KIND, APART, DROPOUT, True,
             )  # fmt: skip
     else:
         split_lo = split * split_keys
@@ -246,7 +245,7 @@ def forward_kernel(
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, start, hi, shift, M, score_scale,
                     dropout_p,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
-                    PAD_KIND, APART, DROPOUT, EXP, False,
+                    PAD_KIND, APART, DROPOUT, False,
                 )  # fmt: skip
             if tail < hi:
                 acc, peak, total = _step(
@@ -254,7 +253,7 @@ def forward_kernel(
                     k_n, v_n, kf_n, dense_m, mask_m, first_row, tail, hi, shift, M, score_scale,
                     dropout_p,
                     BLOCK_M, BLOCK_N, D, BLOCK_D, BLOCK_R, SEGMENTS, HAS_DENSE, HAS_MASK,
-                    PAD_KIND, APART, DROPOUT, EXP, True,
+                    PAD_KIND, APART, DROPOUT, True,
                 )  # fmt: skip
             if SEGMENTS > 0 and not APART:
                 # As it was where the segment had nothing above it: -1e9 and back would cost its

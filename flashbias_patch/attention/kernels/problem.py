@@ -151,7 +151,6 @@ class Problem(NamedTuple):
             DROPOUT=self.dropout_p > 0,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            EXP=config.exp,
             num_warps=config.warps,
             num_stages=config.stages,
             enable_fp_fusion=True,
@@ -325,8 +324,6 @@ def pad_kind(padding: Optional[Tensor]) -> int:
 
 def split_count(programs: int, blocks: int, processors: int, config: Config, least: int = 4) -> int:
     """Into how many parts to cut a loop over `blocks` so that `programs` of them fill the GPU."""
-    if config.splits:
-        return max(1, min(config.splits, blocks))
     room = processors * (3 if config.warps <= 4 else 2)
     if processors == 1 or programs * 4 > room * 3:
         return 1

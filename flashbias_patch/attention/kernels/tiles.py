@@ -21,10 +21,9 @@ KERNELS = (
 
 
 class Config(NamedTuple):
-    """A tile of block_m queries by block_n keys; exp: see common.exp2; splits: 0 lets the launcher
-    choose.
+    """A tile of block_m queries by block_n keys, and how it is compiled.
 
-    registers: what a thread may use at most, so that more programs run side by side (0: the
+    registers: the most that a thread may use, so that more programs run side by side (0: the
     compiler's choice).
     """
 
@@ -32,8 +31,6 @@ class Config(NamedTuple):
     block_n: int
     warps: int
     stages: int
-    exp: int = 0
-    splits: int = 0
     registers: int = 0
 
 
@@ -181,7 +178,7 @@ def shipped(key: Key) -> List[Config]:
     smaller = SMALLER_WINDOWS if place in WINDOWS else SMALLER
     for block_d, block_r, config in (*pairs, *busy, *(WINDOWS.get(place) or TABLE[place])):
         if key.block_d <= block_d and key.block_r <= block_r:
-            return [config if key.plain or config.exp < 2 else config._replace(exp=1), *smaller]
+            return [config, *smaller]
     return list(smaller)
 
 
@@ -231,17 +228,6 @@ def forced(key: Key, config: Config) -> Iterator[None]:
         _changed()
 
 
-def measured(key: Key) -> bool:
-    """Whether TABLE's rows for `key` were measured on such a GPU."""
-    return key.arch in (0, 90)
-
-
-def tuned(key: Key) -> bool:
-    """Whether there is more than TABLE to go by."""
-    _load()
-    return key in _tuned
-
-
 def _load() -> None:
     """Read what earlier runs tuned. A cache that cannot be read is as good as none."""
     global _loaded
@@ -274,27 +260,14 @@ def _sensible(config: Config) -> Config:
         and config.warps <= 16
         and 1 <= config.stages <= 8
     )
-    extras = 0 <= config.exp <= 2 and 0 <= config.splits <= 256 and 0 <= config.registers <= 255
     if (
         not good
         or not sizes
-        or not extras
+        or not 0 <= config.registers <= 255
         or config.block_m * config.block_n * config.stages > 1 << 17
     ):
         raise ValueError(config)
     return config
-
-
-def reload() -> None:
-    """Read the cache again: another process may have tuned meanwhile."""
-    global _loaded
-    before = dict(_tuned)
-    _loaded = False
-    _load()
-    for key, config in _tuned.items():
-        if before.get(key) != config:
-            _working.pop(key, None)
-    _changed()
 
 
 def remember(found: Dict[Key, Config]) -> None:

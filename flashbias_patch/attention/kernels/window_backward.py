@@ -17,7 +17,6 @@ from .common import (
     add_terms,
     bounded,
     dot,
-    exp2,
     keep_tile,
     keep_tile_by_key,
     multiples,
@@ -165,7 +164,7 @@ def window_keys_kernel(
     DROPOUT: tl.constexpr,
     NEED_KV: tl.constexpr, NEED_KF: tl.constexpr, SHARED_KF: tl.constexpr, FOLDED: tl.constexpr,
     VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """DK, DV (splits, B, N, H, D) and DKF as backward.keys_kernel writes them, a patch of keys at a
     time."""
@@ -304,7 +303,7 @@ def window_keys_kernel(
                     near = (tl.abs(dr) <= half) & (tl.abs(dc) <= half)
                     dr += skew
                     dc += skew
-                    s += tl.where(near, exp2((dr * dr + dc * dc) * width, 0) * held[None, :], 0.0)
+                    s += tl.where(near, tl.exp2((dr * dr + dc * dc) * width) * held[None, :], 0.0)
                 else:
                     s += profile(dr, half, width, skew, False) * (
                         profile(dc, half, width, skew, False) * held[None, :]
@@ -345,7 +344,7 @@ def window_keys_kernel(
             near = tl.abs(key_row[:, None] - row[None, :]) <= mask_half
             near = near & (tl.abs(key_column[:, None] - column[None, :]) <= mask_half)
             x = tl.where(near, x, float("-inf"))
-        p = exp2(x, EXP)
+        p = tl.exp2(x)
         if HAS_MASK:
             p = tl.where(tl.trans(tl.load(pair_pointers(MASK, mask_m, places, keys))) == 0, p, 0.0)
         if PAD_KIND == 1:
@@ -399,7 +398,6 @@ def window_queries_kernel(
     DROPOUT: tl.constexpr,
     NEED_Q: tl.constexpr, NEED_QF: tl.constexpr, NEED_W: tl.constexpr, NEED_WINDOWS: tl.constexpr,
     FOLDED: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EXP: tl.constexpr,
 ):  # fmt: skip
     """As backward.queries_kernel; DWINDOWS (splits, B, M, H, F) float32 written: the windows'
     weights' gradient."""
@@ -571,7 +569,7 @@ def window_queries_kernel(
             if is_cut(low, high, low2, high2, PAIR) != 0:
                 mine = own_keys(low, high, low2, high2, lanes, place_r, place_c, PAIR)
                 x = tl.where(mine[None, :], x, float("-inf"))
-            p = exp2(x, EXP)
+            p = tl.exp2(x)
             if HAS_MASK:
                 p = tl.where(tl.load(pair_pointers(MASK, mask_m, places, keys)) == 0, p, 0.0)
             if PAD_KIND == 1:

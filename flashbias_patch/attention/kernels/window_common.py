@@ -9,7 +9,7 @@ nothing but Triton.
 import triton
 import triton.language as tl
 
-from .common import bounded, exp2, wide
+from .common import bounded, wide
 
 FAR = tl.constexpr(-1e6)  # the centre of a window that reaches no cell
 LIMIT = tl.constexpr(
@@ -122,7 +122,7 @@ def profile(distance, half, width, skew, GAUSS: tl.constexpr):
     its centre."""
     if GAUSS:
         centred = distance + skew
-        return tl.where(tl.abs(distance) <= half, exp2(centred * centred * width, 0), 0.0)
+        return tl.where(tl.abs(distance) <= half, tl.exp2(centred * centred * width), 0.0)
     else:
         return tl.where(tl.abs(distance) <= half, 1.0, 0.0)
 

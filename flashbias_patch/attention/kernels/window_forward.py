@@ -6,7 +6,7 @@ window_tables.py). Imports nothing but Triton.
 import triton
 import triton.language as tl
 
-from .common import LOG2E, add_terms, bounded, dot, exp2, keep_tile, multiples, wide
+from .common import LOG2E, add_terms, bounded, dot, keep_tile, multiples, wide
 from .forward import enter_segment, store_lse, store_rounded
 from .window_common import (
     VALUES,
@@ -43,7 +43,7 @@ def window_forward_kernel(
     HAS_DENSE: tl.constexpr, HAS_MASK: tl.constexpr, PAD_KIND: tl.constexpr, APART: tl.constexpr,
     DROPOUT: tl.constexpr,
     PARTIAL: tl.constexpr, HAS_LOW: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """OUT, LOW and LSE as forward_kernel writes them, queries in the caller's order.
 
@@ -211,9 +211,9 @@ def window_forward_kernel(
                 anchor = new_peak
             alpha = tl.exp2(peak - anchor)
             if APART:
-                p = exp2(s - anchor[:, None], EXP)
+                p = tl.exp2(s - anchor[:, None])
             else:
-                p = exp2(s * score_scale - anchor[:, None], EXP)
+                p = tl.exp2(s * score_scale - anchor[:, None])
             total = total * alpha + tl.sum(p, 1)
             if DROPOUT:
                 number = index

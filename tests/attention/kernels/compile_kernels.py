@@ -298,10 +298,6 @@ def variants(arch):
         ):
             yield name, kernel, dict(base, **more), dtype, rows, choices_of(kind, arch, dtype, base)
     yield from window_variants(arch)
-    exact = dict(PLAIN, PARTIAL=False, HAS_LOW=True, VECTOR=8, APART=False)
-    for exp in (1, 2):
-        chosen = [choices_of("forward", arch, "fp16", PLAIN)[0]._replace(exp=exp)]
-        yield f"exp2 {exp}", forward.forward_kernel, exact, "fp16", {}, chosen
     tile = dict(D=40, BLOCK_D=64, BLOCK_M=16)
     for pair in (False, True):
         yield (
@@ -449,7 +445,7 @@ def fitting(kernel, constants, dtype, arch, pointers, choices):
     """(what was compiled, its tile), the first that shared memory has room for"""
     for config in choices:
         if config.block_m:
-            tile = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, EXP=config.exp)
+            tile = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n)
             constants = dict(constants, **tile)
         built = build(kernel, constants, dtype, arch, pointers, config)
         if built.metadata.shared <= SHARED_MEMORY.get(arch, 101376):

@@ -17,6 +17,7 @@ from flashbias_patch.attention.kernels.autograd import fused_attention  # noqa: 
 from flashbias_patch.attention.kernels.recompute import Call, dropout_of, keep_mask, plain_backward  # noqa: E402
 from flashbias_patch.attention.reference_attention import attend as attend_dense  # noqa: E402
 from tests.support.reference import of_call  # noqa: E402
+from tests.support.splits import in_parts  # noqa: E402
 
 NAMES = ("q", "k", "v", "q_factor", "k_factor", "weights", "dense")
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -225,7 +226,9 @@ def test_features(name, dtype):
 @pytest.mark.parametrize("splits", [0, 3])
 def test_a_shared_factors_gradient_added_to_by_every_head(monkeypatch, splits):
     """As it is on large problems, where parts of their own would take memory."""
-    monkeypatch.setattr(tiles, "INTERPRETED", tiles.Config(16, 16, 4, 1, splits=splits))
+    monkeypatch.setattr(tiles, "INTERPRETED", tiles.Config(16, 16, 4, 1))
+    if splits:
+        in_parts(monkeypatch, splits)
     monkeypatch.setattr(launcher_backward, "SEPARATE", 0)
     check(*problem(20, 70, **FEATURES["shared factors"]))
 
@@ -244,7 +247,8 @@ def test_a_shared_factors_gradient_added_to_by_every_head(monkeypatch, splits):
 def test_split(monkeypatch, name, deterministic):
     """Cut over keys and over queries, results combined; in deterministic mode the same bits
     again."""
-    monkeypatch.setattr(tiles, "INTERPRETED", tiles.Config(16, 16, 4, 1, splits=3))
+    monkeypatch.setattr(tiles, "INTERPRETED", tiles.Config(16, 16, 4, 1))
+    in_parts(monkeypatch, 3)
     torch.use_deterministic_algorithms(deterministic)
     try:
         case = problem(20, 70, **FEATURES[name])

@@ -108,28 +108,7 @@ def test_the_generation_counts_changes_of_results():
     tiles._working.clear()
     assert count(only(tiles.SMALLER[-1])) > 0, "another one than the first works"
     assert count(only(tiles.SMALLER[-1])) == 0
-    assert count(tiles.reload) > 0
     assert count(tiles.forget) > 0 and tiles.candidates(KEY)[0] == best
-
-
-def test_which_classes_the_shipped_table_was_measured_for():
-    assert tiles.measured(KEY) and tiles.measured(KEY._replace(arch=0))
-    for arch in (80, 89, 100, 120):
-        assert not tiles.measured(KEY._replace(arch=arch))
-    assert not tiles.tuned(KEY)
-    tiles.remember({KEY: Config(32, 32, 4, 1)})
-    assert tiles.tuned(KEY) and not tiles.tuned(KEY._replace(arch=86))
-
-
-def test_reading_again_finds_what_another_process_wrote(monkeypatch):
-    tiles.remember({KEY: Config(32, 32, 4, 1)})
-    tiles.first_working(KEY, lambda config: config)
-    with monkeypatch.context() as patch:  # another process
-        patch.setattr(tiles, "_tuned", {})
-        tiles.remember({KEY: Config(16, 32, 4, 1)})
-    tiles.first_working(KEY, lambda config: config)
-    tiles.reload()
-    assert tiles.candidates(KEY)[0] == Config(16, 32, 4, 1)
 
 
 def elsewhere(monkeypatch, name, value):

@@ -15,6 +15,7 @@ from flashbias_patch.attention.kernels import autograd, tiles
 from flashbias_patch.attention.kernels import problem as problem_module
 from flashbias_patch.attention.kernels.autograd import fused_attention
 from flashbias_patch.attention.reference_attention import attend as attend_dense
+from tests.support.splits import in_parts
 
 HALF, FULL = torch.float16, torch.float32
 LEAST = torch.finfo(FULL).min
@@ -147,7 +148,8 @@ def plainly(**arguments):
 )
 def test_rows_far_from_zero(monkeypatch, dtype, name, splits):
     if splits:
-        monkeypatch.setattr(tiles, "INTERPRETED", tiles.Config(16, 16, 4, 1, splits=splits))
+        monkeypatch.setattr(tiles, "INTERPRETED", tiles.Config(16, 16, 4, 1))
+        in_parts(monkeypatch, splits)
     terms = TERMS[name]
     ours, plain = run(fused_attention, dtype, terms), run(plainly, dtype, terms)
     exact = run(plainly, dtype, terms, torch.float64)

@@ -23,6 +23,7 @@ from flashbias_patch.attention.kernels.tiles import Config
 from flashbias_patch.bias.grids import Grid, hidden
 from tests.attention.kernels.test_operator import bfloat16_products  # noqa: F401  a fixture
 from tests.support.scripts import load
+from tests.support.splits import in_parts
 
 cases = load("benchmarks/window_cases.py")
 Case, CASES, WIDE, SMALL, fail = cases.Case, cases.CASES, cases.WIDE, cases.SMALL, cases.fail
@@ -61,16 +62,12 @@ def check(case):
 def tile(monkeypatch, block_m, block_n, splits=0):
     def candidates(key):
         return [
-            Config(
-                block_m,
-                64 if "keys" in key.kernel or "mask" in key.kernel else block_n,
-                4,
-                1,
-                splits=splits,
-            )
+            Config(block_m, 64 if "keys" in key.kernel or "mask" in key.kernel else block_n, 4, 1)
         ]
 
     monkeypatch.setattr(tiles, "candidates", candidates)
+    if splits:
+        in_parts(monkeypatch, splits)
     tiles.generation += 1
 
 

@@ -23,12 +23,12 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import torch
 from torch import Tensor
 
-from .. import selfcheck
-from ..inputs import AttentionInputs
-from ..recovery import errors
-from . import tiles
-from .tiles import KERNELS, Config, Key
-from .trial import Trial, class_of, cuda_times, distance, small_call
+from . import selfcheck
+from .inputs import AttentionInputs
+from .kernels import tiles
+from .kernels.tiles import KERNELS, Config, Key
+from .recovery import errors
+from .tuning_trial import Trial, class_of, cuda_times, distance, small_call
 
 log = logging.getLogger("flashbias_patch")
 
@@ -76,7 +76,7 @@ def tune(
     """Tune `kernels` for the class that `calls` (one, or several that differ in batch, heads and
     lengths) are of.
 
-    The first call is searched on; on the others that are long enough to tell (trial.LEAST), a new
+    The first call is searched on; on the others that are long enough to tell (LEAST scores), a new
     shape must not be slower than the shipped one by MARGIN. Winners are remembered
     (tiles.remember) as they are found, unless `remember` is off. progress(elapsed, seconds, what)
     is called before each step. Random state, grad mode and autocast stay as they are; of `calls`

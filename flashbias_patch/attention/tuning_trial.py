@@ -10,12 +10,12 @@ from typing import Any, Callable, List, Sequence
 import torch
 from torch import Tensor
 
-from ..._torch_internals import cuda_sleep
-from .. import selfcheck
-from ..inputs import AttentionInputs
-from ..signature import signature_of
-from . import autograd, launcher, problem
-from .tiles import KERNELS, Key
+from .._torch_internals import cuda_sleep
+from . import selfcheck
+from .inputs import AttentionInputs
+from .kernels import autograd, launcher, problem
+from .kernels.tiles import KERNELS, Key
+from .signature import signature_of
 
 SMALL = selfcheck.LONG  # lengths that are multiples of nothing
 LEAST = 1 << 24  # scores, B * H * M * N, below which launching takes longer than the kernels
