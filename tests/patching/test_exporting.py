@@ -189,7 +189,9 @@ def test_a_strict_export_beside_a_block(model):
 @needs_export
 def test_a_strict_export_after_a_bias_out_of_reach(model, monkeypatch):
     """Modules remembered for another reason than an open block do not refuse an export."""
-    monkeypatch.setattr(unreachable, "modules", [weakref.WeakSet([nn.Linear(1, 1)])])
+    module = nn.Linear(1, 1)
+    monkeypatch.setattr(unreachable.record, "any", True)
+    monkeypatch.setattr(unreachable.record, "modules", weakref.WeakSet([module]))
     monkeypatch.setattr(context.history, "opened", True)
     flashbias_patch.install()
     with torch.no_grad():
