@@ -80,6 +80,16 @@ def test_private_names_of_torch_are_read_in_one_file():
     ]
 
 
+def test_no_modules_of_attention_import_each_other_in_a_circle():
+    contract = load("tools/check_imports.py")
+    assert contract.circular_imports() == []
+    graph = contract.import_graph()
+    assert "attention.backends.sdpa" in graph["attention.selection"]  # by a computed name
+    assert "attention.plans" in graph["attention.dispatch"]
+    graph["attention.signature"] = {"attention.dispatch"}
+    assert any("attention.dispatch" in circle for circle in contract.circles(graph))
+
+
 def test_templates_ask_for_what_doctor_prints():
     for name in (
         ".github/ISSUE_TEMPLATE/fault.yml",

@@ -24,12 +24,13 @@ from .. import _torch_internals as internals
 
 POWER = torch.float32  # whatever torch's default dtype is
 EXPONENT = 0x7F800000  # the bits of a float32's exponent: without the others it is a power of two
-ONE = 1 << 23  # what doubles it
+ONE = 1 << 23  # added to the bits, it doubles the number
 
 
-def wanted(given: torch.dtype, dtype: torch.dtype) -> bool:
-    """Whether gradients need this: bfloat16 has float32's range."""
-    return dtype is torch.float16 and given is not torch.float16
+def wanted(source: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether gradients must be scaled for a cast from `source` to `dtype`. bfloat16 has float32's
+    range."""
+    return dtype is torch.float16 and source is not torch.float16
 
 
 class _Narrowed(torch.autograd.Function):
@@ -114,23 +115,23 @@ def power_for(grad: Tensor) -> Tensor:
 def narrowed(
     narrow: Sequence[Tensor], others: Sequence[Optional[Tensor]]
 ) -> Tuple[List[Tensor], List[Optional[Tensor]], Optional[Tensor]]:
-    """`narrow` in float16, `others` (what else may have a gradient) as they are, and what `widened`
-    needs.
+    """(`narrow` in float16, `others` as they are, the power that `widened` needs). `others` are the
+    remaining tensors that may have a gradient.
 
     Inside transforms of torch.func, plain casts: not every transform takes an autograd.Function.
     """
     tensors = [*narrow, *others]
-    places = (
+    indices = (
         [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
         if torch.is_grad_enabled()
         else []
     )
     power = None
-    if places and (internals.is_compiling() or not internals.transformed()):
-        asked = [tensors[place] for place in places]
-        *found, power = _Narrowed.apply(sum(place < len(narrow) for place in places), *asked)
-        for place, tensor in zip(places, found):
-            tensors[place] = tensor
+    if indices and (internals.is_compiling() or not internals.transformed()):
+        wanting = [tensors[index] for index in indices]
+        *cast, power = _Narrowed.apply(sum(index < len(narrow) for index in indices), *wanting)
+        for index, tensor in zip(indices, cast):
+            tensors[index] = tensor
     cut = len(narrow)
     return [t.to(torch.float16) for t in tensors[:cut] if t is not None], tensors[cut:], power
 

@@ -1,10 +1,8 @@
-"""Bias tensors that reach attention as descriptions (bias/tensor/), and the gradient of such a
-tensor itself.
+"""The gradient of a bias tensor that reached attention as a description (bias/tensor/).
 
-That gradient is dense, and nobody needs it in training: the learned weights get theirs from the
-kernel. So it is
-computed only inside a torch.autograd.grad that asks for it: the output of attention passes through
-a node that does nothing else.
+That gradient is dense, and training does not need it: the learned weights get theirs from the
+kernel. So it is computed only inside a torch.autograd.grad for that tensor: the output of attention
+passes through a node that does nothing else.
 """
 
 from __future__ import annotations
@@ -22,15 +20,14 @@ from . import chunked_attention, differentiable
 from .inputs import TENSORS, AttentionInputs
 
 DROPOUT = (
-    "the gradient of an attention bias itself is not known after attention with dropout: call "
+    "the gradient of an attention bias itself is unavailable after attention with dropout: call "
     "retain_grad() on the bias "
     "before attention reads it"
 )
 
 
 def observed(out: Tensor, inputs: AttentionInputs, bias: AttentionBias) -> Tensor:
-    """`out`, and where a BiasTensor is behind `bias` a node that can tell the gradient of that
-    tensor."""
+    """`out`, with a node that computes the gradient of the bias tensors behind `bias`."""
     if not (torch.is_grad_enabled() and out.requires_grad) or internals.transformed():
         return out
     handles = [handle for tensor, _ in bias._sources for handle in tensor.handle()]
@@ -54,14 +51,20 @@ class _Observed(torch.autograd.Function):
         rest = (None,) * (ctx.handles + len(ctx.saved_tensors))
         if grad is not None:
             for tensor, reading in ctx.sources:
-                asked = [one for one in (tensor, *tensor._ancestors()) if one._wanted is not None]
-                if asked:
-                    _tell(ctx.static.with_tensors(ctx.saved_tensors), grad, tensor, reading, asked)
+                wanted = [one for one in (tensor, *tensor._ancestors()) if one._wanted is not None]
+                if wanted:
+                    _deliver(
+                        ctx.static.with_tensors(ctx.saved_tensors), grad, tensor, reading, wanted
+                    )
         return (None, None, grad, None, *rest)
 
 
-def _tell(
-    inputs: AttentionInputs, grad: Tensor, tensor: BiasTensor, reading: str, asked: List[BiasTensor]
+def _deliver(
+    inputs: AttentionInputs,
+    grad: Tensor,
+    tensor: BiasTensor,
+    reading: str,
+    wanted: List[BiasTensor],
 ) -> None:
     if inputs.dropout_p:
         raise RuntimeError(DROPOUT)
@@ -79,14 +82,14 @@ def _tell(
     if internals.is_batch(grad):
         inputs = inputs._replace(dense=dense.requires_grad_())
         needs = [name == "dense" for name in TENSORS]
-        found = differentiable.gradients(inputs, needs, grad)[TENSORS.index("dense")]
-        assert found is not None
+        gradient = differentiable.gradients(inputs, needs, grad)[TENSORS.index("dense")]
+        assert gradient is not None
     else:
         chunks = chunked_attention.chunks_of(inputs)
-        found = chunked_attention.gradients(inputs, grad, ["dense"], chunks)["dense"]
-    found = layouts.as_read(found, reading)
+        gradient = chunked_attention.gradients(inputs, grad, ["dense"], chunks)["dense"]
+    gradient = layouts.as_read(gradient, reading)
     with no_functions():
-        found = found.sum_to_size(tensor.shape)
-    for one in asked:
+        gradient = gradient.sum_to_size(tensor.shape)
+    for one in wanted:
         assert one._wanted is not None
-        one._wanted.append(tensor.gradient_for(one, found))
+        one._wanted.append(tensor.gradient_for(one, gradient))

@@ -1,7 +1,7 @@
-"""In which order the backends are asked: from a table measured by benchmarks/order.py, by GPU,
-class and size of call.
+"""The order in which backends are tried: a table measured by benchmarks/order.py, per GPU,
+features and size of a call.
 
-Where a GPU or a class was not measured, the order is that of selection.MODULES.
+For a GPU or features that were not measured, the order is that of selection.MODULES.
 """
 
 from __future__ import annotations
@@ -96,12 +96,12 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
 
 
 def shorten(rows: Rows) -> Rows:
-    """Neighbours that agree as one row, up to halfway (in powers of two) to the next; the last
-    without a bound."""
+    """Join neighbours of the same order into one row, up to halfway (in powers of two) to the next
+    row; the last row has no bound."""
     short: List[Tuple[int, Tuple[str, ...]]] = []
-    for place, (scores, names) in enumerate(rows):
-        last = place + 1 == len(rows)
-        bound = UNBOUNDED if last else int((scores * rows[place + 1][0]) ** 0.5)
+    for index, (scores, names) in enumerate(rows):
+        last = index + 1 == len(rows)
+        bound = UNBOUNDED if last else int((scores * rows[index + 1][0]) ** 0.5)
         if short and short[-1][1] == names:
             short.pop()
         short.append((bound, names))
@@ -109,7 +109,7 @@ def shorten(rows: Rows) -> Rows:
 
 
 def fastest(inputs: AttentionInputs, grad: bool) -> Tuple[str, ...]:
-    """Backend names, from the fastest on, as measured for this class and size of call; () where it
+    """Backend names, the fastest first, as measured for these features and this size; () where it
     was not measured."""
     q = inputs.q
     if q.device.type != "cuda":
@@ -134,6 +134,8 @@ def fastest(inputs: AttentionInputs, grad: bool) -> Tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _rows(index: int, half: bool, has: Tuple[bool, ...], grad: bool) -> Rows:
-    classes = TABLE.get(torch.cuda.get_device_capability(index)[0], {})
+    measured = TABLE.get(torch.cuda.get_device_capability(index)[0], {})
     words = ("dropout", "factors", "mask", "padding", "segments", "dense", "windows", "window_mask")
-    return classes.get((half, " ".join(word for word, there in zip(words, has) if there), grad), ())
+    return measured.get(
+        (half, " ".join(word for word, there in zip(words, has) if there), grad), ()
+    )

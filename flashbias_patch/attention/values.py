@@ -1,8 +1,8 @@
-"""Large and infinite numbers in additive terms, brought to where every backend has digits for them.
+"""Large and infinite numbers in additive terms, shifted to where backends are exact.
 
-A softmax does not see what is added to a whole row. Backends that keep one float32 logsumexp lose a
-row whose keys are all at -1e9 or finfo.min ("masked" without -inf): gradients are then off by a
-factor of the number of keys.
+A constant that is added to a whole row does not change its softmax. Backends that keep one float32
+logsumexp lose a row whose keys are all at -1e9 or finfo.min ("masked" without -inf): gradients are
+then off by a factor of the number of keys.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 LARGEST = 5e37  # kernels' common.LARGEST: sums of a few such numbers are finite
-# Below, a row's maximum is subtracted, which is exact. Beyond, plain PyTorch's float32 scores lose
-# digits that a subtraction would keep, and what counts is what it computes: near -1e9 the mean over
-# the keys.
+# Up to this, a row's maximum is subtracted, which is exact. Beyond, plain PyTorch's float32 scores
+# lose digits that a subtraction would keep, and its result is the expected one: near -1e9 the mean
+# over the keys.
 FAR = 2.0**16
-LEAST_WEIGHT = (
-    -3e4
-)  # of a segment relative to the row's largest, as a factor: half precision has it, exp() does not
+# Of a segment relative to the row's largest, as a factor: finite in half precision, and zero after
+# exp().
+LEAST_WEIGHT = -3e4
 
 
 def bounded(term: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def relative_weights(weights: Tensor) -> Tensor:
 
 
 def shift_of(top: Tensor) -> Tensor:
-    """What to subtract from rows with these maxima: 0 where they are not finite."""
+    """The number to subtract from rows with these maxima: 0 where they are not finite."""
     return torch.where(top.isfinite(), top, torch.zeros_like(top))
 
 
@@ -52,7 +52,9 @@ def rows_without_keys(weights: Tensor, lengths: Sequence[int], visible: Optional
 
     weights (B|1, M, H|1, S); visible (B|1, H|1, M|1, N) bool, None: all keys are.
     """
-    alive = (weights.detach() > float("-inf")).transpose(1, 2)
+    visible_segments = (weights.detach() > float("-inf")).transpose(1, 2)
     if visible is not None:
-        alive = alive & torch.stack([run.any(-1) for run in visible.split(list(lengths), -1)], -1)
-    return ~alive.any(-1, keepdim=True)
+        visible_segments = visible_segments & torch.stack(
+            [run.any(-1) for run in visible.split(list(lengths), -1)], -1
+        )
+    return ~visible_segments.any(-1, keepdim=True)

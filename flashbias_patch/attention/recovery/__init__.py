@@ -1,2 +1,2 @@
-"""What happens after a failure: errors, the next backend, gradients after a failed backward, replay
-of a checkpoint."""
+"""Recovery from failures: errors, the next backend, gradients after a failed backward pass, and the
+replay of checkpoints."""

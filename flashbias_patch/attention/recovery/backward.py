@@ -1,9 +1,9 @@
-"""Gradients after a backend's backward pass has failed, and what that leaves behind.
+"""Recovery from a failed backward pass: the gradients are computed again in another way.
 
-Without dropout plain PyTorch answers, whatever the backend. With it the answer must drop what the
-forward dropped: the fused operator's draw is known (kernels/recompute.py); of other backends only
-their random state is, so they run once more from it, and if that fails too there is no right answer
-left.
+Without dropout plain PyTorch computes them, whatever the backend. With dropout the weights that the
+forward dropped must be dropped again. The random numbers of the fused operator are known
+(kernels/recompute.py). Other backends run once more from the random state of their forward; if that
+fails too, no correct gradient is available.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ IN_CHUNKS = "out of memory in backward: gradients were computed in small chunks 
 ONCE_MORE = "out of memory in backward: the cache was emptied and the call run once more"
 TWICE = (
     "{} failed twice in backward or recomputation of a call with dropout ({}). No other backend "
-    "drops what its forward "
-    "dropped, so this step has no right gradient. Continue from your last checkpoint, with "
-    "another FLASHBIAS_BACKEND"
+    "can reproduce the dropout mask, so the gradient of this step is unavailable. Continue from "
+    "your last checkpoint, with another FLASHBIAS_BACKEND"
 )
 
 
 class DropoutLostError(RuntimeError):
-    """What a backend dropped can't be drawn again: it failed twice in backward or in
+    """The dropout mask of a call cannot be reproduced: its backend failed twice in backward or in
     recomputation."""
 
 
@@ -67,13 +66,14 @@ def of_guarded(
             return call.once_more(call.operands(inputs), needs, grad_out)
         except Exception as again:
             raise_failed_twice(again, call.name, inputs)
-    names = [TENSORS[place] for place in call.present]
+    names = [TENSORS[index] for index in call.present]
     try:
         chunks = chunked_attention.chunks_of(inputs, LEAST_BYTES if short else None)
-        found = chunked_attention.gradients(inputs, grad_out, [*compress(names, needs)], chunks)
+        wanted = [*compress(names, needs)]
+        gradients = chunked_attention.gradients(inputs, grad_out, wanted, chunks)
     except Exception as again:
         raise_with_advice(again, inputs)
-    return [found.get(name) for name in names]
+    return [gradients.get(name) for name in names]
 
 
 def of_fused(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:
@@ -113,26 +113,26 @@ def _judge(
     if_short: str,
     repeat: Callable[[AttentionInputs], Any],
 ) -> bool:
-    """Whether memory ran out. Raises what is not survived or is the caller's; for the rest the
-    breaker opens.
+    """Whether memory ran out. Raises an error that is the caller's or not survivable; otherwise
+    the circuit breaker opens at the next forward, because layers that are still recomputed in this
+    pass use the backend of their forward.
 
-    It waits for the next forward: layers still to be recomputed in this pass take the backend that
-    their forward took. `repeat` repeats the pass on the inputs that it is given.
+    repeat: repeats the pass on other inputs.
     """
     if not errors.survivable(error):
         if errors.sticky(error):
-            telemetry.once("sticky", "error", errors.CULPRIT)
+            telemetry.once("sticky", "error", errors.STICKY_ADVICE)
         raise error
     short = errors.out_of_memory(error)
     if short:
         make_room(error, inputs)
         telemetry.fallback(name, signature.describe(), if_short)
     else:
-        found = blame.of(error, candidate, inputs, signature, repeat)
-        if found is Blame.CALLER:
+        verdict = blame.of(error, candidate, inputs, signature, repeat)
+        if verdict is Blame.CALLER:
             raise error
-        if found is Blame.CONTEXT:
-            reason = f"backward: {errors.first_line(error)} (this call only: {found.value})"
+        if verdict is Blame.CONTEXT:
+            reason = f"backward: {errors.first_line(error)} (this call only: {verdict.value})"
             telemetry.fallback(name, signature.describe(), reason)
         else:
             breakers.open(signature, name, errors.first_line(error), Phase.BACKWARD)
@@ -142,21 +142,21 @@ def _judge(
 
 
 def make_room(error: BaseException, inputs: AttentionInputs) -> None:
-    """Let go of what the failed attempt held, and of what torch's allocator holds back."""
+    """Free the tensors of the failed attempt, and the cache of torch's allocator."""
     errors.forget_frames(error)
     if inputs.q.is_cuda:
         torch.cuda.empty_cache()
 
 
 def raise_failed_twice(error: Exception, name: str, inputs: AttentionInputs) -> NoReturn:
-    """Of a call with dropout."""
+    """Raise for a call with dropout whose backend failed a second time."""
     if errors.survivable(error) and not errors.out_of_memory(error):
         raise DropoutLostError(TWICE.format(name, errors.first_line(error))) from error
     raise_with_advice(error, inputs)
 
 
 def raise_with_advice(error: Exception, inputs: AttentionInputs) -> NoReturn:
-    """The error itself, or if memory ran out for good, one that says what would help."""
+    """Raise the error itself, or if memory ran out, one that says which settings help."""
     if not errors.out_of_memory(error):
         raise error
     kind = MemoryError if isinstance(error, MemoryError) else OutOfMemoryError

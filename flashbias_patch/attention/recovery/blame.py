@@ -1,10 +1,9 @@
-"""Whose failure is an error that came out of a backend: the backend's, or that of the caller's code
-and context?
+"""Blame: whether an error raised inside a backend's call is the backend's, or the caller's.
 
 Code of the caller runs inside a backend's call: saved-tensor hooks, dispatch and function modes,
 signal handlers, tensor subclasses. Its exceptions must reach the caller, and no breaker may open
-for them. So where such code can have played a part, the self-check's problem and then the call
-itself are repeated away from all that: if both pass, the backend is not to blame.
+for them. So where such code may have raised, the self-check and then the call itself are repeated
+without it: if both pass, the error is not the backend's.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from ..inputs import AttentionInputs
 from ..signature import CallSignature
 
 PLAIN = (Tensor, torch.nn.Parameter)
-# Top-level packages that backends are made of; exceptions from other code are the caller's until
-# shown otherwise.
+# Top-level packages that backends consist of. Exceptions from other code count as the caller's
+# until a repetition shows otherwise.
 BACKENDS = {
     "flashbias_patch",
     "torch",
@@ -57,7 +56,7 @@ class Blame(enum.Enum):
 
 
 class Stage(enum.Enum):
-    """What a backend was doing when it failed."""
+    """The stage of a call in which a backend failed."""
 
     WHY_NOT = "why_not"
     SELF_CHECK = "self-check"
@@ -69,10 +68,10 @@ def of(
     candidate: Backend,
     inputs: AttentionInputs,
     signature: CallSignature,
-    again: Callable[[AttentionInputs], Any],
+    repeat: Callable[[AttentionInputs], Any],
     stage: Stage = Stage.RUN,
 ) -> Blame:
-    """Whose failure `error` is. `again` repeats the call, on the inputs that it is given."""
+    """Whose error it is. `repeat` repeats the call on other inputs."""
     callbacks = _callbacks(inputs)
     callers = any(
         frame.f_code in callbacks or _foreign(frame.f_globals.get("__name__") or "", candidate)
@@ -84,12 +83,12 @@ def of(
     try:
         with selfcheck.undisturbed(inputs.q.device):
             plain = _plain(inputs)
-            if stage is Stage.WHY_NOT:  # it may well refuse the call
+            if stage is Stage.WHY_NOT:  # reasons against the call are no failure
                 candidate.why_not(inputs if plain is None else plain)
             elif selfcheck.check(candidate, signature, inputs.rank):
                 return Blame.BACKEND
             elif stage is Stage.RUN and plain is not None:
-                again(plain)
+                repeat(plain)
     except Exception:
         return Blame.BACKEND
     finally:
@@ -98,10 +97,10 @@ def of(
 
 
 def _frames(trace: Optional[TracebackType]) -> Iterator[FrameType]:
-    """The frames that an exception went through, from the backend's call on.
+    """The frames that an exception passed, from the backend's call on.
 
-    An exception object that was raised before carries the frames of that time behind the new ones:
-    they do not count.
+    An exception object that was raised before still carries its frames of that time, behind the new
+    ones: they do not count.
     """
     inside = False
     while trace is not None:
@@ -117,31 +116,31 @@ def _frames(trace: Optional[TracebackType]) -> Iterator[FrameType]:
 
 def _callbacks(inputs: AttentionInputs) -> Set[CodeType]:
     """The code of the caller's functions that torch or Python may call inside a backend's call."""
-    found: List[Any] = [signal.getsignal(number) for number in signal.valid_signals()]
+    callbacks: List[Any] = [signal.getsignal(number) for number in signal.valid_signals()]
     if internals.saved_tensor_hooks is not None:
-        found += internals.saved_tensor_hooks(True) or ()
+        callbacks += internals.saved_tensor_hooks(True) or ()
     owners: List[Any] = [type(mode) for mode in internals.modes()]
     owners += [
         type(tensor)
         for tensor in inputs.tensors()
         if tensor is not None and type(tensor) not in PLAIN
     ]
-    found += [
+    callbacks += [
         getattr(owner, name, None)
         for owner in owners
         for name in ("__torch_dispatch__", "__torch_function__")
     ]
-    for function in tuple(found):
+    for function in tuple(callbacks):
         if isinstance(function, functools.partial):  # as checkpoint_hooks.py wraps hooks
-            found += [function.func, *function.args]
+            callbacks += [function.func, *function.args]
         elif not isinstance(function, type):
-            found.append(vars(type(function)).get("__call__"))  # an object that can be called
-    codes = [getattr(function, "__code__", None) for function in found]
+            callbacks.append(vars(type(function)).get("__call__"))  # an object that can be called
+    codes = [getattr(function, "__code__", None) for function in callbacks]
     return {code for code in codes if isinstance(code, CodeType)}
 
 
 def _foreign(module: str, candidate: Backend) -> bool:
-    """Whether code of that module is not a backend's."""
+    """Whether a module is not part of a backend."""
     top = module.split(".")[0]
     if module in HOOKS:
         return True
@@ -160,14 +159,14 @@ def _standard_library() -> Set[str]:
 
 
 def _unusual(inputs: AttentionInputs) -> bool:
-    """Whether modes are in force, or an operand is no plain tensor."""
+    """Whether modes are in force, or an operand is not a plain tensor."""
     if internals.dispatch_modes() or internals.function_modes():
         return True
     return any(tensor is not None and type(tensor) not in PLAIN for tensor in inputs.tensors())
 
 
 def _plain(inputs: AttentionInputs) -> Optional[AttentionInputs]:
-    """The same call on detached operands; None where they are of a kind of the caller's own."""
+    """The same call on detached operands; None where one is of a tensor subclass."""
     tensors = []
     for tensor in inputs.tensors():
         if tensor is not None:

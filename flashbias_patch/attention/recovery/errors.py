@@ -1,4 +1,5 @@
-"""What a failure is: survivable or not, out of memory, or none of this package's business."""
+"""Kinds of exceptions: survivable, out of memory, unrecoverable CUDA errors, torch's own control
+flow."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from ..._torch_internals import OutOfMemoryError
 from ..inputs import AttentionInputs
 
-# After one of these the CUDA context is wrecked: every later call fails.
+# After one of these errors every later CUDA call of the process fails.
 STICKY = (
     "illegal memory access",
     "device-side assert",
@@ -29,40 +30,40 @@ OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "can't allocate memory",
 )
-# Exceptions by which torch steers its own recomputation, tracing and transforms.
-STEERING = (
+# Exceptions by which torch controls its own recomputation, tracing and transforms.
+CONTROL_FLOW = (
     "torch.utils.checkpoint",
     "torch._dynamo",
     "torch._subclasses",
     "torch.fx",
     "torch._export",
 )
-CULPRIT = (
-    "a CUDA error that no process survives surfaced inside attention; it may come from any "
-    "earlier kernel. "
-    "Run once with CUDA_LAUNCH_BLOCKING=1 to see which call it is"
+STICKY_ADVICE = (
+    "an unrecoverable CUDA error was raised inside attention; any earlier kernel may have caused "
+    "it. Run once with CUDA_LAUNCH_BLOCKING=1 to see which call it is"
 )
 
 
 def sticky(error: BaseException) -> bool:
-    """Whether the CUDA context is lost, so that falling back would only hide where."""
+    """Whether the CUDA context is lost, so that a fallback would only hide the place."""
     text = str(error)
     return any(sign in text for sign in STICKY)
 
 
-def steering(error: BaseException) -> bool:
-    """Whether torch raised this to steer itself, so that it must pass through untouched."""
-    return any(cls.__module__.startswith(STEERING) for cls in type(error).__mro__)
+def control_flow(error: BaseException) -> bool:
+    """Whether torch raised this for its own control flow, so that it must pass unchanged."""
+    return any(cls.__module__.startswith(CONTROL_FLOW) for cls in type(error).__mro__)
 
 
 def survivable(error: BaseException) -> bool:
-    """Whether another backend may answer instead. KeyboardInterrupt and SystemExit never are."""
-    return isinstance(error, Exception) and not sticky(error) and not steering(error)
+    """Whether another backend may compute the call. KeyboardInterrupt and SystemExit are not
+    survivable."""
+    return isinstance(error, Exception) and not sticky(error) and not control_flow(error)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Device or host memory ran out. Triton's OutOfResources, a kernel's shared memory, is
-    something else."""
+    """Whether device or host memory ran out. Triton's OutOfResources is about a kernel's shared
+    memory, and does not count."""
     if isinstance(error, (OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
@@ -75,22 +76,22 @@ def first_line(error: BaseException) -> str:
 
 
 def forget_frames(error: Optional[BaseException]) -> None:
-    """Drop the locals of the frames an exception went through: they keep its tensors alive, and
-    where one of them is the exception itself, until Python's collector comes by."""
+    """Clear the locals of the frames that an exception passed: they keep tensors alive, and where
+    one of them is the exception itself, until Python's collector runs."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
 def memory_advice(error: BaseException, inputs: AttentionInputs) -> str:
-    """What was asked for, what is free, and the settings to try."""
+    """A message: the requested and the free memory, and the settings to try."""
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)", str(error))
     B, M, H, D = inputs.q.shape
     N = inputs.k.shape[1]
     lines = [
         f"out of memory in attention of B={B} M={M} N={N} H={H} D={D}, also after emptying the "
         "cache and "
-        "with the backend that needs least",
+        "with the backend that needs the least",
         f"  requested: {asked.group(1) if asked else 'unknown'}; {_free(inputs.q.device)}",
         "  to try: with_cp=True on the decoder layers; a smaller batch; FLASHBIAS_DTYPE=fp16 or "
         "bf16; "
@@ -99,7 +100,8 @@ def memory_advice(error: BaseException, inputs: AttentionInputs) -> str:
     if inputs.dense is not None:
         size = inputs.dense.numel() * inputs.dense.element_size() / 2**20
         lines.append(
-            f"  the dense bias holds {size:.0f} MiB: FLASHBIAS_RANK or _ENERGY factorise it"
+            f"  the dense bias holds {size:.0f} MiB: set FLASHBIAS_RANK or FLASHBIAS_ENERGY to "
+            "factorise it"
         )
     return "\n".join(lines)
 

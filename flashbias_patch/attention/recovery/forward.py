@@ -1,8 +1,8 @@
-"""After a backend failed in a forward pass: the same again, small chunks, or the next backend."""
+"""Recovery from a failed forward pass: the same backend again, small chunks, or the next one."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 from torch import Tensor
 
@@ -18,15 +18,20 @@ from .blame import Blame, Stage
 
 
 class Attempt(NamedTuple):
-    """One backend's try at a call."""
+    """One backend's attempt at a call.
+
+    state: the random state before it, if there is dropout.
+    stage: the stage that failed.
+    last: no other backend is left.
+    """
 
     candidate: Backend
     name: str
     inputs: AttentionInputs
     signature: CallSignature
-    state: Any = None  # the random state before the backend ran, if there is dropout
-    stage: Stage = Stage.RUN  # what it failed in
-    last: bool = False  # no other backend is to try
+    state: Optional[random_state.State] = None
+    stage: Stage = Stage.RUN
+    last: bool = False
 
 
 def run(
@@ -34,11 +39,11 @@ def run(
     name: str,
     inputs: AttentionInputs,
     signature: CallSignature,
-    state: Any,
+    state: Optional[random_state.State],
     hooked: Optional[replay.Replay],
 ) -> Tensor:
-    """A backend's output for a call that may want gradients, its backward guarded where that is
-    worth it (guard.py).
+    """A backend's output for a call that may want gradients, its backward guarded where
+    guard.wanted says so.
 
     hooked: replay.hooked().
     """
@@ -54,22 +59,22 @@ def run(
 
 
 def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
-    """After a failure: the last resort's output if memory ran out, None if the next backend is to
-    try.
+    """Handle a failure: the last resort's output if memory ran out, None if the next backend must
+    be tried.
 
-    Raises the error itself where it is the caller's (blame.py), torch's own or not survived.
+    Raises the error itself if it is the caller's (blame.py), torch's own, or not survivable.
     """
     candidate, name, inputs, signature, state, stage, last = attempt
-    if isinstance(error, selection.NoBackendError) or errors.steering(error):
+    if isinstance(error, selection.NoBackendError) or errors.control_flow(error):
         raise error
     if errors.sticky(error):
-        telemetry.once("sticky", "error", errors.CULPRIT)
+        telemetry.once("sticky", "error", errors.STICKY_ADVICE)
         raise error
     short = errors.out_of_memory(error)
-    found = (
+    verdict = (
         Blame.BACKEND if short else blame.of(error, candidate, inputs, signature, candidate, stage)
     )
-    if found is Blame.CALLER or found is Blame.CONTEXT and last:
+    if verdict is Blame.CALLER or verdict is Blame.CONTEXT and last:
         raise error
     random_state.restore(state)
     checkpointed = replay.current()
@@ -78,8 +83,10 @@ def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
     if short:
         return _least_memory(error, name, inputs, signature)
     reason = errors.first_line(error)
-    if found is Blame.CONTEXT:
-        telemetry.fallback(name, signature.describe(), f"{reason} (this call only: {found.value})")
+    if verdict is Blame.CONTEXT:
+        telemetry.fallback(
+            name, signature.describe(), f"{reason} (this call only: {verdict.value})"
+        )
     elif name == selection.LAST_RESORT:
         telemetry.fallback(name, signature.describe(), reason)
     else:
@@ -90,8 +97,8 @@ def recover(error: Exception, attempt: Attempt) -> Optional[Tensor]:
 
 
 def _same_again(error: Exception, attempt: Attempt) -> Tensor:
-    """A recomputation with dropout failed. Only the backend of the forward drops the same: it tries
-    once more."""
+    """Run the same backend once more: in a recomputation only the backend of the forward drops the
+    same weights."""
     candidate, name, inputs, signature, state, _, _ = attempt
     backward.make_room(error, inputs)
     reason = f"recomputation with dropout, tried once more: {errors.first_line(error)}"
@@ -100,7 +107,7 @@ def _same_again(error: Exception, attempt: Attempt) -> Tensor:
     try:
         return run(candidate, name, inputs, signature, state, replay.hooked())
     except Exception as again:
-        if errors.steering(again):
+        if errors.control_flow(again):
             raise
         backward.raise_failed_twice(again, name, inputs)
 
@@ -108,12 +115,11 @@ def _same_again(error: Exception, attempt: Attempt) -> Tensor:
 def _least_memory(
     error: Exception, name: str, inputs: AttentionInputs, signature: CallSignature
 ) -> Tensor:
-    """One more try, with the backend that needs the least. No breaker opens: the next call is fast
-    again."""
+    """Run the backend that needs the least memory. No breaker opens: the next call is fast."""
     backward.make_room(error, inputs)
     if not settings.current().strict:
         reason = (
-            "out of memory: the cache was emptied and the call answered in small chunks by "
+            "out of memory: the cache was emptied and the call computed in small chunks by "
             "the reference"
         )
         telemetry.fallback(name, signature.describe(), reason)

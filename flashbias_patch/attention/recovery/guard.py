@@ -1,18 +1,18 @@
-"""Other backends' backward passes, guarded: one that raises is answered by another way, and
-training goes on.
+"""Guarded calls: if the backward pass of a backend raises, the gradients are computed in another
+way, and training continues.
 
-An error in a backward pass can only be caught around a graph of one's own. So a guarded call runs
-its backend on detached operands, keeps the small graph that this leaves, and differentiates it
-inside its own backward. That costs some 14 microseconds a call, forward and backward together, so
-it is done only
+An error in a backward pass can only be caught around a separate graph. So a guarded call runs its
+backend on detached operands, keeps the small graph of that, and differentiates it inside its own
+backward. That costs about 14 microseconds per call, forward and backward together, so it is done
+only
 
-- for calls of at least LARGE scores, whose own time dwarfs that. They are also the ones that run
-  out of memory; and
+- for calls of at least LARGE scores, which take much longer than that. They are also the ones that
+  run out of memory; and
 - inside a checkpoint that records saved tensors (Replay.hooked), whose recomputation must save as
-  many tensors as its forward did, whichever backend answers it.
+  many tensors as its forward did, whichever backend computes it.
 
-The fused operator needs none of this elsewhere: it rescues inside its own backward
-(kernels/autograd.py).
+The fused operator is guarded in such checkpoints only: it recovers inside its own backward
+(Backend.recovers).
 """
 
 from __future__ import annotations
@@ -39,15 +39,14 @@ PLAIN = (Tensor, torch.nn.Parameter)
 Graph = Tuple[
     Tensor, List[Tensor]
 ]  # the backend's output, and the detached operands that it was computed from
-# The saved-tensor hooks in force, which older torch (before 2.8) does not tell: there, large calls
-# stay unguarded.
+# None before torch 2.8, which cannot tell the saved-tensor hooks in force: large calls stay
+# unguarded there.
 _hooks_in_force = internals.saved_tensor_hooks
 _keeps_graph = internals.keeps_graph
 
 
 def wanted(backend: Backend, inputs: AttentionInputs, hooked: bool) -> bool:
-    """Whether this call, of a class that wants gradients, is to be guarded. `hooked`: see
-    Replay."""
+    """Whether to guard this call, whose signature has gradients. `hooked`: see Replay."""
     q = inputs.q
     if not hooked:
         B, M, H, _ = q.shape
@@ -64,8 +63,8 @@ def wanted(backend: Backend, inputs: AttentionInputs, hooked: bool) -> bool:
                 or not (inputs.dropout_p or dense is not None and dense.requires_grad)
             ):
                 return False
-        # Someone's hooks would see the graph's tensors beside ours: twice the offloading or
-        # recomputing.
+        # Hooks of the caller would see the graph's tensors beside ours, and offload or recompute
+        # twice as much.
         if _hooks_in_force is None or _hooks_in_force(True) is not None:
             return False
     if type(q) not in PLAIN or not torch.is_grad_enabled() or torch.jit.is_tracing():
@@ -76,7 +75,7 @@ def wanted(backend: Backend, inputs: AttentionInputs, hooked: bool) -> bool:
 
 
 class Call:
-    """One guarded call: what its backward needs to know, without the tensors.
+    """One guarded call: the state that its backward needs, without the tensors.
 
     present: indices in TENSORS of the tensors that the call has.
     state: the random state before the forward; None without dropout.
@@ -118,7 +117,7 @@ class Call:
         return _apply(self, graph, *tensors)  # type: ignore[no-any-return]
 
     def operands(self, inputs: AttentionInputs) -> List[Any]:
-        """Its tensors that are not None."""
+        """The tensors of the call that are not None."""
         tensors = inputs.tensors()
         return [tensors[index] for index in self.present]
 
@@ -160,8 +159,8 @@ class Call:
     def once_more(
         self, tensors: Sequence[Tensor], needs: Sequence[bool], grad_out: Tensor
     ) -> Sequence[Optional[Tensor]]:
-        """Forward and backward of the same backend, from the random state of the first time."""
-        with self.as_then(), torch.enable_grad():
+        """Forward and backward of the same backend, from the random state of its forward."""
+        with self.as_in_forward(), torch.enable_grad():
             graph = self.run(tensors)
         return differentiate(graph, needs, grad_out)
 
@@ -170,7 +169,7 @@ class Call:
     ) -> Sequence[Optional[Tensor]]:
         """Under create_graph, or for a batch of gradients: by plain PyTorch (differentiable.py).
 
-        With dropout as differentiable as the backend is, since no other way drops the same.
+        With dropout by the backend itself, because no other one drops the same weights.
         """
         if self.state is None:
             inputs, every = self.inputs(tensors), [False] * len(TENSORS)
@@ -181,15 +180,14 @@ class Call:
         aliases = [
             t.view_as(t) for t in tensors
         ]  # an operand made of another one must not count for both
-        with self.as_then():
+        with self.as_in_forward():
             with torch.enable_grad():
                 out = self.compute(self.inputs(aliases))
         return differentiate((out, aliases), needs, grad_out, create_graph=torch.is_grad_enabled())
 
     @contextlib.contextmanager
-    def as_then(self) -> Any:
-        """Random state as at the forward, put back afterwards; without autocast, as at the
-        forward."""
+    def as_in_forward(self) -> Any:
+        """Context manager: the random state of the forward, and no autocast."""
         now = None if self.state is None else random_state.now(self.state.device)
         random_state.restore(self.state)
         try:
@@ -207,20 +205,20 @@ def differentiate(
     create_graph: bool = False,
 ) -> List[Optional[Tensor]]:
     out, leaves = graph
-    asked = tuple(compress(leaves, needs))
+    wanted = tuple(compress(leaves, needs))
     with internals.autocast_off():
-        found = iter(
+        gradients = iter(
             _run_backward(
-                (out,), (grad_out,), keep or create_graph, create_graph, asked, True, False
+                (out,), (grad_out,), keep or create_graph, create_graph, wanted, True, False
             )
         )
-    return [next(found) if need else None for need in needs]
+    return [next(gradients) if need else None for need in needs]
 
 
 def _by_grad(
-    outs: Any, grads: Any, keep: bool, create: bool, asked: Any, unused: bool, accumulate: bool
+    outs: Any, grads: Any, keep: bool, create: bool, wanted: Any, unused: bool, accumulate: bool
 ) -> Any:
-    return torch.autograd.grad(outs, asked, grads, keep, create, allow_unused=unused)
+    return torch.autograd.grad(outs, wanted, grads, keep, create, allow_unused=unused)
 
 
 class _Guarded(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 Such a checkpoint is a torch.autograd.Function, and a bias that its function finds in a context
 variable is none of its arguments: nothing in the graph leads from its output to the bias. replay.py
-hands the recomputation leaves, and what these receive is added to the bias' own gradient.
+gives leaves to the recomputation, and their gradients are added to the bias' own gradient.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEARNED_ADVICE = (
 
 @contextlib.contextmanager
 def advising() -> Any:
-    """Add the cure to torch's error about a graph that is gone."""
+    """Add advice to torch's error about a graph that was freed."""
     try:
         yield
     except RuntimeError as error:
@@ -70,7 +70,7 @@ class Leaves:
                 "known to "
                 f"loss.backward() without `inputs`, not to torch.autograd.grad; {LEARNED_ADVICE}"
             )
-        if internals.will_execute is None:  # torch does not tell what else the pass has for them
+        if internals.will_execute is None:  # torch cannot tell which nodes the pass will visit
             _differentiate(*zip(*pairs))
             return
         gradients = PassGradients.of_this_pass()
@@ -79,17 +79,17 @@ class Leaves:
 
 
 class PassGradients:
-    """What the checkpoints of one backward pass have found for tensors that are no arguments of
-    theirs.
+    """Gradients that the checkpoints of one backward pass computed for tensors that are none of
+    their arguments.
 
-    Each tensor gets the sum once: with what the pass itself finds for the tensor, or else when the
-    pass ends. DistributedDataParallel reduces a gradient when it first arrives, and does not notice
-    what is added later. Only where the pass differentiates part of the graph behind the tensor, but
-    not the tensor, is each part added at once.
+    Each tensor gets the sum once: with the gradient that the pass itself computes for it, or else
+    when the pass ends. DistributedDataParallel reduces a gradient when it first arrives, and does
+    not notice later additions. Only where the pass differentiates part of the graph behind the
+    tensor, but not the tensor, is each part added at once.
     """
 
     def __init__(self) -> None:
-        self._found: Dict[int, Tuple[Tensor, Tensor]] = {}
+        self._sums: Dict[int, Tuple[Tensor, Tensor]] = {}
         self._hooks: List[Any] = []
 
     @staticmethod
@@ -103,21 +103,20 @@ class PassGradients:
         return gradients
 
     def add(self, tensor: Tensor, gradient: Tensor) -> None:
-        """To be called in any thread of the pass: each GPU has its own."""
+        """Add a gradient, from any thread of the pass: each GPU has its own."""
         with _gradients_lock:
-            if id(tensor) in self._found:
-                self._found[id(tensor)] = tensor, self._found[id(tensor)][1] + gradient
+            if id(tensor) in self._sums:
+                self._sums[id(tensor)] = tensor, self._sums[id(tensor)][1] + gradient
                 return
             if not self._at_once(tensor):
-                self._found[id(tensor)] = tensor, gradient
+                self._sums[id(tensor)] = tensor, gradient
                 return
         _differentiate(
             [tensor], [gradient]
         )  # now: the pass frees what the graph behind the tensor needs
 
     def _at_once(self, tensor: Tensor) -> bool:
-        """Whether each part is to be added when it is found; else all of them join what the pass
-        finds, if it does."""
+        """Whether each part is added at once; else the sum joins the gradient of the pass."""
         assert internals.will_execute is not None
         node = _node(tensor)
         if not internals.will_execute(node):
@@ -130,17 +129,17 @@ class PassGradients:
         return False
 
     def _join(self, tensor: Tensor, own: Optional[Tensor]) -> Optional[Tensor]:
-        """Add what was found to the gradient that the pass has for `tensor`."""
+        """Add the sum to the gradient that the pass computed for `tensor`."""
         with _gradients_lock:
-            _, found = self._found.pop(id(tensor), (tensor, None))
-        return found if own is None or found is None else own + found
+            _, total = self._sums.pop(id(tensor), (tensor, None))
+        return total if own is None or total is None else own + total
 
     def deliver(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        if self._found:
-            tensors, gradients = zip(*self._found.values())
-            self._found.clear()
+        if self._sums:
+            tensors, gradients = zip(*self._sums.values())
+            self._sums.clear()
             _differentiate(tensors, gradients)
 
 
