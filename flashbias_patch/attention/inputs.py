@@ -38,7 +38,7 @@ class AttentionInputs(NamedTuple):
 
     Shapes: q (B, M, H, D), k (B, N, H, D), v (B, N, H, Dv), one dtype and device; q_factor (B|1, M,
     H|1, R) and k_factor (B|1, N, H|1, R) in q's dtype; segment_weights (B|1, M, H|1, S) with
-    segment_lengths summing to N: a constant a row over each key segment; dense (B|1, H|1, M|1, N)
+    segment_lengths summing to N: one constant per row and key segment; dense (B|1, H|1, M|1, N)
     floating, additive, may hold -inf; mask (B|1, H|1, M|1, N) bool, True = masked out; key_padding
     (B, N), bool with True = masked out, or floating and additive (may hold -inf);
     windows: a bias of local windows, with weights of at least float32, and window_mask: all but
@@ -180,8 +180,8 @@ def build_in(
     dropout_p: float,
     scale: Optional[float],
 ) -> Tuple[AttentionInputs, Optional[Tensor]]:
-    """As `build`, q, k and v in `dtype` (None: as they are); and what fp16_gradients.widened needs,
-    if anything."""
+    """(inputs as by `build`, with q, k and v in `dtype`; the power that fp16_gradients.widened
+    needs, or None). dtype None: q, k and v as they are."""
     B, M, H, D, N = _check_qkv(q, k, v)
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
@@ -246,14 +246,13 @@ def build_in(
 
 
 def _scale(scale: Any, D: int) -> float:
-    """The scale as a finite float; TypeError or ValueError if it is none."""
+    """The scale as a finite float; TypeError or ValueError if it is not one."""
     if scale is None:
         return D**-0.5 if D else 1.0
     if isinstance(scale, Tensor) and scale.requires_grad:
         raise TypeError(
             "scale must be a number, got a tensor that requires grad, whose gradient would be "
-            "lost: "
-            "multiply q by it and give scale=1.0"
+            "lost: multiply q by it and pass scale=1.0"
         )
     if isinstance(scale, (bool, str, bytes)):
         raise TypeError(f"scale must be a number, got {scale!r}")
@@ -271,8 +270,8 @@ def _segments_for(
 ) -> Tuple[Optional[Tensor], Optional[Tuple[int, ...]]]:
     """Weights of at least float32, of segments that have a key."""
     if 0 in lengths:  # a large weight of no key must not count as the row's largest
-        kept = [place for place, length in enumerate(lengths) if length]
-        weights, lengths = weights[..., kept], tuple(lengths[place] for place in kept)
+        present = [index for index, length in enumerate(lengths) if length]
+        weights, lengths = weights[..., present], tuple(lengths[index] for index in present)
     if not lengths:
         return None, None
     return weights.to(device, torch.promote_types(torch.float32, weights.dtype)), lengths
@@ -290,8 +289,8 @@ def _expanded(tensor: Tensor, M: int) -> Tensor:
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tuple[int, int, int, int, int]:
-    """(B, M, H, D, N); raises if q, k and v do not fit. Every call passes here: what fits is let
-    through quickly."""
+    """(B, M, H, D, N); raises if q, k and v do not fit. The first check is the fast path of valid
+    operands."""
     try:
         (B, M, H, D), (_, N, _, _), (*leading, _) = q.shape, k.shape, v.shape
         fits = k.shape == (B, N, H, D) and leading == [B, N, H] and q.dtype is k.dtype is v.dtype
@@ -347,34 +346,39 @@ def as_bias(
         return MaskBias(four) if kind == "bool" else DenseBias(four)
     if not isinstance(bias, AttentionBias):
         raise TypeError(f"bias must be an AttentionBias or a Tensor, got {type(bias).__name__}")
-    rows = (1, M) if bias.rank is None else (M,)
-    if any(size not in sizes for size, sizes in zip(bias.shape, ((1, B), (1, H), rows, (N,)))):
+    batch, heads, rows, keys = bias.shape
+    if (
+        batch not in (1, B)
+        or heads not in (1, H)
+        or keys != N
+        or rows != M
+        and (rows != 1 or bias.rank is not None)
+    ):
         raise ValueError(
             f"bias of shape {tuple(bias.shape)} does not fit this attention: expected (B|1, H|1, "
-            "M, N) with "
-            f"B={B}, H={H}, M={M}, N={N}"
+            f"M, N) with B={B}, H={H}, M={M}, N={N}"
         )
     return bias
 
 
 def read_descriptions(q: Tensor, k: Tensor, bias: Any, attn_mask: Any) -> Tuple[Any, Any]:
-    """(bias, attn_mask) of a call, a BiasTensor among them put into `bias` as the description that
-    it holds."""
+    """(bias, attn_mask) of a call; the description of a BiasTensor among them becomes, or joins,
+    `bias`."""
     if type(bias) is not BiasTensor and type(attn_mask) is not BiasTensor:
         return bias, attn_mask
     B, M, H, _, N = _check_qkv(q, k, k)
     if type(attn_mask) is BiasTensor:
-        found = as_bias(attn_mask, B, H, M, N, "attn_mask")
+        description = as_bias(attn_mask, B, H, M, N, "attn_mask")
         attn_mask = None
-        bias = found if bias is None else as_bias(bias, B, H, M, N) + found
+        bias = description if bias is None else as_bias(bias, B, H, M, N) + description
     elif type(bias) is BiasTensor:
         bias = as_bias(bias, B, H, M, N)
     return bias, attn_mask
 
 
 def _cast_factors(q_factor: Tensor, k_factor: Tensor, q: Tensor) -> Tuple[Tensor, Tensor]:
-    """Factors in q's dtype. float32 factors keep their digits in half precision by splitting (more
-    columns)."""
+    """Factors in q's dtype. In half precision, float32 factors are split into more columns, so that
+    no digit is lost."""
     q_factor, k_factor = q_factor.to(q.device), k_factor.to(q.device)
     if q.dtype in (torch.float16, torch.bfloat16):
         return split_factors(q_factor, k_factor, q.dtype)

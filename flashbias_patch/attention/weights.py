@@ -1,5 +1,4 @@
-"""The attention weights that torch.nn.MultiheadAttention returns, computed when somebody uses
-them."""
+"""The attention weights that torch.nn.MultiheadAttention returns, computed when they are used."""
 
 from __future__ import annotations
 
@@ -38,8 +37,7 @@ def attention_weights(
 
 
 class LazyWeights(Tensor):
-    """Attention weights that are computed the first time that something other than their shape is
-    used.
+    """Attention weights that are computed when something other than their shape is first used.
 
     Every torch function that receives them works on the computed tensor, whose gradients reach q, k
     and the bias. The weights are those before dropout.
@@ -111,7 +109,7 @@ class LazyWeights(Tensor):
         q, k, bias, attn_mask, key_padding_mask, average, batched, grad = self._arguments
         with _without_torch_function():
             dtype = self.dtype
-        # In the mode of the call, whatever the reader's is.
+        # In the grad mode of the call, whatever that of the reader is.
         with torch.inference_mode(False), torch.set_grad_enabled(grad), _no_autocast(q.device.type):
             weights = attention_weights(
                 q, k, bias, attn_mask=attn_mask, key_padding_mask=key_padding_mask
@@ -126,8 +124,8 @@ class LazyWeights(Tensor):
         cls, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        # torch's reentrant checkpoint asks each output of a recomputation whether it requires a
-        # gradient, and would then differentiate this object.
+        # torch's reentrant checkpoint reads requires_grad of each output of a recomputation, and
+        # would then differentiate this object.
         if func in _METADATA or (func == _REQUIRES_GRAD and _graph_task() != -1):
             with _without_torch_function():
                 return func(*args, **kwargs)
@@ -174,8 +172,8 @@ def _computed(value: Any) -> Any:
 def _versions(
     bias: Optional[AttentionBias], *masks: Optional[Tensor]
 ) -> List[Tuple[str, Tensor, int]]:
-    """(argument, tensor, version) of what a caller may change in place before the weights are
-    computed."""
+    """(argument, tensor, version) of tensors that a caller may change in place before the weights
+    are computed."""
     named = list(zip(("attn_mask", "key_padding_mask"), masks))
     named += [] if bias is None else [("attention_bias", tensor) for tensor in bias.tensors()]
     return [

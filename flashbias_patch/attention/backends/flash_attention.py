@@ -31,10 +31,10 @@ from .sdpa import HALF, segments_to_factors
 
 ALIGN = 16  # of the joined head dim: the tensor cores' step, so narrower columns cost the same
 # With 40 / 32, 40 / 40 and 48 / 32 columns of q and v, 4.0.0b36 gave a gradient of q on Hopper that
-# is wrong by 1.3 relative, with 32 / 32 and 64 / 64 a right one
+# is wrong by 1.3 relative, with 32 / 32 and 64 / 64 a correct one
 # (benchmarks/results/attention_peers_h200.json, flash_backend_h200.json).
 HOPPER_BACKWARD_ALIGN = 64
-V_ALIGN = 8  # 16 bytes, which every generation asks of a head dim
+V_ALIGN = 8  # 16 bytes: every generation needs head dims of such multiples
 INSTALL = "pip install flashbias-patch[fa4]"
 
 
@@ -82,8 +82,8 @@ class FlashAttention(Backend):
         original, masked_rows = inputs, _fully_masked_rows(inputs)
         padding = inputs.key_padding
         if padding is not None and padding.dtype is not torch.bool:
-            # Half precision has no digits for keys that are all at -1e9: relative to the sample's
-            # largest.
+            # Half precision cannot represent keys that are all at -1e9: they are shifted by the
+            # sample's largest.
             top = padding.amax(-1, keepdim=True)
             if possible(inputs) and any_far(top):
                 return reference.backend(original)
@@ -108,8 +108,8 @@ backend = FlashAttention()
 
 
 def _reasons_of(generation: Generation, inputs: AttentionInputs) -> List[str]:
-    """Why this generation does not take the call. Imports nothing if it could not take it
-    anyway."""
+    """Reasons why this generation does not take the call. Imports it only if there is no other
+    reason."""
     reasons = []
     if inputs.dropout_p and not generation.dropout:
         reasons.append("no support for dropout")
@@ -146,7 +146,7 @@ def _major(index: int) -> int:
 
 @functools.lru_cache(maxsize=None)
 def _function(module: str) -> Union[Callable[..., Any], str]:
-    """flash_attn_func of that module, or why there is none."""
+    """flash_attn_func of that module, or the reason why there is none."""
     missing = f"{module}.flash_attn_func is not installed ({INSTALL})"
     try:
         function = getattr(importlib.import_module(module), "flash_attn_func", None)
@@ -155,11 +155,9 @@ def _function(module: str) -> Union[Callable[..., Any], str]:
         if error.name is None or error.name == module or error.name == top:
             return missing
         return f"{module} needs the missing module {error.name} ({INSTALL})"
-    except (
-        Exception
-    ) as error:  # built for another torch or CUDA: OSError, ImportError, RuntimeError, ...
+    except Exception as error:  # built for another torch or CUDA: OSError, RuntimeError, ...
         return f"{module} does not import: {type(error).__name__}: {error}"
-    # A stand-in that this package offers to modules importing flash_attn would end here again.
+    # This package's stand-in for flash_attn would call this backend again.
     ours = __name__.split(".")[0] + "."
     if function is None or (getattr(function, "__module__", None) or "").startswith(ours):
         return missing
@@ -167,7 +165,7 @@ def _function(module: str) -> Union[Callable[..., Any], str]:
 
 
 def _fully_masked_rows(inputs: AttentionInputs) -> Optional[Tensor]:
-    """(B|1, M|1, H|1, 1) bool: rows that see no key; None if all do."""
+    """(B|1, M|1, H|1, 1) bool: the rows that see no key; None if all see one."""
     padding, weights, visible = inputs.key_padding, inputs.segment_weights, None
     if padding is not None:
         visible = ~padding if padding.dtype is torch.bool else padding != float("-inf")
@@ -184,7 +182,7 @@ def _columns(inputs: AttentionInputs) -> Tuple[Tensor, Tensor, float]:
         return q, k, scale
     weights = inputs.segment_weights
     if weights is not None and inputs.q_factor is None and scale > 0:
-        # Divided in float32, before they are split: no digit is lost.
+        # Divided in float32 before they are split, so that no digit is lost.
         power, remainder = _power_and_remainder(scale)
         inputs = segments_to_factors(inputs._replace(segment_weights=weights / remainder))
         plan = Plan(power, 1.0, False, remainder, _rounded(_count(inputs), inputs))
@@ -217,14 +215,14 @@ def _plan(inputs: AttentionInputs) -> Plan:
 
 def _as_it_is(inputs: AttentionInputs) -> bool:
     """Whether there is nothing to add to q and k."""
-    nothing = (
+    no_terms = (
         inputs.q_factor is None and inputs.segment_weights is None and inputs.key_padding is None
     )
     D = inputs.q.shape[-1]
-    right = (
+    aligned = (
         D == 32 or D % HOPPER_BACKWARD_ALIGN == 0 if _hopper_backward(inputs) else D % V_ALIGN == 0
     )
-    return nothing and inputs.scale > 0 and right
+    return no_terms and inputs.scale > 0 and aligned
 
 
 def _count(inputs: AttentionInputs) -> int:

@@ -26,16 +26,14 @@ from .base import Backend
 
 OLD = RELEASE < (2, 1)
 HALF = (torch.float16, torch.bfloat16)
-# of a masked call on CUDA: kernels of several torch versions crash beyond (pytorch #145040)
+# Keys of a masked call on CUDA: kernels of several torch versions crash beyond (pytorch #145040).
 MOST_KEYS = 65535
-_read = (
-    internals.tracing_state
-)  # None where numbers may be read: subclasses and transforms are seen to elsewhere
-FEW = 64  # rows of additive terms on the CPU, whose maxima Python looks at
+# Returns None where numbers may be read. Subclasses and transforms are handled elsewhere.
+_tracing_state = internals.tracing_state
+FEW = 64  # rows of additive terms on the CPU whose maxima are read in Python
 ALIGN = 8  # every fused SDPA kernel wants head dims in multiples of eight
-WINDOW_ENTRIES = (
-    1 << 25
-)  # of a window bias or mask written out, up to which it is: 64 MiB in half precision
+# Most entries of a window bias or mask that is written out: 64 MiB in half precision.
+WINDOW_ENTRIES = 1 << 25
 
 
 class Sdpa(Backend):
@@ -66,21 +64,21 @@ class Sdpa(Backend):
         return reasons
 
     def traced(self, inputs: AttentionInputs) -> Tensor:
-        """The same for torch.compile, where gradients are differentiated once."""
-        return self(inputs, again=False)
+        """The output, inside torch.compile: gradients are not differentiated again there."""
+        return self(inputs, twice=False)
 
-    def __call__(self, inputs: AttentionInputs, again: bool = True) -> Tensor:
-        given = inputs
+    def __call__(self, inputs: AttentionInputs, twice: bool = True) -> Tensor:
+        original = inputs
         if inputs.windows is not None or inputs.window_mask is not None:
             inputs = windows_to_dense(inputs)
-        dropout_p, attn_mask, dead = inputs.dropout_p, None, None
+        dropout_p, attn_mask, masked_rows = inputs.dropout_p, None, None
         if not (
             inputs.dense is inputs.mask is inputs.key_padding is inputs.segment_weights is None
         ):
             masks = _masks(inputs)
             if masks is None:
-                return reference.backend(given)
-            attn_mask, dead = masks
+                return reference.backend(original)
+            attn_mask, masked_rows = masks
             if inputs.segment_weights is not None:
                 inputs = segments_to_factors(inputs)
         q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
@@ -105,10 +103,10 @@ class Sdpa(Backend):
                 out = F.scaled_dot_product_attention(
                     q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
                 )
-        if again and not dropout_p and out.requires_grad:
+        if twice and not dropout_p and out.requires_grad:
             differentiable.allow_again(out.grad_fn, q, k, v, attn_mask, scale)
-        if dead is not None:
-            out = out.masked_fill(dead, 0.0)
+        if masked_rows is not None:
+            out = out.masked_fill(masked_rows, 0.0)
         if out.shape[-1] != head_dim:
             out = out[..., :head_dim]
         return out.transpose(1, 2)
@@ -118,8 +116,8 @@ backend = Sdpa()
 
 
 def _masks(inputs: AttentionInputs) -> Optional[Tuple[Optional[Tensor], Optional[Tensor]]]:
-    """(SDPA's attn_mask, rows whose keys are all masked); None where plain PyTorch must compute the
-    call (values.py)."""
+    """(SDPA's attn_mask, fully masked rows); None where plain PyTorch must compute the call
+    (values.py)."""
     additive, masked = merge_terms(inputs)
     if additive is None:
         return merge_masks(inputs, None, masked, None, False)
@@ -130,16 +128,14 @@ def _masks(inputs: AttentionInputs) -> Optional[Tuple[Optional[Tensor], Optional
         and type(top) is Tensor
         and inputs.segment_weights is None
         and top.numel() <= FEW
-        and _read() is None
+        and _tracing_state() is None
     ):
         peaks = top.view(-1).tolist()
-        if not any(
-            peaks
-        ):  # every row's largest term is 0, as of a padding that hides some keys, or none
-            # A copy: torch saves it for backward, and until then the caller may change its own mask
-            # in place.
+        if not any(peaks):
+            # The largest term of every row is 0, as with a padding that hides some keys. A copy:
+            # torch saves it for backward, and the caller may change its own mask before that.
             return additive.to(q.dtype, copy=True), None
-    # Else a kernel's running maximum is enough.
+    # Where `exact` is False, a kernel's running maximum is enough.
     exact = inputs.needs_grad or q.dtype in HALF or inputs.segment_weights is not None
     if exact and possible(inputs) and any_far(top):
         return None
@@ -150,8 +146,8 @@ def segments_to_factors(inputs: AttentionInputs) -> AttentionInputs:
     """Segment weights as one more block of low-rank columns: weight times the indicator of its
     segment.
 
-    Relative to the row's largest, and no less than LEAST_WEIGHT, since -inf times 0 is no number:
-    rows whose weights are all -inf are the caller's to clear (values.rows_without_keys).
+    Relative to the row's largest, and at least LEAST_WEIGHT, because -inf times 0 is nan: the
+    caller clears rows whose weights are all -inf (values.rows_without_keys).
     """
     if inputs.segment_weights is None:
         return inputs
@@ -222,7 +218,8 @@ def concatenate(inputs: AttentionInputs) -> Tuple[Tensor, Tensor]:
 
 
 def merge_terms(inputs: AttentionInputs) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-    """(the sum of the additive terms, -inf where masked too; or else the pairs that are masked)."""
+    """(sum of the additive terms, -inf where masked, or None; the masked pairs, if there is no such
+    sum)."""
     additive, masked = inputs.dense, inputs.mask
     padding = inputs.key_padding
     if padding is not None:
@@ -279,7 +276,7 @@ def merge_masks(
 def for_cuda(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor]
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as torch's CUDA kernels can take them."""
+    """q, k and v in a form that torch's CUDA kernels take."""
     # Expanded keys: wrong in the efficient kernel at N % 32 == 1 (pytorch #191937).
     k, v = (t.contiguous() if _is_expanded(t) else t for t in (k, v))
     mask_alone = (
@@ -311,8 +308,8 @@ def _kernel(
 
     On CUDA in half precision cuDNN takes unequal head dims, flash does not (it would end in the
     math kernel, which holds the scores). The CPU's fused kernel wants equal ones, and is not
-    selected here. cuDNN is left out where there is a mask and a gradient, which it may answer with
-    NaN (pytorch #196678), and for a single query.
+    selected here. cuDNN is not used where there is a mask and a gradient, which may be NaN (pytorch
+    #196678), and for a single query.
     """
     grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (q, k, v, attn_mask)

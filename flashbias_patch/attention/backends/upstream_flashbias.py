@@ -1,9 +1,8 @@
-"""FlashBias' published Triton kernel (github.com/thuml/FlashBias, arXiv 2505.12044), where it is
-found.
+"""FlashBias' published Triton kernel (github.com/thuml/FlashBias, arXiv 2505.12044), if present.
 
 It is one file, flash_bias_triton.py, not a package: it is loaded by path. Its authors pin triton
 3.0.0; on current Triton it is wrong at lengths that are not multiples of its tiles, which the
-self-check finds out (selfcheck.py).
+self-check detects (selfcheck.py).
 """
 
 from __future__ import annotations
@@ -58,8 +57,7 @@ class Upstream(Backend):
         q, k, v = inputs.q, inputs.k, inputs.v
         q_factor, k_factor = inputs.q_factor, inputs.k_factor
         assert q_factor is not None and k_factor is not None
-        # Expanded here, so that autograd sums the gradients of shared factors and the kernel need
-        # not.
+        # Expanded here, so that autograd sums the gradients of shared factors.
         q_factor, k_factor = q_factor.expand(*q.shape[:3], -1), k_factor.expand(*k.shape[:3], -1)
         out = self._function(q, k, v, q_factor, k_factor, None, False, inputs.scale)
         if weights is None or lengths is None:
@@ -85,11 +83,10 @@ backend = Upstream()
 
 
 def find() -> Tuple[Optional[str], List[str]]:
-    """(path or None, the places looked in): FLASHBIAS_HOME, external/FlashBias/ of the working
+    """(path or None, the folders searched): FLASHBIAS_HOME, external/FlashBias/ of the working
     directory, sys.path.
 
-    Code of the working directory, which nobody may have asked for, is run only if
-    FLASHBIAS_BACKEND=upstream does.
+    Code of the working directory runs only under FLASHBIAS_BACKEND=upstream.
     """
     read, here = settings.current(), os.getcwd()
     places = [("FLASHBIAS_HOME", read.home)] if read.home else []
@@ -108,7 +105,7 @@ def find() -> Tuple[Optional[str], List[str]]:
 
 
 def load(path: str) -> Callable[..., Tensor]:
-    """flash_bias_func of that file; ImportError if it does not have the published call shape."""
+    """flash_bias_func of that file; ImportError if it does not have the published parameters."""
     name = FILE[:-3]
     module = sys.modules.get(name)
     if module is None:
@@ -133,7 +130,7 @@ def load(path: str) -> Callable[..., Tensor]:
 
 
 def _parameters(function: Any) -> Tuple[str, ...]:
-    """Names of its parameters; of an autograd Function's `apply`, those of its forward without
+    """Names of the parameters; for an autograd Function's `apply`, those of its forward without
     ctx."""
     owner = getattr(function, "__self__", None)
     if inspect.isclass(owner) and issubclass(owner, torch.autograd.Function):
