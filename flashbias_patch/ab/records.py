@@ -129,6 +129,7 @@ class Run:
     others: float = 0.0  # CPUs that processes other than the command's kept busy, on average
     busy: float = 0.0  # share of all CPUs that was busy
     gpus: List[Dict[str, Any]] = field(default_factory=list)  # of clocks.summary
+    saved: str = ""  # the directory of an earlier comparison that it was copied from (saved.py)
     training: Optional[int] = None  # the number of the training that is judged; None: the longest
 
     @property

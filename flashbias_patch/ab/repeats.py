@@ -79,7 +79,8 @@ class Plan:
     ) -> None:
         self.experiment, self.options, self.judge = experiment, options, judge
         self.progress, self.clock = progress, clock
-        self.sides = "A" + sides.labels(options._asdict())
+        self.with_a = options.against is None
+        self.sides = "A" * self.with_a + sides.labels(options._asdict())
         self.stopped = ""
         self.took: List[float] = []  # seconds of each pair
         self.begin = clock()
@@ -90,7 +91,7 @@ class Plan:
             yield from self.sides if len(self.took) % 2 == 0 else self.sides[::-1]
             self.took.append(self.clock() - begun)
             self.stopped = self._why_stop()
-        if self.options.noise_run and self.options.repeats == 1:
+        if self.with_a and self.options.noise_run and self.options.repeats == 1:
             yield "A"  # A against A needs two of them
 
     def _why_stop(self) -> str:
@@ -133,7 +134,9 @@ class Plan:
 
     def _next_takes(self) -> float:
         """Seconds of a further pair, and of the nudged A."""
-        return max(self.took) * (1 + (NUDGED_SHARE if self.options.noise_run else 0.0))
+        return max(self.took) * (
+            1 + (NUDGED_SHARE if self.with_a and self.options.noise_run else 0.0)
+        )
 
 
 def widest_first(verdict: Any) -> List[Ratio]:

@@ -29,6 +29,7 @@ from . import (
     profiling,
     records,
     repeats,
+    saved,
     sides,
     verdict,
 )
@@ -39,6 +40,7 @@ POLL = 0.05
 GRACE_TO_END = 20.0  # after its N steps, how long a command may take to come to its end by itself
 
 INTERRUPTED = "interrupted"
+OTHER_VERSIONS = "other versions"  # the status of a run, of saved.other_versions
 OUT_OF_MEMORY = re.compile(
     r"OutOfMemoryError|CUDA out of memory|CUDA error: out of "
     r"memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
@@ -59,6 +61,7 @@ class Options(NamedTuple):
     interval is +-`half_width` percent. `max_time`: minutes after which no further pair of runs is
     begun. `mode`: infer where iterations are forward passes, of the top module or of `module`.
     `profile`: steps under torch.profiler, after the timed ones, in the first run of each side.
+    `against`: the directory of an earlier comparison whose A is taken instead of running A.
     """
 
     repeats: Union[int, str] = 1
@@ -79,20 +82,23 @@ class Options(NamedTuple):
     mode: str = "train"
     module: str = ""
     profile: int = 0
+    against: Optional[str] = None
 
 
-def schedule(repeats: Union[int, str], noise_run: bool = True, others: str = "B") -> str:
+def schedule(
+    repeats: Union[int, str], noise_run: bool = True, others: str = "B", with_a: bool = True
+) -> str:
     """Which run is what, in order: A B B A A B ..., so that a drift of the machine falls on both
-    alike. `others`: the sides beside A, as "BCD" for A B C D D C B A. Empty for "auto": it grows as
-    runs are made.
+    alike. `others`: the sides beside A, as "BCD" for A B C D D C B A; `with_a`: A is run too. Empty
+    for "auto": it grows as runs are made.
 
     A against A needs two As: one more is added where there would be one only.
     """
     if not isinstance(repeats, int):
         return ""
-    once = "A" + others
+    once = "A" * with_a + others
     order = "".join(once if i % 2 == 0 else once[::-1] for i in range(repeats))
-    return order + ("A" if noise_run and repeats == 1 else "")
+    return order + ("A" if with_a and noise_run and repeats == 1 else "")
 
 
 def run_all(
@@ -103,7 +109,8 @@ def run_all(
 
     A side that failed is not repeated: what is left of the schedule then has nothing to add. All
     that was recorded is in the experiment returned, also where `out` vanished or its disk is full;
-    the latter is in its `lost`.
+    the latter is in its `lost`. Raises saved.Refused, before any run, where
+    `against` cannot be used.
     """
     progress = _careful(progress or (lambda event, run: None))
     out = os.path.abspath(out)
@@ -112,7 +119,12 @@ def run_all(
         "command": list(command),
         "cwd": os.getcwd(),
         "commit": history.commit_of(os.getcwd()),
-        "schedule": schedule(options.repeats, options.noise_run, sides.labels(options._asdict())),
+        "schedule": schedule(
+            options.repeats,
+            options.noise_run,
+            sides.labels(options._asdict()),
+            options.against is None,
+        ),
         "options": {
             **options._asdict(),
             "env_a": dict(options.env_a),
@@ -124,10 +136,16 @@ def run_all(
             "python": platform.python_version(),
             "cpus": os.cpu_count(),
         },
+        "machine": saved.machine(),
         "started": time.time(),
         "runs": [],
     }
+    earlier = None if options.against is None else saved.load(options.against, document)
     experiment = records.build(out, document, [])
+    if earlier is not None:
+        for entry in saved.copy(earlier, out):
+            document["runs"].append(entry)
+            experiment.runs.append(records.load_run(out, entry))
     _save(experiment, document)
     failed = set()
 
@@ -140,8 +158,14 @@ def run_all(
         again = any(entry["label"] == label for entry in document["runs"])
         how = options._replace(profile=0) if again else options
         entry, recorded, tail = run_one(command, place, label, index, how, progress, nudge)
+        run = records.make_run(entry, recorded, tail)
+        if earlier is not None and entry["status"] == "ok":
+            why = saved.other_versions(experiment.runs[0], run)
+            if why:
+                entry.update(status=OTHER_VERSIONS, message=f"A is not comparable: {why}")
+                run = records.make_run(entry, recorded, tail)
         document["runs"].append(entry)
-        experiment.runs.append(records.make_run(entry, recorded, tail))
+        experiment.runs.append(run)
         _save(experiment, document)
         progress("done", entry)
         if entry["status"] != "ok":
@@ -161,7 +185,7 @@ def run_all(
         _save(experiment, document)
         while "A" not in failed and options.noise_run:
             needed = verdict.next_run(experiment, judge(experiment))
-            if needed is None or not one(*needed):
+            if needed is None or (earlier is not None and needed[0] == "A") or not one(*needed):
                 break
     except KeyboardInterrupt:  # between two runs
         experiment.interrupted = True

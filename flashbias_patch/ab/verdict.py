@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tu
 
 import numpy as np
 
-from . import clocks, loader, parity, records, repeats, sides, stand_in, statistics
+from . import clocks, loader, parity, records, repeats, saved, sides, stand_in, statistics
 from .loader import Wait
 from .parity import Parity
 from .records import Experiment, Run
@@ -280,7 +280,9 @@ def _compare(
             )
         warm = fitting
     crowded = [run for run in plain + b if is_crowded(run, experiment)]
-    spread = statistics.CROWDED_SPREAD if crowded else statistics.TYPICAL_SPREAD["time"]
+    # Runs that do not alternate differ by what changed in between too.
+    apart = crowded or any(run.saved for run in plain)
+    spread = statistics.CROWDED_SPREAD if apart else statistics.TYPICAL_SPREAD["time"]
     times = [[run.step_seconds()[warm:] for run in side] for side in (plain, b)]
     made = min(len(plain), len(b))
     levels = repeats.levels(experiment.options, made, comparisons)
@@ -296,7 +298,7 @@ def _compare(
     )
     waits = (loader.wait_of(plain, warm), loader.wait_of(b, warm))
     verdict.timing = _timing(plain, b, verdict.speed, times)._replace(waits=waits)
-    said = [loader.note(waits, verdict.name)]
+    said = [*saved.notes(experiment), loader.note(waits, verdict.name)]
     said += [loader.by_loader(w, x) for w, x in zip(waits, ("unpatched", verdict.name))]
     verdict.notes += [each for each in said if each]
     verdict.notes += clocks.notes(plain, b, verdict.name)

@@ -104,6 +104,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="DIR", help="where everything is written (default runs/ab-DATE-TIME)"
     )
     parser.add_argument(
+        "--against",
+        metavar="OLD",
+        help="take A from the directory of an earlier run instead of running A again; "
+        "refused where the machine, versions, command or options that A depends on differ",
+    )
+    parser.add_argument(
         "--csv",
         metavar="FILE",
         help="also write a row per metric, run and step, as `flashbias report --csv` does",
@@ -228,7 +234,7 @@ def _main(args: argparse.Namespace) -> int:
         print(f"flashbias ab: {problem}", file=sys.stderr)
         return 2
     try:
-        from ..ab import detections, records, repeats, report, runner, sides
+        from ..ab import detections, records, repeats, report, runner, saved, sides
         from ..ab import verdict as verdicts
     except ImportError as error:
         print(
@@ -258,6 +264,7 @@ def _main(args: argparse.Namespace) -> int:
         sides=args.side,
         half_width=args.half_width or repeats.HALF_WIDTH,
         max_time=args.max_time,
+        against=args.against,
         mode=args.mode,
         module=args.module,
         profile=args.profile,
@@ -266,14 +273,19 @@ def _main(args: argparse.Namespace) -> int:
     ends = (signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, _as_interrupt) for number in ends}
     screen = _screen(
-        runner.schedule(args.repeats, not args.no_aa, sides.labels(options._asdict())),
+        runner.schedule(
+            args.repeats, not args.no_aa, sides.labels(options._asdict()), args.against is None
+        ),
         args.steps,
-        not args.no_aa and args.eval is None,
+        not args.no_aa and args.eval is None and args.against is None,
         [side.name for side in args.side],
     )
     try:
         with screen:
             experiment = runner.run_all(command, out, options, screen.update)
+    except saved.Refused as error:
+        _print(f"flashbias ab: --against: {error}", sys.stderr)
+        return 2
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -329,6 +341,9 @@ def _usage(args: argparse.Namespace, command: List[str]) -> Optional[str]:
         return "--eval: CMD has no {predictions}, the file its detections are written to"
     if args.eval is not None and args.repeats == "auto":
         return "--repeats auto: not with --eval, which compares detections and no times"
+    if args.against is not None and (args.eval is not None or args.repeats == "auto"):
+        with_what = "--eval" if args.eval is not None else "--repeats auto"
+        return f"--against: not with {with_what}, which needs runs of A and B in turns"
     if args.half_width is not None and args.repeats != "auto":
         return "--half-width: only with --repeats auto"
     return None
