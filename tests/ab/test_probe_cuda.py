@@ -90,10 +90,11 @@ def gpu(monkeypatch):
 @pytest.fixture
 def recorder(gpu, tmp_path):
     """A recorder as _torch_arrived leaves it, without hooks in this process's torch."""
-    from flashbias_patch.ab import capture, probe
+    from flashbias_patch.ab import capture, probe, waits
 
     found = probe.Recorder(str(tmp_path), {"FLASHBIAS_PROBE_PARAMS": "", "FLASHBIAS_PATCH": "0"})
     found.torch, found.inbox, found.gpu = torch, capture.Inbox(torch), cuda.Gpu(torch)
+    found.waits = waits.Waits()
     yield found
     found.limit = 0
     found.end()

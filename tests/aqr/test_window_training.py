@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flashbias_patch
 from flashbias_patch import telemetry
-from flashbias_patch.attention.backends import reference
+from flashbias_patch.bias import grids
 from tests import stand_ins
 
 MODULE = f"{stand_ins.UTILS}.petr_transformer"
@@ -85,10 +85,8 @@ def became_dense(caplog):
 def test_gradients_are_the_unpatched_ones(heads, attention, with_cp, options, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     windows = []
-    dense_bias = reference.grids.dense_bias
-    monkeypatch.setattr(
-        reference.grids, "dense_bias", lambda parts: windows.append(1) or dense_bias(parts)
-    )
+    dense_bias = grids.dense_bias
+    monkeypatch.setattr(grids, "dense_bias", lambda parts: windows.append(1) or dense_bias(parts))
     if attention == "PETRMultiheadFlashAttention" and options.get("fp16"):
         pytest.skip("torch's SDPA refuses a half mask with float32 sequences")
     plain, patched = (make(cls, attention, with_cp, **options) for cls in heads)

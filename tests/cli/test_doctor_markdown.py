@@ -46,10 +46,8 @@ def test_text_is_aligned_and_has_the_words_of_the_readme(capsys, monkeypatch):
     rows = dict(line.split() for line in page.splitlines() if line.startswith("  FLASHBIAS_"))
     assert {
         name: rows[f"FLASHBIAS_{name}"]
-        for name in ("PATCH", "STRICT", "TARGETS", "HOME", "COMPAT", "TUNE", "RANK")
-    } == dict(
-        PATCH="on", STRICT="off", TARGETS="all", HOME="unset", COMPAT="all", TUNE="off", RANK="1"
-    )
+        for name in ("PATCH", "STRICT", "TARGETS", "HOME", "COMPAT", "RANK")
+    } == dict(PATCH="on", STRICT="off", TARGETS="all", HOME="unset", COMPAT="all", RANK="1")
     packages = page.partition("packages:\n")[2].partition("settings:")[0].splitlines()
     (column,) = {line.index(line.split()[1], 2 + len(line.split()[0])) for line in packages}
     assert column > len("  nuscenes-devkit")

@@ -314,7 +314,7 @@ def test_parts_of_a_learned_gradient_from_two_threads_of_one_pass():
                 others[0].join(0.2)  # it ends here only if nothing keeps it out
             return Part(self.number + other.number)
 
-    one_pass._found[id(tensor)] = tensor, Part(1)
+    one_pass._sums[id(tensor)] = tensor, Part(1)
     one_pass.add(tensor, Part(2))
     others[0].join()
-    assert one_pass._found[id(tensor)][1].number == 7
+    assert one_pass._sums[id(tensor)][1].number == 7

@@ -305,15 +305,8 @@ def test_the_gpu_is_timed_behind_a_pause(monkeypatch, pauses):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
-    if pauses:
-        monkeypatch.setattr(
-            torch.cuda,
-            "_sleep",
-            lambda cycles: done.append("pause" if cycles > 0 else ""),
-            raising=False,
-        )
-    else:
-        monkeypatch.delattr(torch.cuda, "_sleep", raising=False)
+    sleep = (lambda cycles: done.append("pause" if cycles > 0 else "")) if pauses else None
+    monkeypatch.setattr(trial, "cuda_sleep", sleep)
     assert trial.cuda_times(lambda: done.append("run"), 2) == [2.0, 2.0]
     pause = ["pause"] if pauses else []
     assert done == ["run", "wait", *pause, *["event", "run", "event"] * 2, "wait"]
