@@ -424,9 +424,8 @@ class PlainScreen:
         auto = not self.schedule
         count = f"up to {len(letters) * MOST_REPEATS}" if auto else len(self.schedule)
         order = " ".join(self.schedule or letters + letters[::-1]) + (" ..." if auto else "")
-        _print(
-            f"{count} {'run' if count == 1 else 'runs'}: {order} (A unpatched, B patched{titles}){further}"
-        )
+        runs = "1 run" if count == 1 else f"{count} runs"
+        _print(f"{runs}: {order} (A unpatched, B patched{titles}){further}")
         return self
 
     def __exit__(self, *exc: Any) -> None:
