@@ -67,6 +67,10 @@ def _no(*args: Any) -> bool:
     return False
 
 
+def _has_no_storage(tensor: torch.Tensor) -> bool:
+    return not _C._has_storage(tensor)
+
+
 def missing() -> List[str]:
     """Return one line per feature that this torch lacks and that users may notice."""
     return [
@@ -139,7 +143,10 @@ current_transform: Callable[[], Any] = getattr(
 )
 # True for a batch of gradients of torch.autograd.grad(..., is_grads_batched=True), which is not a
 # transform.
-is_batch: Callable[[torch.Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", _no)
+# Before torch 2.2 such a tensor is known by having no storage; before 1.11 there are none.
+is_batch: Callable[[torch.Tensor], bool] = getattr(
+    _functorch, "is_legacy_batchedtensor", _has_no_storage if hasattr(_C, "_has_storage") else _no
+)
 # The tracer of torch.jit.trace, or None.
 tracing_state: Callable[[], Any] = _C._get_tracing_state
 deterministic: Callable[[], bool] = _C._get_deterministic_algorithms
