@@ -206,7 +206,7 @@ FAULTS = (
     fault(
         "sdpa: rows without keys are not cleared",
         "attention/backends/sdpa.py",
-        "out = out.masked_fill(dead, 0.0)",
+        "out = out.masked_fill(masked_rows, 0.0)",
         "pass",
         BACKENDS + "sdpa_and_reference.py",
         ATTENTION + "values.py",
@@ -290,8 +290,8 @@ FAULTS = (
     fault(
         "errors: a lost CUDA context is survived",
         "attention/recovery/errors.py",
-        "isinstance(error, Exception) and not sticky(error) and not steering(error)",
-        "isinstance(error, Exception) and not steering(error)",
+        "isinstance(error, Exception) and not sticky(error) and not control_flow(error)",
+        "isinstance(error, Exception) and not control_flow(error)",
         ATTENTION + "dispatch.py",
         RECOVERY + "guard.py",
         RECOVERY + "blame.py",
@@ -315,8 +315,8 @@ FAULTS = (
     fault(
         "recovery: the last backend's error is hidden",
         "attention/recovery/forward.py",
-        "if found is Blame.CALLER or found is Blame.CONTEXT and last:",
-        "if found is Blame.CALLER:",
+        "if verdict is Blame.CALLER or verdict is Blame.CONTEXT and last:",
+        "if verdict is Blame.CALLER:",
         RECOVERY + "blame.py",
     ),
     fault(

@@ -177,6 +177,9 @@ def test_the_shape_of_a_sum_is_that_of_both():
         wanted = tuple(map(max, *shapes))
         assert (first + second).shape == (*wanted, M, N)
         assert (first + low).shape == (low + first).shape == (B, H, M, N)
+    low = LowRankBias(torch.randn(1, M, 1, 2), torch.randn(1, N, 1, 2))
+    dense = DenseBias(torch.randn(B, H, M, N))
+    assert (dense + low).shape == (low + dense).shape == (B, H, M, N)
 
 
 def test_gradients_reach_factors_and_multiplier():
