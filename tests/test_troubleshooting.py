@@ -34,7 +34,7 @@ NO_TROUBLE = {
     "report: \0": "where the result is",
     "written: \0": "where the result is",
     "TensorBoard: tensorboard --logdir \0": "how to look at the result",
-    "\0 runs: \0 (A unpatched, B patched\0)\0": "progress",
+    "\0: \0 (A unpatched, B patched\0)\0": "progress",
     "  run \0 \0: \0 in \0 s: \0": "progress",
     "the end of \0's output:\n\0": "quotes the failed command, after a message of its own",
     "flashbias ab: \0": "quotes a message that is on the page",
