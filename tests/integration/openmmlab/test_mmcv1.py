@@ -77,14 +77,14 @@ def test_classes_are_found_in_the_real_registries(installed, repository):
 
 
 def test_a_class_registered_after_install_is_patched(installed, monkeypatch):
+    def forward(self, query, key=None, value=None, attn_mask=None, key_padding_mask=None, **kw):
+        return query
+
     monkeypatch.setattr(ATTENTION, "_module_dict", dict(ATTENTION._module_dict))
     cls = type(
         "PETRMultiheadAttention",
         (ATTENTION.get("PETRMultiheadAttention").__mro__[1],),
-        {
-            "forward": lambda self, query, key=None, value=None, **masks: query,
-            "__module__": __name__,
-        },
+        {"forward": forward, "__module__": __name__},
     )
     ATTENTION.register_module(module=cls, force=True)
     expected = {"class": "PETRMultiheadAttention", "module": __name__, "seam": "outer"}
