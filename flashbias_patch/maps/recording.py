@@ -168,7 +168,8 @@ def _integers(argument: str, values: Any) -> Tuple[int, ...]:
 
 
 def _is_patched(module: nn.Module) -> bool:
-    from ..patching.seams import CoreSeam, OuterSeam
+    from ..patching.seams.core import CoreSeam
+    from ..patching.seams.outer import OuterSeam
 
     seam = getattr(type(module).forward, "__flashbias_seam__", None)
     return isinstance(seam, (OuterSeam, CoreSeam))

@@ -115,7 +115,7 @@ def take_bias_keywords(
 def kind_of(module: Any, query: Any, key: Any) -> str:
     """Return "self" or "cross": mmcv's `operation_name` if there is one, else "self" where the key
     is the query or has the same memory."""
-    name = getattr(module, "operation_name", None)
+    name: Optional[str] = getattr(module, "operation_name", None)
     if name in ("self_attn", "cross_attn"):
         return name[:-5]
     return "self" if key is None or key is query or _same_memory(query, key) else "cross"

@@ -29,12 +29,12 @@ def arm() -> None:
     if "torch" in sys.modules:
         _install()
     elif _trigger not in sys.meta_path:
-        sys.meta_path.insert(0, _trigger)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _trigger)
 
 
 def disarm() -> None:
     if _trigger in sys.meta_path:
-        sys.meta_path.remove(_trigger)  # type: ignore[arg-type]
+        sys.meta_path.remove(_trigger)
 
 
 def armed() -> bool:

@@ -208,7 +208,8 @@ def unpad_input(
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """The inverse of unpad_input: rows back in place, zeros elsewhere, (B, S, ...)."""
     out = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
-    return out.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
+    padded: Tensor = out.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
+    return padded
 
 
 # module -> the names it offers

@@ -42,12 +42,12 @@ class Finder:
         # Before the path is searched and after the import hooks of others, which thus see every
         # module.
         index = sys.meta_path.index(importlib.machinery.PathFinder) if _searches_path() else 0
-        sys.meta_path.insert(index, cls._instance)  # type: ignore[arg-type]
+        sys.meta_path.insert(index, cls._instance)
 
     @classmethod
     def disable(cls) -> None:
         if cls._instance in sys.meta_path:
-            sys.meta_path.remove(cls._instance)  # type: ignore[arg-type]
+            sys.meta_path.remove(cls._instance)
         cls._instance = None
 
     def find_spec(

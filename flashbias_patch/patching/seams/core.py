@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import settings, telemetry
+from ..._torch_internals import forward_gradients
 from ...attention import dispatch, flash_bias_attention
 from ...attention.recovery import replay
 from .. import call_adapter, context, route, unreachable
@@ -27,7 +28,7 @@ def new_route(
 ) -> Tuple[Route, Tuple[Bias, ...]]:
     """Return a route for a core that no patched outer forward calls, and `own` together with the
     biases of open attention_bias(...) blocks."""
-    if not replay.forward_gradients():
+    if not forward_gradients():
         replay.current()
     if context.history.opened and context.active():
         own = (*own, *context.biases_for(module, call_adapter.kind_of(module, query, key)))
@@ -141,7 +142,9 @@ class CoreSeam(Seam):
             dropout_p=dropout_p,
             dtype=call_adapter.compute_dtype(upstream),
         )
-        return module.out_proj(out.reshape(B, M, H * D).to(module.out_proj.weight.dtype))
+        flat = out.reshape(B, M, H * D).to(module.out_proj.weight.dtype)
+        projected: Tensor = module.out_proj(flat)
+        return projected
 
 
 def why_unsupported(module: Any, q: Tensor) -> Optional[str]:

@@ -144,7 +144,8 @@ class DualCoreSeam(core.CoreSeam):
             dropout_p=_dropout_of(module),
             dtype=call_adapter.compute_dtype(heads[0].dtype),
         )
-        return module.out_proj(out.reshape(B, M, H * D))
+        projected: Tensor = module.out_proj(out.reshape(B, M, H * D))
+        return projected
 
     # -- the check ---------------------------------------------------------------------------------
 

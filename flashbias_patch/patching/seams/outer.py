@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 from torch import Tensor, nn
 
 from ... import telemetry
+from ..._torch_internals import forward_gradients
 from ...attention.recovery import replay
 from ...bias import AttentionBias
 from .. import call_adapter, context, route
@@ -83,7 +84,7 @@ class OuterSeam(Seam):
             if biases and getattr(module, "operation_name", None) == "self_attn":
                 biases = _of_self_attention(biases, parameters.get("query", args, kwargs))
         opened = Route(module, biases, mask, padding)
-        if not replay.forward_gradients():
+        if not forward_gradients():
             # Find a checkpoint around this call before any variable is set for the call.
             replay.current()
         parent = route.current()
