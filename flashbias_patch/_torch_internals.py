@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     ContextManager,
@@ -18,6 +19,7 @@ from typing import (
     MutableMapping,
     Optional,
     Tuple,
+    TypeVar,
 )
 
 import torch
@@ -27,6 +29,21 @@ from torch.autograd import forward_ad as forward_ad
 # Map and flatten nested dicts, lists and tuples. In every torch seen, so nothing replaces them.
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_map as tree_map
+
+_Backward = TypeVar("_Backward", bound=Callable[..., Any])
+if TYPE_CHECKING:  # both lack annotations in some versions
+
+    class Function(torch.autograd.Function):
+        """torch.autograd.Function."""
+
+        @classmethod
+        def apply(cls, *args: Any, **kwargs: Any) -> Any: ...
+
+    def once_differentiable(backward: _Backward) -> _Backward: ...
+
+else:
+    Function = torch.autograd.Function
+    once_differentiable = torch.autograd.function.once_differentiable
 
 _C: Any = torch._C
 VERSION = str(torch.__version__)

@@ -74,7 +74,7 @@ class Listener:
 
     def _size(self, module: Any) -> int:
         """Its number of parameters; a larger one than ever begins the count anew."""
-        size = sum(p.numel() for p in module.parameters())
+        size: int = sum(p.numel() for p in module.parameters())
         if size > self.largest:
             if self.largest:
                 self.restart()

@@ -305,7 +305,9 @@ def _scale(curves: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         magnitude = np.abs(_mean(curves))
     usual = np.median(magnitude[np.isfinite(magnitude)]) if np.isfinite(magnitude).any() else 0.0
-    return np.maximum(np.where(np.isfinite(magnitude), magnitude, usual), max(1e-2 * usual, 1e-30))
+    floor = max(1e-2 * usual, 1e-30)
+    scale: np.ndarray = np.maximum(np.where(np.isfinite(magnitude), magnitude, usual), floor)
+    return scale
 
 
 def _mean(curves: np.ndarray) -> np.ndarray:

@@ -148,7 +148,8 @@ class AdaptiveQueryRouter(nn.Module):
             )
 
         # Not get_extra_state: without `drop` there must be no such key.
-        self._register_state_dict_hook(_save_drop)  # type: ignore[no-untyped-call]
+        register: Any = self._register_state_dict_hook  # torch has no annotations for it
+        register(_save_drop)
 
     @property
     def locality_scales(self) -> Optional[Tensor]:
@@ -299,9 +300,8 @@ class AdaptiveQueryRouter(nn.Module):
                 ", ".join(own_keys),
             )
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        load: Any = super()._load_from_state_dict  # some versions have no annotations for it
+        load(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if prefix + EXTRA in unexpected_keys:
             unexpected_keys.remove(prefix + EXTRA)
         if self.drop is not None and prefix + EXTRA in state_dict:

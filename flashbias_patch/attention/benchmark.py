@@ -201,7 +201,8 @@ def _median_ms(function: Callable[[], Any], like: Tensor) -> float:
         function()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events)
+    elapsed: List[float] = [begin.elapsed_time(end) for begin, end in events]
+    return statistics.median(elapsed)
 
 
 def _extra_mib(function: Callable[[], Any], like: Tensor) -> Any:

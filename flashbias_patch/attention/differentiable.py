@@ -198,6 +198,6 @@ class _Attached(torch.autograd.Function):
 
 _NOTHING = (None,) * (1 + len(TENSORS))
 # Function.apply without the Python that looks for transforms, inside which nothing is attached.
-_apply: Callable[..., Any] = getattr(
+_apply: Callable[..., Tensor] = getattr(
     super(torch.autograd.Function, _Attached), "apply", _Attached.apply
 )

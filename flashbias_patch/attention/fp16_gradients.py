@@ -33,7 +33,7 @@ def wanted(source: torch.dtype, dtype: torch.dtype) -> bool:
     return dtype is torch.float16 and source is not torch.float16
 
 
-class _Narrowed(torch.autograd.Function):
+class _Narrowed(internals.Function):
     """`count` tensors in float16 and the others as they are, then the tensor whose gradient is the
     power."""
 
@@ -65,7 +65,7 @@ class _Narrowed(torch.autograd.Function):
         ))  # fmt: skip
 
 
-class _Widened(torch.autograd.Function):
+class _Widened(internals.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -107,7 +107,7 @@ def power_for(grad: Tensor) -> Tensor:
     and 8."""
     if not grad.numel():
         return torch.ones(1, dtype=POWER, device=grad.device)
-    peak = torch.linalg.vector_norm(grad, float("inf")).float().view(1)
+    peak: Tensor = torch.linalg.vector_norm(grad, float("inf")).float().view(1)
     exponent = (peak.view(torch.int32) & EXPONENT) - 2 * ONE
     return exponent.clamp_min(ONE).view(torch.float32)
 
@@ -137,4 +137,7 @@ def narrowed(
 
 
 def widened(out: Tensor, dtype: torch.dtype, power: Optional[Tensor]) -> Tensor:
-    return out.to(dtype) if power is None else _Widened.apply(out, power, dtype)  # type: ignore[no-any-return]
+    if power is None:
+        return out.to(dtype)
+    wide: Tensor = _Widened.apply(out, power, dtype)
+    return wide

@@ -31,12 +31,13 @@ def observed(out: Tensor, inputs: AttentionInputs, bias: AttentionBias) -> Tenso
     if not (torch.is_grad_enabled() and out.requires_grad) or internals.transformed():
         return out
     handles = [handle for tensor, _ in bias._sources for handle in tensor.handle()]
-    return _Observed.apply(
+    result: Tensor = _Observed.apply(
         inputs.static(), bias._sources, out, len(handles), *handles, *inputs.tensors()
-    )  # type: ignore
+    )
+    return result
 
 
-class _Observed(torch.autograd.Function):
+class _Observed(internals.Function):
     @staticmethod
     def forward(
         ctx: Any, static: AttentionInputs, sources: Any, out: Tensor, handles: int, *tensors: Any

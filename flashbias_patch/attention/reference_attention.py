@@ -90,7 +90,7 @@ def scores(inputs: Any) -> Tensor:
     out."""
     dtype = wide_dtype(inputs.q.dtype)
     q, k = heads_first(inputs.q, dtype), heads_first(inputs.k, dtype)
-    s = q @ k.transpose(-1, -2) * inputs.scale
+    s: Tensor = q @ k.transpose(-1, -2) * inputs.scale
     if inputs.q_factor is not None:
         q_factor = heads_first(inputs.q_factor, dtype)
         s = s + q_factor @ heads_first(inputs.k_factor, dtype).transpose(-1, -2)

@@ -94,7 +94,8 @@ class LazyWeights(Tensor):
         with _without_torch_function():
             returned_by_function = self.grad_fn is not None
         if returned_by_function and torch.is_grad_enabled():
-            return _NoGradient.apply(self, self._result)
+            values: Tensor = _NoGradient.apply(self, self._result)
+            return values
         return self._result
 
     def _compute(self) -> None:
@@ -183,7 +184,7 @@ def _versions(
     ]
 
 
-class _NoGradient(torch.autograd.Function):
+class _NoGradient(internals.Function):
     """Weights that a reentrant checkpoint returned: their values, and an error in place of a wrong
     gradient."""
 

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._torch_internals import RELEASE
+from .._torch_internals import RELEASE, Function, once_differentiable
 from .base import AttentionBias, DenseBias, LowRankBias, MaskBias, add_terms
 from .factors import Factors, full_precision
 
@@ -156,9 +155,7 @@ def factorize(
     measured = (error, columns, 1 - error * error)
     if missed:
         return Factorization(whole, *measured, True, missed, state)
-    factors = _Project.apply(  # type: ignore[no-untyped-call]
-        dense, masked, svd.left, svd.values, svd.right
-    )
+    factors = _Project.apply(dense, masked, svd.left, svd.values, svd.right)
     low_rank: AttentionBias = LowRankBias(*factors)
     rest = tuple(term for term in terms if not isinstance(term, DenseBias))
     mask = () if masked is None else (MaskBias(masked),)
@@ -174,7 +171,7 @@ class _Problem(NamedTuple):
     generator: Optional[torch.Generator]
 
 
-class _Project(torch.autograd.Function):
+class _Project(Function):
     """Compute the factors of the projection of a dense bias; backward projects the gradient.
 
     See factorize. The factors are balanced, left * sqrt(values) and right * sqrt(values), which

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 NAME = "ab"
 HELP = "run a training command unpatched (A) and patched (B), and say what changed"
@@ -373,7 +373,7 @@ def _write(out: str, experiment: Any, verdict: Any, report: Any, csv: Optional[s
     """Write summary.json, report.md, report.html and `csv`, as far as that is possible."""
     from ..ab import table
 
-    pages = {
+    pages: Dict[str, Callable[[], str]] = {
         "summary.json": lambda: json.dumps(
             report.summary(experiment, verdict), indent=1, allow_nan=False
         ),

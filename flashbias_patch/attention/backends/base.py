@@ -83,7 +83,9 @@ class Backend(abc.ABC):
                 reasons.append("no support for a key padding mask")
             elif not self.supports_key_padding_grad and padding.requires_grad:
                 reasons.append("no support for a gradient of the key padding mask")
-        if not self.supports_windows and not inputs.windows is inputs.window_mask is None:
+        if not self.supports_windows and (
+            inputs.windows is not None or inputs.window_mask is not None
+        ):
             reasons.append("no support for local windows")
         if not self.supports_negative_scale and inputs.scale <= 0:
             reasons.append(f"scale must be positive, got {inputs.scale}")

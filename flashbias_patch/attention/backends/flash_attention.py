@@ -101,7 +101,8 @@ class FlashAttention(Backend):
             out = out[0]
         if masked_rows is not None:
             out = out.masked_fill(masked_rows, 0.0)
-        return out[..., :head_dim] if out.shape[-1] != head_dim else out
+        cut: Tensor = out[..., :head_dim] if out.shape[-1] != head_dim else out
+        return cut
 
 
 backend = FlashAttention()
@@ -149,7 +150,9 @@ def _function(module: str) -> Union[Callable[..., Any], str]:
     """flash_attn_func of that module, or the reason why there is none."""
     missing = f"{module}.flash_attn_func is not installed ({INSTALL})"
     try:
-        function = getattr(importlib.import_module(module), "flash_attn_func", None)
+        function: Optional[Callable[..., Any]] = getattr(
+            importlib.import_module(module), "flash_attn_func", None
+        )
     except ModuleNotFoundError as error:
         top = module.split(".")[0]
         if error.name is None or error.name == module or error.name == top:

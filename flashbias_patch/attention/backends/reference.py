@@ -9,6 +9,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
+from ..._torch_internals import Function
 from .. import chunked_attention, differentiable, reference_attention
 from ..chunked_attention import Chunks
 from ..inputs import TENSORS, AttentionInputs
@@ -29,13 +30,14 @@ class Reference(Backend):
             # Drawn on the CPU whatever the device: reading a CUDA generator would synchronise.
             seed = int(torch.empty((), dtype=torch.int64).random_(1 << 31))
         chunks = chunked_attention.chunks_of(inputs, chunk_bytes)
-        return _Chunked.apply(inputs.static(), (seed, chunks), *inputs.tensors())  # type: ignore[no-any-return]
+        out: Tensor = _Chunked.apply(inputs.static(), (seed, chunks), *inputs.tensors())
+        return out
 
 
 backend = Reference()
 
 
-class _Chunked(torch.autograd.Function):
+class _Chunked(Function):
     """Forward chunk by chunk; backward recomputes each chunk's weights, with the same dropout."""
 
     @staticmethod

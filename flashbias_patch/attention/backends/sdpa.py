@@ -344,4 +344,5 @@ def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> bool:
         params = torch.backends.cuda.SDPAParams(q, k, v, None, dropout_p, False, False)
     except TypeError:  # torch 2.5 has no enable_gqa argument
         params = torch.backends.cuda.SDPAParams(q, k, v, None, dropout_p, False)  # type: ignore[call-arg]
-    return probe(params)
+    takes: bool = probe(params)
+    return takes

@@ -119,7 +119,7 @@ def load(path: str) -> Callable[..., Tensor]:
         except BaseException:
             del sys.modules[name]
             raise
-    function = getattr(module, "flash_bias_func", None)
+    function: Optional[Callable[..., Tensor]] = getattr(module, "flash_bias_func", None)
     if function is None:
         raise ImportError(f"{path} has no flash_bias_func")
     parameters = _parameters(function)

@@ -143,7 +143,7 @@ def _forward(inputs: Inputs, training: bool) -> Made:
             inputs, problem, launcher.forward_step(problem, seed, training), prepare
         )
         _forward_plans.keep(place, plan or False)  # False: always the long way
-    return (out, low, lse, seed, problem.q if problem.scaled else None, *factors)  # type: ignore[return-value]
+    return (out, low, lse, seed, problem.q if problem.scaled else None, *factors)
 
 
 def _backward(
@@ -254,7 +254,7 @@ def _forward_fake(*inputs: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor,
 def _registered_backward(grad_out: Tensor, *rest: Any) -> List[Tensor]:
     made, inputs, needs = rest[:7], rest[7:-1], rest[-1]
     given = (made[0], *[t if t.numel() else None for t in made[1:]])
-    grads = _backward(grad_out, given, inputs, needs)  # type: ignore[arg-type]
+    grads = _backward(grad_out, given, inputs, needs)
     return [grad.contiguous() for grad in _full(grads, inputs[0])]
 
 
@@ -307,7 +307,7 @@ def _gradients(
 
 if hasattr(torch.library, "custom_op"):
     _names = ("flashbias_patch::fused_attention", "flashbias_patch::fused_attention_backward")
-    _op = torch.library.custom_op(
+    _op: Any = torch.library.custom_op(
         _names[0], _registered_forward, mutates_args=(),
         schema="({}) -> ({})".format(_INPUTS.format(none="=None", empty="=[]"),
         ", ".join(["Tensor"] * 7)),
@@ -341,10 +341,10 @@ if hasattr(torch.library, "custom_op"):
         lambda ctx, grad, *unused: _gradients(_run_registered, ctx, grad), setup_context=_save
     )
 else:
-    _op = None  # type: ignore[assignment]
+    _op = None
 
 
-class _FusedAttention(torch.autograd.Function):
+class _FusedAttention(internals.Function):
     @staticmethod
     def forward(ctx: Any, on_failure: OnFailure, *inputs: Any) -> Tensor:
         made = _forward(inputs, any(ctx.needs_input_grad))
@@ -373,7 +373,7 @@ def _apply(on_failure: OnFailure, *inputs: Any) -> Any:
 
 # Function.apply without the Python that looks for transforms, inside which dispatch.py computes
 # otherwise.
-_apply_untransformed: Callable[..., Any] = getattr(
+_apply_untransformed: Callable[..., Tensor] = getattr(
     super(torch.autograd.Function, _FusedAttention), "apply", _FusedAttention.apply
 )
 
@@ -408,7 +408,7 @@ def attend(inputs: Any, on_failure: OnFailure) -> Tensor:
     if torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or inputs.holds_grad
     ):
-        return _apply_untransformed(on_failure, *given)  # type: ignore[no-any-return]
+        return _apply_untransformed(on_failure, *given)
     return _forward(given, False)[0]
 
 

@@ -112,10 +112,10 @@ class ForwardPlan:
         if type(step) is not Forward or problem.scaled and prepare is None:
             return None
         q, k, v, _, _, weights, _, dense, mask, padding = problem[:10]
-        used: List[Optional[Tensor]] = [k, v, weights, dense, mask, padding]  # type: ignore[list-item]
+        used: List[Optional[Tensor]] = [k, v, weights, dense, mask, padding]
         given = [*inputs[1:3], inputs[5], *inputs[7:10]]
         if not problem.scaled:
-            used, given = [q, *used], [inputs[0], *given]  # type: ignore[list-item]
+            used, given = [q, *used], [inputs[0], *given]
         copied = None if prepare is None or not prepare.launches else prepare.copy
         combined = step.combine if step.splits > 1 else None
         if not _same(given, used) or not _compiled(

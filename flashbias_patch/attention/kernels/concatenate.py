@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Any, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,11 @@ class Plan(NamedTuple):
 
 class Joined(torch.autograd.Function):
     """(q', k') of shapes (B, M, H, width) and (B, N, H, width). No gradient reaches key_padding."""
+
+    if TYPE_CHECKING:  # in some versions of torch it has no annotations
+
+        @classmethod
+        def apply(cls, *args: Any, **kwargs: Any) -> Tuple[Tensor, Tensor]: ...
 
     @staticmethod
     def forward(

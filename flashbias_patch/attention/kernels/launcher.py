@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 
 from .cached_launch import Kept, signature
-from .launcher_backward import (
-    ByKeys,
-    ByQueries,
-    Made,
-    Needs,
-    Passed,
-    Rows,
-    differentiable,
-    shapes_of,
-)
+from .launcher_backward import ByKeys, ByQueries, Made, Rows, differentiable, shapes_of
+from .launcher_backward import Needs as Needs
+from .launcher_backward import Passed as Passed
 from .launcher_forward import Forward, Outputs, Prepare
 from .launcher_sums import Sums
 from .launcher_windows import WindowByKeys, WindowByQueries, WindowForward, WindowRows
@@ -46,7 +39,7 @@ def prepare(
     key = signature(given), scale
     copy = _prepared.find(key) or _prepared.keep(key, Prepare(*given, scale))
     with on_device(q):
-        return copy(*given)  # type: ignore[no-any-return]
+        return copy(*given)
 
 
 def prepared(q: Tensor, q_factor: Tensor, k_factor: Tensor, scale: float) -> Optional[Prepare]:
@@ -100,7 +93,7 @@ def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs
         def attempt(config: Config) -> Outputs:
             make: Any = Forward if problem.windows is None else WindowForward
             step = make(problem, training, config)
-            answer = step(problem, seed)
+            answer: Outputs = step(problem, seed)
             _forwards.keep(key, step)
             return answer
 
@@ -207,7 +200,7 @@ def _class_of(problem: Problem, others: Tuple[Optional[Tensor], ...]) -> Tuple[A
     `others`)."""
     tensors = (*problem[:6], *problem[7:10], *others)
     windows = None if problem.windows is None else problem.windows.signature()
-    return signature(tensors), problem.lengths, *problem[10:13], windows  # type: ignore[return-value]
+    return signature(tensors), problem.lengths, *problem[10:13], windows
 
 
 def _backward_class(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Any, ...]:

@@ -269,7 +269,7 @@ def pair_strides(tensor: Optional[Tensor]) -> Tuple[int, int, int]:
     """Strides over batch, heads and queries of a (B|1, H|1, M|1, N) tensor."""
     if tensor is None:
         return 0, 0, 0
-    return tuple(tensor.stride(axis) if tensor.shape[axis] > 1 else 0 for axis in range(3))  # type: ignore
+    return tuple(tensor.stride(axis) if tensor.shape[axis] > 1 else 0 for axis in range(3))  # type: ignore[return-value]  # three of them
 
 
 def as_bytes(tensor: Optional[Tensor]) -> Optional[Tensor]:

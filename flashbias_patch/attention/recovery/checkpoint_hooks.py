@@ -67,9 +67,9 @@ def unwatch() -> None:
             return
         _watching = False
         if getattr(saved_tensors_hooks, "__enter__", None) is _enter_watched:
-            saved_tensors_hooks.__enter__ = _enter  # type: ignore
+            saved_tensors_hooks.__enter__ = _enter  # type: ignore[method-assign]
         if getattr(saved_tensors_hooks, "__exit__", None) is _exit_watched:
-            saved_tensors_hooks.__exit__ = _exit  # type: ignore
+            saved_tensors_hooks.__exit__ = _exit  # type: ignore[method-assign]
         apply = vars(_CheckpointFunction or object).get("apply")
         if getattr(apply, "__func__", None) is _apply_checkpoint:
             del _CheckpointFunction.apply

@@ -114,7 +114,7 @@ class Call:
                 graph = self.run(tensors)
             if not replay.recording and self.call_index is not None:
                 replay.graphs[self.call_index] = graph
-        return _apply(self, graph, *tensors)  # type: ignore[no-any-return]
+        return _apply(self, graph, *tensors)
 
     def operands(self, inputs: AttentionInputs) -> List[Any]:
         """The tensors of the call that are not None."""
@@ -242,7 +242,7 @@ class _Guarded(torch.autograd.Function):
 # Called without the Python that torch wraps them in, six microseconds that are not needed here:
 # Function.apply looks for transforms, inside which differentiable.py computes, and autograd.grad
 # checks a gradient that the pass around ours has checked.
-_apply: Callable[..., Any] = getattr(
+_apply: Callable[..., Tensor] = getattr(
     super(torch.autograd.Function, _Guarded), "apply", _Guarded.apply
 )
 _run_backward: Callable[..., Any] = internals.run_backward or _by_grad

@@ -227,7 +227,7 @@ def new(
         bias = bias._map(_without_grad)
     learned = [tensor for tensor in bias.tensors() if tensor.requires_grad]
     if learned:
-        result = _Describe.apply(None, bias, layout, dtype, *learned)  # type: ignore[no-untyped-call]
+        result = _Describe.apply(None, bias, layout, dtype, *learned)
     else:
         result = _wrapper(bias, layout, dtype)
     result._replay, result._parents, result._shares = replay, parents, is_view
@@ -259,12 +259,10 @@ def rebind(tensor: BiasTensor, bias: Optional[AttentionBias], layout: Layout) ->
         else [t for t in (tensor._dense,) if t is not None and t.requires_grad]
     )
     if learned and torch.is_grad_enabled():
-        _Describe.apply(  # type: ignore[no-untyped-call]
-            tensor, bias, layout, tensor.dtype, *learned
-        )
+        _Describe.apply(tensor, bias, layout, tensor.dtype, *learned)
 
 
-class _Describe(torch.autograd.Function):
+class _Describe(internals.Function):
     """Connect a BiasTensor in the graph to the learned tensors of its description.
 
     Gradients of the dense tensor reach them by this function. With `changed`, an existing
@@ -293,7 +291,7 @@ class _Describe(torch.autograd.Function):
         return changed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @internals.once_differentiable
     def backward(ctx: Any, grad: Optional[Tensor]) -> Any:
         gradients: List[Optional[Tensor]] = [None] * len(ctx.places)
         if type(grad) is LearnedGradient:
