@@ -2,15 +2,16 @@
 
 import pathlib
 import re
+from typing import Dict, List, Tuple
 
 from setuptools import find_namespace_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
-VERSION = re.search(
+(VERSION,) = re.findall(
     r'^__version__ = "([^"]+)"',
     (ROOT / "flashbias_patch" / "_version.py").read_text(),
     re.MULTILINE,
-).group(1)
+)
 
 REPORT = ["rich>=12", "jinja2>=3", "numpy", "scipy"]
 TEST = REPORT + [
@@ -43,9 +44,9 @@ DOCUMENTS = (
 )
 
 
-def documents():
+def documents() -> List[Tuple[str, List[str]]]:
     """(folder in the environment, files) for each folder that holds one of DOCUMENTS."""
-    folders = {}
+    folders: Dict[pathlib.PurePosixPath, List[pathlib.Path]] = {}
     for pattern in DOCUMENTS:
         for path in sorted(ROOT.glob(pattern)):
             if path.is_file() and path.suffix != ".pyc":

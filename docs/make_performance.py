@@ -24,7 +24,8 @@ MARKS = ("<!-- measured -->", "<!-- /measured -->")
 
 
 def load(name: str) -> Dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    result: Dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return result
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> List[str]:
@@ -204,7 +205,7 @@ def ratio(run: Dict[str, Any], base: Dict[str, Any]) -> str:
     ]
     if run is base or min(map(len, sides)) < 2:
         return text
-    found = compare_times(*sides)
+    found = compare_times(sides[0], sides[1])
     return (
         text
         if found is None or found.low is None
@@ -295,10 +296,11 @@ def runs_of(name: str) -> List[str]:
 
 def apart(run: Dict[str, Any], base: Dict[str, Any]) -> float:
     """Largest relative difference of two loss curves."""
-    return max(abs(a - b) / abs(b) for a, b in zip(run["losses"], base["losses"]))
+    largest: float = max(abs(a - b) / abs(b) for a, b in zip(run["losses"], base["losses"]))
+    return largest
 
 
-def parity_rows(runs: List[Dict[str, Any]], half: bool = False) -> List[List[str]]:
+def parity_rows(runs: List[Dict[str, Any]], half: bool = False) -> List[List[Any]]:
     """Of the runs with `FLASHBIAS_DTYPE=fp16` (half) or the others."""
     named = {(run.get("family"), run["name"]): run for run in runs}
     rows = []

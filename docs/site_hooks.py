@@ -83,6 +83,13 @@ def settings_page() -> str:
     )
 
 
+def help_of(action: argparse.Action) -> str:
+    """The help text of an argument, its `%(name)s` replaced."""
+    return re.sub(
+        r"%\((\w+)\)s", lambda match: str(getattr(action, match.group(1))), action.help or ""
+    )
+
+
 def command_page() -> str:
     """The commands, their arguments and exit statuses, from the parsers of flashbias_patch.cli."""
     from flashbias_patch.cli.main import COMMANDS
@@ -126,12 +133,7 @@ def command_page() -> str:
                 else ""
             )
             value = f" {taken}" if action.option_strings and taken and not action.choices else ""
-            text = re.sub(
-                r"%\((\w+)\)s",
-                lambda match, a=action: str(getattr(a, match.group(1))),
-                action.help or "",
-            )
-            lines.append(f"| {names}{value} | {cell(text)}{cell(choices)} |")
+            lines.append(f"| {names}{value} | {cell(help_of(action))}{cell(choices)} |")
         lines.append("")
         status = (module.main.__doc__ or "").strip()
         if status.startswith("Exit status"):
@@ -249,10 +251,10 @@ def undocumented() -> Iterator[str]:
             if name in UNDOCUMENTED:
                 continue
             place, node = definition(home, name)
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                if not ast.get_docstring(node):
-                    yield f"{PACKAGE}.{place}.{name} has no docstring"
-                for method in getattr(node, "body", ()) if isinstance(node, ast.ClassDef) else ():
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not ast.get_docstring(node):
+                yield f"{PACKAGE}.{place}.{name} has no docstring"
+            if isinstance(node, ast.ClassDef):
+                for method in node.body:
                     if (
                         isinstance(method, ast.FunctionDef)
                         and method.name[:1] != "_"

@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import types
-from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Tuple
+from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Set, Tuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOLERANCE = 1e-9  # float64 on both sides: what is left is the order of summation
@@ -260,7 +260,7 @@ _IMPORTED = re.compile(
 def imported_names(root: str) -> FrozenSet[str]:
     """Every module the repository's source imports by its full name, and their packages; not what
     the shim answers."""
-    names = set()
+    names: Set[str] = set()
     for folder, _, files in os.walk(root):
         for file in files:
             if file.endswith(".py"):
@@ -290,7 +290,7 @@ def isolate(root: str) -> None:
     ):
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
-        registry = getattr(sys.modules.get(module), cls, None)
+        registry: Any = getattr(sys.modules.get(module), cls, None)
         original = getattr(registry, "_register_module", None)
         if original is None or isinstance(registry, EmptyMeta):
             continue

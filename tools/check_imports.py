@@ -247,7 +247,7 @@ def private_torch_names(tree: ast.Module) -> Iterator[Tuple[int, str]]:
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in READERS and node.args[1:]:
             owner, name = node.args[0], str(getattr(node.args[1], "value", ""))
         if owner is not None and is_private(name) and dotted(owner):
-            yield node.lineno, f"{dotted(owner)}.{name}"
+            yield owner.lineno, f"{dotted(owner)}.{name}"
 
 
 def is_private(name: str) -> bool:

@@ -14,7 +14,7 @@ import contextlib
 import importlib
 import os
 import sys
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Dict, Iterator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 OPENMMLAB = os.path.join(HERE, "openmmlab")
@@ -70,7 +70,7 @@ def repository(name: str, openmmlab: bool = True) -> Iterator[Callable[[str], An
         sys.modules.update(hidden)
 
 
-def _take_out(tops: Any) -> dict:
+def _take_out(tops: Any) -> Dict[str, Any]:
     return {
         name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in tops
     }
