@@ -40,7 +40,7 @@ def dump(tree: Path, archs: List[int], only: str, out: Path) -> None:
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     (script,) = tree.glob("tests/**/compile_kernels.py")
     sys.path.insert(0, str(script.parent))
-    import compile_kernels as tier  # type: ignore[import-not-found]
+    import compile_kernels as tier
     from triton.backends.nvidia.compiler import CUDABackend
 
     CUDABackend.make_cubin = lambda self, *args, **options: b""
@@ -109,7 +109,8 @@ def main() -> int:
         print("differs:", name)
         if options.diff:
             before, after = old[name].splitlines(), new[name].splitlines()
-            print("\n".join(difflib.unified_diff(before, after, "old", "new", "", 1)))
+            lines = difflib.unified_diff(before, after, "old", "new", n=1, lineterm="")
+            print("\n".join(lines))
     for word, names in (("new:", added), ("gone:", gone)):
         print("".join(f"{word} {name}\n" for name in names), end="")
     same = len(old.keys() & new.keys()) - len(changed)
