@@ -159,6 +159,7 @@ class Frame(NamedTuple):
     lidar2cam: List[Any]  # (4, 4)
     boxes: Any  # (G, 9) float32: centre, size, yaw, velocity
     labels: Any  # (G,) of CLASSES
+    points: Any  # (P, 5) float32: x, y, z, intensity, time
     token: str
 
 
@@ -187,8 +188,21 @@ def read_frame(folder: str) -> Frame:
         [np.array(camera["lidar2cam"]) for camera in cameras],
         np.nan_to_num(np.array([[*i["bbox_3d"], *i["velocity"]] for i in kept], np.float32)),
         np.array([CLASSES.index(names[i["bbox_label_3d"]]) for i in kept]),
+        read_points(folder),
         info["token"],
     )
+
+
+def read_points(folder: str) -> Any:
+    """The frame's one sweep (P, 5): its own time is 0, where the file has the ring's number."""
+    import numpy as np
+
+    files = list(Path(folder).glob("*.pcd.bin"))
+    if not files:
+        return np.zeros((0, 5), np.float32)
+    points = np.fromfile(files[0], np.float32).reshape(-1, 5)
+    points[:, 4] = 0.0
+    return points
 
 
 def scaled(frame: Frame, size: Tuple[int, int]) -> Tuple[torch.Tensor, Any, Any]:
@@ -235,6 +249,18 @@ def _cmt_config() -> Any:
     return model
 
 
+def _fusion0100_config() -> Any:
+    return _config("projects/configs/fusion/cmt_voxel0100_r50_800x320_cbgs.py")
+
+
+def _fusion0075_config() -> Any:
+    """With the image branch of voxel0100: the repository's own needs weights of VoVNet."""
+    model = _config("projects/configs/fusion/cmt_voxel0075_vov_1600x640_cbgs.py")
+    small = _fusion0100_config()
+    model.img_backbone, model.img_neck = small.img_backbone, small.img_neck
+    return model
+
+
 def _petr_config() -> Any:
     model = _config("projects/configs/petr/petr_r50dcn_gridmask_p4.py")
     for name in ("dcn", "stage_with_dcn"):  # a compiled operator
@@ -253,10 +279,13 @@ class Family(NamedTuple):
     repository: str
     plugin: Tuple[str, ...] = ("projects.mmdet3d_plugin",)
     streaming: bool = False
+    lidar: bool = False
 
 
 FAMILIES = {
     "cmt": Family(_cmt_config, "junjie18/CMT"),
+    "fusion0100": Family(_fusion0100_config, "junjie18/CMT", lidar=True),
+    "fusion0075": Family(_fusion0075_config, "junjie18/CMT", lidar=True),
     "petr": Family(_petr_config, "megvii-research/PETR"),
     "streampetr": Family(_streampetr_config, "exiawsh/StreamPETR", streaming=True),
 }
@@ -307,16 +336,15 @@ def build(family: str, checkout: str, frame: str, options: Options) -> Detector:
     net = net.to(options.device).train()
     if options.fp16:
         importlib.import_module("mmcv.runner").wrap_fp16_model(net)
-    streaming = FAMILIES[family].streaming
 
     def resize(bs: int) -> Callable[[int], Dict[str, Any]]:
-        return _batches(read, options, bs, streaming)
+        return _batches(read, options, bs, FAMILIES[family])
 
     return Detector(net, resize(options.bs), resize)
 
 
 def _batches(
-    frame: Frame, options: Options, bs: int, streaming: bool
+    frame: Frame, options: Options, bs: int, family: Family
 ) -> Callable[[int], Dict[str, Any]]:
     boxes_class = importlib.import_module("mmdet3d.core.bbox").LiDARInstance3DBoxes
     width, height = options.size
@@ -340,13 +368,14 @@ def _batches(
     device = options.device
     images = images.to(device)[None].repeat(bs, 1, 1, 1, 1)
     truth, labels = truth.to(device), labels.to(device)
+    points = torch.from_numpy(frame.points).to(device)
 
     def still(step: int) -> Dict[str, Any]:
         # detach: PETR squeezes what it is given, in place
         return {
             "img": images.detach(),
             "img_metas": [dict(meta) for _ in range(bs)],
-            "points": None,
+            "points": [points] * bs if family.lidar else None,
             "gt_bboxes_3d": [truth] * bs,
             "gt_labels_3d": [labels] * bs,
         }
@@ -383,4 +412,4 @@ def _batches(
             "ego_pose_inv": at(torch.inverse(pose)),
         }
 
-    return streamed if streaming else still
+    return streamed if family.streaming else still

@@ -11,14 +11,17 @@ from flashbias_patch import settings
 
 
 @contextlib.contextmanager
-def patched(dtype: str = "auto") -> Iterator[None]:
-    """Install for the block, with that FLASHBIAS_DTYPE."""
-    os.environ["FLASHBIAS_DTYPE"] = dtype
+def patched(dtype: str = "auto", aqr: str = "", backend: str = "") -> Iterator[None]:
+    """Install for the block, with these FLASHBIAS_DTYPE, FLASHBIAS_AQR and FLASHBIAS_BACKEND."""
+    given = {"FLASHBIAS_DTYPE": dtype, "FLASHBIAS_AQR": aqr, "FLASHBIAS_BACKEND": backend}
+    given = {name: value for name, value in given.items() if value}
+    os.environ.update(given)
     settings.reload()
     flashbias_patch.install()
     try:
         yield
     finally:
         flashbias_patch.uninstall()
-        del os.environ["FLASHBIAS_DTYPE"]
+        for name in given:
+            del os.environ[name]
         settings.reload()

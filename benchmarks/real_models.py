@@ -1,21 +1,23 @@
-"""Real detectors on a real frame, unpatched and patched: time, memory, losses, largest batch, and
-where a step goes.
+"""Real detectors on a real frame, unpatched and patched: time, memory, losses, latency, largest
+batch, and where a step goes.
 
-    python benchmarks/real_models.py --cmt DIR --frame DIR --out
-    benchmarks/results/real_cmt_h200.json ... --petr DIR --streampetr DIR       these two as well
-    (decoder, head and ResNet-50) ... --only 'B .*bias|A .*bias'        runs whose name matches;
-    --list prints the names ... --parts train|batch|profile       some of the three parts ...
-    --repeats 3                       training runs of each kind (default 2), for intervals ...
-    --timeout 1800                    seconds after which a run is ended and the next one begun ...
-    --quick                           4 steps a run ... --device cpu --tiny               a proof
-    that it runs: 160x64, one frame, two layers, two steps
+    python benchmarks/real_models.py --cmt DIR --frame DIR --out F.json
+    ... --petr DIR --streampetr DIR       these two as well (decoder, head and ResNet-50)
+    ... --families fusion0100             some of the families that the checkouts hold
+    ... --only 'B .*bias|A .*bias'        runs whose name matches; --list prints the names
+    ... --parts train|infer|batch|profile some of the four parts
+    ... --repeats 3                       runs of each kind (default 2), for intervals
+    ... --timeout 1800                    seconds after which a run is ended and the next one begun
+    ... --quick                           4 steps a run
+    ... --device cpu --tiny               a proof that it runs: 160x64, one frame, two layers
 
-DIRs are checkouts of junjie18/CMT, megvii-research/PETR and exiawsh/StreamPETR as they are, and the
-folder of one nuScenes frame in mmdet3d's info format. Every run is a fresh process
-(real_worker.py). An unpatched run and the patched ones that are held against it are repeated in the
-order A B B A A B ... (A B C C B A ... for several), as `flashbias ab` does: a drift of the machine
-falls on both alike. Names: A unpatched, B patched; `cp` with_cp, `amp` mmcv's fp16, `bias` a
-learned bias on every cross attention (unpatched: dense, as attn_mask), `drop0` no dropout.
+DIRs are checkouts of junjie18/CMT (camera, and with spconv the fusion detectors: ResNet-50,
+voxel0100 at 800x320 and voxel0075 at 1600x640), megvii-research/PETR and exiawsh/StreamPETR as
+they are, and the folder of one nuScenes frame in mmdet3d's info format. Every run is a fresh
+process (real_worker.py). An unpatched run and the patched ones that are held against it are
+repeated in the order A B B A A B ... (A B C C B A ... for several), as `flashbias ab` does: a
+drift of the machine falls on both alike. Inference is the forward pass from images and points to
+the head's output, without the boxes' decoding. Names: see real_runs.py.
 """
 
 from __future__ import annotations
@@ -23,19 +25,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence
+
+from real_runs import BATCH, CHECKOUTS, INFERENCE, PROFILE, RUNS, chosen, in_order
 
 HERE = Path(__file__).resolve().parent
-FLASH = "PETRMultiheadFlashAttention"
 CAPS = (24, 40, 80)
 DETECTOR = (
-    "CMT camera (junjie18/CMT {cmt}), ResNet-50, batch 2, one nuScenes frame; step_s: median "
-    "after two steps; "
+    "CMT (junjie18/CMT {cmt}), ResNet-50, one nuScenes frame; step_s: median after two steps; "
     "PETR and StreamPETR from megvii-research/PETR {petr} and exiawsh/StreamPETR {streampetr}"
 )
 
@@ -45,145 +46,6 @@ ORDER = (
     "run and those measured "
     "against it, forwards and backwards in turn)"
 )
-
-
-class Run(NamedTuple):
-    """A training run. Names begin with A (unpatched) or B (patched); `dtype` is FLASHBIAS_DTYPE;
-    `bias`: a learned one."""
-
-    name: str
-    patch: bool
-    dtype: str = "auto"
-    attn: str = "PETRMultiheadAttention"
-    size: str = "1600x640"
-    bs: int = 2
-    with_cp: bool = False
-    fp16: bool = False
-    dropout: float = 0.1
-    bias: bool = False
-    steps: int = 8
-    layers: int = 6
-    repeat: int = 0
-
-    def twin(self) -> Tuple[Any, ...]:
-        """Runs that start from the same weights and should compute the same."""
-        return (self.attn, self.size, self.bs, self.dropout, self.bias, self.layers)
-
-
-def run(name: str, **fields: Any) -> Dict[str, Any]:
-    return Run(name, name.startswith("B"), **fields)._asdict()
-
-
-def counterpart(name: str) -> str:
-    """The unpatched run that a patched one is measured against."""
-    return (
-        name.replace("B flash amp", "A amp")
-        .replace("B flash", "A fp32")
-        .replace(" dtype=fp16", "")
-        .replace("B ", "A ")
-    )
-
-
-def in_order(runs: Sequence[Dict[str, Any]], repeats: int) -> List[Dict[str, Any]]:
-    """Each run `repeats` times: per unpatched run, it and those measured against it, forwards and
-    backwards in turn."""
-    groups: Dict[str, List[Dict[str, Any]]] = {}
-    for fields in sorted(runs, key=lambda fields: bool(fields["patch"])):
-        groups.setdefault(counterpart(fields["name"]), []).append(fields)
-    return [
-        {**fields, "repeat": repeat}
-        for group in groups.values()
-        for repeat in range(repeats)
-        for fields in (group if repeat % 2 == 0 else group[::-1])
-    ]
-
-
-def cmt_runs() -> List[Dict[str, Any]]:
-    fp16: Dict[str, Any] = {"dtype": "fp16"}
-    full = [
-        run("A fp32"),
-        run("A fp32 cp", with_cp=True),
-        run("A amp", fp16=True, steps=6),
-        run("A amp cp", fp16=True, with_cp=True, steps=6),
-        run("A fp32 bias", bias=True, steps=6),
-        run("A fp32 bias cp", bias=True, with_cp=True, steps=6),
-        run("A fp32 drop0", dropout=0.0),
-        run("A fp32 drop0 bias", dropout=0.0, bias=True, steps=6),
-        run("B fp32"),
-        run("B fp32 dtype=fp16", **fp16),
-        run("B flash", attn=FLASH),
-        run("B fp32 cp", with_cp=True, steps=6),
-        run("B fp32 dtype=fp16 cp", with_cp=True, **fp16),
-        run("B flash cp", attn=FLASH, with_cp=True, steps=6),
-        run("B amp", fp16=True, steps=6),
-        run("B amp dtype=fp16", fp16=True, steps=6, **fp16),
-        run("B flash amp", attn=FLASH, fp16=True, steps=6),
-        run("B amp dtype=fp16 cp", fp16=True, with_cp=True, steps=6, **fp16),
-        run("B fp32 bias", bias=True, steps=6),
-        run("B fp32 dtype=fp16 bias", bias=True, steps=6, **fp16),
-        run("B fp32 dtype=fp16 bias cp", bias=True, with_cp=True, steps=6, **fp16),
-        run("B flash bias", bias=True, attn=FLASH, steps=6),
-        run("B fp32 drop0", dropout=0.0),
-        run("B fp32 dtype=fp16 drop0", dropout=0.0, **fp16),
-        run("B flash drop0", dropout=0.0, attn=FLASH, steps=6),
-        run("B fp32 drop0 bias", dropout=0.0, bias=True, steps=6),
-    ]
-    small = [
-        {**fields, "name": fields["name"] + " 800x320", "size": "800x320"}
-        for fields in full
-        if fields["name"]
-        in (
-            "A fp32",
-            "A fp32 cp",
-            "A fp32 drop0",
-            "B fp32",
-            "B fp32 dtype=fp16",
-            "B flash",
-            "B fp32 dtype=fp16 cp",
-            "B fp32 drop0",
-            "B fp32 dtype=fp16 drop0",
-        )
-    ]
-    return sorted(full + small, key=lambda fields: fields["patch"])
-
-
-def family_runs(size: str, flash: bool) -> List[Dict[str, Any]]:
-    rest: Dict[str, Any] = {"size": size, "dropout": 0.0}
-    runs = [
-        run("A fp32 drop0", **rest),
-        run("A fp32 drop0 cp", with_cp=True, **rest),
-        run("B fp32 drop0", **rest),
-        run("B fp32 dtype=fp16 drop0", dtype="fp16", **rest),
-        run("B fp32 dtype=fp16 drop0 cp", dtype="fp16", with_cp=True, **rest),
-    ]
-    return runs + ([run("B flash drop0", attn=FLASH, **rest)] if flash else [])
-
-
-RUNS = {
-    "cmt": cmt_runs(),
-    "petr": family_runs("1408x512", False),
-    "streampetr": family_runs("704x256", True),
-}
-BATCH = [
-    run("A fp32"),
-    run("A fp32 800x320", size="800x320"),
-    run("B fp32 dtype=fp16", dtype="fp16"),
-    run("B fp32 dtype=fp16 800x320", dtype="fp16", size="800x320"),
-]
-PROFILE = [run("A fp32"), run("B fp32 dtype=fp16", dtype="fp16"), run("B flash", attn=FLASH)]
-TINY = {"bs": 1, "layers": 2, "steps": 2, "size": "160x64"}
-
-
-def chosen(
-    runs: Sequence[Dict[str, Any]], only: str, quick: bool, tiny: bool
-) -> List[Dict[str, Any]]:
-    found = [dict(fields) for fields in runs if re.search(only, fields["name"])]
-    for fields in found:
-        if quick:
-            fields["steps"] = 4
-        if tiny:
-            fields.update(TINY)
-    return found
 
 
 def work(plan: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
@@ -243,18 +105,23 @@ def show(line: Dict[str, Any]) -> None:
         )
         if "gradient_error" in line:
             text += f"  gradient {line['gradient_error']:.1e}"
+    elif "latency_ms" in line:
+        text = (
+            f"{line['latency_ms']:.1f} ms ({line['first_ms']:.0f} the first)  "
+            f"{line['frames_per_s']:.1f} frames/s  {line['peak_MiB']:.0f} MiB"
+        )
     elif "batches" in line:
         text = ", ".join(f"{row['cap_GiB']} GiB: {row['batch']}" for row in line["batches"])
     else:
         text = f"wall {line['wall_ms']} ms, GPU busy {line['gpu_busy_ms']} ms; {line['kind_ms']}"
-    print(f"{line['family']:<11}{line['name']:<28} {text}", flush=True)
+    print(f"{line['family']:<11}{line['name']:<32} {text}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for family in RUNS:
+    for family in set(RUNS) - set(CHECKOUTS):
         parser.add_argument(
             f"--{family}", metavar="DIR", help=f"a checkout for the runs of {family}"
         )
@@ -262,18 +129,23 @@ def main() -> None:
             f"--{family}-commit", default="", metavar="HASH", help="where the checkout has no .git"
         )
     parser.add_argument("--frame", metavar="DIR")
+    parser.add_argument("--families", nargs="+", choices=RUNS, metavar="FAMILY", help=list(RUNS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=("train", "batch", "profile"),
-        default=["train", "batch", "profile"],
+        choices=("train", "infer", "batch", "profile"),
+        default=["train", "infer", "batch", "profile"],
     )
     parser.add_argument("--only", default="", metavar="REGEX")
     parser.add_argument("--caps", type=float, nargs="+", default=CAPS, metavar="GiB")
     parser.add_argument("--limit", type=int, default=64, help="no larger batch is tried")
     parser.add_argument(
-        "--repeats", type=int, default=2, metavar="R", help="training runs of each kind"
+        "--repeats",
+        type=int,
+        default=2,
+        metavar="R",
+        help="runs of each kind, training and inference",
     )
     parser.add_argument(
         "--timeout",
@@ -290,19 +162,24 @@ def main() -> None:
     if args.list:
         print(
             "\n".join(
-                f"{family}: {fields['name']}"
-                for family, runs in RUNS.items()
+                f"{family}: {fields['name']}{note}"
+                for note, table in (("", RUNS), (" (inference)", INFERENCE))
+                for family, runs in table.items()
                 for fields in chosen(runs, args.only, False, False)
             )
         )
         return
-    checkouts = {family: getattr(args, family) for family in RUNS if getattr(args, family)}
+    given = {family: getattr(args, CHECKOUTS.get(family, family)) for family in RUNS}
+    lidar = not args.device.startswith("cpu")  # spconv needs a GPU
+    wanted = args.families or [family for family in RUNS if lidar or family not in CHECKOUTS]
+    checkouts = {family: given[family] for family in wanted if given[family]}
     if not checkouts or not args.frame:
         parser.error("--frame and at least one of --cmt, --petr, --streampetr are needed")
     parts = [
         ("train", RUNS[family], family, "runs" if family == "cmt" else "family")
         for family in checkouts
     ]
+    parts += [("infer", INFERENCE[family], family, "inference") for family in checkouts]
     if "cmt" in checkouts:
         parts += [("batch", BATCH, "cmt", "batches"), ("profile", PROFILE, "cmt", "profiles")]
     parts = [
@@ -319,6 +196,7 @@ def main() -> None:
         "batches": [],
         "profiles": [],
         "family": [],
+        "inference": [],
     }
     about: Dict[str, Any] = {}
 
@@ -332,7 +210,7 @@ def main() -> None:
             "timeout": args.timeout,
             "runs": in_order(
                 chosen(runs, args.only, args.quick, args.tiny),
-                args.repeats if task == "train" else 1,
+                args.repeats if task in ("train", "infer") else 1,
             ),
             "caps": list(args.caps),
             "limit": 2 if args.tiny else args.limit,
@@ -350,7 +228,7 @@ def main() -> None:
         if args.out:
             commits = {
                 family: commit_of(getattr(args, family) or "", getattr(args, f"{family}_commit"))
-                for family in RUNS
+                for family in set(RUNS) - set(CHECKOUTS)
             }
             words = "python " + " ".join(
                 [

@@ -24,7 +24,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import detectors
 import torch
 from installed import patched
-from real_models import Run
+from real_runs import Run
 from step_profile import marked, profile
 from torch import Tensor, nn
 
@@ -295,7 +295,61 @@ def step_profile(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[s
         return profile(step, plan["profile_steps"], PHASES, trainer.cuda)
 
 
-TASKS = {"train": train, "batch": batch_search, "profile": step_profile}
+def infer(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[str, Any]:
+    """Latency of forward passes in evaluation mode, from the batch to the head's output."""
+    trainer = Trainer(run, plan)
+    net = trainer.detector.net.eval()
+    outputs: List[Any] = []
+
+    def keep(*arguments: Any, **named: Any) -> Dict[str, Any]:
+        """In the place of the head's loss: the pass ends here."""
+        outputs[:] = [*arguments, *named.values()]
+        return {}
+
+    net.pts_bbox_head.loss = keep
+    times: List[float] = []
+    if trainer.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        for i in range(run.steps):
+            given = trainer.batch(i)
+            trainer.synchronize()
+            start = time.perf_counter()
+            net(return_loss=True, **given)
+            trainer.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+    latency = statistics.median(times[10:] or times)
+    return {
+        "latency_ms": round(latency, 3),
+        "first_ms": round(times[0], 1),
+        "frames_per_s": round(1e3 * run.bs / latency, 2),
+        "peak_MiB": round(trainer.peak_mib(), 1),
+        "times": [round(t, 3) for t in times],
+        "digest": digest(outputs),
+    }
+
+
+def digest(value: Any) -> float:
+    """Mean absolute value over all floating tensors of nested outputs: equal runs agree."""
+    sums = [0.0, 0]
+
+    def visit(value: Any) -> None:
+        if torch.is_tensor(value):
+            if value.is_floating_point():
+                sums[0] += float(value.double().abs().sum())
+                sums[1] += value.numel()
+        elif isinstance(value, dict):
+            for each in value.values():
+                visit(each)
+        elif isinstance(value, (list, tuple)):
+            for each in value:
+                visit(each)
+
+    visit(value)
+    return round(sums[0] / max(sums[1], 1), 6)
+
+
+TASKS = {"train": train, "infer": infer, "batch": batch_search, "profile": step_profile}
 
 
 def release() -> None:
@@ -345,7 +399,11 @@ def main() -> None:
             run = Run(**fields)
             start, before = time.perf_counter(), dict(flashbias_patch.status()["calls"])
             try:
-                with patched(run.dtype) if run.patch else contextlib.nullcontext():
+                with (
+                    patched(run.dtype, run.aqr, run.backend)
+                    if run.patch
+                    else contextlib.nullcontext()
+                ):
                     result = TASKS[plan["task"]](run, plan, gradients)
                     fallbacks = [
                         f"{f['source']}: {f['reason']}"

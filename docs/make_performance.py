@@ -17,7 +17,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from real_models import counterpart  # noqa: E402
+from real_runs import counterpart  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 MARKS = ("<!-- measured -->", "<!-- /measured -->")

@@ -3,6 +3,7 @@ profile is read."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -19,17 +20,20 @@ def beside_benchmarks(monkeypatch):
 
 
 def test_runs_have_unique_names_and_a_counterpart():
-    import real_models
+    import real_runs
 
-    for runs in (*real_models.RUNS.values(), real_models.BATCH, real_models.PROFILE):
+    tables = (*real_runs.RUNS.values(), *real_runs.INFERENCE.values())
+    for runs in (*tables, real_runs.BATCH, real_runs.PROFILE):
         names = [fields["name"] for fields in runs]
         assert len(set(names)) == len(names)
-        assert {real_models.counterpart(name) for name in names} <= set(names)
+        assert {real_runs.counterpart(name) for name in names} <= set(names)
+        assert all(fields["patch"] == fields["name"].startswith("B") for fields in runs)
 
 
 def test_runs_are_made_in_the_order_abba():
     """Each unpatched run and those measured against it, forwards and backwards in turn."""
     import real_models
+    import real_runs
 
     for runs in real_models.RUNS.values():
         order = real_models.in_order(runs, 2)
@@ -40,7 +44,7 @@ def test_runs_are_made_in_the_order_abba():
         for place, fields in enumerate(order):
             places.setdefault(fields["name"], []).append(place)
         for name, (first, second) in places.items():
-            a_first, a_second = places[real_models.counterpart(name)]
+            a_first, a_second = places[real_runs.counterpart(name)]
             assert (
                 first + second == a_first + a_second
             )  # a drift of the machine falls on both alike
@@ -50,11 +54,12 @@ def test_runs_are_made_in_the_order_abba():
 
 def test_every_field_of_a_plan_is_one_of_a_run():
     import real_models
+    import real_runs
     import real_worker
 
     for runs in real_models.RUNS.values():
         for fields in real_models.chosen(runs, "", quick=True, tiny=True):
-            run = real_models.Run(**fields)
+            run = real_runs.Run(**fields)
             assert real_worker.options(run, "cpu").size == (
                 160,
                 64,
@@ -215,17 +220,17 @@ def test_every_run_of_a_benchmark_reaches_the_page(tmp_path, monkeypatch, capsys
 
 
 def test_first_gradients_are_compared_across_processes(tmp_path):
-    import real_models
+    import real_runs
     import real_worker
     import torch
 
-    run = real_models.Run("A fp32 drop0", False, dropout=0.0)
+    run = real_runs.Run("A fp32 drop0", False, dropout=0.0)
     assert real_worker.Gradients(str(tmp_path)).error(run, torch.ones(4)) is None
     other = run._replace(name="B fp32 drop0", patch=True, with_cp=True, repeat=1)
     assert real_worker.Gradients(str(tmp_path)).error(other, torch.ones(4) * 1.5) == pytest.approx(
         0.5
     )
-    flash = other._replace(name="B flash drop0", attn=real_models.FLASH)
+    flash = other._replace(name="B flash drop0", attn=real_runs.FLASH)
     for repeat in range(
         2
     ):  # no unpatched one to be held against: another patched one is not its stand-in
@@ -375,3 +380,52 @@ def test_the_page_shows_every_run_of_its_files():
         assert len(rows) == len(
             {(run["family"], run["name"]) for run in runs}
         )  # repeats are one row
+
+
+def test_inference_ends_at_the_loss_and_its_output_is_digested(monkeypatch):
+    """The head's output is what reaches its loss; no gradients, evaluation mode."""
+    import real_runs
+    import real_worker
+    import torch
+
+    class Head(torch.nn.Module):
+        def loss(self, *args, **kwargs):
+            raise AssertionError("the loss is computed")
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pts_bbox_head, self.calls = Head(), 0
+
+        def forward(self, return_loss, img):
+            assert return_loss and not self.training and not torch.is_grad_enabled()
+            self.calls += 1
+            return self.pts_bbox_head.loss(
+                [torch.ones(2)], {"cls": img, "count": torch.ones(1).int()}
+            )
+
+    net = Net()
+
+    class Trainer:
+        cuda, detector = False, type("Detector", (), {"net": net})
+
+        def __init__(self, run, plan):
+            pass
+
+        def batch(self, i):
+            return {"img": -3 * torch.ones(2)}
+
+        def synchronize(self):
+            pass
+
+        def peak_mib(self):
+            return 0.0
+
+    clock = itertools.count(0.0, 0.5)  # each pass takes half a second
+    monkeypatch.setattr(real_worker.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(real_worker, "Trainer", Trainer)
+    run = real_runs.Run("A fp32 b6", False, bs=6, steps=12)
+    found = real_worker.infer(run, {}, real_worker.Gradients("unused"))
+    assert net.calls == len(found["times"]) == 12
+    assert found["digest"] == 2.0
+    assert (found["first_ms"], found["latency_ms"], found["frames_per_s"]) == (500.0, 500.0, 12.0)
