@@ -1,4 +1,4 @@
-"""How softmax(q k^T * scale + bias) v is computed. Knows nothing of mmcv or of any repository."""
+"""Computation of softmax(q k^T * scale + bias) v. It imports neither mmcv nor any repository."""
 
 from .api import flash_bias_attention
 from .inputs import AttentionInputs

@@ -1,8 +1,8 @@
-"""What `flashbias bench` measures: every backend on this machine's device, at the attention shapes
-of known models.
+"""The measurements of `flashbias bench`: every backend on this machine's device, at the attention
+shapes of known models.
 
-On CUDA, medians of events, synchronised once at the end: what a call costs on an idle GPU, so that
-a call shorter than its launching shows the launching. On the CPU, medians of wall clock.
+Times on CUDA are medians of events, synchronised once at the end: the time of a call on an idle
+GPU, or of its launches where these take longer. Times on the CPU are medians of the wall clock.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ SHAPES: Dict[str, Dict[str, int]] = {
 }
 BACKENDS = tuple(selection.MODULES)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-CPU_SCORES = (
-    1 << 24
-)  # the most that a CPU is asked for: seconds, where the larger shapes take minutes
+CPU_SCORES = 1 << 24  # the most for a CPU: such shapes take seconds, larger ones minutes
 SAMPLE = 64  # queries whose output is compared with float64
 WARM_UP, REPEATS = 3, {"cuda": 20, "cpu": 3}
 
@@ -119,11 +117,11 @@ def _measure_shape(
             found = measure(inputs, name)
         rows.append({"shape": shape, "sizes": sizes, "backend": name, "forward_ms": None, **found})
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # one that needs much leaves the next one room
+            torch.cuda.empty_cache()  # the next backend finds the memory free
 
 
 def make(sizes: Dict[str, int], dtype: torch.dtype, device: torch.device) -> AttentionInputs:
-    """A call of that size with a low-rank bias shared over batch and heads; every tensor wants its
+    """A call of that size with a low-rank bias shared over batch and heads; every tensor requires a
     gradient."""
     generator = torch.Generator(device).manual_seed(0)
     B, M, N, H, D, R = (sizes[k] for k in ("batch", "queries", "keys", "heads", "head_dim", "rank"))
@@ -139,8 +137,8 @@ def make(sizes: Dict[str, int], dtype: torch.dtype, device: torch.device) -> Att
 
 
 def measure(inputs: AttentionInputs, name: str) -> Dict[str, Any]:
-    """The columns of one row; `why_not` where the backend refuses, fails, or another one answered
-    for it."""
+    """The columns of one row; `why_not` where the backend does not take the call or fails, or
+    another one computed it."""
     against = dispatch.reasons_against(inputs, name)
     if against:
         return {"why_not": "; ".join(against)}
@@ -232,7 +230,7 @@ def _error(inputs: AttentionInputs, out: Tensor) -> float:
 
 
 def environment(device: torch.device, dtype: str) -> Dict[str, str]:
-    """What the numbers depend on."""
+    """The environment that the numbers depend on."""
     try:
         import triton
 

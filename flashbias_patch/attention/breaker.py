@@ -1,5 +1,5 @@
-"""Circuit breakers: the backends that are trusted with a call signature, and those that are out for
-it, with the reason."""
+"""Circuit breakers: per call signature, the backends that may compute it, and those that failed,
+with the reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Phase(enum.Enum):
 
 
 class Verdict(NamedTuple):
-    """`reason`: why the backend is out; of no meaning where it is trusted."""
+    """`reason`: why the backend is out; without meaning where it is trusted."""
 
     state: State
     reason: str = ""

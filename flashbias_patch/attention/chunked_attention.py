@@ -39,10 +39,10 @@ from .values import bounded, relative_weights
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 LEAST_BYTES = 32 << 20  # the least that CUDA gets, and all of it after memory ran out
 FEW_KEYS = 256  # all queries go into one chunk if it has room for that many keys
-HIDDEN = -1e30  # a score that no softmax sees; finite, since it is multiplied by 0 for other keys
+HIDDEN = -1e30  # a score of weight 0; finite, because it is multiplied by 0 for other keys
 # Operands that are added to the scores of their own places, and have no columns.
 _TERMS = frozenset(("dense", "key_padding", "window_weights"))
-_DEAD = -1e29  # a row with this maximum or less has seen hidden keys only
+_DEAD = -1e29  # a row with this maximum or less has hidden keys only
 
 
 class Chunks(NamedTuple):
@@ -59,7 +59,7 @@ class Chunks(NamedTuple):
 
 
 class State(NamedTuple):
-    """What forward keeps for the gradients, in at least float32.
+    """The state that forward keeps for the gradients, in at least float32.
 
     out (B*H, M, Dv); top (B*H, M, 1): the largest score of each row; inverse (B*H, M, 1): 1 / the
     sum of exp(score - top), 0 for a fully masked row.
@@ -244,7 +244,7 @@ def _split(x: Tensor, parts: int) -> Tensor:
 
 @torch.no_grad()
 def forward(inputs: Any, chunks: Chunks, dropout: Optional[Dropout] = None) -> State:
-    """The output of a call, and what its gradients need."""
+    """The output of a call, and the state that its gradients need."""
     with internals.autocast_off():
         return _forward(_Columns(inputs), chunks, dropout)
 
@@ -320,8 +320,8 @@ class _Gradients:
         grad = heads_first(grad_out, columns.dtype).flatten(0, 1)
         out, v = state.out, columns.v[..., : columns.v_dim]
         if dropout is None and columns.N:
-            # Softmax does not see what is added to all values: relative to their mean, the
-            # difference below cancels less.
+            # A vector that is added to all values does not change the scores' gradient: relative to
+            # their mean, the difference below cancels less.
             mean = v.mean(1, keepdim=True)
             out = out - mean
             v.sub_(mean)

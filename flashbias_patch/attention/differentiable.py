@@ -22,7 +22,7 @@ from .inputs import TENSORS, AttentionInputs
 
 Attend = Callable[[AttentionInputs], Tensor]
 
-OWN = ("triton", "sdpa", "reference")  # backends that see to it themselves
+OWN = ("triton", "sdpa", "reference")  # backends that do so themselves
 _transform = internals.current_transform
 _tracing = internals.tracing_state
 _hooks = internals.saved_tensor_hooks
@@ -99,8 +99,8 @@ def _gradients_again(
     found: Tuple[Optional[Tensor], ...],
     grads: Tuple[Optional[Tensor], ...],
 ) -> Optional[Tuple[Optional[Tensor], ...]]:
-    """In place of the gradients `found`, those that can be differentiated. None, which leaves them,
-    if not asked to."""
+    """In place of the gradients `found`, those that can be differentiated. None, which keeps
+    `found`, without create_graph."""
     if not torch.is_grad_enabled():
         if not internals.keeps_graph():
             kept.clear()
@@ -151,7 +151,7 @@ def attach(out: Tensor, inputs: AttentionInputs) -> Tensor:
         return out
     if _hooks is not None:
         hooks = _hooks(True)
-        # Those of the user's would see the operands a second time, and save_on_cpu copy them.
+        # The user's hooks would get the operands a second time; save_on_cpu would copy them.
         if hooks is not None and getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
             return out
     if inputs[12] is None and inputs[13] is None:

@@ -1,4 +1,4 @@
-"""One call of attention, validated and in normal form: what every backend receives."""
+"""One call of attention, validated and in normal form: the input of every backend."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ Row = Dict[str, Any]
 
 
 class RowKey(NamedTuple):
-    """What a row is found by; `signature` in text."""
+    """The key of a row; `signature` is its text."""
 
     place: str
     signature: str

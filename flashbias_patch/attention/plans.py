@@ -21,7 +21,7 @@ MAX_PLANS = 1024  # lengths that differ every time would fill memory
 
 
 class Plan(NamedTuple):
-    """The backend of a call, and what led to it.
+    """The backend of a call, and the state in which it was selected.
 
     tried: (name, backend) of the candidates before it, and its own.
     position: its index in `candidates.names`.

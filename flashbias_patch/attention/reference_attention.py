@@ -1,4 +1,4 @@
-"""The reference attention: what every backend, kernel and test of this package has to agree with.
+"""The reference attention: every backend, kernel and test of this package must agree with it.
 
 `attend` computes a whole call in differentiable operators, with all scores in memory.
 `chunked_attention` computes the same without them. Both take `inputs`: an AttentionInputs, or
@@ -27,7 +27,7 @@ QUERY_AXIS = {
     "windows": 1,
     "window_mask": 1,
 }
-# (first row, last row + 1, first key, last key + 1) -> (B, H, rows, keys): what dropout keeps
+# (first row, last row + 1, first key, last key + 1) -> (B, H, rows, keys): 0 where dropped
 Kept = Callable[[int, int, int, int], Tensor]
 
 
@@ -44,7 +44,7 @@ class Dropout:
         self.kept, self.scale = kept, scale
 
     def of(self, rows: slice, keys: slice) -> Tensor:
-        """What is kept of the weights of these rows and keys."""
+        """`kept` for these rows and keys."""
         return self.kept(rows.start, rows.stop, keys.start, keys.stop)
 
 

@@ -124,7 +124,7 @@ def own_random_numbers(device: torch.device) -> Iterator[None]:
     """Random numbers of a generator of its own, always the same ones, in this thread.
 
     On a GPU, kernels draw from the default generator: its state is put back, and one thread at a
-    time may borrow it. The state of the CPU's generator is not touched on the CPU, where other
+    time may use it. The state of the CPU's generator is not touched on the CPU, where other
     threads (augmentation, other replicas) draw too.
     """
     if device.type != "cuda" and _OwnGenerator is not None:
@@ -155,7 +155,7 @@ class _OwnGeneratorMode(internals.TorchDispatchMode or object):  # type: ignore[
         return drawing(*args, **{**kwargs, "generator": self.generator})
 
 
-# Before torch 1.13 the default generator is borrowed on the CPU too.
+# Before torch 1.13 the default generator is used on the CPU too.
 _OwnGenerator: Any = None if internals.TorchDispatchMode is None else _OwnGeneratorMode
 
 
@@ -197,7 +197,7 @@ def _check(
             )
             return f"{difference} at {where}{alone}"
     if not accepted:
-        return f"it refuses the check's own problem: {'; '.join(refusals)}"
+        return f"the backend does not take the self-check's inputs: {'; '.join(refusals)}"
     if not signature.dropout:
         return None
     # The first of the longest: it has usual values.
@@ -422,8 +422,8 @@ def _plain_relative(inputs: AttentionInputs) -> Tensor:
 
 
 def _plain(inputs: AttentionInputs, relative: bool = False) -> Tensor:
-    """What torch's own operators give in the inputs' precision: every intermediate is rounded to
-    it."""
+    """The output of torch's own operators in the inputs' precision, to which every intermediate is
+    rounded."""
     dtype = inputs.q.dtype
 
     def rounded(x: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ SLOW = 1.3  # dropped after one run, if that took so many times the best one's
 FINALISTS = 4
 TURNS = 5  # of shipped against tuned
 TIME_IS_UP = "the time was up"
-# What two right tile shapes may differ by: how they order sums and rounds. A wrong one is off by
-# far more.
+# Two correct tile shapes differ by less than this, because they order sums differently. A wrong one
+# differs by far more.
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4}
 
 Timer = Callable[[Callable[[], Any], int], List[float]]
@@ -49,7 +49,7 @@ Progress = Callable[[float, float, str], None]
 
 
 class Row(NamedTuple):
-    """What came of one kernel. `tuned` is None where the shipped shape stays; `ratio` is tuned /
+    """The result for one kernel. `tuned` is None where the shipped shape stays; `ratio` is tuned /
     shipped time."""
 
     kernel: str
@@ -157,7 +157,7 @@ def words(config: Config) -> str:
 
 
 class _TimeIsUp(Exception):
-    """The clock, before a step."""
+    """Raised before a step when the time is used up."""
 
 
 class _Search:
@@ -193,7 +193,7 @@ class _Search:
                 tuned, ratio = self._best(shipped)
                 if tuned is None:
                     why = f"nothing is {MARGIN:.0%} faster" + (
-                        ", of what there was time for" if self.cut else ""
+                        ", of the shapes that there was time for" if self.cut else ""
                     )
         except _TimeIsUp:
             pass
@@ -213,7 +213,7 @@ class _Search:
 
     @contextlib.contextmanager
     def _phase(self, share: float) -> Iterator[None]:
-        """Up to that share of the time; what a phase finds in it is enough to go on with."""
+        """Context manager: limit a phase to the time up to that share; its results are kept."""
         self.until = self.now + share * self.share
         try:
             yield
@@ -298,7 +298,7 @@ class _Search:
             count = (count + 1) // 2
 
     def _agrees(self, config: Config) -> bool:
-        """Whether it is right on every other call, too."""
+        """Whether its results are correct on every other call too."""
         for place in range(1, len(self.trials)):
             self._step(words(config))
             try:
@@ -350,5 +350,5 @@ class _Search:
 
 
 def _repeats(ms: float) -> int:
-    """Some 20 ms of them, a few at least."""
+    """The number of runs of `ms` milliseconds to time: about 20 ms, from 2 to 10 runs."""
     return max(2, min(10, int(20 / max(ms, 1e-3))))

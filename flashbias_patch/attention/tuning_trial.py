@@ -17,25 +17,25 @@ from .kernels import autograd, launcher, problem
 from .kernels.tiles import KERNELS, Key
 from .signature import signature_of
 
-SMALL = selfcheck.LONG  # lengths that are multiples of nothing
+SMALL = selfcheck.LONG  # odd lengths, which exercise the tails of tiles
 LEAST = 1 << 24  # scores, B * H * M * N, below which launching takes longer than the kernels
 
 
 def long(inputs: AttentionInputs) -> bool:
-    """Whether the kernels' own time is what such a call takes."""
+    """Whether such a call takes longer in the kernels than in launching them."""
     B, M, H, _ = inputs.q.shape
     return B * M * H * inputs.k.shape[1] >= LEAST
 
 
 def class_of(inputs: AttentionInputs, kernel: str = KERNELS[0]) -> Key:
-    """What the choice of a tile shape for this call is kept under."""
+    """The key under which the tile shape for this call is kept."""
     others = inputs.dense, inputs.mask, inputs.key_padding
     segments = inputs.segment_weights is not None
     return problem.key_of(kernel, inputs.q, inputs.rank, segments, others, inputs.dropout_p)
 
 
 def small_call(inputs: AttentionInputs) -> AttentionInputs:
-    """One of the same class with odd lengths, where a tile that handles its tail wrongly shows."""
+    """A call of the same class with odd lengths, at which a tile with a wrong tail fails."""
     small = selfcheck.problem_of(signature_of(inputs), inputs.rank, *SMALL)
     return small._replace(dropout_p=inputs.dropout_p)
 
@@ -54,7 +54,7 @@ def cuda_times(function: Callable[[], Any], repeats: int) -> List[float]:
     if cuda_sleep is not None:
         cuda_sleep(
             int(2e9 * min(0.1, 1.5 * host * repeats))
-        )  # clock cycles, of which no GPU has more a second
+        )  # clock cycles; no GPU has more than 2e9 per second
     for begin, end in events:
         begin.record()
         function()
@@ -86,7 +86,7 @@ class Trial:
         self._grad_out: Any = None
 
     def prepare(self, kernel: str) -> None:
-        """What the backward kernels start from."""
+        """Compute the tensors that the backward kernels need."""
         if kernel != "forward" and self._forward is None:
             self._forward = launcher.forward(self.problem, self.seed, True)
             out = self._forward[0]
@@ -101,7 +101,7 @@ class Trial:
         return launcher.backward(self.problem, self.needs[kernel], passed)
 
     def results(self, kernel: str) -> List[Tensor]:
-        """What a tile shape must leave as it is, whatever the order of its sums."""
+        """The results, which may not depend on the tile shape except for rounding."""
         found = self.run(kernel)
         if kernel != "forward":
             return [grad for grad in found if grad is not None]

@@ -138,7 +138,7 @@ class LazyWeights(Tensor):
     ) -> Any:
         return func(
             *_computed(args), **_computed(kwargs or {})
-        )  # C++ code, which torch functions do not see
+        )  # C++ code, for which no torch function is called
 
     def __hash__(self) -> int:
         return id(self)

@@ -1,1 +1,1 @@
-"""The shim: where upstream classes are found, wrapped and put back. Knows nothing of Triton."""
+"""The shim: it finds upstream classes, wraps their methods and restores them, without Triton."""

@@ -65,7 +65,7 @@ class Block:
 
 
 class Scope(NamedTuple):
-    """What an attention_bias(...) block says to one thread."""
+    """The bias of an attention_bias(...) block and its conditions, as one thread has them."""
 
     bias: Bias
     kind: str
@@ -78,7 +78,8 @@ Scopes = Tuple[Scope, ...]
 _scopes: contextvars.ContextVar[Optional[Scopes]] = contextvars.ContextVar(
     "flashbias_scopes", default=None
 )
-# Of the block in which this thread was started; in force while that is open and _scopes is None.
+# Scopes of the block in which this thread was started. They are in force while that block is open
+# and _scopes is None.
 _inherited: contextvars.ContextVar[Scopes] = contextvars.ContextVar(
     "flashbias_inherited_scopes", default=()
 )
@@ -234,8 +235,8 @@ def _for_thread(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_inheriting(scopes: Scopes, run: Callable[[], Any]) -> None:
-    """In a new thread. A worker thread of a pool outlives the block, and is then without its
-    bias."""
+    """Call `run` in a new thread. A worker thread of a pool outlives the block, and is then without
+    its bias."""
     _inherited.set(scopes)
     run()
 

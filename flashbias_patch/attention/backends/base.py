@@ -28,7 +28,7 @@ class Backend(abc.ABC):
     compiled: its kernels are compiled already, as a library's are, so that the self-check can
         afford more problems.
     needs_self_check: it is known to be wrong in places, so it computes nothing unchecked.
-    recovers: a backward pass that fails asks `on_failure` for the gradients (see `recovering`).
+    recovers: a backward pass that fails takes the gradients from `on_failure` (see `recovering`).
     """
 
     name: str

@@ -168,7 +168,7 @@ def _function(module: str) -> Union[Callable[..., Any], str]:
 
 
 def _fully_masked_rows(inputs: AttentionInputs) -> Optional[Tensor]:
-    """(B|1, M|1, H|1, 1) bool: the rows that see no key; None if all see one."""
+    """(B|1, M|1, H|1, 1) bool: the fully masked rows; None if there are none."""
     padding, weights, visible = inputs.key_padding, inputs.segment_weights, None
     if padding is not None:
         visible = ~padding if padding.dtype is torch.bool else padding != float("-inf")
@@ -197,8 +197,8 @@ def _columns(inputs: AttentionInputs) -> Tuple[Tensor, Tensor, float]:
 
 
 def _plan(inputs: AttentionInputs) -> Plan:
-    """Where the scale goes. Scores are (q' . k') * softmax_scale; write scale = r * 2**e with 1 <=
-    r < 2.
+    """The plan that splits the scale between q and softmax_scale. Scores are (q' . k') *
+    softmax_scale; write scale = r * 2**e with 1 <= r < 2.
 
     Multiplying q by the scale rounds q, and so every score, once more in half precision.
     Multiplying q by 2**e is exact and r is applied by flash-attn in float32, if the factors are

@@ -60,7 +60,7 @@ def _reasons_of_windows(inputs: AttentionInputs) -> List[str]:
 
 
 def _raise(call: Any, grad_out: Tensor, error: BaseException) -> NoReturn:
-    """What a backward pass without recovery does when it fails."""
+    """Raise the error of a backward pass that has no recovery."""
     raise error
 
 

@@ -71,7 +71,7 @@ def of(
     repeat: Callable[[AttentionInputs], Any],
     stage: Stage = Stage.RUN,
 ) -> Blame:
-    """Whose error it is. `repeat` repeats the call on other inputs."""
+    """Decide whose error it is. `repeat` repeats the call on other inputs."""
     callbacks = _callbacks(inputs)
     callers = any(
         frame.f_code in callbacks or _foreign(frame.f_globals.get("__name__") or "", candidate)

@@ -58,7 +58,7 @@ def watch() -> None:
 
 
 def unwatch() -> None:
-    """The patches are off: put torch's own methods back. Hooks that are in force keep their
+    """Put torch's own methods back after an uninstall. Hooks that are in force keep their
     Replay."""
     global _watching
     with _watch_lock:

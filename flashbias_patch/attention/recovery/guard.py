@@ -63,7 +63,7 @@ def wanted(backend: Backend, inputs: AttentionInputs, hooked: bool) -> bool:
                 or not (inputs.dropout_p or dense is not None and dense.requires_grad)
             ):
                 return False
-        # Hooks of the caller would see the graph's tensors beside ours, and offload or recompute
+        # The caller's hooks would get the graph's tensors besides ours, and offload or recompute
         # twice as much.
         if _hooks_in_force is None or _hooks_in_force(True) is not None:
             return False

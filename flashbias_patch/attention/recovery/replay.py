@@ -76,7 +76,7 @@ SMALL_CHUNKS = CallRecord(None, small_chunks=True)
 
 
 class Progress(NamedTuple):
-    """How far a run of a checkpointed function is: see the attributes of Replay."""
+    """The progress of a run of a checkpointed function: see the attributes of Replay."""
 
     outer: Optional[Replay]
     recording: bool
@@ -189,7 +189,7 @@ class Replay:
 
 
 def note_uninstall() -> None:
-    """The patches are gone: a recomputation that needs them must fail."""
+    """The patches were removed: a recomputation that needs them must fail."""
     global _uninstalls
     _uninstalls += 1
 

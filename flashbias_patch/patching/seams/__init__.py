@@ -1,4 +1,4 @@
-"""The seams: what is done to a class of each kind, one file per seam.
+"""The seams: the wrappers for each kind of class, one file per seam.
 
 outer.py, core.py, dual_core.py, layer.py: attentions and the decoder layers around them.
 transformer_constructor.py, transformer.py, head.py: adaptive query routing.

@@ -52,7 +52,7 @@ class GeneratorSeam(Seam):
 
     def _verdict(self, wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> Verdict:
         scale = getattr(module, SCALE, None)
-        # Not by module: nn.DataParallel makes new ones in every step.
+        # Not kept by module: nn.DataParallel makes new modules in every step.
         settings = (
             type(module),
             *(getattr(module, name, None) for name in ATTRIBUTES),

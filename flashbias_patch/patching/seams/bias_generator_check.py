@@ -198,7 +198,7 @@ def _state_kept(module: Any) -> Iterator[_Changes]:
 
 def _periods(module: Any) -> Tuple[int, ...]:
     """Return the numbers of calls after which the module may print: constants of its code, and
-    attributes whose names speak of an interval."""
+    attributes whose names mention an interval."""
     numbers: List[int] = []
     for base in type(module).__mro__:
         if base.__module__.startswith("torch."):

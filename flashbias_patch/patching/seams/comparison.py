@@ -8,8 +8,8 @@ from torch import nn
 
 
 def plain_attributes(module: nn.Module) -> Tuple[Tuple[str, Any], ...]:
-    """What a module's forward may depend on beside its class and tensors. Ints may be counts of
-    calls."""
+    """The attributes that a module's forward may depend on, besides its class and tensors. Ints may
+    be counts of calls."""
     held = module.__dict__.items()
     return tuple(
         pair for pair in held if type(pair[1]) in (bool, float, str) and pair[0] != "_is_replica"

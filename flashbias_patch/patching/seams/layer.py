@@ -1,4 +1,4 @@
-"""The layer seam: a decoder layer takes `attention_bias=` and keeps a bias alive through its
+"""The layer seam: a decoder layer takes `attention_bias=` and passes a bias through its
 checkpoint."""
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ _running: contextvars.ContextVar[Any] = contextvars.ContextVar("flashbias_runnin
 
 
 class TransformerSeam(Seam):
-    """forward(...): the bias from its own arguments, in play for its cross attentions."""
+    """forward(...): the bias from its own arguments, in force for its cross attentions."""
 
     def __init__(self, cls: type) -> None:
         super().__init__(cls)
@@ -132,9 +132,8 @@ def _segments(keys: Keys, wanted: int, layout: Layout, name: str) -> Tuple[int, 
         count = keys.flat.shape[1]
         if count % cameras:
             raise ValueError(
-                f"aqr.cameras: {name} got {count} keys, which are not those of {cameras} cameras "
-                "alike; "
-                "set aqr.cameras to their number, or to 1"
+                f"aqr.cameras: {name} got {count} keys, which is not a multiple of {cameras} "
+                "cameras; set aqr.cameras to their number, or to 1"
             )
         return (count // cameras,) * cameras
     if keys.cameras is None:
@@ -142,7 +141,7 @@ def _segments(keys: Keys, wanted: int, layout: Layout, name: str) -> Tuple[int, 
     views, height, width = keys.cameras.shape[1], *keys.cameras.shape[-2:]
     if cameras not in (1, views):
         raise ValueError(
-            f"aqr.cameras: {name} got {views} views, the router was built for {cameras}; "
+            f"aqr.cameras: {name} got {views} views, but the router was built for {cameras}; "
             f"set aqr.cameras={views}, or 1 for all as one segment"
         )
     return (*lengths, *(views // cameras * height * width,) * cameras)

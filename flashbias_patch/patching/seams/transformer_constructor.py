@@ -81,7 +81,7 @@ def build_router(
         )
     if options.supervision and not options.drop:
         raise ValueError(
-            "aqr.supervision: needs aqr.drop > 0, it is the dropped sensor that it teaches"
+            "aqr.supervision requires aqr.drop > 0: its targets are the dropped sensors"
         )
     if windows:
         router: AdaptiveQueryRouter = WindowRouter(
@@ -94,7 +94,7 @@ def build_router(
             telemetry.once(
                 (name, "one segment"),
                 "warning",
-                "aqr: %s has one segment, a bias that is the same for all its keys does nothing; "
+                "aqr: %s has one segment: a bias that is equal for all keys changes nothing; "
                 "set locality=True",
                 name,
             )

@@ -1,4 +1,4 @@
-"""How each class of transformers takes its queries and keys."""
+"""Layouts: the arguments that hold the queries and keys, per class of transformers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from typing import Any, Callable, Dict, NamedTuple, Optional
 
 from torch import Tensor
 
-PETR_CAMERAS = (
-    6  # nuScenes; how many there are is only seen in forward, and a router is built before
-)
+PETR_CAMERAS = 6  # nuScenes; only forward has the real number, and a router is built before
 
 
 class Keys(NamedTuple):
@@ -33,7 +31,7 @@ def _image_keys(get: Callable[[str], Any]) -> Keys:
 
 
 class Layout(NamedTuple):
-    """How a class of transformers takes its queries and keys."""
+    """Where a class of transformers has its queries and keys."""
 
     query: str  # the parameter that holds (B, M, C) or (M, C)
     keys: Callable[[Callable[[str], Any]], Keys]

@@ -26,7 +26,7 @@ LIMIT = 5.0  # entries are clamped to +- min(LIMIT, max_scale)
 
 
 class Recipe(NamedTuple):
-    """How a module's bias is described."""
+    """The recipe by which a module's bias is described."""
 
     dtype: torch.dtype  # of its result
     clamped: bool  # True if the scale is clamped to [min_scale, max_scale]

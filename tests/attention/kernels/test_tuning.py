@@ -147,7 +147,9 @@ def test_the_time_given_is_kept(monkeypatch, compiling, seconds):
         assert not why, "what was found in the time is used"
     else:
         assert (
-            why <= {"the time was up", "nothing is 3% faster, of what there was time for"} and why
+            why
+            <= {"the time was up", "nothing is 3% faster, of the shapes that there was time for"}
+            and why
         )
 
 
