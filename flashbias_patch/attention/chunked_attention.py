@@ -42,7 +42,7 @@ FEW_KEYS = 256  # all queries go into one chunk if it has room for that many key
 HIDDEN = -1e30  # a score of weight 0; finite, because it is multiplied by 0 for other keys
 # Operands that are added to the scores of their own places, and have no columns.
 _TERMS = frozenset(("dense", "key_padding", "window_weights"))
-_DEAD = -1e29  # a row with this maximum or less has hidden keys only
+_FULLY_MASKED = -1e29  # a row with this maximum or less has hidden keys only
 
 
 class Chunks(NamedTuple):
@@ -273,12 +273,12 @@ def _forward(columns: _Columns, chunks: Chunks, dropout: Optional[Dropout]) -> S
             largest.copy_(new)
     if dropout is None:
         total = sums[..., Dv : Dv + 1]
-    dead = top <= (_DEAD if columns.folded else -math.inf)
-    inverse = total.reciprocal().masked_fill(dead, 0)
-    out = (sums[..., :Dv] * inverse).masked_fill_(dead, 0)
+    fully_masked = top <= (_FULLY_MASKED if columns.folded else -math.inf)
+    inverse = total.reciprocal().masked_fill(fully_masked, 0)
+    out = (sums[..., :Dv] * inverse).masked_fill_(fully_masked, 0)
     if dropout is not None:
         out.mul_(dropout.scale)
-    return State(out, top.masked_fill_(dead, 0), inverse)
+    return State(out, top.masked_fill_(fully_masked, 0), inverse)
 
 
 @torch.no_grad()

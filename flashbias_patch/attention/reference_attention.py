@@ -122,8 +122,8 @@ def normalized(s: Tensor) -> Tensor:
     """softmax of scores (..., N); a row that is -inf everywhere gives zeros, and zero gradients."""
     if not s.numel():
         return s
-    dead = s.detach().amax(-1, keepdim=True) == float("-inf")
-    return torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
+    fully_masked = s.detach().amax(-1, keepdim=True) == float("-inf")
+    return torch.softmax(s.masked_fill(fully_masked, 0.0), -1).masked_fill(fully_masked, 0.0)
 
 
 def weights(inputs: Any) -> Tensor:

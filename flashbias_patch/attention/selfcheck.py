@@ -435,8 +435,8 @@ def _plain(inputs: AttentionInputs, relative: bool = False) -> Tensor:
     s = s + added if relative else rounded(s + rounded(added))
     if relative:
         s = rounded(s - shift_of(s.detach().amax(-1, keepdim=True)))
-    dead = s.detach().amax(-1, keepdim=True) == -math.inf
-    p = rounded(torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0))
+    fully_masked = s.detach().amax(-1, keepdim=True) == -math.inf
+    p = rounded(torch.softmax(s.masked_fill(fully_masked, 0.0), -1).masked_fill(fully_masked, 0.0))
     return (p @ inputs.v.to(p.dtype).transpose(1, 2)).transpose(1, 2).to(dtype)
 
 

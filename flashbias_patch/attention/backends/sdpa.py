@@ -254,23 +254,23 @@ def merge_masks(
     Such rows would be NaN: they are let through and zeroed afterwards, which also zeroes their
     gradients. `additive`, whose rows have the maxima `top`, is relative to these if `shifted`.
     """
-    weights, dead, visible = inputs.segment_weights, None, None
+    weights, fully_masked, visible = inputs.segment_weights, None, None
     if masked is not None:
-        dead = masked.all(-1, keepdim=True)
+        fully_masked = masked.all(-1, keepdim=True)
         visible = ~masked
-        masked = visible | dead
+        masked = visible | fully_masked
     elif additive is not None:
         assert top is not None
-        dead = top == float("-inf")
+        fully_masked = top == float("-inf")
         if weights is not None:
             visible = additive.detach() > float("-inf")
         if shifted:
             additive = additive - shift_of(top)
-        additive = additive.to(inputs.q.dtype).masked_fill(dead, 0.0)
+        additive = additive.to(inputs.q.dtype).masked_fill(fully_masked, 0.0)
     if weights is not None:
         assert inputs.segment_lengths is not None
-        dead = rows_without_keys(weights, inputs.segment_lengths, visible)
-    return (masked if additive is None else additive), dead
+        fully_masked = rows_without_keys(weights, inputs.segment_lengths, visible)
+    return (masked if additive is None else additive), fully_masked
 
 
 def for_cuda(
