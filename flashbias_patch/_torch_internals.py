@@ -19,6 +19,7 @@ from typing import (
     MutableMapping,
     Optional,
     Tuple,
+    Type,
     TypeVar,
 )
 
@@ -30,6 +31,7 @@ from torch.autograd import forward_ad as forward_ad
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_map as tree_map
 
+_Subclass = TypeVar("_Subclass", bound=torch.Tensor)
 _Backward = TypeVar("_Backward", bound=Callable[..., Any])
 if TYPE_CHECKING:  # both lack annotations in some versions
 
@@ -361,8 +363,8 @@ if hasattr(torch.Tensor, "is_inference"):
 
 
 def wrapper_subclass(
-    cls: Any, shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Any:
+    cls: Type[_Subclass], shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> _Subclass:
     """Return a tensor of the subclass `cls` without storage; __torch_function__ defines its values.
 
     Before torch 1.11 it has a storage of one entry, expanded to `shape`: NaN in floating dtypes,
@@ -370,7 +372,8 @@ def wrapper_subclass(
     """
     make = getattr(torch.Tensor, "_make_wrapper_subclass", None)
     if make is not None:
-        return make(cls, shape, dtype=dtype, device=device)
+        made: _Subclass = make(cls, shape, dtype=dtype, device=device)
+        return made
     entry = torch.full(
         (), float("nan") if dtype.is_floating_point else 1, dtype=dtype, device=device
     )

@@ -388,8 +388,10 @@ class _Gradients:
 
     def _term(self, name: str) -> Tensor:
         inputs = self.columns.inputs
-        found = inputs.windows.weights if name == "window_weights" else getattr(inputs, name)
-        return found  # type: ignore[no-any-return]
+        found: Tensor = (
+            inputs.windows.weights if name == "window_weights" else getattr(inputs, name)
+        )
+        return found
 
     def _alone(self, term: Tensor) -> bool:
         """Whether each number of a term belongs to one score."""

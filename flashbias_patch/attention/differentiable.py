@@ -125,10 +125,10 @@ def _gradients_again(
 
 
 def _alive(reference: Any) -> Optional[Tensor]:
-    tensor = reference()
+    tensor: Optional[Tensor] = reference()
     if tensor is not None:
         getattr(tensor, "_fix_weakref", lambda: None)()  # torch.utils.weak.TensorWeakRef
-    return tensor  # type: ignore[no-any-return]
+    return tensor
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], scale: float) -> Tensor:

@@ -3,14 +3,14 @@ synchronising."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from .._torch_internals import stream_capturing
 
-_new: Any = tuple.__new__  # State(...) without the Python function around it
+_new: Callable[..., State] = tuple.__new__  # State(...) without the Python function around it
 
 
 class State(NamedTuple):
@@ -29,7 +29,7 @@ def now(device: Optional[torch.device] = None) -> State:
     else:
         device = device if device is not None and device.type == "cuda" else torch.device("cuda")
         cuda = torch.cuda.get_rng_state(device)
-    return _new(State, (cpu, cuda, device))  # type: ignore[no-any-return]
+    return _new(State, (cpu, cuda, device))
 
 
 def restore(state: Optional[State]) -> None:

@@ -66,7 +66,8 @@ class Observer:
         """Return the modules that are running in this thread, outermost first."""
         if not hasattr(self._local, "stack"):
             self._local.stack = []
-        return self._local.stack  # type: ignore[no-any-return]
+        stack: List[Tuple[str, Any]] = self._local.stack
+        return stack
 
     # -- installing --------------------------------------------------------------------------------
 

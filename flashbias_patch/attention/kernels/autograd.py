@@ -127,7 +127,8 @@ def _forward(inputs: Inputs, training: bool) -> Made:
         place = signature, tuple(inputs[6]), dropout_p, inputs[11], training
         plan = _forward_plans.find(place)
         if plan:
-            return plan(inputs, addresses, stream)  # type: ignore[no-any-return]
+            made: Made = plan(inputs, addresses, stream)
+            return made
     problem = _problem(*inputs[:PLAIN], None, _windows(inputs))  # type: ignore[call-arg]
     seed = (
         torch.randint(1 << 62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
@@ -178,7 +179,8 @@ def _backward(
             )  # fmt: skip
             plan = _backward_plans.find(place)
             if plan:
-                return plan(given[0], addresses, stream)  # type: ignore[no-any-return]
+                gradients: Tuple[Optional[Tensor], ...] = plan(given[0], addresses, stream)
+                return gradients
         problem = _problem(*inputs[:PLAIN], made[4:], _windows(inputs))  # type: ignore[call-arg]
         wanted, passed = launcher.Needs(*needs), launcher.Passed(grad_out, out, low, lse, seed)
         grads = launcher.backward(problem, wanted, passed)
@@ -364,11 +366,12 @@ class _FusedAttention(internals.Function):
         return (None, *_gradients(backward, ctx, grad_out, 1))
 
 
-def _apply(on_failure: OnFailure, *inputs: Any) -> Any:
+def _apply(on_failure: OnFailure, *inputs: Any) -> Tensor:
     # Small problems wait for the processor: outside a compiled graph the registered operator's
     # layers only cost.
     compiling = _op is not None and torch.compiler.is_compiling()
-    return _op(*inputs)[0] if compiling else _FusedAttention.apply(on_failure, *inputs)
+    out: Tensor = _op(*inputs)[0] if compiling else _FusedAttention.apply(on_failure, *inputs)
+    return out
 
 
 # Function.apply without the Python that looks for transforms, inside which dispatch.py computes
@@ -447,7 +450,7 @@ def fused_attention(
     local: Tuple[Any, ...] = ()
     if windows is not None or window_mask is not None:
         local = win.arguments(windows, window_mask)
-    return _apply(  # type: ignore[no-any-return]
+    return _apply(
         on_failure,
         q,
         k,

@@ -88,7 +88,8 @@ def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs
     step = _forwards.find(key)
     with on_device(q):
         if step is not None:
-            return step(problem, seed)  # type: ignore[no-any-return]
+            outputs: Outputs = step(problem, seed)
+            return outputs
 
         def attempt(config: Config) -> Outputs:
             make: Any = Forward if problem.windows is None else WindowForward
@@ -97,7 +98,7 @@ def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs
             _forwards.keep(key, step)
             return answer
 
-        return first_working(problem.key("forward"), attempt)  # type: ignore[no-any-return]
+        return first_working(problem.key("forward"), attempt)
 
 
 def backward(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Optional[Tensor], ...]:

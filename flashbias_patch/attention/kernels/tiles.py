@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 from triton.runtime.errors import OutOfResources
 
 from . import cache
 
 log = logging.getLogger("flashbias_patch")
+Result = TypeVar("Result")
 
 KERNELS = (
     "forward",
@@ -194,7 +195,7 @@ def candidates(key: Key) -> List[Config]:
     return ([_tuned[key]] if key in _tuned else []) + shipped(key)
 
 
-def first_working(key: Key, launch: Callable[[Config], Any]) -> Any:
+def first_working(key: Key, launch: Callable[[Config], Result]) -> Result:
     """launch(config) with the first candidate that the GPU has room for; later calls go straight to
     it."""
     refusal: Optional[BaseException] = None

@@ -92,7 +92,8 @@ class BiasTensor(Tensor):
     def _make(self) -> Tensor:
         if self._replay is not None:
             function, args, kwargs = tree_map(to_numbers, self._replay)
-            return function(*args, **kwargs)  # type: ignore[no-any-return]
+            made: Tensor = function(*args, **kwargs)
+            return made
         return _dense_of(self._bias, self._layout, self.dtype)
 
     def _learned(self) -> List[Tensor]:
@@ -161,7 +162,8 @@ class BiasTensor(Tensor):
         if self._replay is None:
             return self.numbers().detach()
         function, args, kwargs = tree_map(again, self._replay)
-        return function(*args, **kwargs)  # type: ignore[no-any-return]
+        made: Tensor = function(*args, **kwargs)
+        return made
 
     def handle(self) -> List[Tensor]:
         """Return leaves that mark uses of this tensor and of its ancestors in a graph."""
@@ -227,14 +229,14 @@ def new(
         bias = bias._map(_without_grad)
     learned = [tensor for tensor in bias.tensors() if tensor.requires_grad]
     if learned:
-        result = _Describe.apply(None, bias, layout, dtype, *learned)
+        result: BiasTensor = _Describe.apply(None, bias, layout, dtype, *learned)
     else:
         result = _wrapper(bias, layout, dtype)
     result._replay, result._parents, result._shares = replay, parents, is_view
     reference = weakref.ref(result)
     for parent in parents:
         parent._children.append(reference)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def _wrapper(bias: Optional[AttentionBias], layout: Layout, dtype: torch.dtype) -> BiasTensor:
@@ -245,7 +247,7 @@ def _wrapper(bias: Optional[AttentionBias], layout: Layout, dtype: torch.dtype) 
     result._bias, result._layout, result._replay, result._parents = bias, layout, None, ()
     result._children, result._dense, result._wanted, result._handle = [], None, None, None
     result._observed = result._used = result._shares = False
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def rebind(tensor: BiasTensor, bias: Optional[AttentionBias], layout: Layout) -> None:

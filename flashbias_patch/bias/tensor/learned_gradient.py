@@ -42,7 +42,7 @@ def learned_gradient(
         LearnedGradient, like.shape, dtype=like.dtype, device=like.device
     )
     gradient._gradients, gradient._dense = gradients, dense
-    return gradient  # type: ignore[no-any-return]
+    return gradient
 
 
 def _sum_of(first: Tensor, second: Tensor) -> LearnedGradient:

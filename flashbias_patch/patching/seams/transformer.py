@@ -121,7 +121,8 @@ def _draw(drop: aqr.ModalityDrop, batch: int) -> List[Optional[str]]:
             "recomputation could not drop the same; use torch.utils.checkpoint.checkpoint(..., "
             "use_reentrant=False)"
         )
-    return replay.once(lambda: drop.draw(batch))  # type: ignore[no-any-return]
+    dropped: List[Optional[str]] = replay.once(lambda: drop.draw(batch))
+    return dropped
 
 
 def _segments(keys: Keys, wanted: int, layout: Layout, name: str) -> Tuple[int, ...]:
