@@ -12,6 +12,7 @@ from ..bias import AttentionBias, BiasTensor, DenseBias, MaskBias, WindowMaskPar
 from ..bias.precision import split_factors
 from . import fp16_gradients
 from .signature import signature_of
+from .values import bounded
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The tensors of AttentionInputs, in the order of its `tensors()`; the rest is static.
@@ -223,6 +224,8 @@ def build_in(
     padding = key_padding_mask
     if padding is not None:
         padding = _key_padding(padding, B, N, q.device)
+    if q.dtype is not torch.float64:
+        dense, padding = _without_doubles(dense), _without_doubles(padding)
     scale = _scale(scale, D) if scale is not None or not D else D**-0.5
     return _new(
         AttentionInputs,
@@ -243,6 +246,13 @@ def build_in(
             window_mask,
         ),
     ), power
+
+
+def _without_doubles(term: Optional[Tensor]) -> Optional[Tensor]:
+    """A float64 term as float32, in which its finite numbers stay finite."""
+    if term is None or term.dtype is not torch.float64:
+        return term
+    return bounded(term).float()
 
 
 def _scale(scale: Any, D: int) -> float:

@@ -227,8 +227,8 @@ def problem_of(
     """A call of that signature, without dropout; every operand that can have a gradient requires
     one.
 
-    terms: LOW or LEAST: the additive terms of some rows are all that low; LEAST: some segment
-    weights are -inf.
+    terms: LOW or LEAST: the additive terms of some rows are all that low, and those that factors
+    make are all at -200; LEAST: some segment weights are -inf.
     """
     device, D, Dv = signature.device, signature.head_dim, signature.value_head_dim
     B, H = BATCH, HEADS
@@ -242,6 +242,7 @@ def problem_of(
     k, v = draw((N, B, H, D + Dv), signature.dtype).transpose(0, 1).split([D, Dv], -1)
     scale = D**-0.5 if signature.positive_scale else -(D**-0.5)
     parts: Dict[str, Any] = {"q": q, "k": k, "v": v, "scale": scale}
+    low = None if terms is Terms.USUAL else terms
     factors = signature.factors
     if factors is not None:
         for name, length, shared_batch, shared_heads in (
@@ -250,6 +251,8 @@ def problem_of(
         ):
             batch, heads = sizes((shared_batch, B), (shared_heads, H))
             parts[name] = draw((batch, length, heads, rank), signature.dtype, rank**-0.25)
+        if low is not None:  # a row whose keys are all at -200
+            parts["q_factor"][:, -1, :, 0], parts["k_factor"][..., 0] = 200.0, -1.0
     segments = signature.segments
     if segments is not None:
         S = segments.number
@@ -259,7 +262,6 @@ def problem_of(
             weights[:, 7, :, 0] = weights[:, 8] = -math.inf
         parts["segment_weights"] = weights
         parts["segment_lengths"] = tuple(N // S + (index < N % S) for index in range(S))
-    low = None if terms is Terms.USUAL else terms
     if signature.dense is not None:
         _, _, shared_batch, shared_heads, shared_rows = signature.dense
         shape = (*sizes((shared_batch, B), (shared_heads, H), (shared_rows, M)), N)

@@ -42,6 +42,16 @@ def shift_of(top: Tensor) -> Tensor:
     return torch.where(top.isfinite(), top, torch.zeros_like(top))
 
 
+def finite_in_exp2(additive: Tensor, top: Tensor) -> Tensor:
+    """Additive terms, whose rows have the maxima `top`, with rows beyond LARGEST divided by 8.
+
+    For kernels that multiply scores by log2(e), which makes finfo.min -inf. The softmax of such a
+    row stays the same: no score changes such a number.
+    """
+    beyond = (top.abs() > LARGEST) & ~top.isinf()
+    return additive * torch.where(beyond, 0.125, 1.0)
+
+
 def any_far(top: Tensor) -> bool:
     """Whether a row's finite maximum is beyond FAR. Waits for the GPU."""
     return bool(((top.abs() > FAR) & ~top.isinf()).any())

@@ -181,6 +181,15 @@ def test_a_library_is_checked_at_lengths_its_cuda_kernels_got_wrong():
             assert inputs.q.shape[1] == M and torch.isfinite(dispatch.backend("sdpa")(inputs)).all()
 
 
+@pytest.mark.parametrize("lengths", selfcheck.LIBRARY)
+def test_factors_reach_a_logsumexp_below_the_least_exponent(lengths):
+    """exp() of a row's scores is zero in float32, as a bias of squared distances makes it."""
+    key = signature.signature_of(call(("factors",)))
+    inputs = selfcheck.problem_of(key, 3, *lengths, selfcheck.Terms.LOW)
+    rows = scores(inputs)[:, :, -1]
+    assert (rows.logsumexp(-1) < -100.0).all()
+
+
 class Dropping(Faulty):
     """Right without dropout; with it, `keep` and `factor` of forward, and another seed in backward
     if `forgetful`."""

@@ -199,6 +199,37 @@ def hiding_weights():
     return weights
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_float64_terms_at_the_least_number_give_the_mean(backend, grad):
+    """In float32 that number is -inf, which would hide the keys."""
+    q, k, v = _qkv(FULL)
+    dense, padding = random(1, 1, M, N).double(), torch.zeros(B, N).double()
+    dense[:, :, 2] = padding[1] = torch.finfo(DOUBLE).min
+    dense.requires_grad_(grad)
+    out = flash_bias_attention(q, k, v, DenseBias(dense), key_padding_mask=padding, backend=backend)
+    mean = v.mean(1)
+    assert torch.allclose(out[:, 2], mean, atol=1e-6) and torch.allclose(
+        out[1], mean[1].expand(M, H, D), atol=1e-6
+    )
+
+
+def test_a_factor_that_keeps_exp2_finite_does_not_change_a_softmax():
+    rows = torch.stack(
+        [
+            torch.full((N,), LEAST).index_fill(0, torch.tensor([0]), -math.inf),
+            torch.full((N,), LEAST).index_fill(0, torch.tensor([1, 2]), -LEAST),
+            random(N).index_fill(0, torch.tensor([3]), LEAST),
+            torch.full((N,), -math.inf),
+        ]
+    )
+    found = values.finite_in_exp2(rows, rows.amax(-1, keepdim=True))
+    assert torch.equal(found.softmax(-1).nan_to_num(9.0), rows.softmax(-1).nan_to_num(9.0))
+    top = (found * math.log2(math.e)).amax(-1)
+    assert top[:3].isfinite().all() and top[3] == -math.inf
+    assert torch.equal(found[2], rows[2])
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     "dtype, backend", [(FULL, None), (FULL, "sdpa"), (FULL, "reference"), (HALF, None)]

@@ -20,7 +20,15 @@ from ...bias import grids
 from .. import differentiable
 from ..inputs import AttentionInputs
 from ..selfcheck import possible
-from ..values import LEAST_WEIGHT, any_far, bounded, relative_weights, rows_without_keys, shift_of
+from ..values import (
+    LEAST_WEIGHT,
+    any_far,
+    bounded,
+    finite_in_exp2,
+    relative_weights,
+    rows_without_keys,
+    shift_of,
+)
 from . import reference
 from .base import Backend
 
@@ -135,10 +143,12 @@ def _masks(inputs: AttentionInputs) -> Optional[Tuple[Optional[Tensor], Optional
             # The largest term of every row is 0, as with a padding that hides some keys. A copy:
             # torch saves it for backward, and the caller may change its own mask before that.
             return additive.to(q.dtype, copy=True), None
-    # Where `exact` is False, a kernel's running maximum is enough.
+    # Where `exact` is False, a kernel's running maximum is enough, if that is finite.
     exact = inputs.needs_grad or q.dtype in HALF or inputs.segment_weights is not None
     if exact and possible(inputs) and any_far(top):
         return None
+    if top.is_cuda and not exact:
+        additive = finite_in_exp2(additive, top)
     return merge_masks(inputs, additive, masked, top, exact)
 
 
@@ -308,13 +318,14 @@ def _kernel(
 
     On CUDA in half precision cuDNN takes unequal head dims, flash does not (it would end in the
     math kernel, which holds the scores). The CPU's fused kernel wants equal ones, and is not
-    selected here. cuDNN is not used where there is a mask and a gradient, which may be NaN (pytorch
-    #196678), and for a single query.
+    selected here. cuDNN is not used for a single query, nor where its gradient may be NaN: with a
+    mask, and at N % 128 == 64, where a row's logsumexp may be below -88.7 (pytorch #196678).
     """
     grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (q, k, v, attn_mask)
     )
-    if q.is_cuda and (attn_mask is not None and grad or q.shape[1] == 1):
+    nan = grad and (attn_mask is not None or k.shape[1] % 128 == 64)
+    if q.is_cuda and (nan or q.shape[1] == 1):
         return _without_cudnn(), False
     if q.shape[-1] == v.shape[-1] or attn_mask is not None:
         return None, False
