@@ -508,11 +508,21 @@ def main() -> None:
     parser.add_argument("--only", metavar="CLASS", help="one of " + ", ".join(TARGETS))
     parser.add_argument("--repeats", type=int, default=20, help="timed steps of a decoder")
     parser.add_argument(
+        "--compile-threads",
+        type=int,
+        help="threads that compile kernels before a first call, 1 for none; with an empty "
+        "TRITON_CACHE_DIR and FLASHBIAS_HOME the first decoder starts cold",
+    )
+    parser.add_argument(
         "--names", action="store_true", help="list the function calls of the first class instead"
     )
     parser.add_argument("--out")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.compile_threads:
+        from flashbias_patch.attention.kernels import compile_ahead
+
+        compile_ahead.THREADS = args.compile_threads
     path = fused_without_launches() if args.path == "fused" else contextlib.nullcontext()
     with path:
         if args.names:

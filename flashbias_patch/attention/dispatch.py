@@ -8,6 +8,7 @@ from the same random state (recovery/).
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Dict, Hashable, Optional, Tuple
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from .._torch_internals import constant_while_traced, current_transform, forward
 from . import (
     autograd_exit,
     differentiable,
+    first_compilation,
     kept_verdicts,
     plans,
     random_state,
@@ -211,7 +213,10 @@ def _passes_self_check(
         verdicts[name] = TRUSTED
         return True
     evidence: Dict[str, Any] = {}
-    reason = selfcheck.check(candidate, signature, inputs.rank, evidence)
+    compile_kernels = functools.partial(
+        first_compilation.compile_kernels, candidate, signature, inputs
+    )
+    reason = selfcheck.check(candidate, signature, inputs.rank, evidence, compile_kernels)
     if reason:
         breakers.open(signature, name, reason)
         selection.refuse_if_strict(inputs, signature, name)

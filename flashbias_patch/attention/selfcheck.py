@@ -21,7 +21,7 @@ import functools
 import math
 import threading
 import time
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -76,18 +76,22 @@ def possible(inputs: AttentionInputs) -> bool:
 
 
 def check(
-    backend: Backend, signature: CallSignature, rank: int, evidence: Optional[Dict[str, Any]] = None
-) -> Optional[str]:
+    backend: Backend, signature: CallSignature, rank: int,
+    evidence: Optional[Dict[str, Any]] = None, before: Optional[Callable[[], Any]] = None,
+) -> Optional[str]:  # fmt: skip
     """Check a backend on small problems of a signature: the reason why it must not be used, or
     None.
 
     The caller's random state, grad mode, autocast, function modes and saved-tensor hooks stay as
     they are. Exceptions of the backend are raised. `evidence` gets the lengths of the problems, the
-    largest error as a share of the tolerated one, and the seconds that it took.
+    largest error as a share of the tolerated one, and the seconds that it took. `before` runs
+    first, and counts among these.
     """
     evidence = {} if evidence is None else evidence
     began = time.perf_counter()
     with undisturbed(signature.device):
+        if before is not None:
+            before()
         problem = _check(backend, signature, rank, evidence)
     seconds = time.perf_counter() - began
     evidence["seconds"] = round(seconds, 3)
@@ -176,7 +180,7 @@ def _check(
     on_cpu = signature._replace(device=CPU)
     refusals: List[str] = []
     accepted: List[AttentionInputs] = []
-    for problem in _problems(signature, backend.compiled):
+    for problem in problems_of(signature, backend.compiled):
         inputs = problem_of(signature, rank, *problem)
         refusals = backend.why_not(inputs)
         if refusals:
@@ -200,13 +204,17 @@ def _check(
         return f"the backend does not take the self-check's inputs: {'; '.join(refusals)}"
     if not signature.dropout:
         return None
-    # The first of the longest: it has usual values.
-    longest = max(accepted, key=lambda inputs: inputs.q.shape[1])
     with own_random_numbers(signature.device):
-        return _check_dropout(backend, longest, signature.grad)
+        return check_dropout(backend, longest(accepted), signature.grad)
 
 
-def _problems(signature: CallSignature, compiled: bool) -> List[Problem]:
+def longest(accepted: List[AttentionInputs]) -> AttentionInputs:
+    """The first of the longest: it has usual values."""
+    return max(accepted, key=lambda inputs: inputs.q.shape[1])
+
+
+def problems_of(signature: CallSignature, compiled: bool) -> List[Problem]:
+    """The problems that are checked; compiled: by a backend whose kernels are compiled already."""
     on_cpu = signature.device.type == "cpu"
     usual = [ALIGNED] if signature.aligned else [SHORT] if on_cpu else [SHORT, LONG]
     problems = [Problem(*lengths) for lengths in usual]
@@ -356,29 +364,19 @@ def _compare(
 
     on_cpu: `inputs` on the CPU. each_alone: check each gradient by itself too.
     """
-    wanted = []
-    if signature.grad:
-        tensors = inputs.tensors()
-        dense_grad = signature.dense is not None and signature.dense.requires_grad
-        wanted = [
-            name
-            for name in LEAVES
-            if tensors[INDICES[name]] is not None and (name != "dense" or dense_grad)
-        ]
+    needed = wanted(inputs, signature)
     grad_out = _Draw(CPU, 7)((*inputs.q.shape[:3], inputs.v.shape[-1]), inputs.q.dtype)
-    results = _run(attend, inputs, wanted, grad_out.to(inputs.q.device))
-    exact = _run(
-        reference_attention.attend, _cast(on_cpu, torch.float64), wanted, grad_out.double()
-    )
+    results = run(attend, inputs, needed, grad_out.to(inputs.q.device))
+    exact = run(reference_attention.attend, _cast(on_cpu, torch.float64), needed, grad_out.double())
     rounding = _plain if terms is Terms.USUAL else _plain_relative
-    plain = _run(rounding, on_cpu, wanted, grad_out)
-    names = ["output", *("gradient of " + name for name in wanted)]
-    if each_alone and len(wanted) > 1:
-        for name in wanted:
-            _, gradient = _run(attend, inputs, [name], grad_out.to(inputs.q.device))
+    plain = run(rounding, on_cpu, needed, grad_out)
+    names = ["output", *("gradient of " + name for name in needed)]
+    if each_alone and len(needed) > 1:
+        for name in needed:
+            _, gradient = run(attend, inputs, [name], grad_out.to(inputs.q.device))
             results.append(gradient)
         exact, plain = exact + exact[1:], plain + plain[1:]
-        names += [f"gradient of {name} alone" for name in wanted]
+        names += [f"gradient of {name} alone" for name in needed]
     results = [tensor.cpu() for tensor in results]
     errors = torch.stack(
         [_error(x, e) for x, e in zip((*results, *plain), (*exact, *exact))]
@@ -392,7 +390,20 @@ def _compare(
     return None
 
 
-def _run(attend: Any, inputs: AttentionInputs, wanted: List[str], grad_out: Tensor) -> List[Tensor]:
+def wanted(inputs: AttentionInputs, signature: CallSignature) -> List[str]:
+    """Names of the tensors whose gradients are checked."""
+    if not signature.grad:
+        return []
+    tensors = inputs.tensors()
+    dense_grad = signature.dense is not None and signature.dense.requires_grad
+    return [
+        name
+        for name in LEAVES
+        if tensors[INDICES[name]] is not None and (name != "dense" or dense_grad)
+    ]
+
+
+def run(attend: Any, inputs: AttentionInputs, wanted: List[str], grad_out: Tensor) -> List[Tensor]:
     """[output, gradients of `wanted` ...]; the operands keep their strides."""
     tensors = inputs.tensors()
     leaves: List[Tensor] = []
@@ -455,7 +466,7 @@ def _error(result: Tensor, exact: Tensor) -> Tensor:
     )
 
 
-def _check_dropout(attend: Any, inputs: AttentionInputs, grad: bool) -> Optional[str]:
+def check_dropout(attend: Any, inputs: AttentionInputs, grad: bool) -> Optional[str]:
     """Kept weights are scaled by 1/(1-p): the mean is the output without dropout, and the square
     grows by 1/(1-p).
 

@@ -167,11 +167,11 @@ def test_a_gradient_that_is_wrong_by_itself_is_caught():
 def test_a_library_is_checked_at_lengths_its_cuda_kernels_got_wrong():
     key = signature.signature_of(call(("dense",)))
     on_cuda = key._replace(device=torch.device("cuda"))
-    problems = selfcheck._problems(on_cuda, True)
+    problems = selfcheck.problems_of(on_cuda, True)
     assert any(problem.keys % 128 == 64 for problem in problems)
     assert any(problem.keys % 32 == 1 for problem in problems)
     assert any(problem.queries == 1 for problem in problems)
-    assert len(selfcheck._problems(on_cuda, False)) == 3  # those would be compiled for
+    assert len(selfcheck.problems_of(on_cuda, False)) == 3  # those would be compiled for
     for features in itertools.chain.from_iterable(
         itertools.combinations(FEATURES, n) for n in (1, 2)
     ):

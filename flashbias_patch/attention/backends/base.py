@@ -109,6 +109,11 @@ class Backend(abc.ABC):
         gradients."""
         return self(inputs)
 
+    def compile_ahead(self, run: Callable[[], Any]) -> None:
+        """Compile the kernels that run() launches in this thread, without launching them: what
+        run() computes is undefined. Nothing happens where a backend does not compile."""
+        return None
+
     def traced(self, inputs: AttentionInputs) -> Tensor:
         """The output, inside torch.compile."""
         return self(inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any, List, NoReturn, Sequence, Tuple
+from typing import Any, Callable, List, NoReturn, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -100,6 +100,11 @@ class TritonFused(Backend):
             self.attend = autograd.attend
         out: Tensor = self.attend(inputs, on_failure)
         return out
+
+    def compile_ahead(self, run: Callable[[], Any]) -> None:
+        from ..kernels import compile_ahead
+
+        compile_ahead.compile_ahead(run)
 
     def traced(self, inputs: AttentionInputs) -> Tensor:
         """The output, as one registered operator."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from . import tiles
+from .compile_ahead import collecting
 
 Step = TypeVar("Step")
 # Since 3.3 a compiled kernel is handed the constants too, and skips them.
@@ -90,7 +91,11 @@ class Launch:
         self.run(*addresses, *self.rest, stream=stream)  # type: ignore[misc]
 
     def first(self, tensors: Tuple[Tensor, ...]) -> None:
-        """Launch through Triton, and keep what it compiled."""
+        """Launch through Triton, and keep what it compiled; compile only, while launches are
+        collected."""
+        if collecting.get():
+            self.kernel.warmup(*tensors, *self.numbers, grid=self.grid, **self.options)
+            return
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.options)
         if isinstance(compiled, CompiledKernel):
             constants = (
@@ -117,7 +122,7 @@ def signature(tensors: Iterable[Optional[Tensor]]) -> Tuple[Any, ...]:
 
 class Kept:
     """Steps by key, as long as the tile shapes do not change; emptied when full (lengths that
-    differ every time)."""
+    differ every time). None is kept while launches are collected: it has not run."""
 
     def __init__(self, room: int = 1024) -> None:
         self.room, self.generation = room, tiles.generation
@@ -130,6 +135,8 @@ class Kept:
         return self.steps.get(key)
 
     def keep(self, key: Any, step: Step) -> Step:
+        if collecting.get():
+            return step
         if len(self.steps) >= self.room:
             self.steps.clear()
         self.steps[key] = step

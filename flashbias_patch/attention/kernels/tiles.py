@@ -10,6 +10,7 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequenc
 from triton.runtime.errors import OutOfResources
 
 from . import cache
+from .compile_ahead import collecting
 
 log = logging.getLogger("flashbias_patch")
 Result = TypeVar("Result")
@@ -205,7 +206,7 @@ def first_working(key: Key, launch: Callable[[Config], Result]) -> Result:
         except OutOfResources as error:
             refusal = error
             continue
-        if key not in _forced:
+        if key not in _forced and not collecting.get():
             _working[key] = config
             if place:
                 _changed()

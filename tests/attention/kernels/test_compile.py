@@ -33,3 +33,20 @@ def test_compiles(tmp_path):
         (line,) = re.findall(rf"90 {kernel} mask: (\d+) x (\d+), .* byte loads (\d+),", done.stdout)
         queries, keys, loads = map(int, line)
         assert loads <= queries * keys // 128
+
+
+@pytest.mark.slow
+def test_compiles_in_threads_before_the_first_launch(tmp_path):
+    from flashbias_patch.attention.kernels import compile_ahead
+
+    if not compile_ahead.SUPPORTED:
+        pytest.skip("this Triton compiles a kernel only when it is launched")
+    script = os.path.join(os.path.dirname(SCRIPT), "compiled_ahead.py")
+    done = subprocess.run(
+        [sys.executable, script],
+        env=dict(os.environ, TRITON_CACHE_DIR=str(tmp_path)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0 and "compiled " in done.stdout, done.stdout[-3000:]
