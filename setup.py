@@ -24,7 +24,7 @@ TEST = REPORT + [
     "tensorboard",
     *(f"{name}; python_version>='3.10'" for name in ("onnx", "onnxruntime", "onnxscript")),
 ]
-LINT = ["ruff>=0.17.6,<0.18", "mypy"]  # another ruff may format in another way
+LINT = ["ruff>=0.17.6,<0.18", "mypy>=2.4,<2.5"]  # others may format or judge otherwise
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff"]  # ruff wraps the signatures
 
 # What README.md links to, beside the package: a wheel puts it into share/doc/flashbias-patch of the

@@ -299,6 +299,9 @@ def infer(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[str, Any
     """Latency of forward passes in evaluation mode, from the batch to the head's output."""
     trainer = Trainer(run, plan)
     net = trainer.detector.net.eval()
+    # The flag of the detector alone: StreamPETR's gives features a time by it. All parts are in
+    # evaluation mode.
+    net.training = True
     outputs: List[Any] = []
 
     def keep(*arguments: Any, **named: Any) -> Dict[str, Any]:
