@@ -363,21 +363,21 @@ if hasattr(torch.Tensor, "is_inference"):
 
 
 def wrapper_subclass(
-    cls: Type[_Subclass], shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device
+    cls: Type[_Subclass], shape: Tuple[int, ...], *, dtype: torch.dtype, device: torch.device
 ) -> _Subclass:
     """Return a tensor of the subclass `cls` without storage; __torch_function__ defines its values.
 
     Before torch 1.11 it has a storage of one entry, expanded to `shape`: NaN in floating dtypes,
     True or 1 in others.
     """
-    make = getattr(torch.Tensor, "_make_wrapper_subclass", None)
-    if make is not None:
-        made: _Subclass = make(cls, shape, dtype=dtype, device=device)
-        return made
     entry = torch.full(
         (), float("nan") if dtype.is_floating_point else 1, dtype=dtype, device=device
     )
     return torch.Tensor._make_subclass(cls, entry.expand(shape))
+
+
+if hasattr(torch.Tensor, "_make_wrapper_subclass"):
+    wrapper_subclass = torch.Tensor._make_wrapper_subclass  # type: ignore[assignment]
 
 
 def repeat_interleave(tensor: torch.Tensor, lengths: Any, output_size: int) -> torch.Tensor:

@@ -53,27 +53,34 @@ def flash_bias_attention(
         TypeError, ValueError: an argument does not fit; the message names it.
         flashbias_patch.attention.dispatch.NoBackendError: no backend takes the call; lists why.
     """
+    return attention_output(
+        q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale, backend, dtype
+    )
+
+
+def attention_output(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Any = None,
+    attn_mask: Optional[Tensor] = None,
+    key_padding_mask: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    scale: Optional[float] = None,
+    backend: Optional[str] = None,
+    dtype: Optional[torch.dtype] = None,
+    fitted: bool = False,
+) -> Tensor:
+    """flash_bias_attention. fitted: `bias` is None or an AttentionBias that as_bias gave for a call
+    of this size."""
+    given = q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale, backend, dtype, fitted
     if is_compiling():
         with torch.autocast(q.device.type, enabled=False):
-            return _attend(
-                q,
-                k,
-                v,
-                bias,
-                attn_mask,
-                key_padding_mask,
-                dropout_p,
-                scale,
-                backend,
-                dtype,
-                traced=True,
-            )
+            return _attend(*given, traced=True)
     if any_autocast():  # it would change the precision inside backends
         with autocast_off():
-            return _attend(
-                q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale, backend, dtype
-            )
-    return _attend(q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale, backend, dtype)
+            return _attend(*given)
+    return _attend(*given)
 
 
 def _attend(
@@ -87,6 +94,7 @@ def _attend(
     scale: Optional[float],
     backend: Optional[str],
     dtype: Optional[torch.dtype],
+    fitted: bool,
     traced: bool = False,
 ) -> Tensor:
     """flash_bias_attention outside autocast."""
@@ -98,8 +106,9 @@ def _attend(
     else:
         if type(bias) is BiasTensor or type(attn_mask) is BiasTensor:
             bias, attn_mask = read_descriptions(q, k, bias, attn_mask)
+            fitted = True
         inputs, power = build_in(
-            dtype, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale
+            dtype, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale, fitted
         )
         out = dispatch.attend(inputs, backend)
     out = out if out.dtype is q.dtype else fp16_gradients.widened(out, q.dtype, power)

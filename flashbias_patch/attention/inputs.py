@@ -31,6 +31,7 @@ TENSORS = (
     "window_mask_centres",
 )
 DTYPES_IN_WORDS = "torch.float16, bfloat16, float32 or float64"
+_NO_TENSORS = (None,) * len(TENSORS)
 _new: Any = tuple.__new__  # AttentionInputs(...) without the Python function around it
 
 
@@ -127,26 +128,30 @@ class AttentionInputs(NamedTuple):
             windows = windows._replace(weights=window_weights, centres=centres)
         if window_mask is not None:
             window_mask = window_mask._replace(centres=mask_centres)
-        return AttentionInputs(
-            q,
-            k,
-            v,
-            q_factor,
-            k_factor,
-            weights,
-            self.segment_lengths,
-            dense,
-            mask,
-            padding,
-            self.dropout_p,
-            self.scale,
-            windows,
-            window_mask,
+        made: AttentionInputs = _new(
+            AttentionInputs,
+            (
+                q,
+                k,
+                v,
+                q_factor,
+                k_factor,
+                weights,
+                self.segment_lengths,
+                dense,
+                mask,
+                padding,
+                self.dropout_p,
+                self.scale,
+                windows,
+                window_mask,
+            ),
         )
+        return made
 
     def static(self) -> AttentionInputs:
         """The same call without its tensors."""
-        return self.with_tensors((None,) * len(TENSORS))
+        return self.with_tensors(_NO_TENSORS)
 
     def call_class(self) -> str:
         """The call signature in words: device, dtype, head dims, rank, features (signature.py)."""
@@ -180,9 +185,10 @@ def build_in(
     key_padding_mask: Optional[Tensor],
     dropout_p: float,
     scale: Optional[float],
+    fitted: bool = False,
 ) -> Tuple[AttentionInputs, Optional[Tensor]]:
     """(inputs as by `build`, with q, k and v in `dtype`; the power that fp16_gradients.widened
-    needs, or None). dtype None: q, k and v as they are."""
+    needs, or None). dtype None: q, k and v as they are. fitted: `bias` has passed as_bias."""
     B, M, H, D, N = _check_qkv(q, k, v)
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
@@ -190,8 +196,8 @@ def build_in(
         raise TypeError(f"dtype must be {DTYPES_IN_WORDS}, got {dtype!r}")
     q_factor = k_factor = weights = lengths = dense = mask = power = windows = window_mask = None
     if bias is not None:
-        bias = as_bias(bias, B, H, M, N)
-        q_factor, k_factor, segments, dense, mask, windows, window_mask = bias.parts()
+        described: AttentionBias = bias if fitted else as_bias(bias, B, H, M, N)  # type: ignore[assignment]
+        q_factor, k_factor, segments, dense, mask, windows, window_mask = described.parts()
         if segments is not None:
             weights, lengths = _segments_for(*segments, q.device)
         if dense is not None:
@@ -225,7 +231,10 @@ def build_in(
     if padding is not None:
         padding = _key_padding(padding, B, N, q.device)
     if q.dtype is not torch.float64:
-        dense, padding = _without_doubles(dense), _without_doubles(padding)
+        if dense is not None:
+            dense = _without_doubles(dense)
+        if padding is not None and padding.dtype is torch.float64:
+            padding = _without_doubles(padding)
     scale = _scale(scale, D) if scale is not None or not D else D**-0.5
     return _new(
         AttentionInputs,
@@ -248,11 +257,9 @@ def build_in(
     ), power
 
 
-def _without_doubles(term: Optional[Tensor]) -> Optional[Tensor]:
+def _without_doubles(term: Tensor) -> Tensor:
     """A float64 term as float32, in which its finite numbers stay finite."""
-    if term is None or term.dtype is not torch.float64:
-        return term
-    return bounded(term).float()
+    return bounded(term).float() if term.dtype is torch.float64 else term
 
 
 def _scale(scale: Any, D: int) -> float:

@@ -23,7 +23,7 @@ class State(NamedTuple):
 
 def now(device: Optional[torch.device] = None) -> State:
     """The state of the CPU and of one CUDA device (default: the current one)."""
-    cpu, cuda = torch.get_rng_state(), None
+    cpu, cuda = torch.default_generator.get_state(), None
     if not torch.cuda.is_initialized() or stream_capturing():
         device = None
     else:

@@ -234,6 +234,12 @@ class LowRankBias(AttentionBias):
     def factors(self) -> Factors:
         return self.q_factor, self.k_factor
 
+    def _scaled(self, factor: Union[float, Tensor]) -> AttentionBias:
+        scaled = LowRankBias.__new__(LowRankBias)  # its factors fit each other, as these do
+        scaled.q_factor = self.q_factor * head_last(factor, 1)
+        scaled.k_factor = self.k_factor
+        return scaled
+
 
 class DenseBias(AttentionBias):
     """A bias with one number per query and key, in a floating tensor.

@@ -9,10 +9,9 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 import torch
 from torch import Tensor, nn
 
-from .. import attention
 from .._torch_internals import current_graph_task
+from ..attention import api, reference_attention
 from ..attention import inputs as attention_inputs
-from ..attention import reference_attention
 
 
 class AttentionMap(NamedTuple):
@@ -177,7 +176,7 @@ def _is_patched(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _listening() -> Iterator[None]:
-    """Replace flash_bias_attention by `_attend` in the seams while a block is open.
+    """Replace attention_output by `_attend` in the seams while a block is open.
 
     Outside such blocks there is no cost.
     """
@@ -187,20 +186,20 @@ def _listening() -> Iterator[None]:
     _blocks += 1
     if _blocks == 1:
         for file in (core, dual_core, inner_attention):
-            file.flash_bias_attention = _attend  # type: ignore[attr-defined]
+            file.attention_output = _attend  # type: ignore[attr-defined]
     try:
         yield
     finally:
         _blocks -= 1
         if _blocks == 0:
             for file in (core, dual_core, inner_attention):
-                file.flash_bias_attention = attention.flash_bias_attention  # type: ignore[attr-defined]
+                file.attention_output = api.attention_output  # type: ignore[attr-defined]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, **options: Any) -> Tensor:
-    """Call flash_bias_attention, and record the weights for every open block with this
+    """Call attention_output, and record the weights for every open block with this
     attention."""
-    out = attention.flash_bias_attention(q, k, v, bias, **options)
+    out = api.attention_output(q, k, v, bias, **options)
     if current_graph_task() == -1:
         for recording in _open.get():
             if recording.running:

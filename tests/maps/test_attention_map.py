@@ -146,15 +146,13 @@ def test_nothing_of_size_m_by_n_is_made(patched, monkeypatch):
 def test_nothing_is_left_behind(layer):
     from flashbias_patch.patching.seams import core, inner_attention
 
-    original = inner_attention.flash_bias_attention
+    original = inner_attention.attention_output
     with pytest.raises(RuntimeError, match="mine"), flashbias_patch.attention_map(layer, [0]):
         with flashbias_patch.attention_map(layer, [1]) as inner:
             layer(*inputs())
-        assert inner_attention.flash_bias_attention is not original and len(inner) == 2
+        assert inner_attention.attention_output is not original and len(inner) == 2
         raise RuntimeError("mine")
-    assert (
-        inner_attention.flash_bias_attention is original and core.flash_bias_attention is original
-    )
+    assert inner_attention.attention_output is original and core.attention_output is original
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
 
 

@@ -47,12 +47,10 @@ def run(
 
     hooked: replay.hooked().
     """
-    if guard.wanted(candidate, inputs, hooked is not None):
+    recovers = candidate.recovers
+    if (hooked is not None or not recovers) and guard.wanted(candidate, inputs, hooked is not None):
         return guard.Call(candidate, name, signature, inputs, state, hooked).attend(inputs)
-    if candidate.recovers:
-        out = candidate.recovering(inputs, backward.of_fused)
-    else:
-        out = candidate(inputs)
+    out = candidate.recovering(inputs, backward.of_fused) if recovers else candidate(inputs)
     if out.requires_grad and name not in differentiable.OWN and not inputs.dropout_p:
         return differentiable.attach(out, inputs)
     return out

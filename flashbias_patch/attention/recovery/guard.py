@@ -43,15 +43,16 @@ Graph = Tuple[
 # unguarded there.
 _hooks_in_force = internals.saved_tensor_hooks
 _keeps_graph = internals.keeps_graph
+_tracing = internals.tracing_state
+_NOTHING: List[Any] = [None] * len(TENSORS)
 
 
 def wanted(backend: Backend, inputs: AttentionInputs, hooked: bool) -> bool:
-    """Whether to guard this call, whose signature has gradients. `hooked`: see Replay."""
+    """Whether to guard this call, whose signature has gradients. `hooked`: see Replay; True where
+    the backend recovers by itself."""
     q = inputs.q
     if not hooked:
         B, M, H, _ = q.shape
-        if backend.recovers:
-            return False
         if B * M * H * inputs.k.shape[1] < LARGE:
             # On the CPU, sdpa with dropout or a gradient of the dense bias is made of matrix
             # products, which an autocast that is open in the backward pass would compute in half
@@ -67,7 +68,7 @@ def wanted(backend: Backend, inputs: AttentionInputs, hooked: bool) -> bool:
         # twice as much.
         if _hooks_in_force is None or _hooks_in_force(True) is not None:
             return False
-    if type(q) not in PLAIN or not torch.is_grad_enabled() or torch.jit.is_tracing():
+    if type(q) not in PLAIN or not torch.is_grad_enabled() or _tracing() is not None:
         return False
     if q.is_cuda and internals.stream_capturing():
         return False
@@ -102,7 +103,7 @@ class Call:
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """The output of the call, whose backward is guarded."""
-        tensors = self.operands(inputs)
+        tensors = [tensor for tensor in inputs.tensors() if tensor is not None]
         replay = self.replay
         if replay is None:
             graph = self.graph = self.run(tensors)
@@ -122,7 +123,7 @@ class Call:
         return [tensors[index] for index in self.present]
 
     def inputs(self, tensors: Sequence[Tensor]) -> AttentionInputs:
-        values: List[Any] = [None] * len(TENSORS)
+        values = [*_NOTHING]
         for index, tensor in zip(self.present, tensors):
             values[index] = tensor
         return self.static.with_tensors(values)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ... import settings, telemetry
 from ..._torch_internals import forward_gradients
-from ...attention import dispatch, flash_bias_attention
+from ...attention import dispatch
+from ...attention.api import attention_output
 from ...attention.recovery import replay
 from .. import call_adapter, context, route, unreachable
 from ..call_adapter import Bias, check_lengths
@@ -134,13 +135,14 @@ class CoreSeam(Seam):
         if attn_mask is not None and attn_mask.is_floating_point():
             own, attn_mask = (*own, attn_mask), None
         bias = opened.total_bias(own, B, H, M, k.shape[1]) if own or opened.biases else None
-        out = flash_bias_attention(
+        out = attention_output(
             *heads,
             bias,
             attn_mask=attn_mask,
             key_padding_mask=key_padding_mask,
             dropout_p=dropout_p,
             dtype=call_adapter.compute_dtype(upstream),
+            fitted=True,
         )
         flat = out.reshape(B, M, H * D).to(module.out_proj.weight.dtype)
         projected: Tensor = module.out_proj(flat)

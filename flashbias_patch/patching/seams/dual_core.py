@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ... import settings
 from ..._torch_internals import autocast
-from ...attention import dispatch, flash_bias_attention
+from ...attention import dispatch
+from ...attention.api import attention_output
 from ...attention.recovery import errors
 from ...attention.selfcheck import undisturbed
 from .. import call_adapter, route, unreachable
@@ -138,11 +139,12 @@ class DualCoreSeam(core.CoreSeam):
         B, M, H, D = heads[0].shape
         N = k.shape[1]
         bias = opened.total_bias(biases, B, H, M, N) if biases or opened.biases else None
-        out = flash_bias_attention(
+        out = attention_output(
             *heads,
             bias,
             dropout_p=_dropout_of(module),
             dtype=call_adapter.compute_dtype(heads[0].dtype),
+            fitted=True,
         )
         projected: Tensor = module.out_proj(out.reshape(B, M, H * D))
         return projected

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ... import settings
 from ..._torch_internals import RELEASE, global_backward_hooks, tracing_state
-from ...attention import dispatch, flash_bias_attention
+from ...attention import dispatch
+from ...attention.api import attention_output
+from ...attention.recovery import replay
 from ...attention.weights import LazyWeights
 from ...bias import AttentionBias
 from .. import call_adapter, route, unreachable
@@ -68,7 +70,7 @@ def attend_module(
     is_causal: bool,
 ) -> Any:
     """A call of nn.MultiheadAttention.forward inside an outer forward."""
-    if open_route.biases:
+    if open_route.biases and replay.out_of_reach():
         unreachable.remember(module)
     out_proj = module._modules["out_proj"]
     # Quicker than attributes of a module, where no other class computes these.
@@ -215,7 +217,7 @@ def _compute(
     if open_route.biases or own:
         B, M, H, _ = q.shape
         bias = open_route.total_bias(own, B, H, M, k.shape[1])
-    out = flash_bias_attention(
+    out = attention_output(
         q,
         k,
         v,
@@ -224,6 +226,7 @@ def _compute(
         key_padding_mask=key_padding_mask,
         dropout_p=dropout_p,
         dtype=call_adapter.compute_dtype(q.dtype),
+        fitted=True,
     )
     if not batch_first:
         out = out.transpose(0, 1)
