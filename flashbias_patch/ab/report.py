@@ -7,7 +7,7 @@ import re
 import shlex
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from . import clocks, lines, page, profiles, records, sides, words
+from . import charts, clocks, lines, page, profiles, records, sides, words
 from . import verdict as verdicts
 from .records import Experiment
 from .statistics import Ratio
@@ -216,7 +216,7 @@ def html(experiment: Experiment, verdict: Verdict) -> str:
         overview=words.overview(verdict),
         overview_columns=words.OVERVIEW,
         tones={word: words.tone(word) for word in (*words.GOOD, *words.BAD)},
-        charts=page.charts(experiment, verdict),
+        charts=charts.all_of(experiment, verdict),
         problems=problems(verdict),
         notes=notes(verdict),
         failures=page.failures(experiment),

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from flashbias_patch.ab import inference, page, report, words
+from flashbias_patch.ab import charts, inference, page, report, words
 from flashbias_patch.ab.records import Run
 from flashbias_patch.ab.runner import Options
 from flashbias_patch.ab.verdict import judge
@@ -185,9 +185,9 @@ def test_outputs_are_judged_and_named(difference, word, says):
     text = report.text(found, verdict)
     assert "outputs: " + word in text and "loss" not in text
     assert page.headlines(verdict)[2]["title"] == "Outputs"
-    charts = page.charts(found, verdict)
-    assert {"Outputs", "Step time"} <= {chart["title"] for chart in charts}
-    assert not any(chart["x"] == "optimiser step" for chart in charts)
+    drawn = charts.all_of(found, verdict)
+    assert {"Outputs", "Step time"} <= {chart["title"] for chart in drawn}
+    assert not any(chart["x"] == "optimiser step" for chart in drawn)
     assert [row["name"] for row in page.parts_table(found, verdict)] == ["boxes", "scores"]
     report.markdown(found, verdict)
     report.summary(found, verdict)

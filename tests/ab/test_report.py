@@ -14,7 +14,7 @@ import warnings
 
 import pytest
 
-from flashbias_patch.ab import page, report, result, words
+from flashbias_patch.ab import charts, page, report, result, words
 from flashbias_patch.ab.verdict import judge
 
 from . import synthetic
@@ -281,7 +281,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys, o
 
 def test_long_runs_are_thinned():
     experiment = synthetic.trial(0, repeats=1, steps=5000)
-    data = page.charts(experiment, judge(experiment))
+    data = charts.all_of(experiment, judge(experiment))
     assert all(len(s["values"]) <= page.MAX_POINTS for chart in data for s in chart["series"])
     assert data[0]["stride"] == 4
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flashbias_patch.ab import (
-    page,
+    charts,
     records,
     repeats,
     report,
@@ -165,9 +165,9 @@ def test_every_format_shows_every_side():
     pytest.importorskip("jinja2")
     html = report.html(found, verdict)
     assert html.count('class="cards"') == 3 and "C sdpa against A" in html
-    charts = {chart["title"]: chart for chart in page.charts(found, verdict)}
-    assert {s["side"] for s in charts["Loss"]["series"]} == set("ABCD")
-    bars = charts["Step times, warm-up left out"]["series"]
+    drawn = {chart["title"]: chart for chart in charts.all_of(found, verdict)}
+    assert {s["side"] for s in drawn["Loss"]["series"]} == set("ABCD")
+    bars = drawn["Step times, warm-up left out"]["series"]
     assert [s["name"] for s in bars] == ["A unpatched", "B patched", "C sdpa", "D old"]
 
 
