@@ -7,7 +7,7 @@ import re
 import shlex
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from . import charts, clocks, lines, page, profiles, records, sides, words
+from . import charts, clocks, lines, page, profiles, reading, sides, words
 from . import verdict as verdicts
 from .records import Experiment
 from .statistics import Ratio
@@ -319,7 +319,7 @@ def load_and_judge(directory: str, process: Optional[str] = None) -> Tuple[Exper
     """Raises records.NotARecord. `process`: the training to judge, see records.choose."""
     from . import detections
 
-    experiment = records.load(directory, process)
+    experiment = reading.load(directory, process)
     found = detections.compare_runs(experiment) if experiment.options.get("inference") else None
     return experiment, verdicts.judge(experiment, detections=found)
 

@@ -14,7 +14,7 @@ import socket
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 from .. import driver
-from . import records
+from . import reading, records
 
 # Environment variables that change how a command computes; those of this package change B alone.
 PREFIXES: Tuple[str, ...] = (
@@ -60,7 +60,7 @@ def load(directory: str, now: Mapping[str, Any]) -> Saved:
     Raises Refused if `directory` holds none, its A failed, or something differs.
     """
     try:
-        experiment = records.load(directory)
+        experiment = reading.load(directory)
         with open(os.path.join(directory, "ab.json"), encoding="utf-8") as file:
             document = json.load(file)
     except (records.NotARecord, OSError) as error:

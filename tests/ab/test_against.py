@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from flashbias_patch.ab import records, report, runner, saved, verdict
+from flashbias_patch.ab import reading, report, runner, saved, verdict
 from flashbias_patch.ab.runner import Options
 from flashbias_patch.ab.verdict import judge
 from flashbias_patch.cli import main as cli
@@ -60,7 +60,7 @@ def rewrite(old, **changes):
 def test_only_b_is_run(tmp_path, words, old):
     out, made = against(tmp_path, words, old)
     assert made == ["B", "B"]
-    experiment = records.load(out)
+    experiment = reading.load(out)
     assert [run.label for run in experiment.runs] == ["A", "A", "B", "B"]
     assert [run.name for run in experiment.runs] == ["A1", "A2", "B3", "B4"]
     found = judge(experiment)
@@ -78,14 +78,14 @@ def test_the_reports_need_no_old_directory(tmp_path, words, old):
 
 
 def _judged(out):
-    experiment = records.load(out)
+    experiment = reading.load(out)
     return experiment, judge(experiment)
 
 
 def test_the_interval_is_that_of_a_busy_machine(tmp_path, words, old, monkeypatch):
     monkeypatch.setattr(verdict, "is_crowded", lambda run, experiment: False)
-    together = judge(records.load(old)).speed.mean
-    apart = judge(records.load(against(tmp_path, words, old)[0])).speed.mean
+    together = judge(reading.load(old)).speed.mean
+    apart = judge(reading.load(against(tmp_path, words, old)[0])).speed.mean
     assert apart.high / apart.low > 1.5 * together.high / together.low
 
 

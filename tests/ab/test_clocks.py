@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from flashbias_patch.ab import clocks, records, report, runner
+from flashbias_patch.ab import clocks, reading, report, runner
 from flashbias_patch.ab.verdict import judge
 
 from . import synthetic
@@ -116,6 +116,6 @@ def test_runs_of_ab_are_watched(tmp_path, monkeypatch):
     out = str(tmp_path / "out")
     options = runner.Options(steps=6, warmup=1, noise_run=False, timeout=20)
     runner.run_all(command(tmp_path, "time.sleep(1)\ntrain(6)"), out, options)
-    assert [run.gpus[0]["sm_mhz"] for run in records.load(out).runs] == [1400, 1400]
+    assert [run.gpus[0]["sm_mhz"] for run in reading.load(out).runs] == [1400, 1400]
     for pid in (tmp_path / "pids").read_text().split():
         assert not os.path.exists(f"/proc/{pid}")

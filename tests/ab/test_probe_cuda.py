@@ -12,7 +12,8 @@ import pytest
 
 from flashbias_patch import launch
 from flashbias_patch.ab import cuda
-from flashbias_patch.ab.records import Run, load_process
+from flashbias_patch.ab.reading import load_process
+from flashbias_patch.ab.records import Run
 
 torch = pytest.importorskip("torch")
 

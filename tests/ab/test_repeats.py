@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flashbias_patch.ab import records, repeats, runner, sequential, statistics
+from flashbias_patch.ab import reading, repeats, runner, sequential, statistics
 from flashbias_patch.ab.runner import Options
 from flashbias_patch.ab.statistics import Ratio
 from flashbias_patch.ab.verdict import judge
@@ -174,7 +174,7 @@ def test_runs_of_a_command_end_when_the_interval_is_narrow(tmp_path, monkeypatch
     events = lambda event, entry: said.append(entry) if event == "look" else None  # noqa: E731
     made = runner.run_all(command(tmp_path, body), str(out), options, events)
     assert made.stopped == repeats.NARROW and [look["repeats"] for look in said] == [2]
-    read = records.load(str(out))
+    read = reading.load(str(out))
     assert (read.stopped, read.schedule) == (repeats.NARROW, "ABBA")
     assert json.loads((out / "ab.json").read_text())["options"]["repeats"] == "auto"
     assert any("as narrow as was wanted" in note for note in judge(read).notes)

@@ -255,8 +255,8 @@ def test_steps_without_figures_leave_gaps_and_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         text = html_of(experiment)
-    charts = json.loads(re.search(r'id="charts">(.*?)</script>', text, re.DOTALL).group(1))
-    (memory,) = (chart for chart in charts if chart["title"] == "Memory")
+    drawn = json.loads(re.search(r'id="charts">(.*?)</script>', text, re.DOTALL).group(1))
+    (memory,) = (chart for chart in drawn if chart["title"] == "Memory")
     assert {s["name"]: [v is None for v in s["values"]] for s in memory["series"]} == {
         name: [True] * 12 + [False] * 8 for name in ("A1", "A3")
     }

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from flashbias_patch.ab import processes, records, report, runner
+from flashbias_patch.ab import processes, reading, records, report, runner
 from flashbias_patch.ab import verdict as verdicts
 from flashbias_patch.ab import words as wording
 from flashbias_patch.ab.runner import Options, schedule
@@ -55,7 +55,7 @@ def compare(tmp_path, words, **options):
             **{"repeats": 1, "steps": 12, "warmup": 2, "noise_run": False, "timeout": 20, **options}
         ),
     )
-    experiment = records.load(out)
+    experiment = reading.load(out)
     verdict = judge(experiment)
     assert experiment.runs and all(run.message for run in experiment.runs)
     for text, shown in ((report.text, str), (report.markdown, report.plain)):
@@ -319,7 +319,7 @@ def test_directory_of_a_killed_ab_is_still_reported(tmp_path):
     document = json.loads(path.read_text())
     document["runs"].pop()  # as if killed during B
     path.write_text(json.dumps(document))
-    found = records.load(str(tmp_path / "out"))
+    found = reading.load(str(tmp_path / "out"))
     assert [(run.name, run.status, run.steps) for run in found.runs] == [
         ("A1", "ok", 12),
         ("B2", "interrupted", 12),
@@ -328,7 +328,7 @@ def test_directory_of_a_killed_ab_is_still_reported(tmp_path):
 
 def test_not_a_comparison(tmp_path):
     with pytest.raises(records.NotARecord, match="holds no ab.json"):
-        records.load(str(tmp_path))
+        reading.load(str(tmp_path))
 
 
 def cli(tmp_path, *words, **popen):
@@ -619,7 +619,7 @@ def test_a_record_that_vanishes_ends_the_run_and_keeps_what_was_read(tmp_path):
 
 
 def test_a_full_disk_is_reported_and_costs_files_only(tmp_path, monkeypatch):
-    experiment = records.build(str(tmp_path / "file" / "out"), {"command": ["true"]}, [])
+    experiment = reading.build(str(tmp_path / "file" / "out"), {"command": ["true"]}, [])
     (tmp_path / "file").write_text("")
     runner._save(experiment, {"runs": []})
     assert "Not a directory" in experiment.lost

@@ -11,7 +11,7 @@ import pytest
 
 from flashbias_patch.ab import (
     charts,
-    records,
+    reading,
     repeats,
     report,
     result,
@@ -267,7 +267,7 @@ def test_the_runner_makes_and_reads_every_side(tmp_path):
         repeats=1, steps=8, warmup=1, noise_run=False, timeout=20, sides=[sides.parse("x:WHICH=c")]
     )
     runner.run_all(words_of, out, options)
-    found = records.load(out)
+    found = reading.load(out)
     assert [(run.name, run.log_tail.strip()) for run in found.runs] == [
         ("A1", "None"),
         ("B2", "None"),
