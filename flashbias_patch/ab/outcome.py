@@ -23,7 +23,7 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
-def outcome(
+def of(
     ending: Optional[str], code: Optional[int], signs: Signs, options: Options
 ) -> Dict[str, Any]:
     """Status and message: ok, crashed, out of memory, hung, interrupted, record lost, no steps."""

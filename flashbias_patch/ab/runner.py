@@ -22,6 +22,7 @@ from . import (
     history,
     inference,
     lines,
+    outcome,
     probe,
     processes,
     profiling,
@@ -32,7 +33,7 @@ from . import (
     sides,
     verdict,
 )
-from .outcome import GRACE_TO_END, INTERRUPTED, Signs, outcome
+from .outcome import INTERRUPTED, Signs
 from .records import Experiment
 from .repeats import HALF_WIDTH
 
@@ -315,7 +316,7 @@ def _watch(
             )  # another training of the same command
             if signs.stopped and (asked_to_stop is None or more):
                 asked_to_stop = time.monotonic()
-            if asked_to_stop and time.monotonic() - asked_to_stop > GRACE_TO_END:
+            if asked_to_stop and time.monotonic() - asked_to_stop > outcome.GRACE_TO_END:
                 ending = "stopped"
                 break
             if time.monotonic() - signs.last > options.timeout:
@@ -333,7 +334,7 @@ def _watch(
             signs.look()
         except OSError as error:
             ending = f"{type(error).__name__}: {error}"
-    return {**outcome(ending, child.returncode, signs, options), "exit_code": child.returncode}
+    return {**outcome.of(ending, child.returncode, signs, options), "exit_code": child.returncode}
 
 
 def _save(experiment: Experiment, document: Dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from flashbias_patch.ab.runner import Options
 from flashbias_patch.ab.statistics import Ratio
 from flashbias_patch.ab.verdict import judge
 from flashbias_patch.cli import ab as cli_ab
+from flashbias_patch.cli import ab_screen
 
 from . import looks, synthetic
 from .test_runner import STEPS
@@ -218,6 +219,6 @@ def test_bad_values_are_refused(words, capsys):
 
 
 def test_the_first_line_says_how_many_runs_there_are_at_most(capsys):
-    with cli_ab.PlainScreen("", False):
+    with ab_screen.PlainScreen("", False):
         assert capsys.readouterr().out.startswith("up to 40 runs: A B B A ... (A unpatched")
-    assert cli_ab.MOST_REPEATS == sequential.MOST
+    assert ab_screen.MOST_REPEATS == sequential.MOST

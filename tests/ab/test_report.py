@@ -282,7 +282,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys, o
 def test_long_runs_are_thinned():
     experiment = synthetic.trial(0, repeats=1, steps=5000)
     data = charts.all_of(experiment, judge(experiment))
-    assert all(len(s["values"]) <= page.MAX_POINTS for chart in data for s in chart["series"])
+    assert all(len(s["values"]) <= charts.MAX_POINTS for chart in data for s in chart["series"])
     assert data[0]["stride"] == 4
 
 

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from flashbias_patch.ab import processes, reading, records, report, runner
+from flashbias_patch.ab import outcome, processes, reading, records, report, runner
 from flashbias_patch.ab import verdict as verdicts
 from flashbias_patch.ab import words as wording
 from flashbias_patch.ab.runner import Options, schedule
@@ -272,7 +272,7 @@ def test_changes_directory_and_is_a_shell_script(tmp_path):
 
 
 def test_command_that_goes_on_after_its_steps_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "GRACE_TO_END", 1.0)
+    monkeypatch.setattr(outcome, "GRACE_TO_END", 1.0)
     script = tmp_path / "run.sh"
     script.write_text(" ".join(command(tmp_path, "train(100)")) + "\nsleep 300\n")
     experiment, _ = compare(tmp_path, ["bash", str(script)])
@@ -682,7 +682,7 @@ def test_killed_by_sigkill_its_child_ends(tmp_path):
 def test_a_second_training_of_the_command_may_come_to_its_end(
     tmp_path, monkeypatch, process, steps
 ):
-    monkeypatch.setattr(runner, "GRACE_TO_END", 2.0)
+    monkeypatch.setattr(outcome, "GRACE_TO_END", 2.0)
     for name, body in (
         ("first", "train(100)"),
         ("second", "time.sleep(0.5)\ntrain(9, seconds=0.4)"),
