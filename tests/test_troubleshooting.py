@@ -19,7 +19,7 @@ SPEAKING = {
     "critical",
     "warn",
     "print",
-    "_print",
+    "print_line",
     "_fail",
 }
 LEVELS = {"debug", "info", "warning", "error"}
