@@ -17,8 +17,12 @@ pytestmark = pytest.mark.skipif(
 )
 # patched / unpatched function calls, with a margin of a few calls
 LARGEST = {
-    ("auto", "eval"): 1.2, ("auto", "training"): 1.3, ("auto", "backward"): 1.2,
-    ("fused", "eval"): 1.35, ("fused", "training"): 1.45, ("fused", "backward"): 3.3,
+    ("auto", "eval"): 1.15, ("auto", "training"): 1.25, ("auto", "backward"): 1.15,
+    ("fused", "eval"): 1.3, ("fused", "training"): 1.4, ("fused", "backward"): 3.1,
+}  # fmt: skip
+# Dropout on the CPU is in matrix products, whose backward is kept away from autocast (guard.py).
+LARGEST_WITH_DROPOUT = {
+    **LARGEST, ("auto", "training"): 1.4, ("auto", "backward"): 1.6, ("fused", "backward"): 3.15,
 }  # fmt: skip
 
 
@@ -38,20 +42,22 @@ def counted(host_calls, call):
 
 
 @pytest.mark.parametrize("path", ("auto", "fused"))
-@pytest.mark.parametrize("name", ("CMT", "StreamPETR"))
-def test_a_patched_call_makes_few_more_calls(host_calls, name, path):
+@pytest.mark.parametrize("name, dropout", (("CMT", 0.0), ("StreamPETR", 0.0), ("CMT", 0.1)))
+def test_a_patched_call_makes_few_more_calls(host_calls, name, dropout, path):
     if path == "fused":
         pytest.importorskip("triton", minversion="3.0")
     target = host_calls.TARGETS[name]
     without = host_calls.fused_without_launches() if path == "fused" else contextlib.nullcontext()
     with stand_ins.repository(target.repository) as load_module, without:
-        module = host_calls.attention(host_calls.load(target, load_module), target, "cpu")
+        module = host_calls.attention(host_calls.load(target, load_module), target, "cpu", dropout)
         given = host_calls.operands("cpu", False)
         found = {}
         for way in (contextlib.nullcontext, host_calls.patched):
             with way():
                 for case in host_calls.cases(module, given, False):
                     found.setdefault(case.name, []).append(counted(host_calls, case.prepare()))
+    largest = LARGEST_WITH_DROPOUT if dropout else LARGEST
     for case, ((calls, operators), (patched_calls, patched_operators)) in found.items():
-        assert patched_calls <= LARGEST[path, case] * calls, (case, calls, patched_calls)
-        assert patched_operators <= operators, (case, operators, patched_operators)
+        assert patched_calls <= largest[path, case] * calls, (case, calls, patched_calls)
+        if not dropout or path == "fused":
+            assert patched_operators <= operators, (case, operators, patched_operators)
