@@ -764,7 +764,7 @@ def overhead() -> List[str]:
     return [
         "## Overhead",
         "",
-        "Processor time; two or three microseconds either way between runs.",
+        "Processor time, on a machine with other work: some microseconds either way between runs.",
         "",
         *table(("what", "cost"), rows),
         source("overhead_cpu"),
