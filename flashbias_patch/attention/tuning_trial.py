@@ -14,6 +14,7 @@ from .._torch_internals import cuda_sleep
 from . import selfcheck
 from .inputs import AttentionInputs
 from .kernels import autograd, launcher, problem
+from .kernels.arguments import Arguments
 from .kernels.tiles import KERNELS, Key
 from .signature import signature_of
 
@@ -68,9 +69,23 @@ class Trial:
 
     def __init__(self, inputs: AttentionInputs) -> None:
         parts: List[Any] = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
-        has = [t is not None for t in parts[:6]]
-        parts[6] = list(inputs.segment_lengths or ()) if inputs.segment_weights is not None else []
-        self.problem = autograd._problem(*parts)
+        given = AttentionInputs(*parts)
+        self.problem = autograd.problem_of(
+            Arguments(
+                given.q,
+                given.k,
+                given.v,
+                given.q_factor,
+                given.k_factor,
+                given.segment_weights,
+                (given.segment_lengths or ()) if given.segment_weights is not None else (),
+                given.dense,
+                given.mask,
+                given.key_padding,
+                given.dropout_p,
+                given.scale,
+            )
+        )
         self.counts = long(inputs)
         q = inputs.q
         self.generator = torch.Generator(q.device).manual_seed(0)
@@ -78,9 +93,16 @@ class Trial:
             torch.full((1,), 20, dtype=torch.int64, device=q.device) if inputs.dropout_p else None
         )
         dense = inputs.dense is not None and inputs.dense.requires_grad
+        nothing = launcher.Needs(False, False, False, False, False, False, False)
         self.needs = {
-            "keys": launcher.Needs(False, True, True, False, has[4], False, dense),
-            "queries": launcher.Needs(True, False, False, has[3], False, has[5], False),
+            "keys": nothing._replace(
+                k=True, v=True, k_factor=given.k_factor is not None, dense=dense
+            ),
+            "queries": nothing._replace(
+                q=True,
+                q_factor=given.q_factor is not None,
+                weights=given.segment_weights is not None,
+            ),
         }
         self._forward: Any = None
         self._grad_out: Any = None
@@ -89,7 +111,7 @@ class Trial:
         """Compute the tensors that the backward kernels need."""
         if kernel != "forward" and self._forward is None:
             self._forward = launcher.forward(self.problem, self.seed, True)
-            out = self._forward[0]
+            out, _, _ = self._forward
             noise = torch.randn(out.shape, device=out.device, generator=self.generator)
             self._grad_out = noise.to(out.dtype)
 

@@ -14,6 +14,7 @@ from ... import _torch_internals as internals
 from ...bias.grids import WindowMaskParts, WindowParts
 from . import cached_call, launcher
 from . import window_tables as win
+from .arguments import NO_WINDOWS, Arguments, ForwardResult, new
 from .cached_launch import Kept
 from .problem import (
     Problem,
@@ -28,19 +29,6 @@ from .recompute import Call, differentiable_backward, plain_backward
 
 log = logging.getLogger("flashbias_patch")
 _told = False
-Copies = Sequence[Optional[Tensor]]
-Made = Tuple[
-    Tensor,
-    Optional[Tensor],
-    Tensor,
-    Optional[Tensor],
-    Optional[Tensor],
-    Optional[Tensor],
-    Optional[Tensor],
-]
-# the arguments of _forward: twelve, and with windows seven more (window_tables.arguments)
-Inputs = Any
-PLAIN = 12
 _forward_plans, _backward_plans = Kept(), Kept()  # cached_call.py, by the signatures of the tensors
 
 
@@ -56,7 +44,7 @@ def _recompute(call: Call, grad_out: Tensor, error: BaseException) -> Tuple[Any,
     return plain_backward(call, grad_out)
 
 
-# on_failure(call, grad_out, error) -> the eight gradients
+# on_failure(call, grad_out, error) -> the eight gradients, in the order of launcher.Needs
 OnFailure = Callable[[Call, Tensor, BaseException], Tuple[Any, ...]]
 
 
@@ -64,25 +52,20 @@ def _either(new: Optional[Tensor], old: Any) -> Any:
     return old if new is None else new
 
 
-def _problem(
-    q: Tensor, k: Tensor, v: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor],
-    weights: Optional[Tensor],
-    lengths: Sequence[int], dense: Optional[Tensor], mask: Optional[Tensor],
-    padding: Optional[Tensor],
-    dropout_p: float, scale: float, copies: Optional[Copies] = None,
-    windows: Optional[win.Windows] = None,
-) -> Problem:  # fmt: skip
-    """The call as the kernels want it; `copies` are what forward made of q, q_factor, k_factor for
-    that."""
+def problem_of(inputs: Arguments, made: Optional[ForwardResult] = None) -> Problem:
+    """The call as the kernels need it; `made` has the copies of q, q_factor and k_factor that
+    forward made."""
+    q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale, *_ = (
+        inputs
+    )
     rank = 0 if q_factor is None else q_factor.shape[-1]
-    if copies is None:
+    if made is None:
         q, q_factor, k_factor = launcher.prepare(q, q_factor, k_factor, scale)
     else:
-        new_q, new_qf, new_kf = copies
         q, q_factor, k_factor = (
-            _either(new_q, q),
-            _either(new_qf, q_factor),
-            _either(new_kf, k_factor),
+            _either(made.scaled_q, q),
+            _either(made.padded_q_factor, q_factor),
+            _either(made.padded_k_factor, k_factor),
         )
     q, k, v = unit_last(q), unit_last(k), unit_last(v)
     dense = None if dense is None else aligned_rows(unit_last(dense))
@@ -106,108 +89,144 @@ def _problem(
         dropout_p,
         scale,
         rank,
-        windows,
+        _windows(inputs),
     )
 
 
-def _windows(inputs: Inputs) -> Optional[win.Windows]:
-    return (
-        win.make(*inputs[PLAIN:]) if any(t is not None for t in inputs[PLAIN : PLAIN + 3]) else None
+def _windows(inputs: Arguments) -> Optional[win.Windows]:
+    weights, centres, mask_centres = (
+        inputs.window_weights,
+        inputs.window_centres,
+        inputs.mask_centres,
+    )
+    if weights is None and centres is None and mask_centres is None:
+        return None
+    return win.make(
+        weights,
+        centres,
+        mask_centres,
+        inputs.frames,
+        inputs.sides,
+        inputs.sigmas,
+        inputs.mask_sides,
     )
 
 
-def _forward(inputs: Inputs, training: bool) -> Made:
-    """out, what it lost by rounding, lse, the dropout seed, and the copies made of q, q_factor,
-    k_factor; None for what was not made."""
-    q, q_factor, dropout_p = inputs[0], inputs[3], inputs[10]
-    place, plan = None, None
-    stream = cached_call.stream_of(q) if len(inputs) == PLAIN else None
+def _forward(inputs: Arguments, training: bool) -> ForwardResult:
+    """The output, and what backward needs of it."""
+    (
+        q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale,
+        window_weights, window_centres, mask_centres, *_,
+    ) = inputs  # fmt: skip
+    plain = window_weights is None and window_centres is None and mask_centres is None
+    key, plan = None, None
+    stream = cached_call.stream_of(q) if plain else None
     if stream is not None:
-        signature, addresses = cached_call.signed((*inputs[:6], *inputs[7:10]))
-        place = signature, tuple(inputs[6]), dropout_p, inputs[11], training
-        plan = _forward_plans.find(place)
+        signature, addresses = cached_call.signed(
+            (q, k, v, q_factor, k_factor, weights, dense, mask, padding)
+        )
+        key = signature, tuple(lengths), dropout_p, scale, training
+        plan = _forward_plans.find(key)
         if plan:
-            made: Made = plan(inputs, addresses, stream)
-            return made
-    problem = _problem(*inputs[:PLAIN], None, _windows(inputs))  # type: ignore[call-arg]
+            planned: ForwardResult = plan(q, addresses, stream)
+            return planned
+    problem = problem_of(inputs)
     seed = (
         torch.randint(1 << 62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     )
     out, low, lse = launcher.forward(problem, seed, training)
     padded = q_factor is not None and block_columns(problem.rank) != problem.rank
     factors = (problem.q_factor, problem.k_factor) if padded else (None, None)
-    if place is not None and plan is None:
+    if key is not None and plan is None:
         prepare = (
-            None if q_factor is None else launcher.prepared(q, q_factor, inputs[4], inputs[11])
+            None
+            if q_factor is None or k_factor is None
+            else launcher.prepared(q, q_factor, k_factor, scale)
         )
         plan = cached_call.ForwardPlan.of(
             inputs, problem, launcher.forward_step(problem, seed, training), prepare
         )
-        _forward_plans.keep(place, plan or False)  # False: always the long way
-    return (out, low, lse, seed, problem.q if problem.scaled else None, *factors)
+        _forward_plans.keep(key, plan or False)  # False: always the long way
+    scaled_q = problem.q if problem.scaled else None
+    result: ForwardResult = new(ForwardResult, (out, low, lse, seed, scaled_q, *factors))
+    return result
 
 
 def _backward(
     grad_out: Tensor,
-    made: Made,
-    inputs: Inputs,
+    made: ForwardResult,
+    inputs: Arguments,
     needs: Sequence[bool],
     on_failure: OnFailure = _recompute,
 ) -> Tuple[Optional[Tensor], ...]:
-    """The eight gradients, None for each that is not needed."""
-    out, low, lse, seed = made[:4]
+    """The eight gradients in the order of launcher.Needs, None for each that is not needed."""
+    out, low, lse, seed, scaled_q, padded_q_factor, padded_k_factor = made
     try:
-        plain = (
-            not any(t is not None for t in inputs[PLAIN : PLAIN + 3])
-            if len(inputs) > PLAIN
-            else True
-        )
-        place, plan = None, None
+        (
+            q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale,
+            window_weights, window_centres, mask_centres, *_,
+        ) = inputs  # fmt: skip
+        plain = window_weights is None and window_centres is None and mask_centres is None
+        key, plan = None, None
         stream = cached_call.stream_of(grad_out) if plain else None
         if stream is not None:
-            new_q, new_qf, new_kf = made[4:]
-            given = (
-                inputs[0] if new_q is None else new_q, *inputs[1:3],
-                inputs[3] if new_qf is None else new_qf,
-                inputs[4] if new_kf is None else new_kf, inputs[5], *inputs[7:10],
-            )  # fmt: skip
+            rank = 0 if q_factor is None else q_factor.shape[-1]
+            q = q if scaled_q is None else scaled_q
+            q_factor = q_factor if padded_q_factor is None else padded_q_factor
+            k_factor = k_factor if padded_k_factor is None else padded_k_factor
+            given = q, k, v, q_factor, k_factor, weights, dense, mask, padding
             signature, addresses = cached_call.signed((*given, grad_out, out, low, lse, seed))
-            rank = 0 if inputs[3] is None else inputs[3].shape[-1]
-            place = (
-                signature, tuple(inputs[6]), *inputs[10:12], rank, tuple(needs),
-                internals.deterministic()
+            key = (
+                signature, tuple(lengths), dropout_p, scale, rank, tuple(needs),
+                internals.deterministic(),
             )  # fmt: skip
-            plan = _backward_plans.find(place)
+            plan = _backward_plans.find(key)
             if plan:
-                gradients: Tuple[Optional[Tensor], ...] = plan(given[0], addresses, stream)
-                return gradients
-        problem = _problem(*inputs[:PLAIN], made[4:], _windows(inputs))  # type: ignore[call-arg]
+                planned: Tuple[Optional[Tensor], ...] = plan(q, addresses, stream)
+                return planned
+        problem = problem_of(inputs, made)
         wanted, passed = launcher.Needs(*needs), launcher.Passed(grad_out, out, low, lse, seed)
         grads = launcher.backward(problem, wanted, passed)
-        if place is not None and plan is None:
+        if key is not None and plan is None:
             kept = launcher.backward_steps(problem, wanted, passed)
-            plan = kept and cached_call.BackwardPlan.of(
-                given, grad_out, problem, kept[1], wanted, kept[0]
-            )
-            _backward_plans.keep(place, plan or False)
+            if kept is not None:
+                steps, passed = kept
+                plan = cached_call.BackwardPlan.of(given, grad_out, problem, passed, wanted, steps)
+            _backward_plans.keep(key, plan or False)
         return grads
     except Exception as error:
         return on_failure(_call(made, inputs, needs), grad_out, error)
 
 
 def _differentiable_backward(
-    grad_out: Tensor, made: Made, inputs: Inputs, needs: Sequence[bool]
+    grad_out: Tensor, made: ForwardResult, inputs: Arguments, needs: Sequence[bool]
 ) -> Tuple[Optional[Tensor], ...]:
     """As _backward, for create_graph=True and batches of gradients: by plain PyTorch."""
     return differentiable_backward(_call(made, inputs, needs), grad_out)
 
 
-def _call(made: Made, inputs: Inputs, needs: Sequence[bool]) -> Call:
-    """What plain PyTorch needs to know."""
-    lse, seed, windows = made[2], made[3], _windows(inputs)
-    seed = lse.new_empty(0, dtype=torch.int64) if seed is None else seed
-    parts = (None, None) if windows is None else win.parts(windows)
-    return Call(*inputs[:PLAIN], seed, tuple(needs), *parts)  # type: ignore[call-arg]
+def _call(made: ForwardResult, inputs: Arguments, needs: Sequence[bool]) -> Call:
+    """The call as plain PyTorch needs it."""
+    windows = _windows(inputs)
+    bias, mask = (None, None) if windows is None else win.parts(windows)
+    return Call(
+        q=inputs.q,
+        k=inputs.k,
+        v=inputs.v,
+        q_factor=inputs.q_factor,
+        k_factor=inputs.k_factor,
+        segment_weights=inputs.weights,
+        segment_lengths=inputs.lengths,  # type: ignore[arg-type]  # a list in a compiled graph
+        dense=inputs.dense,
+        mask=inputs.mask,
+        key_padding=inputs.padding,
+        dropout_p=inputs.dropout_p,
+        scale=inputs.scale,
+        seed=made.lse.new_empty(0, dtype=torch.int64) if made.seed is None else made.seed,
+        needs=tuple(needs),
+        windows=bias,
+        window_mask=mask,
+    )
 
 
 # As a registered operator: empty tensors for None, since an operator's outputs are tensors.
@@ -217,56 +236,72 @@ def _full(tensors: Iterable[Optional[Tensor]], like: Tensor) -> List[Tensor]:
     return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 
-def _registered_forward(
-    *inputs: Any,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q = inputs[0]
-    made = _forward(inputs, True)
-    seed = q.new_empty(0, dtype=torch.int64) if made[3] is None else made[3]
-    return (*_full(made[:3], q), seed, *_full(made[4:], q))  # type: ignore[return-value]
+def _registered_forward(*inputs: Any) -> Tuple[Tensor, ...]:
+    made = _forward(Arguments(*inputs), True)
+    seed = made.out.new_empty(0, dtype=torch.int64) if made.seed is None else made.seed
+    return tuple(_full(made._replace(seed=seed), made.out))
 
 
-def _forward_fake(*inputs: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k, _, q_factor, k_factor, *_ = inputs
-    dropout_p, scale = inputs[10:PLAIN]
-    B, M, H, D = q.shape
-    copies = [q.new_empty(q.shape) if scales_q(q_factor, scale) else q.new_empty(0)]
+def _forward_fake(*inputs: Any) -> Tuple[Optional[Tensor], ...]:
+    given = Arguments(*inputs)
+    q, k, q_factor, k_factor = given.q, given.k, given.q_factor, given.k_factor
+    nothing = q.new_empty(0)
+    B, M, H, _ = q.shape
+    padded = []
     for factor in (q_factor, k_factor):
         columns = 0 if factor is None else block_columns(factor.shape[-1])
         if factor is not None and columns != factor.shape[-1]:
-            copies.append(factor.new_empty(*factor.shape[:3], columns))
+            padded.append(factor.new_empty(*factor.shape[:3], columns))
         else:
-            copies.append(q.new_empty(0))
-    seed = torch.empty(1 if dropout_p > 0 else 0, dtype=torch.int64, device=q.device)
-    masked = len(inputs) > PLAIN + 2 and inputs[PLAIN + 2] is not None
-    lse = (B * H, M, 2) if keeps_apart(inputs[5], *inputs[7:10], masked) else (B * H, M)  # type: ignore[call-arg]
-    return (
-        q.new_empty(B, M, H, D),
-        q.new_empty(B, M, H, D)
-        if q.dtype != torch.float32 and q.numel() and k.numel()
-        else q.new_empty(0),
-        q.new_empty(lse, dtype=torch.float32),
-        seed,
-        copies[0],
-        copies[1],
-        copies[2],
+            padded.append(q.new_empty(0))
+    padded_q_factor, padded_k_factor = padded
+    masked = given.mask_centres is not None
+    apart = keeps_apart(given.weights, given.dense, given.mask, given.padding, masked)
+    has_low = q.dtype != torch.float32 and q.numel() and k.numel()
+    seeds = 1 if given.dropout_p > 0 else 0
+    result = ForwardResult(
+        out=q.new_empty(q.shape),
+        low=q.new_empty(q.shape) if has_low else nothing,
+        lse=q.new_empty((B * H, M, 2) if apart else (B * H, M), dtype=torch.float32),
+        seed=torch.empty(seeds, dtype=torch.int64, device=q.device),
+        scaled_q=q.new_empty(q.shape) if scales_q(q_factor, given.scale) else q.new_empty(0),
+        padded_q_factor=padded_q_factor,
+        padded_k_factor=padded_k_factor,
     )
+    return tuple(result)  # as _registered_forward: torch does not treat the two alike
 
 
-def _registered_backward(grad_out: Tensor, *rest: Any) -> List[Tensor]:
-    made, inputs, needs = rest[:7], rest[7:-1], rest[-1]
-    given = (made[0], *[t if t.numel() else None for t in made[1:]])
-    grads = _backward(grad_out, given, inputs, needs)
-    return [grad.contiguous() for grad in _full(grads, inputs[0])]
+def _registered_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    low: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    scaled_q: Tensor,
+    padded_q_factor: Tensor,
+    padded_k_factor: Tensor,
+    *rest: Any,
+) -> List[Tensor]:
+    *inputs, needs = rest
+    given = Arguments(*inputs)
+    copies = (low, lse, seed, scaled_q, padded_q_factor, padded_k_factor)
+    made = ForwardResult(out, *[t if t.numel() else None for t in copies])  # type: ignore[arg-type]
+    grads = _backward(grad_out, made, given, needs)
+    return [grad.contiguous() for grad in _full(grads, given.q)]
 
 
 def _backward_fake(grad_out: Tensor, *rest: Any) -> List[Tensor]:
-    inputs, needs = rest[7:-1], rest[-1]
-    tensors = [inputs[place] for place in LEARNED]
+    _, _, _, _, _, _, _, *inputs, needs = rest  # without the fields of ForwardResult
     return [
         t.new_empty(t.shape) if need and t is not None else grad_out.new_empty(0)
-        for need, t in zip(needs, tensors)
+        for need, t in zip(needs, _learnable(Arguments(*inputs)))
     ]
+
+
+def _learnable(inputs: Arguments) -> Tuple[Any, ...]:
+    """The arguments that can need a gradient, in the order of launcher.Needs."""
+    q, k, v, q_factor, k_factor, weights, _, dense, _, _, _, _, window_weights, *_ = inputs
+    return q, k, v, q_factor, k_factor, weights, dense, window_weights
 
 
 _INPUTS = (
@@ -278,33 +313,48 @@ _INPUTS = (
     "sides{empty}, "
     "float[] sigmas{empty}, int[] mask_sides{empty}"
 )
-LEARNED = (0, 1, 2, 3, 4, 5, 7, 12)  # places of what can need a gradient, in the order of Needs
 
 
-def _save(ctx: Any, inputs: Inputs, output: Sequence[Optional[Tensor]]) -> None:
+def _save(ctx: Any, inputs: Arguments, output: Sequence[Optional[Tensor]]) -> None:
+    (
+        q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale,
+        window_weights, window_centres, mask_centres, frames, sides, sigmas, mask_sides,
+    ) = inputs  # fmt: skip
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs[:6], *inputs[7:10], *inputs[12:15])
-    ctx.constants = (inputs[6], *inputs[10:12], *inputs[15:])
+    ctx.save_for_backward(
+        *output, q, k, v, q_factor, k_factor, weights, dense, mask, padding,
+        window_weights, window_centres, mask_centres,
+    )  # fmt: skip
+    ctx.constants = lengths, dropout_p, scale, frames, sides, sigmas, mask_sides
 
 
 def _gradients(
-    run: Callable[..., Any], ctx: Any, grad_out: Optional[Tensor], first: int = 0
+    run: Callable[..., Any], ctx: Any, grad_out: Optional[Tensor], asked: Sequence[bool]
 ) -> Tuple[Any, ...]:
-    """Of the inputs; `first` is the place of q among the operator's arguments."""
-    asked = ctx.needs_input_grad[first:]
-    count = len(asked)
-    needs = [asked[place] for place in LEARNED if place < count]
+    """The gradients of the operator's arguments; `asked`: which arguments need one."""
+    (
+        q, k, v, q_factor, k_factor, weights, _, dense, _, _, _, _, window_weights, *_,
+    ) = asked  # fmt: skip
+    needs = q, k, v, q_factor, k_factor, weights, dense, window_weights
     if grad_out is None or True not in needs:
-        return (None,) * count
-    saved = ctx.saved_tensors
-    lengths, dropout_p, scale, *static = ctx.constants
-    inputs = (*saved[7:13], lengths, *saved[13:16], dropout_p, scale, *saved[16:], *static)
-    grads = run(grad_out, saved[:7], inputs, needs)
-    found: List[Optional[Tensor]] = [None] * count
-    for place, grad in zip(LEARNED, grads):
-        if place < count:
-            found[place] = grad
-    return tuple(found)
+        return (None,) * len(asked)
+    (
+        out, low, lse, seed, scaled_q, padded_q_factor, padded_k_factor,
+        q, k, v, q_factor, k_factor, weights, dense, mask, padding,
+        window_weights, window_centres, mask_centres,
+    ) = ctx.saved_tensors  # fmt: skip
+    lengths, dropout_p, scale, frames, sides, sigmas, mask_sides = ctx.constants
+    made = new(ForwardResult, (out, low, lse, seed, scaled_q, padded_q_factor, padded_k_factor))
+    inputs = new(Arguments, (
+        q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale,
+        window_weights, window_centres, mask_centres, frames, sides, sigmas, mask_sides,
+    ))  # fmt: skip
+    grads = run(grad_out, made, inputs, needs)
+    q, k, v, q_factor, k_factor, weights, dense, window_weights = grads
+    return (
+        q, k, v, q_factor, k_factor, weights, None, dense, None, None, None, None,
+        window_weights, None, None, None, None, None, None,
+    )  # fmt: skip
 
 
 if hasattr(torch.library, "custom_op"):
@@ -316,61 +366,64 @@ if hasattr(torch.library, "custom_op"):
     )  # fmt: skip
     _op_backward = torch.library.custom_op(
         _names[1], _registered_backward, mutates_args=(),
-        schema="(Tensor grad_out, Tensor out, Tensor low, Tensor lse, Tensor seed, Tensor new_q, "
-               "Tensor new_qf, "
-               "Tensor new_kf, {}, bool[] needs) -> Tensor[]".format(_INPUTS.format(none="",
-               empty="")),
+        schema="(Tensor grad_out, Tensor out, Tensor low, Tensor lse, Tensor seed, "
+               "Tensor scaled_q, Tensor padded_q_factor, Tensor padded_k_factor, "
+               "{}, bool[] needs) -> Tensor[]".format(_INPUTS.format(none="", empty="")),
     )  # fmt: skip
     _op.register_fake(_forward_fake)
     _op_backward.register_fake(_backward_fake)
 
     def _run_registered(
-        grad_out: Tensor, made: Sequence[Tensor], inputs: Inputs, needs: Sequence[bool]
+        grad_out: Tensor, made: ForwardResult, inputs: Arguments, needs: Sequence[bool]
     ) -> List[Optional[Tensor]]:
-        rest: Tuple[Any, ...] = (
-            None,
-            None,
-            None,
-            [],
-            [],
-            [],
-            [],
-        )  # the arguments after PLAIN, where they were left out
-        grads = _op_backward(grad_out, *made, *inputs, *rest[len(inputs) - PLAIN :], needs)
+        grads = _op_backward(grad_out, *made, *inputs, needs)
         return [grad if need else None for grad, need in zip(grads, needs)]
 
-    _op.register_autograd(
-        lambda ctx, grad, *unused: _gradients(_run_registered, ctx, grad), setup_context=_save
-    )
+    def _setup_registered(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+        # torch leaves out the last arguments where they are the schema's defaults.
+        _save(ctx, Arguments(*inputs), output)
+
+    def _backward_registered(ctx: Any, grad_out: Optional[Tensor], *unused: Any) -> Tuple[Any, ...]:
+        asked = ctx.needs_input_grad
+        absent = len(Arguments._fields) - len(asked)
+        every = _gradients(_run_registered, ctx, grad_out, (*asked, *[False] * absent))
+        return every[: len(asked)]
+
+    _op.register_autograd(_backward_registered, setup_context=_setup_registered)
 else:
     _op = None
 
 
-class _FusedAttention(internals.Function):
+class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, on_failure: OnFailure, *inputs: Any) -> Tensor:
-        made = _forward(inputs, any(ctx.needs_input_grad))
-        _save(ctx, inputs, made)
+        given = new(Arguments, inputs)
+        made = _forward(given, any(ctx.needs_input_grad))
+        _save(ctx, given, made)
         ctx.on_failure = on_failure
-        return made[0]
+        return made.out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Optional[Tensor]) -> Any:
+        _, *asked = ctx.needs_input_grad  # of on_failure, and of Arguments
         if (
             torch.is_grad_enabled()
             or internals.current_transform() is not None
             or (grad_out is not None and internals.is_batch(grad_out))
         ):
-            return (None, *_gradients(_differentiable_backward, ctx, grad_out, 1))
+            return (None, *_gradients(_differentiable_backward, ctx, grad_out, asked))
         backward = functools.partial(_backward, on_failure=ctx.on_failure)
-        return (None, *_gradients(backward, ctx, grad_out, 1))
+        return (None, *_gradients(backward, ctx, grad_out, asked))
 
 
-def _apply(on_failure: OnFailure, *inputs: Any) -> Tensor:
+def _apply(on_failure: OnFailure, inputs: Arguments) -> Tensor:
     # Small problems wait for the processor: outside a compiled graph the registered operator's
     # layers only cost.
-    compiling = _op is not None and torch.compiler.is_compiling()
-    out: Tensor = _op(*inputs)[0] if compiling else _FusedAttention.apply(on_failure, *inputs)
+    out: Tensor
+    if _op is not None and torch.compiler.is_compiling():
+        out, *_ = _op(*inputs)
+    else:
+        out = _FusedAttention.apply(on_failure, *inputs)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -400,19 +453,19 @@ def attend(inputs: Any, on_failure: OnFailure) -> Tensor:
         windows,
         window_mask,
     ) = inputs
-    local: Tuple[Any, ...] = ()
+    local: Tuple[Any, ...] = NO_WINDOWS
     if windows is not None or window_mask is not None:
         local = win.arguments(windows, window_mask)
-    given = (
+    given: Arguments = new(Arguments, (
         q, k, v, q_factor, k_factor, weights, () if weights is None else lengths, dense, mask,
         padding, dropout_p, scale,
         *local,
-    )  # fmt: skip
+    ))  # fmt: skip
     if torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or inputs.holds_grad
     ):
         return _apply_untransformed(on_failure, *given)
-    return _forward(given, False)[0]
+    return _forward(given, False).out
 
 
 def fused_attention(
@@ -447,11 +500,10 @@ def fused_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lengths = list(segment_lengths or ()) if segment_weights is not None else []
-    local: Tuple[Any, ...] = ()
+    local: Tuple[Any, ...] = NO_WINDOWS
     if windows is not None or window_mask is not None:
         local = win.arguments(windows, window_mask)
-    return _apply(
-        on_failure,
+    given = Arguments(
         q,
         k,
         v,
@@ -466,3 +518,4 @@ def fused_attention(
         scale,
         *local,
     )
+    return _apply(on_failure, given)

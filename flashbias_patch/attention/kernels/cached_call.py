@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._torch_internals import current_cuda_device, current_cuda_stream
+from .arguments import Arguments, ForwardResult, new
 from .cached_launch import Launch
 from .launcher_backward import ByKeys, Needs, Passed, Rows
 from .launcher_forward import Forward, Keys, Prepare
@@ -22,15 +23,6 @@ from .launcher_sums import Sums
 from .problem import Problem
 
 Signed = Tuple[Tuple[Any, ...], List[int]]
-Made = Tuple[
-    Tensor,
-    Optional[Tensor],
-    Tensor,
-    Optional[Tensor],
-    Optional[Tensor],
-    Optional[Tensor],
-    Optional[Tensor],
-]
 
 
 def signed(tensors: Sequence[Optional[Tensor]]) -> Signed:
@@ -65,13 +57,12 @@ class Blocks(NamedTuple):
         """Addresses of ORDER and COUNTS, and what holds their memory."""
         if self.visible is None:
             return self.ends, self.ends, None
-        held = [
-            torch.empty(shape, dtype=torch.int32, device=device)
-            for shape in (self.shape, self.shape[:1])
-        ]
-        order, counts = held[0].data_ptr(), held[1].data_ptr()
-        self.visible.at(stream, padding, self.blocks, order, counts)
-        return order, counts, held
+        batch, _ = self.shape
+        order = torch.empty(self.shape, dtype=torch.int32, device=device)
+        counts = torch.empty((batch,), dtype=torch.int32, device=device)
+        p_order, p_counts = order.data_ptr(), counts.data_ptr()
+        self.visible.at(stream, padding, self.blocks, p_order, p_counts)
+        return p_order, p_counts, (order, counts)
 
 
 def blocks_of(keys: Keys, padding: Optional[Tensor]) -> Blocks:
@@ -105,17 +96,16 @@ class ForwardPlan:
 
     @staticmethod
     def of(
-        inputs: Sequence[Any], problem: Problem, step: Any, prepare: Optional[Prepare]
+        inputs: Arguments, problem: Problem, step: Any, prepare: Optional[Prepare]
     ) -> Optional[ForwardPlan]:
         """The plan of a call that the long way has computed; None where its tensors are copied
         otherwise."""
         if type(step) is not Forward or problem.scaled and prepare is None:
             return None
-        q, k, v, _, _, weights, _, dense, mask, padding = problem[:10]
-        used: List[Optional[Tensor]] = [k, v, weights, dense, mask, padding]
-        given = [*inputs[1:3], inputs[5], *inputs[7:10]]
+        names = ["k", "v", "weights", "dense", "mask", "padding"]
         if not problem.scaled:
-            used, given = [q, *used], [inputs[0], *given]
+            names.append("q")
+        given, used = ([getattr(of, name) for name in names] for of in (inputs, problem))
         copied = None if prepare is None or not prepare.launches else prepare.copy
         combined = step.combine if step.splits > 1 else None
         if not _same(given, used) or not _compiled(
@@ -124,8 +114,9 @@ class ForwardPlan:
             return None
         return ForwardPlan(problem, step, prepare)
 
-    def __call__(self, inputs: Sequence[Any], at: Sequence[int], stream: int) -> Made:
-        step, prepare, q = self.step, self.prepare, inputs[0]
+    def __call__(self, q: Tensor, at: Sequence[int], stream: int) -> ForwardResult:
+        """at: the addresses of q, k, v, both factors, weights, dense, mask, padding."""
+        step, prepare = self.step, self.prepare
         device, dtype = q.device, q.dtype
         pq, pk, pv, pqf, pkf, pw, pd, pm, pp = at
         new_q = new_qf = new_kf = low = seed = parts = part_lse = None
@@ -163,7 +154,8 @@ class ForwardPlan:
         if step.splits > 1:
             step.combine.at(stream, to, to_lse, p_out, p_low, p_lse)
         del held, parts, part_lse  # until here
-        return out, low, lse, seed, new_q, new_qf, new_kf
+        result: ForwardResult = new(ForwardResult, (out, low, lse, seed, new_q, new_qf, new_kf))
+        return result
 
 
 class BackwardPlan:
@@ -196,7 +188,8 @@ class BackwardPlan:
             *(launch for _, launch in sums.launches),
         ]
         launches += [step.keys.visible for step in steps]
-        used = (*problem[:6], *problem[7:10], passed.grad_out)
+        q, k, v, q_factor, k_factor, weights, _, dense, mask, padding, *_ = problem
+        used = (q, k, v, q_factor, k_factor, weights, dense, mask, padding, passed.grad_out)
         if (
             type(rows) is not Rows
             or not _same((*given, grad_out), used)

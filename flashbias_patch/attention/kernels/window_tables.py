@@ -8,7 +8,7 @@ bias.
 
 from __future__ import annotations
 
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -76,8 +76,8 @@ class Windows(NamedTuple):
 
 def make(
     weights: Optional[Tensor], centres: Optional[Tensor], mask_centres: Optional[Tensor],
-    frames: Tuple[int, ...],
-    sides: Tuple[int, ...] = (), sigmas: Tuple[float, ...] = (), mask_sides: Tuple[int, ...] = (),
+    frames: Sequence[int],
+    sides: Sequence[int] = (), sigmas: Sequence[float] = (), mask_sides: Sequence[int] = (),
 ) -> Windows:  # fmt: skip
     """Of the operator's arguments, of which torch leaves out the last where they are the schema's
     defaults; frames: rows, columns, views of each, one after the other."""

@@ -13,6 +13,7 @@ from flashbias_patch.attention import fp16_gradients  # noqa: E402
 from flashbias_patch.attention.inputs import AttentionInputs  # noqa: E402
 from flashbias_patch.attention.kernels import autograd, launcher, launcher_backward, tiles  # noqa: E402
 from flashbias_patch.attention.kernels import problem as problem_module  # noqa: E402
+from flashbias_patch.attention.kernels.arguments import Arguments  # noqa: E402
 from flashbias_patch.attention.kernels.autograd import fused_attention  # noqa: E402
 from flashbias_patch.attention.kernels.recompute import Call, dropout_of, keep_mask, plain_backward  # noqa: E402
 from flashbias_patch.attention.reference_attention import attend as attend_dense  # noqa: E402
@@ -324,7 +325,9 @@ def test_rows_of_masks_begin_at_multiples_of_16(monkeypatch):
     ):
         assert problem_module.aligned_rows(tensor) is tensor
     q, k = torch.zeros(3, 9, 2, 16).to(HALF), torch.zeros(3, 21, 2, 16).to(HALF)
-    case = autograd._problem(q, k, k, None, None, None, (), dense, mask, None, 0.0, 0.25)
+    case = autograd.problem_of(
+        Arguments(q, k, k, None, None, None, (), dense, mask, None, 0.0, 0.25)
+    )
     assert case.mask.stride(2) == 32 and case.dense.stride(2) == 32
     apart = torch.zeros(1, 1, 4, 32, dtype=torch.uint8)[..., 1:]
     assert problem_module.aligned_rows(apart).data_ptr() % 16 == 0
@@ -363,7 +366,9 @@ def test_delta_does_not_see_the_output_rounded():
     """Its error would be common to all keys, and add up in gradients that are sums over keys. What
     remains is that of the weights, rounded before they meet v."""
     q, k, v, grad = (torch.randn(1, length, 2, 16).to(HALF) for length in (20, 300, 300, 20))
-    case = autograd._problem(q, k, v, None, None, None, (), None, None, None, 0.0, 0.25)
+    case = autograd.problem_of(
+        Arguments(q, k, v, None, None, None, (), None, None, None, 0.0, 0.25)
+    )
     passed = launcher.Passed(grad, *launcher.forward(case, None, training=True), None)
     scores = torch.einsum("bmhd,bnhd->bhmn", q.double(), k.double()) * 0.25
     delta = (torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), v.double()) * grad).sum(-1)[0].T
@@ -381,8 +386,8 @@ def test_folded_rows_are_those_not_folded(monkeypatch, rank, dtype):
     M, H, D, S = 70, 2, 16, 2
     tensors, rest, grad = problem(M, 30, D, rank, dtype, B=1, S=S)
     q, k, v, qf, kf, weights = tensors[:6]
-    case = autograd._problem(
-        q, k, v, qf, kf, weights, rest["segment_lengths"], None, None, None, 0.0, 0.25
+    case = autograd.problem_of(
+        Arguments(q, k, v, qf, kf, weights, rest["segment_lengths"], None, None, None, 0.0, 0.25)
     )
     sizes = torch.logspace(-7, 4, M)[:, None]
     out = torch.ones(1, M, H, D) * sizes[None, :, :, None]
