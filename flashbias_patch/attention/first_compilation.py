@@ -19,6 +19,8 @@ from .backends.base import Backend
 from .inputs import AttentionInputs
 from .signature import CallSignature
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def compile_kernels(backend: Backend, signature: CallSignature, call: AttentionInputs) -> None:
     """Compile what `call` and its self-check launch, where the backend can without running it.
@@ -40,7 +42,10 @@ def _run_all(backend: Backend, signature: CallSignature, call: AttentionInputs) 
             _run(backend, inputs, selfcheck.wanted(inputs, signature))
         if signature.dropout and accepted:
             selfcheck.check_dropout(backend, selfcheck.longest(accepted), signature.grad)
-        # Where memory is too short for the call here, the call itself compiles.
+        # Subclasses may refuse, or change, what is done to them here; and where memory is too short
+        # for the call, the call itself compiles.
+        if not all(tensor is None or type(tensor) in _PLAIN for tensor in call.tensors()):
+            return
         with contextlib.suppress(internals.OutOfMemoryError):
             _run(backend, _copy(call), _learned(call) if signature.grad else [])
 

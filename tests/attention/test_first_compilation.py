@@ -90,6 +90,14 @@ def test_too_little_memory_for_the_call_is_left_to_the_call():
         compiled(call_of(), Noting(ValueError()))
 
 
+def test_a_call_with_a_subclass_is_left_to_itself():
+    class Own(torch.Tensor):
+        pass
+
+    call = call_of()._replace(k=torch.randn(1, 14, 2, 16).as_subclass(Own))
+    assert lengths(compiled(call, Noting())) == [selfcheck.SHORT]
+
+
 def test_a_library_runs_nothing():
     call = call_of()
     first_compilation.compile_kernels(reference, signature_of(call), call)
