@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 
 import numpy as np
 
-from . import report, table, words
+from . import report, sides, table, words
 from .records import Experiment
 from .verdict import Verdict
 
@@ -124,14 +124,14 @@ def rows(entries: Sequence[Entry]) -> List[Tuple[str, ...]]:
             if metric is None:
                 cells += ["-", "-", "-", "not compared"]
                 continue
-            sides = [
+            shown = [
                 "failed" if entry.failed(side) else show(getattr(metric, side)) for side in "ab"
             ]
-            known = "failed" not in sides and math.isfinite(metric.ratio)
+            known = "failed" not in shown and math.isfinite(metric.ratio)
             ratio, word = ("-", "not compared")
             if known:
                 ratio, word = words.times(metric.ratio), metric.word or "not compared"
-            cells += [*sides, ratio, word]
+            cells += [*shown, ratio, word]
         for side, loss in zip("ab", entry.losses):
             number = f"{loss:.4g}" if not math.isnan(loss) else "-"
             cells.append("failed" if entry.failed(side) else number)
@@ -180,6 +180,11 @@ def notes(entries: Sequence[Entry]) -> List[str]:
         if len(values) > 1:
             named = "" if what == "commands" else f": {', '.join(sorted(map(str, values)))}"
             found.append(f"the comparisons have different {what}{named}")
+    others = {sides.title(e.experiment.options, x.side) for e in entries for x in e.verdict.further}
+    if others:
+        found.append(
+            f"A and B are shown; other sides are in the reports: {', '.join(sorted(others))}"
+        )
     return found
 
 
@@ -253,11 +258,11 @@ def charts(entries: Sequence[Entry]) -> List[Dict[str, Any]]:
             ],
             "series": [
                 {"name": name, "side": name[0], "values": values}
-                for name, values in zip(("A unpatched", "B patched"), sides)
+                for name, values in zip(("A unpatched", "B patched"), of_sides)
             ],
         }
-        for title, label, unit, note, sides in found
-        if any(value is not None for side in sides for value in side)
+        for title, label, unit, note, of_sides in found
+        if any(value is not None for side in of_sides for value in side)
     ]
 
 

@@ -72,7 +72,7 @@ def headlines(verdict: Verdict) -> List[Dict[str, Any]]:
             "long": fits or word in ("undecided", "not finite"),
             "word": "unpatched runs out of memory"
             if fits
-            else f"parts at step {verdict.first_step}"
+            else f"diverges at step {verdict.first_step}"
             if word == "differs" and verdict.first_step is not None
             else ", ".join(dict.fromkeys(f.status for f in verdict.failures))
             if word == "fails"

@@ -107,17 +107,19 @@ class Plan:
         if any(run.status != "ok" for run in self.experiment.runs):
             return RUN_FAILED
         ratios = widest_first(self.judge(self.experiment))
-        if not ratios or ratios[0].low is None:
+        if not ratios or ratios[0][1].low is None:
             return NO_INTERVAL
         if made < sequential.FIRST:
             return ""
-        width, wanted = half_width(ratios[0]), self.options.half_width
+        name, widest = ratios[0]
+        width, wanted = half_width(widest), self.options.half_width
         more = foreseen(width, made, wanted)
         look = {
             "repeats": made,
-            "ratio": ratios[0].value,
-            "low": ratios[0].low,
-            "high": ratios[0].high,
+            "name": name,
+            "ratio": widest.value,
+            "low": widest.low,
+            "high": widest.high,
             "half_width": width,
             "wanted": wanted,
             "more": None if more is None else more - made,
@@ -139,20 +141,21 @@ class Plan:
         )
 
 
-def widest_first(verdict: Any) -> List[Ratio]:
-    """The ratios that decide on speed, of every side beside A: the widest interval first. Empty
-    where a side has none."""
-    found = [deciding(each.speed) for each in verdict.every]
-    known = [ratio for ratio in found if ratio is not None]
-    return sorted(known, key=half_width, reverse=True) if len(known) == len(found) else []
+def widest_first(verdict: Any) -> List[Tuple[str, Ratio]]:
+    """The ratios that decide on speed, of every side beside A, each with the side's name: the
+    widest interval first. Empty where a side has none."""
+    found = [(each.name, deciding(each.speed)) for each in verdict.every]
+    known = [(name, ratio) for name, ratio in found if ratio is not None]
+    known.sort(key=lambda side: half_width(side[1]), reverse=True)
+    return known if len(known) == len(found) else []
 
 
 def look_text(look: Mapping[str, Any]) -> str:
     """One line of progress."""
     said = (
-        f"after {look['repeats']} repeats: patched / unpatched {look['ratio']:.3f}, interval "
-        f"{look['low']:.3f} to {look['high']:.3f} (\u00b1{look['half_width']:.1f}%, wanted "
-        f"\u00b1{look['wanted']:g}%)"
+        f"after {look['repeats']} repeats: {look['name']} / unpatched {look['ratio']:.3f}, "
+        f"interval {look['low']:.3f} to {look['high']:.3f} (\u00b1{look['half_width']:.1f}%, "
+        f"wanted \u00b1{look['wanted']:g}%)"
     )
     if look["half_width"] <= look["wanted"]:
         return f"{said}: narrow enough"
@@ -181,10 +184,11 @@ def notes(experiment: Experiment, speed: Optional[Ratio], made: int) -> List[str
     width = math.inf if ratio is None else half_width(ratio)
     now = f"\u00b1{width:.1f}%" if math.isfinite(width) else "unknown"
     wanted = f"\u00b1{options.get('half_width', HALF_WIDTH):g}%"
+    count = "1 repeat" if made == 1 else f"{made} repeats"
     says = {
-        NARROW: f"{made} repeats made the interval as narrow as was wanted: {now}, wanted {wanted}",
-        TIME_IS_UP: f"{limit} after {made} repeats: the interval is {now}, wanted {wanted}",
-        MOST_MADE: f"after {made} repeats, the most that are made, the interval is {now}, wanted "
+        NARROW: f"{count} made the interval as narrow as was wanted: {now}, wanted {wanted}",
+        TIME_IS_UP: f"{limit} after {count}: the interval is {now}, wanted {wanted}",
+        MOST_MADE: f"after {count}, the most that are made, the interval is {now}, wanted "
         f"{wanted}: a quieter machine or more steps make it narrower",
         NO_INTERVAL: "no more repeats: the steps are too few for an interval",
     }

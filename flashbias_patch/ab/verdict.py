@@ -358,7 +358,7 @@ def _timing(
 def _notes_on_times(
     verdict: Verdict, experiment: Experiment, crowded: List[Run], made: int
 ) -> List[str]:
-    found = repeats.notes(experiment, verdict.speed, made) if verdict.side == "B" else []
+    found = repeats.notes(experiment, verdict.speed, made)
     speed, timing = verdict.speed, verdict.timing
     assert timing is not None
     if speed and not speed.repeats:

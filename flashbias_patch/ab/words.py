@@ -330,11 +330,11 @@ def extra_run(redrawn: bool) -> str:
 
 
 def parity_line(parity: Parity) -> str:
-    """One quantity: its word, where it parts, and how far A is from A."""
+    """One quantity: its word, where the curves diverge, and how far A is from A."""
     where = "" if parity.rank is None else f" (rank {parity.rank})"
     if parity.word == "not compared":
         return f"{parity.quantity}: not recorded on both sides"
-    parted = f", they part at step {parity.first_step}" if parity.first_step is not None else ""
+    parted = f", they diverge at step {parity.first_step}" if parity.first_step is not None else ""
     why = f": {parity.why}{_since(parity)}" if parity.why else ""
     noise = "no A/A pair" if parity.noise is None else f"A/A {relative(parity.noise)}"
     noise += (

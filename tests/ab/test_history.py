@@ -15,6 +15,7 @@ from flashbias_patch.cli import main
 
 from . import synthetic
 from .test_report import CHROMIUM, browse
+from .test_sides import several
 
 
 def entries(count=5):
@@ -55,6 +56,32 @@ def test_charts_leave_a_gap_where_a_side_failed():
         assert [v is None for v in b] == [False, False, True, False, False] and None not in a
     assert memory["series"][1]["values"][0] == pytest.approx(0.42 * 8192, rel=1e-3)
     assert all(len(series["values"]) == 5 for series in time["series"])
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["train", "infer"])
+def test_further_sides_and_inference_are_in_a_history(inference):
+    """A and B are shown, and a note names the others; forward passes have no loss."""
+    found = several(0, {"B": -0.3, "C": 0.0, "D": 0.4})
+    for run in found.runs if inference else ():
+        for line in run.processes[0].steps:
+            line["output"] = line.pop("loss")
+            line.pop("grad_norm", None)
+    if inference:
+        found.options["mode"] = "infer"
+    two = synthetic.trial(1)
+    with pytest.MonkeyPatch.context() as patch:
+        made = {"four": (found, judge(found)), "two": (two, judge(two))}
+        patch.setattr(report, "load_and_judge", lambda directory, process: made[directory])
+        shown = history.load(["four", "two"])
+    (note,) = (n for n in history.notes(shown) if n.startswith("A and B are shown"))
+    assert note.endswith(": C sdpa, D old")
+    row = history.rows(shown)[[e.experiment for e in shown].index(found)]
+    assert row[5] == "faster" and (row[10] == "-") == inference
+    assert "C sdpa, D old" in history.text(shown)
+    if not inference:
+        assert not any(
+            "sides" in n for n in history.notes([e for e in shown if not e.verdict.further])
+        )
 
 
 def test_other_commands_are_noted():

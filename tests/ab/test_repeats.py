@@ -22,6 +22,7 @@ from flashbias_patch.cli import ab_screen
 
 from . import looks, synthetic
 from .test_runner import STEPS
+from .test_sides import several
 from .test_statistics import at_most
 
 
@@ -86,7 +87,7 @@ class Bench:
         width = self.widths[min(len(experiment.runs) // 2, len(self.widths)) - 1]
         factor = None if width is None else 1 + width / 100
         ends = (None, None) if factor is None else (1.01 / factor, 1.01 * factor)
-        found = types.SimpleNamespace(speed=Ratio(1.01, *ends, 1.0, 1.01, 1))
+        found = types.SimpleNamespace(name="patched", speed=Ratio(1.01, *ends, 1.0, 1.01, 1))
         found.every = [found]
         return found
 
@@ -141,6 +142,33 @@ def test_progress_says_the_width_and_what_is_left():
     soon = Bench([9.0, 9.0], max_time=2.0, seconds=20.0)
     soon.run()
     assert soon.said[0].endswith("; --max-time leaves 40 s")
+
+
+def test_a_look_at_several_sides_names_the_one_of_the_widest_interval(monkeypatch):
+    bench = Bench([9.0, 9.0], max_time=2.0, seconds=20.0)
+    judge = bench.judge
+
+    def of_two(experiment):
+        found = judge(experiment)
+        wide = types.SimpleNamespace(name="sdpa", speed=Ratio(1.2, 0.6, 2.4, 1.0, 1.2, 1))
+        found.every = [found, wide]
+        return found
+
+    bench.plan.judge = of_two
+    bench.run()
+    assert bench.said[0].startswith("after 2 repeats: sdpa / unpatched 1.200, interval 0.600 to ")
+
+
+def test_each_side_has_a_note_with_its_own_interval():
+    found = several(0, {"B": 0.0, "C": 0.5}, repeats=3)
+    found.options.update(repeats="auto", half_width=0.01, max_time=7)
+    found.stopped = repeats.TIME_IS_UP
+    verdict = judge(found)
+    for each in verdict.every:
+        (note,) = (n for n in each.notes if "--max-time were up" in n)
+        assert f"±{repeats.half_width(repeats.deciding(each.speed)):.1f}%" in note
+    (single,) = repeats.notes(found, verdict.speed, 1)
+    assert "after 1 repeat: " in single
 
 
 @pytest.mark.parametrize("why", [repeats.NARROW, repeats.TIME_IS_UP, repeats.MOST_MADE])

@@ -17,6 +17,10 @@
     if (size && (size < 1e-3 || size >= 1e6)) return v.toExponential(2);
     return String(+v.toPrecision(size >= 1000 ? 5 : 4));
   }
+  function onAxis(v, step) {  // with the decimals that tell it from its neighbours
+    var decimals = Math.max(0, 1 - Math.floor(Math.log10(step || 1)));
+    return decimals > 5 || Math.abs(v) >= 1e6 ? number(v) : String(+v.toFixed(decimals));
+  }
   function power(v) { return "1e" + Math.round(Math.log10(v)); }
   function ticks(low, high, count) {
     var raw = (high - low) / Math.max(1, count), unit = Math.pow(10, Math.floor(Math.log10(raw)));
@@ -102,7 +106,9 @@
       var width = plot.clientWidth, height = width < 420 ? 220 : 250;
       if (!width) return;
       var yr = range(), ylabels = chart.log ? powers(yr[0], yr[1]) : ticks(yr[0], yr[1], 5);
-      var words = ylabels.map(function (v) { return chart.log ? power(v) : bars ? Math.round(v * 100) + "%" : number(v); });
+      var words = ylabels.map(function (v) {
+        return chart.log ? power(v) : bars ? Math.round(v * 100) + "%" : onAxis(v, ylabels[1] - ylabels[0]);
+      });
       var left = 16 + 7 * Math.max.apply(null, words.map(function (w) { return w.length; })), right = width - 10, top = 22, bottom = height - 38;
       var count = bars ? 0 : Math.max.apply(null, chart.series.map(function (s) { return s.values.length; }));
       var xr = bars ? [chart.edges[0], chart.edges[chart.edges.length - 1]] : [0, Math.max(1, (count - 1) * stride)];
@@ -118,7 +124,9 @@
         el("line", { x1: left, x2: right, y1: y(v), y2: y(v), "class": "grid" }, svg);
         el("text", { x: left - 8, y: y(v) + 4, "text-anchor": "end" }, svg, words[i]);
       });
-      ticks(xr[0], xr[1], Math.max(2, Math.floor((right - left) / 80))).forEach(function (v) {
+      var longest = Math.max.apply(null, (chart.ticks || [""]).map(function (t) { return t.length; }));
+      var room = Math.max(80, 13 * longest);  // an end's label is beside its place, not over it
+      ticks(xr[0], xr[1], Math.max(1, Math.floor((right - left) / room))).forEach(function (v) {
         if (!bars && v % 1) return;
         el("text", { x: x(v), y: bottom + 17, "text-anchor": x(v) > right - 12 ? "end" : chart.ticks && v === 0 ? "start" : "middle" }, svg, chart.ticks ? chart.ticks[v] || "" : number(v));
       });
@@ -162,7 +170,7 @@
       if (chart.mark !== null && chart.mark !== undefined) {
         el("line", { x1: x(chart.mark), x2: x(chart.mark), y1: top, y2: bottom, "class": "mark" }, svg);
         var late = x(chart.mark) > (left + right) / 2;
-        el("text", { x: x(chart.mark) + (late ? -5 : 5), y: top + 12, "text-anchor": late ? "end" : "start", "class": "marked" }, svg, "parts at step " + chart.mark);
+        el("text", { x: x(chart.mark) + (late ? -5 : 5), y: top + 12, "text-anchor": late ? "end" : "start", "class": "marked" }, svg, "diverges at step " + chart.mark);
       }
       hover(svg, { left: left, right: right, top: top, bottom: bottom, x: x, xr: xr });
     }
