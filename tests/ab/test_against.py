@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from flashbias_patch.ab import reading, report, runner, saved, verdict
+from flashbias_patch.ab import reading, report, runner, saved, sides, verdict
 from flashbias_patch.ab.runner import Options
 from flashbias_patch.ab.verdict import judge
 from flashbias_patch.cli import main as cli
@@ -68,6 +68,18 @@ def test_only_b_is_run(tmp_path, words, old):
     text = report.text(experiment, found)
     assert "A was not run again" in text and old in text
     assert experiment.schedule == "BB" and all(run.saved == old for run in experiment.runs[:2])
+
+
+def test_further_sides_are_run_beside_the_a_that_was_kept(tmp_path, words, old):
+    further = [sides.Side("sdpa", {"FLASHBIAS_BACKEND": "sdpa"})]
+    out, made = against(tmp_path, words, old, sides=further)
+    assert made == ["B", "C", "C", "B"]
+    experiment, found = _judged(out)
+    assert [run.label for run in experiment.runs] == list("AABCCB")
+    assert [each.side for each in found.every] == ["B", "C"] and not found.failed
+    assert all(each.speed is not None and each.parity_word == "identical" for each in found.every)
+    text = report.text(experiment, found)
+    assert "C sdpa" in text and text.count("A was not run again") == 1
 
 
 def test_the_reports_need_no_old_directory(tmp_path, words, old):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from flashbias_patch.ab import charts, inference, page, report, words
+from flashbias_patch.ab import charts, inference, page, repeats, report, sides, words
 from flashbias_patch.ab.records import Run
 from flashbias_patch.ab.runner import Options
 from flashbias_patch.ab.verdict import judge
@@ -215,6 +215,19 @@ def test_inference_from_end_to_end(tmp_path):
     )
     assert [run.steps for run in experiment.runs] == [12, 12, 12]
     assert verdict.parity_word == "identical" and verdict.of_outputs and verdict.speed is not None
+
+
+def test_inference_of_three_sides_with_as_many_repeats_as_it_takes(tmp_path):
+    """The intervals of all sides are looked at after each repeat, at levels of their own."""
+    body = "with torch.no_grad():\n    for i in range(90): model(torch.ones(2, 4) * (i + 1))"
+    further = [sides.Side("off", {"FLASHBIAS_PATCH": "0"})]
+    how = {"mode": "infer", "repeats": "auto", "half_width": 1e6, "sides": further}
+    experiment, verdict = compare(tmp_path, script(tmp_path, body), timeout=100, **how)
+    assert experiment.schedule == "ABCCBA" and experiment.stopped == repeats.NARROW
+    for each in verdict.every:
+        assert each.parity_word == "identical" and each.of_outputs and each.speed is not None
+        assert each.speed.level > 99
+        assert any(n.startswith("2 repeats made the interval as narrow") for n in each.notes)
 
 
 @pytest.mark.parametrize(
