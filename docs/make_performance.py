@@ -152,7 +152,9 @@ def real_cmt() -> List[str]:
 def words_of(run: Dict[str, Any]) -> str:
     parts = ["patched" if run["patch"] else "unpatched"]
     parts += ["`PETRMultiheadFlashAttention`"] if "Flash" in run["attn"] else []
-    parts += ["`FLASHBIAS_DTYPE=fp16`"] if run["dtype"] == "fp16" else []
+    parts += [f"`FLASHBIAS_DTYPE={run['dtype']}`"] if run["dtype"] != "auto" else []
+    parts += [f"`FLASHBIAS_AQR={run['aqr']}`"] if run.get("aqr") else []
+    parts += [f"`FLASHBIAS_BACKEND={run['backend']}`"] if run.get("backend") else []
     parts += [
         word
         for field, word in (
@@ -850,8 +852,54 @@ def decoders() -> List[str]:
     ]
 
 
+FUSION, INFERENCE = "fusion_h200", "inference_h200"
+DETECTORS = {
+    "fusion0100": "CMT fusion 0100",
+    "fusion0075": "CMT fusion 0075",
+    "cmt": "CMT camera",
+    "petr": "PETR",
+    "streampetr": "StreamPETR",
+}
+
+
+def named_detector(run: Dict[str, Any]) -> str:
+    return f"{DETECTORS[run['family']]}, {run['size']}, batch {run['bs']}"
+
+
+def fusion_rows() -> List[List[str]]:
+    result = load(FUSION)
+    runs = merged([*result["family"], *result["runs"]])
+    named = {(run["family"], run["name"]): run for run in runs}
+    return [
+        [
+            named_detector(run),
+            words_of(run),
+            *cells(run, named.get((run["family"], counterpart(run["name"])))),
+        ]
+        for run in runs
+    ]
+
+
 def fusion() -> List[str]:
-    """The fusion detector with its lidar branch: every run, in the order in which they ran."""
+    """The fusion detector with its lidar branch, and small detectors, by real_models.py."""
+    result = load(FUSION)
+    return [
+        "## The fusion detector",
+        "",
+        "Fusion CMT with its lidar branch (spconv) and ResNet-50 as image branch, and the camera "
+        "detectors beside it. Ratios are patched / unpatched with 95% intervals, to the unpatched "
+        "run of the same kind.",
+        "",
+        *table(("detector", "run", *COSTS), fusion_rows()),
+        ordered(result) + " " + source(FUSION),
+        "",
+        *fusion_elsewhere(),
+        *latency(),
+    ]
+
+
+def fusion_elsewhere() -> List[str]:
+    """Runs on another machine, in the order in which they ran."""
     report = load("fusion_h100")
     whole = [run for run in report["runs"] if "step_s" in run]
     base = statistics.median(run["step_s"] for run in whole if run["name"] == "unpatched")
@@ -870,7 +918,7 @@ def fusion() -> List[str]:
         for run in report["runs"]
     ]
     return [
-        "## The fusion detector",
+        "### On an H100, with an earlier version",
         "",
         f"{report['detector']}; batch {report['bs']}, attention dropout {report['dropout']}. "
         "Every run, in the order in "
@@ -879,6 +927,46 @@ def fusion() -> List[str]:
         "",
         *table(("run", "ms a step", "time", "peak MiB", "memory", ""), rows),
         source("fusion_h100"),
+        "",
+    ]
+
+
+def latency() -> List[str]:
+    """Forward passes without gradients: the median of the repeats' medians."""
+    result = load(INFERENCE)
+    found: Dict[Any, List[Dict[str, Any]]] = {}
+    for run in result["inference"]:
+        found.setdefault((run["family"], run["name"]), []).append(run)
+    rows = []
+    for (family, name), repeats in found.items():
+        done = [run for run in repeats if "latency_ms" in run]
+        if not done:
+            rows.append([named_detector(repeats[0]), words_of(repeats[0]), repeats[0]["error"]])
+            continue
+        base = [r for r in found.get((family, counterpart(name)), ()) if "latency_ms" in r]
+        ms = statistics.median(run["latency_ms"] for run in done)
+        against = statistics.median(run["latency_ms"] for run in base) if base else None
+        rows.append(
+            [
+                named_detector(done[0]),
+                words_of({**done[0], "dropout": 0.1}),
+                f"{ms:.1f}",
+                ", ".join(f"{run['latency_ms']:.1f}" for run in done),
+                f"{ms / against:.2f}x" if against else "-",
+                f"{1e3 * done[0]['bs'] / ms:.1f}",
+                f"{statistics.median(run['first_ms'] for run in done):.0f}",
+                f"{max(run['peak_MiB'] for run in done):.0f}",
+            ]
+        )
+    head = ("detector", "run", "ms", "of each process", "time", "frames/s", "first, ms", "MiB")
+    return [
+        "### Latency",
+        "",
+        "Forward passes in evaluation mode without gradients, from images and points to the "
+        "head's output; the median of 20 after 10, then of the processes.",
+        "",
+        *table(head, [[*row, *[""] * (len(head) - len(row))] for row in rows]),
+        source(INFERENCE),
         "",
     ]
 
