@@ -167,8 +167,8 @@ class BackwardPlan:
     ) -> None:
         self.rows, self.steps, self.sums = rows, steps, sums
         self.blocks = [blocks_of(step.keys, problem.padding) for step in steps]
-        self.places = [tuple(step.sums.items()) for step in steps]
-        self.gradients = range(len(needs))
+        self.sums_of_steps = [tuple(step.sums.items()) for step in steps]
+        self.gradients = needs._fields
 
     @staticmethod
     def of(
@@ -215,13 +215,13 @@ class BackwardPlan:
         rows = torch.empty(before.shape, dtype=before.dtype, device=device)
         p_rows = rows.data_ptr()
         before.launch.at(stream, p_out, p_low or p_out, p_grad, p_lse, pw, pqf, p_rows)
-        made: Dict[int, Tensor] = {}
+        made: Dict[str, Tensor] = {}
         held = []
-        for step, own, found in zip(self.steps, self.blocks, self.places):
+        for step, own, found in zip(self.steps, self.blocks, self.sums_of_steps):
             parts = {}
-            for place, total in found:
-                made[place] = tensor = total.make(q)
-                parts[place] = tensor.data_ptr()
+            for name, total in found:
+                made[name] = tensor = total.make(q)
+                parts[name] = tensor.data_ptr()
             blocks, ends, order, counts = own.blocks or pq, own.ends or pq, pq, pq
             if own.blocks:
                 order, counts, memory = own(stream, pp, device)
@@ -229,13 +229,15 @@ class BackwardPlan:
             if type(step) is ByKeys:
                 step.launch.at(
                     stream, pq, pk, pv, pqf, pkf, pd, pm, pp, blocks, p_seed, p_grad, p_rows,
-                    *[parts[place] if place in parts else pq for place in (1, 2, 4, 6)],
+                    *[parts[name] if name in parts else pq
+                      for name in ("k", "v", "k_factor", "dense")],
                 )  # fmt: skip
             else:
                 step.launch.at(
                     stream, pq, pk, pv, pqf, pkf, pw, ends, pd, pm, pp, blocks, order, counts,
                     p_seed, p_grad, p_lse, p_rows,
-                    *[parts[place] if place in parts else pq for place in (0, 3, 5)],
+                    *[parts[name] if name in parts else pq
+                      for name in ("q", "q_factor", "weights")],
                 )  # fmt: skip
         done = self.sums.at(made, stream)
-        return tuple([done[place] if place in done else None for place in self.gradients])
+        return tuple([done[name] if name in done else None for name in self.gradients])

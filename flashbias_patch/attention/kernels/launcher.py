@@ -130,8 +130,8 @@ def _gradients(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Optional
             _backwards.keep(key, kept)
         else:
             made = _repeat(kept[1], problem, passed, kept[0](problem, passed))
-        grads = kept[2]({place: parts for own in made for place, parts in own[0].items()})
-    return tuple([grads[place] if need else None for place, need in enumerate(needs)])
+        grads = kept[2]({name: part for parts, _ in made for name, part in parts.items()})
+    return tuple([grads[name] if need else None for name, need in zip(needs._fields, needs)])
 
 
 def _settle(
@@ -158,7 +158,7 @@ def _settle(
     if needs.by_queries:
         done.append(first_working(problem.key("queries"), lambda config: attempt(kinds[2], config)))
     steps = [step for step, _ in done]
-    sums = Sums({place: total for step in steps for place, total in step.sums.items()})
+    sums = Sums({name: total for step in steps for name, total in step.sums.items()})
     return (before, steps, sums), [made for _, made in done]
 
 

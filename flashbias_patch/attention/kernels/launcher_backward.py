@@ -53,9 +53,9 @@ class Passed(NamedTuple):
     seed: Optional[Tensor]
 
 
-# What a step allocates before it runs: parts of gradients by their place in Needs, and the blocks
+# What a step allocates before it runs: parts of gradients by their name in Needs, and the blocks
 # of keys.
-Made = Tuple[Dict[int, Tensor], Tuple[Tensor, Tensor, Tensor, Tensor]]
+Made = Tuple[Dict[str, Tensor], Tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def differentiable(problem: Problem) -> Tuple[Optional[Tensor], ...]:
@@ -111,17 +111,17 @@ class Rows:
 class Step:
     """A launch that writes parts of gradients: of those in `sums`, over the keys in `keys`."""
 
-    sums: Dict[int, Sum]
+    sums: Dict[str, Sum]  # by the gradient's name in Needs
     keys: Keys
 
     def make(self, problem: Problem) -> Made:
         q = problem.q
-        return {place: total.make(q) for place, total in self.sums.items()}, self.keys(problem)
+        return {name: total.make(q) for name, total in self.sums.items()}, self.keys(problem)
 
 
 def key_sums(
     problem: Problem, needs: Needs, splits: int
-) -> Tuple[Dict[int, Sum], bool, Tuple[int, ...]]:
+) -> Tuple[Dict[str, Sum], bool, Tuple[int, ...]]:
     """The sums of k, v and k_factor's gradients; whether all programs add to the last; and its
     parts' strides."""
     B, _, N, H, D = problem.sizes
@@ -143,7 +143,7 @@ def key_sums(
         parts = (1, *kf_shape) if shared else (splits, B, N, H, rank)
         kf = Sum(parts, kf_shape, problem.k_factor.dtype, zeros=shared)
         kf_strides = (0 if shared else B * N * H * rank, *_contiguous(parts[1:]))
-    return needed({1: k, 2: v, 4: kf}), shared, kf_strides
+    return needed({"k": k, "v": v, "k_factor": kf}), shared, kf_strides
 
 
 class ByKeys(Step):
@@ -181,19 +181,19 @@ class ByKeys(Step):
                 dense = Sum(parts, dense_shape, dtype, zeros=True)
             dd_strides = (B * H * N if mode == 3 else 0, *_contiguous(parts[1:]))
 
-        self.sums = needed({**sums, 6: dense})
+        self.sums = needed({**sums, "dense": dense})
         given = problem.strides()
         self.launch = Launch(
             bwd.keys_kernel, count * splits * B * H,
             (
                 *given[:15], *given[18:], *strides(passed.grad_out),
-                B * N * H * D if 1 in sums else 0,
+                B * N * H * D if "k" in sums else 0,
                 *kf_strides, *dd_strides,
                 B * H, H, M, N, splits, split_rows, count, padded, problem.score_scale,
                 1.0 if problem.scaled else problem.scale, problem.dropout_p,
                 keep_scale(problem.dropout_p),
             ),
-            dict(R=rank, NEED_KV=1 in sums, NEED_KF=needs.k_factor, DENSE_GRAD=mode,
+            dict(R=rank, NEED_KV="k" in sums, NEED_KF=needs.k_factor, DENSE_GRAD=mode,
                  SHARED_KF=shared,
                  FOLDED=problem.folded, VECTOR=pb.vector(*problem[:3], passed.grad_out),
                  **problem.features(config)),
@@ -207,11 +207,12 @@ class ByKeys(Step):
         made: Made,
         stream: Optional[int] = None,
     ) -> None:
-        q, parts = problem.q, made[0]
+        q, (parts, (blocks, *_)) = problem.q, made
+        q_factor, k_factor, _ = problem.factors
         self.launch(
-            q, problem.k, problem.v, *problem.factors[:2], *problem.pairs, made[1][0],
+            q, problem.k, problem.v, q_factor, k_factor, *problem.pairs, blocks,
             q if passed.seed is None else passed.seed, passed.grad_out, rows,
-            *[parts.get(place, q) for place in (1, 2, 4, 6)], stream=stream,
+            *[parts.get(name, q) for name in ("k", "v", "k_factor", "dense")], stream=stream,
         )  # fmt: skip
 
 
@@ -238,7 +239,7 @@ class ByQueries(Step):
             weights = Sum(
                 (splits, B, M, H, problem.segments), shapes[5], problem.weights.dtype, zeros=True
             )
-        self.sums = needed({0: q, 3: qf, 5: weights})
+        self.sums = needed({"q": q, "q_factor": qf, "weights": weights})
         part = B * M * H
         self.launch = Launch(
             bwd.queries_kernel, programs,
@@ -263,17 +264,16 @@ class ByQueries(Step):
         made: Made,
         stream: Optional[int] = None,
     ) -> None:
-        q, parts = problem.q, made[0]
-        blocks, ends, order, counts = made[1]
+        q, (parts, (blocks, ends, order, counts)) = problem.q, made
         self.launch(
             q, problem.k, problem.v, *problem.factors, ends, *problem.pairs, blocks, order, counts,
             q if passed.seed is None else passed.seed, passed.grad_out, passed.lse, rows,
-            *[parts.get(place, q) for place in (0, 3, 5)], stream=stream,
+            *[parts.get(name, q) for name in ("q", "q_factor", "weights")], stream=stream,
         )  # fmt: skip
 
 
-def needed(sums: Dict[int, Optional[Sum]]) -> Dict[int, Sum]:
-    return {place: total for place, total in sums.items() if total is not None}
+def needed(sums: Dict[str, Optional[Sum]]) -> Dict[str, Sum]:
+    return {name: total for name, total in sums.items() if total is not None}
 
 
 def _contiguous(shape: Sequence[int]) -> Tuple[int, ...]:

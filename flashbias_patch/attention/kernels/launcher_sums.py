@@ -14,7 +14,7 @@ from .sums import sum_kernel
 
 ROWS = 32  # of a program
 AT_ONCE = 3  # sums that sum_kernel does
-DENSE = 6  # the place of dense's gradient, whose parts have another layout
+DENSE = "dense"  # the gradient whose parts have another layout
 
 
 class Sum:
@@ -47,52 +47,52 @@ class Sum:
 
 
 class Sums:
-    """A backward pass' gradients, by place, from the parts that its kernels wrote: three sums a
-    launch."""
+    """The gradients of a backward pass, by their name in Needs, from the parts that its kernels
+    wrote: three sums per launch."""
 
-    def __init__(self, sums: Dict[int, Sum]) -> None:
+    def __init__(self, sums: Dict[str, Sum]) -> None:
         self.sums = sums
-        self.plain = [place for place, total in sums.items() if total.whole or place == DENSE]
-        rest = [place for place in sums if place not in self.plain]
+        self.plain = [name for name, total in sums.items() if total.whole or name == DENSE]
+        rest = [name for name in sums if name not in self.plain]
         self.launches = [_launch(sums, rest[i : i + AT_ONCE]) for i in range(0, len(rest), AT_ONCE)]
 
-    def __call__(self, made: Dict[int, Tensor]) -> Dict[int, Tensor]:
-        done = {place: self.sums[place].plain(made[place]) for place in self.plain}
-        for places, launch in self.launches:
+    def __call__(self, made: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        done = {name: self.sums[name].plain(made[name]) for name in self.plain}
+        for names, launch in self.launches:
             pairs: List[Tensor] = []
-            for place in places:
-                total, parts = self.sums[place], made[place]
-                done[place] = pb.empty(total.shape, dtype=total.dtype, device=parts.device)
-                pairs += [parts, done[place]]
-            launch(*pairs, *pairs[:2] * (AT_ONCE - len(places)))
+            for name in names:
+                total, parts = self.sums[name], made[name]
+                done[name] = pb.empty(total.shape, dtype=total.dtype, device=parts.device)
+                pairs += [parts, done[name]]
+            launch(*pairs, *pairs[:2] * (AT_ONCE - len(names)))
         return done
 
-    def at(self, made: Dict[int, Tensor], stream: int) -> Dict[int, Tensor]:
+    def at(self, made: Dict[str, Tensor], stream: int) -> Dict[str, Tensor]:
         """The same on that stream, once its launches are compiled."""
         done = {}
-        for place in self.plain:
-            total = self.sums[place]
-            done[place] = made[place] if total.whole else total.plain(made[place])
-        for places, launch in self.launches:
+        for name in self.plain:
+            total = self.sums[name]
+            done[name] = made[name] if total.whole else total.plain(made[name])
+        for names, launch in self.launches:
             pairs: List[int] = []
-            for place in places:
-                total, parts = self.sums[place], made[place]
-                done[place] = torch.empty(total.shape, dtype=total.dtype, device=parts.device)
-                pairs += [parts.data_ptr(), done[place].data_ptr()]
-            launch.at(stream, *pairs, *pairs[:2] * (AT_ONCE - len(places)))
+            for name in names:
+                total, parts = self.sums[name], made[name]
+                done[name] = torch.empty(total.shape, dtype=total.dtype, device=parts.device)
+                pairs += [parts.data_ptr(), done[name].data_ptr()]
+            launch.at(stream, *pairs, *pairs[:2] * (AT_ONCE - len(names)))
         return done
 
 
-def _launch(sums: Dict[int, Sum], places: List[int]) -> Tuple[List[int], Launch]:
+def _launch(sums: Dict[str, Sum], names: List[str]) -> Tuple[List[str], Launch]:
     numbers: List[int] = []
     options: Dict[str, int] = {"ROWS": ROWS}
     first = [0]
     for i in range(AT_ONCE):
-        programs, own, constants = _layout(sums[places[i]]) if i < len(places) else NONE
+        programs, own, constants = _layout(sums[names[i]]) if i < len(names) else NONE
         first.append(first[-1] + programs)
         numbers += own
-        options.update({f"{name}{i}": value for name, value in zip(CONSTANTS, constants)})
-    return places, Launch(sum_kernel, first[-1], (first[1], first[2], *numbers), options)
+        options.update({f"{constant}{i}": value for constant, value in zip(CONSTANTS, constants)})
+    return names, Launch(sum_kernel, first[-1], (first[1], first[2], *numbers), options)
 
 
 CONSTANTS = ("HEADS", "SUM_H", "COLUMNS", "BLOCK")  # of sum_kernel, one each a sum

@@ -160,7 +160,7 @@ class WindowRows:
 class WindowStep(Step):
     def make(self, problem: Problem) -> Any:
         """With the tables, which must be there before the two kernels take streams of their own."""
-        return {place: total.make(problem.q) for place, total in self.sums.items()}, self.tables(
+        return {name: total.make(problem.q) for name, total in self.sums.items()}, self.tables(
             problem
         )
 
@@ -186,13 +186,13 @@ class WindowByKeys(WindowStep):
         self.launch = Launch(
             bwd.window_keys_kernel, patches * splits * B * H,
             (
-                *given[3:9], *given[12:15], *given[18:], B * N * H * D if 1 in self.sums else 0,
+                *given[3:9], *given[12:15], *given[18:], B * N * H * D if "k" in self.sums else 0,
                 *kf_strides,
                 B, H, M, N, padded, patches, windows.apiece, splits, problem.score_scale,
                 1.0 if problem.scaled else problem.scale, problem.dropout_p,
                 keep_scale(problem.dropout_p),
             ),
-            dict(MODE=windows.mode, MASKED=windows.masked, R=problem.rank, NEED_KV=1 in self.sums,
+            dict(MODE=windows.mode, MASKED=windows.masked, R=problem.rank, NEED_KV="k" in self.sums,
                  NEED_KF=needs.k_factor, SHARED_KF=shared, FOLDED=problem.folded,
                  VECTOR=pb.vector(*problem[1:3]),
                  **features),
@@ -201,20 +201,21 @@ class WindowByKeys(WindowStep):
     def tables(self, problem: Problem) -> Tuple[Tensor, ...]:
         windows = windows_of(problem)
         tables = tables_of(windows)
-        flags = tables.lists(self.block)[3]
+        _, _, _, flags = tables.lists(self.block)
         blocks = tables.blocks(self.block) if windows.masked else (tables.order, tables.order)
         return tables.order, flags, *blocks, tables.centres, tables.mask_centres
 
     def run(
         self, problem: Problem, passed: Passed, rows: Any, made: Any, stream: Optional[int] = None
     ) -> None:
-        q, parts, common = problem.q, made[0], self.common
+        q, (parts, tables), common = problem.q, made, self.common
+        _, k_factor, _ = problem.factors
         qs, qfs, dos, ws, values = rows
         self.launch(
-            qs, problem.k, problem.v, qfs, problem.factors[1], *problem.pairs,
+            qs, problem.k, problem.v, qfs, k_factor, *problem.pairs,
             q if passed.seed is None else passed.seed,
-            common.words, common.owners, common.frames, common.widths, *made[1], ws, dos, values,
-            *[parts.get(place, q) for place in (1, 2, 4)], stream=stream,
+            common.words, common.owners, common.frames, common.widths, *tables, ws, dos, values,
+            *[parts.get(name, q) for name in ("k", "v", "k_factor")], stream=stream,
         )  # fmt: skip
 
 
@@ -249,7 +250,7 @@ class WindowByQueries(WindowStep):
         if needs.windows:
             assert windows.weights is not None
             held = Sum((splits, B, M, H, S), shapes[7], windows.weights.dtype)
-        self.sums = needed({0: q, 3: qf, 5: weights, 7: held})
+        self.sums = needed({"q": q, "q_factor": qf, "weights": weights, "windows": held})
         part = B * M * H
         self.launch = Launch(
             bwd.window_queries_kernel, cdiv(M, config.block_m) * B * H * splits,
@@ -275,10 +276,12 @@ class WindowByQueries(WindowStep):
     def run(
         self, problem: Problem, passed: Passed, rows: Any, made: Any, stream: Optional[int] = None
     ) -> None:
-        q, parts = problem.q, made[0]
+        q, (parts, tables) = problem.q, made
+        *_, values = rows  # of window_rows_kernel
         self.launch(
             q, problem.k, problem.v, *problem.factors, *problem.pairs,
             q if passed.seed is None else passed.seed,
-            *made[1], passed.grad_out, passed.lse, rows[4],
-            *[parts.get(place, q) for place in (0, 3, 5, 7)], stream=stream,
+            *tables, passed.grad_out, passed.lse, values,
+            *[parts.get(name, q) for name in ("q", "q_factor", "weights", "windows")],
+            stream=stream,
         )  # fmt: skip
