@@ -133,6 +133,18 @@ def test_command_line(tmp_path, capsys):
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+@pytest.mark.parametrize("width", [1280, 700, 390])
+@pytest.mark.parametrize("count", [2, 5, 12])
+def test_labels_of_commits_do_not_touch(tmp_path, width, count):
+    pytest.importorskip("jinja2")
+    found = entries(count)
+    for entry in found:
+        entry.experiment.commit = "8888888888+"
+    assert browse(tmp_path, history.html(found), width)["touching"] == []
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 @pytest.mark.parametrize("width,dark", [(1280, False), (390, False), (1280, True), (390, True)])
 def test_page_in_chromium(tmp_path, width, dark):
     pytest.importorskip("jinja2")

@@ -365,11 +365,16 @@ addEventListener("load", function () { setTimeout(function () {
   var first = document.querySelector(".plot svg"), box = first && first.getBoundingClientRect();
   if (first) first.dispatchEvent(new PointerEvent("pointermove", {
     clientX: box.left + box.width / 2, clientY: box.top + 50}));
+  var touching = [];
+  document.querySelectorAll(".plot svg").forEach(function (svg) {
+    var boxes = [].map.call(svg.querySelectorAll("text"), function (n) { return n.getBoundingClientRect(); });
+    boxes.forEach(function (a, i) { boxes.slice(i + 1).forEach(function (b) {
+      if (a.top === b.top && a.left < b.right && b.left < a.right) touching.push([a.left, b.left]); }); }); });
   var tip = document.querySelector(".tip"), button = document.querySelector(".legend button");
   var lines = document.querySelectorAll(".plot path").length;
   if (button) button.click();
   document.documentElement.setAttribute("data-found", JSON.stringify({
-    problems: problems, scroll: document.documentElement.scrollWidth, inner: innerWidth,
+    problems: problems, touching: touching, scroll: document.documentElement.scrollWidth, inner: innerWidth,
     wide: wide.map(function (n) { return n.tagName + "." + n.className; }),
     drawn: document.querySelectorAll(".plot svg").length, charts: document.querySelectorAll(".chart").length,
     tip: tip && tip.textContent, lines: lines, hidden: lines - document.querySelectorAll(".plot path").length,
