@@ -26,6 +26,8 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
+from provenance import command_of
+
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ("batch", "queries", "keys", "heads", "head_dim", "rank")
 
@@ -53,7 +55,7 @@ def main() -> None:
             found[name].append(in_a_process(name, given))
     plain = found["plain"]
     report: Dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/reference_backend.py", *sys.argv[1:]]),
+        "command": command_of(str(given.out) if given.out else None),
         "environment": found["reference"][0]["environment"],
         "rows": {},
     }

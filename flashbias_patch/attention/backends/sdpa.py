@@ -318,14 +318,14 @@ def _kernel(
 
     On CUDA in half precision cuDNN takes unequal head dims, flash does not (it would end in the
     math kernel, which holds the scores). The CPU's fused kernel wants equal ones, and is not
-    selected here. cuDNN is not used for a single query, nor where its gradient may be NaN: with a
-    mask, and at N % 128 == 64, where a row's logsumexp may be below -88.7 (pytorch #196678).
+    selected here. cuDNN is not used for a single query, nor with gradients: at N % 128 == 64 they
+    are NaN where a row's logsumexp is below -88.7 (pytorch #196678), and at 37 x 63 the
+    self-check has seen wrong ones.
     """
     grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (q, k, v, attn_mask)
     )
-    nan = grad and (attn_mask is not None or k.shape[1] % 128 == 64)
-    if q.is_cuda and (nan or q.shape[1] == 1):
+    if q.is_cuda and (grad or q.shape[1] == 1):
         return _without_cudnn(), False
     if q.shape[-1] == v.shape[-1] or attn_mask is not None:
         return None, False
