@@ -207,7 +207,16 @@ def _clock(runs: Sequence[Run]) -> Optional[float]:
     return float(np.mean(values)) if values else None
 
 
-COLUMNS = ("run", "GPU", "SM clock", "least", "limit", "at most", "power", "throttled")
+COLUMNS = (
+    "run",
+    "GPU",
+    "SM clock",
+    "least clock",
+    "highest possible",
+    "temperature",
+    "power",
+    "throttled",
+)
 
 
 def table(experiment: Experiment) -> List[Tuple[str, ...]]:

@@ -231,7 +231,7 @@ def level(ratio: Ratio) -> str:
 def interval(ratio: Ratio) -> str:
     """The interval in words."""
     return (
-        "too few steps for an interval"
+        "too few steps or runs for an interval"
         if ratio.low is None
         else f"{level(ratio)} interval {ends(ratio)}"
     )

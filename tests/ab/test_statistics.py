@@ -138,6 +138,17 @@ def test_few_steps_give_a_ratio_without_an_interval():
     assert (ratio.value, ratio.low, ratio.decided) == (2.0, None, 0)
 
 
+def test_an_interval_over_orders_of_magnitude_is_none():
+    """Two runs of A, 22% apart, and one of B: with several sides the level is 98.33%, and the
+    quantile of one degree of freedom 38."""
+    steps = np.full(60, 0.1)
+    found = compare_times([steps, 1.22 * steps], [0.8 * steps], levels=(98.33, 99.67))
+    assert (found.low, found.high, found.decided) == (None, None, 0)
+    assert (found.mean.low, found.mean.high) == (None, None)
+    close = compare_times([steps, 1.01 * steps], [0.8 * steps], levels=(95.0, 99.0))
+    assert close.low < 0.8 < close.high
+
+
 def test_midmean_is_the_mean_of_the_middle_half():
     assert midmean(np.array([100.0, 1.0, 2.0, 3.0])) == 2.5
     assert midmean(np.array([7.0])) == 7.0
