@@ -39,8 +39,8 @@ MEAN_LEVEL = (
 )
 
 
-# An interval whose ends differ by a larger factor says nothing: the spread between runs may be known
-# from two of them only.
+# An interval whose ends differ by a larger factor says nothing: the spread between runs may be
+# known from two of them only.
 WIDEST = 100.0
 
 
