@@ -919,6 +919,21 @@ def small() -> List[str]:
     ]
 
 
+def slow_host(page: str) -> str:
+    """The sentence on small detectors. `page`: in front of an anchor."""
+    runs = merged([*load(SMALL)["family"], *load(SMALL)["runs"]])
+    named = {(run["family"], run["name"]): run for run in runs}
+    ratios = ", ".join(
+        f"{named_detector(run)}: {ratio(run, named[run['family'], counterpart(run['name'])])}"
+        for run in runs
+        if run["patch"]
+    )
+    return (
+        "A small detector's step waits for the host, and on a slow one patched can be slower: "
+        f"{ratios} ([these runs]({page}#small-detectors)). Measure yours with `flashbias ab`."
+    )
+
+
 def reference_backend() -> List[str]:
     """The backend that needs nothing but torch, beside plain attention."""
     name = "reference_backend_h200"
@@ -1151,7 +1166,19 @@ def readme(name: str = "README.md") -> str:
         f"([times](docs/performance.md#the-largest-batch-that-fits)): {fits}."
     )
     notes = how_to_read("docs/performance.md")
-    measured = "\n".join([*table(real_head(), real_cmt_rows()), notes, "", batch, "", verdict])
+    measured = "\n".join(
+        [
+            *table(("fusion CMT, with lidar", "run", *COSTS), training_rows(FUSION)),
+            *table(real_head(), real_cmt_rows()),
+            notes,
+            "",
+            slow_host("docs/performance.md"),
+            "",
+            batch,
+            "",
+            verdict,
+        ]
+    )
     return f"{before}{MARKS[0]}\n{measured}\n{MARKS[1]}{after}"
 
 
