@@ -361,8 +361,8 @@ FAULTS = (
         "if self._next_choice >= len(self._choices):",
         "if True:",
         PATCHING + "auto_factorize.py",
-        PATCHING + "bias_ways.py",
         PATCHING + "checkpoints.py",
+        RECOVERY + "replay.py",
     ),
     fault(
         "dropout replay: another counter",

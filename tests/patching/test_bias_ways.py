@@ -263,6 +263,22 @@ def test_both_spellings_on_every_attention_class(patched):
     assert not torch.allclose(core(q, k, k, attn_bias=bias)[0], core(q, k, k)[0])
 
 
+@pytest.mark.parametrize("operation, kind", [("self_attn", "self"), ("cross_attn", "cross")])
+def test_a_layers_own_name_decides_what_an_attention_is(patched, operation, kind):
+    """mmcv's layers set operation_name; without one, equal memory means self attention."""
+    module = patched.PETRMultiheadAttention(E, H)
+    query, other = torch.randn(M, B, E), torch.randn(M, B, E)
+    bias = torch.randn(M, M) * 3
+    for key in (query, other):
+        plain, wanted = module(query, key, key), module(query, key, key, attention_bias=bias)
+        module.operation_name = operation
+        for asked in ("self", "cross"):
+            with flashbias_patch.attention_bias(bias, kind=asked):
+                out = module(query, key, key)
+            torch.testing.assert_close(out, wanted if asked == kind else plain)
+        del module.operation_name
+
+
 def test_bias_reaches_the_original_code_as_a_dense_mask(patched):
     """kdim is not supported here: the original runs, and the bias is not lost."""
     module = patched.PETRMultiheadAttention(E, H, kdim=8, vdim=8)

@@ -708,6 +708,25 @@ def test_kinds_of_a_bare_flash_core(kind):
             core(q, other, other, attention_bias=torch.zeros(M, M + 1))
 
 
+@pytest.mark.parametrize("value", [True, 3])
+def test_an_option_of_a_forks_flash_core_that_is_unknown_here_runs_its_own_code(value):
+    with flash_classes() as load:
+        base = load(f"{stand_ins.UTILS}.petr_transformer").FlashMHA
+
+        class FlashMHA(base):
+            def forward(self, q, k, v, key_padding_mask=None, causal=False):
+                return "its own", causal
+
+        assert install.claim(FlashMHA)
+        core, x = FlashMHA(E, H), torch.randn(B, N, E)
+        assert core(x, x, x, causal=value) == ("its own", value)
+        assert core(x, x, x, None, value) == ("its own", value)
+        plain = base(E, H)
+        plain.load_state_dict(core.state_dict())
+        for usual in ({}, {"causal": False}, {"causal": None}):
+            torch.testing.assert_close(core(x, x, x, **usual)[0], plain(x, x, x)[0])
+
+
 @since(2, 0, "setup_context")
 def test_a_flash_core_in_a_function_without_ctx_is_an_error():
     """What the outer forward adds to it, a floating mask that the flash class drops too, cannot be
