@@ -149,6 +149,18 @@ def test_an_interval_over_orders_of_magnitude_is_none():
     assert close.low < 0.8 < close.high
 
 
+@pytest.mark.parametrize("factor", [1.001, 1.02])
+def test_an_effect_too_small_to_matter_is_not_decided(factor):
+    """However narrow the interval is."""
+
+    def decided(value):
+        ratio = statistics.Ratio(value, value / 1.0001, value * 1.0001, 1.0, value, 9)
+        return ratio.excludes_one
+
+    matters = factor > 1 + statistics.SMALLEST_EFFECT
+    assert (decided(factor), decided(1 / factor)) == ((1, -1) if matters else (0, 0))
+
+
 def test_midmean_is_the_mean_of_the_middle_half():
     assert midmean(np.array([100.0, 1.0, 2.0, 3.0])) == 2.5
     assert midmean(np.array([7.0])) == 7.0
