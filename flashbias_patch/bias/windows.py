@@ -81,9 +81,8 @@ class WindowBias(_Windows):
         centres: (B|1, M, S, 3), integers or whole floating numbers: view, row, column of each
             window's centre. Windows are clipped at the grid, and a centre may be outside it.
         frames: S Grids in the order of the keys; their sizes sum to N.
-        side: length of a window's edge in cells, an int or one per frame. Odd 2h + 1: offsets -h ..
-        h around
-            the centre; even 2h: -h + 1 .. h.
+        side: length of a window's edge in cells, an int or one per frame. Odd 2h + 1: offsets
+            -h .. h around the centre; even 2h: -h + 1 .. h.
         sigma: None for a profile of 1, or the width in cells of exp(-(dy^2 + dx^2) / (2 sigma^2)),
             a float or one per frame; infinite means a profile of 1.
         visible: (B|1, M, S) bool, False where a query has no window in that frame; None: all True.

@@ -67,8 +67,7 @@ class FiniteWatch:
         model: the model, wrapped by DDP or not.
         names: watch only modules whose name starts with one of these; default: all.
         stop: raise FloatingPointError in `update()` for a value that is not finite. Default: log
-        one
-            warning.
+            one warning.
 
     `first` holds the Finding, or None. It is the first in the order of execution: of the forward
     pass if an output is not finite, else of the backward pass, which begins at the loss. The first
