@@ -19,7 +19,7 @@ def problems() -> List[str]:
     if read.targets:
         from .patching import catalog
 
-        names = [name[1:] if name.startswith("-") else name for name in read.targets]
+        names = [name[1:].strip() if name.startswith("-") else name for name in read.targets]
         messages += _unknown("FLASHBIAS_TARGETS", "class to patch", names, catalog.targets())
     if read.compat != ("all",):
         from . import compat
@@ -59,6 +59,7 @@ def _unknown(variable: str, noun: str, names: Iterable[str], known: Iterable[str
         return []
     near = {name: settings.nearest(name, known) for name in unknown}
     listed = ", ".join(
-        f"{name} (the nearest is {near[name]})" if near[name] else name for name in unknown
+        f"{name or repr(name)} (the nearest is {near[name]})" if near[name] else name or repr(name)
+        for name in unknown
     )
     return [f"{variable}: no {noun} is called {listed}; there are {', '.join(known)}"]

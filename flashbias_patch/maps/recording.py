@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+import functools
+import inspect
+import operator
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from .._torch_internals import current_graph_task
+from .._torch_internals import RELEASE, current_graph_task
 from ..attention import api, reference_attention
 from ..attention import inputs as attention_inputs
+from ..patching import call_adapter
+
+_BOOLEANS = (bool, torch.bool)
 
 
 class AttentionMap(NamedTuple):
@@ -20,7 +26,9 @@ class AttentionMap(NamedTuple):
     Attributes:
         name: of the attention module, relative to the module passed to `attention_map`.
         call: 0 for the first call of that module in the block, 1 for the second, ...
-        kind: "self" if there are as many keys as queries, else "cross".
+        kind: "self" if the key is the query (or has the same memory), else "cross"; mmcv's
+            `operation_name` of the module decides where there is one. Before torch 2.0: whether
+            there are as many keys as queries.
         queries: the k positions of the queries.
         heads: the h heads.
         weights: (B, h, k, N), float32 or wider, detached, on the attention's device; before
@@ -44,14 +52,17 @@ class _Recording:
         self.names = {module: name for name, module in root.named_modules()}
         self.queries, self.heads = queries, heads
         self.maps: List[AttentionMap] = []
-        self.running: List[nn.Module] = []
+        self.running: List[Tuple[nn.Module, Optional[str]]] = []  # attentions, and their kinds
         self.calls: Dict[str, int] = {}
 
-    def add(self, inputs: attention_inputs.AttentionInputs, is_self: bool) -> None:
-        name = self.names[self.running[0]]  # the outer module, where its core is patched too
+    def add(self, inputs: attention_inputs.AttentionInputs) -> None:
+        module, kind = self.running[0]  # the outer module, where its core is patched too
+        name = self.names[module]
         call = self.calls.get(name, 0)
         self.calls[name] = call + 1
         M, H = inputs.q.shape[1:3]
+        if kind is None:
+            kind = "self" if inputs.k.shape[1] == M else "cross"
         heads = (
             tuple(range(H))
             if self.heads is None
@@ -59,9 +70,7 @@ class _Recording:
         )
         queries = tuple(_position(row, M, "queries", name) for row in self.queries)
         weights = rows(inputs, queries)[:, list(heads)]
-        self.maps.append(
-            AttentionMap(name, call, "self" if is_self else "cross", queries, heads, weights)
-        )
+        self.maps.append(AttentionMap(name, call, kind, queries, heads, weights))
 
 
 def _position(index: int, size: int, argument: str, name: str) -> int:
@@ -125,14 +134,13 @@ def attention_map(
     watched = [each for each in recording.names if _is_patched(each)]
     if not watched:
         raise ValueError(
-            f"module: no attention below {type(module).__name__} is patched; "
-            "flashbias_patch.status() shows what is"
+            f"module: no attention in {type(module).__name__} is patched; "
+            "flashbias_patch.status() shows which classes are, and torch.nn.MultiheadAttention by "
+            "itself is none of them"
         )
     handles: List[Any] = []
     for each in watched:
-        handles.append(
-            each.register_forward_pre_hook(lambda module, args: recording.running.append(module))
-        )
+        handles.append(_before_forward(each, functools.partial(_entered, recording)))
         handles.append(
             each.register_forward_hook(lambda module, args, out: _left(recording, module))
         )
@@ -146,24 +154,38 @@ def attention_map(
             handle.remove()
 
 
+def _before_forward(module: nn.Module, hook: Callable[..., None]) -> Any:
+    if RELEASE >= (2, 0):
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return module.register_forward_pre_hook(hook)
+
+
+def _entered(
+    recording: _Recording, module: nn.Module, args: Any, kwargs: Optional[Dict[str, Any]] = None
+) -> None:
+    if kwargs is None:  # before torch 2.0 hooks do not get them
+        recording.running.append((module, None))
+        return
+    given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+    query, key = (
+        next((given.arguments[name] for name in names if name in given.arguments), None)
+        for names in (("query", "q"), ("key", "k"))
+    )
+    recording.running.append((module, call_adapter.kind_of(module, query, key)))
+
+
 def _left(recording: _Recording, module: nn.Module) -> None:
-    while recording.running and recording.running.pop() is not module:
+    while recording.running and recording.running.pop()[0] is not module:
         pass  # forwards that raised
 
 
 def _integers(argument: str, values: Any) -> Tuple[int, ...]:
-    integers = (
-        values.tolist()
-        if isinstance(values, Tensor)
-        else list(values)
-        if hasattr(values, "__iter__")
-        else None
-    )
-    if integers is None or not all(
-        isinstance(value, int) and not isinstance(value, bool) for value in integers
-    ):
-        raise TypeError(f"{argument} must be a sequence of integers, got {values!r}")
-    return tuple(integers)
+    try:
+        if any(getattr(value, "dtype", type(value)) in _BOOLEANS for value in values):
+            raise TypeError
+        return tuple(operator.index(value) for value in values)
+    except TypeError:
+        raise TypeError(f"{argument} must be a sequence of integers, got {values!r}") from None
 
 
 def _is_patched(module: nn.Module) -> bool:
@@ -215,4 +237,4 @@ def _record(
         name: options.get(name) for name in ("attn_mask", "key_padding_mask", "scale")
     }
     bias, masks["attn_mask"] = attention_inputs.read_descriptions(q, k, bias, masks["attn_mask"])
-    recording.add(attention_inputs.build(q, k, v, bias, **masks), q.shape[1] == k.shape[1])
+    recording.add(attention_inputs.build(q, k, v, bias, **masks))

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import flashbias_patch
 from flashbias_patch.bias import LowRankBias, ModalityBias
 from tests.support import reference
+from tests.support.capabilities import since
 
 M, N, B, E, H = 13, 17, 2, 32, 4
 QUERIES = [3, 0, -1]
@@ -156,8 +157,32 @@ def test_nothing_is_left_behind(layer):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
 
 
+@since(2, 0, "hooks with keyword arguments")
+def test_kinds_where_there_are_as_many_keys_as_queries(layer):
+    """By what the attention gets, not by lengths."""
+    query, other = torch.randn(M, B, E), torch.randn(M, B, E)
+    for given, kind in ((other, "cross"), (query, "self"), (query.view(M, B, E), "self")):
+        for call in ({"key": given, "value": given}, {"query": query, "key": given}):
+            args = () if "query" in call else (query,)
+            with torch.no_grad(), flashbias_patch.attention_map(layer.cross, [0]) as maps:
+                layer.cross(*args, **call)
+            assert [one.kind for one in maps] == [kind]
+
+
+def test_integers_of_numpy_are_integers(layer):
+    numpy = pytest.importorskip("numpy")
+    query, key = inputs()
+    for queries in (numpy.array([1, 2]), [numpy.int64(1), torch.tensor(2)], torch.tensor([1, 2])):
+        with torch.no_grad(), flashbias_patch.attention_map(layer.cross, queries) as maps:
+            layer.cross(query, key)
+        assert maps[0].queries == (1, 2)
+    for wrong in (torch.tensor(1), [True], torch.tensor([True]), [1.0], "1", None):
+        with pytest.raises(TypeError, match="queries must be a sequence of integers"):
+            flashbias_patch.attention_map(layer, wrong).__enter__()
+
+
 def test_mistakes_are_named(layer):
-    with pytest.raises(ValueError, match="no attention below Linear is patched"):
+    with pytest.raises(ValueError, match="no attention in Linear is patched"):
         flashbias_patch.attention_map(nn.Linear(2, 2), [0]).__enter__()
     with pytest.raises(TypeError, match="queries must be a sequence of integers"):
         flashbias_patch.attention_map(layer, 3).__enter__()
