@@ -112,7 +112,7 @@ def _whisker(
     value: float, low: Optional[float], high: Optional[float]
 ) -> Optional[Dict[str, float]]:
     """Positions in percent of an interval on an axis that has 1 in it."""
-    if low is None or high is None:
+    if low is None or high is None or high > words.WIDEST * low:
         return None
     left, right = min(low, 1.0), max(high, 1.0)
     margin = 0.12 * max(right - left, 0.02)

@@ -39,11 +39,6 @@ MEAN_LEVEL = (
 )
 
 
-# An interval whose ends differ by a larger factor says nothing: the spread between runs may be
-# known from two of them only.
-WIDEST = 100.0
-
-
 class Ratio(NamedTuple):
     """B over A: the estimate and its 95% interval (None: not enough data for one)."""
 
@@ -225,8 +220,6 @@ def _ratio(
     guess = quantile(freedom + GUESS_WORTH, level) * typical * root
     seen = quantile(freedom, level) * spread * root if spread is not None else 0.0
     below, above = (max(math.hypot(float(end), guess), seen) for end in within)
-    if below + above > math.log(WIDEST):
-        return Ratio(b / a, None, None, a, b, freedom, spread)
     ends = b / a * math.exp(-below), b / a * math.exp(above)
     return Ratio(b / a, *ends, a, b, freedom, spread, level=level)
 

@@ -217,10 +217,18 @@ def size(value: float) -> str:
     return f"{value / 2**30:.2f}{SPACE}GiB" if value >= 2**30 else f"{value / 2**20:.0f}{SPACE}MiB"
 
 
+# Ends of an interval that differ by a larger factor are not printed: it says nothing, since the
+# spread between runs is known from too few of them.
+WIDEST = 100.0
+
+
 def ends(ratio: Ratio) -> str:
-    return (
-        "-" if ratio.low is None or ratio.high is None else f"{ratio.low:.3f} to {ratio.high:.3f}"
-    )
+    return "-" if ratio.low is None or ratio.high is None else between(ratio.low, ratio.high)
+
+
+def between(low: float, high: float) -> str:
+    """The ends of an interval of ratios."""
+    return "too few runs to tell" if high > WIDEST * low else f"{low:.3f} to {high:.3f}"
 
 
 def level(ratio: Ratio) -> str:
@@ -231,7 +239,7 @@ def level(ratio: Ratio) -> str:
 def interval(ratio: Ratio) -> str:
     """The interval in words."""
     return (
-        "too few steps or runs for an interval"
+        "too few steps for an interval"
         if ratio.low is None
         else f"{level(ratio)} interval {ends(ratio)}"
     )
@@ -313,7 +321,7 @@ def _ends_of(metric: Metric) -> str:
     if not math.isfinite(metric.low):
         return "-"
     level = "" if metric.level == LEVEL else f" ({metric.level:.4g}%)"
-    return f"{metric.low:.3f} to {metric.high:.3f}{level}"
+    return f"{between(metric.low, metric.high)}{level}"
 
 
 def relative(value: Optional[float]) -> str:

@@ -235,8 +235,8 @@ def problem_of(
     """A call of that signature, without dropout; every operand that can have a gradient requires
     one.
 
-    terms: LOW or LEAST: the additive terms of some rows are all that low, and those that factors
-    make are all at -200; LEAST: some segment weights are -inf.
+    terms: LOW or LEAST: the additive terms of some rows are all that low; LOW: those that factors
+    make too; LEAST: some segment weights are -inf.
     """
     device, D, Dv = signature.device, signature.head_dim, signature.value_head_dim
     B, H = BATCH, HEADS
@@ -259,7 +259,7 @@ def problem_of(
         ):
             batch, heads = sizes((shared_batch, B), (shared_heads, H))
             parts[name] = draw((batch, length, heads, rank), signature.dtype, rank**-0.25)
-        if low is not None:  # a row whose keys are all at -200
+        if terms is Terms.LOW:  # a row whose keys are all at -200
             parts["q_factor"][:, -1, :, 0], parts["k_factor"][..., 0] = 200.0, -1.0
     segments = signature.segments
     if segments is not None:
