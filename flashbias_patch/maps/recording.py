@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import torch
 from torch import Tensor, nn
 
-from .._torch_internals import RELEASE, current_graph_task
+from .._torch_internals import RELEASE, autocast, current_graph_task
 from ..attention import api, reference_attention
 from ..attention import inputs as attention_inputs
 from ..patching import call_adapter
@@ -225,7 +225,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, **options: Any) -
     if current_graph_task() == -1:
         for recording in _open.get():
             if recording.running:
-                with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+                with torch.no_grad(), autocast(q.device.type, enabled=False):
                     _record(recording, q, k, v, bias, options)
     return out
 
