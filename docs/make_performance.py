@@ -950,8 +950,7 @@ def reference_backend() -> List[str]:
         "## The reference backend on a GPU",
         "",
         "Float32, 1490 x 22384, batch 2, dropout 0.1, a tenth of the keys hidden; forward and "
-        "backward. It saves memory, not time: smaller chunks make it slower (128 MiB: 35.7 ms, "
-        "32 MiB: 94.7 ms).",
+        "backward. It saves memory, not time.",
         "",
         *table(("attention", "ms", "time", "MiB", "memory"), rows),
         source(name),

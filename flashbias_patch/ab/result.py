@@ -135,7 +135,9 @@ def rows(document: Dict[str, Any]) -> List[Tuple[str, str, str, str]]:
     ):
         entry = found[key]
         if entry:
-            ends = "" if entry["low"] is None else f" ({entry['low']:.3f} to {entry['high']:.3f})"
+            ends = (
+                "" if entry["low"] is None else f" ({words.between(entry['low'], entry['high'])})"
+            )
             sides = [
                 f"{entry[side + '_' + unit]:.{digits}f} {unit.replace('mib', 'MiB')}"
                 for side in "ab"

@@ -231,10 +231,10 @@ def build_in(
     if padding is not None:
         padding = _key_padding(padding, B, N, q.device)
     if q.dtype is not torch.float64:
-        if dense is not None:
-            dense = _without_doubles(dense)
+        if dense is not None and dense.dtype is torch.float64:
+            dense = _in_float32(dense)
         if padding is not None and padding.dtype is torch.float64:
-            padding = _without_doubles(padding)
+            padding = _in_float32(padding)
     scale = _scale(scale, D) if scale is not None or not D else D**-0.5
     return _new(
         AttentionInputs,
@@ -257,9 +257,9 @@ def build_in(
     ), power
 
 
-def _without_doubles(term: Tensor) -> Tensor:
+def _in_float32(term: Tensor) -> Tensor:
     """A float64 term as float32, in which its finite numbers stay finite."""
-    return bounded(term).float() if term.dtype is torch.float64 else term
+    return bounded(term).float()
 
 
 def _scale(scale: Any, D: int) -> float:

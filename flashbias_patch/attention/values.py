@@ -25,9 +25,10 @@ LEAST_WEIGHT = -3e4
 def bounded(term: Tensor) -> Tensor:
     """`term` with finite numbers within +-LARGEST, so that a sum of two does not overflow; its
     gradient passes."""
-    beyond = (term.abs() > LARGEST) & ~term.isinf()
     return torch.where(
-        beyond, term.detach().clamp(-LARGEST, LARGEST) + (term - term.detach()), term
+        _beyond(LARGEST, term),
+        term.detach().clamp(-LARGEST, LARGEST) + (term - term.detach()),
+        term,
     )
 
 
@@ -48,13 +49,17 @@ def finite_in_exp2(additive: Tensor, top: Tensor) -> Tensor:
     For kernels that multiply scores by log2(e), which makes finfo.min -inf. The softmax of such a
     row stays the same: no score changes such a number.
     """
-    beyond = (top.abs() > LARGEST) & ~top.isinf()
-    return additive * torch.where(beyond, 0.125, 1.0)
+    return additive * torch.where(_beyond(LARGEST, top), 0.125, 1.0)
 
 
 def any_far(top: Tensor) -> bool:
     """Whether a row's finite maximum is beyond FAR. Waits for the GPU."""
-    return bool(((top.abs() > FAR) & ~top.isinf()).any())
+    return bool(_beyond(FAR, top).any())
+
+
+def _beyond(limit: float, numbers: Tensor) -> Tensor:
+    """True where a finite number is larger than the limit in size."""
+    return (numbers.abs() > limit) & ~numbers.isinf()
 
 
 def rows_without_keys(weights: Tensor, lengths: Sequence[int], visible: Optional[Tensor]) -> Tensor:

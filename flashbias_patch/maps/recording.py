@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import inspect
 import operator
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -140,7 +139,9 @@ def attention_map(
         )
     handles: List[Any] = []
     for each in watched:
-        handles.append(_before_forward(each, functools.partial(_entered, recording)))
+        parameters = call_adapter.Parameters(type(each))
+        hook = functools.partial(_entered, recording, parameters)
+        handles.append(_before_forward(each, hook))
         handles.append(
             each.register_forward_hook(lambda module, args, out: _left(recording, module))
         )
@@ -161,15 +162,18 @@ def _before_forward(module: nn.Module, hook: Callable[..., None]) -> Any:
 
 
 def _entered(
-    recording: _Recording, module: nn.Module, args: Any, kwargs: Optional[Dict[str, Any]] = None
+    recording: _Recording,
+    parameters: call_adapter.Parameters,
+    module: nn.Module,
+    args: Tuple[Any, ...],
+    kwargs: Optional[Dict[str, Any]] = None,
 ) -> None:
     if kwargs is None:  # before torch 2.0 hooks do not get them
         recording.running.append((module, None))
         return
-    given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
     query, key = (
-        next((given.arguments[name] for name in names if name in given.arguments), None)
-        for names in (("query", "q"), ("key", "k"))
+        parameters.get(long if long in parameters.position else short, args, kwargs)
+        for long, short in (("query", "q"), ("key", "k"))
     )
     recording.running.append((module, call_adapter.kind_of(module, query, key)))
 
