@@ -1,7 +1,7 @@
 """Attention with and without a bias, every peer side by side, in one process.
 
-    python benchmarks/attention.py [--quick] [--check] [--only NAME ...] [--flashbias-path DIR]
-    [--out FILE]
+    python benchmarks/attention.py [--quick] [--check] [--only SHAPE ...] [--peers REGEX]
+    [--flashbias-path DIR] [--out FILE]
 
 Medians of CUDA events, the peers interleaved, each run queued behind a pause so that the host's
 work is not timed; and for small shapes the wall time of calls one after another, host included.
@@ -15,6 +15,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 
@@ -153,21 +154,35 @@ def peers(t, flashbias_path, math):
         except Exception as error:
             MISSING["FlashBias' kernel"] = str(error)[:200]
     if half and math:
-        from torch.nn.attention.flex_attention import flex_attention
+        found.update(flex_peers(q, k, v, qf, kf, dense))
+    return found
 
+
+def flex_peers(q, k, v, qf, kf, dense):
+    """flex_attention with the bias in three forms, each of which learns if the version can."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attend(q, k, v, scale=None, score=None):
         compiled = torch.compile(flex_attention, dynamic=False)
+        return heads_first(compiled(*map(heads_first, (q, k, v)), score_mod=score, scale=scale))
 
+    def by_dense():
+        bias = dense()
+        return attend(q, k, v, score=lambda s, b, h, m, n: s + bias[b, h, m, n])
+
+    def by_factors():
         def score(s, b, h, m, n):
             for column in range(qf.shape[-1]):
                 s = s + qf[0, m, 0, column] * kf[0, n, 0, column]
             return s
 
-        def flex():
-            with torch.no_grad():
-                return heads_first(compiled(*map(heads_first, (q, k, v)), score_mod=score))
+        return attend(q, k, v, score=score)
 
-        found["flex_attention (forward only)"] = flex
-    return found
+    return {
+        "flex_attention dense": by_dense,
+        "flex_attention factors": by_factors,
+        "flex_attention concatenated": lambda: concatenated(attend, q, k, v, qf, kf, False),
+    }
 
 
 MISSING = {}
@@ -214,8 +229,11 @@ def measure(functions, leaves, grad, repeats):
             for _ in range(2):
                 out = function()
             if out.requires_grad:
-                both(function)
-                modes.append(("forward+backward", both))
+                try:
+                    both(function)
+                    modes.append(("forward+backward", both))
+                except Exception as error:
+                    results[name]["no backward"] = f"{type(error).__name__}: {str(error)[:160]}"
             torch.cuda.synchronize()
             for mode, run in modes:
                 before = torch.cuda.memory_allocated()
@@ -340,7 +358,13 @@ def benchmark(args):
         shape = SHAPES[name]
         t, grad = make(shape)
         B, M, N, H, D, R, dtype = shape
-        functions = peers(t, args.flashbias_path, math=name in ("cmt", "square 4096"))
+        functions = {
+            peer: call
+            for peer, call in peers(
+                t, args.flashbias_path, math=name in ("cmt", "square 4096")
+            ).items()
+            if re.search(args.peers, peer)
+        }
         results = measure(functions, t[:6], grad, args.repeats)
         if B * H * M * N <= SMALL:
             add_wall_times(results, functions, t[:6], grad)
@@ -518,6 +542,7 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--peers", default="", metavar="REGEX", help="those whose name matches")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument(
         "--jobs", type=int, default=4, help="processes for --check, which mostly compiles"

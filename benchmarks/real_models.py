@@ -7,6 +7,7 @@ batch, and where a step goes.
     ... --only 'B .*bias|A .*bias'        runs whose name matches; --list prints the names
     ... --parts train|infer|batch|profile some of the four parts
     ... --repeats 3                       runs of each kind (default 2), for intervals
+    ... --together                        blocks of runs in one process instead of a process a run
     ... --timeout 1800                    seconds after which a run is ended and the next one begun
     ... --quick                           4 steps a run
     ... --device cpu --tiny               a proof that it runs: 160x64, one frame, two layers
@@ -14,10 +15,12 @@ batch, and where a step goes.
 DIRs are checkouts of junjie18/CMT (camera, and with spconv the fusion detectors: ResNet-50,
 voxel0100 at 800x320 and voxel0075 at 1600x640), megvii-research/PETR and exiawsh/StreamPETR as
 they are, and the folder of one nuScenes frame in mmdet3d's info format. Every run is a fresh
-process (real_worker.py). An unpatched run and the patched ones that are held against it are
-repeated in the order A B B A A B ... (A B C C B A ... for several), as `flashbias ab` does: a
-drift of the machine falls on both alike. Inference is the forward pass from images and points to
-the head's output, without the boxes' decoding. Names: see real_runs.py.
+process (real_worker.py), or with --together a block of steps in a process that its counterparts
+share: for times on a machine that varies, and many runs in few minutes. An unpatched run and the
+patched ones that are held against it are repeated in the order A B B A A B ... (A B C C B A ...
+for several), as `flashbias ab` does: a drift of the machine falls on both alike. Inference is the
+forward pass from images and points to the head's output, without the boxes' decoding. Names: see
+real_runs.py.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence
 
-from real_runs import BATCH, CHECKOUTS, INFERENCE, PROFILE, RUNS, chosen, in_order
+from real_runs import BATCH, CHECKOUTS, INFERENCE, PROFILE, RUNS, chosen, in_order, in_processes
 
 HERE = Path(__file__).resolve().parent
 CAPS = (24, 40, 80)
@@ -42,19 +45,24 @@ DETECTOR = (
 
 
 ORDER = (
-    "{repeats} runs of each kind, a fresh process each, in the order A B B A (of an unpatched "
-    "run and those measured "
-    "against it, forwards and backwards in turn)"
+    "{repeats} runs of each kind, {where}, in the order A B B A (of an unpatched run and those "
+    "measured against it, forwards and backwards in turn)"
+)
+FRESH = "a fresh process each"
+TOGETHER = (
+    "blocks of one process per unpatched run; at the beginning of each block two steps (in "
+    "evaluation ten calls) are not counted"
 )
 
 
 def work(plan: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
     """Lines of the workers as they end, about the machine first; one fresh process per run of
-    plan["runs"]."""
+    plan["runs"], or per group of them."""
+    number = 0
     with tempfile.TemporaryDirectory() as folder:
-        for number, fields in enumerate(plan["runs"]):
+        for runs in in_processes(plan["runs"], plan["together"]):
             given, out = Path(folder, "plan.json"), Path(folder, "out.jsonl")
-            given.write_text(json.dumps({**plan, "runs": [fields], "gradients": folder}))
+            given.write_text(json.dumps({**plan, "runs": runs, "gradients": folder}))
             out.write_text("")
             environment = {
                 **os.environ,
@@ -74,9 +82,13 @@ def work(plan: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
             ]
             if not lines and number == 0:  # as all others would
                 raise SystemExit(f"{plan['family']}: the first worker did not start ({died})")
-            if all("about" in line for line in lines):
-                lines.append({**fields, "family": plan["family"], "error": died})
-            yield from ({**line, "order": number} if "name" in line else line for line in lines)
+            ended = [line for line in lines if "name" in line]
+            lines += [
+                {**fields, "family": plan["family"], "error": died} for fields in runs[len(ended) :]
+            ]
+            for line in lines:
+                yield {**line, "order": number} if "name" in line else line
+                number += "name" in line
 
 
 def commit_of(checkout: str, given: str) -> str:
@@ -154,6 +166,11 @@ def main() -> None:
         metavar="S",
         help="seconds after which a run is ended",
     )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="an unpatched run and those measured against it in one process, block by block",
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--list", action="store_true")
@@ -206,6 +223,7 @@ def main() -> None:
             "checkout": os.path.abspath(checkouts[family]),
             "frame": os.path.abspath(args.frame),
             "device": args.device,
+            "together": args.together,
             "task": task,
             "timeout": args.timeout,
             "runs": in_order(
@@ -242,7 +260,9 @@ def main() -> None:
                         **about,
                         "command": words,
                         "detector": DETECTOR.format(**commits),
-                        "order": ORDER.format(repeats=args.repeats),
+                        "order": ORDER.format(
+                            repeats=args.repeats, where=TOGETHER if args.together else FRESH
+                        ),
                         **found,
                     },
                     indent=1,

@@ -37,6 +37,10 @@ class Run(NamedTuple):
         """Runs that start from the same weights and should compute the same."""
         return (self.attn, self.size, self.bs, self.dropout, self.bias, self.layers, self.aqr)
 
+    def model(self) -> Tuple[Any, ...]:
+        """Runs that can share one detector in one process."""
+        return (*self.twin()[:-1], self.with_cp, self.fp16, self.aqr)
+
 
 def run(name: str, **fields: Any) -> Dict[str, Any]:
     return Run(name, name.startswith("B"), **fields)._asdict()
@@ -60,6 +64,16 @@ def in_order(runs: Sequence[Dict[str, Any]], repeats: int) -> List[Dict[str, Any
         for repeat in range(repeats)
         for fields in (group if repeat % 2 == 0 else group[::-1])
     ]
+
+
+def in_processes(runs: Sequence[Dict[str, Any]], together: bool) -> List[List[Dict[str, Any]]]:
+    """The runs of each process: one, or an unpatched run with all those measured against it."""
+    if not together:
+        return [[fields] for fields in runs]
+    groups: Dict[str, List[Dict[str, Any]]] = {}
+    for fields in runs:
+        groups.setdefault(counterpart(fields["name"]), []).append(fields)
+    return list(groups.values())
 
 
 def cmt_runs() -> List[Dict[str, Any]]:

@@ -110,7 +110,8 @@ class Trainer:
     """A detector with its optimiser; `step(i)` is one training step and returns its loss."""
 
     def __init__(self, run: Run, plan: Dict[str, Any]) -> None:
-        self.run, self.cuda = run, plan["device"].startswith("cuda")
+        self.run, self.device = run, plan["device"]
+        self.cuda = self.device.startswith("cuda")
         self.detector = detectors.build(
             plan["family"], plan["checkout"], plan["frame"], options(run, plan["device"])
         )
@@ -140,6 +141,15 @@ class Trainer:
         with mark("optimizer"):
             self.optimizer.step()
         return loss.detach()
+
+    def move(self, device: str) -> None:
+        """Take weights, gradients and moments to the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.detector.net.to(device)
+        if self.bias is not None:
+            self.bias.to(device)
+        for state in self.optimizer.state.values():
+            state.update({name: state[name].to(device) for name in ("exp_avg", "exp_avg_sq")})
 
     def decoder_gradient(self) -> Tensor:
         grads = [
@@ -174,10 +184,32 @@ class Gradients:
         return float((found - known).norm() / known.norm())
 
 
-def train(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[str, Any]:
-    """The record of a run; first gradients without dropout are compared with those of the first
-    unpatched twin."""
-    trainer = Trainer(run, plan)
+class Trainers:
+    """The trainers of one process. Runs of one model share one where plan["together"] is set; the
+    others wait in the host's memory, so that a peak is that of the run alone."""
+
+    def __init__(self, plan: Dict[str, Any]) -> None:
+        self.plan = plan
+        self.kept: Dict[Tuple[Any, ...], Trainer] = {}
+
+    def of(self, run: Run) -> Trainer:
+        if not self.plan["together"]:
+            return Trainer(run, self.plan)
+        for model, trainer in self.kept.items():
+            if model != run.model():
+                trainer.move("cpu")
+        release()
+        if run.model() not in self.kept:
+            self.kept[run.model()] = Trainer(run, self.plan)
+        trainer = self.kept[run.model()]
+        trainer.run = run
+        trainer.move(trainer.device)
+        return trainer
+
+
+def train(run: Run, plan: Dict[str, Any], trainer: Trainer, gradients: Gradients) -> Dict[str, Any]:
+    """The record of a run. First gradients without dropout are compared with those of the first
+    unpatched twin, where each run begins with the same weights."""
     losses, norms, times, scales, peak = [], [], [], [], 0.0
     error = None
     for i in range(run.steps):
@@ -194,7 +226,7 @@ def train(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[str, Any
         if trainer.bias is not None:
             grad = trainer.bias.bias_scale.grad
             scales.append([trainer.bias.bias_scale.item(), None if grad is None else grad.item()])
-        if i == 0 and run.dropout == 0.0:
+        if i == 0 and run.dropout == 0.0 and not plan["together"]:
             error = gradients.error(run, trainer.decoder_gradient())
     result = {
         "losses": losses,
@@ -229,9 +261,11 @@ def largest(fits: Callable[[int], bool], low: int, limit: int) -> int:
     return good
 
 
-def batch_search(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[str, Any]:
+def batch_search(
+    run: Run, plan: Dict[str, Any], trainer: Trainer, gradients: Gradients
+) -> Dict[str, Any]:
     """The largest batch that trains within each of plan["caps"] GiB, two steps a trial."""
-    trainer = Trainer(run._replace(bs=1), plan)
+    trainer.batch = trainer.detector.resize(1)
     trainer.step(0)  # kernels are compiled and checked without a cap
     total = torch.cuda.get_device_properties(0).total_memory if trainer.cuda else 0
     rows: List[Dict[str, Any]] = []
@@ -272,8 +306,9 @@ def batch_search(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[s
     return {"batches": rows}
 
 
-def step_profile(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[str, Any]:
-    trainer = Trainer(run, plan)
+def step_profile(
+    run: Run, plan: Dict[str, Any], trainer: Trainer, gradients: Gradients
+) -> Dict[str, Any]:
     for i in range(3):
         trainer.step(i)
     net = trainer.detector.net
@@ -295,9 +330,8 @@ def step_profile(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[s
         return profile(step, plan["profile_steps"], PHASES, trainer.cuda)
 
 
-def infer(run: Run, plan: Dict[str, Any], gradients: Gradients) -> Dict[str, Any]:
+def infer(run: Run, plan: Dict[str, Any], trainer: Trainer, gradients: Gradients) -> Dict[str, Any]:
     """Latency of forward passes in evaluation mode, from the batch to the head's output."""
-    trainer = Trainer(run, plan)
     net = trainer.detector.net.eval()
     # The flag of the detector alone: StreamPETR's gives features a time by it. All parts are in
     # evaluation mode.
@@ -397,7 +431,7 @@ def main() -> None:
             out.flush()
 
         write({"about": about(plan["device"])})
-        gradients = Gradients(plan["gradients"])
+        gradients, trainers = Gradients(plan["gradients"]), Trainers(plan)
         for fields in plan["runs"]:
             run = Run(**fields)
             start, before = time.perf_counter(), dict(flashbias_patch.status()["calls"])
@@ -407,7 +441,7 @@ def main() -> None:
                     if run.patch
                     else contextlib.nullcontext()
                 ):
-                    result = TASKS[plan["task"]](run, plan, gradients)
+                    result = TASKS[plan["task"]](run, plan, trainers.of(run), gradients)
                     fallbacks = [
                         f"{f['source']}: {f['reason']}"
                         for f in flashbias_patch.status()["fallbacks"]

@@ -52,6 +52,49 @@ def test_runs_are_made_in_the_order_abba():
     assert [fields["name"][0] for fields in real_models.in_order(pair, 3)] == list("ABBAAB")
 
 
+def test_together_an_unpatched_run_shares_a_process_with_its_counterparts():
+    import real_models
+
+    for runs in real_models.RUNS.values():
+        order = real_models.in_order(runs, 2)
+        assert real_models.in_processes(order, False) == [[fields] for fields in order]
+        processes = real_models.in_processes(order, True)
+        assert [fields for process in processes for fields in process] == order
+        for process in processes:
+            assert len({fields["name"] for fields in process if not fields["patch"]}) == 1
+
+
+def test_runs_of_one_model_share_it_and_others_do_not():
+    from real_runs import FLASH, Run
+
+    unpatched = Run("A fp32", False)
+    for field, value in dict(patch=True, dtype="fp16", backend="sdpa", repeat=1, steps=2).items():
+        assert unpatched._replace(**{field: value}).model() == unpatched.model()
+    changed = dict(
+        attn=FLASH, size="8x8", bs=1, with_cp=True, fp16=True, dropout=0.0, bias=True, aqr="x"
+    )
+    for field, value in {**changed, "layers": 2}.items():
+        assert unpatched._replace(**{field: value}).model() != unpatched.model()
+
+
+def test_of_a_process_that_died_the_runs_that_ended_are_kept(monkeypatch, tmp_path):
+    import real_models
+
+    def worker(words, env, timeout):
+        plan, out = json.loads(Path(words[2]).read_text()), Path(words[3])
+        lines = [{"about": {}}, {**plan["runs"][0], "losses": [1.0]}]
+        out.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"name": "B')
+        return subprocess.CompletedProcess(words, -9)
+
+    monkeypatch.setattr(real_models.subprocess, "run", worker)
+    runs = [{"name": name, "patch": name[0] == "B"} for name in ("A x", "B x", "B x dtype=fp16")]
+    plan = {"runs": runs, "together": True, "family": "cmt", "timeout": 1.0}
+    about, *lines = real_models.work(plan)
+    assert "about" in about and [line["order"] for line in lines] == [0, 1, 2]
+    assert lines[0]["losses"] == [1.0] and "error" not in lines[0]
+    assert all(line["error"] == "the process died: -9" for line in lines[1:])
+
+
 def test_every_field_of_a_plan_is_one_of_a_run():
     import real_models
     import real_runs
@@ -124,7 +167,7 @@ def test_each_run_is_a_process_and_a_crash_loses_its_run_only(monkeypatch):
 
     monkeypatch.setattr(real_models.subprocess, "run", started)
     runs = [{"name": name, "patch": False, "repeat": 0} for name in ("one", "two", "three")]
-    plan = {"family": "cmt", "runs": runs, "timeout": 9}
+    plan = {"family": "cmt", "runs": runs, "timeout": 9, "together": False}
     lines = [line for line in real_models.work(plan) if "about" not in line]
     assert [(line["name"], line["order"]) for line in lines] == [
         ("one", 0),
@@ -410,9 +453,6 @@ def test_inference_ends_at_the_loss_and_its_output_is_digested(monkeypatch):
     class Trainer:
         cuda, detector = False, type("Detector", (), {"net": net})
 
-        def __init__(self, run, plan):
-            pass
-
         def batch(self, i):
             return {"img": -3 * torch.ones(2)}
 
@@ -424,9 +464,8 @@ def test_inference_ends_at_the_loss_and_its_output_is_digested(monkeypatch):
 
     clock = itertools.count(0.0, 0.5)  # each pass takes half a second
     monkeypatch.setattr(real_worker.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(real_worker, "Trainer", Trainer)
     run = real_runs.Run("A fp32 b6", False, bs=6, steps=12)
-    found = real_worker.infer(run, {}, real_worker.Gradients("unused"))
+    found = real_worker.infer(run, {}, Trainer(), real_worker.Gradients("unused"))
     assert net.calls == len(found["times"]) == 12
     assert found["digest"] == 2.0
     assert (found["first_ms"], found["latency_ms"], found["frames_per_s"]) == (500.0, 500.0, 12.0)
