@@ -86,7 +86,7 @@ def main() -> None:
         window_cases.Case(**options, device="cuda").fused()
         torch.cuda.synchronize()
         print("ran", name, flush=True)
-    print("multiprocessors", problem.arch_of(torch.empty(0, device="cuda"))[1])
+    print("multiprocessors", problem.arch_of(torch.empty(0, device="cuda")).processors)
 
 
 if __name__ == "__main__":

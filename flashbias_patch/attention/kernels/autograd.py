@@ -358,14 +358,14 @@ def _gradients(
 
 
 if hasattr(torch.library, "custom_op"):
-    _names = ("flashbias_patch::fused_attention", "flashbias_patch::fused_attention_backward")
+    _NAME = "flashbias_patch::fused_attention"
     _op: Any = torch.library.custom_op(
-        _names[0], _registered_forward, mutates_args=(),
+        _NAME, _registered_forward, mutates_args=(),
         schema="({}) -> ({})".format(_INPUTS.format(none="=None", empty="=[]"),
         ", ".join(["Tensor"] * 7)),
     )  # fmt: skip
     _op_backward = torch.library.custom_op(
-        _names[1], _registered_backward, mutates_args=(),
+        _NAME + "_backward", _registered_backward, mutates_args=(),
         schema="(Tensor grad_out, Tensor out, Tensor low, Tensor lse, Tensor seed, "
                "Tensor scaled_q, Tensor padded_q_factor, Tensor padded_k_factor, "
                "{}, bool[] needs) -> Tensor[]".format(_INPUTS.format(none="", empty="")),

@@ -68,10 +68,9 @@ class Blocks(NamedTuple):
 def blocks_of(keys: Keys, padding: Optional[Tensor]) -> Blocks:
     if keys.table is None:
         return Blocks(0, 0, None, (0, 0))
-    blocks, ends = (tensor.data_ptr() for tensor in keys.table)
-    return Blocks(
-        blocks, ends, keys.visible, (0 if padding is None else padding.shape[0], keys.count)
-    )
+    batch = 0 if padding is None else padding.shape[0]
+    blocks, ends = keys.table
+    return Blocks(blocks.data_ptr(), ends.data_ptr(), keys.visible, (batch, keys.count))
 
 
 def _compiled(*launches: Optional[Launch]) -> bool:
@@ -124,8 +123,8 @@ class ForwardPlan:
             new_q = torch.empty(q.shape, dtype=dtype, device=device)
             given, pq, new_a, new_b = pq, new_q.data_ptr(), pqf, pkf
             if prepare.padded:
-                new_qf = torch.empty(prepare.shapes[0], dtype=dtype, device=device)
-                new_kf = torch.empty(prepare.shapes[1], dtype=dtype, device=device)
+                new_qf = torch.empty(prepare.q_factor_shape, dtype=dtype, device=device)
+                new_kf = torch.empty(prepare.k_factor_shape, dtype=dtype, device=device)
                 new_a, new_b = new_qf.data_ptr(), new_kf.data_ptr()
             if prepare.launches:
                 prepare.copy.at(stream, given, pq, pqf, new_a, pkf, new_b)

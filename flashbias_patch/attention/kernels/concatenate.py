@@ -62,7 +62,7 @@ class Joined(torch.autograd.Function):
     ) -> Tuple[Tensor, Tensor]:
         ctx.plan, ctx.head_dim = plan, q.shape[-1]
         if q_factor is not None and k_factor is not None:
-            ctx.factor_shapes = q_factor.shape, k_factor.shape
+            ctx.q_factor_shape, ctx.k_factor_shape = q_factor.shape, k_factor.shape
         join = _join if _launches(q) else _join_in_torch
         return join(q, k, q_factor, k_factor, key_padding, plan)
 
@@ -70,14 +70,14 @@ class Joined(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         D, plan = ctx.head_dim, ctx.plan
-        need = ctx.needs_input_grad
+        need_q, need_k, need_q_factor, need_k_factor, _, _ = ctx.needs_input_grad
         parts: List[Optional[Part]] = [
-            Part(q_grad, q_grad.shape[:3] + (D,), 0, plan.q_mult) if need[0] else None,
-            Part(k_grad, k_grad.shape[:3] + (D,), 0, 1.0) if need[1] else None,
-            Part(q_grad, ctx.factor_shapes[0], D, plan.factor_mult) if need[2] else None,
+            Part(q_grad, q_grad.shape[:3] + (D,), 0, plan.q_mult) if need_q else None,
+            Part(k_grad, k_grad.shape[:3] + (D,), 0, 1.0) if need_k else None,
+            Part(q_grad, ctx.q_factor_shape, D, plan.factor_mult) if need_q_factor else None,
             # The low columns hold a rounding error: the gradient through them is below half
             # precision's own.
-            Part(k_grad, ctx.factor_shapes[1], D, 1.0) if need[3] else None,
+            Part(k_grad, ctx.k_factor_shape, D, 1.0) if need_k_factor else None,
         ]
         return (*split(parts), None, None)
 

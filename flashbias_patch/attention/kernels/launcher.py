@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,16 @@ from .problem import Problem, on_device, scales_q, unit_last
 from .tiles import Config, first_working
 
 OVERLAPPED = 1 << 26  # scores, B * H * M * N, from which on backward's two kernels run side by side
+ONLY_V = Needs(False, False, True, False, False, False, False)
 _prepared, _forwards, _backwards = Kept(), Kept(), Kept()
+
+
+class BackwardSteps(NamedTuple):
+    """The steps of a backward pass, in their order."""
+
+    rows: Any  # Rows or WindowRows
+    steps: List[Any]  # by keys, by queries, or one of the two
+    sums: Sums
 
 
 def prepare(
@@ -58,12 +67,9 @@ def backward_steps(problem: Problem, needs: Needs, passed: Passed) -> Any:
     run, or on two streams."""
     passed = passed._replace(grad_out=unit_last(passed.grad_out))
     kept = _backwards.find(_backward_class(problem, needs, passed))
-    if (
-        kept is None
-        or problem.k.shape[1] == 1
-        or len(kept[1]) > 1
-        and _streams(problem) is not None
-    ):
+    if kept is None or problem.k.shape[1] == 1:
+        return None
+    if len(kept.steps) > 1 and _streams(problem) is not None:
         return None
     return kept, passed
 
@@ -76,8 +82,8 @@ def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs
     Backward's delta, the sum of grad_out * out over a row, is taken from the unrounded output: its
     error is common to all keys, and so adds up in gradients that are sums over keys.
     """
-    q, k, _ = problem[:3]
-    if not q.numel() or not k.numel():
+    q = problem.q
+    if not q.numel() or not problem.k.numel():
         B, M, _, H, D = problem.sizes
         return (
             q.new_zeros(B, M, H, D),
@@ -104,19 +110,16 @@ def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs
 def backward(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Optional[Tensor], ...]:
     """Gradients of q, k, v, q_factor, k_factor, weights, dense, the windows' weights (None where
     not needed), shaped as these."""
-    q, k, _ = problem[:3]
-    N = k.shape[1]
-    if not q.numel() or not k.numel():
+    k = problem.k
+    if not problem.q.numel() or not k.numel():
         return _zeros(problem, needs)
-    if N == 1:
+    if k.shape[1] == 1:
         # The one key's weight is 1 (or 0) whatever its score, so that only v has a gradient:
         # exactly, where the difference of two rounded numbers would not be.
-        grads = list(_zeros(problem, needs._replace(v=False)))
+        q_grad, k_grad, v_grad, *others = _zeros(problem, needs._replace(v=False))
         if needs.v:
-            grads[2] = _gradients(
-                problem, Needs(False, False, True, False, False, False, False), passed
-            )[2]
-        return tuple(grads)
+            _, _, v_grad, *_ = _gradients(problem, ONLY_V, passed)
+        return (q_grad, k_grad, v_grad, *others)
     return _gradients(problem, needs, passed)
 
 
@@ -129,21 +132,22 @@ def _gradients(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Optional
             kept, made = _settle(problem, needs, passed)
             _backwards.keep(key, kept)
         else:
-            made = _repeat(kept[1], problem, passed, kept[0](problem, passed))
-        grads = kept[2]({name: part for parts, _ in made for name, part in parts.items()})
+            made = _repeat(kept.steps, problem, passed, kept.rows(problem, passed))
+        grads = kept.sums({name: part for parts, _ in made for name, part in parts.items()})
     return tuple([grads[name] if need else None for name, need in zip(needs._fields, needs)])
 
 
-def _settle(
-    problem: Problem, needs: Needs, passed: Passed
-) -> Tuple[Tuple[Rows, List[Any], Sums], List[Made]]:
-    """One backward pass by the first tile shapes that work: what it consists of, and the parts it
-    wrote."""
-    windows = problem.windows is not None
-    kinds: Tuple[Any, Any, Any] = (
-        (WindowRows, WindowByKeys, WindowByQueries) if windows else (Rows, ByKeys, ByQueries)
-    )
-    before = kinds[0](problem, passed)
+def _settle(problem: Problem, needs: Needs, passed: Passed) -> Tuple[BackwardSteps, List[Made]]:
+    """One backward pass by the first tile shapes that work: its steps, and the parts of gradients
+    that they wrote."""
+    make_rows: Any
+    by_keys: Any
+    by_queries: Any
+    if problem.windows is None:
+        make_rows, by_keys, by_queries = Rows, ByKeys, ByQueries
+    else:
+        make_rows, by_keys, by_queries = WindowRows, WindowByKeys, WindowByQueries
+    before = make_rows(problem, passed)
     rows = before(problem, passed)
 
     def attempt(make: Callable[..., Any], config: Config) -> Tuple[Any, Made]:
@@ -154,12 +158,12 @@ def _settle(
 
     done: List[Tuple[Any, Made]] = []
     if needs.by_keys:
-        done.append(first_working(problem.key("keys"), lambda config: attempt(kinds[1], config)))
+        done.append(first_working(problem.key("keys"), functools.partial(attempt, by_keys)))
     if needs.by_queries:
-        done.append(first_working(problem.key("queries"), lambda config: attempt(kinds[2], config)))
+        done.append(first_working(problem.key("queries"), functools.partial(attempt, by_queries)))
     steps = [step for step, _ in done]
     sums = Sums({name: total for step in steps for name, total in step.sums.items()})
-    return (before, steps, sums), [made for _, made in done]
+    return BackwardSteps(before, steps, sums), [made for _, made in done]
 
 
 def _repeat(steps: List[Any], problem: Problem, passed: Passed, rows: Tensor) -> List[Made]:
@@ -172,11 +176,11 @@ def _repeat(steps: List[Any], problem: Problem, passed: Passed, rows: Tensor) ->
     # The queries kernel is a few long programs, the keys kernel many short ones, which fill what
     # the others leave: if the long ones begin, which the other stream's priority sees to. Both
     # become ready at once.
-    (keys, queries), (current, other) = steps, streams
+    (keys, queries), (of_keys, of_queries), (current, other) = steps, made, streams
     other.wait_stream(current)
     try:
-        queries.run(problem, passed, rows, made[1], other.cuda_stream)
-        keys.run(problem, passed, rows, made[0])
+        queries.run(problem, passed, rows, of_queries, other.cuda_stream)
+        keys.run(problem, passed, rows, of_keys)
     finally:
         current.wait_stream(other)  # memory made for the one stream is used on the other until here
     return made
@@ -199,9 +203,13 @@ def _other_stream(device: torch.device) -> Any:
 def _class_of(problem: Problem, others: Tuple[Optional[Tensor], ...]) -> Tuple[Any, ...]:
     """All that a problem's launches depend on but the addresses of its tensors (and of
     `others`)."""
-    tensors = (*problem[:6], *problem[7:10], *others)
-    windows = None if problem.windows is None else problem.windows.signature()
-    return signature(tensors), problem.lengths, *problem[10:13], windows
+    (
+        q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale, rank,
+        windows,
+    ) = problem  # fmt: skip
+    tensors = q, k, v, q_factor, k_factor, weights, dense, mask, padding, *others
+    local = None if windows is None else windows.signature()
+    return signature(tensors), lengths, dropout_p, scale, rank, local
 
 
 def _backward_class(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Any, ...]:

@@ -3,7 +3,7 @@ sums over what is shared."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -59,21 +59,37 @@ Made = Tuple[Dict[str, Tensor], Tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def differentiable(problem: Problem) -> Tuple[Optional[Tensor], ...]:
-    """q, k, v, q_factor, k_factor, weights, dense, the windows' weights, as Needs has them."""
+    """The tensors that can have a gradient, in the order of Needs."""
+    windows = problem.windows
     return (
-        *problem[:6],
-        problem.dense,
-        None if problem.windows is None else problem.windows.weights,
+        problem.q, problem.k, problem.v, problem.q_factor, problem.k_factor, problem.weights,
+        problem.dense, None if windows is None else windows.weights,
+    )  # fmt: skip
+
+
+class Shapes(NamedTuple):
+    """The shapes of the tensors that can have a gradient, None for those that are not there. The
+    fields are those of Needs."""
+
+    q: Any
+    k: Any
+    v: Any
+    q_factor: Any
+    k_factor: Any
+    weights: Any
+    dense: Any
+    windows: Any
+
+
+def shapes_of(problem: Problem) -> Shapes:
+    """The shapes as the caller gave them: factors without the columns that `prepare` added."""
+    shapes = Shapes(*[None if t is None else tuple(t.shape) for t in differentiable(problem)])
+    if problem.q_factor is None or problem.k_factor is None:
+        return shapes
+    return shapes._replace(
+        q_factor=(*problem.q_factor.shape[:3], problem.rank),
+        k_factor=(*problem.k_factor.shape[:3], problem.rank),
     )
-
-
-def shapes_of(problem: Problem) -> List[Any]:
-    """The shapes of differentiable, as the caller gave them."""
-    shapes: List[Any] = [None if t is None else tuple(t.shape) for t in differentiable(problem)]
-    for place in (3, 4):
-        if shapes[place] is not None:
-            shapes[place] = (*shapes[place][:3], problem.rank)
-    return shapes
 
 
 class Rows:
@@ -126,23 +142,24 @@ def key_sums(
     parts' strides."""
     B, _, N, H, D = problem.sizes
     q, rank = problem.q, problem.rank
-    _, k_shape, v_shape, _, kf_shape, *_ = shapes_of(problem)
+    shapes = shapes_of(problem)
     k = v = kf = None
     if needs.k or needs.v:
         kept = torch.float32 if splits > 1 else q.dtype
-        k = Sum((splits, B, N, H, D), k_shape, q.dtype, kept=kept)
-        v = Sum((splits, B, N, H, D), v_shape, q.dtype, kept=kept)
+        k = Sum((splits, B, N, H, D), shapes.k, q.dtype, kept=kept)
+        v = Sum((splits, B, N, H, D), shapes.v, q.dtype, kept=kept)
 
     shared = False
     kf_strides: Tuple[int, ...] = (0, 0, 0, 0)
     if needs.k_factor:
         assert problem.k_factor is not None
         exact = torch.are_deterministic_algorithms_enabled()
-        separate = B * N * H * rank <= SEPARATE or exact or kf_shape[:1] + kf_shape[2:3] == (B, H)
+        kf_batch, _, kf_heads, _ = shapes.k_factor
+        separate = B * N * H * rank <= SEPARATE or exact or (kf_batch, kf_heads) == (B, H)
         shared = not separate
-        parts = (1, *kf_shape) if shared else (splits, B, N, H, rank)
-        kf = Sum(parts, kf_shape, problem.k_factor.dtype, zeros=shared)
-        kf_strides = (0 if shared else B * N * H * rank, *_contiguous(parts[1:]))
+        count, part = (1, shapes.k_factor) if shared else (splits, (B, N, H, rank))
+        kf = Sum((count, *part), shapes.k_factor, problem.k_factor.dtype, zeros=shared)
+        kf_strides = (0 if shared else B * N * H * rank, *_contiguous(part))
     return needed({"k": k, "v": v, "k_factor": kf}), shared, kf_strides
 
 
@@ -154,11 +171,11 @@ class ByKeys(Step):
     ) -> None:
         B, M, N, H, D = problem.sizes
         q, rank = problem.q, problem.rank
-        dense_shape = shapes_of(problem)[6]
         exact = torch.are_deterministic_algorithms_enabled()
         self.keys = Keys(problem._replace(padding=None), config.block_n)
         count = self.keys.count
-        splits = pb.split_count(count * B * H, cdiv(M, config.block_m), pb.arch_of(q)[1], config, 2)
+        processors = pb.arch_of(q).processors
+        splits = pb.split_count(count * B * H, cdiv(M, config.block_m), processors, config, 2)
         split_rows = cdiv(cdiv(M, config.block_m), splits) * config.block_m
         splits = cdiv(M, split_rows)
 
@@ -168,25 +185,27 @@ class ByKeys(Step):
         dd_strides: Tuple[int, ...] = (0, 0, 0, 0)
         if needs.dense:
             assert problem.dense is not None
-            dtype, parts, skips = problem.dense.dtype, (1, B, H, M, N), problem.padding is not None
-            if dense_shape[2] == 1:
-                mode, parts = 3, (splits, B, H, 1, N)
-                dense = Sum(parts, dense_shape, dtype)
-            elif dense_shape[:2] == (B, H):
-                mode, dense = 1, Sum(parts, dense_shape, dtype, zeros=skips, kept=dtype)
+            shape: Tuple[int, ...] = tuple(problem.dense.shape)
+            part: Tuple[int, ...] = (B, H, M, N)
+            dtype, skips = problem.dense.dtype, problem.padding is not None
+            batch, heads, rows, _ = shape
+            if rows == 1:
+                mode, part = 3, (B, H, 1, N)
+                dense = Sum((splits, *part), shape, dtype)
+            elif (batch, heads) == (B, H):
+                mode, dense = 1, Sum((1, *part), shape, dtype, zeros=skips, kept=dtype)
             elif exact:
-                mode, dense = 1, Sum(parts, dense_shape, dtype, zeros=skips)
+                mode, dense = 1, Sum((1, *part), shape, dtype, zeros=skips)
             else:
-                mode, parts = 2, (1, *dense_shape)
-                dense = Sum(parts, dense_shape, dtype, zeros=True)
-            dd_strides = (B * H * N if mode == 3 else 0, *_contiguous(parts[1:]))
+                mode, part = 2, shape
+                dense = Sum((1, *part), shape, dtype, zeros=True)
+            dd_strides = (B * H * N if mode == 3 else 0, *_contiguous(part))
 
         self.sums = needed({**sums, "dense": dense})
-        given = problem.strides()
         self.launch = Launch(
             bwd.keys_kernel, count * splits * B * H,
             (
-                *given[:15], *given[18:], *strides(passed.grad_out),
+                *problem.strides().numbers(without=("weights",)), *strides(passed.grad_out),
                 B * N * H * D if "k" in sums else 0,
                 *kf_strides, *dd_strides,
                 B * H, H, M, N, splits, split_rows, count, padded, problem.score_scale,
@@ -194,8 +213,8 @@ class ByKeys(Step):
                 keep_scale(problem.dropout_p),
             ),
             dict(R=rank, NEED_KV="k" in sums, NEED_KF=needs.k_factor, DENSE_GRAD=mode,
-                 SHARED_KF=shared,
-                 FOLDED=problem.folded, VECTOR=pb.vector(*problem[:3], passed.grad_out),
+                 SHARED_KF=shared, FOLDED=problem.folded,
+                 VECTOR=pb.vector(q, problem.k, problem.v, passed.grad_out),
                  **problem.features(config)),
         )  # fmt: skip
 
@@ -230,21 +249,20 @@ class ByQueries(Step):
         q = qf = weights = None
         if needs.q:
             kept = torch.float32 if splits > 1 else dtype
-            q = Sum((splits, B, M, H, D), shapes[0], dtype, kept=kept)
+            q = Sum((splits, B, M, H, D), shapes.q, dtype, kept=kept)
         if needs.q_factor:
             assert problem.q_factor is not None
-            qf = Sum((splits, B, M, H, rank), shapes[3], problem.q_factor.dtype)
+            qf = Sum((splits, B, M, H, rank), shapes.q_factor, problem.q_factor.dtype)
         if needs.weights:
             assert problem.weights is not None
-            weights = Sum(
-                (splits, B, M, H, problem.segments), shapes[5], problem.weights.dtype, zeros=True
-            )
+            parts = (splits, B, M, H, problem.segments)
+            weights = Sum(parts, shapes.weights, problem.weights.dtype, zeros=True)
         self.sums = needed({"q": q, "q_factor": qf, "weights": weights})
         part = B * M * H
         self.launch = Launch(
             bwd.queries_kernel, programs,
             (
-                *problem.strides(), *strides(passed.grad_out), part * D if needs.q else 0,
+                *problem.strides().numbers(), *strides(passed.grad_out), part * D if needs.q else 0,
                 part * rank if needs.q_factor else 0,
                 part * problem.segments if needs.weights else 0,
                 H, M, N, splits, split_keys, self.keys.count, padded, problem.score_scale,
@@ -253,7 +271,8 @@ class ByQueries(Step):
             ),
             dict(R=rank, NEED_Q=needs.q, NEED_QF=needs.q_factor, NEED_W=needs.weights,
                  FOLDED=problem.folded,
-                 VECTOR=pb.vector(*problem[:3], passed.grad_out), **problem.features(config)),
+                 VECTOR=pb.vector(problem.q, problem.k, problem.v, passed.grad_out),
+                 **problem.features(config)),
         )  # fmt: skip
 
     def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Optional, Tuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from . import forward as fwd
 from . import problem as pb
 from .cached_launch import Launch
-from .problem import Problem, block_columns, cdiv
+from .problem import BlockTable, Problem, block_columns, cdiv
 from .recompute import keep_scale
 from .tiles import Config
 
@@ -26,23 +27,24 @@ class Prepare:
         columns = block_columns(R)
         given = (q, q_factor, k_factor)
         self.padded = columns != R
-        self.shapes = [(*t.shape[:3], columns) for t in (q_factor, k_factor)]
-        rows = [t.shape[0] * t.shape[1] * t.shape[2] for t in given]
-        if not self.padded:
-            rows[1:] = [0, 0]
+        self.q_factor_shape, self.k_factor_shape = (
+            (*t.shape[:3], columns) for t in (q_factor, k_factor)
+        )
+        q_rows, *factor_rows = (t.shape[0] * t.shape[1] * t.shape[2] for t in given)
+        rows = q_rows, *(factor_rows if self.padded else (0, 0))
         per_program = 64
-        starts = [cdiv(count, per_program) for count in rows]
+        qf_start, kf_start, programs = itertools.accumulate(cdiv(n, per_program) for n in rows)
         self.copy = Launch(
-            fwd.prepare_kernel, sum(starts),
+            fwd.prepare_kernel, programs,
             (
                 *[n for t in given for n in pb.strides(t)],
                 *[n for t in given for n in (t.shape[2], t.shape[1])],
-                *rows, starts[0], starts[0] + starts[1], scale,
+                *rows, qf_start, kf_start, scale,
             ),
             dict(D=D, BLOCK_D=block_columns(D), R=R, BLOCK_R=columns, ROWS=per_program,
             WEIGHTS=pb.has_room(R)),
         )  # fmt: skip
-        self.launches = sum(starts) > 0
+        self.launches = programs > 0
 
     def __call__(
         self, q: Tensor, q_factor: Tensor, k_factor: Tensor
@@ -53,7 +55,8 @@ class Prepare:
             k_factor,
         )
         if self.padded:
-            new_qf, new_kf = q_factor.new_empty(self.shapes[0]), k_factor.new_empty(self.shapes[1])
+            new_qf = q_factor.new_empty(self.q_factor_shape)
+            new_kf = k_factor.new_empty(self.k_factor_shape)
         if self.launches:
             self.copy(q, new_q, q_factor, new_qf, k_factor, new_kf)
         return new_q, new_qf, new_kf
@@ -64,13 +67,13 @@ class Keys:
 
     def __init__(self, problem: Problem, block: int) -> None:
         N, padding = problem.k.shape[1], problem.padding
-        self.table: Optional[Tuple[Tensor, Tensor]] = None
+        self.table: Optional[BlockTable] = None
         self.visible: Optional[Launch] = None
         self.count = cdiv(N, block)
         if problem.weights is None and padding is None:
             return
         self.table = pb.block_table(problem.lengths or (N,), block, problem.q.device)
-        self.count = self.table[0].shape[0]
+        self.count = self.table.blocks.shape[0]
         if padding is not None:
             stride = padding.stride(0) if padding.shape[0] > 1 else 0
             self.visible = Launch(
@@ -103,7 +106,7 @@ def split_over_keys(problem: Problem, config: Config, keys: Keys) -> Tuple[int, 
     splits = (
         1
         if problem.whole
-        else pb.split_count(programs, keys.count, pb.arch_of(problem.q)[1], config)
+        else pb.split_count(programs, keys.count, pb.arch_of(problem.q).processors, config)
     )
     split_keys = cdiv(cdiv(N, config.block_n), splits) * config.block_n
     if problem.padding is None:
@@ -169,20 +172,20 @@ class Forward(Outs):
         self.attend = Launch(
             fwd.forward_kernel, programs,
             (
-                *problem.strides(), B * M * H * D if split else 0, M * H * D, H * D, D,
+                *problem.strides().numbers(), B * M * H * D if split else 0, M * H * D, H * D, D,
                 B, H, M, N, self.splits, split_keys, self.keys.count,
                 problem.score_scale, problem.dropout_p, keep_scale(problem.dropout_p),
             ),
-            dict(PARTIAL=split, HAS_LOW=self.has_low and not split, VECTOR=pb.vector(*problem[:3]),
-                 **problem.features(config)),
+            dict(PARTIAL=split, HAS_LOW=self.has_low and not split,
+                 VECTOR=pb.vector(problem.q, problem.k, problem.v), **problem.features(config)),
         )  # fmt: skip
 
     def __call__(self, problem: Problem, seed: Optional[Tensor]) -> Outputs:
-        q, k, v = problem[:3]
+        q = problem.q
         out, low, lse, parts, part_lse = self.allocate(problem)
         blocks, ends, order, counts = self.keys(problem)
         self.attend(
-            q, k, v, *problem.factors, ends, *problem.pairs, blocks, order, counts,
+            q, problem.k, problem.v, *problem.factors, ends, *problem.pairs, blocks, order, counts,
             q if seed is None else seed,
             parts, q if low is None else low, part_lse,
         )  # fmt: skip

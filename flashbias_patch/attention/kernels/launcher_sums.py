@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence, Tuple
+import itertools
+from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -83,32 +84,38 @@ class Sums:
         return done
 
 
+class Layout(NamedTuple):
+    """One of the sums of a launch, as sum_kernel needs it."""
+
+    programs: int
+    numbers: Tuple[int, ...]  # count, stride, batch stride, length, rows
+    constants: Tuple[int, ...]  # the values of CONSTANTS
+
+
+CONSTANTS = ("HEADS", "SUM_H", "COLUMNS", "BLOCK")
+NONE = Layout(0, (0, 0, 0, 1, 0), (1, 1, 1, 1))  # where a launch does fewer than AT_ONCE sums
+
+
 def _launch(sums: Dict[str, Sum], names: List[str]) -> Tuple[List[str], Launch]:
-    numbers: List[int] = []
-    options: Dict[str, int] = {"ROWS": ROWS}
-    first = [0]
-    for i in range(AT_ONCE):
-        programs, own, constants = _layout(sums[names[i]]) if i < len(names) else NONE
-        first.append(first[-1] + programs)
-        numbers += own
-        options.update({f"{constant}{i}": value for constant, value in zip(CONSTANTS, constants)})
-    return names, Launch(sum_kernel, first[-1], (first[1], first[2], *numbers), options)
+    layouts = [_layout(sums[name]) for name in names] + [NONE] * (AT_ONCE - len(names))
+    first1, first2, programs = itertools.accumulate(layout.programs for layout in layouts)
+    numbers = [number for layout in layouts for number in layout.numbers]
+    options = {
+        f"{name}{i}": value
+        for i, layout in enumerate(layouts)
+        for name, value in zip(CONSTANTS, layout.constants)
+    }
+    return names, Launch(sum_kernel, programs, (first1, first2, *numbers), dict(options, ROWS=ROWS))
 
 
-CONSTANTS = ("HEADS", "SUM_H", "COLUMNS", "BLOCK")  # of sum_kernel, one each a sum
-NONE = 0, (0, 0, 0, 1, 0), (1, 1, 1, 1)
-
-
-def _layout(total: Sum) -> Tuple[int, Tuple[int, ...], Tuple[int, ...]]:
-    """Programs; count, stride, batch stride, length and rows; the constants: see sum_kernel."""
+def _layout(total: Sum) -> Layout:
     splits, batch, length, heads, columns = total.parts
     out_batch, _, out_heads, _ = total.shape
     one = length * heads * columns
-    shared = out_batch == 1
+    shared, rows = out_batch == 1, out_batch * length * out_heads
     numbers = (
         splits * batch if shared else splits, one if shared else batch * one, 0 if shared else one,
-        length,
-        out_batch * length * out_heads,
+        length, rows,
     )  # fmt: skip
     constants = (out_heads, heads // out_heads, columns, 1 << (columns - 1).bit_length())
-    return cdiv(numbers[-1], ROWS), numbers, constants
+    return Layout(cdiv(rows, ROWS), numbers, constants)

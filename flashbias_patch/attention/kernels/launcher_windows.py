@@ -32,7 +32,7 @@ class Common:
 
     def __init__(self, problem: Problem) -> None:
         windows, (B, M, _, H, _) = windows_of(problem), problem.sizes
-        self.words, self.owners, self.frames, self.widths = windows.static(
+        self.words, self.owners, self.frames, self.widths = windows.frame_tables(
             problem.lengths, problem.q.device
         )
         self.patches = self.words.shape[0]
@@ -40,26 +40,25 @@ class Common:
         weights = windows.weights
         self.strides = (0, 0, 0) if weights is None else strides(weights)
         self.unit = LOG2E / problem.score_scale
-        self.sizes = B, H, M, self.padded, self.patches, windows.apiece
+        self.lengths = B, H, M, self.padded
+        self.sizes = (*self.lengths, self.patches, windows.apiece)
         self.constants = dict(F=len(windows.frames), MODE=windows.mode, MASKED=windows.masked)
 
     def splits(self, problem: Problem, config: Config) -> int:
         """Into how many parts a loop over patches is cut."""
         B, M, _, H, _ = problem.sizes
         visited = self.patches // 8 if windows_of(problem).masked else self.patches
-        return pb.split_count(
-            cdiv(M, config.block_m) * B * H, visited, pb.arch_of(problem.q)[1], config
-        )
+        programs, processors = cdiv(M, config.block_m) * B * H, pb.arch_of(problem.q).processors
+        return pb.split_count(programs, visited, processors, config)
 
     def by_queries(self, problem: Problem, block: int) -> Tuple[Tensor, ...]:
         """WINDOWS, FRAMES, WIDTHS, ORDER, LIST, NUMBERS, COUNTS, CENTRES, SHOWN"""
         windows = windows_of(problem)
         weights, tables = windows.weights, tables_of(windows)
-        words, numbers, counts, _ = tables.lists(block)
+        lists = tables.lists(block)
         return (
             problem.q if weights is None else weights, self.frames, self.widths, tables.order,
-            words, numbers, counts,
-            tables.centres, tables.mask_centres,
+            lists.words, lists.numbers, lists.counts, tables.centres, tables.mask_centres,
         )  # fmt: skip
 
 
@@ -75,21 +74,22 @@ class WindowForward(Outs):
         self.attend = Launch(
             fwd.window_forward_kernel, cdiv(M, config.block_m) * B * H * splits,
             (
-                *problem.strides(), *self.common.strides, B * M * H * D if split else 0, M * H * D,
-                H * D, D,
+                *problem.strides().numbers(), *self.common.strides, B * M * H * D if split else 0,
+                M * H * D, H * D, D,
                 *self.common.sizes, splits, problem.score_scale, self.common.unit,
                 problem.dropout_p,
                 keep_scale(problem.dropout_p),
             ),
-            dict(PARTIAL=split, HAS_LOW=self.has_low and not split, VECTOR=pb.vector(*problem[:3]),
-                 **self.common.constants, **problem.features(config)),
+            dict(PARTIAL=split, HAS_LOW=self.has_low and not split,
+                 VECTOR=pb.vector(problem.q, problem.k, problem.v), **self.common.constants,
+                 **problem.features(config)),
         )  # fmt: skip
 
     def __call__(self, problem: Problem, seed: Optional[Tensor]) -> Outputs:
-        q, k, v = problem[:3]
+        q = problem.q
         out, low, lse, parts, part_lse = self.allocate(problem)
         self.attend(
-            q, k, v, *problem.factors, *problem.pairs, q if seed is None else seed,
+            q, problem.k, problem.v, *problem.factors, *problem.pairs, q if seed is None else seed,
             *self.common.by_queries(problem, self.block), parts, q if low is None else low,
             part_lse,
         )  # fmt: skip
@@ -126,7 +126,7 @@ class WindowRows:
                 *strides(passed.grad_out),
                 *strides(passed.out), *(nothing if weights is None else strides(weights)),
                 *common.strides,
-                *common.sizes[:4], windows.apiece, common.unit,
+                *common.lengths, windows.apiece, common.unit,
                 1.0 / problem.score_scale if folded else 1.0,
             ),
             dict(F=len(windows.frames), MODE=windows.mode, HAS_LOW=passed.low is not None, D=D,
@@ -177,31 +177,28 @@ class WindowByKeys(WindowStep):
         windows, (B, M, N, H, D) = windows_of(problem), problem.sizes
         self.common, self.block = Common(problem), config.block_m
         patches = self.common.patches
-        splits = pb.split_count(
-            patches * B * H, cdiv(M, config.block_m), pb.arch_of(problem.q)[1], config, 2
-        )
+        processors = pb.arch_of(problem.q).processors
+        splits = pb.split_count(patches * B * H, cdiv(M, config.block_m), processors, config, 2)
         self.sums, shared, kf_strides = key_sums(problem, needs, splits)
-        given = problem.strides()
         features = problem.features(config)
         self.launch = Launch(
             bwd.window_keys_kernel, patches * splits * B * H,
             (
-                *given[3:9], *given[12:15], *given[18:], B * N * H * D if "k" in self.sums else 0,
-                *kf_strides,
+                *problem.strides().numbers(without=("q", "q_factor", "weights")),
+                B * N * H * D if "k" in self.sums else 0, *kf_strides,
                 B, H, M, N, padded, patches, windows.apiece, splits, problem.score_scale,
                 1.0 if problem.scaled else problem.scale, problem.dropout_p,
                 keep_scale(problem.dropout_p),
             ),
             dict(MODE=windows.mode, MASKED=windows.masked, R=problem.rank, NEED_KV="k" in self.sums,
                  NEED_KF=needs.k_factor, SHARED_KF=shared, FOLDED=problem.folded,
-                 VECTOR=pb.vector(*problem[1:3]),
-                 **features),
+                 VECTOR=pb.vector(problem.k, problem.v), **features),
         )  # fmt: skip
 
     def tables(self, problem: Problem) -> Tuple[Tensor, ...]:
         windows = windows_of(problem)
         tables = tables_of(windows)
-        _, _, _, flags = tables.lists(self.block)
+        flags = tables.lists(self.block).flags
         blocks = tables.blocks(self.block) if windows.masked else (tables.order, tables.order)
         return tables.order, flags, *blocks, tables.centres, tables.mask_centres
 
@@ -236,26 +233,24 @@ class WindowByQueries(WindowStep):
         splits = self.common.splits(problem, config)
         q = qf = weights = held = None
         if needs.q:
-            q = Sum(
-                (splits, B, M, H, D), shapes[0], dtype, kept=torch.float32 if splits > 1 else dtype
-            )
+            kept = torch.float32 if splits > 1 else dtype
+            q = Sum((splits, B, M, H, D), shapes.q, dtype, kept=kept)
         if needs.q_factor:
             assert problem.q_factor is not None
-            qf = Sum((splits, B, M, H, rank), shapes[3], problem.q_factor.dtype)
+            qf = Sum((splits, B, M, H, rank), shapes.q_factor, problem.q_factor.dtype)
         if needs.weights:
             assert problem.weights is not None
-            weights = Sum(
-                (splits, B, M, H, problem.segments), shapes[5], problem.weights.dtype, zeros=True
-            )
+            parts = (splits, B, M, H, problem.segments)
+            weights = Sum(parts, shapes.weights, problem.weights.dtype, zeros=True)
         if needs.windows:
             assert windows.weights is not None
-            held = Sum((splits, B, M, H, S), shapes[7], windows.weights.dtype)
+            held = Sum((splits, B, M, H, S), shapes.windows, windows.weights.dtype)
         self.sums = needed({"q": q, "q_factor": qf, "weights": weights, "windows": held})
         part = B * M * H
         self.launch = Launch(
             bwd.window_queries_kernel, cdiv(M, config.block_m) * B * H * splits,
             (
-                *problem.strides(), *self.common.strides, *strides(passed.grad_out),
+                *problem.strides().numbers(), *self.common.strides, *strides(passed.grad_out),
                 part * D if needs.q else 0,
                 part * rank if needs.q_factor else 0,
                 part * problem.segments if needs.weights else 0,
@@ -265,7 +260,8 @@ class WindowByQueries(WindowStep):
             ),
             dict(R=rank, NEED_Q=needs.q, NEED_QF=needs.q_factor, NEED_W=needs.weights,
                  NEED_WINDOWS=needs.windows,
-                 FOLDED=problem.folded, VECTOR=pb.vector(*problem[:3], passed.grad_out),
+                 FOLDED=problem.folded,
+                 VECTOR=pb.vector(problem.q, problem.k, problem.v, passed.grad_out),
                  **self.common.constants,
                  **problem.features(config)),
         )  # fmt: skip

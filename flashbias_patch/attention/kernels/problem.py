@@ -43,6 +43,39 @@ FOLDED_SCALE = (
 empty = torch.empty  # checks poison it
 
 
+class Strides(NamedTuple):
+    """The strides of a problem's tensors, in the order of the kernels' arguments."""
+
+    q: Tuple[int, ...]  # over batch, length and heads, as of k to weights
+    k: Tuple[int, ...]
+    v: Tuple[int, ...]
+    q_factor: Tuple[int, ...]
+    k_factor: Tuple[int, ...]
+    weights: Tuple[int, ...]
+    dense: Tuple[int, ...]  # over batch, heads and queries, as of the mask
+    mask: Tuple[int, ...]
+    padding: Tuple[int, ...]  # over batch
+
+    def numbers(self, without: Sequence[str] = ()) -> List[int]:
+        """All of them one after the other, except those of the fields `without`."""
+        groups = zip(self._fields, self)
+        return [number for name, group in groups if name not in without for number in group]
+
+
+class Arch(NamedTuple):
+    """A GPU: its compute capability as 10 * major + minor, and its multiprocessors."""
+
+    capability: int
+    processors: int
+
+
+class BlockTable(NamedTuple):
+    """The blocks of keys of a call: see block_table."""
+
+    blocks: Tensor
+    ends: Tensor
+
+
 class Problem(NamedTuple):
     """One attention call, its tensors ready for the kernels: last stride 1, factors padded, q
     scaled if need be."""
@@ -110,7 +143,7 @@ class Problem(NamedTuple):
     @property
     def factors(self) -> Tuple[Tensor, Tensor, Tensor]:
         """q_factor, k_factor, weights for a kernel: q stands for what is not there."""
-        q, _, _, q_factor, k_factor, weights = self[:6]
+        q, q_factor, k_factor, weights = self.q, self.q_factor, self.k_factor, self.weights
         return (
             q if q_factor is None else q_factor, q if k_factor is None else k_factor,
             q if weights is None else weights
@@ -126,15 +159,16 @@ class Problem(NamedTuple):
             q if padding is None else padding,
         )
 
-    def strides(self) -> Tuple[int, ...]:
-        """Of q, k, v, q_factor, k_factor, weights (three each), dense, mask (three each),
-        padding."""
-        found: Tuple[int, ...] = ()
-        for tensor in self[:6]:
-            found += (0, 0, 0) if tensor is None else strides(tensor)
+    def strides(self) -> Strides:
+        """The strides of its tensors, zeros for those that are not there."""
+        q, k, v, q_factor, k_factor, weights = (
+            (0, 0, 0) if tensor is None else strides(tensor)
+            for tensor in (self.q, self.k, self.v, self.q_factor, self.k_factor, self.weights)
+        )
         padding = self.padding
-        found += pair_strides(self.dense) + pair_strides(self.mask)
-        return found + (0 if padding is None or padding.shape[0] == 1 else padding.stride(0),)
+        over_batch = 0 if padding is None or padding.shape[0] == 1 else padding.stride(0)
+        dense, mask = pair_strides(self.dense), pair_strides(self.mask)
+        return Strides(q, k, v, q_factor, k_factor, weights, dense, mask, (over_batch,))
 
     def features(self, config: Config) -> Dict[str, Any]:
         """What the three attention kernels are compiled for."""
@@ -180,10 +214,8 @@ def key_of(
     pairs = dense is not None or mask is not None
     plain = not dropout_p and not pairs and padding is None
     block_r = block_columns(rank) if rank else 0
-    half = q.dtype != torch.float32
-    return Key(
-        kernel, arch_of(q)[0], half, block_columns(q.shape[-1]), block_r, plain, segments, pairs
-    )
+    half, arch = q.dtype != torch.float32, arch_of(q).capability
+    return Key(kernel, arch, half, block_columns(q.shape[-1]), block_r, plain, segments, pairs)
 
 
 def scales_q(q_factor: Optional[Tensor], scale: float) -> bool:
@@ -232,14 +264,17 @@ def unit_last(tensor: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _arch(index: int) -> Tuple[int, int]:
+def _arch(index: int) -> Arch:
     properties = torch.cuda.get_device_properties(index)
-    return properties.major * 10 + properties.minor, properties.multi_processor_count
+    return Arch(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
-def arch_of(tensor: Tensor) -> Tuple[int, int]:
-    """(10 * major + minor, multiprocessors); (0, 1) for the interpreter."""
-    return _arch(tensor.device.index) if tensor.is_cuda else (0, 1)
+_INTERPRETER = Arch(0, 1)
+
+
+def arch_of(tensor: Tensor) -> Arch:
+    """The tensor's GPU; for the interpreter a capability of 0 and one processor."""
+    return _arch(tensor.device.index) if tensor.is_cuda else _INTERPRETER
 
 
 def on_device(tensor: Tensor) -> ContextManager[Any]:
@@ -289,22 +324,20 @@ def aligned_rows(tensor: Tensor) -> Tensor:
     """
     size = tensor.element_size()
     aligned = tensor.shape[2] == 1 or tensor.stride(2) % 16 == 0 and tensor.data_ptr() % 16 == 0
-    distinct = [
+    *rows, columns = [
         1 if stride == 0 else length for length, stride in zip(tensor.shape, tensor.stride())
     ]
-    if aligned or math.prod(distinct) * size > COPIED:
+    if aligned or math.prod(rows) * columns * size > COPIED:
         return tensor
-    rows, length = distinct[:3], tensor.shape[3]
+    length = tensor.shape[3]
     copy = tensor.new_empty(*rows, cdiv(length, 16) * 16)[..., :length]
     return copy.copy_(tensor[tuple(map(slice, rows))]).expand(tensor.shape)
 
 
 @functools.lru_cache(maxsize=256)
-def block_table(
-    lengths: Tuple[int, ...], block: int, device: torch.device
-) -> Tuple[Tensor, Tensor]:
-    """Blocks of keys (count, 4): first key, end, segment, what dropout adds to a key
-    (common.dropout_shift); and the segments' ends (S + 1,)."""
+def block_table(lengths: Tuple[int, ...], block: int, device: torch.device) -> BlockTable:
+    """Blocks of keys (count, 4) int32: first key, end, segment, the offset of its keys in dropout
+    (common.dropout_shift); and the segments' ends (S + 1,) int32."""
     rows: List[Tuple[int, int, int, int]] = []
     ends, offset = [0], 0
     for segment, length in enumerate(lengths):
@@ -315,7 +348,7 @@ def block_table(
         ends.append(offset)
     with torch.inference_mode(False):
         make = functools.partial(torch.tensor, dtype=torch.int32)
-        return make(rows).to(device), make(ends).to(device)
+        return BlockTable(make(rows).to(device), make(ends).to(device))
 
 
 def pad_kind(padding: Optional[Tensor]) -> int:

@@ -4,7 +4,7 @@ when its kernels fail."""
 from __future__ import annotations
 
 from itertools import compress
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -113,10 +113,15 @@ OPERANDS = (
 )  # fmt: skip
 
 
+def _operands(call: Call) -> Dict[str, Optional[Tensor]]:
+    """The tensors of OPERANDS by name."""
+    weights = None if call.windows is None else call.windows.weights
+    return {name: weights if name == "window_weights" else getattr(call, name) for name in OPERANDS}
+
+
 def _needed(call: Call) -> List[bool]:
-    """Whether each of OPERANDS is there and needs a gradient."""
-    windows = None if call.windows is None else call.windows.weights
-    operands = (*call[:6], call.dense, windows)
+    """For each of OPERANDS, True if it is there and needs a gradient."""
+    operands = _operands(call).values()
     return [t is not None and need for t, need in zip(operands, (*call.needs, False))]
 
 
@@ -153,16 +158,15 @@ def differentiable_backward(call: Call, grad_out: Tensor) -> Tuple[Optional[Tens
     mode is on."""
     again, needed, dropout = torch.is_grad_enabled(), _needed(call), dropout_of(call)
     with torch.enable_grad(), internals.autocast_off():
-        windows = call.windows
-        operands: List[Any] = [*call[:6], call.dense, None if windows is None else windows.weights]
         # An operand that was made of another one must not count for both.
-        leaves: List[Any] = [t.view_as(t) if need else t for t, need in zip(operands, needed)]
-        if windows is not None:
-            windows = windows._replace(weights=leaves[7])
-        out = reference_attention.attend(
-            call._replace(**dict(zip(OPERANDS[:7], leaves)), windows=windows), dropout
-        )
-        wanted = [*compress(leaves, needed)]
+        leaves: Dict[str, Any] = {
+            name: t.view_as(t) if need and t is not None else t
+            for (name, t), need in zip(_operands(call).items(), needed)
+        }
+        wanted = [*compress(leaves.values(), needed)]
+        weights = leaves.pop("window_weights")
+        windows = None if call.windows is None else call.windows._replace(weights=weights)
+        out = reference_attention.attend(call._replace(**leaves, windows=windows), dropout)
         found = iter(
             torch.autograd.grad(out, wanted, grad_out, create_graph=again, allow_unused=True)
         )

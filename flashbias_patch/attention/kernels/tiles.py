@@ -257,7 +257,7 @@ def _sensible(config: Config) -> Config:
         n > 0 and not n & n - 1 for n in powers
     )
     sizes = (
-        min(powers[:2]) >= 16
+        min(config.block_m, config.block_n) >= 16
         and max(powers) <= 256
         and config.warps <= 16
         and 1 <= config.stages <= 8

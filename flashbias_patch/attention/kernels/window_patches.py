@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import List, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ...bias.grids import Grid, key_count
 EDGE = 8
 SIZE = EDGE * EDGE
 PADDING = 8  # as in window_common.py
+SIDE, MASK_SIDE = 5, 6  # columns of FRAMES
 KEYS, ROWS, COLUMNS = 1 << 28, (1 << 16) - EDGE, (1 << 12) - EDGE
 LOG2E = 1.4426950408889634
 
@@ -48,17 +49,27 @@ def _cuts(length: int) -> List[Tuple[int, int]]:
     return [(min(first, last), first - min(first, last)) for first in range(0, length, EDGE)]
 
 
+class FrameTables(NamedTuple):
+    """The kernels' tables of a call's frames, which depend on sizes alone.
+
+    A row of FRAMES: first patch, patches (an even number), columns, rows, segment, side of the bias
+    (SIDE) and of the mask (MASK_SIDE), spacing, views.
+    """
+
+    words: Tensor  # PATCHES (P,) int64
+    owners: Tensor  # OWNERS (P,) int32: the frame of each patch
+    frames: Tensor  # FRAMES (F, 9) int32
+    widths: Tensor  # WIDTHS (F,) float32: -log2(e) / (2 sigma^2)
+
+
 @functools.lru_cache(maxsize=64)
 def tables(
     frames: Tuple[Grid, ...], sides: Tuple[int, ...], mask_sides: Tuple[int, ...],
     sigmas: Optional[Tuple[float, ...]],
     lengths: Tuple[int, ...], device: torch.device,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """PATCHES (P,) int64; OWNERS (P,) int32: their frames; FRAMES (F, 9) int32: first patch,
-    patches (an even number), columns, rows, segment, side of the bias and of the mask, spacing,
-    views; WIDTHS (F,) float32: -log2(e) / (2 sigma^2).
-
-    `lengths` of segments, whose ends are ends of frames; () for none."""
+) -> FrameTables:  # fmt: skip
+    """The tables of these frames. `lengths` of segments, whose ends are ends of frames; () for
+    none."""
     words: List[int] = []
     owners: List[int] = []
     rows: List[Tuple[int, ...]] = []
@@ -90,12 +101,12 @@ def tables(
         0.0 if math.isinf(sigma) else -LOG2E / (2 * sigma * sigma) for sigma in sigmas or ()
     ] or [0.0] * len(frames)
     with torch.inference_mode(False):
-        return (
-            torch.tensor(words, dtype=torch.int64).to(device), torch.tensor(owners,
-            dtype=torch.int32).to(device),
-            torch.tensor(rows, dtype=torch.int32).to(device), torch.tensor(widths,
-            dtype=torch.float32).to(device),
-        )  # fmt: skip
+        return FrameTables(
+            words=torch.tensor(words, dtype=torch.int64).to(device),
+            owners=torch.tensor(owners, dtype=torch.int32).to(device),
+            frames=torch.tensor(rows, dtype=torch.int32).to(device),
+            widths=torch.tensor(widths, dtype=torch.float32).to(device),
+        )
 
 
 def _word(key: int, above: int, row: int, column: int, left: int) -> int:

@@ -18,6 +18,7 @@ from . import window_common as kernels
 from . import window_patches
 from .cached_launch import Kept, Launch, signature
 from .problem import cdiv, unit_last
+from .window_patches import MASK_SIDE, SIDE, FrameTables
 
 try:
     from torch.multiprocessing.reductions import StorageWeakRef
@@ -54,16 +55,16 @@ class Windows(NamedTuple):
     def which(self) -> int:
         """Column of FRAMES (window_patches.tables) with the sides that decide which patches are
         touched."""
-        return 6 if self.masked else 5
+        return MASK_SIDE if self.masked else SIDE
 
     def signature(self) -> Tuple[Any, ...]:
-        """What launches depend on."""
-        return (signature(self[:3]), *self[3:])
+        """The properties that launches depend on."""
+        weights, centres, mask_centres, frames, sides, sigmas, mask_sides = self
+        tensors = signature((weights, centres, mask_centres))
+        return tensors, frames, sides, sigmas, mask_sides
 
-    def static(
-        self, lengths: Tuple[int, ...], device: torch.device
-    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """PATCHES, OWNERS, FRAMES, WIDTHS of window_patches.tables."""
+    def frame_tables(self, lengths: Tuple[int, ...], device: torch.device) -> FrameTables:
+        """The tables of its frames (window_patches.tables)."""
         return window_patches.tables(
             self.frames, self.sides, self.mask_sides, self.sigmas, lengths, device
         )
@@ -71,7 +72,8 @@ class Windows(NamedTuple):
     @property
     def apiece(self) -> int:
         """1 where batch entries have tables of their own, else 0."""
-        return int(any(centres is not None and centres.shape[0] > 1 for centres in self[1:3]))
+        both = self.centres, self.mask_centres
+        return int(any(centres is not None and centres.shape[0] > 1 for centres in both))
 
 
 def make(
@@ -130,6 +132,16 @@ def _unit_ends(centres: Optional[Tensor]) -> Optional[Tensor]:
     return centres.contiguous()
 
 
+class Lists(NamedTuple):
+    """LIST, NUMBERS, COUNTS and FLAGS of lists_kernel: for each block of queries the patches that
+    windows touch."""
+
+    words: Tensor
+    numbers: Tensor
+    counts: Tensor
+    flags: Tensor
+
+
 class Tables:
     """The order of queries, the centres in it, and for each block size the patches that windows
     touch."""
@@ -139,16 +151,16 @@ class Tables:
         assert first is not None
         self.M, self.S = first.shape[1:3]
         self.padded = cdiv(self.M, 256) * 256
-        self.batch = max(1, *[t.shape[0] for t in windows[1:3] if t is not None])
+        centres, mask_centres = windows.centres, windows.mask_centres
+        self.batch = max(1, *[t.shape[0] for t in (centres, mask_centres) if t is not None])
         self.frames, self.words, self.compact = frames, words, windows.masked
         self.which = windows.which
         self.order = self._order(first)
-        place = [
-            None if t is None else self._centres(t, which) for t, which in zip(windows[1:3], (5, 6))
-        ]
-        self.centres: Tensor = place[1] if place[0] is None else place[0]  # type: ignore[assignment]  # one of the two is a tensor
-        self.mask_centres: Tensor = place[0] if place[1] is None else place[1]  # type: ignore[assignment]  # one of the two is a tensor
-        self._lists: Dict[int, Tuple[Tensor, ...]] = {}
+        bias = None if centres is None else self._centres(centres, SIDE)
+        mask = None if mask_centres is None else self._centres(mask_centres, MASK_SIDE)
+        self.centres: Tensor = mask if bias is None else bias  # type: ignore[assignment]  # one of the two is a tensor
+        self.mask_centres: Tensor = bias if mask is None else mask  # type: ignore[assignment]  # one of the two is a tensor
+        self._lists: Dict[int, Lists] = {}
         self._blocks: Dict[int, Tuple[Tensor, Tensor]] = {}
 
     def _order(self, centres: Tensor) -> Tensor:
@@ -190,8 +202,8 @@ class Tables:
         )
         return placed
 
-    def lists(self, block: int) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """LIST, NUMBERS, COUNTS, FLAGS for blocks of that many queries: see lists_kernel."""
+    def lists(self, block: int) -> Lists:
+        """The patches that windows touch, for blocks of that many queries."""
         found = self._lists.get(block)
         if found is None:
             count, device, P = cdiv(self.M, block), self.order.device, self.words.shape[0]
@@ -209,14 +221,14 @@ class Tables:
                 self.mask_centres if self.compact else self.centres, self.frames, self.words,
                 words, numbers, counts, flags,
             )  # fmt: skip
-            found = self._lists[block] = words, numbers, counts, flags
-        return found  # type: ignore[return-value]
+            found = self._lists[block] = Lists(words, numbers, counts, flags)
+        return found
 
     def blocks(self, block: int) -> Tuple[Tensor, Tensor]:
         """BLOCKS and COUNTS of blocks_kernel, for blocks of that many queries."""
         found = self._blocks.get(block)
         if found is None:
-            flags, P, count = self.lists(block)[3], self.words.shape[0], cdiv(self.M, block)
+            flags, P, count = self.lists(block).flags, self.words.shape[0], cdiv(self.M, block)
             ids = torch.zeros(self.batch * P * count + 1, dtype=torch.int32, device=flags.device)
             counts = torch.empty((self.batch, P), dtype=torch.int32, device=flags.device)
             programs = self.batch * cdiv(P, CHUNK)
@@ -225,8 +237,15 @@ class Tables:
         return found
 
 
+class KeptTables(NamedTuple):
+    """Tables, and weak references to the memory of the centres that they were made of."""
+
+    owners: Tuple[Any, ...]
+    tables: Tables
+
+
 _launches = Kept()
-_kept: Dict[Key, Tuple[Tuple[Any, ...], Tables]] = {}
+_kept: Dict[Key, KeptTables] = {}
 
 
 def _run(
@@ -246,20 +265,21 @@ def tables_of(windows: Windows) -> Tables:
     in the same place."""
     first = windows.mask_centres if windows.masked else windows.centres
     assert first is not None
-    static = windows.static((), first.device)
+    of_frames = windows.frame_tables((), first.device)
     places = _places(windows, first)
     if places is None:
-        return Tables(windows, static[2], static[0])
+        return Tables(windows, of_frames.frames, of_frames.words)
     key, owners = places
     found = _kept.get(key)
-    if found is None or any(owner.expired() for owner in found[0]):
-        for old, (refs, _) in list(_kept.items()):
-            if any(ref.expired() for ref in refs):
+    if found is None or any(owner.expired() for owner in found.owners):
+        for old, kept in list(_kept.items()):
+            if any(owner.expired() for owner in kept.owners):
                 _kept.pop(old, None)
         while len(_kept) >= ROOM:
             _kept.pop(next(iter(_kept)), None)
-        found = _kept[key] = owners, Tables(windows, static[2], static[0])
-    return found[1]
+        tables = Tables(windows, of_frames.frames, of_frames.words)
+        found = _kept[key] = KeptTables(owners, tables)
+    return found.tables
 
 
 def _places(windows: Windows, first: Tensor) -> Optional[Tuple[Key, Tuple[Any, ...]]]:
@@ -275,7 +295,7 @@ def _places(windows: Windows, first: Tensor) -> Optional[Tuple[Key, Tuple[Any, .
     key: Key = (stream, windows.frames, windows.sides, windows.mask_sides)
     owners = []
     try:
-        for centres in windows[1:3]:
+        for centres in (windows.centres, windows.mask_centres):
             if centres is None:
                 key += (None,)
                 continue
