@@ -142,7 +142,8 @@ def measure(inputs: AttentionInputs, name: str) -> Dict[str, Any]:
     against = dispatch.reasons_against(inputs, name)
     if against:
         return {"why_not": "; ".join(against)}
-    leaves = [t for t in inputs[:5] if t is not None]
+    given = inputs.q, inputs.k, inputs.v, inputs.q_factor, inputs.k_factor
+    leaves = [t for t in given if t is not None]
     grad = torch.randn_like(inputs.q)  # v is as wide as q here
     before = _fallbacks(name)
 

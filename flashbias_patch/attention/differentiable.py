@@ -105,21 +105,26 @@ def _gradients_again(
         if not internals.keeps_graph():
             kept.clear()
         return None
-    operands = [_alive(reference) for reference in (q, k, v)]
-    if grads[0] is None or not kept or any(operand is None for operand in operands):
+    operands, (grad_out, *_) = [_alive(reference) for reference in (q, k, v)], grads
+    if grad_out is None or not kept or any(operand is None for operand in operands):
         return None
     operands += kept
     wanted = [gradient is not None for gradient in found] + [False] * (len(operands) - len(found))
-    if wanted[3] and found[3].shape != kept[0].shape:  # type: ignore[union-attr]
-        return None  # it was widened in between
+    _, _, _, mask_wanted, *_ = wanted
+    if mask_wanted:
+        _, _, _, mask_gradient, *_ = found
+        (attn_mask,) = kept
+        if mask_gradient.shape != attn_mask.shape:  # type: ignore[union-attr]
+            return None  # it was widened in between
     aliases: List[Any] = [
         t.view_as(t) if t is not None and need else t for t, need in zip(operands, wanted)
     ]
     with internals.autocast_off():
-        out = _plain(aliases[0], aliases[1], aliases[2], aliases[3], scale)
+        query, key, value, mask = aliases
+        out = _plain(query, key, value, mask, scale)
         asked = [alias for alias, need in zip(aliases, wanted) if need]
         again = iter(
-            torch.autograd.grad(out, asked, grads[0], create_graph=True, allow_unused=True)
+            torch.autograd.grad(out, asked, grad_out, create_graph=True, allow_unused=True)
         )
     return tuple(next(again) if need else None for need in wanted[: len(found)])
 
@@ -152,10 +157,15 @@ def attach(out: Tensor, inputs: AttentionInputs) -> Tensor:
     if _hooks is not None:
         hooks = _hooks(True)
         # The user's hooks would get the operands a second time; save_on_cpu would copy them.
-        if hooks is not None and getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
-            return out
-    if inputs[12] is None and inputs[13] is None:
-        q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, _, scale, _, _ = inputs
+        if hooks is not None:
+            pack, _ = hooks
+            if getattr(pack, "__module__", "") != "torch.utils.checkpoint":
+                return out
+    (
+        q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, _, scale,
+        windows, window_mask,
+    ) = inputs  # fmt: skip
+    if windows is None and window_mask is None:
         return _apply(
             out,
             (lengths, scale),
@@ -193,7 +203,8 @@ class _Attached(torch.autograd.Function):
             lengths, scale = static
             static = AttentionInputs(None, None, None, segment_lengths=lengths, scale=scale)  # type: ignore[arg-type]
         inputs = static.with_tensors(ctx.saved_tensors)
-        return (None, None, *gradients(inputs, ctx.needs_input_grad[2:], grad_out))
+        _, _, *needs = ctx.needs_input_grad
+        return (None, None, *gradients(inputs, needs, grad_out))
 
 
 _NOTHING = (None,) * (1 + len(TENSORS))

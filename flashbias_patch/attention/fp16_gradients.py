@@ -51,17 +51,17 @@ class _Narrowed(internals.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
-        ctx.dtypes = [tensor.dtype for tensor in inputs[1:]]
+        _, *tensors = inputs
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-        power = grads[
-            -1
-        ]  # of shape (1,), which makes float16 * float32 a float32; None in a second pass
+        # power: of shape (1,), which makes float16 * float32 a float32; None in a second pass.
+        *own, power = grads
         return (None, *(
             None if grad is None else (grad if power is None else grad * power).to(dtype)
-            for grad, dtype in zip(grads, ctx.dtypes)
+            for grad, dtype in zip(own, ctx.dtypes)
         ))  # fmt: skip
 
 

@@ -7,6 +7,7 @@ For a GPU or features that were not measured, the order is that of selection.MOD
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Dict, List, Sequence, Tuple
 
 import torch
@@ -98,14 +99,17 @@ TABLE: Dict[int, Dict[Tuple[bool, str, bool], Rows]] = {
 def shorten(rows: Rows) -> Rows:
     """Join neighbours of the same order into one row, up to halfway (in powers of two) to the next
     row; the last row has no bound."""
-    short: List[Tuple[int, Tuple[str, ...]]] = []
-    for index, (scores, names) in enumerate(rows):
-        last = index + 1 == len(rows)
-        bound = UNBOUNDED if last else int((scores * rows[index + 1][0]) ** 0.5)
-        if short and short[-1][1] == names:
-            short.pop()
-        short.append((bound, names))
-    return tuple(short)
+    bounds: List[int] = []
+    orders: List[Tuple[str, ...]] = []
+    following = [scores for scores, _ in rows[1:]]
+    for (scores, names), larger in itertools.zip_longest(rows, following):
+        bound = UNBOUNDED if larger is None else int((scores * larger) ** 0.5)
+        if orders and orders[-1] == names:
+            bounds[-1] = bound
+        else:
+            bounds.append(bound)
+            orders.append(names)
+    return tuple(zip(bounds, orders))
 
 
 def fastest(inputs: AttentionInputs, grad: bool) -> Tuple[str, ...]:
@@ -134,7 +138,8 @@ def fastest(inputs: AttentionInputs, grad: bool) -> Tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _rows(index: int, half: bool, has: Tuple[bool, ...], grad: bool) -> Rows:
-    measured = TABLE.get(torch.cuda.get_device_capability(index)[0], {})
+    major, _ = torch.cuda.get_device_capability(index)
+    measured = TABLE.get(major, {})
     words = ("dropout", "factors", "mask", "padding", "segments", "dense", "windows", "window_mask")
     return measured.get(
         (half, " ".join(word for word, there in zip(words, has) if there), grad), ()

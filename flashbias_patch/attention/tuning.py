@@ -135,7 +135,12 @@ def shapes_near(key: Key, config: Config) -> List[Config]:
     ]  # fmt: skip
 
     def away(other: Config) -> float:
-        return sum(abs(math.log2(a / b)) for a, b in zip(other[:3], config[:3]))
+        ratios = (
+            other.block_m / config.block_m,
+            other.block_n / config.block_n,
+            other.warps / config.warps,
+        )
+        return sum(abs(math.log2(ratio)) for ratio in ratios)
 
     return sorted(found, key=away)
 

@@ -206,8 +206,8 @@ class LowRankBias(AttentionBias):
                 f"q_factor and k_factor: expected the same number of columns R >= 1, {got}"
             )
         for dim, dimension in ((0, "batch"), (2, "heads")):
-            sizes = (q_factor.shape[dim], k_factor.shape[dim])
-            if sizes[0] != sizes[1] and 1 not in sizes:
+            q_size, k_size = q_factor.shape[dim], k_factor.shape[dim]
+            if q_size != k_size and 1 not in (q_size, k_size):
                 raise ValueError(
                     f"q_factor and k_factor: sizes of dimension {dim} ({dimension}) must be "
                     f"equal or 1, {got}"

@@ -194,7 +194,8 @@ class _Project(Function):
         factors = [(side * root).permute(0, 2, 1, 3).contiguous() for side in (left, right)]
         if dense.requires_grad:
             factors = [factor.expand(dense.shape[0], -1, dense.shape[1], -1) for factor in factors]
-        return factors[0], factors[1]
+        q_factor, k_factor = factors
+        return q_factor, k_factor
 
     @staticmethod
     @once_differentiable

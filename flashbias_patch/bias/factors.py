@@ -27,15 +27,16 @@ def scaled_visible(tensor: Tensor, factor: Union[float, Tensor]) -> Tensor:
 
 def add_segments(first: Segments, second: Segments) -> Segments:
     """Add two biases that are constant in segments of keys; the result has the common segments."""
-    if first[1] == second[1]:
-        return first[0] + second[0], first[1]
-    ends = [list(itertools.accumulate(lengths)) for _, lengths in (first, second)]
-    cuts = sorted({0, *ends[0], *ends[1]})
+    (weights1, lengths1), (weights2, lengths2) = first, second
+    if lengths1 == lengths2:
+        return weights1 + weights2, lengths1
+    ends1, ends2 = list(itertools.accumulate(lengths1)), list(itertools.accumulate(lengths2))
+    cuts = sorted({0, *ends1, *ends2})
     # The segment that each part belongs to. Empty segments end where they begin and hold no key.
-    indices = [
-        [bisect.bisect_right(segment_ends, start) for start in cuts[:-1]] for segment_ends in ends
-    ]
-    weights = first[0][..., indices[0]] + second[0][..., indices[1]]
+    indices1, indices2 = (
+        [bisect.bisect_right(ends, start) for start in cuts[:-1]] for ends in (ends1, ends2)
+    )
+    weights = weights1[..., indices1] + weights2[..., indices2]
     return weights, tuple(stop - start for start, stop in zip(cuts, cuts[1:]))
 
 
@@ -57,7 +58,10 @@ def concatenate(pairs: Sequence[Factors]) -> Factors:
         heads = max(factor.shape[2] for factor in factors)
         return torch.cat([factor.expand(batch, -1, heads, -1) for factor in factors], dim=-1)
 
-    return joined([pair[0] for pair in pairs]), joined([pair[1] for pair in pairs])
+    return (
+        joined([q_factor for q_factor, _ in pairs]),
+        joined([k_factor for _, k_factor in pairs]),
+    )
 
 
 def multiply_out(q_factor: Tensor, k_factor: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def _on_registry(module: Any) -> None:
 
     def register(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         result = wrapped(*args, **kwargs)
-        cls = args[0] if args else kwargs.get("module", kwargs.get("module_class"))
+        cls, *_ = args or (kwargs.get("module", kwargs.get("module_class")),)
         if _installed and inspect.isclass(cls) and catalog.target_of(cls) is not None:
             claim(cls)
             # The core that it calls is a global of the module that defines it.

@@ -98,7 +98,7 @@ class FlashAttention(Backend):
             arguments["dropout_p"] = inputs.dropout_p
         out = _function(generation.module)(q, k, v, **arguments)  # type: ignore[operator]
         if isinstance(out, tuple):  # generations 3 and 4 return the logsumexp too
-            out = out[0]
+            out, *_ = out
         if masked_rows is not None:
             out = out.masked_fill(masked_rows, 0.0)
         cut: Tensor = out[..., :head_dim] if out.shape[-1] != head_dim else out
@@ -142,7 +142,8 @@ def _capability(device: torch.device) -> Optional[int]:
 
 @functools.lru_cache(maxsize=None)
 def _major(index: int) -> int:
-    return torch.cuda.get_device_capability(index)[0]
+    major, _ = torch.cuda.get_device_capability(index)
+    return major
 
 
 @functools.lru_cache(maxsize=None)

@@ -52,7 +52,8 @@ class _Chunked(Function):
         # Saved are the operands alone, as by every backend: a checkpoint's recomputation must save
         # as many tensors as its forward did, whichever backends compute them.
         ctx.save_for_backward(*tensors)
-        ctx.state = chunked_attention.forward(inputs, drawn[1], _dropout(inputs, *drawn))
+        seed, chunks = drawn
+        ctx.state = chunked_attention.forward(inputs, chunks, _dropout(inputs, seed, chunks))
         B, M, H, _ = inputs.q.shape
         out = inputs.q.new_empty(B, M, H, inputs.v.shape[-1])
         return out.copy_(ctx.state.out.view(B, H, M, out.shape[-1]).transpose(1, 2))
@@ -60,8 +61,9 @@ class _Chunked(Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Tuple[Optional[Tensor], ...]:
         inputs = ctx.static.with_tensors(ctx.saved_tensors)
-        needs = ctx.needs_input_grad[2:]
-        dropout, (_, chunks) = _dropout(inputs, *ctx.drawn), ctx.drawn
+        _, _, *needs = ctx.needs_input_grad
+        seed, chunks = ctx.drawn
+        dropout = _dropout(inputs, seed, chunks)
         if differentiable.needed_in_backward(grad_out):
             again = functools.partial(reference_attention.attend, dropout=dropout)
             return (None, None, *differentiable.gradients(inputs, needs, grad_out, again))

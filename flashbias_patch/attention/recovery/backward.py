@@ -85,9 +85,10 @@ def of_fused(call: Any, grad_out: Tensor, error: BaseException) -> Tuple[Any, ..
     from ..kernels import recompute
 
     inputs = AttentionInputs(
-        *call[:6], tuple(call.segment_lengths) or None, call.dense, call.mask, call.key_padding,
+        call.q, call.k, call.v, call.q_factor, call.k_factor, call.segment_weights,
+        tuple(call.segment_lengths) or None, call.dense, call.mask, call.key_padding,
         call.dropout_p, call.scale, call.windows, call.window_mask,
-    )  # type: ignore[call-arg]  # fmt: skip
+    )  # fmt: skip
     candidate = selection.backend("triton")
 
     def repeat(plain: AttentionInputs) -> Any:

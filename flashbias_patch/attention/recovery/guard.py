@@ -227,14 +227,15 @@ class _Guarded(torch.autograd.Function):
     def forward(ctx: Any, call: Call, graph: Graph, *tensors: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(*tensors)
-        return graph[0].detach()
+        out, _ = graph
+        return out.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         tensors = (
             ctx.saved_tensors
         )  # in a checkpoint this recomputes, which leaves the graph with the script
-        needs = ctx.needs_input_grad[2:]
+        _, _, *needs = ctx.needs_input_grad
         if differentiable.needed_in_backward(grad_out):
             return (None, None, *ctx.call.differentiable_gradients(tensors, needs, grad_out))
         return (None, None, *ctx.call.gradients(tensors, needs, grad_out))

@@ -56,7 +56,8 @@ class Leaves:
             return tensor
         if id(tensor) not in self._leaves:
             self._leaves[id(tensor)] = tensor, tensor.detach().requires_grad_()
-        return self._leaves[id(tensor)][1]
+        _, leaf = self._leaves[id(tensor)]
+        return leaf
 
     def deliver(self) -> None:
         pairs = [
@@ -106,7 +107,8 @@ class PassGradients:
         """Add a gradient, from any thread of the pass: each GPU has its own."""
         with _gradients_lock:
             if id(tensor) in self._sums:
-                self._sums[id(tensor)] = tensor, self._sums[id(tensor)][1] + gradient
+                _, before = self._sums[id(tensor)]
+                self._sums[id(tensor)] = tensor, before + gradient
                 return
             if not self._at_once(tensor):
                 self._sums[id(tensor)] = tensor, gradient
@@ -154,7 +156,8 @@ def _node(tensor: Tensor) -> Any:
     if tensor.grad_fn is not None:
         return tensor.grad_fn
     with torch.enable_grad():
-        return tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        (node, _), *_ = tensor.view_as(tensor).grad_fn.next_functions  # type: ignore[union-attr]
+        return node
 
 
 def _shared_with_this_pass(node: Any, will_execute: Callable[[Any], bool]) -> bool:

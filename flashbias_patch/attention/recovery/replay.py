@@ -309,7 +309,8 @@ def repeating() -> bool:
 
 def _of_functions() -> Optional[Replay]:
     replay = innermost.get()
-    for context in reversed(_contexts()[0]):
+    contexts, _ = _contexts()
+    for context in reversed(contexts):
         parent, replay = replay, context.__dict__.get(_ATTRIBUTE)
         if replay is None:
             replay = Replay(parent)
@@ -365,7 +366,7 @@ def _context_in(frame: Any) -> Optional[Any]:
     (setup_context)."""
     for value in frame.f_locals.values():
         if type(value) is tuple and value:
-            value = value[0]
+            value, *_ = value
         if isinstance(value, _Context):
             return value
     return None

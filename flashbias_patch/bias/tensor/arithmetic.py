@@ -41,9 +41,11 @@ def _multiply(func: Any, args: Any, kwargs: Any) -> Any:
         if not factor.is_floating_point():
             return NotImplemented
         aligned = _aligned(layout, factor)
-        if aligned is None or aligned[1].shape[3] != 1:
+        if aligned is None:
             return NotImplemented
         layout, factor = aligned
+        if factor.shape[3] != 1:
+            return NotImplemented
     elif isinstance(factor, bool) or not isinstance(factor, (int, float)):
         return NotImplemented
     bias = terms.scaled(tensor._bias, factor, operator.truediv if division else operator.mul)
@@ -52,10 +54,11 @@ def _multiply(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles("neg", "negative", "__neg__")
 def _negate(func: Any, args: Any, kwargs: Any) -> Any:
-    if not structured(args[0]) or args[0].dtype is torch.bool:
+    tensor, *_ = args
+    if not structured(tensor) or tensor.dtype is torch.bool:
         return NotImplemented
     return derived(
-        func, args, kwargs, terms.scaled(args[0]._bias, -1.0, operator.mul), args[0]._layout
+        func, args, kwargs, terms.scaled(tensor._bias, -1.0, operator.mul), tensor._layout
     )
 
 
@@ -82,9 +85,12 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
         layout, term = tensor._layout, other._bias
     else:
         aligned = _aligned(tensor._layout, other)
-        if aligned is None or aligned[1].shape[3] != tensor._bias.shape[3]:
+        if aligned is None:
             return NotImplemented
-        layout, term = aligned[0], DenseBias(aligned[1])
+        layout, values = aligned
+        if values.shape[3] != tensor._bias.shape[3]:
+            return NotImplemented
+        term = DenseBias(values)
     assert term is not None
     signed = terms.scaled(term, -1.0, operator.mul) if minus else term
     return derived(
@@ -107,7 +113,9 @@ def _masked_fill(func: Any, args: Any, kwargs: Any) -> Any:
 def _or(func: Any, args: Any, kwargs: Any) -> Any:
     if kwargs or len(args) != 2:
         return NotImplemented
-    tensor, mask = args if structured(args[0]) else args[::-1]
+    tensor, mask = args
+    if not structured(tensor):
+        tensor, mask = mask, tensor
     if not structured(tensor) or tensor.dtype is not torch.bool or not isinstance(mask, Tensor):
         return NotImplemented
     return _hidden(func, args, kwargs, tensor, mask)
@@ -122,9 +130,12 @@ def _hidden(func: Any, args: Any, kwargs: Any, tensor: BiasTensor, mask: Tensor)
             return NotImplemented
     else:
         aligned = _aligned(tensor._layout, mask)
-        if aligned is None or aligned[1].shape[3] != tensor._bias.shape[3]:  # type: ignore[union-attr]
+        if aligned is None:
             return NotImplemented
-        layout, term = aligned[0], MaskBias(aligned[1])
+        layout, hidden = aligned
+        if hidden.shape[3] != tensor._bias.shape[3]:  # type: ignore[union-attr]
+            return NotImplemented
+        term = MaskBias(hidden)
     assert term is not None and tensor._bias is not None
     return derived(func, args, kwargs, add_terms((*tensor._bias._terms(), *term._terms())), layout)
 
@@ -132,15 +143,16 @@ def _hidden(func: Any, args: Any, kwargs: Any, tensor: BiasTensor, mask: Tensor)
 @handles("clamp", "clip", "clamp_min", "clamp_max")
 def _clamp(func: Any, args: Any, kwargs: Any) -> Any:
     names = {"clamp_min": ("min",), "clamp_max": ("max",)}.get(name_of(func), ("min", "max"))
-    if not structured(args[0]) or args[0].dtype is torch.bool:
+    tensor, *rest = args
+    if not structured(tensor) or tensor.dtype is torch.bool:
         return NotImplemented
-    arguments = dict(zip(names, args[1:]), **kwargs)
+    arguments = dict(zip(names, rest), **kwargs)
     low, high = arguments.get("min"), arguments.get("max")
     if set(arguments) - {"min", "max"} or any(
         not isinstance(bound, (int, float, type(None))) for bound in (low, high)
     ):
         return NotImplemented
-    return derived(func, args, kwargs, terms.clamped(args[0]._bias, low, high), args[0]._layout)
+    return derived(func, args, kwargs, terms.clamped(tensor._bias, low, high), tensor._layout)
 
 
 def _aligned(layout: Layout, other: Tensor) -> Optional[Tuple[Layout, Tensor]]:
@@ -180,7 +192,7 @@ IN_PLACE = {
 @handles(*IN_PLACE)
 def _in_place(func: Any, args: Any, kwargs: Any) -> Any:
     """Compute an operation in place if no other tensor shares the memory."""
-    tensor = args[0]
+    tensor, *_ = args
     if not structured(tensor) or len(tensor._family()) > 1:
         return NotImplemented
     with no_functions():
@@ -191,8 +203,8 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> Any:
     if result is NotImplemented or result.dtype != tensor.dtype or result.shape != tensor.shape:
         return NotImplemented
     old = tensor._before_change()
-    function, replay_args, replay_kwargs = result._replay
-    tensor._replay = function, (old, *replay_args[1:]), replay_kwargs
+    function, (_, *replay_args), replay_kwargs = result._replay
+    tensor._replay = function, (old, *replay_args), replay_kwargs
     tensor._parents, tensor._shares = (old, *result._parents[1:]), False
     rebind(tensor, result._bias, result._layout)
     return tensor
@@ -221,19 +233,20 @@ def result_type(tensor: BiasTensor, other: Any) -> torch.dtype:
     "clone",
 )
 def _moved(func: Any, args: Any, kwargs: Any) -> Any:
-    if not structured(args[0]):
+    tensor, *rest = args
+    if not structured(tensor):
         return NotImplemented
-    tensor, name = args[0], name_of(func)
+    name = name_of(func)
     dtype, device = tensor.dtype, tensor.device
     targets = [
-        *args[1:],
+        *rest,
         *(value for key, value in kwargs.items() if key in ("dtype", "device", "other")),
     ]
     if name in DTYPES:
         dtype = DTYPES[name]
     elif name in ("cuda", "cpu"):
         with no_functions():
-            device = getattr(torch.empty(0, device=tensor.device), name)(*args[1:], **kwargs).device
+            device = getattr(torch.empty(0, device=tensor.device), name)(*rest, **kwargs).device
     elif name in ("to", "type", "type_as"):
         for value in targets:
             if isinstance(value, torch.dtype):
@@ -268,7 +281,8 @@ def _moved(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles("detach", "get data")
 def _detach(func: Any, args: Any, kwargs: Any) -> Any:
-    if not structured(args[0]):
+    tensor, *_ = args
+    if not structured(tensor):
         return NotImplemented
     with torch.no_grad():  # this detaches the description
-        return derived(func, args, kwargs, args[0]._bias, args[0]._layout, is_view=True)
+        return derived(func, args, kwargs, tensor._bias, tensor._layout, is_view=True)

@@ -150,7 +150,8 @@ class BiasTensor(Tensor):
             value = self._made_of(ancestor, leaf)
             if value is leaf:
                 return grad.to(leaf.dtype)
-            return torch.autograd.grad(value, leaf, grad.to(value.dtype))[0]
+            (gradient,) = torch.autograd.grad(value, leaf, grad.to(value.dtype))
+        return gradient
 
     def _made_of(self, ancestor: BiasTensor, leaf: Tensor) -> Tensor:
         if self is ancestor:

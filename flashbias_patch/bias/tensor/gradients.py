@@ -16,7 +16,8 @@ from .registry import handles, name_of, structured
 
 @handles("requires_grad_", "set requires_grad")
 def _requires_grad(func: Any, args: Any, kwargs: Any) -> Any:
-    tensor, value = args[0], (list(args[1:]) + list(kwargs.values()) + [True])[0]
+    tensor, *rest = args
+    value = next(iter((*rest, *kwargs.values())), True)
     with no_functions():
         if bool(value) == tensor.requires_grad or not structured(tensor):
             if tensor._bias is None and tensor._dense is not None:
@@ -45,7 +46,7 @@ def _requires_grad(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles("get grad")
 def _grad(func: Any, args: Any, kwargs: Any) -> Any:
-    tensor = args[0]
+    tensor, *_ = args
     if tensor._observed or tensor._bias is None:
         return None if tensor._dense is None else tensor._dense.grad
     with no_functions():
@@ -57,7 +58,7 @@ def _grad(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles("retain_grad", "register_hook", "register_post_accumulate_grad_hook")
 def _observe(func: Any, args: Any, kwargs: Any) -> Any:
-    tensor = args[0]
+    tensor, *rest = args
     if structured(tensor):
         if tensor._used:
             raise RuntimeError(
@@ -67,7 +68,7 @@ def _observe(func: Any, args: Any, kwargs: Any) -> Any:
             )
         log_dense(name_of(func), tensor)
         tensor._observed = True
-    return func(tensor.numbers(), *args[1:], **kwargs)
+    return func(tensor.numbers(), *rest, **kwargs)
 
 
 @handles("grad")

@@ -37,7 +37,10 @@ def axis_of(dim: Dim) -> Optional[str]:
     axes = {axis for axis, _ in dim}
     if axes <= {SAME}:
         return SAME
-    return dim[0][0] if len(dim) == 1 else None
+    if len(dim) != 1:
+        return None
+    ((axis, _),) = dim
+    return axis
 
 
 def expanded(layout: Layout, sizes: Sequence[int]) -> Optional[Layout]:
@@ -155,7 +158,8 @@ def _named(layout: Layout, tensor: Tensor) -> Layout:
         return layout
     named = [list(dim) for dim in layout]
     for (position, index), axis in zip(reversed(changing), names):
-        named[position][index] = (axis, named[position][index][1])
+        _, size = named[position][index]
+        named[position][index] = (axis, size)
     return tuple(tuple(dim) for dim in named)
 
 
@@ -169,33 +173,26 @@ def readable(layout: Layout, B: int, H: int, M: int, N: int) -> Optional[str]:
     def fits(dim: Dim, axis: str, size: int) -> bool:
         return size_of(dim) in (1, size) and axis_of(dim) in (SAME, axis)
 
-    if len(layout) == 2:
-        return "mn" if fits(layout[0], "m", M) and fits(layout[1], "n", N) else None
-    rows = len(layout) >= 3 and fits(layout[-2], "m", M) and fits(layout[-1], "n", N)
-    if len(layout) == 4:
-        return "bhmn" if rows and fits(layout[0], "b", B) and fits(layout[1], "h", H) else None
-    if len(layout) != 3:
+    if not 2 <= len(layout) <= 4:
         return None
-    first = layout[0]
-    if rows and fits(first, "b", B):
+    *leading, before_last, last = layout
+    is_rows = fits(before_last, "m", M) and fits(last, "n", N)
+    if not leading:
+        return "mn" if is_rows else None
+    if len(leading) == 2:
+        batch, heads = leading
+        return "bhmn" if is_rows and fits(batch, "b", B) and fits(heads, "h", H) else None
+    (first,) = leading
+    if is_rows and fits(first, "b", B):
         return "bmn"
-    if (
-        axis_of(first) == "m"
-        and fits(first, "m", M)
-        and fits(layout[1], "b", B)
-        and fits(layout[2], "n", N)
-    ):
+    queries_first = axis_of(first) == "m" and fits(first, "m", M)
+    if queries_first and fits(before_last, "b", B) and fits(last, "n", N):
         return "mbn"
-    if rows and size_of(first) == B * H:
-        batch_and_heads = regrouped((first,), (B, H))
-        return (
-            "(bh)mn"
-            if batch_and_heads is not None
-            and fits(batch_and_heads[0], "b", B)
-            and fits(batch_and_heads[1], "h", H)
-            else None
-        )
-    return None
+    batch_and_heads = regrouped((first,), (B, H)) if is_rows and size_of(first) == B * H else None
+    if batch_and_heads is None:
+        return None
+    batch, heads = batch_and_heads
+    return "(bh)mn" if fits(batch, "b", B) and fits(heads, "h", H) else None
 
 
 def as_read(tensor: Tensor, reading: str) -> Tensor:

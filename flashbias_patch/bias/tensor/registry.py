@@ -79,7 +79,8 @@ def name_of(func: Any) -> str:
 
 def on_numbers(func: Any, name: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
     """Run `func` on the dense tensors."""
-    biases = [value for value in tree_flatten((args, kwargs))[0] if type(value) is BiasTensor]
+    values, _ = tree_flatten((args, kwargs))
+    biases = [value for value in values if type(value) is BiasTensor]
     for tensor in biases:
         if tensor._bias is not None:
             log_dense(name, tensor)
@@ -133,7 +134,8 @@ def derived(
     """
     if bias is None or layout is None:
         return NotImplemented
-    parents = tuple(value for value in tree_flatten((args, kwargs))[0] if type(value) is BiasTensor)
+    values, _ = tree_flatten((args, kwargs))
+    parents = tuple(value for value in values if type(value) is BiasTensor)
     return new(
         bias,
         layout,
@@ -156,7 +158,7 @@ def structured(value: Any) -> bool:
 
 @handles("__repr__", "__str__", "__format__")
 def _repr(func: Any, args: Any, kwargs: Any) -> Any:
-    tensor = args[0]
+    tensor, *_ = args
     if tensor._bias is None:
         return NotImplemented
     return f"BiasTensor({tensor._bias!r}, shape={tuple(tensor.shape)}, dtype={tensor.dtype})"

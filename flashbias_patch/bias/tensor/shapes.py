@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -22,14 +22,14 @@ def _dims(args: Tuple[Any, ...], kwargs: Dict[str, Any], *names: str) -> List[in
         if name in kwargs:
             value = kwargs[name]
             return list(value) if isinstance(value, (tuple, list)) else [value]
-    rest = args[1:]
-    if len(rest) == 1 and isinstance(rest[0], (tuple, list)):
-        rest = tuple(rest[0])
-    return [int(size) for size in rest]
+    _, *sizes = args
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        (sizes,) = sizes
+    return [int(size) for size in sizes]
 
 
 def _permuted(func: Any, args: Any, kwargs: Any, order: List[int]) -> Any:
-    tensor = args[0]
+    tensor, *_ = args
     count = len(tensor._layout)
     if any(not -count <= index < count for index in order):
         return NotImplemented
@@ -48,34 +48,33 @@ def _permuted(func: Any, args: Any, kwargs: Any, order: List[int]) -> Any:
 
 @handles("transpose", "swapaxes", "swapdims")
 def _transpose(func: Any, args: Any, kwargs: Any) -> Any:
-    if not structured(args[0]):
+    tensor, *pair = args
+    if not structured(tensor):
         return NotImplemented
-    pair = list(args[1:]) + [
-        kwargs[name] for name in ("dim0", "dim1", "axis0", "axis1") if name in kwargs
-    ]
-    count = len(args[0]._layout)
+    pair += [kwargs[name] for name in ("dim0", "dim1", "axis0", "axis1") if name in kwargs]
+    count = len(tensor._layout)
     if len(pair) != 2 or any(not -count <= index < count for index in pair):
         return NotImplemented
     order = list(range(count))
-    a, b = pair[0] % count, pair[1] % count
+    a, b = (index % count for index in pair)
     order[a], order[b] = b, a
     return _permuted(func, args, kwargs, order)
 
 
 @handles("permute")
 def _permute(func: Any, args: Any, kwargs: Any) -> Any:
-    return (
-        _permuted(func, args, kwargs, _dims(args, kwargs, "dims"))
-        if structured(args[0])
-        else NotImplemented
-    )
+    tensor, *_ = args
+    if not structured(tensor):
+        return NotImplemented
+    return _permuted(func, args, kwargs, _dims(args, kwargs, "dims"))
 
 
 @handles("get T", "get mT")
 def _flipped(func: Any, args: Any, kwargs: Any) -> Any:
-    if not structured(args[0]):
+    tensor, *_ = args
+    if not structured(tensor):
         return NotImplemented
-    count = len(args[0]._layout)
+    count = len(tensor._layout)
     order = list(range(count))
     order = order[::-1] if name_of(func) == "get T" else [*order[:-2], count - 1, count - 2]
     return _permuted(func, args, kwargs, order)
@@ -83,27 +82,29 @@ def _flipped(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles("unsqueeze")
 def _unsqueeze(func: Any, args: Any, kwargs: Any) -> Any:
-    if not structured(args[0]):
+    tensor, *_ = args
+    if not structured(tensor):
         return NotImplemented
     (index,) = _dims(args, kwargs, "dim")
-    dims = list(args[0]._layout)
+    dims = list(tensor._layout)
     if not -len(dims) - 1 <= index <= len(dims):
         return NotImplemented
     dims.insert(index % (len(dims) + 1), ())
-    return derived(func, args, kwargs, args[0]._bias, tuple(dims), is_view=True)
+    return derived(func, args, kwargs, tensor._bias, tuple(dims), is_view=True)
 
 
 @handles("squeeze")
 def _squeeze(func: Any, args: Any, kwargs: Any) -> Any:
-    if not structured(args[0]):
+    tensor, *_ = args
+    if not structured(tensor):
         return NotImplemented
-    layout = args[0]._layout
+    layout = tensor._layout
     indices = _dims(args, kwargs, "dim") or list(range(len(layout)))
     indices = [index % len(layout) for index in indices if -len(layout) <= index < len(layout)]
     remaining = tuple(
         dim for index, dim in enumerate(layout) if index not in indices or layouts.size_of(dim) != 1
     )
-    return derived(func, args, kwargs, args[0]._bias, remaining, is_view=True)
+    return derived(func, args, kwargs, tensor._bias, remaining, is_view=True)
 
 
 @handles(
@@ -120,34 +121,39 @@ def _squeeze(func: Any, args: Any, kwargs: Any) -> Any:
     "repeat_interleave",
 )
 def _resized(func: Any, args: Any, kwargs: Any) -> Any:
-    if not structured(args[0]):
+    tensor, *rest = args
+    if not structured(tensor):
         return NotImplemented
-    tensor, name = args[0], name_of(func)
-    layout = tensor._layout
+    name, layout = name_of(func), tensor._layout
     if name in ("view", "reshape", "expand", "repeat", "tile"):
-        if "dtype" in kwargs or len(args) == 2 and isinstance(args[1], torch.dtype):
+        if "dtype" in kwargs or len(rest) == 1 and isinstance(rest[0], torch.dtype):
             return NotImplemented
         sizes = _dims(args, kwargs, "size", "shape", "sizes", "repeats", "dims")
+    elif name in ("expand_as", "view_as", "reshape_as"):
+        (other,) = rest
+        sizes = list(other.shape)
     if name in ("expand", "expand_as"):
-        new_layout = layouts.expanded(layout, sizes if name == "expand" else tuple(args[1].shape))
+        new_layout = layouts.expanded(layout, sizes)
     elif name in ("repeat", "tile"):
         if name == "tile" and len(sizes) < len(layout):
             sizes = [1] * (len(layout) - len(sizes)) + sizes
         new_layout = layouts.repeated(layout, sizes)
     elif name == "repeat_interleave":
-        new_layout = _interleaved(layout, args, kwargs)
+        new_layout = _interleaved(layout, rest, kwargs)
     else:
-        if name in ("view_as", "reshape_as"):
-            sizes = list(args[1].shape)
-        elif name == "flatten":
-            sizes = _flat_sizes(layout, *args[1:], **kwargs)
+        if name == "flatten":
+            sizes = _flat_sizes(layout, *rest, **kwargs)
         elif name == "unflatten":
-            index, parts = [*args[1:], *kwargs.values()][:2]
+            index, parts = _dim_and_sizes(*rest, **kwargs)
             sizes = list(tensor.shape)
             sizes[index : index + 1 or None] = parts
         new_layout = layouts.regrouped(layout, sizes)
     copied = name in ("repeat", "tile", "repeat_interleave")
     return derived(func, args, kwargs, tensor._bias, new_layout, is_view=not copied)
+
+
+def _dim_and_sizes(dim: int, sizes: Sequence[int]) -> Tuple[int, Sequence[int]]:
+    return dim, sizes
 
 
 def _flat_sizes(layout: Layout, start_dim: int = 0, end_dim: int = -1) -> List[int]:
@@ -156,8 +162,8 @@ def _flat_sizes(layout: Layout, start_dim: int = 0, end_dim: int = -1) -> List[i
     return [*sizes[:start], math.prod(sizes[start : end + 1]), *sizes[end + 1 :]]
 
 
-def _interleaved(layout: Layout, args: Any, kwargs: Any) -> Optional[Layout]:
-    arguments = dict(zip(("repeats", "dim"), args[1:]), **kwargs)
+def _interleaved(layout: Layout, rest: Any, kwargs: Any) -> Optional[Layout]:
+    arguments = dict(zip(("repeats", "dim"), rest), **kwargs)
     count, index = arguments.get("repeats"), arguments.get("dim")
     if (
         not isinstance(count, int)
@@ -199,19 +205,20 @@ def _getitem(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles("select", "narrow", "index_select")
 def _choose(func: Any, args: Any, kwargs: Any) -> Any:
-    if not structured(args[0]):
+    tensor, *rest = args
+    if not structured(tensor):
         return NotImplemented
     name = name_of(func)
     order = ("dim", "index") if name != "narrow" else ("dim", "start", "length")
-    arguments = dict(zip(order, args[1:]), **kwargs)
-    count = len(args[0]._layout)
+    arguments = dict(zip(order, rest), **kwargs)
+    count = len(tensor._layout)
     if set(arguments) != set(order) or not -count <= arguments["dim"] < count:
         return NotImplemented
     position = arguments["dim"] % count
     chosen = arguments.get("index")
     if name == "narrow":
         start = int(arguments["start"])
-        start += args[0].shape[position] if start < 0 else 0
+        start += tensor.shape[position] if start < 0 else 0
         chosen = slice(start, start + arguments["length"])
     return _chosen(
         func,
@@ -226,7 +233,7 @@ def _chosen(func: Any, args: Any, kwargs: Any, index: Tuple[Any, ...]) -> Any:
 
     index: one entry per dimension, and None for a new dimension.
     """
-    tensor = args[0]
+    tensor, *_ = args
     bias, dims = tensor._bias, iter(tensor._layout)
     new_dims: List[Any] = []
     lists = 0
@@ -296,9 +303,11 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
     if "out" in arguments or not isinstance(pieces, (tuple, list)):
         return NotImplemented
     biases = [piece for piece in pieces if type(piece) is BiasTensor]
-    if len(biases) != 1 or not structured(biases[0]):
+    if len(biases) != 1:
         return NotImplemented
-    tensor = biases[0]
+    (tensor,) = biases
+    if not structured(tensor):
+        return NotImplemented
     others = [piece for piece in pieces if piece is not tensor]
     count = len(tensor._layout)
     if not -count <= position < count or any(piece.dtype != tensor.dtype for piece in others):
@@ -335,11 +344,12 @@ def _pad(func: Any, args: Any, kwargs: Any) -> Any:
     ):
         return NotImplemented
     count = len(tensor._layout)
-    padded = [i // 2 for i, width in enumerate(around) if width]
-    if len(around) % 2 or len(around) > 2 * count or len(set(padded)) != 1 or min(around) < 0:
+    padded = {i // 2 for i, width in enumerate(around) if width}
+    if len(around) % 2 or len(around) > 2 * count or len(padded) != 1 or min(around) < 0:
         return NotImplemented
-    before, after = around[2 * padded[0] : 2 * padded[0] + 2]
-    return _with_rows(func, args, kwargs, tensor, count - 1 - padded[0], before, after)
+    (from_last,) = padded
+    before, after = around[2 * from_last : 2 * from_last + 2]
+    return _with_rows(func, args, kwargs, tensor, count - 1 - from_last, before, after)
 
 
 def _with_rows(

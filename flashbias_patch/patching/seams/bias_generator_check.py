@@ -40,8 +40,9 @@ def judge(wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> Ve
     differences: Dict[bool, Optional[str]] = {True: None, False: None}
     for value in _scales(module):
         with _with_scale(module, value) as scale, _state_kept(module) as changes:
-            leaves = [tensor.detach().requires_grad_() for tensor in synthetic[:2]]
-            out = wrapped(**dict(zip(NAMES, (*leaves, *synthetic[2:]))))
+            lidar_weights, camera_weights, *centres = synthetic
+            leaves = [t.detach().requires_grad_() for t in (lidar_weights, camera_weights)]
+            out = wrapped(**dict(zip(NAMES, (*leaves, *centres))))
             learned = [t for t in (*leaves, scale) if isinstance(t, Tensor) and t.requires_grad]
             grad = (
                 torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype)
@@ -50,7 +51,7 @@ def judge(wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> Ve
             dtype = out.dtype
             for clamped in (True, False):
                 if differences[clamped] is None:
-                    dense = bias_of(module, clamped, *leaves, *synthetic[2:]).dense()[:, 0]
+                    dense = bias_of(module, clamped, *leaves, *centres).dense()[:, 0]
                     if dense.shape != out.shape:
                         return Verdict(reason=f"its bias has the shape {tuple(out.shape)}")
                     ours = _run(dense.to(dtype), learned, grad)
@@ -102,7 +103,8 @@ def _difference(
 def _synthetic(module: Any, tensors: List[Tensor]) -> List[Tensor]:
     """Return the arguments of a call of few queries: cells all over the grids, edges included, and
     weights from -1 to 1."""
-    B, device = tensors[0].shape[0], tensors[0].device
+    *weights_like, bev_like, camera_like = tensors
+    B, device = bev_like.shape[0], bev_like.device
     draw = torch.Generator().manual_seed(0)
 
     def indices(size: int) -> Tensor:
@@ -112,13 +114,13 @@ def _synthetic(module: Any, tensors: List[Tensor]) -> List[Tensor]:
 
     weights = [
         torch.empty(B, QUERIES).uniform_(-1, 1, generator=draw).to(t.device, t.dtype)
-        for t in tensors[:2]
+        for t in weights_like
     ]
     camera = torch.stack(
         [indices(module.num_views), indices(module.pers_h), indices(module.pers_w)], -1
     )
     bev = indices(module.bev_h) * module.bev_w + indices(module.bev_w)
-    return [*weights, bev.to(tensors[2].dtype), camera.to(tensors[3].dtype)]
+    return [*weights, bev.to(bev_like.dtype), camera.to(camera_like.dtype)]
 
 
 def _scales(module: Any) -> List[Optional[float]]:

@@ -12,5 +12,7 @@ def plain_attributes(module: nn.Module) -> Tuple[Tuple[str, Any], ...]:
     be counts of calls."""
     held = module.__dict__.items()
     return tuple(
-        pair for pair in held if type(pair[1]) in (bool, float, str) and pair[0] != "_is_replica"
+        (name, value)
+        for name, value in held
+        if type(value) in (bool, float, str) and name != "_is_replica"
     )

@@ -126,9 +126,10 @@ class CoreSeam(Seam):
         heads = call_adapter.project(
             q, k, v, module.in_proj_weight, module.in_proj_bias, module.num_heads
         )
-        B, M, H, D = heads[0].shape
-        upstream = heads[0].dtype
-        if heads[0].is_cuda and upstream == torch.float32:
+        queries, _, _ = heads
+        B, M, H, D = queries.shape
+        upstream = queries.dtype
+        if queries.is_cuda and upstream == torch.float32:
             upstream = (
                 torch.float16
             )  # as upstream; on the CPU, where it does not run, its input's precision

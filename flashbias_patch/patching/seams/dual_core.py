@@ -136,14 +136,15 @@ class DualCoreSeam(core.CoreSeam):
         heads = call_adapter.project(
             q, k, v, module.in_proj_weight, module.in_proj_bias, module.num_heads
         )
-        B, M, H, D = heads[0].shape
+        queries, _, _ = heads
+        B, M, H, D = queries.shape
         N = k.shape[1]
         bias = opened.total_bias(biases, B, H, M, N) if biases or opened.biases else None
         out = attention_output(
             *heads,
             bias,
             dropout_p=_dropout_of(module),
-            dtype=call_adapter.compute_dtype(heads[0].dtype),
+            dtype=call_adapter.compute_dtype(queries.dtype),
             fitted=True,
         )
         projected: Tensor = module.out_proj(out.reshape(B, M, H * D))

@@ -47,8 +47,8 @@ class QueryEmbedSeam(Seam):
     def __call__(self, wrapped: Callable[..., Any], module: Any, args: Args, kwargs: Kwargs) -> Any:
         router = router_of(module)
         if router is not None and router.needs_places:
-            points = args[0] if args else kwargs["ref_points"]
-            metas = args[1] if len(args) > 1 else kwargs["img_metas"]
+            given = dict(zip(("ref_points", "img_metas"), args), **kwargs)
+            points, metas = given["ref_points"], given["img_metas"]
             matrices = shape = None
             if all("lidar2img" in meta for meta in metas):
                 matrices = torch.stack(

@@ -88,7 +88,8 @@ def bounded(module: Any, tensors: List[Tensor]) -> bool:
         return True
     if module.max_scale > LIMIT:
         return False
-    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    lidar_weights, camera_weights, *_ = tensors
+    if lidar_weights.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    weights = torch.stack([tensor.detach().abs().amax() for tensor in tensors[:2]])
-    return bool((weights <= 1).all())
+    peaks = torch.stack([t.detach().abs().amax() for t in (lidar_weights, camera_weights)])
+    return bool((peaks <= 1).all())
