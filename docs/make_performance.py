@@ -16,7 +16,8 @@ from typing import Any, Dict, Iterable, List
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "docs")]
+import evidence  # noqa: E402
 from real_runs import counterpart  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -939,6 +940,15 @@ def fusion() -> List[str]:
     ]
 
 
+def fusion_evidence() -> List[str]:
+    """Of the fusion detector: results that take the same work on any device, where they are."""
+    lines: List[str] = []
+    for begin, section in evidence.SECTIONS.items():
+        for path in sorted(RESULTS.glob(f"{begin}_*.json")):
+            lines += [*section(load(path.stem), table), source(path.stem), ""]
+    return lines
+
+
 def small() -> List[str]:
     """Detectors whose steps wait for the host."""
     return [
@@ -1149,6 +1159,7 @@ def performance() -> str:
     sections = [
         real_cmt,
         fusion,
+        fusion_evidence,
         small,
         ab,
         distributed,

@@ -1,0 +1,127 @@
+"""Scripts on what the fusion detector computes: what can be tested without third-party code."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.scripts import load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def beside_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def test_jobs_start_while_there_is_room_for_them():
+    import at_once
+
+    assert at_once.fits(90.0, [], 1, 72.0)  # alone it may be as large as it likes
+    assert at_once.fits(30.0, [30.0], 2, 72.0)
+    assert not at_once.fits(30.0, [30.0, 30.0], 3, 72.0)
+    assert not at_once.fits(5.0, [5.0, 5.0], 2, 72.0)
+
+
+def test_all_jobs_run_and_what_they_wrote_is_seen(tmp_path):
+    import at_once
+
+    code = "import at_once, sys; at_once.write(sys.argv[1], {'n': 1}); sys.exit(int(sys.argv[2]))"
+    jobs = [
+        at_once.Job(status, ["-c", code, str(tmp_path / status), status], str(tmp_path / status))
+        for status in ("0", "3")
+    ]
+    seen = {}
+    at_once.run(jobs, 2, 0.0, 600.0, seen.__setitem__)
+    assert seen["0"] == {"n": 1}
+    assert seen["3"] == {"error": "the process died (exit status 3)", "n": 1}
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "3"}
+
+
+def test_a_job_that_does_not_end_is_ended(tmp_path):
+    import at_once
+
+    seen = {}
+    job = at_once.Job("late", ["-c", "import time; time.sleep(600)"], str(tmp_path / "late"))
+    at_once.run([job], 1, 0.0, 0.1, seen.__setitem__)
+    assert seen == {"late": {"error": "no end after 0.1 s (exit status -9)"}}
+
+
+def test_distance_of_curves():
+    import real_parity
+
+    base = [100.0, 50.0, 20.0, 10.0]
+    found = real_parity.distances([100.0, 50.01, 20.1, 11.0], base)
+    assert found["steps"] == 4 and found["largest"] == pytest.approx(0.1)
+    assert found["median"] == pytest.approx((0.0002 + 0.005) / 2)
+    assert found["by_tenth"] == pytest.approx([0.0, 0.0002, 0.005, 0.1])
+    assert found["first_beyond_1e-3"] == 2
+    assert real_parity.distances([1.0, 2.0], [1.0])["steps"] == 1  # the other goes on
+    assert real_parity.distances([], base) == {"steps": 0}
+
+
+def test_a_curve_is_held_against_each_noisy_one():
+    import real_parity
+
+    runs = {
+        "unpatched": {"losses": [10.0, 10.0]},
+        "unpatched again": {"losses": [10.0, 10.1]},
+        "unpatched, nudged": {"losses": [10.0, 11.0]},
+        "patched": {"losses": [10.0, 10.5]},
+        "patched fp16": {"error": "out of memory"},
+    }
+    found = real_parity.summary(runs, ("unpatched again", "unpatched, nudged"))
+    assert found["patched"]["within"] == {"unpatched again": False, "unpatched, nudged": True}
+    assert found["unpatched again"]["within"] == {} and "patched fp16" not in found
+    assert real_parity.summary({"patched": runs["patched"]}, ()) == {}
+
+
+def test_distance_of_gradients_by_part():
+    import real_parity
+
+    names = ("img_backbone.w", "pts_backbone.w", "pts_bbox_head.w", "pts_bbox_head.transformer.w")
+    base = {name: torch.tensor([3.0, 4.0]) for name in names}
+    found = {**base, "pts_bbox_head.transformer.w": torch.tensor([3.0, 4.5])}
+    apart = real_parity.gradient_distances(found, base)
+    assert apart == {
+        "all": pytest.approx(0.5 / math.sqrt(100)),
+        "decoder": pytest.approx(0.1),
+        "head": 0.0,
+        "image branch": 0.0,
+        "lidar branch": 0.0,
+    }
+
+
+def test_nudged_parameters_differ_in_the_last_place():
+    import ways
+
+    net = torch.nn.Linear(3, 2)
+    before = net.weight.detach().clone()
+    ways.nudge(net)
+    assert (net.weight != before).all()
+    assert torch.allclose(net.weight, before, rtol=2.0**-22, atol=0)
+    assert net.weight.requires_grad and net.weight.is_leaf
+
+
+def test_the_page_has_what_is_known_of_unfinished_runs():
+    import real_parity
+
+    runs = {
+        "unpatched": {"losses": [10.0, 9.0]},
+        "unpatched again": {"losses": [10.0]},
+        "patched": {"error": "the process died"},
+    }
+    result = {
+        **{"family": "fusion0100", "bs": 2, "steps": 2, "runs": runs},
+        "gradients": {"unpatched again": {"all": 1e-7}},
+        "curves": real_parity.summary(runs, ("unpatched again",)),
+    }
+    make = load("docs/make_performance.py")
+    text = "\n".join(make.evidence.parity(json.loads(json.dumps(result)), make.table))
+    assert "| unpatched again | 1.0e-07 | 0.0e+00 | 0.0e+00 | 10.000, 10.000 | 1 |" in text
+    assert "| patched |  |  |  | the process died | 0 |" in text
