@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 from torch import Tensor
-
-# Arguments and ForwardResult from a tuple of all their fields, without the Python function around
-# it.
-new: Any = tuple.__new__
 
 
 class Arguments(NamedTuple):

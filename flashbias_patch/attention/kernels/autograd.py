@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ... import _torch_internals as internals
 from ...bias.grids import WindowMaskParts, WindowParts
-from . import cached_call, launcher
+from . import cached_call, launcher, tiles
 from . import window_tables as win
-from .arguments import NO_WINDOWS, Arguments, ForwardResult, new
+from .arguments import NO_WINDOWS, Arguments, ForwardResult
 from .cached_launch import Kept
 from .problem import (
     Problem,
@@ -112,8 +112,8 @@ def _windows(inputs: Arguments) -> Optional[win.Windows]:
     )
 
 
-def _forward(inputs: Arguments, training: bool) -> ForwardResult:
-    """The output, and what backward needs of it."""
+def _forward(inputs: Tuple[Any, ...], training: bool) -> Tuple[Any, ...]:
+    """The fields of ForwardResult. inputs: those of Arguments."""
     (
         q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale,
         window_weights, window_centres, mask_centres, *_,
@@ -125,12 +125,13 @@ def _forward(inputs: Arguments, training: bool) -> ForwardResult:
         signature, addresses = cached_call.signed(
             (q, k, v, q_factor, k_factor, weights, dense, mask, padding)
         )
-        key = signature, tuple(lengths), dropout_p, scale, training
-        plan = _forward_plans.find(key)
+        key = signature, tuple(lengths), dropout_p, scale, training, tiles.generation
+        plan = _forward_plans.steps.get(key)
         if plan:
-            planned: ForwardResult = plan(q, addresses, stream)
+            planned: Tuple[Any, ...] = plan(addresses, stream)
             return planned
-    problem = problem_of(inputs)
+    given = Arguments(*inputs)
+    problem = problem_of(given)
     seed = (
         torch.randint(1 << 62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     )
@@ -143,29 +144,28 @@ def _forward(inputs: Arguments, training: bool) -> ForwardResult:
             if q_factor is None or k_factor is None
             else launcher.prepared(q, q_factor, k_factor, scale)
         )
-        plan = cached_call.ForwardPlan.of(
-            inputs, problem, launcher.forward_step(problem, seed, training), prepare
-        )
+        step = launcher.forward_step(problem, seed, training)
+        plan = cached_call.forward_plan(given, problem, step, prepare)
         _forward_plans.keep(key, plan or False)  # False: always the long way
-    scaled_q = problem.q if problem.scaled else None
-    result: ForwardResult = new(ForwardResult, (out, low, lse, seed, scaled_q, *factors))
-    return result
+    return ForwardResult(out, low, lse, seed, problem.q if problem.scaled else None, *factors)
 
 
 def _backward(
     grad_out: Tensor,
-    made: ForwardResult,
-    inputs: Arguments,
-    needs: Sequence[bool],
+    saved: Tuple[Any, ...],
+    constants: Tuple[Any, ...],
+    needs: Tuple[bool, ...],
     on_failure: OnFailure = _recompute,
 ) -> Tuple[Optional[Tensor], ...]:
-    """The eight gradients in the order of launcher.Needs, None for each that is not needed."""
-    out, low, lse, seed, scaled_q, padded_q_factor, padded_k_factor = made
+    """The eight gradients in the order of launcher.Needs, None for each that is not needed. saved,
+    constants: see _save."""
     try:
         (
-            q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale,
-            window_weights, window_centres, mask_centres, *_,
-        ) = inputs  # fmt: skip
+            out, low, lse, seed, scaled_q, padded_q_factor, padded_k_factor,
+            q, k, v, q_factor, k_factor, weights, dense, mask, padding,
+            window_weights, window_centres, mask_centres,
+        ) = saved  # fmt: skip
+        lengths, dropout_p, scale, *_ = constants
         plain = window_weights is None and window_centres is None and mask_centres is None
         key, plan = None, None
         stream = cached_call.stream_of(grad_out) if plain else None
@@ -174,16 +174,20 @@ def _backward(
             q = q if scaled_q is None else scaled_q
             q_factor = q_factor if padded_q_factor is None else padded_q_factor
             k_factor = k_factor if padded_k_factor is None else padded_k_factor
-            given = q, k, v, q_factor, k_factor, weights, dense, mask, padding
-            signature, addresses = cached_call.signed((*given, grad_out, out, low, lse, seed))
-            key = (
-                signature, tuple(lengths), dropout_p, scale, rank, tuple(needs),
-                internals.deterministic(),
+            given = (
+                q, k, v, q_factor, k_factor, weights, dense, mask, padding,
+                grad_out, out, low, lse, seed,
             )  # fmt: skip
-            plan = _backward_plans.find(key)
+            signature, addresses = cached_call.signed(given)
+            key = (
+                signature, tuple(lengths), dropout_p, scale, rank, needs, internals.deterministic(),
+                tiles.generation,
+            )  # fmt: skip
+            plan = _backward_plans.steps.get(key)
             if plan:
-                planned: Tuple[Optional[Tensor], ...] = plan(q, addresses, stream)
+                planned: Tuple[Optional[Tensor], ...] = plan(addresses, stream)
                 return planned
+        made, inputs = _records(saved, constants)
         problem = problem_of(inputs, made)
         wanted, passed = launcher.Needs(*needs), launcher.Passed(grad_out, out, low, lse, seed)
         grads = launcher.backward(problem, wanted, passed)
@@ -191,18 +195,18 @@ def _backward(
             kept = launcher.backward_steps(problem, wanted, passed)
             if kept is not None:
                 steps, passed = kept
-                plan = cached_call.BackwardPlan.of(given, grad_out, problem, passed, wanted, steps)
+                plan = cached_call.backward_plan(given, problem, passed, wanted, steps)
             _backward_plans.keep(key, plan or False)
         return grads
     except Exception as error:
-        return on_failure(_call(made, inputs, needs), grad_out, error)
+        return on_failure(_call(*_records(saved, constants), needs), grad_out, error)
 
 
 def _differentiable_backward(
-    grad_out: Tensor, made: ForwardResult, inputs: Arguments, needs: Sequence[bool]
+    grad_out: Tensor, saved: Tuple[Any, ...], constants: Tuple[Any, ...], needs: Tuple[bool, ...]
 ) -> Tuple[Optional[Tensor], ...]:
     """As _backward, for create_graph=True and batches of gradients: by plain PyTorch."""
-    return differentiable_backward(_call(made, inputs, needs), grad_out)
+    return differentiable_backward(_call(*_records(saved, constants), needs), grad_out)
 
 
 def _call(made: ForwardResult, inputs: Arguments, needs: Sequence[bool]) -> Call:
@@ -237,7 +241,7 @@ def _full(tensors: Iterable[Optional[Tensor]], like: Tensor) -> List[Tensor]:
 
 
 def _registered_forward(*inputs: Any) -> Tuple[Tensor, ...]:
-    made = _forward(Arguments(*inputs), True)
+    made = ForwardResult(*_forward(Arguments(*inputs), True))
     seed = made.out.new_empty(0, dtype=torch.int64) if made.seed is None else made.seed
     return tuple(_full(made._replace(seed=seed), made.out))
 
@@ -283,11 +287,13 @@ def _registered_backward(
     *rest: Any,
 ) -> List[Tensor]:
     *inputs, needs = rest
-    given = Arguments(*inputs)
     copies = (low, lse, seed, scaled_q, padded_q_factor, padded_k_factor)
-    made = ForwardResult(out, *[t if t.numel() else None for t in copies])  # type: ignore[arg-type]
-    grads = _backward(grad_out, made, given, needs)
-    return [grad.contiguous() for grad in _full(grads, given.q)]
+    made = (out, *[t if t.numel() else None for t in copies])
+    saved, constants = _kept(inputs, made)
+    return [
+        grad.contiguous()
+        for grad in _full(_backward(grad_out, saved, constants, tuple(needs)), out)
+    ]
 
 
 def _backward_fake(grad_out: Tensor, *rest: Any) -> List[Tensor]:
@@ -315,17 +321,41 @@ _INPUTS = (
 )
 
 
-def _save(ctx: Any, inputs: Arguments, output: Sequence[Optional[Tensor]]) -> None:
+def _kept(
+    inputs: Sequence[Any], made: Sequence[Optional[Tensor]]
+) -> Tuple[Tuple[Any, ...], Tuple[Any, ...]]:
+    """(the tensors, the constants) that a backward pass needs. inputs: the fields of Arguments;
+    made: those of ForwardResult."""
     (
         q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale,
         window_weights, window_centres, mask_centres, frames, sides, sigmas, mask_sides,
     ) = inputs  # fmt: skip
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        *output, q, k, v, q_factor, k_factor, weights, dense, mask, padding,
+    return (
+        *made, q, k, v, q_factor, k_factor, weights, dense, mask, padding,
         window_weights, window_centres, mask_centres,
+    ), (lengths, dropout_p, scale, frames, sides, sigmas, mask_sides)  # fmt: skip
+
+
+def _records(saved: Tuple[Any, ...], constants: Tuple[Any, ...]) -> Tuple[ForwardResult, Arguments]:
+    """The records of what `_kept` gives."""
+    (
+        out, low, lse, seed, scaled_q, padded_q_factor, padded_k_factor,
+        q, k, v, q_factor, k_factor, weights, dense, mask, padding,
+        window_weights, window_centres, mask_centres,
+    ) = saved  # fmt: skip
+    lengths, dropout_p, scale, frames, sides, sigmas, mask_sides = constants
+    return ForwardResult(
+        out, low, lse, seed, scaled_q, padded_q_factor, padded_k_factor
+    ), Arguments(
+        q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale,
+        window_weights, window_centres, mask_centres, frames, sides, sigmas, mask_sides,
     )  # fmt: skip
-    ctx.constants = lengths, dropout_p, scale, frames, sides, sigmas, mask_sides
+
+
+def _save(ctx: Any, inputs: Sequence[Any], made: Sequence[Optional[Tensor]]) -> None:
+    saved, ctx.constants = _kept(inputs, made)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*saved)
 
 
 def _gradients(
@@ -338,18 +368,7 @@ def _gradients(
     needs = q, k, v, q_factor, k_factor, weights, dense, window_weights
     if grad_out is None or True not in needs:
         return (None,) * len(asked)
-    (
-        out, low, lse, seed, scaled_q, padded_q_factor, padded_k_factor,
-        q, k, v, q_factor, k_factor, weights, dense, mask, padding,
-        window_weights, window_centres, mask_centres,
-    ) = ctx.saved_tensors  # fmt: skip
-    lengths, dropout_p, scale, frames, sides, sigmas, mask_sides = ctx.constants
-    made = new(ForwardResult, (out, low, lse, seed, scaled_q, padded_q_factor, padded_k_factor))
-    inputs = new(Arguments, (
-        q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale,
-        window_weights, window_centres, mask_centres, frames, sides, sigmas, mask_sides,
-    ))  # fmt: skip
-    grads = run(grad_out, made, inputs, needs)
+    grads = run(grad_out, ctx.saved_tensors, ctx.constants, needs)
     q, k, v, q_factor, k_factor, weights, dense, window_weights = grads
     return (
         q, k, v, q_factor, k_factor, weights, None, dense, None, None, None, None,
@@ -374,8 +393,12 @@ if hasattr(torch.library, "custom_op"):
     _op_backward.register_fake(_backward_fake)
 
     def _run_registered(
-        grad_out: Tensor, made: ForwardResult, inputs: Arguments, needs: Sequence[bool]
+        grad_out: Tensor,
+        saved: Tuple[Any, ...],
+        constants: Tuple[Any, ...],
+        needs: Tuple[bool, ...],
     ) -> List[Optional[Tensor]]:
+        made, inputs = _records(saved, constants)
         grads = _op_backward(grad_out, *made, *inputs, needs)
         return [grad if need else None for grad, need in zip(grads, needs)]
 
@@ -397,11 +420,12 @@ else:
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, on_failure: OnFailure, *inputs: Any) -> Tensor:
-        given = new(Arguments, inputs)
-        made = _forward(given, any(ctx.needs_input_grad))
-        _save(ctx, given, made)
+        made = _forward(inputs, True in ctx.needs_input_grad)
+        _save(ctx, inputs, made)
         ctx.on_failure = on_failure
-        return made.out
+        out: Tensor
+        out, *_ = made
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Optional[Tensor]) -> Any:
@@ -456,16 +480,17 @@ def attend(inputs: Any, on_failure: OnFailure) -> Tensor:
     local: Tuple[Any, ...] = NO_WINDOWS
     if windows is not None or window_mask is not None:
         local = win.arguments(windows, window_mask)
-    given: Arguments = new(Arguments, (
+    given = (
         q, k, v, q_factor, k_factor, weights, () if weights is None else lengths, dense, mask,
-        padding, dropout_p, scale,
-        *local,
-    ))  # fmt: skip
+        padding, dropout_p, scale, *local,
+    )  # fmt: skip
     if torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or inputs.holds_grad
     ):
         return _apply_untransformed(on_failure, *given)
-    return _forward(given, False).out
+    out: Tensor
+    out, *_ = _forward(given, False)
+    return out
 
 
 def fused_attention(

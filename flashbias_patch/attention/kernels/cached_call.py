@@ -3,36 +3,48 @@ nothing to decide.
 
 The long way (autograd.py, launcher.py) makes a Problem of a call's tensors and steps of that.
 Where the kernels take the tensors as they are, a later call of the same signature needs their
-addresses alone. Such a call is a plan here: memory that is allocated and launches that follow, in
+addresses alone. Such a call is a plan here: tensors that are made and launches that follow, in
 order. Small calls wait for the processor, so this is their time.
 """
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+import functools
+import operator
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from ..._torch_internals import current_cuda_device, current_cuda_stream
-from .arguments import Arguments, ForwardResult, new
+from .arguments import Arguments, ForwardResult
 from .cached_launch import Launch
 from .launcher_backward import ByKeys, Needs, Passed, Rows
 from .launcher_forward import Forward, Keys, Prepare
-from .launcher_sums import Sums
+from .launcher_sums import AT_ONCE, Sum, Sums
 from .problem import Problem
 
 Signed = Tuple[Tuple[Any, ...], List[int]]
 
+# The tensors that `signed` gets, in order; a plan's names for them.
+FORWARD = ("q", "k", "v", "q_factor", "k_factor", "weights", "dense", "mask", "padding")
+BACKWARD = (*FORWARD, *Passed._fields)
+
+_is_given: Callable[[Any], bool] = functools.partial(operator.is_not, None)
+_layout: Callable[[Tensor], Tuple[Any, ...]] = operator.attrgetter("shape", "dtype", "device")
+
 
 def signed(tensors: Sequence[Optional[Tensor]]) -> Signed:
-    """(what a launch depends on of these tensors, their addresses, 0 for None): as
+    """(what a launch depends on of these tensors, the addresses of those that are not None): as
     cached_launch.signature."""
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    return tuple([
-        None if t is None else (t.shape, t.stride(), t.dtype, t.device, address & 15)
-        for t, address in zip(tensors, addresses)
-    ]), addresses  # fmt: skip
+    given: Tuple[Tensor, ...] = tuple(filter(_is_given, tensors))  # type: ignore[arg-type]
+    addresses = [*map(Tensor.data_ptr, given)]
+    odd = functools.reduce(operator.or_, addresses) & 15
+    return (
+        tuple(map(_is_given, tensors)), tuple(map(_layout, given)),
+        tuple(map(Tensor.stride, given)),
+        tuple([address & 15 for address in addresses]) if odd else None,
+    ), addresses  # fmt: skip
 
 
 def stream_of(tensor: Tensor) -> Optional[int]:
@@ -45,36 +57,92 @@ def stream_of(tensor: Tensor) -> Optional[int]:
     return current_cuda_stream(index)
 
 
-class Blocks(NamedTuple):
-    """The keys' blocks of a step (launch_forward.Keys) by address; 0 stands for q's."""
+class Draft:
+    """A plan while it is made: its tensors by name, and the names that each launch takes.
 
-    blocks: int
-    ends: int
-    visible: Optional[Launch]
-    shape: Tuple[int, int]
+    In the place of a tensor that a call does not have stands its q, which the kernel does not read
+    there.
+    """
 
-    def __call__(self, stream: int, padding: int, device: torch.device) -> Tuple[int, int, Any]:
-        """Addresses of ORDER and COUNTS, and what holds their memory."""
-        if self.visible is None:
-            return self.ends, self.ends, None
-        batch, _ = self.shape
-        order = torch.empty(self.shape, dtype=torch.int32, device=device)
-        counts = torch.empty((batch,), dtype=torch.int32, device=device)
-        p_order, p_counts = order.data_ptr(), counts.data_ptr()
-        self.visible.at(stream, padding, self.blocks, p_order, p_counts)
-        return p_order, p_counts, (order, counts)
+    def __init__(self, names: Sequence[str], given: Sequence[Optional[Tensor]]) -> None:
+        q, *_ = given
+        assert q is not None
+        self.device, self.q = q.device, "q"
+        self.given = [name for name, tensor in zip(names, given) if tensor is not None]
+        self.makes: Dict[str, Callable[[], Tensor]] = {}
+        self.parts: Dict[str, Tuple[str, int]] = {}  # name: (of which tensor, bytes from there)
+        self.tables: Dict[str, Tensor] = {}
+        self.launches: List[Tuple[Launch, Sequence[str]]] = []
+        self.sums: Dict[str, Sum] = {}  # of the parts that PyTorch sums
+
+    def make(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, zeros: bool = False
+    ) -> None:
+        make = torch.zeros if zeros else torch.empty
+        self.makes[name] = functools.partial(make, shape, dtype=dtype, device=self.device)
+
+    def launch(self, launch: Launch, *names: str) -> None:
+        has = {*self.given, *self.makes, *self.parts, *self.tables}
+        self.launches.append((launch, [name if name in has else self.q for name in names]))
+
+    def blocks(self, keys: Keys, padding: Optional[Tensor], of: str) -> Tuple[str, str, str, str]:
+        """The names of BLOCKS, ENDS, ORDER and COUNTS of the step `of`, as Keys has them."""
+        if keys.table is None:
+            return (self.q,) * 4
+        blocks, ends, order, counts = (
+            f"{of} {name}" for name in ("blocks", "ends", "order", "counts")
+        )
+        self.tables[blocks], self.tables[ends] = keys.table
+        if keys.visible is None or padding is None:
+            return blocks, ends, ends, ends
+        numbers, at_counts = keys.room(padding)
+        self.make(order, (numbers,), torch.int32)
+        self.parts[counts] = order, 4 * at_counts
+        self.launch(keys.visible, "padding", blocks, order, counts)
+        return blocks, ends, order, counts
 
 
-def blocks_of(keys: Keys, padding: Optional[Tensor]) -> Blocks:
-    if keys.table is None:
-        return Blocks(0, 0, None, (0, 0))
-    batch = 0 if padding is None else padding.shape[0]
-    blocks, ends = keys.table
-    return Blocks(blocks.data_ptr(), ends.data_ptr(), keys.visible, (batch, keys.count))
+class Plan:
+    """A settled pass: tensors to make, and launches on these and on the given ones.
+
+    A launch picks its tensors from one list of addresses: of the given tensors, of the made ones,
+    of parts of these, and of tables, which are kept.
+    """
+
+    def __init__(self, draft: Draft, results: Sequence[str]) -> None:
+        names = [*draft.given, *draft.makes, *draft.parts, *draft.tables]
+        places = {name: place for place, name in enumerate(names)}
+        self.makes = [*draft.makes.values()]
+        self.parts = [(places[name], offset) for name, offset in draft.parts.values()]
+        self.held = [*draft.tables.values()]
+        self.tables = [table.data_ptr() for table in self.held]
+        self.launches = [
+            (launch, operator.itemgetter(*[places[name] for name in taken]))
+            for launch, taken in draft.launches
+        ]
+        made = {name: place for place, name in enumerate(draft.makes)}
+        self.sums = [(made[name], total) for name, total in draft.sums.items()]
+        # None lies behind the last one.
+        self.results = operator.itemgetter(*[made.get(name, len(made)) for name in results])
+
+    def __call__(self, at: List[int], stream: int) -> Any:
+        """The tensors named by `results`, None for those not made. at: the addresses of the given
+        tensors, from `signed`."""
+        made: List[Optional[Tensor]] = [make() for make in self.makes]
+        at += map(Tensor.data_ptr, made)  # type: ignore[arg-type]
+        for place, offset in self.parts:
+            at += (at[place] + offset,)
+        at += self.tables
+        for launch, pick in self.launches:
+            launch.at(stream, pick(at))
+        for place, total in self.sums:
+            made[place] = total.plain(made[place])  # type: ignore[arg-type]
+        made += (None,)
+        return self.results(made)
 
 
-def _compiled(*launches: Optional[Launch]) -> bool:
-    return all(launch is None or launch.run is not None for launch in launches)
+def _compiled(draft: Draft) -> bool:
+    return all(launch.run is not None for launch, _ in draft.launches)
 
 
 def _same(given: Sequence[Optional[Tensor]], used: Sequence[Optional[Tensor]]) -> bool:
@@ -85,158 +153,107 @@ def _same(given: Sequence[Optional[Tensor]], used: Sequence[Optional[Tensor]]) -
     )
 
 
-class ForwardPlan:
-    """A forward pass: `prepare` copies q and the factors, where there are factors."""
-
-    def __init__(self, problem: Problem, step: Forward, prepare: Optional[Prepare]) -> None:
-        self.step, self.prepare, self.keys = step, prepare, step.keys
-        self.blocks = blocks_of(step.keys, problem.padding)
-        self.dropout = problem.dropout_p > 0
-
-    @staticmethod
-    def of(
-        inputs: Arguments, problem: Problem, step: Any, prepare: Optional[Prepare]
-    ) -> Optional[ForwardPlan]:
-        """The plan of a call that the long way has computed; None where its tensors are copied
-        otherwise."""
-        if type(step) is not Forward or problem.scaled and prepare is None:
-            return None
-        names = ["k", "v", "weights", "dense", "mask", "padding"]
-        if not problem.scaled:
-            names.append("q")
-        given, used = ([getattr(of, name) for name in names] for of in (inputs, problem))
-        copied = None if prepare is None or not prepare.launches else prepare.copy
-        combined = step.combine if step.splits > 1 else None
-        if not _same(given, used) or not _compiled(
-            step.attend, step.keys.visible, combined, copied
-        ):
-            return None
-        return ForwardPlan(problem, step, prepare)
-
-    def __call__(self, q: Tensor, at: Sequence[int], stream: int) -> ForwardResult:
-        """at: the addresses of q, k, v, both factors, weights, dense, mask, padding."""
-        step, prepare = self.step, self.prepare
-        device, dtype = q.device, q.dtype
-        pq, pk, pv, pqf, pkf, pw, pd, pm, pp = at
-        new_q = new_qf = new_kf = low = seed = parts = part_lse = None
-        if prepare is not None:
-            new_q = torch.empty(q.shape, dtype=dtype, device=device)
-            given, pq, new_a, new_b = pq, new_q.data_ptr(), pqf, pkf
-            if prepare.padded:
-                new_qf = torch.empty(prepare.q_factor_shape, dtype=dtype, device=device)
-                new_kf = torch.empty(prepare.k_factor_shape, dtype=dtype, device=device)
-                new_a, new_b = new_qf.data_ptr(), new_kf.data_ptr()
-            if prepare.launches:
-                prepare.copy.at(stream, given, pq, pqf, new_a, pkf, new_b)
-            pqf, pkf = new_a, new_b
-        if self.dropout:
-            seed = torch.randint(1 << 62, (1,), dtype=torch.int64, device=device)
-        out = torch.empty(step.shape, dtype=dtype, device=device)
-        if step.has_low:
-            low = torch.empty(step.shape, dtype=dtype, device=device)
-        lse = torch.empty(step.rows, dtype=torch.float32, device=device)
-        p_out, p_low, p_lse = out.data_ptr(), pq if low is None else low.data_ptr(), lse.data_ptr()
-        to, to_lse = p_out, p_lse
-        if step.splits > 1:
-            parts = torch.empty((step.splits, *step.shape), dtype=torch.float32, device=device)
-            part_lse = torch.empty((step.splits, *step.rows), dtype=torch.float32, device=device)
-            to, to_lse = parts.data_ptr(), part_lse.data_ptr()
-        blocks, ends, order, counts, held = pq, pq, pq, pq, None
-        if self.blocks.blocks:
-            blocks, ends = self.blocks.blocks, self.blocks.ends
-            order, counts, held = self.blocks(stream, pp, device)
-        step.attend.at(
-            stream, pq, pk, pv, pqf or pq, pkf or pq, pw or pq, ends, pd or pq, pm or pq, pp or pq,
-            blocks, order, counts,
-            pq if seed is None else seed.data_ptr(), to, p_low, to_lse,
-        )  # fmt: skip
-        if step.splits > 1:
-            step.combine.at(stream, to, to_lse, p_out, p_low, p_lse)
-        del held, parts, part_lse  # until here
-        result: ForwardResult = new(ForwardResult, (out, low, lse, seed, new_q, new_qf, new_kf))
-        return result
-
-
-class BackwardPlan:
-    """A backward pass on one stream: the rows, one launch over the keys and one over the queries,
-    and the sums."""
-
-    def __init__(
-        self, rows: Rows, steps: Sequence[Any], sums: Sums, problem: Problem, needs: Needs
-    ) -> None:
-        self.rows, self.steps, self.sums = rows, steps, sums
-        self.blocks = [blocks_of(step.keys, problem.padding) for step in steps]
-        self.sums_of_steps = [tuple(step.sums.items()) for step in steps]
-        self.gradients = needs._fields
-
-    @staticmethod
-    def of(
-        given: Sequence[Optional[Tensor]],
-        grad_out: Tensor,
-        problem: Problem,
-        passed: Passed,
-        needs: Needs,
-        kept: Any,
-    ) -> Optional[BackwardPlan]:
-        """The plan of a call that the long way has computed; `given`: q to padding, with the copies
-        that forward made."""
-        rows, steps, sums = kept
-        launches = [
-            rows.launch,
-            *(step.launch for step in steps),
-            *(launch for _, launch in sums.launches),
-        ]
-        launches += [step.keys.visible for step in steps]
-        q, k, v, q_factor, k_factor, weights, _, dense, mask, padding, *_ = problem
-        used = (q, k, v, q_factor, k_factor, weights, dense, mask, padding, passed.grad_out)
-        if (
-            type(rows) is not Rows
-            or not _same((*given, grad_out), used)
-            or not _compiled(*launches)
-        ):
-            return None
-        return BackwardPlan(rows, steps, sums, problem, needs)
-
-    def __call__(self, q: Tensor, at: Sequence[int], stream: int) -> Tuple[Optional[Tensor], ...]:
-        """The gradients, None where not needed. at: q, k, v, both factors, weights, dense, mask,
-        padding, grad_out, out, low, lse, seed."""
-        pq, pk, pv, pqf, pkf, pw, pd, pm, pp, p_grad, p_out, p_low, p_lse, p_seed = at
-        pqf, pkf, pw, pd, pm, pp, p_seed = (
-            pqf or pq,
-            pkf or pq,
-            pw or pq,
-            pd or pq,
-            pm or pq,
-            pp or pq,
-            p_seed or pq,
+def forward_plan(
+    inputs: Arguments, problem: Problem, step: Any, prepare: Optional[Prepare]
+) -> Optional[Plan]:
+    """The plan of a forward pass that the long way has computed; None where its tensors are copied
+    otherwise. `prepare` copies q and the factors, where there are factors."""
+    if type(step) is not Forward or problem.scaled and prepare is None:
+        return None
+    unchanged = ["k", "v", "weights", "dense", "mask", "padding"]
+    if not problem.scaled:
+        unchanged.append("q")
+    given, used = ([getattr(of, name) for name in unchanged] for of in (inputs, problem))
+    if not _same(given, used):
+        return None
+    draft = Draft(FORWARD, [getattr(inputs, name) for name in FORWARD])
+    dtype = problem.q.dtype
+    q, q_factor, k_factor, out, lse = "q", "q_factor", "k_factor", "out", "lse"
+    if prepare is not None:
+        draft.q = q = "scaled_q"
+        draft.make(q, problem.q.shape, dtype)
+        if prepare.padded:
+            q_factor, k_factor = "padded_q_factor", "padded_k_factor"
+            draft.make(q_factor, prepare.q_factor_shape, dtype)
+            draft.make(k_factor, prepare.k_factor_shape, dtype)
+        if prepare.launches:
+            draft.launch(
+                prepare.copy, "q", q, "q_factor", q_factor, "k_factor", k_factor
+            )  # fmt: skip
+    if problem.dropout_p > 0:
+        draft.makes["seed"] = functools.partial(
+            torch.randint, 1 << 62, (1,), dtype=torch.int64, device=draft.device
         )
-        device, before = q.device, self.rows
-        rows = torch.empty(before.shape, dtype=before.dtype, device=device)
-        p_rows = rows.data_ptr()
-        before.launch.at(stream, p_out, p_low or p_out, p_grad, p_lse, pw, pqf, p_rows)
-        made: Dict[str, Tensor] = {}
-        held = []
-        for step, own, found in zip(self.steps, self.blocks, self.sums_of_steps):
-            parts = {}
-            for name, total in found:
-                made[name] = tensor = total.make(q)
-                parts[name] = tensor.data_ptr()
-            blocks, ends, order, counts = own.blocks or pq, own.ends or pq, pq, pq
-            if own.blocks:
-                order, counts, memory = own(stream, pp, device)
-                held += [memory]
-            if type(step) is ByKeys:
-                step.launch.at(
-                    stream, pq, pk, pv, pqf, pkf, pd, pm, pp, blocks, p_seed, p_grad, p_rows,
-                    *[parts[name] if name in parts else pq
-                      for name in ("k", "v", "k_factor", "dense")],
-                )  # fmt: skip
-            else:
-                step.launch.at(
-                    stream, pq, pk, pv, pqf, pkf, pw, ends, pd, pm, pp, blocks, order, counts,
-                    p_seed, p_grad, p_lse, p_rows,
-                    *[parts[name] if name in parts else pq
-                      for name in ("q", "q_factor", "weights")],
-                )  # fmt: skip
-        done = self.sums.at(made, stream)
-        return tuple([done[name] if name in done else None for name in self.gradients])
+    draft.make("out", step.shape, dtype)
+    if step.has_low:
+        draft.make("low", step.shape, dtype)
+    draft.make("lse", step.rows, torch.float32)
+    if step.splits > 1:
+        out, lse = "parts of out", "parts of lse"
+        draft.make(out, (step.splits, *step.shape), torch.float32)
+        draft.make(lse, (step.splits, *step.rows), torch.float32)
+    blocks, ends, order, counts = draft.blocks(step.keys, problem.padding, "forward")
+    draft.launch(
+        step.attend, q, "k", "v", q_factor, k_factor, "weights", ends, "dense", "mask", "padding",
+        blocks, order, counts, "seed", out, "low", lse,
+    )  # fmt: skip
+    if step.splits > 1:
+        draft.launch(step.combine, out, lse, "out", "low", "lse")
+    return Plan(draft, ForwardResult._fields) if _compiled(draft) else None
+
+
+def backward_plan(
+    given: Sequence[Optional[Tensor]],
+    problem: Problem,
+    passed: Passed,
+    needs: Needs,
+    kept: Tuple[Any, Sequence[Any], Sums],
+) -> Optional[Plan]:
+    """The plan of a backward pass that the long way has computed, on one stream: the rows, one
+    launch over the keys and one over the queries, and the sums.
+
+    given: the tensors of BACKWARD, with the copies that forward made. passed: as the kernels got
+    it. kept: launcher.backward_steps.
+    """
+    before, steps, sums = kept
+    q, k, v, q_factor, k_factor, weights, _, dense, mask, padding, *_ = problem
+    used = (q, k, v, q_factor, k_factor, weights, dense, mask, padding, passed.grad_out)
+    if type(before) is not Rows or not _same(given, used):
+        return None
+    draft = Draft(BACKWARD, given)
+    low = "out" if passed.low is None else "low"
+    draft.make("rows", before.shape, before.dtype)
+    draft.launch(before.launch, "out", low, "grad_out", "lse", "weights", "q_factor", "rows")
+    for step in steps:
+        written = {name: f"gradient of {name}" for name in step.sums}
+        for name, total in step.sums.items():
+            draft.make(written[name], total.parts, total.kept, total.zeros)
+        by_keys = type(step) is ByKeys
+        blocks, ends, order, counts = draft.blocks(
+            step.keys, None if by_keys else padding, "keys'" if by_keys else "queries'"
+        )
+        if by_keys:
+            draft.launch(
+                step.launch, "q", "k", "v", "q_factor", "k_factor", "dense", "mask", "padding",
+                blocks, "seed", "grad_out", "rows",
+                *[written.get(name, "q") for name in ("k", "v", "k_factor", "dense")],
+            )  # fmt: skip
+        else:
+            draft.launch(
+                step.launch, "q", "k", "v", "q_factor", "k_factor", "weights", ends, "dense",
+                "mask", "padding", blocks, order, counts, "seed", "grad_out", "lse", "rows",
+                *[written.get(name, "q") for name in ("q", "q_factor", "weights")],
+            )  # fmt: skip
+    results = {name: f"gradient of {name}" for name in needs._fields}
+    for name in sums.plain:
+        if not sums.sums[name].whole:
+            draft.sums[results[name]] = sums.sums[name]
+    for names, launch in sums.launches:
+        pairs: List[str] = []
+        for name in names:
+            total, parts = sums.sums[name], results[name]
+            results[name] = f"sum of {name}"
+            draft.make(results[name], total.shape, total.dtype)
+            pairs += [parts, results[name]]
+        draft.launch(launch, *pairs, *pairs[:2] * (AT_ONCE - len(names)))
+    return Plan(draft, [*results.values()]) if _compiled(draft) else None

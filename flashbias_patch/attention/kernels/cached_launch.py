@@ -10,7 +10,7 @@ their tensors and the same numbers to the compiled kernel.
 from __future__ import annotations
 
 import inspect
-from typing import Any, Callable, Dict, Iterable, Optional, Tuple, TypeVar
+from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Tuple, TypeVar
 
 import triton
 from torch import Tensor
@@ -79,7 +79,7 @@ class Launch:
         else:
             self.first(tensors)
 
-    def at(self, stream: int, *addresses: int) -> None:
+    def at(self, stream: int, addresses: Sequence[int]) -> None:
         """On that stream, with tensors at these addresses; for a compiled kernel."""
         if self.launcher is not None:
             enter, leave = HOOKS.launch_enter_hook, HOOKS.launch_exit_hook

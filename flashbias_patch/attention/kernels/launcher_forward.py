@@ -90,12 +90,19 @@ class Keys:
         if self.visible is None or problem.padding is None:
             return blocks, ends, ends, ends
         padding = problem.padding
-        order = torch.empty(
-            (padding.shape[0], self.count), dtype=torch.int32, device=padding.device
-        )
-        counts = torch.empty((padding.shape[0],), dtype=torch.int32, device=padding.device)
+        numbers, at_counts = self.room(padding)
+        memory = torch.empty((numbers,), dtype=torch.int32, device=padding.device)
+        order = memory[: padding.shape[0] * self.count].view(padding.shape[0], self.count)
+        counts = memory[at_counts:]
         self.visible(padding, blocks, order, counts)
         return blocks, ends, order, counts
+
+    def room(self, padding: Tensor) -> Tuple[int, int]:
+        """Numbers in ORDER and COUNTS together, and where COUNTS begins: at a multiple of 16 bytes,
+        as an allocation does."""
+        batch = padding.shape[0]
+        at_counts = cdiv(batch * self.count, 4) * 4
+        return at_counts + batch, at_counts
 
 
 def split_over_keys(problem: Problem, config: Config, keys: Keys) -> Tuple[int, int, int]:

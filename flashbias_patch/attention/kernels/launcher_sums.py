@@ -68,21 +68,6 @@ class Sums:
             launch(*pairs, *pairs[:2] * (AT_ONCE - len(names)))
         return done
 
-    def at(self, made: Dict[str, Tensor], stream: int) -> Dict[str, Tensor]:
-        """The same on that stream, once its launches are compiled."""
-        done = {}
-        for name in self.plain:
-            total = self.sums[name]
-            done[name] = made[name] if total.whole else total.plain(made[name])
-        for names, launch in self.launches:
-            pairs: List[int] = []
-            for name in names:
-                total, parts = self.sums[name], made[name]
-                done[name] = torch.empty(total.shape, dtype=total.dtype, device=parts.device)
-                pairs += [parts.data_ptr(), done[name].data_ptr()]
-            launch.at(stream, *pairs, *pairs[:2] * (AT_ONCE - len(names)))
-        return done
-
 
 class Layout(NamedTuple):
     """One of the sums of a launch, as sum_kernel needs it."""

@@ -29,11 +29,14 @@ handed = []  # addresses of the tensors of every launch
 
 
 def lies_at(address):
-    """(bytes of the storage, dtype) of the tensors alive that begin there."""
+    """(bytes of the storage, bytes before the address, dtype) of the tensors alive in whose storage
+    it lies."""
     sizes = set()
     for found in gc.get_objects():
-        if type(found) is torch.Tensor and found.numel() and found.data_ptr() == address:
-            sizes.add((found.untyped_storage().nbytes(), str(found.dtype).replace("bool", "uint8")))
+        if type(found) is torch.Tensor and found.numel():
+            size, begin = found.untyped_storage().nbytes(), found.untyped_storage().data_ptr()
+            if begin <= address < begin + size:
+                sizes.add((size, address - begin, str(found.dtype).replace("bool", "uint8")))
     return sorted(sizes)
 
 
@@ -46,11 +49,12 @@ class Launcher:
         tensors, own = handed.pop(), list(arguments[9:])
         for place, tensor in enumerate(tensors):
             address = own[place] if isinstance(own[place], int) else own[place].data_ptr()
-            # By address alone where a plan hands it over (settled.Launch.at).
+            # By address alone where a plan hands it over (Launch.at).
             assert address == (tensor if isinstance(tensor, int) else tensor.data_ptr()), (
                 self.name,
                 place,
             )
+            assert lies_at(address), (self.name, place)
             own[place] = lies_at(address), address % 16
         launched.append((self.name, arguments[:3], [(type(value), value) for value in own]))
 
@@ -92,8 +96,8 @@ from flashbias_patch.attention.kernels import autograd, cached_launch, problem  
 
 _launch = cached_launch.Launch.__call__
 _launch_at = cached_launch.Launch.at
-cached_launch.Launch.at = lambda self, stream, *addresses: (
-    handed.append(addresses) or _launch_at(self, stream, *addresses)
+cached_launch.Launch.at = lambda self, stream, addresses: (
+    handed.append(addresses) or _launch_at(self, stream, addresses)
 )
 cached_launch.Launch.__call__ = lambda self, *tensors, **options: (
     handed.append(tensors) or _launch(self, *tensors, **options)
