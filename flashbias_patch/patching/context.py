@@ -100,7 +100,12 @@ def current_scopes() -> Scopes:
         return tuple(scope for scope in _inherited.get() if scope.block.open)
     if not scopes or replay.repeating():  # a recomputation has what its forward had
         return scopes
-    return tuple(scope for scope in scopes if not scope.block.ended_elsewhere)
+    found = tuple(scope for scope in scopes if not scope.block.ended_elsewhere)
+    if len(found) < len(scopes):
+        # The block that ended in another thread or task could not take its scope away from here,
+        # and every later call would look for a bias.
+        _scopes.set(found)
+    return found
 
 
 def _map_scopes(scopes: Scopes, function: Callable[[Tensor], Tensor]) -> Scopes:

@@ -24,8 +24,8 @@ class Record:
     """The modules that were given a bias where no recomputation can find it.
 
     Attributes:
-        any: True once there was such a module in this process. Every call looks at it, and it costs
-            no function call.
+        any: True while there may be such a module. Every call looks at it, and it costs no function
+            call.
         modules: these modules; it does not keep them alive.
     """
 
@@ -49,6 +49,8 @@ def remember(module: Any) -> None:
 def check(module: Any) -> None:
     """Raise RuntimeError if `module`, which has no bias here, is recomputed, and its forward had a
     bias that the recomputation cannot find."""
+    if record.any and not record.modules:  # they are gone
+        record.any = False
     if (
         record.any
         and module in record.modules

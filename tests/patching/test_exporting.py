@@ -198,6 +198,17 @@ def test_a_strict_export_after_a_bias_out_of_reach(model, monkeypatch):
         export_strict(model)
 
 
+def test_a_module_out_of_reach_that_is_gone_costs_later_calls_nothing(monkeypatch):
+    module, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    monkeypatch.setattr(unreachable.record, "any", True)
+    monkeypatch.setattr(unreachable.record, "modules", weakref.WeakSet([module]))
+    unreachable.check(other)
+    assert unreachable.record.any
+    del module
+    unreachable.check(other)
+    assert not unreachable.record.any
+
+
 @pytest.mark.parametrize("way", WAYS[:3])
 def test_a_flash_class_is_exported_in_plain_operators(repository, way):
     """Its own code, flash-attn's kernels, no exporter takes."""

@@ -11,6 +11,7 @@ import torch
 
 import flashbias_patch
 from flashbias_patch.attention.recovery import learned
+from flashbias_patch.patching import context
 from tests.support.checkpoints import KINDS
 
 from .test_checkpoints import Inputs, assert_equal, decoder_of, gradients, loss_of, patched, run  # noqa: F401
@@ -258,6 +259,7 @@ def test_a_block_that_ends_in_another_thread(patched):  # noqa: F811
     torch.testing.assert_close(next(block), call.with_bias)
     in_thread(block.close)
     torch.testing.assert_close(call(), call.without)
+    assert not context.active()  # later calls do not look for a bias
     with call.block():
         torch.testing.assert_close(call(), call.with_bias)
 
@@ -275,6 +277,7 @@ def test_a_block_that_ends_in_another_task(patched):  # noqa: F811
         torch.testing.assert_close(await opened.__anext__(), call.with_bias)
         await asyncio.create_task(opened.aclose())
         torch.testing.assert_close(call(), call.without)
+        assert not context.active()
 
     asyncio.run(use())
     torch.testing.assert_close(call(), call.without)
