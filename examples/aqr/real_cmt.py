@@ -207,13 +207,10 @@ def run_case(
     from mmcv import Config
 
     import flashbias_patch
+    from flashbias_patch.aqr import options as aqr_options
 
     options = {"model.pts_bbox_head.transformer.aqr.enable": True} if aqr and patched else {}
-    windows = (
-        None
-        if args.windows is None
-        else flashbias_patch.aqr.options.pairs(args.windows, "--windows")
-    )
+    windows = None if args.windows is None else aqr_options.pairs(args.windows, "--windows")
     given = (
         {"locality": True}
         if args.locality

@@ -71,11 +71,7 @@ TABLE: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
         (128, 64, Config(64, 64, 4, 3)),
     ],
     # Eight warps and tf32x3 end in an illegal access on Triton 3.6: four only.
-    ("forward", 90, False): [
-        (32, 0, Config(64, 32, 4, 2)),
-        (32, 64, Config(64, 32, 4, 3)),
-        (128, 64, Config(64, 32, 4, 2)),
-    ],
+    ("forward", 90, False): [(32, 64, Config(64, 32, 4, 3)), (128, 64, Config(64, 32, 4, 2))],
     ("keys", 90, False): [
         (32, 16, Config(32, 128, 4, 1)),
         (32, 64, Config(32, 64, 4, 1)),
@@ -118,6 +114,13 @@ WINDOWS: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("mask keys", 90, True): [(32, 16, Config(16, 64, 4, 3)), (128, 64, Config(32, 64, 4, 2))],
     ("mask queries", 90, True): [(32, 16, Config(16, 64, 1, 3)), (128, 64, Config(32, 64, 4, 3))],
 }
+WINDOWS.update(
+    {
+        ("window forward", 90, False): [(32, 0, Config(128, 64, 4, 1))],
+        ("window keys", 90, False): [(32, 0, Config(64, 64, 4, 1))],
+        ("window queries", 90, False): [(32, 0, Config(64, 64, 4, 1))],
+    }
+)
 for _kind in ("window", "mask"):
     for _kernel in KERNELS:
         for _arch in (90, 80):
@@ -125,10 +128,12 @@ for _kind in ("window", "mask"):
             WINDOWS.setdefault(
                 _place, [(64, 64, Config(64, 64, 4, 2)), (128, 64, Config(32, 64, 4, 2))]
             )
-            WINDOWS[f"{_kind} {_kernel}", _arch, False] = [
-                (64, 64, Config(64 if _kernel == "forward" else 32, 64, 4, 1)), (128, 64,
-                Config(16, 64, 4, 1)),
-            ]  # fmt: skip
+            WINDOWS.setdefault((f"{_kind} {_kernel}", _arch, False), []).extend(
+                [
+                    (64, 64, Config(64 if _kernel == "forward" else 32, 64, 4, 1)),
+                    (128, 64, Config(16, 64, 4, 1)),
+                ]
+            )
 SMALLER_WINDOWS = [Config(32, 64, 4, 2), Config(32, 64, 4, 1), Config(16, 64, 4, 1)]
 # Asked before TABLE: PAIRS where there is a mask or dense bias, then BUSY where there is one of
 # these, padding or dropout.
@@ -136,6 +141,7 @@ PAIRS: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("forward", 90, True): [(32, 16, Config(64, 64, 4, 3))],
     ("keys", 90, True): [(32, 16, Config(64, 64, 4, 3, registers=168))],
     ("queries", 90, True): [(32, 16, Config(64, 64, 4, 3, registers=168))],
+    ("queries", 90, False): [(32, 0, Config(64, 32, 4, 1))],
 }
 BUSY: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("forward", 90, True): [(32, 16, Config(64, 128, 4, 3, registers=168))],
@@ -147,7 +153,6 @@ BUSY: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
         (32, 0, Config(64, 64, 4, 3, registers=120)),
         (32, 16, Config(64, 64, 4, 3, registers=168)),
     ],
-    ("queries", 90, False): [(32, 0, Config(64, 32, 4, 1))],
 }
 # What remains when nothing else fits into a GPU's shared memory or registers.
 SMALLER = [Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
