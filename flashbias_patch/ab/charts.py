@@ -8,8 +8,9 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 from . import sides
+from .judging import step_times
 from .records import Experiment, Run
-from .verdict import Verdict, step_times
+from .verdict import Verdict
 
 MAX_POINTS = 1500  # of one curve on a page
 MAX_BINS = 30

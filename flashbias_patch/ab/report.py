@@ -7,8 +7,7 @@ import re
 import shlex
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from . import charts, clocks, lines, page, profiles, reading, sides, words
-from . import verdict as verdicts
+from . import charts, clocks, judging, lines, page, profiles, reading, sides, words
 from .records import Experiment
 from .statistics import Ratio
 from .verdict import Verdict
@@ -321,7 +320,7 @@ def load_and_judge(directory: str, process: Optional[str] = None) -> Tuple[Exper
 
     experiment = reading.load(directory, process)
     found = detections.compare_runs(experiment) if experiment.options.get("inference") else None
-    return experiment, verdicts.judge(experiment, detections=found)
+    return experiment, judging.judge(experiment, detections=found)
 
 
 def bench_html(found: Dict[str, Any]) -> str:

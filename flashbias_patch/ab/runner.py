@@ -19,8 +19,10 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 from .. import launch
 from . import (
     clocks,
+    further_runs,
     history,
     inference,
+    judging,
     lines,
     outcome,
     probe,
@@ -97,8 +99,8 @@ def schedule(
 def run_all(
     command: Sequence[str], out: str, options: Options, progress: Optional[Progress] = None
 ) -> Experiment:
-    """Run the whole schedule, and further runs that the verdict needs (verdict.next_run). Ctrl-C
-    ends both.
+    """Run the whole schedule, then the runs that the verdict still needs (further_runs.next_run).
+    Ctrl-C ends both.
 
     A side that failed is not repeated: what is left of the schedule then has nothing to add. All
     that was recorded is in the experiment returned, also where `out` vanished or its disk is full;
@@ -167,7 +169,7 @@ def run_all(
 
     def judge(experiment: Experiment) -> verdict.Verdict:
         records.choose(experiment, options.process)
-        return verdict.judge(experiment)
+        return judging.judge(experiment)
 
     try:
         plan = repeats.Plan(experiment, options, judge, progress)
@@ -177,7 +179,7 @@ def run_all(
         document["stopped"] = experiment.stopped = plan.stopped
         _save(experiment, document)
         while "A" not in failed and options.noise_run:
-            needed = verdict.next_run(experiment, judge(experiment))
+            needed = further_runs.next_run(experiment, judge(experiment))
             if needed is None or (earlier is not None and needed[0] == "A") or not one(*needed):
                 break
     except KeyboardInterrupt:  # between two runs

@@ -5,7 +5,7 @@ A side has a letter, by which its runs are named (C3), and a name. With m compar
 chances of a false alarm. For times and memory, Holm's procedure keeps the chance of any at what it
 is for one: the interval of a side is made at 1 - 5%/m; of the k sides that this does not decide, at
 1 - 5%/k, and so on until it decides no more. For losses, more nudged As are run before "differs" is
-said (verdict.most_confirmations).
+said (further_runs.most_confirmations).
 """
 
 from __future__ import annotations

@@ -41,8 +41,7 @@ def _main(args: argparse.Namespace) -> int:
         print(f"flashbias ab: {problem}", file=sys.stderr)
         return 2
     try:
-        from ..ab import detections, records, repeats, report, runner, saved, sides
-        from ..ab import verdict as verdicts
+        from ..ab import detections, judging, records, repeats, report, runner, saved, sides
     except ImportError as error:
         print(
             f'flashbias ab: {error}; pip install "flashbias-patch[report]" brings what is missing',
@@ -103,7 +102,7 @@ def _main(args: argparse.Namespace) -> int:
         print_line(f"flashbias ab: {error}", sys.stderr)
         return 2
     found = detections.compare_runs(experiment) if args.eval is not None else None
-    verdict = verdicts.judge(experiment, detections=found)
+    verdict = judging.judge(experiment, detections=found)
     ab_screen.show(experiment, verdict)
     _write(out, experiment, verdict, report, args.csv)
     if experiment.interrupted or any(run.status == "interrupted" for run in experiment.runs):

@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from flashbias_patch.ab import parity, verdict
+from flashbias_patch.ab import further_runs, parity
 
 STEPS = 40
 SHAPES = {}
@@ -149,7 +149,7 @@ def _(rng, n, side):
 
 def word_of(rng, name, repeats, effect=None, parts=1):
     """What `flashbias ab --repeats R` says of such runs, with the further runs that it makes
-    (verdict.next_run).
+    (further_runs.next_run).
 
     `parts`: so many curves, each with noise of its own, as parts of a loss. `effect`: a factor on
     B's first one.
@@ -182,7 +182,7 @@ def word_of(rng, name, repeats, effect=None, parts=1):
         word = parity.worst(judged)
         if word == "identical" or (nudged and word != "differs"):
             return word
-        if len(nudged) < verdict.MOST_CONFIRMATIONS:
+        if len(nudged) < further_runs.MOST_CONFIRMATIONS:
             nudged += runs("N", 1)
         elif len(b) < 2:
             b += runs("B", 1)

@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from flashbias_patch.ab import reading, report, runner, saved, sides, verdict
+from flashbias_patch.ab import reading, report, runner, saved, sides, timing_notes
+from flashbias_patch.ab.judging import judge
 from flashbias_patch.ab.runner import Options
-from flashbias_patch.ab.verdict import judge
 from flashbias_patch.cli import main as cli
 
 from .test_runner import command
@@ -95,7 +95,7 @@ def _judged(out):
 
 
 def test_the_interval_is_that_of_a_busy_machine(tmp_path, words, old, monkeypatch):
-    monkeypatch.setattr(verdict, "is_crowded", lambda run, experiment: False)
+    monkeypatch.setattr(timing_notes, "is_crowded", lambda run, experiment: False)
     together = judge(reading.load(old)).speed.mean
     apart = judge(reading.load(against(tmp_path, words, old)[0])).speed.mean
     assert apart.high / apart.low > 1.5 * together.high / together.low

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from flashbias_patch.ab import clocks, reading, report, runner
-from flashbias_patch.ab.verdict import judge
+from flashbias_patch.ab.judging import judge
 
 from . import synthetic
 from .test_runner import command

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from flashbias_patch.ab import detections, records, report, verdict
+from flashbias_patch.ab import detections, judging, records, report
 from flashbias_patch.ab.detections import BadPredictions, accuracy, compare, load, match
 
 CLASSES = ["car", "truck", "pedestrian"]
@@ -195,7 +195,7 @@ def test_markdown_shows_the_detections():
         "problems": [],
     }
     experiment = records.Experiment("nowhere", ["x"], {"inference": True}, [])
-    text = report.markdown(experiment, verdict.judge(experiment, detections=found))
+    text = report.markdown(experiment, judging.judge(experiment, detections=found))
     assert (
         "### Detections\n- detections, A against B: 12 matched" in text
         and "- A: no \\*truth\\*\n" in text

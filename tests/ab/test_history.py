@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from flashbias_patch.ab import history, report
-from flashbias_patch.ab.verdict import judge
+from flashbias_patch.ab.judging import judge
 from flashbias_patch.cli import main
 
 from . import synthetic

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from flashbias_patch.ab import charts, inference, page, repeats, report, sides, words
+from flashbias_patch.ab.judging import judge
 from flashbias_patch.ab.records import Run
 from flashbias_patch.ab.runner import Options
-from flashbias_patch.ab.verdict import judge
 from flashbias_patch.cli import ab as cli_ab
 
 from . import synthetic

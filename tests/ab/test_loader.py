@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from flashbias_patch.ab import report, table
+from flashbias_patch.ab.judging import judge
 from flashbias_patch.ab.records import Run
-from flashbias_patch.ab.verdict import judge
 from flashbias_patch.ab.waits import Waits
 
 from . import synthetic

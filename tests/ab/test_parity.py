@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from flashbias_patch.ab import parity as parities
+from flashbias_patch.ab.judging import judge
 from flashbias_patch.ab.parity import parity
 from flashbias_patch.ab.statistics import compare_peaks, compare_times
-from flashbias_patch.ab.verdict import judge
 from tests.support.scripts import ROOT
 
 from . import noise as noises

@@ -10,8 +10,8 @@ import pytest
 
 import flashbias_patch
 from flashbias_patch.ab import kernel_classes, profiles, report
+from flashbias_patch.ab.judging import judge
 from flashbias_patch.ab.kernel_classes import ATTENTION, CLASSES, OURS, class_of
-from flashbias_patch.ab.verdict import judge
 
 from . import synthetic
 from .test_probe import python

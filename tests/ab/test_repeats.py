@@ -14,9 +14,9 @@ import pytest
 from scipy import stats
 
 from flashbias_patch.ab import reading, repeats, runner, sequential, statistics
+from flashbias_patch.ab.judging import judge
 from flashbias_patch.ab.runner import Options
 from flashbias_patch.ab.statistics import Ratio
-from flashbias_patch.ab.verdict import judge
 from flashbias_patch.cli import ab as cli_ab
 from flashbias_patch.cli import ab_screen
 
@@ -195,7 +195,7 @@ def command(tmp_path, body):
 
 
 def test_runs_of_a_command_end_when_the_interval_is_narrow(tmp_path, monkeypatch):
-    monkeypatch.setattr("flashbias_patch.ab.verdict.BUSY_SHARE", 2.0)
+    monkeypatch.setattr("flashbias_patch.ab.timing_notes.BUSY_SHARE", 2.0)
     out = tmp_path / "out"
     options = Options(repeats="auto", steps=8, warmup=1, half_width=3.0)
     said = []

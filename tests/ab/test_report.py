@@ -15,7 +15,7 @@ import warnings
 import pytest
 
 from flashbias_patch.ab import charts, page, report, result, words
-from flashbias_patch.ab.verdict import judge
+from flashbias_patch.ab.judging import judge
 
 from . import synthetic
 

@@ -14,11 +14,10 @@ import time
 
 import pytest
 
-from flashbias_patch.ab import outcome, processes, reading, records, report, runner
-from flashbias_patch.ab import verdict as verdicts
+from flashbias_patch.ab import outcome, processes, reading, records, report, runner, timing_notes
 from flashbias_patch.ab import words as wording
+from flashbias_patch.ab.judging import judge
 from flashbias_patch.ab.runner import Options, schedule
-from flashbias_patch.ab.verdict import judge
 from flashbias_patch.cli import ab as cli_ab
 
 # A training loop as far as the runner can tell, without the seconds that importing torch takes.
@@ -156,7 +155,7 @@ def test_known_differences_of_real_processes_are_found(
     tmp_path, monkeypatch, slowdown, more_mib, part_at
 ):
     """Time truly slept, memory truly held; what was not injected is not found."""
-    monkeypatch.setattr(verdicts, "BUSY_SHARE", 2.0)  # other tests may run beside this one
+    monkeypatch.setattr(timing_notes, "BUSY_SHARE", 2.0)  # other tests may run beside this one
     body = INJECTED.format(slowdown=slowdown, more_mib=more_mib, part_at=part_at)
     experiment, verdict = compare(tmp_path, command(tmp_path, body), repeats=2, steps=25)
     assert not verdict.problems and all(run.steps == 25 for run in experiment.runs)

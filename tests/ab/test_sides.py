@@ -20,9 +20,11 @@ from flashbias_patch.ab import (
     statistics,
     words,
 )
+from flashbias_patch.ab.further_runs import most_confirmations, next_run
+from flashbias_patch.ab.judging import judge
 from flashbias_patch.ab.runner import Options, schedule
-from flashbias_patch.ab.verdict import FAIL_IF, judge, most_confirmations, next_run
 from flashbias_patch.cli import ab as cli_ab
+from flashbias_patch.cli.ab_options import FAIL_IF
 
 from . import synthetic
 

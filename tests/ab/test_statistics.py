@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flashbias_patch.ab import statistics, words
+from flashbias_patch.ab.judging import judge
 from flashbias_patch.ab.statistics import compare_peaks, compare_times, midmean
-from flashbias_patch.ab.verdict import judge
 
 from . import synthetic
 

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from flashbias_patch.ab import table, words
-from flashbias_patch.ab.verdict import judge
+from flashbias_patch.ab.judging import judge
 from flashbias_patch.cli import main
 
 from . import synthetic

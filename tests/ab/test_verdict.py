@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from flashbias_patch.ab import page, words
-from flashbias_patch.ab.verdict import FAIL_IF, judge, next_run
+from flashbias_patch.ab.further_runs import next_run
+from flashbias_patch.ab.judging import judge
+from flashbias_patch.cli.ab_options import FAIL_IF
 
 from . import synthetic
 
