@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Sequence
 
 from real_runs import Run
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 SIZES = {"cmt": "800x320", "fusion0100": "800x320", "fusion0075": "1600x640"}
 # GiB of the GPU without dropout, for two samples of fusion0100
 UNPATCHED, PATCHED = 30.0, 6.5
+
+
+NUDGED = "unpatched, nudged"
 
 
 class Way(NamedTuple):
@@ -29,20 +32,21 @@ class Way(NamedTuple):
 WAYS = {
     "unpatched": Way(gib=UNPATCHED),
     "unpatched again": Way(gib=UNPATCHED),
-    "unpatched, nudged": Way(nudge=True, gib=UNPATCHED),
+    NUDGED: Way(nudge=True, gib=UNPATCHED),
     "patched": Way(True),
     "patched fp16": Way(True, "fp16"),
     "patched bf16": Way(True, "bf16"),
 }
 # Against "unpatched": what the machine's own rounding amounts to, and what any other rounding does.
-NOISE = ("unpatched again", "unpatched, nudged")
+NOISE = ("unpatched again", NUDGED)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, ways: Sequence[str] = tuple(WAYS)) -> None:
+    """Those that the scripts have in common; `ways`: by default."""
     parser.add_argument("--cmt", metavar="DIR", help="a checkout of junjie18/CMT")
     parser.add_argument("--frame", metavar="DIR", help="a nuScenes frame in mmdet3d's info format")
     parser.add_argument("--family", choices=sorted(SIZES), help="default: fusion0100; CPU: cmt")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
+    parser.add_argument("--ways", nargs="+", choices=ways, default=list(ways), metavar="WAY")
     parser.add_argument("--bs", type=int, default=2)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--jobs", type=int, default=4, metavar="J", help="processes at a time")
@@ -54,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="F.json")
 
 
+def size_of(args: argparse.Namespace) -> str:
+    return "160x64" if args.tiny else SIZES[args.family]
+
+
 def run_of(args: argparse.Namespace, name: str) -> Run:
     """The fields of a training run without dropout."""
     way = WAYS[name]
@@ -61,7 +69,7 @@ def run_of(args: argparse.Namespace, name: str) -> Run:
         name,
         way.patch,
         dtype=way.dtype,
-        size="160x64" if args.tiny else SIZES[args.family],
+        size=size_of(args),
         bs=1 if args.tiny else args.bs,
         layers=2 if args.tiny else 6,
         dropout=0.0,

@@ -71,4 +71,90 @@ def curves_by_step(curves: Dict[str, Any], table: Table) -> List[str]:
     ]
 
 
-SECTIONS: Dict[str, Callable[[Dict[str, Any], Table], List[str]]] = {"real_parity": parity}
+def metrics(found: Dict[str, Any]) -> List[str]:
+    """mAP and NDS, or why there are none."""
+    if "mAP" not in found:
+        return [found.get("why_not", ""), ""]
+    return [f"{found['mAP']:.4f}", f"{found['NDS']:.4f}"]
+
+
+def matched(pair: Any) -> List[str]:
+    """How many of A's boxes match, and how far the matched ones are apart at most."""
+    if not pair:
+        return ["", "", ""]
+    largest = {name: value["largest"] for name, value in pair["differences"].items()}
+    return [
+        f"{pair['matched']} of {pair['matched'] + pair['only_a']}",
+        small(largest["centre (m)"]),
+        small(largest["score"]),
+    ]
+
+
+def accuracy(result: Dict[str, Any], table: Table) -> List[str]:
+    """By benchmarks/real_accuracy.py."""
+    least = f"score {result['confident']:g} or more"
+    trained = [
+        [
+            name,
+            run.get("error") or f"{run['losses'][-1]:.3f}",
+            *metrics(run.get("accuracy", {})),
+            matched(run.get("boxes"))[0],
+            *matched(run.get("confident_boxes")),
+        ]
+        for name, run in result["trained"].items()
+    ]
+    return [
+        f"### Accuracy after {result['steps']} steps on one frame",
+        "",
+        f"{result['family']}, batch {result['bs']}, without dropout, learning rate up to "
+        f"{result['lr']:g}; trained from the same weights and evaluated on the frame, each in its "
+        "own way. Boxes are those that CMT's get_bboxes gives, matched with the first unpatched "
+        "run's by their centres (2 m at most); mAP and NDS are nuscenes-devkit's.",
+        "",
+        *table(
+            (
+                *("run", "last loss", "mAP", "NDS", "boxes matched", f"of {least}"),
+                *("centres, m, at most", "scores, at most"),
+            ),
+            trained,
+        ),
+        *evaluated(result["evaluated"], table),
+    ]
+
+
+def evaluated(found: Dict[str, Any], table: Table) -> List[str]:
+    """Of `flashbias ab --eval`."""
+    rows = []
+    for dtype, each in found.items():
+        side = f"`FLASHBIAS_DTYPE={dtype}`"
+        if "error" in each:
+            rows.append([side, each["error"], *[""] * 8])
+            continue
+        again = matched(each["a_a"])
+        rows.append(
+            [
+                *(side, each["word"], *matched(each["a_b"])),
+                *(str(each["a_b"]["labels_changed"]), again[1], again[2]),
+                " / ".join(metrics(each["accuracy"][label])[0] for label in "AB"),
+                " / ".join(metrics(each["accuracy"][label])[1] for label in "AB"),
+            ]
+        )
+    return [
+        "`flashbias ab --eval`, from the weights that the unpatched run trained: unpatched against "
+        "patched; A/A is unpatched against unpatched again.",
+        "",
+        *table(
+            (
+                *("patched side", "word", "boxes matched", "centres, m", "scores"),
+                *("labels changed", "A/A centres, m", "A/A scores"),
+                *("mAP, A / B", "NDS, A / B"),
+            ),
+            rows,
+        ),
+    ]
+
+
+SECTIONS: Dict[str, Callable[[Dict[str, Any], Table], List[str]]] = {
+    "real_parity": parity,
+    "real_accuracy": accuracy,
+}

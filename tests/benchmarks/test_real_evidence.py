@@ -125,3 +125,75 @@ def test_the_page_has_what_is_known_of_unfinished_runs():
     text = "\n".join(make.evidence.parity(json.loads(json.dumps(result)), make.table))
     assert "| unpatched again | 1.0e-07 | 0.0e+00 | 0.0e+00 | 10.000, 10.000 | 1 |" in text
     assert "| patched |  |  |  | the process died | 0 |" in text
+
+
+def test_the_learning_rate_grows_and_falls():
+    import real_accuracy
+
+    rates = [real_accuracy.rate(i, 100, 2e-4) for i in range(100)]
+    assert rates[0] == pytest.approx(2e-5) and max(rates) == rates[10] == pytest.approx(2e-4)
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 3e-6
+    assert real_accuracy.rate(0, 1, 1.0) == 1.0
+
+
+def test_boxes_are_given_in_nuscenes_order():
+    import real_accuracy
+
+    class Boxes:
+        tensor = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]])  # l 4, w 5, h 6
+        gravity_center = torch.tensor([[1.0, 2.0, 6.0]])
+
+    assert real_accuracy.nuscenes_boxes(Boxes()) == [[1.0, 2.0, 6.0, 5.0, 4.0, 6.0, 7.0, 8.0, 9.0]]
+    assert Boxes.tensor[0, 2] == 3.0  # the detector's own are left as they are
+
+
+def test_confident_boxes():
+    import real_accuracy
+
+    sample = {
+        "token": "t",
+        "boxes": [[1], [2], [3]],
+        "scores": [0.9, 0.1, 0.3],
+        "labels": [4, 5, 6],
+    }
+    found = real_accuracy.confident({"classes": ["car"], "samples": [sample]})
+    assert found["samples"] == [
+        {"token": "t", "boxes": [[1], [3]], "scores": [0.9, 0.3], "labels": [4, 6]}
+    ]
+    assert len(sample["boxes"]) == 3
+
+
+def test_the_page_on_accuracy():
+    from flashbias_patch.ab import detections
+
+    box = [1.0, 2.0, 0.0, 2.0, 4.0, 1.5, 0.0, 0.0, 0.0]
+    sample = {"token": "t", "boxes": [box], "scores": [0.9], "labels": [0]}
+    predictions = {"classes": ["car"], "samples": [sample]}
+    pair = detections.compare(predictions, predictions)
+    accuracy = {"mAP": 0.5, "NDS": 0.4}
+    result = {
+        **{"family": "fusion0100", "bs": 2, "steps": 400, "lr": 2e-4, "confident": 0.3},
+        "trained": {
+            "unpatched": {"losses": [3.0, 2.0], "accuracy": accuracy},
+            "patched": {
+                **{"losses": [3.0, 2.5], "accuracy": {"why_not": "no devkit"}},
+                **{"boxes": pair, "confident_boxes": pair},
+            },
+            "patched fp16": {"losses": [3.0], "error": "the process died"},
+        },
+        "evaluated": {
+            "fp16": {
+                **{"word": "same", "a_b": pair, "a_a": None},
+                "accuracy": {"A": accuracy, "B": {**accuracy, "mAP": 0.25}},
+            },
+            "bf16": {"error": "flashbias ab ended with 1"},
+        },
+    }
+    make = load("docs/make_performance.py")
+    text = "\n".join(make.evidence.accuracy(json.loads(json.dumps(result)), make.table))
+    assert "| unpatched | 2.000 | 0.5000 | 0.4000 |  |" in text
+    assert "| patched | 2.500 | no devkit |  | 1 of 1 | 1 of 1 |" in text
+    assert "| patched fp16 | the process died |" in text
+    assert "| `FLASHBIAS_DTYPE=fp16` | same | 1 of 1 |" in text and "0.2500" in text
+    assert "flashbias ab ended with 1" in text
