@@ -18,11 +18,11 @@ pytestmark = pytest.mark.skipif(
 # patched / unpatched function calls, with a margin of a few calls
 LARGEST = {
     ("auto", "eval"): 1.15, ("auto", "training"): 1.25, ("auto", "backward"): 1.15,
-    ("fused", "eval"): 1.15, ("fused", "training"): 1.2, ("fused", "backward"): 1.9,
+    ("fused", "eval"): 1.15, ("fused", "training"): 1.22, ("fused", "backward"): 1.9,
 }  # fmt: skip
 # Dropout on the CPU is in matrix products, whose backward is kept away from autocast (guard.py).
 LARGEST_WITH_DROPOUT = {
-    **LARGEST, ("auto", "training"): 1.4, ("auto", "backward"): 1.6,
+    **LARGEST, ("auto", "training"): 1.37, ("auto", "backward"): 1.42,
 }  # fmt: skip
 
 

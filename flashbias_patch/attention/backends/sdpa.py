@@ -234,9 +234,7 @@ def merge_terms(inputs: AttentionInputs) -> Tuple[Optional[Tensor], Optional[Ten
     padding = inputs.key_padding
     if padding is not None:
         batch, length = padding.shape
-        padding = (
-            padding.view(batch, 1, 1, length) if padding.is_contiguous() else padding[:, None, None]
-        )
+        padding = padding.view(batch, 1, 1, length)
         if padding.dtype is torch.bool:
             masked = padding if masked is None else masked | padding
         else:

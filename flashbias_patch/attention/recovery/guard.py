@@ -18,6 +18,8 @@ The fused operator is guarded in such checkpoints only: it recovers inside its o
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from itertools import compress
 from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple
 
@@ -45,6 +47,8 @@ _hooks_in_force = internals.saved_tensor_hooks
 _keeps_graph = internals.keeps_graph
 _tracing = internals.tracing_state
 _NOTHING: List[Any] = [None] * len(TENSORS)
+_INDICES = range(len(TENSORS))
+_is_given: Callable[[Any], bool] = functools.partial(operator.is_not, None)
 
 
 def wanted(backend: Backend, inputs: AttentionInputs, hooked: bool) -> bool:
@@ -93,9 +97,7 @@ class Call:
         state: Optional[random_state.State], replay: Optional[Replay] = None,
     ) -> None:  # fmt: skip
         self.backend, self.name, self.signature, self.state = backend, name, signature, state
-        self.present = [
-            index for index, tensor in enumerate(inputs.tensors()) if tensor is not None
-        ]
+        self.present = tuple(compress(_INDICES, map(_is_given, inputs.tensors())))
         self.static = inputs.static()
         self.replay = replay
         self.call_index = None if replay is None else replay.call_index
@@ -103,7 +105,7 @@ class Call:
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """The output of the call, whose backward is guarded."""
-        tensors = [tensor for tensor in inputs.tensors() if tensor is not None]
+        tensors: Tuple[Any, ...] = tuple(filter(_is_given, inputs.tensors()))
         replay = self.replay
         if replay is None:
             graph = self.graph = self.run(tensors)
@@ -208,12 +210,13 @@ def differentiate(
     out, leaves = graph
     wanted = tuple(compress(leaves, needs))
     with internals.autocast_off():
-        gradients = iter(
-            _run_backward(
-                (out,), (grad_out,), keep or create_graph, create_graph, wanted, True, False
-            )
+        found = _run_backward(
+            (out,), (grad_out,), keep or create_graph, create_graph, wanted, True, False
         )
-    return [next(gradients) if need else None for need in needs]
+    gradients: List[Optional[Tensor]] = [None] * len(leaves)
+    for index, gradient in zip(compress(_INDICES, needs), found):
+        gradients[index] = gradient
+    return gradients
 
 
 def _by_grad(
