@@ -94,7 +94,7 @@ class Replay:
 
     def __init__(self, outer: Optional[Replay], hooked: bool = False) -> None:
         self.outer = outer
-        self.values = tuple(item.read() for item in carried)
+        self.values = tuple([item.read() for item in carried])
         # Whether what is saved for backward goes through the hooks of torch's checkpoint: then
         # forward and recomputation must save alike.
         self.hooked = hooked
@@ -215,7 +215,7 @@ def hooked() -> Optional[Replay]:
 def mapped(values: Iterable[Any], function: Callable[[Tensor], Tensor]) -> Tuple[Any, ...]:
     """Values of the carried variables, with `function` applied to their tensors."""
     return tuple(
-        item.mapped(value, function) if value else value for item, value in zip(carried, values)
+        [item.mapped(value, function) if value else value for item, value in zip(carried, values)]
     )
 
 
@@ -285,7 +285,8 @@ def current() -> Optional[Replay]:
     Call it before any carried variable changes: inside the forward of a Function, the first call
     records the values.
     """
-    if not forward_gradients() and in_function():
+    # in_function(), without the call
+    if not forward_gradients() and not torch.is_inference_mode_enabled():
         replay = _of_functions()
         if replay is not None:
             return replay
