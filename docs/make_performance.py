@@ -821,7 +821,7 @@ def host_calls() -> List[str]:
         "(Python and C), the ratio "
         "of these, operators and allocations of torch. A count has no noise. On the CPU path "
         "SDPA computes; on the "
-        "fused path the kernels' launches are counted as one call each, and not made. Where a "
+        "fused path the kernels' launches are counted as two calls each, and not made. Where a "
         "bias is given, or the "
         "class needs flash-attn, there is nothing unpatched to compare with.",
         "",
