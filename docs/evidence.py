@@ -154,7 +154,103 @@ def evaluated(found: Dict[str, Any], table: Table) -> List[str]:
     ]
 
 
+def windows(result: Dict[str, Any], table: Table) -> List[str]:
+    """By benchmarks/real_windows.py."""
+    options = result["windows"] or "by default"
+    return [
+        f"### Windows over {result['steps']} steps",
+        "",
+        f"{result['family']}, batch {result['bs']}, without dropout, `aqr`: bias='window', "
+        f"{options}. `dense`: unpatched, the same router's windows painted into a dense bias "
+        "(B, M, N), the mask of each cross attention. Times and memory, each process alone; ratios "
+        "are to `dense`:",
+        "",
+        *timed(result["timed"], table),
+        *paths(result["paths"], result["against_dense"], table),
+        *without_sensors(result["paths"], table),
+    ]
+
+
+def timed(runs: Dict[str, Any], table: Table) -> List[str]:
+    base = runs.get("dense", {})
+    rows = []
+    for name, run in runs.items():
+        if "step_s" not in run:
+            rows.append([name, run.get("error", ""), "", "", "", ""])
+            continue
+        known = run is not base and "step_s" in base
+        peak = run["peak_MiB"]
+        rows.append(
+            [
+                *(name, f"{run['step_s']:.3f}"),
+                f"{run['step_s'] / base['step_s']:.2f}x" if known else "",
+                *(f"{run['times'][0]:.1f}", f"{peak:.0f}"),
+                f"{peak / base['peak_MiB']:.2f}x" if known and base["peak_MiB"] else "",
+            ]
+        )
+    return table(("run", "s/step", "time", "first step, s", "peak MiB", "memory"), rows)
+
+
+def paths(runs: Dict[str, Any], against: Dict[str, Any], table: Table) -> List[str]:
+    rows = []
+    for name, run in runs.items():
+        found = against.get(name, {})
+        path, losses, scales = found.get("path", {}), found.get("losses", {}), run.get("scales")
+        moved = ", ".join(f"{scales[i][0]:.5f}" for i in (0, -1)) if scales else ""
+        rows.append(
+            [
+                name,
+                *(moved or run.get("error", ""), small(found.get("gradient_error"))),
+                *(small(path.get("apart")), small(path.get("relative"))),
+                *(small(losses.get(key)) for key in ("median", "largest")),
+            ]
+        )
+    return [
+        "The path of `bias_scale` against that of `dense`: its gradient in the first step, where "
+        "all weights agree; the largest distance of the two paths, and that relative to how far "
+        "the dense one moved. `dense again`: the same once more.",
+        "",
+        *table(
+            (
+                *("run", "bias_scale, first and last", "first gradient", "path, at most"),
+                *("of its length", "losses, median", "losses, largest"),
+            ),
+            rows,
+        ),
+    ]
+
+
+def without_sensors(runs: Dict[str, Any], table: Table) -> List[str]:
+    """Losses at the end, and the mean weights that a router gives with both sensors and without."""
+    sensors = ("none", "lidar", "cameras")
+    rows = [
+        [
+            name,
+            *(f"{run['under_drop'][sensor]['loss']:.3f}" for sensor in sensors),
+            *(
+                ", ".join(f"{weight:.2f}" for weight in run["under_drop"][sensor]["weights"])
+                for sensor in sensors
+            ),
+        ]
+        for name, run in runs.items()
+        if "under_drop" in run
+    ]
+    return [
+        "At the end of the path, the loss with both sensors and with the features of one set to "
+        "zero, and the mean weights of lidar and cameras that the router then gives:",
+        "",
+        *table(
+            (
+                *("run", "loss, both", "without lidar", "without cameras"),
+                *("weights, both", "without lidar", "without cameras"),
+            ),
+            rows,
+        ),
+    ]
+
+
 SECTIONS: Dict[str, Callable[[Dict[str, Any], Table], List[str]]] = {
     "real_parity": parity,
     "real_accuracy": accuracy,
+    "real_windows": windows,
 }

@@ -197,3 +197,97 @@ def test_the_page_on_accuracy():
     assert "| patched fp16 | the process died |" in text
     assert "| `FLASHBIAS_DTYPE=fp16` | same | 1 of 1 |" in text and "0.2500" in text
     assert "flashbias ab ended with 1" in text
+
+
+def test_a_path_is_held_against_the_dense_one():
+    import real_windows
+
+    dense = {"losses": [10.0, 9.0], "scales": [[2.5], [2.4]], "gradients": [[2.0], [1.0]]}
+    found = {"losses": [10.0, 9.9], "scales": [[2.5], [2.45]], "gradients": [[2.02], [3.0]]}
+    result = real_windows.against(found, dense)
+    assert result["gradient_error"] == pytest.approx(0.01)  # of the first step
+    assert result["path"]["moved"] == pytest.approx(0.1)
+    assert result["path"]["relative"] == pytest.approx(0.5)
+    assert result["losses"]["largest"] == pytest.approx(0.1)
+    without = real_windows.against({"losses": [9.0], "scales": [], "gradients": []}, dense)
+    assert set(without) == {"losses"}
+
+
+def test_gradients_are_those_before_clipping():
+    import real_windows
+
+    router = torch.nn.Module()
+    router.bias_scale = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
+    assert real_windows.gradient_of(router, 70.0) == []
+    router.bias_scale.grad = torch.tensor([1.0, -2.0])
+    assert real_windows.gradient_of(router, 70.0) == [2.0, -4.0]
+    assert real_windows.gradient_of(router, 3.0) == [1.0, -2.0]  # nothing was clipped
+
+
+def test_windows_by_configuration_in_patched_runs_alone():
+    import real_windows
+
+    named = {name: real_windows.of_aqr("window=8", way) for name, way in real_windows.WAYS.items()}
+    assert named["windows"] == named["windows fp16"] == "bias=window,window=8"
+    assert named["windows, trained with drops"].startswith("bias=window,window=8,drop=")
+    assert not any(named[name] for name in ("dense", "no windows, patched"))
+    assert real_windows.of_aqr("", real_windows.WAYS["windows"]) == "bias=window"
+
+
+@pytest.mark.parametrize(
+    ("name", "sensor", "zero"),
+    [
+        ("CmtTransformer", "lidar", (True, False, False)),
+        ("CmtTransformer", "cameras", (False, True, False)),
+        ("CmtTransformer", None, (False, False, False)),
+        ("CmtImageTransformer", "lidar", (False, False, False)),
+        ("CmtImageTransformer", "cameras", (True, False, False)),
+    ],
+)
+def test_a_sensor_is_zeroed_in_front_of_the_transformer(name, sensor, zero):
+    import real_windows
+
+    transformer = type(name, (torch.nn.Module,), {"forward": lambda self, *args: args})()
+    seen = []
+    transformer.register_forward_pre_hook(lambda module, args: seen.append(args))  # dense biases
+    handle = real_windows.zeroing(transformer, sensor)
+    out = transformer(*(torch.ones(2) for _ in range(3)))
+    assert tuple(bool((value == 0).all()) for value in out) == zero
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], out))  # comes first
+    handle.remove()
+    assert all((value == 1).all() for value in transformer(torch.ones(2), torch.ones(2)))
+
+
+def test_the_page_on_windows():
+    drop = {
+        key: {"loss": value, "weights": [0.25, -0.5]}
+        for key, value in (("none", 5.0), ("lidar", 7.0), ("cameras", 6.0))
+    }
+    path = {"losses": [9.0, 8.0], "scales": [[2.5], [2.4]], "peak_MiB": 100.0}
+    bare = {key: {**value, "weights": []} for key, value in drop.items()}
+    result = {
+        **{"family": "fusion0100", "bs": 2, "steps": 2, "windows": "window=8"},
+        "timed": {
+            "dense": {"step_s": 0.5, "times": [3.0, 0.5], "peak_MiB": 40000.0},
+            "windows": {"step_s": 0.25, "times": [4.0, 0.25], "peak_MiB": 5000.0},
+            "windows fp16": {"error": "the process died"},
+        },
+        "against_dense": {
+            "windows": {
+                "losses": {"steps": 2, "median": 0.0, "largest": 1e-3},
+                "path": {"steps": 2, "apart": 1e-4, "moved": 0.1, "relative": 1e-3},
+                "gradient_error": 1e-6,
+            }
+        },
+        "paths": {
+            "dense": {**path, "under_drop": bare},
+            "windows": {**path, "under_drop": drop},
+            "windows fp16": {"losses": [], "error": "the process died"},
+        },
+    }
+    make = load("docs/make_performance.py")
+    text = "\n".join(make.evidence.windows(json.loads(json.dumps(result)), make.table))
+    assert "| windows | 0.250 | 0.50x | 4.0 | 5000 | 0.12x |" in text
+    assert "| windows | 2.50000, 2.40000 | 1.0e-06 | 1.0e-04 | 1.0e-03 |" in text
+    assert "| windows | 5.000 | 7.000 | 6.000 | 0.25, -0.50 |" in text
+    assert text.count("the process died") >= 2
