@@ -22,10 +22,10 @@ class Machine:
     """Work of this machine since the object was made: the command's own, and that of others."""
 
     def __init__(self) -> None:
-        self.begin = self._read()
+        self.begin = self.read()
 
     @staticmethod
-    def _read() -> Optional[Tuple[float, float, float]]:
+    def read() -> Optional[Tuple[float, float, float]]:
         """(all CPU seconds, those not idle, those of this process and the children that it has
         waited for)."""
         try:
@@ -47,7 +47,7 @@ class Machine:
     def since(self) -> Dict[str, float]:
         """`others`: CPUs that other work kept busy; `busy`: share of all CPUs that was; empty where
         unknown."""
-        end = self._read()
+        end = self.read()
         if self.begin is None or end is None or end[0] <= self.begin[0]:
             return {}
         whole, busy, own = (y - x for x, y in zip(self.begin, end))

@@ -141,7 +141,7 @@ def run_all(
         for entry in saved.copy(earlier, out):
             document["runs"].append(entry)
             experiment.runs.append(reading.load_run(out, entry))
-    _save(experiment, document)
+    save_document(experiment, document)
     failed = set()
 
     def one(label: str, nudge: str = "") -> bool:
@@ -161,7 +161,7 @@ def run_all(
                 run = reading.make_run(entry, recorded, tail)
         document["runs"].append(entry)
         experiment.runs.append(run)
-        _save(experiment, document)
+        save_document(experiment, document)
         progress("done", entry)
         if entry["status"] != "ok":
             failed.add(label)
@@ -177,7 +177,7 @@ def run_all(
             if label not in failed and not one(label):
                 return experiment
         document["stopped"] = experiment.stopped = plan.stopped
-        _save(experiment, document)
+        save_document(experiment, document)
         while "A" not in failed and options.noise_run:
             needed = further_runs.next_run(experiment, judge(experiment))
             if needed is None or (earlier is not None and needed[0] == "A") or not one(*needed):
@@ -247,7 +247,7 @@ def run_one(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(label, probes, options, nudge),
+                env=run_environment(label, probes, options, nudge),
                 start_new_session=True,
                 preexec_fn=processes.end_with_parent(),
             )
@@ -270,7 +270,7 @@ def run_one(
     return run, [] if signs is None else signs.recorded(), tail
 
 
-def _environment(label: str, probes: str, options: Options, nudge: str) -> Dict[str, str]:
+def run_environment(label: str, probes: str, options: Options, nudge: str) -> Dict[str, str]:
     """The environment of one run. Variables given for one side win, but PYTHONPATH keeps what loads
     the probe."""
     overrides = sides.environment(options._asdict(), label)
@@ -339,7 +339,7 @@ def _watch(
     return {**outcome.of(ending, child.returncode, signs, options), "exit_code": child.returncode}
 
 
-def _save(experiment: Experiment, document: Dict[str, Any]) -> None:
+def save_document(experiment: Experiment, document: Dict[str, Any]) -> None:
     """Write ab.json; where that fails, say so in `experiment.lost` and go on."""
     path = os.path.join(experiment.directory, "ab.json")
     try:

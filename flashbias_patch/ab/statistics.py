@@ -137,7 +137,7 @@ def compare_times(
     )
     if min(s.size for side in sides for s in side) < MIN_STEPS:
         return _ratio(usual, None)._replace(mean=_ratio(mean, None))
-    drawn = [[_block_bootstrap(s, rng) for s in side] for side in sides]
+    drawn = [[block_bootstrap(s, rng) for s in side] for side in sides]
     within = [np.mean([of_usual for of_usual, _ in side], axis=0) for side in drawn]
     of_means = [np.mean([of_mean for _, of_mean in side], axis=0) for side in drawn]
     ends, ends_of_mean = (
@@ -177,7 +177,7 @@ def midmean(values: np.ndarray, axis: int = -1) -> np.ndarray:
     return mean
 
 
-def _block_bootstrap(values: np.ndarray, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
+def block_bootstrap(values: np.ndarray, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
     """(DRAWS,) deviations of the log midmean, and of the log mean, under resampling of blocks of
     consecutive steps."""
     n = values.size

@@ -155,11 +155,11 @@ def measure(inputs: AttentionInputs, name: str) -> Dict[str, Any]:
 
     try:
         out = forward()
-        error = _error(inputs, out.detach())
+        error = relative_error(inputs, out.detach())
         del out
         both()
-        row = {"forward_ms": _median_ms(forward, inputs.q), "total_ms": _median_ms(both, inputs.q)}
-        row["extra_mib"] = _extra_mib(both, inputs.q)
+        row = {"forward_ms": median_ms(forward, inputs.q), "total_ms": median_ms(both, inputs.q)}
+        row["extra_mib"] = extra_mib(both, inputs.q)
     except Exception as failure:
         if not errors.survivable(failure):
             raise
@@ -183,7 +183,8 @@ def _fallbacks(name: str) -> Dict[str, int]:
     }
 
 
-def _median_ms(function: Callable[[], Any], like: Tensor) -> float:
+def median_ms(function: Callable[[], Any], like: Tensor) -> float:
+    """The median time of a call in milliseconds, after warm-up, on the device of `like`."""
     for _ in range(WARM_UP if like.is_cuda else 1):
         function()
     repeats = REPEATS["cuda" if like.is_cuda else "cpu"]
@@ -204,7 +205,8 @@ def _median_ms(function: Callable[[], Any], like: Tensor) -> float:
     return statistics.median(elapsed)
 
 
-def _extra_mib(function: Callable[[], Any], like: Tensor) -> Any:
+def extra_mib(function: Callable[[], Any], like: Tensor) -> Any:
+    """The peak GPU memory of a call above what was held before, in MiB; None on a CPU."""
     if not like.is_cuda:
         return None
     torch.cuda.synchronize()
@@ -216,7 +218,7 @@ def _extra_mib(function: Callable[[], Any], like: Tensor) -> Any:
 
 
 @torch.no_grad()
-def _error(inputs: AttentionInputs, out: Tensor) -> float:
+def relative_error(inputs: AttentionInputs, out: Tensor) -> float:
     """|out - exact| / |exact| (Frobenius) on SAMPLE queries spread over the length."""
     M = inputs.q.shape[1]
     rows = torch.arange(0, M, max(1, M // SAMPLE), device=out.device)

@@ -83,7 +83,7 @@ def chunks_of(inputs: Any, chunk_bytes: Optional[int] = None) -> Chunks:
     device = inputs.q.device
     most = CHUNK_BYTES.get(device.type, LEAST_BYTES)
     if chunk_bytes is None:
-        chunk_bytes = _usual_bytes(device, most, 2 * size * B * H * M * N)
+        chunk_bytes = usual_bytes(device, most, 2 * size * B * H * M * N)
     chunk_bytes = min(chunk_bytes, most)
     room = max(1, chunk_bytes // (2 * size * max(1, B * H)))
     scores = M * N
@@ -103,13 +103,15 @@ def _even(length: int, most: int) -> int:
     return min(most, -(-size // 32) * 32)
 
 
-def _usual_bytes(device: torch.device, most: int, wanted: int) -> int:
+def usual_bytes(device: torch.device, most: int, wanted: int) -> int:
+    """The bytes that a chunk may take where a call wants `wanted`: `most`, and on a GPU at most an
+    eighth of its free memory, but LEAST_BYTES at least."""
     if device.type != "cuda" or wanted <= LEAST_BYTES or internals.stream_capturing():
         return most
     return max(LEAST_BYTES, min(most, internals.free_memory(device) // 8))
 
 
-class _Columns:
+class Columns:
     """The operands of the matrix products, and the scores of a chunk."""
 
     def __init__(self, inputs: Any, state: Optional[State] = None) -> None:
@@ -246,10 +248,10 @@ def _split(x: Tensor, parts: int) -> Tensor:
 def forward(inputs: Any, chunks: Chunks, dropout: Optional[Dropout] = None) -> State:
     """The output of a call, and the state that its gradients need."""
     with internals.autocast_off():
-        return _forward(_Columns(inputs), chunks, dropout)
+        return _forward(Columns(inputs), chunks, dropout)
 
 
-def _forward(columns: _Columns, chunks: Chunks, dropout: Optional[Dropout]) -> State:
+def _forward(columns: Columns, chunks: Chunks, dropout: Optional[Dropout]) -> State:
     BH, M, Dv = columns.B * columns.H, columns.M, columns.v_dim
     sums = columns.q.new_zeros((BH, M, Dv + columns.parts))  # of exp(score) v, and of exp(score)
     top = columns.q.new_full((BH, M, 1), -math.inf)
@@ -298,14 +300,14 @@ def gradients(
     """
     with internals.autocast_off():
         if state is None:
-            state = _forward(_Columns(inputs), chunks, dropout)
-        return _Gradients(_Columns(inputs, state), grad_out, needed, dropout).compute(chunks)
+            state = _forward(Columns(inputs), chunks, dropout)
+        return _Gradients(Columns(inputs, state), grad_out, needed, dropout).compute(chunks)
 
 
 class _Gradients:
     def __init__(
         self,
-        columns: _Columns,
+        columns: Columns,
         grad_out: Tensor,
         needed: Collection[str],
         dropout: Optional[Dropout],

@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         page = json.dumps(config_check.plain(report), indent=2)
     else:
-        page = _markdown(report) if args.markdown else _text(report)
+        page = as_markdown(report) if args.markdown else as_text(report)
     encoding = sys.stdout.encoding or "utf-8"
     print(
         page.encode(encoding, "backslashreplace").decode(encoding)
@@ -227,7 +227,7 @@ SYSTEM = {
 PRIVATE = ("home",)  # settings with a path; the Markdown report shows only that they are set
 
 
-def _markdown(report: Dict[str, Any]) -> str:
+def as_markdown(report: Dict[str, Any]) -> str:
     """Format the report as folded Markdown for an issue.
 
     It shows no path of the machine except those given by --repo and --config.
@@ -301,7 +301,8 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
-def _text(report: Dict[str, Any]) -> str:
+def as_text(report: Dict[str, Any]) -> str:
+    """The report of examine() as plain text, for a terminal."""
     from .. import settings
 
     values, width = report["settings"], max(map(len, report["packages"]))

@@ -19,14 +19,16 @@ class Issue(NamedTuple):
     fix: str
 
 
-def _version(name: str) -> Optional[Tuple[int, ...]]:
+def installed_version(name: str) -> Optional[Tuple[int, ...]]:
+    """The first three numbers of a distribution's installed version; None where it is not there."""
     try:
         return tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version(name))[:3])
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _source(package: str) -> str:
+def source_of(package: str) -> str:
+    """The source of a package's __init__.py, which is not imported; "" where there is none."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin or not os.path.exists(spec.origin):
         return ""
@@ -40,12 +42,12 @@ def _dotted(version: Tuple[int, ...]) -> str:
 
 def mmcv_assertion() -> Optional[Issue]:
     """Check the mmcv versions that mmdet, mmsegmentation and mmdet3d assert on import."""
-    mmcv = _version("mmcv-full") or _version("mmcv")
+    mmcv = installed_version("mmcv-full") or installed_version("mmcv")
     if mmcv is None:
         return None
     for package in ("mmdet3d", "mmdet", "mmseg"):
         limit = re.search(
-            r"(?m)^(?:mmcv_maximum_version|MMCV_MAX)\s*=\s*['\"]([\d.]+)['\"]", _source(package)
+            r"(?m)^(?:mmcv_maximum_version|MMCV_MAX)\s*=\s*['\"]([\d.]+)['\"]", source_of(package)
         )
         if limit and mmcv > tuple(int(part) for part in limit.group(1).split(".")):
             return Issue(
@@ -59,7 +61,7 @@ def mmcv_assertion() -> Optional[Issue]:
 
 def mmcv_operators() -> Optional[Issue]:
     """Check for mmcv 1.x without its compiled operators."""
-    mmcv = _version("mmcv-full") or _version("mmcv")
+    mmcv = installed_version("mmcv-full") or installed_version("mmcv")
     if mmcv is None or mmcv[0] != 1:
         return None
     spec = importlib.util.find_spec("mmcv")
@@ -75,7 +77,7 @@ def mmcv_operators() -> Optional[Issue]:
 
 def numpy_abi() -> Optional[Issue]:
     """Check for torch before 2.3, which was built for NumPy 1, with NumPy 2."""
-    numpy, torch = _version("numpy"), _version("torch")
+    numpy, torch = installed_version("numpy"), installed_version("torch")
     if numpy is None or torch is None or numpy < (2,) or torch >= (2, 3):
         return None
     return Issue(
@@ -87,7 +89,7 @@ def numpy_abi() -> Optional[Issue]:
 
 def spconv() -> Optional[Issue]:
     """Check for a missing spconv, which the plugins of CMT and MoME import in every config."""
-    if _version("mmdet3d") is None or importlib.util.find_spec("spconv") is not None:
+    if installed_version("mmdet3d") is None or importlib.util.find_spec("spconv") is not None:
         return None
     return Issue(
         "spconv is not installed: CMT and MoME import it with their plugin",

@@ -46,7 +46,7 @@ def _optimizer(entry: Dict[str, Any], facts: Dict[str, Any]) -> Link:
     if entry["replaced"]:
         return broken("replaced", where=f" in {entry['owner']}")
     group = entry["groups"][0]
-    keys = _matching_keys(entry["name"], facts["paramwise"])
+    keys = matching_keys(entry["name"], facts["paramwise"])
     key = (
         f" (paramwise_cfg.custom_keys[{keys[0][0]!r}], the longest key that is part of its name)"
         if keys
@@ -71,9 +71,7 @@ def _optimizer(entry: Dict[str, Any], facts: Dict[str, Any]) -> Link:
     return ok("optimizer", finding)
 
 
-def _matching_keys(
-    name: str, paramwise: List[Dict[str, Any]]
-) -> List[Tuple[str, Dict[str, float]]]:
+def matching_keys(name: str, paramwise: List[Dict[str, Any]]) -> List[Tuple[str, Dict[str, float]]]:
     """Return the custom_keys that are part of the name, the one that counts first.
 
     mmcv and mmengine use the longest key, and of equally long ones the first in the alphabet.

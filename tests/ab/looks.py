@@ -61,13 +61,13 @@ def one(rng, machine, slowdown=0.0, wanted=repeats.HALF_WIDTH, every_look=True):
 
 def many(trials, *args, seed=5, **more):
     rng = np.random.default_rng(seed)
-    with mock.patch.object(statistics, "_block_bootstrap", remembered()):
+    with mock.patch.object(statistics, "block_bootstrap", remembered()):
         return [one(rng, *args, **more) for _ in range(trials)]
 
 
 def remembered():
     """The bootstrap, made once for each run instead of once for each look at it."""
-    made, known = statistics._block_bootstrap, {}
+    made, known = statistics.block_bootstrap, {}
 
     def drawn(values, rng):
         key = values.tobytes()

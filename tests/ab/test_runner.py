@@ -620,7 +620,7 @@ def test_a_record_that_vanishes_ends_the_run_and_keeps_what_was_read(tmp_path):
 def test_a_full_disk_is_reported_and_costs_files_only(tmp_path, monkeypatch):
     experiment = reading.build(str(tmp_path / "file" / "out"), {"command": ["true"]}, [])
     (tmp_path / "file").write_text("")
-    runner._save(experiment, {"runs": []})
+    runner.save_document(experiment, {"runs": []})
     assert "Not a directory" in experiment.lost
 
 
@@ -647,7 +647,7 @@ def test_the_commands_own_work_is_not_others(tmp_path):
     compare(tmp_path, command(tmp_path, body))
     found = machine.since()
     if found:  # /proc/stat can be read
-        whole, busy, own = (y - x for x, y in zip(machine.begin, machine._read()))
+        whole, busy, own = (y - x for x, y in zip(machine.begin, machine.read()))
         assert own >= 4 and found["others"] <= (busy - 4) / whole * (os.cpu_count() or 1) + 0.5
 
 

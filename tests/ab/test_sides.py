@@ -124,7 +124,7 @@ def test_each_side_runs_in_its_own_environment():
         sides=[sides.parse("old:FLASHBIAS_PATCH=0"), sides.parse("new:X=d")],
         stand_in=True,
     )
-    made = {x: runner._environment(x, "probes", options, "") for x in "ABCD"}
+    made = {x: runner.run_environment(x, "probes", options, "") for x in "ABCD"}
     assert [made[x]["FLASHBIAS_PATCH"] for x in "ABCD"] == ["0", "1", "0", "1"]
     assert [made[x].get("X") for x in "ABCD"] == [None, "b", None, "d"]
     assert [made[x].get("FLASHBIAS_PROBE_STAND_IN") for x in "ABCD"] == ["1", None, "1", None]

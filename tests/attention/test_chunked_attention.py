@@ -133,4 +133,4 @@ def test_chunks_follow_the_free_memory_of_a_gpu(monkeypatch):
     most = chunked_attention.CHUNK_BYTES["cuda"]
     for free_bytes, expected in ((80 << 30, most), (800 << 20, 100 << 20), (1 << 20, 32 << 20)):
         free.append(free_bytes)
-        assert chunked_attention._usual_bytes(device, most, 1 << 40) == expected
+        assert chunked_attention.usual_bytes(device, most, 1 << 40) == expected

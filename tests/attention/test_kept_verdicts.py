@@ -200,7 +200,7 @@ def test_doctor_shows_them(kept, capsys):
     assert json.loads(json.dumps(report))["self_checks"]["rows"][0]["backend"] == SDPA
     (line,) = [
         line
-        for line in doctor._text(report).splitlines()
+        for line in doctor.as_text(report).splitlines()
         if line.startswith("  sdpa") and "a GPU" in line
     ]
     assert "cpu float32 D8" in line and "of the tolerance" in line

@@ -139,7 +139,7 @@ def test_a_call_computed_by_another_backend_is_not_timed_as_this_one(monkeypatch
 def test_error_is_that_of_the_output():
     inputs = benchmark.make(benchmark.SHAPES["tiny"], torch.float32, torch.device("cpu"))
     out = dispatch.attend(inputs, "reference").detach()
-    assert benchmark._error(inputs, out * 1.01) == pytest.approx(0.01, rel=1e-3)
+    assert benchmark.relative_error(inputs, out * 1.01) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_progress_reaches_the_end():
@@ -221,9 +221,9 @@ def test_times_and_memory_of_a_gpu(monkeypatch):
         ("max_memory_allocated", lambda: events.peak),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
-    assert benchmark._median_ms(events.work, on_gpu) == pytest.approx(1000.0)
+    assert benchmark.median_ms(events.work, on_gpu) == pytest.approx(1000.0)
     assert events.waits == 1
-    assert benchmark._extra_mib(events.work, on_gpu) == 200
+    assert benchmark.extra_mib(events.work, on_gpu) == 200
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -134,7 +134,7 @@ def test_doctor_reports_known_problems(monkeypatch):
     monkeypatch.setattr(compat, "known_issues", lambda: [issue])
     report = doctor.examine()
     assert report["unmendable"] == [{"what": "mmcv is too new", "cure": "install an older one"}]
-    assert "problem: mmcv is too new\n  fix: install an older one" in doctor._text(report)
+    assert "problem: mmcv is too new\n  fix: install an older one" in doctor.as_text(report)
 
 
 # -- run: what wins, the line at exit --------------------------------------------------------------

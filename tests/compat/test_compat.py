@@ -294,9 +294,9 @@ def test_a_failing_patch_leaves_the_import_alone(installed, write, monkeypatch, 
 
 def test_a_known_problem_is_reported_with_its_fix(monkeypatch):
     versions = {"mmcv-full": (1, 7, 2), "mmdet3d": (1, 0, 0)}
-    monkeypatch.setattr(machine, "_version", versions.get)
+    monkeypatch.setattr(machine, "installed_version", versions.get)
     monkeypatch.setattr(
-        machine, "_source", lambda name: "mmcv_maximum_version = '1.7.0'" * (name == "mmdet3d")
+        machine, "source_of", lambda name: "mmcv_maximum_version = '1.7.0'" * (name == "mmdet3d")
     )
     problem, fix = machine.mmcv_assertion()
     assert "mmdet3d asserts mmcv <= 1.7.0" in problem and "1.7.2" in fix

@@ -94,7 +94,7 @@ def test_the_longest_custom_key_decides():
             },
         }
     ]
-    keys = links._matching_keys("head.transformer.aqr.bias_scale", paramwise)
+    keys = links.matching_keys("head.transformer.aqr.bias_scale", paramwise)
     assert [key for key, _ in keys] == ["aqr.bias", "aqr"]
     entry = {
         "name": "head.transformer.aqr.bias_scale",

@@ -221,14 +221,14 @@ def test_reference_holds_one_chunk_only(rows, bias, monkeypatch):
 
     room = rows * 7
     monkeypatch.setitem(chunked_attention.CHUNK_BYTES, "cpu", 2 * 2 * 3 * room * 4)
-    buffers, largest = chunked_attention._Columns.buffers, []
+    buffers, largest = chunked_attention.Columns.buffers, []
 
     def counted(columns, chunks, count):
         made = buffers(columns, chunks, count)
         largest.append(sum(buffer.numel() for buffer in made))
         return made
 
-    monkeypatch.setattr(chunked_attention._Columns, "buffers", counted)
+    monkeypatch.setattr(chunked_attention.Columns, "buffers", counted)
     tensors = {
         **make(23, 31),
         "w": torch.randn(2, 23, 1, 3, generator=torch.Generator().manual_seed(4)),
