@@ -100,6 +100,14 @@ def test_every_option(generators, options, batch, queries, caplog):
         assert "returns its bias as windows" in caplog.text
 
 
+def test_gaussians_of_no_query(generators):
+    module = generators[1](use_gaussian_window=True)
+    module(**call())
+    for batch, queries in ((0, M), (B, 0)):
+        given = {name: t.new_zeros(batch, queries, *t.shape[2:]) for name, t in call().items()}
+        assert module(**given).shape[:2] == (batch, queries)
+
+
 def test_weights_beyond_one_and_gaussians(generators):
     plain, patched = (cls(use_gaussian_window=True) for cls in generators)
     (out, numbers, _), (_, exact, _) = compared(patched, plain, call(spread=3.0))

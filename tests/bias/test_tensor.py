@@ -335,6 +335,45 @@ def test_a_hook_changes_the_gradient_of_the_weights():
     assert not made.weights.grad.any()
 
 
+@since(1, 11, "subclasses that save_for_backward keeps")
+@pytest.mark.parametrize("viewed", (False, True))
+def test_a_hook_before_a_reentrant_checkpoint(viewed):
+    made, k, seen = Made(), torch.randn(B, N, H, 4, generator=generator(3), dtype=F64), []
+    found = []
+    for start in (made.tensor * 1.0, made.dense * 1.0):
+        given = start.transpose(0, 1) if viewed else start
+        start.register_hook(lambda grad: seen.append(grad) or grad * 2)
+        q = torch.randn(B, M, H, 4, generator=generator(2), dtype=F64, requires_grad=True)
+
+        def layer(q, bias):
+            bias = bias.transpose(0, 1) if viewed else bias
+            return flash_bias_attention(q, k, k, attn_mask=bias, backend="reference")
+
+        checkpoints.checkpoint(layer, q, given, **REENTRANT).pow(2).sum().backward()
+        found.append([q.grad, made.weights.grad, seen.pop()])
+        made.weights.grad = None
+    torch.testing.assert_close(*found)
+
+
+def test_one_query_repeated_for_several():
+    bias = described(WindowBias(torch.randn(B, 1, 2, dtype=F64), centres(queries=1), FRAMES, 3))
+    q, k = torch.randn(B, M, H, 4, dtype=F64), torch.randn(B, N, H, 4, dtype=F64)
+    ours, exact = (
+        flash_bias_attention(q, k, k, attn_mask=each.expand(-1, M, -1))
+        for each in (bias, bias.numbers())
+    )
+    torch.testing.assert_close(ours, exact)
+
+
+def test_errors_of_sizes_and_dimensions_are_those_of_torch():
+    made = Made()
+    for shape in ((B + 1, 3, N), (B, 3, N - 1)):
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            torch.cat([torch.zeros(shape, dtype=F64), made.tensor], 1)
+    with pytest.raises(IndexError, match="out of range"):
+        made.tensor.flatten(1, 3)
+
+
 def test_what_comes_too_late_says_so():
     made = Made()
     bias = made.tensor * 1.0

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import flashbias_patch
-from flashbias_patch.bias import LowRankBias
+from flashbias_patch.bias import LowRankBias, described
 from tests.support.capabilities import RELEASE, needs_hooks, since
 from tests.support.checkpoints import KINDS, OWN_BACKWARD, checkpointed, reentrant
 
@@ -334,6 +334,25 @@ def test_the_bias_as_an_argument_of_the_checkpointed_function(patched, kind):
                 return decoder(query, memory, memory)
 
         given = inputs.query, inputs.memory, inputs.bias().q_factor
+        out = function(*given) if around is None else KINDS[around](function, *given)
+        loss_of(out, 0).backward()
+        results.append(gradients(decoder, inputs))
+    assert_equal(results[1], results[0])
+
+
+@pytest.mark.parametrize("listed", (False, True))
+@pytest.mark.parametrize("kind", ("reentrant", "reentrant, bound"))
+def test_a_described_bias_as_an_argument(patched, kind, listed):
+    results = []
+    for around in (None, kind):
+        decoder, inputs = decoder_of(), Inputs("shared")
+
+        def function(query, memory, bias, decoder=decoder):
+            with flashbias_patch.attention_bias(bias[0] if listed else bias):
+                return decoder(query, memory, memory)
+
+        bias = described(inputs.bias(), "mn")
+        given = inputs.query, inputs.memory, [bias] if listed else bias
         out = function(*given) if around is None else KINDS[around](function, *given)
         loss_of(out, 0).backward()
         results.append(gradients(decoder, inputs))

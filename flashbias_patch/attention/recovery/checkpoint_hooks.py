@@ -27,6 +27,7 @@ from ..._torch_internals import (
     tree_map,
 )
 from ...bias import AttentionBias
+from ...bias.tensor.core import to_numbers
 from .replay import Replay, carried, hooked, innermost, mapped, note_uninstall, restored
 
 _watching = False
@@ -126,6 +127,8 @@ def _apply_checkpoint(cls: Any, function: Any, preserve_rng_state: Any, *args: A
     reentrant inside a checkpoint of the other kind: nested, these pass one tensor that was two
     arguments as two tensors, and attention of key and value then saves other tensors than before.
     """
+    if RELEASE < (1, 11):  # a described bias that torch saves there comes back as NaN
+        args = tree_map(to_numbers, args)
     if (
         torch.is_grad_enabled()
         and hooked() is None

@@ -63,7 +63,7 @@ class BiasTensor(Tensor):
         Raises:
             ValueError: the shape does not fit.
         """
-        if self._bias is None or self._must_be_dense():
+        if self._bias is None or self._must_be_dense() or self._bias.shape[2:] != (M, N):
             return None
         reading = layouts.readable(self._layout, B, H, M, N)
         if reading is None:

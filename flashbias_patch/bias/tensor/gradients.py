@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._torch_internals import tree_map
-from .core import BiasTensor, graph_task, no_functions, to_numbers
+from .core import BiasTensor, graph_task, no_functions, rebind, to_numbers
 from .learned_gradient import learned_gradient
 from .notices import log_dense
 from .registry import handles, name_of, structured
@@ -68,6 +68,14 @@ def _observe(func: Any, args: Any, kwargs: Any) -> Any:
             )
         log_dense(name_of(func), tensor)
         tensor._observed = True
+        # Code that does not dispatch in Python, such as a checkpoint, passes the gradient to the
+        # tensor itself, or to one computed from it: from there it must reach the dense one.
+        queue = [tensor]
+        for each in queue:
+            queue += each._living()
+            if each.requires_grad and not each.is_leaf:
+                each.numbers()
+                rebind(each, None, each._layout)
     return func(tensor.numbers(), *rest, **kwargs)
 
 

@@ -158,6 +158,8 @@ def _dim_and_sizes(dim: int, sizes: Sequence[int]) -> Tuple[int, Sequence[int]]:
 
 def _flat_sizes(layout: Layout, start_dim: int = 0, end_dim: int = -1) -> List[int]:
     sizes = list(layouts.shape_of(layout))
+    if not -len(sizes) <= min(start_dim, end_dim) <= max(start_dim, end_dim) < len(sizes):
+        return []  # the dense tensor raises the error
     start, end = start_dim % len(sizes), end_dim % len(sizes)
     return [*sizes[:start], math.prod(sizes[start : end + 1]), *sizes[end + 1 :]]
 
@@ -313,10 +315,15 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
     if not -count <= position < count or any(piece.dtype != tensor.dtype for piece in others):
         return NotImplemented
     bias_at = next(i for i, piece in enumerate(pieces) if piece is tensor)
-    rows = [piece.shape[position] if piece.dim() == count else None for piece in others]
-    if None in rows or any(map(_has_nonzero, others)):
+    shape = list(tensor.shape)
+    for piece in others:
+        shape[position] = piece.shape[position] if piece.dim() == count else -1
+        if list(piece.shape) != shape:  # the dense tensor raises the error
+            return NotImplemented
+    if any(map(_has_nonzero, others)):
         return NotImplemented
-    before, after = sum(rows[:bias_at]), sum(rows[bias_at:])  # type: ignore[arg-type]
+    rows = [piece.shape[position] for piece in others]
+    before, after = sum(rows[:bias_at]), sum(rows[bias_at:])
     return _with_rows(func, args, kwargs, tensor, position % count, before, after)
 
 

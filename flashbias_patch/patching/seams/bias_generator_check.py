@@ -104,7 +104,7 @@ def _synthetic(module: Any, tensors: List[Tensor]) -> List[Tensor]:
     """Return the arguments of a call of few queries: cells all over the grids, edges included, and
     weights from -1 to 1."""
     *weights_like, bev_like, camera_like = tensors
-    B, device = bev_like.shape[0], bev_like.device
+    B, device = max(1, bev_like.shape[0]), bev_like.device
     draw = torch.Generator().manual_seed(0)
 
     def indices(size: int) -> Tensor:

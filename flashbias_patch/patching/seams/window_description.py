@@ -84,7 +84,7 @@ def bias_of(
 def bounded(module: Any, tensors: List[Tensor]) -> bool:
     """Return True if clamping the weights is the same as clamping the entries: always for boxes;
     for Gaussian windows where nothing is clamped."""
-    if not (module.use_local_bias and module.use_gaussian_window):
+    if not (module.use_local_bias and module.use_gaussian_window) or not tensors[0].numel():
         return True
     if module.max_scale > LIMIT:
         return False
