@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._torch_internals import current_cuda_device, current_cuda_stream
+from . import problem as pb
 from .arguments import Arguments, ForwardResult
 from .cached_launch import Launch
 from .launcher_backward import ByKeys, Needs, Passed, Rows
@@ -78,7 +79,7 @@ class Draft:
     def make(
         self, name: str, shape: Sequence[int], dtype: torch.dtype, zeros: bool = False
     ) -> None:
-        make = torch.zeros if zeros else torch.empty
+        make = torch.zeros if zeros else pb.empty
         self.makes[name] = functools.partial(make, shape, dtype=dtype, device=self.device)
 
     def launch(self, launch: Launch, *names: str) -> None:
