@@ -60,8 +60,8 @@ FAULTS = (
     fault(
         "bias: segments of unlike runs",
         "bias/*.py",
-        "+ second[0][..., indices[1]]",
-        "+ second[0][..., indices[0]]",
+        "+ weights2[..., indices2]",
+        "+ weights2[..., indices1]",
         BIAS + "algebra.py",
     ),
     fault(

@@ -86,7 +86,7 @@ def has_gpu() -> bool:
 
 
 def fits_a_cpu(shape: str) -> bool:
-    """Whether a CPU measures the named shape in seconds."""
+    """True if a CPU measures the named shape in seconds."""
     return _scores(shape) <= CPU_SCORES
 
 

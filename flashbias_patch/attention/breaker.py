@@ -18,7 +18,7 @@ class State(enum.Enum):
 
 
 class Phase(enum.Enum):
-    """Where a backend failed."""
+    """The pass in which a backend failed."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -63,7 +63,7 @@ class CircuitBreaker:
         return verdicts
 
     def reason(self, signature: CallSignature, backend: str) -> Optional[str]:
-        """Why that backend is out for the signature; None if it is not."""
+        """The reason why that backend is out for the signature; None if it is not."""
         verdict = self.by_signature.get(signature, {}).get(backend)
         return None if verdict is None or verdict.state is not State.OUT else verdict.reason
 

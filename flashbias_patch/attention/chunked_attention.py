@@ -396,7 +396,7 @@ class _Gradients:
         return found
 
     def _alone(self, term: Tensor) -> bool:
-        """Whether each number of a term belongs to one score."""
+        """True if each number of a term belongs to one score."""
         columns = self.columns
         return term.shape == (columns.B, columns.H, columns.M, columns.N)
 

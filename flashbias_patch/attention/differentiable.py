@@ -32,7 +32,7 @@ _fused_nodes: Dict[
 
 
 def needed_in_backward(grad_out: Tensor) -> bool:
-    """Whether a backward pass with that gradient must be computed here."""
+    """True if a backward pass with that gradient must be computed here."""
     return torch.is_grad_enabled() or _transform() is not None or internals.is_batch(grad_out)
 
 

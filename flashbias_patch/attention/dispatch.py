@@ -74,7 +74,7 @@ def attend(inputs: AttentionInputs, pinned: Optional[str] = None) -> Tensor:
 
 
 def _has_symbolic_sizes(inputs: AttentionInputs) -> bool:
-    """Whether sizes are symbols, as those of fake tensors are: no plan can be kept under them."""
+    """True if sizes are symbols, as those of fake tensors are: no plan can be kept under them."""
     return not all(
         type(size) is int
         for size in (*inputs.q.shape, *inputs.k.shape, inputs.v.shape[-1], inputs.rank)

@@ -28,7 +28,7 @@ ONE = 1 << 23  # added to the bits, it doubles the number
 
 
 def wanted(source: torch.dtype, dtype: torch.dtype) -> bool:
-    """Whether gradients must be scaled for a cast from `source` to `dtype`. bfloat16 has float32's
+    """True if gradients must be scaled for a cast from `source` to `dtype`. bfloat16 has float32's
     range."""
     return dtype is torch.float16 and source is not torch.float16
 

@@ -61,15 +61,15 @@ def path() -> str:
 
 
 def wanted(backend: Any, signature: CallSignature, name: str) -> bool:
-    """Whether verdicts of that signature and backend are kept; not those of an object that stands
-    in for a backend."""
+    """True if verdicts of that signature and backend are kept. Those of an object in place of a
+    backend are not."""
     ours = type(backend).__module__.startswith(f"{__package__}.backends.")
     on_gpu = signature.device.type == "cuda"
     return on_gpu and name in NAMES and ours and bool(settings.current().verdicts)
 
 
 def holds(signature: CallSignature, backend: str) -> bool:
-    """Whether the backend passed the self-check for the signature in an earlier process."""
+    """True if the backend passed the self-check for the signature in an earlier process."""
     global _passed
     if _passed is None:
         _passed = {RowKey.of_row(row) for row in rows()}

@@ -87,14 +87,11 @@ def _measured(fastest: Tuple[str, ...], names: Tuple[str, ...]) -> Candidates:
     return Candidates(first + tuple(name for name in names if name not in first), False)
 
 
-# -- reasons ---------------------------------------------------------------------------------------
-
-
 def reasons_against(
     inputs: AttentionInputs, name: str, signature: Optional[CallSignature] = None
 ) -> List[str]:
-    """Why that backend would not take the call; empty if it would (as far as is known without
-    running it)."""
+    """The reasons why that backend would not take the call; empty if it would (as far as is known
+    without running it)."""
     out = breakers.reason(signature_of(inputs) if signature is None else signature, name)
     return backend(name).why_not(inputs) if out is None else [out]
 

@@ -45,7 +45,7 @@ DROPOUT_P = 0.3
 CPU = torch.device("cpu")
 LEAVES = ("q", "k", "v", "q_factor", "k_factor", "segment_weights", "dense", "window_weights")
 INDICES = {name: TENSORS.index(name) for name in LEAVES}
-# Of the grids that windows lie on: every number of keys above is a multiple of it, or of 8.
+# Columns of the grids on which windows lie: every number of keys above is a multiple of 7 or 8.
 COLUMNS = 7
 
 
@@ -66,7 +66,7 @@ class Problem(NamedTuple):
 
 
 def possible(inputs: AttentionInputs) -> bool:
-    """Whether a check can run now: not while a call is traced, captured into a CUDA graph or
+    """True if a check can run now: not while a call is traced, captured into a CUDA graph or
     transformed, nor on meta."""
     if type(inputs.q) not in (Tensor, torch.nn.Parameter) or torch.jit.is_tracing():
         return False

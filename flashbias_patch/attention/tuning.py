@@ -303,7 +303,7 @@ class _Search:
             count = (count + 1) // 2
 
     def _agrees(self, config: Config) -> bool:
-        """Whether its results are correct on every other call too."""
+        """True if its results are correct on every other call too."""
         for place in range(1, len(self.trials)):
             self._step(words(config))
             try:

@@ -23,7 +23,7 @@ LEAST = 1 << 24  # scores, B * H * M * N, below which launching takes longer tha
 
 
 def long(inputs: AttentionInputs) -> bool:
-    """Whether such a call takes longer in the kernels than in launching them."""
+    """True if such a call takes longer in the kernels than in launching them."""
     B, M, H, _ = inputs.q.shape
     return B * M * H * inputs.k.shape[1] >= LEAST
 

@@ -17,8 +17,8 @@ LARGEST = 5e37  # kernels' common.LARGEST: sums of a few such numbers are finite
 # lose digits that a subtraction would keep, and its result is the expected one: near -1e9 the mean
 # over the keys.
 FAR = 2.0**16
-# Of a segment relative to the row's largest, as a factor: finite in half precision, and zero after
-# exp().
+# The weight of a hidden segment, relative to the row's largest: finite in half precision, and zero
+# after exp().
 LEAST_WEIGHT = -3e4
 
 
@@ -53,7 +53,7 @@ def finite_in_exp2(additive: Tensor, top: Tensor) -> Tensor:
 
 
 def any_far(top: Tensor) -> bool:
-    """Whether a row's finite maximum is beyond FAR. Waits for the GPU."""
+    """True if a row's finite maximum is beyond FAR. Waits for the GPU."""
     return bool(_beyond(FAR, top).any())
 
 

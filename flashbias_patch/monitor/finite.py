@@ -144,8 +144,6 @@ class FiniteWatch:
             handle.remove()
         self._handles = []
 
-    # -- hooks -------------------------------------------------------------------------------------
-
     def _enter(self, name: str, module: nn.Module, args: Tuple[Any, ...]) -> None:
         if current_graph_task() == -1:
             self._calls.append(dict(telemetry.calls))

@@ -68,8 +68,6 @@ class Steps:
             handle.remove()
         self._handles = []
 
-    # -- hooks -------------------------------------------------------------------------------------
-
     def before(self, optimizer: Any, closure: bool) -> None:
         """Read the gradients before a step without a closure."""
         if not closure:  # a closure computes the gradients inside the step

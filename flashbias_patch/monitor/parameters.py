@@ -262,8 +262,6 @@ class ParameterMonitor:
         parameter = self.parameters.get(name)
         return 0 if parameter is None else parameter.numel()
 
-    # -- stuck parameters --------------------------------------------------------------------------
-
     def _count(self, record: Dict[str, Any], not_finite: bool, moved: bool) -> None:
         name, norm = record["name"], record["grad_norm"]
         parameter = self.parameters.get(name)

@@ -35,7 +35,7 @@ Bias = Union[AttentionBias, Tensor]
 
 
 class History:
-    """Whether any `with attention_bias(...)` was opened in this process.
+    """Records that a `with attention_bias(...)` was opened in this process.
 
     `opened` is set when the first one opens, and never cleared. Until then no call reads a context
     variable for its biases.
@@ -223,9 +223,6 @@ def biases_for(module: Any, kind: str) -> List[Bias]:
     else:
         unreachable.check(module)
     return found
-
-
-# -- threads ---------------------------------------------------------------------------------------
 
 
 def _of_another_thread(scopes: Scopes) -> Scopes:

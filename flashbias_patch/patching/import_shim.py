@@ -108,8 +108,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> Any:
         rewritten = self._rewritten() if self._imports else None
-        # Not by way of a cached .pyc, neither read nor written: an unpatched process shares that
-        # file.
+        # A cached .pyc is neither read nor written: an unpatched process shares that file.
         return (
             super().get_code(fullname)
             if rewritten is None

@@ -218,7 +218,7 @@ def _plan(inputs: AttentionInputs) -> Plan:
 
 
 def _as_it_is(inputs: AttentionInputs) -> bool:
-    """Whether there is nothing to add to q and k."""
+    """True if nothing is added to q and k."""
     no_terms = (
         inputs.q_factor is None and inputs.segment_weights is None and inputs.key_padding is None
     )

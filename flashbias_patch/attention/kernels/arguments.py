@@ -40,7 +40,7 @@ NO_WINDOWS = (None, None, None, (), (), (), ())  # the arguments of windows, for
 
 
 class ForwardResult(NamedTuple):
-    """What a forward pass makes: the output, and what the backward pass needs.
+    """The results of a forward pass: the output, and the values that the backward pass needs.
 
     Shapes: out and low (B, M, H, D) in q's dtype; lse (problem.lse_shape) float32; seed (1,) int64.
     The copies replace q, q_factor and k_factor in the kernels. None for what was not made; the

@@ -1,5 +1,5 @@
-"""`fused_attention`: the kernels as one differentiable operator, registered with torch.library
-where torch has it."""
+"""`fused_attention`: the kernels as one differentiable operator, registered with torch.library if
+torch has custom_op."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def _backward(
 def _differentiable_backward(
     grad_out: Tensor, saved: Tuple[Any, ...], constants: Tuple[Any, ...], needs: Tuple[bool, ...]
 ) -> Tuple[Optional[Tensor], ...]:
-    """As _backward, for create_graph=True and batches of gradients: by plain PyTorch."""
+    """_backward by plain PyTorch, for create_graph=True and batches of gradients."""
     return differentiable_backward(_call(*_records(saved, constants), needs), grad_out)
 
 
@@ -233,10 +233,8 @@ def _call(made: ForwardResult, inputs: Arguments, needs: Sequence[bool]) -> Call
     )
 
 
-# As a registered operator: empty tensors for None, since an operator's outputs are tensors.
-
-
 def _full(tensors: Iterable[Optional[Tensor]], like: Tensor) -> List[Tensor]:
+    """Empty tensors in place of None: the outputs of a registered operator are tensors."""
     return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 

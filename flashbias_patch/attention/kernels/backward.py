@@ -11,8 +11,8 @@ dq = ds k * scale, dk = ds^T q * scale, dq_factor = ds k_factor, dk_factor = ds^
 
 Where they are FOLDED (problem.py), lse and delta are subtracted by the matrix products themselves:
 a tile of factors has COLUMNS columns, of which six that the rank leaves free hold them, in parts
-(common.weights). That takes a fifth off the keys kernel, which no longer loads, broadcasts and
-subtracts two numbers a row. Imports nothing but Triton.
+(common.weights). That makes the keys kernel a fifth faster: it no longer loads, broadcasts and
+subtracts two numbers per row. Imports nothing but Triton.
 """
 
 import triton
@@ -42,6 +42,51 @@ from .common import (
 
 
 @triton.jit
+def _load_lse(LSE, bh, M, first_row, ROWS: tl.constexpr, APART: tl.constexpr):
+    """LSE of a block of rows: (peak, log2 of the sum) if APART, else the logsumexp twice."""
+    if APART:
+        lse = load_row_values(LSE + wide(bh) * M * 2, 2, first_row, M, ROWS, float("inf"))
+        log_total = load_row_values(LSE + wide(bh) * M * 2 + 1, 2, first_row, M, ROWS, 0.0)
+    else:
+        lse = load_row_values(LSE + wide(bh) * M, 1, first_row, M, ROWS, float("inf"))
+        log_total = lse
+    return lse, log_total
+
+
+@triton.jit
+def store_part_weights(ROWS, columns, R: tl.constexpr):
+    """The two rows with which a folded ROWS begins: the weights of lse's and of delta's parts."""
+    both = tl.arange(0, 2)[:, None]
+    tl.store(
+        ROWS + both * COLUMNS + columns, weights(columns, R + 3 * both).to(ROWS.dtype.element_ty)
+    )
+
+
+@triton.jit
+def store_row(
+    ROWS, base, lanes, tile, columns, lse, log_total, shifted, delta, weight, unit,
+    R: tl.constexpr, FOLDED: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """Write the values of rows base + lanes to ROWS (rows_kernel). `tile`, if FOLDED: the factors
+    and delta's parts; `shifted`: lse without the segment's weight."""
+    if FOLDED:
+        whole = parts(tile, columns, R, -shifted * unit, ROWS.dtype.element_ty)
+        tl.store(
+            ROWS + base * COLUMNS + lanes[:, None] * COLUMNS + columns,
+            whole.to(ROWS.dtype.element_ty),
+        )
+    elif APART:
+        ROW = ROWS + base * 4 + 4 * lanes
+        tl.store(ROW, lse)
+        tl.store(ROW + 1, log_total)
+        tl.store(ROW + 2, delta)
+        tl.store(ROW + 3, weight)
+    else:
+        tl.store(ROWS + base * 2 + 2 * lanes, shifted)
+        tl.store(ROWS + base * 2 + 2 * lanes + 1, delta)
+
+
+@triton.jit
 def rows_kernel(
     OUT, LOW, DO, LSE, W, QF, ROWS, out_b, out_m, out_h, do_b, do_m, do_h, w_b, w_m, w_h, qf_b,
     qf_m, qf_h,
@@ -50,16 +95,15 @@ def rows_kernel(
     BLOCK_M: tl.constexpr,
     FOLDED: tl.constexpr, APART: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """What backward needs of each row: lse - weight of the segment, and delta = sum of DO * (OUT +
-    LOW).
+    """Write the values of each row that backward needs: lse - weight of the segment, and delta =
+    sum of DO * (OUT + LOW).
 
-    ROWS (SEGMENTS or 1, B * H, padded, 2): both of a row in one place, since a vector of fewer
-    values than threads is
-    loaded by every thread anew. FOLDED: (SEGMENTS or 1, B * H, padded, COLUMNS), each row its R
-    columns of q_factor, then -lse * unit and -delta in three parts each; before all of them two
-    rows, what these parts are multiplied by.
-    APART: (SEGMENTS or 1, B * H, padded, 4), LSE's two numbers, delta, and the weight, which is not
-    subtracted. Rows from M on get lse +inf and delta 0, which makes their p zero.
+    ROWS (SEGMENTS or 1, B * H, padded, 2): both values of a row together, because every thread
+    loads a vector of fewer values than threads again. FOLDED: (SEGMENTS or 1, B * H, padded,
+    COLUMNS), for each row its R columns of q_factor, then -lse * unit and -delta in three parts
+    each; before all of them two rows with the factors of these parts. APART: (SEGMENTS or 1, B * H,
+    padded, 4), LSE's two numbers, delta, and the weight, which is not subtracted. Rows from M on
+    get lse +inf and delta 0, which makes their p zero.
     """
     blocks_m = padded // BLOCK_M
     pid = tl.program_id(0)
@@ -75,23 +119,16 @@ def rows_kernel(
         DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True
     )
     delta = tl.sum(out * do.to(tl.float32), 1)
-    if APART:
-        lse = load_row_values(LSE + wide(bh) * M * 2, 2, first_row, M, BLOCK_M, float("inf"))
-        log_total = load_row_values(LSE + wide(bh) * M * 2 + 1, 2, first_row, M, BLOCK_M, 0.0)
-    else:
-        lse = load_row_values(LSE + wide(bh) * M, 1, first_row, M, BLOCK_M, float("inf"))
+    lse, log_total = _load_lse(LSE, bh, M, first_row, BLOCK_M, APART)
     lanes = tl.arange(0, BLOCK_M)
     if SEGMENTS > 0:
         W += wide(b) * w_b + wide(h) * w_h
         top = largest_weight(W, w_m, first_row, M, SEGMENTS, BLOCK_M)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    tile = columns
     if FOLDED:
-        columns = tl.arange(0, COLUMNS)[None, :]
         if pid == 0:
-            both = tl.arange(0, 2)[:, None]
-            tl.store(
-                ROWS + both * COLUMNS + columns,
-                weights(columns, R + 3 * both).to(ROWS.dtype.element_ty),
-            )
+            store_part_weights(ROWS, columns, R)
         ROWS += 2 * COLUMNS
         tile = tl.zeros([BLOCK_M, COLUMNS], dtype=tl.float32)
         if R > 0:
@@ -106,39 +143,51 @@ def rows_kernel(
             if not APART:
                 shifted = lse - (weight - top) * LOG2E
         base = (wide(segment) * heads + bh) * padded + first_row
-        if FOLDED:
-            whole = parts(tile, columns, R, -shifted * unit, ROWS.dtype.element_ty)
-            tl.store(
-                ROWS + base * COLUMNS + lanes[:, None] * COLUMNS + columns,
-                whole.to(ROWS.dtype.element_ty),
-            )
-        elif APART:
-            ROW = ROWS + base * 4 + 4 * lanes
-            tl.store(ROW, lse)
-            tl.store(ROW + 1, log_total)
-            tl.store(ROW + 2, delta)
-            tl.store(ROW + 3, weight)
-        else:
-            tl.store(ROWS + base * 2 + 2 * lanes, shifted)
-            tl.store(ROWS + base * 2 + 2 * lanes + 1, delta)
+        store_row(
+            ROWS, base, lanes, tile, columns, lse, log_total, shifted, delta, weight, unit,
+            R, FOLDED, APART,
+        )  # fmt: skip
 
 
 @triton.jit
-def _weight_tile(ROWS, which, ROW_COUNT: tl.constexpr):
+def load_two(BASE, first_row, BLOCK_M: tl.constexpr):
+    """Both columns of rows of two values, loaded together."""
+    both = tl.load(BASE + 2 * first_row + tl.arange(0, 2 * BLOCK_M))
+    return tl.split(tl.reshape(both, [BLOCK_M, 2]))
+
+
+@triton.jit
+def load_four(ROWS, first_row, BLOCK_M: tl.constexpr):
+    """The columns of rows of four values, loaded together."""
+    four = tl.load(ROWS + 4 * first_row + tl.arange(0, 4 * BLOCK_M))
+    first_third, second_fourth = tl.split(tl.reshape(four, [BLOCK_M, 2, 2]))
+    first, third = tl.split(first_third)
+    second, fourth = tl.split(second_fourth)
+    return first, second, third, fourth
+
+
+@triton.jit
+def weight_tile(ROWS, which, ROW_COUNT: tl.constexpr):
     """(ROW_COUNT, COLUMNS), each row the weights of lse (`which` 0) or delta (1), with which ROWS
     begins.
 
-    Loaded, since an operand that is computed is held in registers, where it makes the tensor cores'
-    products wait.
+    It is loaded, because a computed operand would be held in registers, which delays the tensor
+    cores' products.
     """
     columns = tl.arange(0, COLUMNS)[None, :]
     return tl.load(ROWS + which * COLUMNS + tl.arange(0, ROW_COUNT)[:, None] * 0 + columns)
 
 
 @triton.jit
+def _key_pointers(base, stride, start, keys, cols):
+    return base + wide(start) * stride + (keys - start)[:, None] * stride + cols[None, :]
+
+
+@triton.jit
 def _repeat_tile(
     base, stride, start, end, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):
+    """As load_tile; rows from `end` on repeat the last before it."""
     rows = tl.minimum(tl.arange(0, ROWS), end - 1 - start)
     cols = tl.arange(0, BLOCK_COLS)
     pointers = base + wide(start) * stride + rows[:, None] * stride + cols[None, :]
@@ -164,8 +213,7 @@ def _load_pairs_by_key(
     base, stride, first_row, row_end, first_key, key_end, whole, OTHER: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """load_pairs as (keys, queries), where a block of keys is `whole` or not for a program's whole
-    life."""
+    """load_pairs as (keys, queries). `whole` is the same for all tiles of a program."""
     if whole:
         tile = load_pairs(
             base, stride, first_row, row_end, first_key, key_end, OTHER, ROWS, KEYS, False
@@ -182,7 +230,7 @@ def _store_pairs(
     BASE, stride, first_row, row_end, first_key, key_end, tile,
     ROWS: tl.constexpr, KEYS: tl.constexpr, ADD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """What load_pairs would load, written (ADD: added to)."""
+    """Write a tile (ADD: add it) to the places from which load_pairs would load it."""
     pointers, inside = pair_tile(
         BASE, stride, first_row, row_end, first_key, key_end, ROWS, KEYS, EDGE
     )
@@ -238,22 +286,8 @@ def keys_kernel(
     keys = tl.minimum(start + lanes, end - 1)
     cols = tl.arange(0, BLOCK_D)
     in_head = (cols < D)[None, :]
-    k_pointers = (
-        K
-        + wide(b) * k_b
-        + wide(h) * k_h
-        + wide(start) * k_n
-        + (keys - start)[:, None] * k_n
-        + cols[None, :]
-    )
-    v_pointers = (
-        V
-        + wide(b) * v_b
-        + wide(h) * v_h
-        + wide(start) * v_n
-        + (keys - start)[:, None] * v_n
-        + cols[None, :]
-    )
+    k_pointers = _key_pointers(K + wide(b) * k_b + wide(h) * k_h, k_n, start, keys, cols)
+    v_pointers = _key_pointers(V + wide(b) * v_b + wide(h) * v_h, v_n, start, keys, cols)
     if D == BLOCK_D:
         k = tl.load(k_pointers)
         v = tl.load(v_pointers)
@@ -267,9 +301,9 @@ def keys_kernel(
         dkf = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
     row_values: tl.constexpr = COLUMNS if FOLDED else 4 if APART else 2
     if FOLDED:
-        of_delta = _weight_tile(ROWS, 1, BLOCK_N)
+        of_delta = weight_tile(ROWS, 1, BLOCK_N)
         if BLOCK_R == 0:
-            kf = _weight_tile(ROWS, 0, BLOCK_N)  # as prepare_kernel has put them into k_factor
+            kf = weight_tile(ROWS, 0, BLOCK_N)  # as prepare_kernel has put them into k_factor
         ROWS += 2 * COLUMNS
     row_lo = split * split_rows
     row_hi = tl.minimum(row_lo + split_rows, M)
@@ -318,10 +352,7 @@ def keys_kernel(
         if FOLDED:
             x = s * score_scale
         elif APART:
-            four = tl.load(ROWS + 4 * first_row + tl.arange(0, 4 * BLOCK_M))
-            peak_delta, total_weight = tl.split(tl.reshape(four, [BLOCK_M, 2, 2]))
-            peak, delta = tl.split(peak_delta)
-            log_total, weight = tl.split(total_weight)
+            peak, log_total, delta, weight = load_four(ROWS, first_row, BLOCK_M)
             dense = s
             padding = s
             if HAS_DENSE:
@@ -351,8 +382,7 @@ def keys_kernel(
             )
             x = (x - peak[None, :]) - log_total[None, :]
         else:
-            lse_delta = tl.load(ROWS + 2 * first_row + tl.arange(0, 2 * BLOCK_M))
-            lse, delta = tl.split(tl.reshape(lse_delta, [BLOCK_M, 2]))
+            lse, delta = load_two(ROWS, first_row, BLOCK_M)
             x = s * score_scale - lse[None, :]
         p = tl.exp2(x)
         if HAS_MASK:
@@ -526,14 +556,9 @@ def queries_kernel(
     do = load_tile(
         DO + wide(b) * do_b + wide(h) * do_h, do_m, first_row, M, BLOCK_M, D, BLOCK_D, True
     )
-    if APART:
-        lse = load_row_values(LSE + wide(bh) * M * 2, 2, first_row, M, BLOCK_M, float("inf"))
-        log_total = load_row_values(LSE + wide(bh) * M * 2 + 1, 2, first_row, M, BLOCK_M, 0.0)
-    else:
-        lse = load_row_values(LSE + wide(bh) * M, 1, first_row, M, BLOCK_M, float("inf"))
-        log_total = lse
+    lse, log_total = _load_lse(LSE, bh, M, first_row, BLOCK_M, APART)
     if FOLDED:
-        of_delta = _weight_tile(ROWS, 1, BLOCK_N)
+        of_delta = weight_tile(ROWS, 1, BLOCK_N)
         ROWS += 2 * COLUMNS
         delta = load_tile(
             ROWS + wide(bh) * padded * COLUMNS,
@@ -620,8 +645,7 @@ def queries_kernel(
                 NEED_Q, NEED_QF, NEED_W, FOLDED, True,
             )  # fmt: skip
             if NEED_W:
-                # Its own rows and nobody else's: an atomic only because the rows are written again
-                # and again.
+                # No other program adds to these rows. Atomic because they are added to repeatedly.
                 tl.atomic_add(DW + dw_offsets + segment, row_sum, mask=rows < M, sem="relaxed")
     else:
         split_lo = split * split_keys

@@ -56,7 +56,7 @@ def here() -> Tuple[str, str, str]:
 
 
 def entries() -> List[Entry]:
-    """What was tuned on this GPU by these versions. ValueError or OSError where the file cannot be
+    """The entries tuned on this GPU by these versions. ValueError or OSError if the file cannot be
     read."""
     place = here()
     return [(row["key"], row["config"]) for row in rows() if _place(row) == place]
@@ -149,8 +149,8 @@ def write(name: str, whole: List[Row]) -> None:
 
 @contextlib.contextmanager
 def locked(name: str, seconds: float) -> Iterator[bool]:
-    """Whether this process holds the lock file `name`, after waiting for at most `seconds`; OSError
-    where it cannot."""
+    """Yield True if this process holds the lock file `name`, after waiting for at most `seconds`;
+    OSError if the file cannot be locked."""
     handle = _acquire(name, time.monotonic() + seconds)
     try:
         yield handle is not None

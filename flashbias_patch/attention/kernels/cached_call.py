@@ -1,10 +1,9 @@
-"""A settled call of the fused operator: from the addresses of its tensors to the launches, with
-nothing to decide.
+"""Plans of the fused operator: a repeated call is launched by the addresses of its tensors alone.
 
-The long way (autograd.py, launcher.py) makes a Problem of a call's tensors and steps of that.
-Where the kernels take the tensors as they are, a later call of the same signature needs their
-addresses alone. Such a call is a plan here: tensors that are made and launches that follow, in
-order. Small calls wait for the processor, so this is their time.
+The first call of a signature (autograd.py, launcher.py) makes a Problem of its tensors, and steps
+of the Problem. If the kernels use the tensors as they are, a later call of the same signature needs
+their addresses only: its plan allocates tensors and launches the steps, in order. Small calls wait
+for the processor, whose time this saves.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ _layout: Callable[[Tensor], Tuple[Any, ...]] = operator.attrgetter("shape", "dty
 
 
 def signed(tensors: Sequence[Optional[Tensor]]) -> Signed:
-    """(what a launch depends on of these tensors, the addresses of those that are not None): as
-    cached_launch.signature."""
+    """(the properties that a launch depends on, as in cached_launch.signature; the addresses of the
+    tensors that are not None)."""
     given: Tuple[Tensor, ...] = tuple(filter(_is_given, tensors))  # type: ignore[arg-type]
     addresses = [*map(Tensor.data_ptr, given)]
     odd = functools.reduce(operator.or_, addresses) & 15
@@ -61,8 +60,8 @@ def stream_of(tensor: Tensor) -> Optional[int]:
 class Draft:
     """A plan while it is made: its tensors by name, and the names that each launch takes.
 
-    In the place of a tensor that a call does not have stands its q, which the kernel does not read
-    there.
+    A call's q is passed in place of a tensor that the call does not have. The kernel does not read
+    it there.
     """
 
     def __init__(self, names: Sequence[str], given: Sequence[Optional[Tensor]]) -> None:
@@ -104,7 +103,7 @@ class Draft:
 
 
 class Plan:
-    """A settled pass: tensors to make, and launches on these and on the given ones.
+    """A pass of repeated calls: tensors to make, and launches on these and on the given ones.
 
     A launch picks its tensors from one list of addresses: of the given tensors, of the made ones,
     of parts of these, and of tables, which are kept.
@@ -157,8 +156,8 @@ def _same(given: Sequence[Optional[Tensor]], used: Sequence[Optional[Tensor]]) -
 def forward_plan(
     inputs: Arguments, problem: Problem, step: Any, prepare: Optional[Prepare]
 ) -> Optional[Plan]:
-    """The plan of a forward pass that the long way has computed; None where its tensors are copied
-    otherwise. `prepare` copies q and the factors, where there are factors."""
+    """The plan of a forward pass that was computed without one; None if other tensors were copied
+    than those of `prepare`, which copies q and the factors if there are factors."""
     if type(step) is not Forward or problem.scaled and prepare is None:
         return None
     unchanged = ["k", "v", "weights", "dense", "mask", "padding"]
@@ -210,8 +209,8 @@ def backward_plan(
     needs: Needs,
     kept: Tuple[Any, Sequence[Any], Sums],
 ) -> Optional[Plan]:
-    """The plan of a backward pass that the long way has computed, on one stream: the rows, one
-    launch over the keys and one over the queries, and the sums.
+    """The plan of a backward pass that was computed without one, on one stream: the rows, a launch
+    over the keys, one over the queries, and the sums. None if its tensors were copied.
 
     given: the tensors of BACKWARD, with the copies that forward made. passed: as the kernels got
     it. kept: launcher.backward_steps.

@@ -1,10 +1,10 @@
-"""Kernel launches whose arguments are settled but for the tensors' addresses, kept by class of
+"""Cached kernel launches: all arguments but the tensors' addresses are computed once per class of
 call.
 
-Triton's own launch binds, classifies and hashes some seventy arguments every time, and making these
-arguments costs as much again: with five launches, a small attention call waits for the processor
-rather than for the GPU. So what a call's signature determines is worked out once; later calls hand
-their tensors and the same numbers to the compiled kernel.
+Triton's own launch binds, classifies and hashes about seventy arguments every time, and computing
+these arguments costs as much again: with five launches, a small attention call would wait for the
+processor rather than for the GPU. Later calls of a class pass their tensors and the same numbers to
+the compiled kernel.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from . import tiles
 from .compile_ahead import collecting
 
 Step = TypeVar("Step")
-# Since 3.3 a compiled kernel is handed the constants too, and skips them.
+# Since Triton 3.3 a compiled kernel is called with the constants too, and skips them.
 TAKES_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
-# Where the functions are that a user has Triton call around every launch.
+# The object that holds the launch hooks: functions of the user that Triton calls around launches.
 HOOKS: Any = getattr(getattr(triton, "knobs", None), "runtime", CompiledKernel)
 _Chain: Any = getattr(getattr(triton, "knobs", None), "HookChain", None)
 
 
 def _takes_launcher() -> bool:
-    """Whether a compiled kernel hands its arguments to its launcher as seen on Triton 3.0 to
-    3.9."""
+    """True if a compiled kernel calls its launcher with the arguments seen on Triton 3.0 to 3.9."""
     try:
         source = "".join(inspect.getsource(CompiledKernel.__getitem__).split())
     except (OSError, TypeError):
@@ -66,15 +65,14 @@ class Launch:
         self.run: Optional[Callable[..., Any]] = None
         self.rest: Tuple[Any, ...] = ()
         self.launcher: Optional[Callable[..., Any]] = None
-        self.own: Tuple[
-            Any, ...
-        ] = ()  # what the launcher takes between the stream and the kernel's arguments
+        # The launcher's arguments between the stream and the kernel's arguments.
+        self.own: Tuple[Any, ...] = ()
 
     def __call__(self, *tensors: Tensor, stream: Optional[int] = None) -> None:
         """On the current stream, or on that one once there is a compiled kernel."""
         if self.run is not None:
-            # Addresses: of a tensor, Triton asks the driver whether the GPU can read it, every
-            # time.
+            # Addresses, because for a tensor Triton queries the driver every time whether the GPU
+            # can read it.
             self.run(*[tensor.data_ptr() for tensor in tensors], *self.rest, stream=stream)
         else:
             self.first(tensors)
@@ -110,8 +108,8 @@ class Launch:
 
 
 def signature(tensors: Iterable[Optional[Tensor]]) -> Tuple[Any, ...]:
-    """What of these tensors a launch depends on: Triton compiles for dtypes and for addresses
-    divisible by 16."""
+    """The properties of these tensors that a launch depends on: Triton compiles for dtypes and for
+    addresses divisible by 16."""
     return tuple(
         [
             None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15)
@@ -121,8 +119,9 @@ def signature(tensors: Iterable[Optional[Tensor]]) -> Tuple[Any, ...]:
 
 
 class Kept:
-    """Steps by key, as long as the tile shapes do not change; emptied when full (lengths that
-    differ every time). None is kept while launches are collected: it has not run."""
+    """A cache of steps by key. It is emptied when tile shapes change, and when it is full (as with
+    lengths that differ every time). While launches are collected nothing is kept: no step has
+    run."""
 
     def __init__(self, room: int = 1024) -> None:
         self.room, self.generation = room, tiles.generation

@@ -1,35 +1,37 @@
-"""What the forward and backward kernels share: tile loads, exponentials, dropout, additive terms.
+"""Device functions of the forward and backward kernels: tile loads, exponentials, dropout, additive
+terms.
 
 Imports nothing but Triton, so that the kernels can be compiled where there is no PyTorch.
 
-Scores live in log2 units: softmax(s) = exp2(s * log2(e) - lse2), one multiply-add and one
-exponential an element.
+Scores are in log2 units: softmax(s) = exp2(s * log2(e) - lse2), one multiply-add and one
+exponential per element.
 """
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LARGEST = tl.constexpr(
-    5e37
-)  # the sum of a dense bias, padding and a segment weight stays finite, times log2(e) too
-COLUMNS = tl.constexpr(16)  # of a tile of factors with room for what problem.folded speaks of
+# Bound of each additive term: the sum of a dense bias, padding and a segment weight stays finite,
+# times log2(e) too.
+LARGEST = tl.constexpr(5e37)
+# Columns of a tile of factors that has room for lse and delta (Problem.folded).
+COLUMNS = tl.constexpr(16)
 
 
 @triton.jit
 def _upper(x):
-    """x rounded to the eleven leading bits of its significand, what tf32 keeps; the tensor cores
-    would cut."""
+    """x rounded to the eleven leading bits of its significand, which tf32 keeps. The tensor cores
+    would truncate."""
     return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a b, float32 by three tf32 products, which keeps float32-grade error.
+    """acc + a b; float32 by three tf32 products, with the error of a float32 product.
 
-    As input_precision="tf32x3", without that option's provision for infinities: a comparison and a
-    select an element. The tensor cores cut where they add, which over hundreds of tiles comes to
-    1e-4: the sum over tiles is ours.
+    The same as input_precision="tf32x3", but without that option's care for infinities, which costs
+    a comparison and a select per element. The sum over tiles is an addition of its own: the tensor
+    cores truncate when they add, which over hundreds of tiles amounts to 1e-4.
     """
     if a.dtype == tl.float32:
         a_upper, b_upper = _upper(a), _upper(b)
@@ -57,8 +59,8 @@ def add_terms(
     """s * score_scale + the additive terms, in log2 units; padding comes in these units, dense and
     weight do not.
 
-    Every step is one explicit fma, so that forward and backward round alike: at -1e9 one place less
-    is a factor of 2^128.
+    Every step is one explicit fma, so that forward and backward round alike: at -1e9 a difference
+    in the last place is a factor of 2^128.
     """
     if HAS_DENSE:
         dense = dense.to(tl.float32) if dense.dtype == tl.float16 else bounded(dense)
@@ -78,7 +80,7 @@ def load_weights(W, stride, first_row, end, ROWS: tl.constexpr):
 
 @triton.jit
 def largest_weight(W, stride, first_row, end, SEGMENTS: tl.constexpr, ROWS: tl.constexpr):
-    """The largest of each row's segment weights, 0 where all are -inf: with it subtracted, lse
+    """The largest of each row's segment weights, 0 if all are -inf. It is subtracted, so that lse
     keeps its digits."""
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     for segment in tl.static_range(SEGMENTS):
@@ -88,18 +90,19 @@ def largest_weight(W, stride, first_row, end, SEGMENTS: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def weights(columns, first):
-    """What the three parts of a number (`parts`) are multiplied by, in the columns from `first` on;
-    zero elsewhere."""
+    """The factors of a number's three parts (`parts`), in the columns from `first` on; zero
+    elsewhere."""
     small = tl.where(columns == first + 2, 0.00000095367431640625, 0.0)  # 2^-20, 2^-8, 2^4
     return tl.where(columns == first, 16.0, tl.where(columns == first + 1, 0.00390625, small))
 
 
 @triton.jit
 def parts(tile, columns, first, values, HALF: tl.constexpr):
-    """`tile` with values (a row) in three columns from `first` on, each a HALF: their sum by
-    `weights` is the value.
+    """`tile` with each row's value in three columns from `first` on, each in the dtype HALF. Their
+    sum, weighted by `weights`, is the value.
 
-    float16: to 2^-34 of it or 2^-44, up to a million, where it stays. bfloat16: to 2^-25.
+    Error in float16: 2^-34 of the value, or 2^-44; values are cut to a million. In bfloat16: 2^-25
+    of it.
     """
     limit: tl.constexpr = 1e30 if HALF == tl.bfloat16 else 65504.0  # noqa: SIM300  HALF is a type
     high = tl.minimum(tl.maximum(values * 0.0625, -limit), limit).to(HALF).to(tl.float32)
@@ -120,8 +123,8 @@ def wide(index):
 
 @triton.jit
 def multiples(a, b, c, d, VECTOR: tl.constexpr):
-    """The same strides, known to the compiler as multiples of VECTOR elements: it learns of
-    multiples of 16 alone, and copies element by element where a head is 40 columns wide."""
+    """The same strides, known to the compiler as multiples of VECTOR elements. By itself it knows
+    multiples of 16 only, and would copy heads of 40 columns element by element."""
     return a // VECTOR * VECTOR, b // VECTOR * VECTOR, c // VECTOR * VECTOR, d // VECTOR * VECTOR
 
 
@@ -154,7 +157,7 @@ def load_tile(
 
 @triton.jit
 def load_row_values(base, stride, start, end, ROWS: tl.constexpr, OTHER: tl.constexpr):
-    """A value a row, float32, OTHER from row `end`."""
+    """One value per row, float32, OTHER from row `end` on."""
     rows = tl.arange(0, ROWS)
     return tl.load(
         base + wide(start) * stride + rows * stride, mask=start + rows < end, other=OTHER
@@ -163,7 +166,7 @@ def load_row_values(base, stride, start, end, ROWS: tl.constexpr, OTHER: tl.cons
 
 @triton.jit
 def load_keys(base, keys, end, OTHER: tl.constexpr, EDGE: tl.constexpr):
-    """A value a key, OTHER from key `end` (if EDGE)."""
+    """One value per key, OTHER from key `end` on (if EDGE)."""
     if EDGE:
         return tl.load(base + keys, mask=keys < end, other=OTHER)
     else:
@@ -185,8 +188,8 @@ def pair_tile(
     """Pointers to a tile (queries, keys) of a matrix, and which of them lie before row_end and (if
     EDGE) key_end.
 
-    Whole tiles ask nothing about their keys: where neighbours may differ, a row is read element by
-    element.
+    Whole tiles have no mask over keys: with one that may differ between neighbours, a row would be
+    read element by element.
     """
     rows = tl.arange(0, ROWS)
     keys = tl.arange(0, KEYS)
@@ -212,8 +215,8 @@ def load_pairs(
 
 @triton.jit
 def _philox_words(seed, batch_head, row, key):
-    """Philox 4x32-7 (Salmon et al., SC11) of each row and key: (.., 2, 2), the last two the key's
-    bit 3 and the row's."""
+    """Philox 4x32-7 (Salmon et al., SC11) of each row and key: (.., 2, 2). The last two dimensions
+    are the key's bit 3 and the row's."""
     nil = (row + key) * 0
     a, b, c, d = tl.philox(seed, nil + key, nil + row, nil + batch_head, nil, 7)
     return tl.join(tl.join(a, c), tl.join(b, d))
@@ -228,13 +231,13 @@ def _threshold(dropout_p):
 def keep_tile(
     seed, batch_head, first_row, first_key, dropout_p, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):
-    """Which attention weights dropout keeps in a tile (queries, keys); both firsts must be
-    multiples of 16.
+    """True for the attention weights of a tile (queries, keys) that dropout keeps. first_row and
+    first_key must be multiples of 16.
 
     Eight weights share a call of Philox, sixteen bits each. Its counter is the row without bit 3,
     the key without bits 3 and 0, and the batch and head; those three bits choose the sixteen. They
-    are the ones that a thread holds in a tile of scores as the tensor cores leave it, so that
-    nothing has to move between threads.
+    are those that one thread holds in a tile of scores in the tensor cores' layout, so that nothing
+    moves between threads.
     """
     row = tl.reshape(tl.arange(0, ROWS // 2), [ROWS // 16, 8, 1, 1])
     key = tl.reshape(tl.arange(0, KEYS // 4), [1, 1, KEYS // 16, 4])
@@ -244,9 +247,8 @@ def keep_tile(
         first_row + row // 8 * 16 + row % 8,
         first_key + key // 4 * 16 + key % 4 * 2,
     )
-    halves = tl.join(
-        words << 16, words & 0xFFFF0000
-    )  # rows' 16, 8, keys' 16, 4, key bit 3, row bit 3, key bit 0
+    # Dimensions: rows' 16, 8, keys' 16, 4, key bit 3, row bit 3, key bit 0.
+    halves = tl.join(words << 16, words & 0xFFFF0000)
     return tl.reshape(tl.permute(halves, (0, 5, 1, 2, 4, 3, 6)), [ROWS, KEYS]) >= _threshold(
         dropout_p
     )
@@ -256,8 +258,8 @@ def keep_tile(
 def keep_tile_by_key(
     seed, batch_head, first_row, first_key, dropout_p, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):
-    """keep_tile as (keys, queries), where a thread holds bit 3 of either but not the key's bit
-    0."""
+    """keep_tile as (keys, queries). There a thread holds bit 3 of key and row, but not the key's
+    bit 0."""
     row = tl.reshape(tl.arange(0, ROWS // 2), [ROWS // 16, 8, 1, 1])
     key = tl.reshape(tl.arange(0, KEYS // 2), [1, 1, KEYS // 16, 8])
     words = _philox_words(
@@ -267,14 +269,13 @@ def keep_tile_by_key(
         first_key + key // 8 * 16 + key % 8 // 2 * 2,
     )
     low = tl.reshape(key % 2 == 0, [1, 1, KEYS // 16, 8, 1, 1])
-    halves = tl.where(
-        low, words << 16, words & 0xFFFF0000
-    )  # rows' 16, 8, keys' 16, 8, key bit 3, row bit 3
+    # Dimensions: rows' 16, 8, keys' 16, 8, key bit 3, row bit 3.
+    halves = tl.where(low, words << 16, words & 0xFFFF0000)
     return tl.reshape(tl.permute(halves, (2, 4, 3, 0, 5, 1)), [KEYS, ROWS]) >= _threshold(dropout_p)
 
 
 @triton.jit
 def dropout_shift(first_key, segment):
-    """What to add to a key of that segment, which begins at `first_key`, so that dropout counts it
-    from a multiple of 16."""
+    """The offset of a segment's keys in dropout, which counts them from a multiple of 16; the
+    segment begins at `first_key`."""
     return (first_key + 15) // 16 * 16 + 16 * segment - first_key

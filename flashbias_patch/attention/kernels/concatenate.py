@@ -33,7 +33,7 @@ PADDING_COLUMNS = 2
 
 
 class Plan(NamedTuple):
-    """How q, k and the terms become columns. Attention over them must be given softmax_scale."""
+    """The multipliers and sizes of the columns. Attention over them must use softmax_scale."""
 
     q_mult: float
     factor_mult: float
@@ -129,7 +129,7 @@ def split(parts: List[Optional[Part]]) -> List[Optional[Tensor]]:
 
 
 def _launches(tensor: Tensor) -> bool:
-    """Whether the Triton kernels can be used: on CUDA, or interpreted."""
+    """True if the Triton kernels can be used: on CUDA, or interpreted."""
     return triton is not None and (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 

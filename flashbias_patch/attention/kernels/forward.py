@@ -25,6 +25,29 @@ from .common import (
 
 
 @triton.jit
+def next_softmax(
+    s, peak, total, score_scale, APART: tl.constexpr, CAN_EMPTY: tl.constexpr
+):  # fmt: skip
+    """The running softmax after a tile of scores: the tile's exponentials, the factor for sums made
+    before, the new peak and total. APART: s is in the peak's units; else times score_scale.
+    CAN_EMPTY: a row may have no key yet."""
+    row_max = tl.max(s, 1)
+    if not APART:
+        row_max = row_max * score_scale
+    new_peak = tl.maximum(peak, row_max)
+    if CAN_EMPTY:
+        anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    else:
+        anchor = new_peak
+    alpha = tl.exp2(peak - anchor)
+    if APART:
+        p = tl.exp2(s - anchor[:, None])
+    else:
+        p = tl.exp2(s * score_scale - anchor[:, None])
+    return p, alpha, new_peak, total * alpha + tl.sum(p, 1)
+
+
+@triton.jit
 def _step(
     acc, peak, total, q, qf, weight,
     K, V, KF, DENSE, MASK, PAD, seed, bh,
@@ -65,20 +88,7 @@ def _step(
     elif EDGE and PAD_KIND == 0:
         s = tl.where((keys < end)[None, :], s, float("-inf"))
 
-    row_max = tl.max(s, 1)
-    if not APART:
-        row_max = row_max * score_scale
-    new_peak = tl.maximum(peak, row_max)
-    if CAN_EMPTY:
-        anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    else:
-        anchor = new_peak
-    alpha = tl.exp2(peak - anchor)
-    if APART:
-        p = tl.exp2(s - anchor[:, None])
-    else:
-        p = tl.exp2(s * score_scale - anchor[:, None])
-    total = total * alpha + tl.sum(p, 1)
+    p, alpha, new_peak, total = next_softmax(s, peak, total, score_scale, APART, CAN_EMPTY)
     if DROPOUT:
         p = tl.where(
             keep_tile(seed, bh, first_row, start + shift, dropout_p, BLOCK_M, BLOCK_N), p, 0.0
@@ -256,8 +266,8 @@ def forward_kernel(
                     PAD_KIND, APART, DROPOUT, True,
                 )  # fmt: skip
             if SEGMENTS > 0 and not APART:
-                # As it was where the segment had nothing above it: -1e9 and back would cost its
-                # digits.
+                # The peak before, if no score of the segment was above it: to -1e9 and back it
+                # would lose its digits.
                 peak = tl.where(peak == enter_segment(before, weight), before, peak + weight)
 
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -282,7 +292,7 @@ def combine_kernel(
     """PARTS (splits, B, M, H, D) float32 weighted by exp2(PART_LSE (splits, B * H, M)) into OUT (B,
     M, H, D).
 
-    APART: PART_LSE and LSE have two numbers a row, as forward_kernel writes them.
+    APART: PART_LSE and LSE have two numbers per row, as forward_kernel writes them.
     """
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -358,8 +368,8 @@ def _copy_rows(
 ):  # fmt: skip
     """Rows of SOURCE (B, L, H, COLS) strided, times mult, into TARGET (B, L, H, WIDTH) contiguous.
 
-    Beyond COLS are zeros, or common.weights (WEIGHTS), which meet zeros but in backward's folded
-    tiles.
+    Beyond COLS are zeros, or common.weights (WEIGHTS), which are multiplied by zeros except in
+    backward's folded tiles.
     """
     rows = program * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)

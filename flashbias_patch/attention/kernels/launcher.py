@@ -1,5 +1,5 @@
-"""From tensors to kernel launches: the doors to forward and backward, and what they keep for calls
-of the same class."""
+"""From tensors to kernel launches: `prepare`, `forward`, `backward`, and the steps that they keep
+for calls of the same class."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .launcher_windows import WindowByKeys, WindowByQueries, WindowForward, Wind
 from .problem import Problem, on_device, scales_q, unit_last
 from .tiles import Config, first_working
 
-OVERLAPPED = 1 << 26  # scores, B * H * M * N, from which on backward's two kernels run side by side
+OVERLAPPED = 1 << 26  # scores, B * H * M * N, from which backward's two kernels run side by side
 ONLY_V = Needs(False, False, True, False, False, False, False)
 _prepared, _forwards, _backwards = Kept(), Kept(), Kept()
 
@@ -36,8 +36,8 @@ class BackwardSteps(NamedTuple):
 def prepare(
     q: Tensor, q_factor: Optional[Tensor], k_factor: Optional[Tensor], scale: float
 ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-    """q times scale where the scale goes into q, and the factors with their columns zero-padded to
-    a power of two of at least 16 (themselves if they are that already)."""
+    """q, times scale if the scale goes into q, and the factors with their columns zero-padded to a
+    power of two of at least 16 (not copied if they have that many)."""
     if q_factor is None or k_factor is None:
         if scales_q(q_factor, scale):
             q = torch.mul(
@@ -52,7 +52,7 @@ def prepare(
 
 
 def prepared(q: Tensor, q_factor: Tensor, k_factor: Tensor, scale: float) -> Optional[Prepare]:
-    """The step that `prepare` keeps for such tensors, if these are taken as they are."""
+    """The step that `prepare` keeps for such tensors; None if it would copy these first."""
     step: Optional[Prepare] = _prepared.find((signature((q, q_factor, k_factor)), scale))
     return step
 
@@ -63,8 +63,8 @@ def forward_step(problem: Problem, seed: Optional[Tensor], training: bool) -> An
 
 
 def backward_steps(problem: Problem, needs: Needs, passed: Passed) -> Any:
-    """(the steps that `backward` keeps for such a call, what is passed to them); None where others
-    run, or on two streams."""
+    """(the steps that `backward` keeps for such a call, their `passed`); None if there are none, or
+    if they run on two streams."""
     passed = passed._replace(grad_out=unit_last(passed.grad_out))
     kept = _backwards.find(_backward_class(problem, needs, passed))
     if kept is None or problem.k.shape[1] == 1:
@@ -75,9 +75,9 @@ def backward_steps(problem: Problem, needs: Needs, passed: Passed) -> Any:
 
 
 def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs:
-    """out (B, M, H, D); what it lost by being rounded to half, where `training` needs it; its
-    logsumexp (problem.lse_shape), float32, in log2 units, +inf for a row without keys. `seed` (1,)
-    int64 where there is dropout.
+    """out (B, M, H, D); its rounding error if out is half precision and `training`; its logsumexp
+    (problem.lse_shape), float32, in log2 units, +inf for a row without keys. `seed` (1,) int64 with
+    dropout, else None.
 
     Backward's delta, the sum of grad_out * out over a row, is taken from the unrounded output: its
     error is common to all keys, and so adds up in gradients that are sums over keys.
@@ -108,8 +108,7 @@ def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs
 
 
 def backward(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Optional[Tensor], ...]:
-    """Gradients of q, k, v, q_factor, k_factor, weights, dense, the windows' weights (None where
-    not needed), shaped as these."""
+    """Gradients in the order of Needs, each of its tensor's shape, None for those not needed."""
     k = problem.k
     if not problem.q.numel() or not k.numel():
         return _zeros(problem, needs)
@@ -173,22 +172,23 @@ def _repeat(steps: List[Any], problem: Problem, passed: Passed, rows: Tensor) ->
         for step, own in zip(steps, made):
             step.run(problem, passed, rows, own)
         return made
-    # The queries kernel is a few long programs, the keys kernel many short ones, which fill what
-    # the others leave: if the long ones begin, which the other stream's priority sees to. Both
-    # become ready at once.
+    # The queries kernel is a few long programs, the keys kernel many short ones, which fill the
+    # processors that the long ones leave free. The long ones must begin first: their stream has a
+    # higher priority.
     (keys, queries), (of_keys, of_queries), (current, other) = steps, made, streams
     other.wait_stream(current)
     try:
         queries.run(problem, passed, rows, of_queries, other.cuda_stream)
         keys.run(problem, passed, rows, of_keys)
     finally:
-        current.wait_stream(other)  # memory made for the one stream is used on the other until here
+        # Until here memory allocated on the current stream is used on the other.
+        current.wait_stream(other)
     return made
 
 
 def _streams(problem: Problem) -> Optional[Tuple[Any, Any]]:
-    """The current stream, and another of higher priority for what may run beside it, where that
-    repays the host's work."""
+    """The current stream, and another of higher priority; None if running two kernels side by side
+    gains less than it costs the host."""
     B, M, N, H, _ = problem.sizes
     if not problem.q.is_cuda or B * H * M * N < OVERLAPPED:
         return None
@@ -201,8 +201,8 @@ def _other_stream(device: torch.device) -> Any:
 
 
 def _class_of(problem: Problem, others: Tuple[Optional[Tensor], ...]) -> Tuple[Any, ...]:
-    """All that a problem's launches depend on but the addresses of its tensors (and of
-    `others`)."""
+    """Everything that a problem's launches depend on, except the addresses of its tensors and of
+    `others`."""
     (
         q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale, rank,
         windows,

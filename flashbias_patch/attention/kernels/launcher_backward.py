@@ -1,5 +1,5 @@
-"""The backward pass of one class of calls: one launch over the keys, one over the queries, and the
-sums over what is shared."""
+"""The backward pass of one class of calls: one launch over the keys, one over the queries, and sums
+over operands that batch entries or heads share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEPARATE = 1 << 20
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """The gradients that a backward pass computes."""
 
     q: bool
     k: bool
@@ -44,7 +44,8 @@ class Needs(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """What comes into a backward pass; `low` and `seed` are None where forward made none."""
+    """The inputs of a backward pass besides the problem; `low` and `seed` are None if forward made
+    none."""
 
     grad_out: Tensor
     out: Tensor
@@ -53,8 +54,8 @@ class Passed(NamedTuple):
     seed: Optional[Tensor]
 
 
-# What a step allocates before it runs: parts of gradients by their name in Needs, and the blocks
-# of keys.
+# The memory that a step allocates before it runs: parts of gradients by their name in Needs, and
+# the blocks of keys.
 Made = Tuple[Dict[str, Tensor], Tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
@@ -93,7 +94,7 @@ def shapes_of(problem: Problem) -> Shapes:
 
 
 class Rows:
-    """What backward needs of each row, its lse and delta: see rows_kernel."""
+    """The step that computes lse and delta of each row: see rows_kernel."""
 
     def __init__(self, problem: Problem, passed: Passed) -> None:
         B, M, _, H, D = problem.sizes
@@ -138,7 +139,7 @@ class Step:
 def key_sums(
     problem: Problem, needs: Needs, splits: int
 ) -> Tuple[Dict[str, Sum], bool, Tuple[int, ...]]:
-    """The sums of k, v and k_factor's gradients; whether all programs add to the last; and its
+    """The sums of k, v and k_factor's gradients; True if all programs add to the last; and its
     parts' strides."""
     B, _, N, H, D = problem.sizes
     q, rank = problem.q, problem.rank

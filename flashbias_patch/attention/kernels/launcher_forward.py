@@ -63,7 +63,7 @@ class Prepare:
 
 
 class Keys:
-    """The blocks of keys that a loop visits; placeholders for what the features do not use."""
+    """The blocks of keys that a loop visits; q in place of tables that the features do not use."""
 
     def __init__(self, problem: Problem, block: int) -> None:
         N, padding = problem.k.shape[1], problem.padding
@@ -82,8 +82,8 @@ class Keys:
             )  # fmt: skip
 
     def __call__(self, problem: Problem) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """BLOCKS and ENDS (problem.block_table); for each batch entry ORDER (B, blocks), those with
-        an unmasked key first, and COUNTS (B,), how many these are."""
+        """BLOCKS and ENDS (problem.block_table); for each batch entry ORDER (B, blocks), the blocks
+        with an unmasked key first, and COUNTS (B,), the number of these."""
         if self.table is None:
             return (problem.q,) * 4
         blocks, ends = self.table
@@ -106,8 +106,8 @@ class Keys:
 
 
 def split_over_keys(problem: Problem, config: Config, keys: Keys) -> Tuple[int, int, int]:
-    """Into how many parts a loop over keys is cut, the keys of each, and the programs for all of
-    it."""
+    """The number of parts into which a loop over keys is cut, the keys of each, and the programs of
+    all."""
     B, M, N, H, _ = problem.sizes
     programs = cdiv(M, config.block_m) * B * H
     splits = (
@@ -122,8 +122,8 @@ def split_over_keys(problem: Problem, config: Config, keys: Keys) -> Tuple[int, 
 
 
 class Outs:
-    """The memory of a forward pass: out, what it lost by being rounded to half (where `training`
-    needs it), and its logsumexp; where keys are split, the parts that `combined` sums."""
+    """The memory of a forward pass: out, its rounding error (half precision and `training`), its
+    logsumexp, and if keys are split the parts that `combined` sums."""
 
     def __init__(self, problem: Problem, training: bool, splits: int) -> None:
         B, M, _, H, D = problem.sizes
@@ -137,7 +137,7 @@ class Outs:
         )  # fmt: skip
 
     def allocate(self, problem: Problem) -> Tuple[Tensor, Optional[Tensor], Tensor, Tensor, Tensor]:
-        """out, low, lse, and where the kernel writes out and lse."""
+        """out, low, lse, and the tensors to which the kernel writes out and lse."""
         dtype, device = problem.q.dtype, problem.q.device
         out = pb.empty(self.shape, dtype=dtype, device=device)
         low = pb.empty(self.shape, dtype=dtype, device=device) if self.has_low else None

@@ -1,4 +1,4 @@
-"""Gradients of what is shared: parts that programs wrote, and their sum."""
+"""Gradients of operands that programs share: the parts that the programs wrote, and their sum."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .cached_launch import Launch
 from .problem import cdiv
 from .sums import sum_kernel
 
-ROWS = 32  # of a program
-AT_ONCE = 3  # sums that sum_kernel does
+ROWS = 32  # rows per program
+AT_ONCE = 3  # sums per launch of sum_kernel
 DENSE = "dense"  # the gradient whose parts have another layout
 
 
 class Sum:
-    """Parts (splits, ...) summed over the splits and over every dimension in which `shape` is 1
-    (was broadcast)."""
+    """Parts (splits, ...), summed over the splits and over every dimension that `shape` broadcasts
+    (size 1)."""
 
     def __init__(self, parts: Sequence[int], shape: Sequence[int], dtype: torch.dtype,
                  zeros: bool = False,

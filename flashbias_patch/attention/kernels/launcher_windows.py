@@ -1,5 +1,5 @@
-"""The forward and backward pass of one class of calls with windows, as launcher_forward.py and
-launcher_backward.py have them for calls without."""
+"""The forward and backward pass of one class of calls with windows: the counterpart of
+launcher_forward.py and launcher_backward.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def windows_of(problem: Problem) -> Windows:
 
 
 class Common:
-    """What the launches of one class of problems have in common."""
+    """Tables, sizes and constants that the launches of one class of problems share."""
 
     def __init__(self, problem: Problem) -> None:
         windows, (B, M, _, H, _) = windows_of(problem), problem.sizes
@@ -63,7 +63,7 @@ class Common:
 
 
 class WindowForward(Outs):
-    """As launch_forward.Forward."""
+    """launcher_forward.Forward for calls with windows."""
 
     def __init__(self, problem: Problem, training: bool, config: Config) -> None:
         B, M, _, H, D = problem.sizes
@@ -97,8 +97,8 @@ class WindowForward(Outs):
 
 
 class WindowRows:
-    """What backward needs of each row, and copies in the order of the tables: see
-    window_rows_kernel."""
+    """The step that computes lse and delta of each row, and copies rows in the order of the tables:
+    see window_rows_kernel."""
 
     def __init__(self, problem: Problem, passed: Passed) -> None:
         windows, (B, _, _, H, D) = windows_of(problem), problem.sizes
@@ -159,7 +159,7 @@ class WindowRows:
 
 class WindowStep(Step):
     def make(self, problem: Problem) -> Any:
-        """With the tables, which must be there before the two kernels take streams of their own."""
+        """With the tables, which must exist before the two kernels run on two streams."""
         return {name: total.make(problem.q) for name, total in self.sums.items()}, self.tables(
             problem
         )

@@ -1,8 +1,8 @@
-"""One attention call as the kernels want it: its tensors, their strides, and what decides how it is
-launched.
+"""One attention call in the form that the kernels take: its tensors, their strides, and the
+properties that decide its launches.
 
-Additive terms, all optional: factors (second dot product into the same accumulator), segments (a
-constant a row for each stretch of keys), a dense bias, a boolean mask, key padding (boolean, or
+Additive terms, all optional: factors (second dot product into the same accumulator), segments (one
+constant per row for each run of keys), a dense bias, a boolean mask, key padding (boolean, or
 floating and added).
 """
 
@@ -34,13 +34,11 @@ if TYPE_CHECKING:
 
 LOG2E = 1.4426950408889634
 COLUMNS = 16  # common.COLUMNS
-COPIED = (
-    1 << 26
-)  # bytes of a mask or dense bias, up to which it is copied for the sake of aligned rows
-FOLDED_SCALE = (
-    2.0**-4
-)  # lse is folded divided by the scale, and must not leave float16's range before scores do
-empty = torch.empty  # checks poison it
+COPIED = 1 << 26  # bytes of a mask or dense bias up to which it is copied to align its rows
+# The least scale for folding: a folded lse is divided by the scale, and must not leave float16's
+# range before scores do.
+FOLDED_SCALE = 2.0**-4
+empty = torch.empty  # tests replace it by one that fills the memory
 
 
 class Strides(NamedTuple):
@@ -110,7 +108,7 @@ class Problem(NamedTuple):
 
     @property
     def folded(self) -> bool:
-        """Whether backward's row constants, lse and delta, go into the products with the factors:
+        """True if backward's row constants, lse and delta, go into the products with the factors:
         see rows_kernel.
 
         Not with dropout, which comes between dp and delta, nor where lse is two numbers.
@@ -121,7 +119,7 @@ class Problem(NamedTuple):
 
     @property
     def apart(self) -> bool:
-        """Whether a row's largest score and log2 of its sum are kept apart: see keeps_apart."""
+        """True if a row's largest score and log2 of its sum are kept apart: see keeps_apart."""
         local = self.windows is not None and self.windows.masked
         return keeps_apart(self.weights, self.dense, self.mask, self.padding, local)
 
@@ -136,13 +134,13 @@ class Problem(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether a loop over keys must not be cut: dropout counts in sixteens from each segment's
+        """True if a loop over keys must not be cut: dropout counts in sixteens from each segment's
         first key."""
         return self.weights is not None and self.dropout_p > 0
 
     @property
     def factors(self) -> Tuple[Tensor, Tensor, Tensor]:
-        """q_factor, k_factor, weights for a kernel: q stands for what is not there."""
+        """q_factor, k_factor, weights for a kernel, with q for those that are not there."""
         q, q_factor, k_factor, weights = self.q, self.q_factor, self.k_factor, self.weights
         return (
             q if q_factor is None else q_factor, q if k_factor is None else k_factor,
@@ -171,7 +169,7 @@ class Problem(NamedTuple):
         return Strides(q, k, v, q_factor, k_factor, weights, dense, mask, (over_batch,))
 
     def features(self, config: Config) -> Dict[str, Any]:
-        """What the three attention kernels are compiled for."""
+        """The constants and options that the three attention kernels are compiled with."""
         D = self.q.shape[-1]
         return dict(
             D=D,
@@ -192,7 +190,7 @@ class Problem(NamedTuple):
         )
 
     def key(self, kernel: str) -> Key:
-        """What the choice of a tile shape for that kernel depends on."""
+        """The properties that decide the tile shape of that kernel."""
         others = self.dense, self.mask, self.padding
         rank = 0 if self.q_factor is None else self.q_factor.shape[-1]
         if self.windows is not None:
@@ -208,7 +206,7 @@ def key_of(
     others: Sequence[Optional[Tensor]],
     dropout_p: float,
 ) -> Key:
-    """The same of a call's operands; `others` are the dense bias, mask and padding, `rank` 0
+    """Problem.key of a call's operands. `others`: the dense bias, mask and padding; `rank`: 0
     without factors."""
     dense, mask, padding = others
     pairs = dense is not None or mask is not None
@@ -219,8 +217,8 @@ def key_of(
 
 
 def scales_q(q_factor: Optional[Tensor], scale: float) -> bool:
-    """Is the scale multiplied into q beforehand? With factors, since their product must join
-    unscaled; and the kernels take the maximum before scaling, which wants a positive scale."""
+    """True if q is multiplied by the scale first: with factors, whose product is not scaled, and
+    for a scale that is not positive, because the kernels take the maximum before they scale."""
     return q_factor is not None or scale <= 0
 
 
@@ -229,12 +227,12 @@ def keeps_apart(
     padding: Optional[Tensor],
     window_mask: bool = False,
 ) -> bool:  # fmt: skip
-    """Must a row's largest score and log2 of its sum be kept apart? All keys of a row may be at
-    -1e9 or finfo.min ("masked" without -inf), of which log2 of the sum is no more than a rounding
-    error.
+    """True if a row's largest score and log2 of its sum must be kept apart. All keys of a row may
+    be at -1e9 or finfo.min ("masked" without -inf), beside which log2 of the sum would be lost by
+    rounding.
 
     Segment weights alone are relative to the largest of a row, which some key has unless masks hide
-    them all. Weights of windows are bounded (window_tiles.LIMIT).
+    them all. Weights of windows are bounded (window_common.LIMIT).
     """
     adds = padding is not None and padding.is_floating_point()
     masked = mask is not None or padding is not None or window_mask
@@ -242,7 +240,7 @@ def keeps_apart(
 
 
 def has_room(rank: int) -> bool:
-    """Do lse and delta, three columns each, fit into a tile of factors beside that many?"""
+    """True if lse and delta, three columns each, fit into a tile of factors of that rank."""
     return rank + 6 <= COLUMNS
 
 
@@ -278,8 +276,8 @@ def arch_of(tensor: Tensor) -> Arch:
 
 
 def on_device(tensor: Tensor) -> ContextManager[Any]:
-    """Makes the tensor's GPU the current one, on which Triton launches; free where it is that
-    already."""
+    """A context in which the tensor's GPU is the current one, on which Triton launches. Costs
+    nothing if it is already."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device(tensor.device)
@@ -289,14 +287,13 @@ _NOTHING = contextlib.nullcontext()
 
 
 def strides(tensor: Tensor) -> Tuple[int, int, int]:
-    """Strides of (B, L, H, .), 0 along a batch or head dimension of size 1, which is thereby
-    shared."""
+    """Strides of (B, L, H, .), 0 along a batch or head dimension of size 1, which is shared."""
     b, length, h, _ = tensor.stride()
     return (b if tensor.shape[0] > 1 else 0), length, (h if tensor.shape[2] > 1 else 0)
 
 
 def vector(*tensors: Tensor) -> int:
-    """8 where the tensors' heads begin at multiples of 8 elements, else 1: common.multiples."""
+    """8 if the tensors' heads begin at multiples of 8 elements, else 1: see common.multiples."""
     return 8 if all(tensor.stride(2) % 8 == 0 for tensor in tensors) else 1
 
 
@@ -316,11 +313,11 @@ def as_bytes(tensor: Optional[Tensor]) -> Optional[Tensor]:
 
 
 def aligned_rows(tensor: Tensor) -> Tensor:
-    """`tensor` (B|1, H|1, M|1, N) with rows that begin at multiples of 16 elements, copied where
-    that is little to copy.
+    """`tensor` (B|1, H|1, M|1, N) with rows that begin at multiples of 16 elements: a copy, unless
+    it is larger than COPIED.
 
-    Of strides Triton asks nothing but whether they are multiples of 16. Where they are not it reads
-    a row element by element, which took longer than all the rest of a call.
+    Triton compiles for strides that are multiples of 16. With others it reads a row element by
+    element, which took longer than all the rest of a call.
     """
     size = tensor.element_size()
     aligned = tensor.shape[2] == 1 or tensor.stride(2) % 16 == 0 and tensor.data_ptr() % 16 == 0
@@ -356,7 +353,8 @@ def pad_kind(padding: Optional[Tensor]) -> int:
 
 
 def split_count(programs: int, blocks: int, processors: int, config: Config, least: int = 4) -> int:
-    """Into how many parts to cut a loop over `blocks` so that `programs` of them fill the GPU."""
+    """The number of parts into which to cut a loop over `blocks` so that `programs` such loops fill
+    the GPU; each part has at least `least` blocks."""
     room = processors * (3 if config.warps <= 4 else 2)
     if processors == 1 or programs * 4 > room * 3:
         return 1

@@ -1,4 +1,4 @@
-"""Gradients by the reference attention, with the kernels' own dropout: what backward falls back to
+"""Gradients by the reference attention, with the kernels' own dropout: the fallback of backward
 when its kernels fail."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..reference_attention import Dropout
 
 
 class Call(NamedTuple):
-    """What a fused attention call was given, and what its forward drew (seed, empty without
+    """The arguments of a fused attention call, and the seed of its forward's dropout (empty without
     dropout). The fields that reference_attention reads are named as in AttentionInputs."""
 
     q: Tensor
@@ -32,25 +32,23 @@ class Call(NamedTuple):
     dropout_p: float
     scale: float
     seed: Tensor
-    needs: Tuple[
-        bool, ...
-    ]  # of q, k, v, q_factor, k_factor, segment_weights, dense, the weights of windows
+    needs: Tuple[bool, ...]  # in the order of OPERANDS
     windows: Optional[WindowParts] = None
     window_mask: Optional[WindowMaskParts] = None
 
 
 def keep_threshold(dropout_p: float) -> int:
-    """Of sixteen random bits those from here on keep a weight (common._threshold)."""
+    """The least value of sixteen random bits that keeps a weight (common._threshold)."""
     return int(dropout_p * 65536 + 0.5)
 
 
 def keep_scale(dropout_p: float) -> float:
-    """1 / the share that is kept."""
+    """1 / the share of weights that is kept."""
     return 65536 / (65536 - keep_threshold(dropout_p))
 
 
 def dropout_shift(first_key: int, segment: int) -> int:
-    """What dropout adds to a key of the segment that begins at `first_key`
+    """The offset of a segment's keys in dropout; the segment begins at `first_key`
     (common.dropout_shift)."""
     return (first_key + 15) // 16 * 16 + 16 * segment - first_key
 
@@ -58,8 +56,8 @@ def dropout_shift(first_key: int, segment: int) -> int:
 def keep_mask(
     seed: Tensor, batch_heads: Tensor, rows: Tensor, keys: Tensor, dropout_p: float
 ) -> Tensor:
-    """What dropout keeps, as common.keep_tile draws it. Broadcasts; `keys` are counted as dropout
-    counts them."""
+    """True for the attention weights that dropout keeps, as common.keep_tile draws them.
+    Broadcasts; `keys` are counted as dropout counts them."""
     low = 0xFFFFFFFF
     seed = seed.to(torch.int64)
     key0, key1 = seed & low, (seed >> 32) & low
@@ -126,7 +124,7 @@ def _needed(call: Call) -> List[bool]:
 
 
 def dropout_of(call: Call) -> Optional[Dropout]:
-    """What the kernels' forward dropped."""
+    """The dropout of the kernels' forward."""
     if call.dropout_p <= 0:
         return None
     B, _, H, _ = call.q.shape

@@ -1,5 +1,5 @@
-"""Which tile shape each kernel uses: a shipped table, what was tuned on request, and what to try
-when one won't fit."""
+"""The tile shape of each kernel: a shipped table, shapes tuned on request, and smaller ones for a
+GPU with less room."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ KERNELS = (
 class Config(NamedTuple):
     """A tile of block_m queries by block_n keys, and how it is compiled.
 
-    registers: the most that a thread may use, so that more programs run side by side (0: the
-    compiler's choice).
+    registers: the most that a thread may use, so that more programs run at once (0: the compiler
+    decides).
     """
 
     block_m: int
@@ -37,8 +37,8 @@ class Config(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a choice depends on. `arch` is 10 * major + minor; block_d and block_r are powers of two
-    (0: no factors)."""
+    """The properties that decide a tile shape. `arch` is 10 * major + minor; block_d and block_r
+    are powers of two (0: no factors)."""
 
     kernel: str
     arch: int
@@ -135,8 +135,8 @@ for _kind in ("window", "mask"):
                 ]
             )
 SMALLER_WINDOWS = [Config(32, 64, 4, 2), Config(32, 64, 4, 1), Config(16, 64, 4, 1)]
-# Asked before TABLE: PAIRS where there is a mask or dense bias, then BUSY where there is one of
-# these, padding or dropout.
+# Searched before TABLE: PAIRS if there is a mask or dense bias, then BUSY if there is one of these,
+# padding or dropout.
 PAIRS: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
     ("forward", 90, True): [(32, 16, Config(64, 64, 4, 3))],
     ("keys", 90, True): [(32, 16, Config(64, 64, 4, 3, registers=168))],
@@ -154,13 +154,13 @@ BUSY: Dict[Tuple[str, int, bool], List[Tuple[int, int, Config]]] = {
         (32, 16, Config(64, 64, 4, 3, registers=168)),
     ],
 }
-# What remains when nothing else fits into a GPU's shared memory or registers.
+# Tried last, if nothing else fits into a GPU's shared memory or registers.
 SMALLER = [Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
 # The interpreter has no inline assembly and no use for large tiles.
 INTERPRETED = Config(32, 64, 4, 1)
 
-# Counts up whenever candidates() may answer otherwise than before: what was derived from its
-# answers is then out of date.
+# Incremented whenever the results of candidates() may change: results derived from earlier ones are
+# then out of date.
 generation = 0
 
 _forced: Dict[Key, Config] = {}
@@ -175,7 +175,7 @@ def _changed() -> None:
 
 
 def shipped(key: Key) -> List[Config]:
-    """The configurations to try for `key`, best first, whatever was tuned."""
+    """The configurations to try for `key`, best first, without tuned ones."""
     if key.arch == 0:
         return [INTERPRETED]
     arch = 90 if key.arch >= 90 else 80
@@ -202,8 +202,8 @@ def candidates(key: Key) -> List[Config]:
 
 
 def first_working(key: Key, launch: Callable[[Config], Result]) -> Result:
-    """launch(config) with the first candidate that the GPU has room for; later calls go straight to
-    it."""
+    """launch(config) with the first candidate that the GPU has room for; later calls try that one
+    only."""
     refusal: Optional[BaseException] = None
     for place, config in enumerate(candidates(key)):
         try:
@@ -221,7 +221,7 @@ def first_working(key: Key, launch: Callable[[Config], Result]) -> Result:
 
 @contextlib.contextmanager
 def forced(key: Key, config: Config) -> Iterator[None]:
-    """Inside, candidates(key) is `config` and nothing else, in every thread of this process."""
+    """Make `config` the only candidate for `key`, in every thread of this process."""
     before = _forced.get(key)
     _forced[key] = config
     _changed()
@@ -236,7 +236,7 @@ def forced(key: Key, config: Config) -> Iterator[None]:
 
 
 def _load() -> None:
-    """Read what earlier runs tuned. A cache that cannot be read is as good as none."""
+    """Read the shapes that earlier runs tuned. A cache that cannot be read is ignored."""
     global _loaded
     if _loaded:
         return
@@ -256,7 +256,8 @@ def _load() -> None:
 
 
 def _sensible(config: Config) -> Config:
-    """A damaged number must not reach the compiler, whose failure would cost the whole backend."""
+    """`config`; ValueError if a number is damaged. In the compiler it would fail, and the whole
+    backend would be out."""
     powers = config.block_m, config.block_n, config.warps
     good = all(type(number) is int for number in config) and all(
         n > 0 and not n & n - 1 for n in powers
@@ -291,9 +292,9 @@ def remember(found: Dict[Key, Config]) -> None:
 
 
 def forget(keys: Optional[Sequence[Key]] = None) -> bool:
-    """Back to TABLE, here and on disk, for `keys` or (None) for all that any GPU was tuned for.
+    """Return to TABLE, here and on disk, for `keys` or (None) for all keys of every GPU.
 
-    False if there was no disk cache; OSError if it cannot be changed.
+    Returns False if there was no disk cache; OSError if it cannot be changed.
     """
     _load()
     for key in list(_tuned) if keys is None else keys:

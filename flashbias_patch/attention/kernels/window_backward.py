@@ -1,16 +1,16 @@
-"""Backward with windows on grids: as backward.py, with tiles of keys and the order of queries as in
+"""Backward with windows on grids: backward.py with the tiles of keys and the order of queries of
 window_forward.py.
 
-Both kernels find the rows' values (ROWS) in that order. The keys kernel, which runs through all
-queries again and again, finds q, the output's gradient and the windows' weights in it too, all
-copied by `window_rows_kernel`. What it writes for the queries goes to the caller's order. Imports
-nothing but Triton.
+Both kernels read the rows' values (ROWS) in that order. The keys kernel, every program of which
+visits all queries, also reads q, the output's gradient and the windows' weights in it, copied by
+`window_rows_kernel`. Gradients of the queries are written in the caller's order. Imports nothing
+but Triton.
 """
 
 import triton
 import triton.language as tl
 
-from .backward import _weight_tile
+from .backward import load_four, load_two, store_part_weights, store_row, weight_tile
 from .common import (
     COLUMNS,
     LOG2E,
@@ -21,7 +21,6 @@ from .common import (
     keep_tile_by_key,
     multiples,
     parts,
-    weights,
     wide,
 )
 from .window_common import (
@@ -29,6 +28,7 @@ from .window_common import (
     distances,
     frame_offsets,
     half_side,
+    in_window,
     is_cut,
     largest_segment,
     load_centres,
@@ -37,14 +37,29 @@ from .window_common import (
     own_keys,
     pair_pointers,
     patch_keys,
+    patch_range,
     patch_tile,
     profile,
     segment_weight,
+    split_word,
     store_rows,
     window_bias,
     window_lift,
     window_weight,
 )
+
+
+@triton.jit
+def _load_lse(LSE, bh, M, places, inside, APART: tl.constexpr):
+    """LSE of the rows at `places`: (peak, log2 of the sum) if APART, else the logsumexp twice."""
+    if APART:
+        LSE += wide(bh) * M * 2
+        lse = tl.load(LSE + 2 * places, mask=inside, other=float("inf"))
+        log_total = tl.load(LSE + 2 * places + 1, mask=inside, other=0.0)
+    else:
+        lse = tl.load(LSE + wide(bh) * M + places, mask=inside, other=float("inf"))
+        log_total = lse
+    return lse, log_total
 
 
 @triton.jit
@@ -101,23 +116,15 @@ def window_rows_kernel(
     if HAS_LOW:
         out += load_rows(LOW + out_place, out_m, places, inside, D, BLOCK_D).to(tl.float32)
     delta = tl.sum(out * do.to(tl.float32), 1)
-    if APART:
-        LSE += wide(bh) * M * 2
-        lse = tl.load(LSE + 2 * places, mask=inside, other=float("inf"))
-        log_total = tl.load(LSE + 2 * places + 1, mask=inside, other=0.0)
-    else:
-        lse = tl.load(LSE + wide(bh) * M + places, mask=inside, other=float("inf"))
+    lse, log_total = _load_lse(LSE, bh, M, places, inside, APART)
     if SEGMENTS > 0:
         W += wide(b) * w_b + wide(h) * w_h
         top = largest_segment(W, w_m, places, SEGMENTS)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    tile = columns
     if FOLDED:
-        columns = tl.arange(0, COLUMNS)[None, :]
         if pid == 0:
-            both = tl.arange(0, 2)[:, None]
-            tl.store(
-                ROWS + both * COLUMNS + columns,
-                weights(columns, R + 3 * both).to(ROWS.dtype.element_ty),
-            )
+            store_part_weights(ROWS, columns, R)
         ROWS += 2 * COLUMNS
         tile = tl.zeros([BLOCK_M, COLUMNS], dtype=tl.float32)
         if R > 0:
@@ -131,21 +138,10 @@ def window_rows_kernel(
             if not APART:
                 shifted = lse - (weight - top) * LOG2E
         base = (wide(segment) * heads + bh) * padded + first_row
-        if FOLDED:
-            whole = parts(tile, columns, R, -shifted * fold_unit, ROWS.dtype.element_ty)
-            tl.store(
-                ROWS + base * COLUMNS + lanes[:, None] * COLUMNS + columns,
-                whole.to(ROWS.dtype.element_ty),
-            )
-        elif APART:
-            ROW = ROWS + base * 4 + 4 * lanes
-            tl.store(ROW, lse)
-            tl.store(ROW + 1, log_total)
-            tl.store(ROW + 2, delta)
-            tl.store(ROW + 3, weight)
-        else:
-            tl.store(ROWS + base * 2 + 2 * lanes, shifted)
-            tl.store(ROWS + base * 2 + 2 * lanes + 1, delta)
+        store_row(
+            ROWS, base, lanes, tile, columns, lse, log_total, shifted, delta, weight, fold_unit,
+            R, FOLDED, APART,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -181,8 +177,7 @@ def window_keys_kernel(
     words = tl.load(PATCHES + patch)
     f = tl.load(OWNERS + patch)
     FRAME = FRAMES + VALUES * f
-    low = words.to(tl.int32)
-    high = (words >> 32).to(tl.int32)
+    low, high = split_word(words)
     lanes = tl.arange(0, BLOCK_N)
     place_r, place_c, offsets = frame_offsets(FRAME, lanes)
     mine = own_keys(low, high, low, high, lanes, place_r, place_c, False)
@@ -207,9 +202,9 @@ def window_keys_kernel(
         dkf = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
     row_values: tl.constexpr = COLUMNS if FOLDED else 4 if APART else 2
     if FOLDED:
-        of_delta = _weight_tile(ROWS, 1, BLOCK_N)
+        of_delta = weight_tile(ROWS, 1, BLOCK_N)
         if BLOCK_R == 0:
-            kf = _weight_tile(ROWS, 0, BLOCK_N)
+            kf = weight_tile(ROWS, 0, BLOCK_N)
         ROWS += 2 * COLUMNS
     segment = 0
     if SEGMENTS > 0:
@@ -251,8 +246,8 @@ def window_keys_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     lanes_m = tl.arange(0, BLOCK_M)
     square = lanes_m[:, None] * BLOCK_D + cols[None, :]
-    # The block or flag of the next step, loaded in this one; both tables have one more than they
-    # need.
+    # The block or flag of the next step is loaded in this one; both tables are one longer than
+    # needed.
     following = 0
     if MASKED:
         following = tl.load(BLOCKS + lo)
@@ -294,12 +289,11 @@ def window_keys_kernel(
             if MASKED:
                 touched = current == current
             if touched:
-                pair = tl.load(CENTRES + 2 * first_row + tl.arange(0, 2 * BLOCK_M))
-                row, column = tl.split(tl.reshape(pair, [BLOCK_M, 2]))
+                row, column = load_two(CENTRES, first_row, BLOCK_M)
                 held = tl.load(WS + rows)
                 dr = key_row[:, None] - row[None, :]
                 dc = key_column[:, None] - column[None, :]
-                if MODE == 2:  # one exponential a score: neither factor is shared by many here
+                if MODE == 2:  # one exponential per score: few scores share a factor here
                     near = (tl.abs(dr) <= half) & (tl.abs(dc) <= half)
                     dr += skew
                     dc += skew
@@ -313,10 +307,7 @@ def window_keys_kernel(
         if FOLDED:
             x = s * score_scale
         elif APART:
-            four = tl.load(ROWS + 4 * first_row + tl.arange(0, 4 * BLOCK_M))
-            peak_delta, total_weight = tl.split(tl.reshape(four, [BLOCK_M, 2, 2]))
-            peak, delta = tl.split(peak_delta)
-            log_total, weight = tl.split(total_weight)
+            peak, log_total, delta, weight = load_four(ROWS, first_row, BLOCK_M)
             dense = s
             padding = s
             if HAS_DENSE:
@@ -335,12 +326,10 @@ def window_keys_kernel(
             )
             x = (x - peak[None, :]) - log_total[None, :]
         else:
-            lse_delta = tl.load(ROWS + 2 * first_row + tl.arange(0, 2 * BLOCK_M))
-            lse, delta = tl.split(tl.reshape(lse_delta, [BLOCK_M, 2]))
+            lse, delta = load_two(ROWS, first_row, BLOCK_M)
             x = s * score_scale - lse[None, :]
         if MASKED:
-            pair = tl.load(SHOWN + 2 * first_row + tl.arange(0, 2 * BLOCK_M))
-            row, column = tl.split(tl.reshape(pair, [BLOCK_M, 2]))
+            row, column = load_two(SHOWN, first_row, BLOCK_M)
             near = tl.abs(key_row[:, None] - row[None, :]) <= mask_half
             near = near & (tl.abs(key_column[:, None] - column[None, :]) <= mask_half)
             x = tl.where(near, x, float("-inf"))
@@ -421,15 +410,9 @@ def window_queries_kernel(
     V += wide(b) * v_b + wide(h) * v_h
     q = load_rows(Q + wide(b) * q_b + wide(h) * q_h, q_m, places, inside, D, BLOCK_D)
     do = load_rows(DO + wide(b) * do_b + wide(h) * do_h, do_m, places, inside, D, BLOCK_D)
-    if APART:
-        LSE += wide(bh) * M * 2
-        lse = tl.load(LSE + 2 * places, mask=inside, other=float("inf"))
-        log_total = tl.load(LSE + 2 * places + 1, mask=inside, other=0.0)
-    else:
-        lse = tl.load(LSE + wide(bh) * M + places, mask=inside, other=float("inf"))
-        log_total = lse
+    lse, log_total = _load_lse(LSE, bh, M, places, inside, APART)
     if FOLDED:
-        of_delta = _weight_tile(ROWS, 1, BLOCK_N)
+        of_delta = weight_tile(ROWS, 1, BLOCK_N)
         ROWS += 2 * COLUMNS + wide(bh) * padded * COLUMNS
         delta = tl.load(ROWS + rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
     else:
@@ -477,10 +460,7 @@ def window_queries_kernel(
 
     for f in range(0, F):
         FRAME = FRAMES + VALUES * f
-        count = tl.load(COUNTS + f)
-        share = (tl.cdiv(count, splits) + 1) // 2 * 2
-        lo = tl.load(FRAME) + tl.minimum(split * share, count)
-        hi = tl.minimum(lo + share, tl.load(FRAME) + count)
+        lo, hi = patch_range(FRAME, COUNTS, f, split, splits)
         place_r, place_c, offsets = frame_offsets(FRAME, lanes)
         k_offsets = offsets * k_n
         v_offsets = offsets * v_n
@@ -510,10 +490,8 @@ def window_queries_kernel(
         if PAIR:
             words2 = tl.load(LIST + lo + 1)
         for index in range(lo, hi, STEP):
-            low = words.to(tl.int32)
-            high = (words >> 32).to(tl.int32)
-            low2 = words2.to(tl.int32)
-            high2 = (words2 >> 32).to(tl.int32)
+            low, high = split_word(words)
+            low2, high2 = split_word(words2)
             words = tl.load(LIST + index + STEP)
             if PAIR:
                 words2 = tl.load(LIST + index + STEP + 1)
@@ -560,12 +538,11 @@ def window_queries_kernel(
             else:
                 x = s * score_scale - shift[:, None]
             if MASKED:
-                dr, dc = distances(
-                    low, high, low2, high2, lanes, place_r, place_c, mask_row, mask_column, PAIR
-                )
-                x = tl.where(
-                    (tl.abs(dr) <= mask_half) & (tl.abs(dc) <= mask_half), x, float("-inf")
-                )
+                shown = in_window(
+                    low, high, low2, high2, lanes, place_r, place_c, mask_row, mask_column,
+                    mask_half, PAIR,
+                )  # fmt: skip
+                x = tl.where(shown, x, float("-inf"))
             if is_cut(low, high, low2, high2, PAIR) != 0:
                 mine = own_keys(low, high, low2, high2, lanes, place_r, place_c, PAIR)
                 x = tl.where(mine[None, :], x, float("-inf"))
@@ -603,8 +580,7 @@ def window_queries_kernel(
         if NEED_WINDOWS:
             tl.store(DWINDOWS + places * (H * F) + f, window_sum, mask=inside)
         if NEED_W:
-            # Its own rows and nobody else's: an atomic only because several frames may be in a
-            # segment.
+            # No other program adds to these rows. Atomic since several frames may be in a segment.
             tl.atomic_add(
                 DW + places * (H * SEGMENTS) + segment, row_sum, mask=inside, sem="relaxed"
             )

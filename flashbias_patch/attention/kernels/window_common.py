@@ -1,9 +1,9 @@
 """Device functions of the kernels with windows: patches of keys (window_patches.py), windows of
 queries, and the tables of both.
 
-In a patch the window of a query is a product of a factor of the row and a factor of the column,
-which in a tile of scores are few different numbers a thread: one multiply-add a score. Imports
-nothing but Triton.
+In a patch the window of a query is a product of a factor of the row and a factor of the column. In
+a tile of scores a thread has few different ones: one multiply-add per score. The kernels at the end
+make the tables, once for the centres of a bias. Imports nothing but Triton.
 """
 
 import triton
@@ -12,18 +12,18 @@ import triton.language as tl
 from .common import bounded, wide
 
 FAR = tl.constexpr(-1e6)  # the centre of a window that reaches no cell
-LIMIT = tl.constexpr(
-    32768.0
-)  # window weights keep within it, from 0 and from each other: see window_lift
-VALUES = tl.constexpr(9)  # of a frame in FRAMES: window_patches.tables
+# Bound of window weights, and of their distances from each other: see window_lift.
+LIMIT = tl.constexpr(32768.0)
+VALUES = tl.constexpr(9)  # columns of FRAMES: window_patches.FrameTables
 PADDING = tl.constexpr(8)
 EDGE = tl.constexpr(8)
 
 
 @triton.jit
 def frame_offsets(FRAME, lanes):
-    """Row and column in the patch of each lane, and what that adds to the patch's key. A frame of
-    fewer than 8 rows or columns ends with its patch: in place of cells before it come its first."""
+    """Row and column in the patch of each lane, and the offset of its key from the patch's key. A
+    frame of fewer than 8 rows or columns ends with its patch; in place of cells before the frame
+    are its first."""
     place_r = lanes % 64 // 8
     place_c = lanes % 8
     columns = tl.load(FRAME + 2)
@@ -31,6 +31,22 @@ def frame_offsets(FRAME, lanes):
     row = tl.maximum(place_r - tl.maximum(EDGE - rows, 0), 0)
     offsets = row * columns + tl.maximum(place_c - tl.maximum(EDGE - columns, 0), 0)
     return place_r, place_c, offsets
+
+
+@triton.jit
+def patch_range(FRAME, COUNTS, f, split, splits):
+    """The entries of LIST that a program visits in a frame: its share, an even number."""
+    count = tl.load(COUNTS + f)
+    share = (tl.cdiv(count, splits) + 1) // 2 * 2
+    lo = tl.load(FRAME) + tl.minimum(split * share, count)
+    hi = tl.minimum(lo + share, tl.load(FRAME) + count)
+    return lo, hi
+
+
+@triton.jit
+def split_word(words):
+    """The low and the high half of a patch's word (window_patches.py)."""
+    return words.to(tl.int32), (words >> 32).to(tl.int32)
 
 
 @triton.jit
@@ -72,7 +88,7 @@ def is_cut(low, high, low2, high2, PAIR: tl.constexpr):
 
 @triton.jit
 def own_keys(low, high, low2, high2, lanes, place_r, place_c, PAIR: tl.constexpr):
-    """Whether each lane's key is its patch's own."""
+    """True for each lane whose key is its patch's own."""
     _, _, above, left = unpack(low, high, low2, high2, lanes, PAIR)
     return (place_r >= above) & (place_c >= left)
 
@@ -98,7 +114,7 @@ def patch_tile(
     BLOCK_COLS: tl.constexpr,
     PAIR: tl.constexpr,
 ):
-    """The rows of a patch's keys; `offsets` are what lanes add to its first key, times `stride`."""
+    """The rows of a patch's keys. `offsets` of the lanes from its first key, times `stride`."""
     key = first_key(low)
     if PAIR:
         step = wide(first_key(low2) - key) * stride
@@ -138,12 +154,21 @@ def distances(low, high, low2, high2, lanes, place_r, place_c, row, column, PAIR
 
 
 @triton.jit
+def in_window(
+    low, high, low2, high2, lanes, place_r, place_c, row, column, half, PAIR: tl.constexpr
+):  # fmt: skip
+    """(queries, keys): True inside the queries' windows."""
+    dr, dc = distances(low, high, low2, high2, lanes, place_r, place_c, row, column, PAIR)
+    return (tl.abs(dr) <= half) & (tl.abs(dc) <= half)
+
+
+@triton.jit
 def window_bias(
     low, high, low2, high2, lanes, place_r, place_c, row, column, half, width, skew, held,
     PAIR: tl.constexpr,
     GAUSS: tl.constexpr,
 ):  # fmt: skip
-    """(queries, keys): `held`, the weights, times the profile."""
+    """(queries, keys): the weights `held` times the profile."""
     dr, dc = distances(low, high, low2, high2, lanes, place_r, place_c, row, column, PAIR)
     return profile(dr, half, width, skew, GAUSS) * (
         profile(dc, half, width, skew, GAUSS) * held[:, None]
@@ -164,7 +189,7 @@ def half_side(FRAME, which):
 
 @triton.jit
 def middle_skew(FRAME, which):
-    """How far the middle of a window lies from its centre: half a cell where the side is even."""
+    """The distance from a window's centre to its middle: half a cell if the side is even."""
     return (1 - tl.load(FRAME + which) % 2).to(tl.float32) * 0.5
 
 
@@ -227,12 +252,9 @@ def pair_pointers(BASE, stride, places, keys):
     return BASE + places.to(tl.int64)[:, None] * stride + keys[None, :]
 
 
-# Tables, made once for the centres of a bias.
-
-
 @triton.jit
 def _reaches(view, row, column, FRAME, which):
-    """Whether the window around a centre has a cell in its frame."""
+    """True if the window around a centre has a cell in its frame."""
     side = tl.load(FRAME + which)
     first = side // 2 - side + 1
     last = side // 2
@@ -324,8 +346,7 @@ def lists_kernel(
         place = start + tl.arange(0, CHUNK)
         inside = place < number
         words = tl.load(PATCHES + first + place, mask=inside, other=0)
-        low = words.to(tl.int32)
-        high = (words >> 32).to(tl.int32)
+        low, high = split_word(words)
         top, left, above, before = unpack(low, high, low, high, place, False)
         exists = inside & (before != PADDING)
         begins = (top + above.to(tl.float32))[None, :]

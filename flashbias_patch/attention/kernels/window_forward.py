@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 
 from .common import LOG2E, add_terms, bounded, dot, keep_tile, multiples, wide
-from .forward import enter_segment, store_lse, store_rounded
+from .forward import enter_segment, next_softmax, store_lse, store_rounded
 from .window_common import (
     VALUES,
-    distances,
     frame_offsets,
     half_side,
+    in_window,
     is_cut,
     largest_segment,
     load_centres,
@@ -21,8 +21,10 @@ from .window_common import (
     own_keys,
     pair_pointers,
     patch_keys,
+    patch_range,
     patch_tile,
     segment_weight,
+    split_word,
     window_bias,
     window_lift,
     window_weight,
@@ -109,10 +111,7 @@ def window_forward_kernel(
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     for f in range(0, F):
         FRAME = FRAMES + VALUES * f
-        count = tl.load(COUNTS + f)
-        share = (tl.cdiv(count, splits) + 1) // 2 * 2
-        lo = tl.load(FRAME) + tl.minimum(split * share, count)
-        hi = tl.minimum(lo + share, tl.load(FRAME) + count)
+        lo, hi = patch_range(FRAME, COUNTS, f, split, splits)
         place_r, place_c, offsets = frame_offsets(FRAME, lanes)
         k_offsets = offsets * k_n
         v_offsets = offsets * v_n
@@ -142,10 +141,8 @@ def window_forward_kernel(
         if PAIR:
             words2 = tl.load(LIST + lo + 1)
         for index in range(lo, hi, STEP):
-            low = words.to(tl.int32)
-            high = (words >> 32).to(tl.int32)
-            low2 = words2.to(tl.int32)
-            high2 = (words2 >> 32).to(tl.int32)
+            low, high = split_word(words)
+            low2, high2 = split_word(words2)
             words = tl.load(LIST + index + STEP)
             if PAIR:
                 words2 = tl.load(LIST + index + STEP + 1)
@@ -191,30 +188,16 @@ def window_forward_kernel(
             if PAD_KIND == 1:
                 s = tl.where((tl.load(PAD + keys) == 0)[None, :], s, float("-inf"))
             if MASKED:
-                dr, dc = distances(
-                    low, high, low2, high2, lanes, place_r, place_c, mask_row, mask_column, PAIR
-                )
-                s = tl.where(
-                    (tl.abs(dr) <= mask_half) & (tl.abs(dc) <= mask_half), s, float("-inf")
-                )
+                shown = in_window(
+                    low, high, low2, high2, lanes, place_r, place_c, mask_row, mask_column,
+                    mask_half, PAIR,
+                )  # fmt: skip
+                s = tl.where(shown, s, float("-inf"))
             if is_cut(low, high, low2, high2, PAIR) != 0:
                 mine = own_keys(low, high, low2, high2, lanes, place_r, place_c, PAIR)
                 s = tl.where(mine[None, :], s, float("-inf"))
 
-            row_max = tl.max(s, 1)
-            if not APART:
-                row_max = row_max * score_scale
-            new_peak = tl.maximum(peak, row_max)
-            if CAN_EMPTY:
-                anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            else:
-                anchor = new_peak
-            alpha = tl.exp2(peak - anchor)
-            if APART:
-                p = tl.exp2(s - anchor[:, None])
-            else:
-                p = tl.exp2(s * score_scale - anchor[:, None])
-            total = total * alpha + tl.sum(p, 1)
+            p, alpha, new_peak, total = next_softmax(s, peak, total, score_scale, APART, CAN_EMPTY)
             if DROPOUT:
                 number = index
                 if MASKED:

@@ -1,13 +1,12 @@
-"""Grids of keys (bias/grids.py) in patches of 8 x 8 cells: the tiles of keys of the kernels that
-take windows.
+"""Grids of keys (bias/grids.py) in patches of 8 x 8 cells, which are the tiles of keys in the
+kernels with windows.
 
 A patch is one word of 64 bits, from the lowest: its first key (28), rows at its beginning that the
 patch above has too (3), whether a window touches it (1), row (16) and column (12) of its first
 cell, columns at its beginning that the patch to the left has too (4; PADDING: no patch). At a
 grid's edge a patch begins earlier than its place, so that it ends with the grid. Rows of view v are
-counted from v * spacing + EDGE, columns
-from EDGE: in a grid of fewer than 8 rows or columns a patch begins before the grid, and its keys
-there are the grid's first.
+counted from v * spacing + EDGE, columns from EDGE: in a grid of fewer than 8 rows or columns a
+patch begins before the grid, and its keys there are the grid's first.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ LOG2E = 1.4426950408889634
 
 
 def why_not(frames: Sequence[Grid], sides: Sequence[int]) -> Optional[str]:
-    """Why words have no room for these grids."""
+    """The reason why these grids do not fit into the words of patches; None if they do."""
     if key_count(frames) > KEYS:
         return f"grids of windows: they have more than {KEYS} keys"
     for frame, side in zip(frames, sides):
@@ -123,7 +122,7 @@ def _segment(lengths: Sequence[int], key: int) -> int:
 
 
 def aligned(lengths: Sequence[int], frames: Sequence[Grid]) -> bool:
-    """Whether every frame lies in one segment."""
+    """True if every frame lies in one segment."""
     ends, end = {0}, 0
     for frame in frames:
         end += frame.size

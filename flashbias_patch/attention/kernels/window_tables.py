@@ -1,5 +1,5 @@
-"""Windows of a call as the kernels want them, and the tables made of their centres, kept as long as
-the centres are.
+"""The windows of a call in the form that the kernels take, and the tables made of their centres,
+which are kept as long as the centres.
 
 Queries are taken in an order in which neighbours have windows near each other: then the windows of
 a block of queries touch few patches. Six layers and their backward passes share the tables of one
@@ -25,9 +25,9 @@ try:
 except ImportError:  # nothing is kept
     StorageWeakRef = None  # type: ignore[assignment,misc]
 
-ROOM = 8  # sets of tables kept
-BLOCK = 128  # queries of a program that makes tables
-CHUNK = 64  # patches likewise
+ROOM = 8  # sets of tables that are kept
+BLOCK = 128  # queries per program that makes tables
+CHUNK = 64  # patches per program that makes tables
 Key = Tuple[Any, ...]
 
 
@@ -81,8 +81,8 @@ def make(
     frames: Sequence[int],
     sides: Sequence[int] = (), sigmas: Sequence[float] = (), mask_sides: Sequence[int] = (),
 ) -> Windows:  # fmt: skip
-    """Of the operator's arguments, of which torch leaves out the last where they are the schema's
-    defaults; frames: rows, columns, views of each, one after the other."""
+    """Windows from the operator's arguments; torch leaves out the last of them if they are the
+    schema's defaults. frames: rows, columns, views of each frame, one after the other."""
     grids = tuple(Grid(*frames[place : place + 3]) for place in range(0, len(frames), 3))
     none = (0,) * len(grids)
     return Windows(
@@ -283,8 +283,8 @@ def tables_of(windows: Windows) -> Tables:
 
 
 def _places(windows: Windows, first: Tensor) -> Optional[Tuple[Key, Tuple[Any, ...]]]:
-    """What the centres are known by, and weak references to their memory; None where nothing may be
-    kept."""
+    """A key that identifies the centres, and weak references to their memory; None if their tables
+    may not be kept."""
     stream = 0
     if first.is_cuda:
         if torch.cuda.is_current_stream_capturing():

@@ -114,9 +114,9 @@ def _judge(
     if_short: str,
     repeat: Callable[[AttentionInputs], Any],
 ) -> bool:
-    """Whether memory ran out. Raises an error that is the caller's or not survivable; otherwise
-    the circuit breaker opens at the next forward, because layers that are still recomputed in this
-    pass use the backend of their forward.
+    """True if memory ran out. Raises an error that is the caller's or not survivable; otherwise the
+    circuit breaker opens at the next forward, because layers that are still recomputed in this pass
+    use the backend of their forward.
 
     repeat: repeats the pass on other inputs.
     """

@@ -140,7 +140,7 @@ def _callbacks(inputs: AttentionInputs) -> Set[CodeType]:
 
 
 def _foreign(module: str, candidate: Backend) -> bool:
-    """Whether a module is not part of a backend."""
+    """True if a module is not part of a backend."""
     top = module.split(".")[0]
     if module in HOOKS:
         return True
@@ -159,7 +159,7 @@ def _standard_library() -> Set[str]:
 
 
 def _unusual(inputs: AttentionInputs) -> bool:
-    """Whether modes are in force, or an operand is not a plain tensor."""
+    """True if modes are in force, or an operand is not a plain tensor."""
     if internals.dispatch_modes() or internals.function_modes():
         return True
     return any(tensor is not None and type(tensor) not in PLAIN for tensor in inputs.tensors())

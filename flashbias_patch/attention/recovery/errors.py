@@ -45,24 +45,24 @@ STICKY_ADVICE = (
 
 
 def sticky(error: BaseException) -> bool:
-    """Whether the CUDA context is lost, so that a fallback would only hide the place."""
+    """True if the CUDA context is lost, so that a fallback would only hide the place."""
     text = str(error)
     return any(sign in text for sign in STICKY)
 
 
 def control_flow(error: BaseException) -> bool:
-    """Whether torch raised this for its own control flow, so that it must pass unchanged."""
+    """True if torch raised this for its own control flow, so that it must pass unchanged."""
     return any(cls.__module__.startswith(CONTROL_FLOW) for cls in type(error).__mro__)
 
 
 def survivable(error: BaseException) -> bool:
-    """Whether another backend may compute the call. KeyboardInterrupt and SystemExit are not
+    """True if another backend may compute the call. KeyboardInterrupt and SystemExit are not
     survivable."""
     return isinstance(error, Exception) and not sticky(error) and not control_flow(error)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether device or host memory ran out. Triton's OutOfResources is about a kernel's shared
+    """True if device or host memory ran out. Triton's OutOfResources is about a kernel's shared
     memory, and does not count."""
     if isinstance(error, (OutOfMemoryError, MemoryError)):
         return True

@@ -52,8 +52,8 @@ _is_given: Callable[[Any], bool] = functools.partial(operator.is_not, None)
 
 
 def wanted(backend: Backend, inputs: AttentionInputs, hooked: bool) -> bool:
-    """Whether to guard this call, whose signature has gradients. `hooked`: see Replay; True where
-    the backend recovers by itself."""
+    """True if this call, whose signature has gradients, is to be guarded. `hooked` (see Replay) is
+    True for a backend that recovers by itself."""
     q = inputs.q
     if not hooked:
         B, M, H, _ = q.shape

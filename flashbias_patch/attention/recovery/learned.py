@@ -118,7 +118,7 @@ class PassGradients:
         )  # now: the pass frees what the graph behind the tensor needs
 
     def _at_once(self, tensor: Tensor) -> bool:
-        """Whether each part is added at once; else the sum joins the gradient of the pass."""
+        """True if each part is added at once; else the sum joins the gradient of the pass."""
         assert internals.will_execute is not None
         node = _node(tensor)
         if not internals.will_execute(node):
@@ -161,7 +161,7 @@ def _node(tensor: Tensor) -> Any:
 
 
 def _shared_with_this_pass(node: Any, will_execute: Callable[[Any], bool]) -> bool:
-    """Whether the backward pass that runs comes to any node behind `node`, leaves apart."""
+    """True if the backward pass that runs comes to any node behind `node` other than leaves."""
     seen, left = {node}, [node]
     while left:
         for behind, _ in left.pop().next_functions:

@@ -66,7 +66,8 @@ def carry(
 
 
 class CallRecord(NamedTuple):
-    """How an attention call was computed: by a backend, or by the last resort in small chunks."""
+    """The way an attention call was computed: by a backend, or by the last resort in small
+    chunks."""
 
     backend: Optional[str]
     small_chunks: bool = False
@@ -143,7 +144,7 @@ class Replay:
         self._small_chunks = True
 
     def replays(self, backend: str) -> bool:
-        """Whether that backend computed the current call the first time."""
+        """True if that backend computed the current call the first time."""
         if self.call_index < len(self._calls):
             record = self._calls[self.call_index]
             return record is not None and record.backend == backend
@@ -184,7 +185,7 @@ class Replay:
             )
 
     def repeats(self) -> bool:
-        """Whether this run is a recomputation."""
+        """True if this run is a recomputation."""
         return not self.recording or (self.outer is not None and self.outer.repeats())
 
 
@@ -201,7 +202,7 @@ def once(choose: Callable[[], Any]) -> Any:
 
 
 def recomputing() -> bool:
-    """Whether this code runs in a recomputation, in a backward pass."""
+    """True if this code runs in a recomputation, in a backward pass."""
     replay = current()
     return replay is not None and replay.repeats()
 
@@ -264,8 +265,6 @@ class restored:
             item.variable.set(value)
 
 
-# -- inside the forward of a torch.autograd.Function -----------------------------------------------
-
 _Context: Any = torch.autograd.function.BackwardCFunction
 # Function.apply has a frame on the stack while it is written in Python, as it is before torch 2.14.
 _APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
@@ -274,7 +273,7 @@ _forwards: Dict[CodeType, bool] = {}
 
 
 def in_function() -> bool:
-    """Whether this code runs inside the forward of a torch.autograd.Function. no_grad alone does
+    """True if this code runs inside the forward of a torch.autograd.Function. no_grad alone does
     not count."""
     return not forward_gradients() and not torch.is_inference_mode_enabled()
 
@@ -294,7 +293,7 @@ def current() -> Optional[Replay]:
 
 
 def out_of_reach() -> bool:
-    """Whether this code runs inside a Function that does not hand its ctx to forward(): the
+    """True if this code runs inside a Function that does not pass its ctx to forward(): the
     recomputation in its backward would find nothing of what is in force now."""
     if not in_function():
         return False
@@ -303,7 +302,7 @@ def out_of_reach() -> bool:
 
 
 def repeating() -> bool:
-    """Whether the values that a forward found are in force again, for a recomputation."""
+    """True if the values that a forward found are in force again, for a recomputation."""
     replay = innermost.get()
     return replay is not None and replay.repeats()
 
@@ -346,7 +345,7 @@ def _contexts() -> Tuple[List[Any], bool]:
 
 
 def _is_forward(code: CodeType) -> bool:
-    """Whether that is code of some Function's forward. Reading the locals of other frames would
+    """True if that is code of some Function's forward. Reading the locals of other frames would
     keep these alive."""
     known = _forwards.get(code)
     if known is None:

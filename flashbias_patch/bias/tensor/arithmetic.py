@@ -216,9 +216,6 @@ def result_type(tensor: BiasTensor, other: Any) -> torch.dtype:
         return torch.result_type(tensor, other)
 
 
-# -- dtype, device, copies -------------------------------------------------------------------------
-
-
 @handles(
     "half",
     "float",

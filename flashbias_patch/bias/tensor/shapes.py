@@ -179,9 +179,6 @@ def _interleaved(layout: Layout, rest: Any, kwargs: Any) -> Optional[Layout]:
     return tuple(dims)
 
 
-# -- choosing entries ------------------------------------------------------------------------------
-
-
 @handles("__getitem__")
 def _getitem(func: Any, args: Any, kwargs: Any) -> Any:
     tensor, index = args

@@ -150,8 +150,6 @@ class DualCoreSeam(core.CoreSeam):
         projected: Tensor = module.out_proj(out.reshape(B, M, H * D))
         return projected
 
-    # -- the check ---------------------------------------------------------------------------------
-
     def _verdict(self, wrapped: Callable[..., Any], module: Any, query: Tensor) -> Verdict:
         key = (
             type(module),

@@ -119,7 +119,7 @@ def _attend_function(
 
 
 def mentions_functional(classes: Any) -> bool:
-    """Whether the code of these classes, or of the modules that define them, names
+    """True if the code of these classes, or of the modules that define them, names
     F.multi_head_attention_forward."""
     return any(
         _names_functional(value)

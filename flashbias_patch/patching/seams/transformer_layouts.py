@@ -31,7 +31,7 @@ def _image_keys(get: Callable[[str], Any]) -> Keys:
 
 
 class Layout(NamedTuple):
-    """Where a class of transformers has its queries and keys."""
+    """The places of queries and keys in a class of transformers."""
 
     query: str  # the parameter that holds (B, M, C) or (M, C)
     keys: Callable[[Callable[[str], Any]], Keys]
