@@ -172,7 +172,8 @@ def build(
     """Validate a public call and bring it to normal form. Raises ValueError/TypeError naming the
     argument."""
     bias, attn_mask = read_descriptions(q, k, bias, attn_mask)
-    return build_in(None, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale)[0]
+    inputs, _ = build_in(None, q, k, v, bias, attn_mask, key_padding_mask, dropout_p, scale)
+    return inputs
 
 
 def build_in(

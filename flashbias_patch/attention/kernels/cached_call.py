@@ -146,7 +146,7 @@ def _compiled(draft: Draft) -> bool:
 
 
 def _same(given: Sequence[Optional[Tensor]], used: Sequence[Optional[Tensor]]) -> bool:
-    """Whether the kernels' tensors are those of the caller, where they lie."""
+    """True if the kernels use the caller's tensors themselves, not copies."""
     return all(
         (a is None) == (b is None) and (a is None or b is None or a.data_ptr() == b.data_ptr())
         for a, b in zip(given, used)

@@ -208,18 +208,14 @@ class DualCoreSeam(core.CoreSeam):
             ours = self._output(
                 module, sequences, route.Route(module, ()), () if bias is None else (bias,)
             )
-            if isinstance(first, Tensor):
-                returned, outputs = _output_alone, (first, second)
-            elif (
-                isinstance(first, tuple)
-                and isinstance(first[0], Tensor)
-                and all(one is None for one in first[1:])
-            ):
-                returned, outputs = _OutputAndNone(len(first) - 1), (first[0], second[0])
-            else:
-                return Verdict(reason=f"it returns {type(first).__name__}")
+            kind, others, returned = type(first).__name__, [], _output_alone
+            if isinstance(first, tuple):
+                (first, *others), (second, *_) = first, second
+                returned = _OutputAndNone(len(others))
+            if not isinstance(first, Tensor) or any(one is not None for one in others):
+                return Verdict(reason=f"it returns {kind}")
             tolerance = 2e-2 if ours.dtype in (torch.float16, torch.bfloat16) else 1e-4
-            for other in outputs:
+            for other in (first, second):
                 gap = (ours.double() - other.double()).abs().amax()
                 if other.dtype != ours.dtype or not bool(
                     gap <= tolerance * (1 + other.double().abs().amax())
