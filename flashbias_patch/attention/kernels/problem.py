@@ -313,8 +313,8 @@ def as_bytes(tensor: Optional[Tensor]) -> Optional[Tensor]:
 
 
 def aligned_rows(tensor: Tensor) -> Tensor:
-    """`tensor` (B|1, H|1, M|1, N) with rows that begin at multiples of 16 elements: a copy, unless
-    it is larger than COPIED.
+    """`tensor` (B|1, H|1, M|1, N); if its rows do not begin at multiples of 16 elements and it is
+    not larger than COPIED, a copy whose rows do.
 
     Triton compiles for strides that are multiples of 16. With others it reads a row element by
     element, which took longer than all the rest of a call.
