@@ -19,8 +19,9 @@ TRUE = ("1", "true", "on", "yes", "y", "enable", "enabled")
 FALSE = ("0", "false", "off", "no", "n", "none", "disable", "disabled")
 
 
-# Variables of this package that are not settings: those of `flashbias ab` (see ab/probe.py), of the
-# tests and benchmarks, and the list of problems that this process or a parent process has reported.
+# Variables of this package that are not settings: those of `flashbias ab` (ab/probe_variables.py),
+# of the tests and benchmarks, and the list of problems that this process or a parent process has
+# reported.
 NAMED = "FLASHBIAS_NAMED"
 INTERNAL = (NAMED, "FLASHBIAS_PROBE", "FLASHBIAS_FUZZ", "FLASHBIAS_FRAME", "FLASHBIAS_TEST")
 # Variables of earlier versions, without effect now -> the reason, and what to do instead.

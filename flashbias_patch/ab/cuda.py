@@ -4,9 +4,14 @@ waiting."""
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
-Place = Tuple[str, Optional[str]]  # a section of a step's line, and a name in it
+
+class Place(NamedTuple):
+    """Where a step's line holds a figure: line[section], or line[section][key]."""
+
+    section: str
+    key: Optional[str] = None
 
 
 class Gpu:

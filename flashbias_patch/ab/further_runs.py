@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional
 
 from . import parity
+from .probe_variables import Nudge
 from .records import Experiment
 from .verdict import Verdict
 
@@ -12,8 +13,15 @@ MOST_CONFIRMATIONS = 4  # nudged runs of A, before "differs" is said
 FURTHER_CONFIRMATIONS = 2  # more of them for each further side
 
 
-def next_run(experiment: Experiment, verdict: Verdict) -> Optional[Tuple[str, str]]:
-    """The run that the verdict still needs: (side, nudge); None: no more.
+class NextRun(NamedTuple):
+    """A run to be made of a side, for a nudged run with its nudge."""
+
+    side: str
+    nudge: Optional[Nudge] = None
+
+
+def next_run(experiment: Experiment, verdict: Verdict) -> Optional[NextRun]:
+    """Return the run that the verdict still needs, or None.
 
     A nudged A, unless B and every further side are identical: where A differs from A hardly or not
     at all, that says nothing about rounding, of which B's is another than A's. And before "differs"
@@ -34,10 +42,10 @@ def next_run(experiment: Experiment, verdict: Verdict) -> Optional[Tuple[str, st
     most = most_confirmations(len(verdict.every))
     if not nudged or (differing and len(nudged) < most):
         runs = [run for each in left for run in experiment.side(each.side)]
-        kind = "redraw" if any(run.random != a[0].random for run in runs) else ""
-        return "A", f"{kind}{len(nudged) + 1}"
+        redraw = any(run.random != a[0].random for run in runs)
+        return NextRun("A", Nudge(len(nudged) + 1, redraw))
     few = next((side for side in differing if len(experiment.side(side)) < 2), None)
-    return None if few is None else (few, "")
+    return None if few is None else NextRun(few)
 
 
 def most_confirmations(comparisons: int) -> int:

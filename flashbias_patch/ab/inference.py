@@ -15,8 +15,6 @@ import dataclasses
 import time
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-MODULE = "FLASHBIAS_PROBE_MODULE"
-MODE = "FLASHBIAS_PROBE_MODE"
 MOST_OUTPUTS = 32
 DEEPEST = 8  # of containers in an output
 MOST_VALUES = 2**20  # of one tensor that are projected; of the others, evenly spaced ones

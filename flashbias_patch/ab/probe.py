@@ -31,37 +31,12 @@ import os
 import sys
 import time
 from collections import deque
-from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Mapping, Optional
 
-from . import inference, iterations, lines, profiling
+from . import iterations, lines, process_lines
+from . import probe_variables as variables
 
-DIRECTORY = "FLASHBIAS_PROBE"
-STEPS = "FLASHBIAS_PROBE_STEPS"
-PARAMS = "FLASHBIAS_PROBE_PARAMS"
-SEED = "FLASHBIAS_PROBE_SEED"
-NUDGE = "FLASHBIAS_PROBE_NUDGE"
-DEFAULT_PARAMS = "bias_scale"
-STAND_IN = "FLASHBIAS_PROBE_STAND_IN"
-WATCHER = (
-    "FLASHBIAS_PROBE_WATCHER"  # process id of `flashbias ab`: without it the command is stopped
-)
 MAX_FAILURES = 3  # of recording, after which steps are only counted
-
-# The relative change that a nudged run makes to its parameters, once: a few units in the last
-# place.
-NUDGES = {"float32": 2.0**-20, "half": 2.0**-10}
-
-KEPT_ENV = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "CUDA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS",
-    "PYTHONHASHSEED",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-)
 
 _recorder: Optional[Recorder] = None
 
@@ -71,13 +46,13 @@ def start(environ: Optional[Mapping[str, str]] = None) -> Optional[Recorder]:
     torch."""
     global _recorder
     environ = os.environ if environ is None else environ
-    directory = environ.get(DIRECTORY)
+    directory = environ.get(variables.DIRECTORY)
     if not directory or _recorder is not None:
         return _recorder
     try:
         _recorder = Recorder(directory, environ)
         _recorder.begin()
-        if environ.get(STAND_IN):
+        if environ.get(variables.STAND_IN):
             from . import stand_in
 
             stand_in.offer()
@@ -93,15 +68,13 @@ class Recorder:
     def __init__(self, directory: str, environ: Mapping[str, str]) -> None:
         self.directory = directory
         self.environ = environ
-        self.limit = int(environ.get(STEPS) or 0)
-        self.suffixes = [s for s in environ.get(PARAMS, DEFAULT_PARAMS).split(",") if s]
-        self.seed = environ.get(SEED)
-        # "1", "2", ...: nudged, by signs of that seed; "redraw1", ...: drawing other random numbers
-        # as well
-        nudge = environ.get(NUDGE) or ""
-        self.redraw = nudge.startswith("redraw")
-        self.nudge = int(nudge[6 * self.redraw :] or 0)
-        watcher = environ.get(WATCHER) or "0"
+        self.limit = int(environ.get(variables.STEPS) or 0)
+        self.suffixes = [
+            s for s in environ.get(variables.PARAMS, variables.DEFAULT_PARAMS).split(",") if s
+        ]
+        self.seed = environ.get(variables.SEED)
+        self.nudge = variables.Nudge.parse(environ.get(variables.NUDGE) or "")
+        watcher = environ.get(variables.WATCHER) or "0"
         self.watcher = int(watcher) if watcher.isdigit() and lines.alive(int(watcher)) else 0
         self.torch: Any = None
         self.inbox: Any = None
@@ -109,8 +82,8 @@ class Recorder:
         self.waits: Any = None
         self.sketch: Any = None  # of inference
         self.nudged = 0  # identity of the module whose parameters were nudged before its first pass
-        self.infers = environ.get(inference.MODE) == "infer"
-        self.profiled = int(environ.get(profiling.PROFILE) or 0)
+        self.infers = environ.get(variables.MODE) == "infer"
+        self.profiled = int(environ.get(variables.PROFILE) or 0)
         self._fresh()
 
     def _fresh(self) -> None:
@@ -148,14 +121,15 @@ class Recorder:
 
     def _torch_arrived(self, torch: Any) -> None:
         try:
-            from . import capture, cuda, waits
+            # profiling and step_lines: so that they are not imported within an iteration
+            from . import capture, cuda, inference, profiling, step_lines, waits  # noqa: F401
 
             self.torch, self.inbox, self.gpu = torch, capture.Inbox(torch), cuda.Gpu(torch)
             self.waits = waits.Waits()
             waits.listen(self.waits)
             capture.listen(torch, self.inbox, self.on_backward, self.on_skipped)
             if self.infers:
-                name = self.environ.get(inference.MODULE) or ""
+                name = self.environ.get(variables.MODULE) or ""
                 self.sketch = inference.Sketcher(torch)
                 heard = self._before_forward, self.on_forward, self._restart
                 inference.Listener(torch, self.gpu, *heard, name).listen()
@@ -172,23 +146,7 @@ class Recorder:
         os.makedirs(self.directory, exist_ok=True)
         rank = self.environ.get("RANK", "0")
         self.file = lines.Lines(os.path.join(self.directory, f"rank{rank}-pid{os.getpid()}.jsonl"))
-        kept = {
-            k: v for k, v in self.environ.items() if k in KEPT_ENV or k.startswith("FLASHBIAS_")
-        }
-        self.write(
-            {
-                "event": "process",
-                "pid": os.getpid(),
-                "ppid": os.getppid(),
-                "rank": int(rank) if rank.isdigit() else 0,
-                "argv": getattr(sys, "orig_argv", None) or getattr(sys, "argv", []),
-                "executable": sys.executable,
-                "cwd": os.getcwd(),
-                "python": sys.version.split()[0],
-                "time": time.time(),
-                "env": kept,
-            }
-        )
+        self.write(process_lines.process(self.environ, rank))
 
     def write(self, line: Dict[str, Any]) -> None:
         if self.file is None:
@@ -211,7 +169,7 @@ class Recorder:
             if (
                 self.torch is not None and not self.step
             ):  # inference: all that there will be to tell
-                self.write(self._environment())
+                self.write(process_lines.environment(self.torch, self.gpu, self.environ))
             self.write(
                 {
                     "event": "end",
@@ -311,6 +269,8 @@ class Recorder:
         if not self.profiled:
             return False
         try:
+            from . import profiling
+
             self._write_arrived(everything=True)
             self.profiler = profiling.Profiler(self.torch, self.profiled, self.gpu)
             self.profiler.start()
@@ -338,22 +298,26 @@ class Recorder:
 
     def _before_forward(self, module: Any) -> None:
         """Nudge the parameters before the first pass; never raises."""
-        if self.step or not self.nudge or self.nudged == id(module):
+        if self.step or self.nudge is None or self.nudged == id(module):
             return
         self.nudged = id(module)
         try:
-            from . import capture
+            from . import capture, step_lines
 
             parameters = list(module.parameters())
             half = any(p.element_size() < 4 for p in parameters[:1])
-            size = NUDGES["half" if half or self.torch.is_autocast_enabled() else "float32"]
-            capture.nudge_parameters(self.torch, parameters, size, self.nudge)
+            size = step_lines.NUDGE_SIZES[
+                "half" if half or self.torch.is_autocast_enabled() else "float32"
+            ]
+            capture.nudge_parameters(self.torch, parameters, size, self.nudge.seed)
         except Exception as error:
             self._note(error)
 
     def _record_forward(self, module: Any, seconds: float, output: Any, begin: float) -> None:
+        from . import step_lines
+
         if self.step == 0:
-            self.write(self._environment())
+            self.write(process_lines.environment(self.torch, self.gpu, self.environ))
         first = next(module.parameters(), None)
         line: Dict[str, Any] = {
             "event": "step",
@@ -366,29 +330,24 @@ class Recorder:
             line["loop_s"] = begin - self.last_end
             line.update({"loader_s": sum(waited.values())} if waited else {})
             line.update({"loaders": waited} if len(waited) > 1 else {})
-        with self.torch.no_grad():
-            kept = inference.tensors_of(self.torch, output)
-            values = [float(self.sketch(tensor)) for _, tensor in kept]
-        line["outputs"] = {name: value for (name, _), value in zip(kept, values)}
-        if values:
-            line["output"] = sum(values)
+        step_lines.put_outputs(line, self.torch, self.sketch, output)
         if self.inbox.half or (first is not None and first.element_size() < 4):
             line["half"] = True
-        line["memory"] = {**_resident(), **self.gpu.memory()}
+        line["memory"] = {**process_lines.resident_memory(), **self.gpu.memory()}
         calls = self._calls()
         if calls is not None:
             line["calls"] = calls
         if self.step == 0:
             line["random"] = self.gpu.random_state()
-        if self.redraw:
-            self.gpu.redraw_in_step(self.nudge)
+        if self.nudge is not None and self.nudge.redraw:
+            self.gpu.redraw_in_step(self.nudge.seed)
         self.write(line)
 
     def _record(self, ended: iterations.Ended, begin: float, begun: Any) -> None:
-        from . import capture
+        from . import capture, step_lines
 
         if self.step == 0:
-            self.write(self._environment())
+            self.write(process_lines.environment(self.torch, self.gpu, self.environ))
             try:
                 self.parameters = (
                     capture.find_parameters(self.torch, self.suffixes) if self.suffixes else {}
@@ -410,75 +369,25 @@ class Recorder:
                 line["loader_s"] = sum(waited.values())
             if len(waited) > 1:
                 line["loaders"] = waited
-        scalars: List[Tuple[Tuple[str, Optional[str]], Any]] = []
-
-        def put(section: str, key: Optional[str], value: Any) -> None:
-            if (
-                value is not None
-                and not isinstance(value, (int, float))
-                and value.device.type == "cpu"
-            ):
-                value = float(
-                    value.detach()
-                )  # to send it to the GPU and back would make the step wait
-            if value is None or isinstance(value, (int, float)):
-                if key is None:
-                    line[section] = value
-                else:
-                    line.setdefault(section, {})[key] = value
-            else:
-                scalars.append(((section, key), value))
-
-        losses = inbox.losses
-        if losses:
-            put("loss", None, losses[0] if len(losses) == 1 else self.gpu.stack(losses).sum())
-        for name, value in inbox.parts.items():
-            put("loss_parts", name, value)
-        norm = None if hasattr(inbox.clip_norm, "to_local") else inbox.clip_norm
-        if norm is None:
-            norm = ended.norm(self.torch)
-        put("grad_norm", None, norm)
-        for name, parameter in self.parameters.items():
-            self._put_parameter(put, name, parameter)
+        figures = step_lines.Figures(line)
+        figures.put_training(self.torch, inbox, self.gpu, ended, self.parameters)
         if inbox.half:
             line["half"] = True
-        line["memory"] = {**_resident(), **self.gpu.memory()}
+        line["memory"] = {**process_lines.resident_memory(), **self.gpu.memory()}
         calls = self._calls()
         if calls is not None:
             line["calls"] = calls
         if self.step == 0:
             line["random"] = self.gpu.random_state()
-            if self.nudge:
-                size = NUDGES["half" if inbox.half else "float32"]
+            if self.nudge is not None:
+                size = step_lines.NUDGE_SIZES["half" if inbox.half else "float32"]
                 for each in ended.optimizers:
-                    capture.nudge(self.torch, each, size, self.nudge)
-        if self.redraw:
-            self.gpu.redraw_in_step(self.nudge)
+                    capture.nudge(self.torch, each, size, self.nudge.seed)
+        if self.nudge is not None and self.nudge.redraw:
+            self.gpu.redraw_in_step(self.nudge.seed)
         line["probe_s"] = time.perf_counter() - begin
-        self.pending.append(
-            self.gpu.send(line, [p for p, _ in scalars], [v for _, v in scalars], begun)
-        )
+        self.pending.append(self.gpu.send(line, figures.places, figures.tensors, begun))
         self._write_arrived()
-
-    def _put_parameter(self, put: Any, name: str, parameter: Any) -> None:
-        from . import capture
-
-        value = capture.local(parameter.detach())
-        if not value.numel():
-            return  # another rank holds it
-        if value.numel() == 1:
-            put("params", name, value)
-        elif value.numel() <= 8:
-            for i, entry in enumerate(value.reshape(-1)):
-                put("params", f"{name}[{i}]", entry)
-        else:
-            put("params", f"|{name}|", value.float().norm())
-        gradient = parameter.grad
-        put(
-            "param_grads",
-            name,
-            None if gradient is None else capture.local(gradient.detach()).float().norm(),
-        )
 
     def _write_arrived(self, everything: bool = False) -> None:
         while self.pending and (everything or self.pending[0].arrived()):
@@ -489,71 +398,15 @@ class Recorder:
                 self.write(pending.line)
                 self._note(error)
 
-    # -- the machine -------------------------------------------------------------------------------
-
-    def _environment(self) -> Dict[str, Any]:
-        torch = self.torch
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        numpy = sys.modules.get("numpy")
-        found = {
-            "event": "environment",
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "numpy": getattr(numpy, "__version__", None),
-            "threads": torch.get_num_threads(),
-            "rank": torch.distributed.get_rank()
-            if distributed
-            else int(self.environ.get("RANK") or 0),
-            "world_size": torch.distributed.get_world_size() if distributed else 1,
-            "modules": {
-                name: getattr(sys.modules[name], "__version__", "?")
-                for name in (
-                    "mmcv",
-                    "mmengine",
-                    "mmdet",
-                    "mmdet3d",
-                    "triton",
-                    "flash_attn",
-                    "flashbias_patch",
-                )
-                if name in sys.modules
-            },
-        }
-        return {**found, **self.gpu.environment()}
-
     def _calls(self) -> Optional[Dict[str, int]]:
         if self.environ.get("FLASHBIAS_PATCH") == "0":
             return None
         status = getattr(sys.modules.get("flashbias_patch"), "status", None)
         if not callable(status):
             return None
-        found = dict(status())
-        fallbacks = list(found.get("fallbacks") or [])
+        report = dict(status())
+        fallbacks = list(report.get("fallbacks") or [])
         if len(fallbacks) != self.fallbacks:
             self.fallbacks = len(fallbacks)
             self.write({"event": "fallbacks", "fallbacks": fallbacks})
-        return dict(found.get("calls") or {})
-
-
-def _resident() -> Dict[str, int]:
-    """Resident memory now and at most, in bytes.
-
-    Not getrusage's maximum where /proc can be read: that one survives exec, and so starts at the
-    launcher's size.
-    """
-    try:
-        found = {}
-        with open("/proc/self/status", "rb") as file:
-            for row in file:
-                if row.startswith(b"VmHWM"):
-                    found["rss_peak"] = int(row.split()[1]) * 1024
-                elif row.startswith(b"VmRSS"):
-                    found["rss"] = int(row.split()[1]) * 1024
-        return found
-    except OSError:
-        try:
-            import resource
-        except ImportError:
-            return {}
-        unit = 1 if sys.platform == "darwin" else 1024
-        return {"rss_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+        return dict(report.get("calls") or {})

@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, Optional, Set, Tuple
 
-from . import probe
+from . import probe_variables
 
 POLL = 0.05
 PR_SET_PDEATHSIG = 1
@@ -110,7 +110,7 @@ def _marked(probes: str) -> Set[int]:
     """Processes whose environment names this run's probe directory (torchrun gives its workers
     sessions of their own).
     """
-    mark = f"{probe.DIRECTORY}={probes}".encode()
+    mark = f"{probe_variables.DIRECTORY}={probes}".encode()
     found = set()
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if name.isdigit():

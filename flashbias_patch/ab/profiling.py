@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Dict, List
 
-PROFILE = "FLASHBIAS_PROBE_PROFILE"  # how many steps
 MOST_NAMES = 300  # of kernels, those of the most time; the rest is kept as a sum
 LONGEST_NAME = 300
 # Ranges on the GPU's timeline that hold kernels and are none.

@@ -21,13 +21,11 @@ from . import (
     clocks,
     further_runs,
     history,
-    inference,
     judging,
     lines,
     outcome,
-    probe,
+    probe_variables,
     processes,
-    profiling,
     reading,
     records,
     repeats,
@@ -36,6 +34,7 @@ from . import (
     verdict,
 )
 from .outcome import INTERRUPTED, Signs
+from .probe_variables import Nudge
 from .records import Experiment
 from .repeats import HALF_WIDTH
 
@@ -65,7 +64,7 @@ class Options(NamedTuple):
     seed: int = 0
     noise_run: bool = True
     timeout: float = 600.0
-    params: Sequence[str] = (probe.DEFAULT_PARAMS,)
+    params: Sequence[str] = (probe_variables.DEFAULT_PARAMS,)
     env_a: Mapping[str, str] = {}
     env_b: Mapping[str, str] = {}
     inference: bool = False
@@ -144,10 +143,10 @@ def run_all(
     save_document(experiment, document)
     failed = set()
 
-    def one(label: str, nudge: str = "") -> bool:
+    def one(label: str, nudge: Optional[Nudge] = None) -> bool:
         """Make one run; False if it was interrupted."""
         index = len(document["runs"])
-        if options.repeats == repeats.AUTO and not nudge:
+        if options.repeats == repeats.AUTO and nudge is None:
             document["schedule"] = experiment.schedule = document["schedule"] + label
         place = os.path.join(out, "runs", f"{index + 1:02d}-{label}")
         again = any(entry["label"] == label for entry in document["runs"])
@@ -180,7 +179,7 @@ def run_all(
         save_document(experiment, document)
         while "A" not in failed and options.noise_run:
             needed = further_runs.next_run(experiment, judge(experiment))
-            if needed is None or (earlier is not None and needed[0] == "A") or not one(*needed):
+            if needed is None or (earlier is not None and needed.side == "A") or not one(*needed):
                 break
     except KeyboardInterrupt:  # between two runs
         experiment.interrupted = True
@@ -212,9 +211,9 @@ def run_one(
     index: int,
     options: Options,
     progress: Progress,
-    nudge: str = "",
+    nudge: Optional[Nudge] = None,
 ) -> Tuple[Dict[str, Any], List[records.Process], str]:
-    """One fresh process tree; never raises for what the command does. `nudge`: see probe.Recorder.
+    """Run the command once in a fresh process tree; never raises for an error of the command.
 
     Returns its entry for ab.json, what its processes recorded, and the end of its output.
     """
@@ -231,8 +230,8 @@ def run_one(
         "command": words,
         "env": dict(overrides),
         "started": time.time(),
-        "nudged": bool(nudge),
-        "redrawn": nudge.startswith("redraw"),
+        "nudged": nudge is not None,
+        "redrawn": nudge is not None and nudge.redraw,
     }
     progress("start", run)
     begin, machine = time.monotonic(), processes.Machine()
@@ -270,13 +269,15 @@ def run_one(
     return run, [] if signs is None else signs.recorded(), tail
 
 
-def run_environment(label: str, probes: str, options: Options, nudge: str) -> Dict[str, str]:
+def run_environment(
+    label: str, probes: str, options: Options, nudge: Optional[Nudge]
+) -> Dict[str, str]:
     """The environment of one run. Variables given for one side win, but PYTHONPATH keeps what loads
     the probe."""
     overrides = sides.environment(options._asdict(), label)
     patched = sides.is_patched(options._asdict(), label)
     stand_in = (
-        {probe.STAND_IN: "1", "FLASHBIAS_BACKEND": "sdpa"}
+        {probe_variables.STAND_IN: "1", "FLASHBIAS_BACKEND": "sdpa"}
         if options.stand_in and not patched
         else {}
     )
@@ -285,15 +286,15 @@ def run_environment(label: str, probes: str, options: Options, nudge: str) -> Di
         patch=patched,
         extra={
             "PYTHONHASHSEED": str(options.seed),
-            probe.DIRECTORY: probes,
-            probe.STEPS: str(options.steps),
-            probe.PARAMS: ",".join(options.params),
-            probe.SEED: str(options.seed),
-            probe.WATCHER: str(os.getpid()),
-            **({probe.NUDGE: nudge} if nudge else {}),
-            **({inference.MODE: options.mode} if options.mode != "train" else {}),
-            **({inference.MODULE: options.module} if options.module else {}),
-            **({profiling.PROFILE: str(options.profile)} if options.profile else {}),
+            probe_variables.DIRECTORY: probes,
+            probe_variables.STEPS: str(options.steps),
+            probe_variables.PARAMS: ",".join(options.params),
+            probe_variables.SEED: str(options.seed),
+            probe_variables.WATCHER: str(os.getpid()),
+            **({probe_variables.NUDGE: nudge.text} if nudge is not None else {}),
+            **({probe_variables.MODE: options.mode} if options.mode != "train" else {}),
+            **({probe_variables.MODULE: options.module} if options.module else {}),
+            **({probe_variables.PROFILE: str(options.profile)} if options.profile else {}),
             **stand_in,
             **{name: value for name, value in overrides.items() if name != "PYTHONPATH"},
         },

@@ -14,7 +14,8 @@ import time
 import pytest
 
 from flashbias_patch import launch
-from flashbias_patch.ab import probe
+from flashbias_patch.ab import probe, step_lines
+from flashbias_patch.ab.probe_variables import Nudge
 from flashbias_patch.ab.reading import load_process
 from flashbias_patch.ab.records import Run
 
@@ -286,6 +287,12 @@ def test_start_without_the_variable_does_nothing():
     assert probe.start({}) is None
 
 
+@pytest.mark.parametrize("nudge", [Nudge(1), Nudge(12), Nudge(3, redraw=True)])
+def test_a_nudge_passes_through_its_variable(nudge):
+    assert Nudge.parse(nudge.text) == nudge
+    assert Nudge.parse("") is None and Nudge.parse("0") is None
+
+
 def test_openmmlab_loss_parts_are_recorded(tmp_path):
     """mmcv 1.x's LogBuffer, mmdet's _parse_losses, mmengine's parse_losses: modules of those names
     and shapes."""
@@ -368,7 +375,7 @@ def test_perturbation_changes_parameters_by_rounding_only():
 
     parameter = torch.nn.Parameter(torch.linspace(1, 2, 100))
     before, state = parameter.detach().clone(), torch.get_rng_state()
-    capture.nudge(torch, torch.optim.SGD([parameter], lr=0.1), probe.NUDGES["float32"])
+    capture.nudge(torch, torch.optim.SGD([parameter], lr=0.1), step_lines.NUDGE_SIZES["float32"])
     change = ((parameter - before) / before).detach().abs()
     assert 0 < change.max() < 2e-6
     assert torch.equal(torch.get_rng_state(), state)

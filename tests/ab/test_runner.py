@@ -22,7 +22,7 @@ from flashbias_patch.cli import ab as cli_ab
 
 # A training loop as far as the runner can tell, without the seconds that importing torch takes.
 STEPS = """
-from flashbias_patch.ab import probe
+from flashbias_patch.ab import probe, process_lines
 import os, sys, time
 def train(steps, seconds=0.002, loss=lambda i: 1.0 / (i + 1), random="drawn"):
     record = probe._recorder
@@ -142,7 +142,7 @@ for i in range(25):
     time.sleep(0.02 * (1 + ({slowdown} if patched else 0)))
     now = time.perf_counter()
     loss = 2.0 / (i + 1) * (1 + (0.1 if patched and i >= {part_at} else 0))
-    record.write({{"event": "step", "step": i, "loss": loss, "grad_norm": 1.0, "memory": probe._resident(),
+    record.write({{"event": "step", "step": i, "loss": loss, "grad_norm": 1.0, "memory": process_lines.resident_memory(),
                   **({{}} if last is None else {{"wall_s": now - last}})}})
     last = now
 """  # noqa: E501

@@ -20,8 +20,9 @@ from flashbias_patch.ab import (
     statistics,
     words,
 )
-from flashbias_patch.ab.further_runs import most_confirmations, next_run
+from flashbias_patch.ab.further_runs import NextRun, most_confirmations, next_run
 from flashbias_patch.ab.judging import judge
+from flashbias_patch.ab.probe_variables import Nudge
 from flashbias_patch.ab.runner import Options, schedule
 from flashbias_patch.cli import ab as cli_ab
 from flashbias_patch.cli.ab_options import FAIL_IF
@@ -124,7 +125,7 @@ def test_each_side_runs_in_its_own_environment():
         sides=[sides.parse("old:FLASHBIAS_PATCH=0"), sides.parse("new:X=d")],
         stand_in=True,
     )
-    made = {x: runner.run_environment(x, "probes", options, "") for x in "ABCD"}
+    made = {x: runner.run_environment(x, "probes", options, None) for x in "ABCD"}
     assert [made[x]["FLASHBIAS_PATCH"] for x in "ABCD"] == ["0", "1", "0", "1"]
     assert [made[x].get("X") for x in "ABCD"] == [None, "b", None, "d"]
     assert [made[x].get("FLASHBIAS_PROBE_STAND_IN") for x in "ABCD"] == ["1", None, "1", None]
@@ -251,13 +252,13 @@ def test_runs_that_are_still_needed_for_any_side():
         for i, line in enumerate(run.processes[0].steps):
             line["loss"] = 5.0 / (i + 1) * (1.5 if run.label == "C" else 1.0)
     for number in range(1, most_confirmations(2) + 1):
-        assert next_run(found, judge(found)) == ("A", str(number))
+        assert next_run(found, judge(found)) == NextRun("A", Nudge(number))
         nudged = synthetic.make_run(
             "A", 9 + number, np.full(40, 0.1), [5.0 / (i + 1) for i in range(40)]
         )
         nudged.nudged = True
         found.runs.append(nudged)
-    assert next_run(found, judge(found)) == ("C", "")
+    assert next_run(found, judge(found)) == NextRun("C")
 
 
 def test_the_runner_makes_and_reads_every_side(tmp_path):

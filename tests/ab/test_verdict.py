@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from flashbias_patch.ab import page, words
-from flashbias_patch.ab.further_runs import next_run
+from flashbias_patch.ab.further_runs import NextRun, next_run
 from flashbias_patch.ab.judging import judge
+from flashbias_patch.ab.probe_variables import Nudge
 from flashbias_patch.cli.ab_options import FAIL_IF
 
 from . import synthetic
@@ -231,18 +232,16 @@ def test_which_run_is_still_needed():
     found = synthetic.trial(0, noise=0.0)
     assert next_run(found, judge(found)) is None  # identical
     found = synthetic.trial(0, noise=1e-6, repeats=2)
-    assert next_run(found, judge(found)) == (
-        "A",
-        "1",
-    )  # A differs from A, and is nudged all the same
+    # A differs from A, and is nudged all the same
+    assert next_run(found, judge(found)) == NextRun("A", Nudge(1))
     found = synthetic.trial(0, noise=0.0, part_at=3, repeats=1)
     nudged = synthetic.trial(1, noise=0.0, repeats=1).runs[0]
     for number in (1, 2, 3, 4):
-        assert next_run(found, judge(found)) == ("A", str(number))
+        assert next_run(found, judge(found)) == NextRun("A", Nudge(number))
         nudged = synthetic.trial(1, noise=0.0, repeats=1).runs[0]
         nudged.nudged, nudged.index = True, 2 + number
         found.runs.append(nudged)
-    assert next_run(found, judge(found)) == ("B", "")
+    assert next_run(found, judge(found)) == NextRun("B")
     found.runs.append(synthetic.trial(0, noise=0.0, part_at=3, repeats=1).runs[1])
     assert next_run(found, judge(found)) is None and judge(found).parity_word == "differs"
 
