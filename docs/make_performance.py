@@ -236,6 +236,7 @@ def cells(run: Dict[str, Any], base: Any) -> List[str]:
 
 
 COSTS = ("s/step", "time", "first step, s", "peak MiB", "memory")
+FIRST_STEP = 2
 ONE_PROCESS = (
     "every run once, in one process, unpatched runs first: no interval, and a drift of "
     "the machine is in the ratios"
@@ -909,6 +910,7 @@ def named_detector(run: Dict[str, Any]) -> str:
 
 
 def training_rows(name: str) -> List[List[str]]:
+    """Rows under COSTS."""
     result = load(name)
     runs = merged([*result["family"], *result["runs"]])
     named = {(run["family"], run["name"]): run for run in runs}
@@ -922,6 +924,14 @@ def training_rows(name: str) -> List[List[str]]:
     ]
 
 
+def block_table(name: str, first: str) -> List[str]:
+    """Runs that shared a process: their first steps tell nothing and are left out."""
+    place = 2 + FIRST_STEP
+    head = [first, "run", *COSTS]
+    rows = training_rows(name)
+    return table(head[:place] + head[place + 1 :], [row[:place] + row[place + 1 :] for row in rows])
+
+
 def fusion() -> List[str]:
     """The fusion detector with its lidar branch, by real_models.py."""
     return [
@@ -930,8 +940,8 @@ def fusion() -> List[str]:
         "Fusion CMT with its lidar branch (spconv) and ResNet-50 as image branch. Ratios are "
         "patched / unpatched with 95% intervals, to the unpatched run of the same kind.",
         "",
-        *table(("detector", "run", *COSTS), training_rows(FUSION)),
-        ordered(load(FUSION)) + " " + source(FUSION),
+        *block_table(FUSION, "detector"),
+        f"Order: {load(FUSION)['order']}. " + source(FUSION),
         "",
         "### A fresh process for each run",
         "",
@@ -966,8 +976,8 @@ def camera() -> List[str]:
         "The steps of small detectors wait for the host, which varied: where the times of a row "
         "differ much, its interval is wide.",
         "",
-        *table(("detector", "run", *COSTS), training_rows(CAMERA)),
-        ordered(load(CAMERA)),
+        *block_table(CAMERA, "detector"),
+        f"Order: {load(CAMERA)['order']}.",
         "",
         *latency(CAMERA),
     ]
@@ -980,7 +990,8 @@ def small_detectors(page: str) -> str:
         (run["family"], run["name"]): run for run in merged([*result["family"], *result["runs"]])
     }
     training = ", ".join(
-        f"{named_detector(runs[family, name])}: {ratio(*(runs[family, n] for n in pair(name)))}"
+        f"{named_detector(runs[family, name])}: "
+        f"{ratio(runs[family, name], runs[family, counterpart(name)])}"
         for family, name in (("streampetr", "B fp32 drop0"), ("cmt", "B fp32 800x320"))
     )
 
@@ -998,10 +1009,6 @@ def small_detectors(page: str) -> str:
         f"{median(name) / median(counterpart(name)):.2f}x "
         f"([these runs]({page}#camera-detectors)). Measure yours with `flashbias ab`."
     )
-
-
-def pair(name: str) -> Tuple[str, str]:
-    return name, counterpart(name)
 
 
 def reference_backend() -> List[str]:
@@ -1205,7 +1212,7 @@ def readme(name: str = "README.md") -> str:
     notes = how_to_read("docs/performance.md")
     measured = "\n".join(
         [
-            *table(("fusion CMT, with lidar", "run", *COSTS), training_rows(FUSION)),
+            *block_table(FUSION, "fusion CMT, with lidar"),
             *table(real_head(), real_cmt_rows()),
             notes,
             "",
