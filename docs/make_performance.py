@@ -996,11 +996,8 @@ def small_detectors(page: str) -> str:
     )
 
     def median(name: str) -> float:
-        return statistics.median(
-            run["latency_ms"]
-            for run in result["inference"]
-            if (run["name"], run["family"]) == (name, "cmt")
-        )
+        runs = [run for run in result["inference"] if run["family"] == "cmt"]
+        return statistics.median(float(run["latency_ms"]) for run in runs if run["name"] == name)
 
     name = "B fp32 b1 800x320"
     return (
