@@ -356,7 +356,7 @@ def test_a_hook_before_a_reentrant_checkpoint(viewed):
 
 
 def test_one_query_repeated_for_several():
-    bias = described(WindowBias(torch.randn(B, 1, 2, dtype=F64), centres(queries=1), FRAMES, 3))
+    bias = described(ModalityBias(torch.randn(B, 1, 2, dtype=F64), (12, 12)))
     q, k = torch.randn(B, M, H, 4, dtype=F64), torch.randn(B, N, H, 4, dtype=F64)
     ours, exact = (
         flash_bias_attention(q, k, k, attn_mask=each.expand(-1, M, -1))
