@@ -1,6 +1,6 @@
 """Does a real detector detect the same patched? Overfitted on one real frame in several ways.
 
-    python benchmarks/real_accuracy.py --cmt DIR --frame DIR --out F.json [--steps 400] [--jobs 4]
+    python benchmarks/real_accuracy.py --cmt DIR --frame DIR --out F.json [--steps 300] [--jobs 4]
     ... --reports DIR                           keeps the pages of `flashbias ab` and predictions
     ... --device cpu --tiny --steps 3           a proof that it runs, with the camera detector
 
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import at_once
 from ways import NUDGED, WAYS, add_arguments, checked, run_of, trainer_of
@@ -64,6 +64,23 @@ def confident(predictions: Dict[str, Any], least: float = CONFIDENT) -> Dict[str
             }
         )
     return {**predictions, "samples": samples}
+
+
+def settle(net: Any, forward: Callable[[], Any]) -> None:
+    """Set the running statistics of batch norms to those of one training pass at the last weights:
+    averages over the last steps lag behind, and there is one frame only."""
+    import torch
+
+    norms = [
+        each for each in net.modules() if isinstance(each, torch.nn.modules.batchnorm._BatchNorm)
+    ]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        forward()
+    for norm, momentum in zip(norms, before):
+        norm.momentum = momentum
 
 
 def detect(detector: Any) -> Dict[str, Any]:
@@ -115,8 +132,10 @@ def train(args: argparse.Namespace, name: str, folder: str) -> None:
             if i % 50 == 0:
                 at_once.write(path_of(folder, name), record)
                 print(f"{name:<18} step {i + 1:>4}  loss {record['losses'][-1]:.4f}", flush=True)
+        net = trainer.detector.net
+        settle(net, lambda: net(return_loss=True, **trainer.batch(0)))
         weights = path_of(folder, name, ".pth")
-        torch.save(trainer.detector.net.state_dict(), weights + ".partial")
+        torch.save(net.state_dict(), weights + ".partial")
         os.replace(weights + ".partial", weights)
         predictions = detect(trainer.detector)
         record["calls"] = flashbias_patch.status()["calls"]
@@ -229,8 +248,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, [name for name in WAYS if name != NUDGED])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--lr", type=float, default=2e-4, help="the largest learning rate")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=4e-4, help="the largest learning rate")
     parser.add_argument("--reports", metavar="DIR", help="keep what the processes wrote")
     parser.add_argument("--train", nargs=2, help=argparse.SUPPRESS)  # way, folder
     parser.add_argument("--compare", nargs=2, help=argparse.SUPPRESS)  # dtype, folder

@@ -148,6 +148,18 @@ def test_boxes_are_given_in_nuscenes_order():
     assert Boxes.tensor[0, 2] == 3.0  # the detector's own are left as they are
 
 
+def test_running_statistics_are_those_of_the_last_weights():
+    import real_accuracy
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4, momentum=0.01))
+    x = torch.randn(512, 3) * 5 + 2
+    real_accuracy.settle(net, lambda: net(x))
+    expected = net(x).detach()
+    assert net[1].momentum == 0.01
+    assert torch.allclose(net.eval()(x), expected, atol=5e-3)  # the variance is unbiased
+
+
 def test_confident_boxes():
     import real_accuracy
 
