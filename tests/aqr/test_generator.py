@@ -11,6 +11,7 @@ import torch
 import flashbias_patch
 from flashbias_patch.bias import BiasTensor, ModalityBias, WindowBias
 from tests import stand_ins
+from tests.support import internals
 
 MODULE = f"{stand_ins.UTILS}.attention_bias_generator"
 B, M = 2, 7
@@ -96,7 +97,9 @@ def test_every_option(generators, options, batch, queries, caplog):
         assert type(out) is torch.Tensor
     else:
         assert type(out) is BiasTensor and out.dtype == exact.dtype
-        assert isinstance(out._bias, ModalityBias if options == "global" else WindowBias)
+        assert isinstance(
+            internals.description_of(out), ModalityBias if options == "global" else WindowBias
+        )
         assert "returns its bias as windows" in caplog.text
 
 

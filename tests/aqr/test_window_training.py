@@ -18,6 +18,7 @@ import flashbias_patch
 from flashbias_patch import telemetry
 from flashbias_patch.bias import grids
 from tests import stand_ins
+from tests.support import internals
 
 MODULE = f"{stand_ins.UTILS}.petr_transformer"
 ATTENTIONS = ("PETRMultiheadAttention", "PETRMultiheadFlashAttention")
@@ -141,12 +142,7 @@ def test_evaluation_and_one_sample(heads, attention):
 
 def test_dense_biases_length_first_are_understood(heads, monkeypatch):
     """A generator that is left alone: its (M, B, N) reaches both generations."""
-    from flashbias_patch.patching.seams import bias_generator
-    from flashbias_patch.patching.seams.window_description import Verdict
-
-    monkeypatch.setattr(
-        bias_generator.GeneratorSeam, "_verdict", lambda self, *args: Verdict(reason="off")
-    )
+    internals.leave_generators_alone(monkeypatch)
     for attention in ATTENTIONS:
         plain, patched = (make(cls, attention, False) for cls in heads)
         out, found = gradients(patched, inputs())

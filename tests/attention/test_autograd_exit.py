@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from flashbias_patch.attention import autograd_exit, dispatch
+from tests.support import internals
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def registered(monkeypatch):
 def test_the_first_call_on_a_gpu_and_no_other_has_the_process_wait(registered):
     for cuda, count in ((False, 0), (True, 1), (True, 1)):
         inputs = SimpleNamespace(q=SimpleNamespace(is_cuda=cuda))
-        assert dispatch._passes_self_check(None, dispatch.LAST_RESORT, inputs, None, {})
+        assert internals.passes_self_check(None, dispatch.LAST_RESORT, inputs, None, {})
         assert len(registered) == count
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flashbias_patch.bias import DenseBias, LowRankBias, MaskBias, ModalityBias, factorize
+from tests.support import internals
 from tests.support.capabilities import needs_autocast, storage_bytes
 
 F64 = torch.float64
@@ -25,7 +26,7 @@ def planted(values, rows=96, columns=200, seed=0, lead=(), dtype=torch.float32):
 
 
 def low_part(result):
-    return next(term for term in result.bias._terms() if isinstance(term, LowRankBias))
+    return next(term for term in internals.terms_of(result.bias) if isinstance(term, LowRankBias))
 
 
 def true_error(result, dense):

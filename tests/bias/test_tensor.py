@@ -30,6 +30,7 @@ from flashbias_patch.bias import (
     described,
 )
 from flashbias_patch.bias.tensor import core as tensor
+from tests.support import internals
 from tests.support.capabilities import (
     REENTRANT,
     RELEASE,
@@ -167,17 +168,17 @@ def test_a_step_is_the_dense_one(kind, step):
     made, (function, stays) = Made(kind), STEPS[step]
     found, exact = function(made.tensor, made), function(made.dense, made)
     if kind == "window" and stays is not None:
-        assert (type(found) is BiasTensor and found._bias is not None) is stays
+        assert (type(found) is BiasTensor and internals.description_of(found) is not None) is stays
     assert (
         found.shape == exact.shape
         and found.dtype == exact.dtype
         and found.requires_grad == exact.requires_grad
     )
     if (
-        type(found) is BiasTensor and found._bias is not None
+        type(found) is BiasTensor and internals.description_of(found) is not None
     ):  # what it says it is, not only what it replays
-        bias = found._bias
-        again = tensor.new(bias, found._layout, found.dtype)
+        bias = internals.description_of(found)
+        again = tensor.new(bias, internals.layout_of(found), found.dtype)
         torch.testing.assert_close(again.numbers(), exact, **EXACT)
     torch.testing.assert_close(numbers(found), exact, **EXACT)
     finite = exact.isfinite()
@@ -246,7 +247,9 @@ def test_attention_reads_the_description(kind, chain, argument, caplog):
     # The wrong order of heads has no form that attention knows, clamped Gaussians none that windows
     # have.
     clamped = kind == "gauss" and chain == "as the repositories do"
-    as_described = type(mask) is BiasTensor and mask._dense is None and not caplog.records
+    as_described = (
+        type(mask) is BiasTensor and internals.dense_of(mask) is None and not caplog.records
+    )
     assert as_described is (chain != "heads in the wrong order" and not clamped)
 
 
@@ -427,7 +430,7 @@ def test_looking_at_it_costs_no_numbers():
         assert t.is_contiguous() and t.stride() == (M * N, N, 1)
     assert not t.is_cuda and isinstance(t, torch.Tensor)
     assert "WindowBias" in repr(t) and "WindowBias" in f"{t}" and {t: 1}[t] == 1 and t.grad is None
-    assert torch.is_tensor(t) and torch.is_floating_point(t) and t._dense is None
+    assert torch.is_tensor(t) and torch.is_floating_point(t) and internals.dense_of(t) is None
 
 
 def test_changes_in_place():
@@ -437,7 +440,7 @@ def test_changes_in_place():
         bias *= made.scale
         bias.clamp_(-0.5, 0.5)
         bias.masked_fill_(made.mask, -math.inf)
-        assert type(bias) is not BiasTensor or bias._dense is None
+        assert type(bias) is not BiasTensor or internals.dense_of(bias) is None
         out = attend(bias)
         grads = torch.autograd.grad(out.sum(), made.leaves)
         if start is made.tensor:
@@ -664,7 +667,9 @@ def test_a_masked_bias_by_a_tensor(operation, factor):
     ):
         hidden, exact = (t.masked_fill(made.mask, -math.inf) for t in (made.tensor, made.dense))
         found = operation(hidden, scale)
-        assert (type(found) is BiasTensor and found._bias is not None) == (factor > 0)
+        assert (type(found) is BiasTensor and internals.description_of(found) is not None) == (
+            factor > 0
+        )
         torch.testing.assert_close(numbers(found), operation(exact, scale), equal_nan=True)
 
 
@@ -687,8 +692,10 @@ def test_any_chain_of_steps(kind, names):
         del truth
         found, exact = STEPS[name][0](found, made), STEPS[name][0](exact, made)
         assert found.shape == exact.shape and found.dtype == exact.dtype
-        if type(found) is BiasTensor and found._bias is not None:
-            again = tensor.new(found._bias, found._layout, found.dtype)
+        if type(found) is BiasTensor and internals.description_of(found) is not None:
+            again = tensor.new(
+                internals.description_of(found), internals.layout_of(found), found.dtype
+            )
             torch.testing.assert_close(again.numbers(), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
         torch.testing.assert_close(numbers(found), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
 

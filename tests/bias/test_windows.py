@@ -24,6 +24,7 @@ from flashbias_patch.bias import (
     WindowMask,
     factorize,
 )
+from tests.support import internals
 from tests.support.capabilities import needs_sdpa
 from tests.support.reference import attention
 
@@ -150,7 +151,7 @@ def test_algebra_keeps_windows_and_their_gradients():
     per_head = torch.randn(H, generator=g, dtype=F64, requires_grad=True)
     scale = torch.tensor([1.5], dtype=F64, requires_grad=True)
     first = WindowBias(one, centres, FRAMES, 3)
-    second = first._weighted(two)
+    second = internals.with_weights(first, two)
     for made, exact in (
         (first * 2.0, lambda: 2 * first.dense()),
         (first * scale, lambda: first.dense() * scale),

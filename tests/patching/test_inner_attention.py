@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import flashbias_patch
-from flashbias_patch import _torch_internals, telemetry
+from flashbias_patch import telemetry
 from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias, described
 from flashbias_patch.patching import install
 from tests import stand_ins
+from tests.support import internals
 from tests.support.capabilities import FASTEST, RELEASE, since
 
 from .test_parity import assert_equal, flash_truth
@@ -280,7 +281,7 @@ def test_torch_functions_of_an_ordinary_forward_are_not_watched():
         key_padding_mask=None,
         **kwargs,
     ):
-        self.modes = _torch_internals.modes()
+        self.modes = internals.torch_modes()
         return query + self.attn(query, key, value)[0]
 
     cls, _ = outer(forward)
@@ -512,7 +513,7 @@ def test_a_bias_tensor_that_the_forward_reshapes_stays_a_description(grad):
     their_grads = gradients(module, theirs, leaves)
     ours = module(query, key, key, attention_bias=described(bias).transpose(0, 1))
     assert_equal([ours, *gradients(module, ours, leaves)], [theirs, *their_grads])
-    assert masks[-1]._dense is None and telemetry.calls["original"] == 0
+    assert internals.dense_of(masks[-1]) is None and telemetry.calls["original"] == 0
 
 
 # -- the original code, with a bias ----------------------------------------------------------------

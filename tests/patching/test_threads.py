@@ -12,6 +12,7 @@ import torch
 import flashbias_patch
 from flashbias_patch.attention.recovery import learned
 from flashbias_patch.patching import context
+from tests.support import internals
 from tests.support.checkpoints import KINDS
 
 from .test_checkpoints import Inputs, assert_equal, decoder_of, gradients, loss_of, patched, run  # noqa: F401
@@ -317,7 +318,7 @@ def test_parts_of_a_learned_gradient_from_two_threads_of_one_pass():
                 others[0].join(0.2)  # it ends here only if nothing keeps it out
             return Part(self.number + other.number)
 
-    one_pass._sums[id(tensor)] = tensor, Part(1)
+    internals.pending_gradients(one_pass)[id(tensor)] = tensor, Part(1)
     one_pass.add(tensor, Part(2))
     others[0].join()
-    assert one_pass._sums[id(tensor)][1].number == 7
+    assert internals.pending_gradients(one_pass)[id(tensor)][1].number == 7

@@ -2,7 +2,7 @@
 
 A test that has to reach behind the public functions does so here, so that a renamed private name
 is changed in one file. Imports are inside: under old versions of torch some modules are not there.
-The kernels' tests have their own, in attention/kernels/conftest.py.
+tools/check_private_names.py keeps these names out of the other tests.
 """
 
 from __future__ import annotations
@@ -17,7 +17,52 @@ def tells_hooks() -> bool:
     return guard._hooks_in_force is not None
 
 
+def torch_modes() -> Any:
+    """The modes of torch that are in force: whether a wrapper left one on has no public name."""
+    from flashbias_patch import _torch_internals
+
+    return _torch_internals.modes()
+
+
+# -- bias: whether a tensor is still a description is not to be seen from its numbers
+
+
+def description_of(tensor: Any) -> Any:
+    """The bias that a BiasTensor describes; None once it has numbers only."""
+    return tensor._bias
+
+
+def layout_of(tensor: Any) -> Any:
+    """The order of a BiasTensor's axes, with which it can be made again from its description."""
+    return tensor._layout
+
+
+def dense_of(tensor: Any) -> Any:
+    """The numbers that a BiasTensor has computed; None as long as nobody needed them."""
+    return tensor._dense
+
+
+def terms_of(bias: Any) -> Any:
+    """The terms of a sum of biases: the sum is the same tensor whatever they are."""
+    return bias._terms()
+
+
+def with_weights(bias: Any, weights: Any) -> Any:
+    """The same windows with other weights, which only such biases merge with."""
+    return bias._weighted(weights)
+
+
 # -- patching
+
+
+def leave_generators_alone(monkeypatch: Any) -> None:
+    """No attention bias generator is understood: its dense bias goes on as it is."""
+    from flashbias_patch.patching.seams import bias_generator
+    from flashbias_patch.patching.seams.window_description import Verdict
+
+    monkeypatch.setattr(
+        bias_generator.GeneratorSeam, "_verdict", lambda self, *args: Verdict(reason="off")
+    )
 
 
 def is_patched(function: Any) -> bool:
@@ -96,6 +141,118 @@ def without_private_entry_points(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(guard, "_apply", guard._Guarded.apply)
     monkeypatch.setattr(guard, "_run_backward", guard._by_grad)
+
+
+def passes_self_check(*arguments: Any) -> bool:
+    """The step of a call before a backend's first use, without the rest of the call."""
+    from flashbias_patch.attention import dispatch
+
+    return dispatch._passes_self_check(*arguments)
+
+
+def pending_gradients(one_pass: Any) -> Any:
+    """id -> (tensor, sum) of a PassGradients: a thread must be let in between two additions."""
+    return one_pass._sums
+
+
+# -- kernels: what is kept between calls is to be reset, and is not in any result
+
+
+def tuned_tiles() -> Any:
+    """Key -> tile that was tuned; candidates() shows it among others only."""
+    from flashbias_patch.attention.kernels import tiles
+
+    return tiles._tuned
+
+
+def working_tiles() -> Any:
+    """Key -> first tile that fitted."""
+    from flashbias_patch.attention.kernels import tiles
+
+    return tiles._working
+
+
+def forced_tiles() -> Any:
+    """Key -> tile in force inside forced(): empty after it, whatever happened."""
+    from flashbias_patch.attention.kernels import tiles
+
+    return tiles._forced
+
+
+def reread_tiles(monkeypatch: Any) -> None:
+    """Have the tuned tiles read from disk again, as a new process would."""
+    from flashbias_patch.attention.kernels import tiles
+
+    monkeypatch.setattr(tiles, "_tuned", {})
+    monkeypatch.setattr(tiles, "_loaded", False)
+
+
+def forget_tiles(monkeypatch: Any) -> None:
+    """Nothing tuned, nothing tried."""
+    from flashbias_patch.attention.kernels import tiles
+
+    reread_tiles(monkeypatch)
+    monkeypatch.setattr(tiles, "_working", {})
+
+
+def settled_forwards() -> Any:
+    """Class of calls -> the launch that was settled for it: a second call must not add one."""
+    from flashbias_patch.attention.kernels import launcher
+
+    return launcher._forwards.steps
+
+
+def settled_backwards() -> Any:
+    """Class of calls -> the launches of its backward pass, to be replaced by ones that take
+    notes."""
+    from flashbias_patch.attention.kernels import launcher
+
+    return launcher._backwards.steps
+
+
+def set_streams(monkeypatch: Any, usual: Any, other: Any) -> None:
+    """Run the two kernels of backward on these streams, as on a GPU."""
+    from flashbias_patch.attention.kernels import launcher
+
+    monkeypatch.setattr(launcher, "_streams", lambda problem: (usual, other))
+
+
+def new_stream(device: Any) -> Any:
+    """The second stream of backward, made anew: it is kept by device."""
+    from flashbias_patch.attention.kernels import launcher
+
+    return launcher._other_stream.__wrapped__(device)
+
+
+def operator() -> Any:
+    """The operator that torch.compile sees, for torch.library.opcheck."""
+    from flashbias_patch.attention.kernels import autograd
+
+    return autograd._op
+
+
+def warn_anew(monkeypatch: Any) -> None:
+    """Have the once-only warning about a failed backward kernel logged again."""
+    from flashbias_patch.attention.kernels import autograd
+
+    monkeypatch.setattr(autograd, "_told", False)
+
+
+def kept_window_tables() -> Any:
+    """Key -> tables of windows kept between calls."""
+    from flashbias_patch.attention.kernels import window_tables
+
+    return window_tables._kept
+
+
+# -- why
+
+
+def optimizer_link(entry: Any, facts: Any) -> Any:
+    """The check of the link between a parameter and its optimizer, without the other links."""
+    from flashbias_patch.why import links
+
+    return links._optimizer(entry, facts)
 
 
 # -- monitor

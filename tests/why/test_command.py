@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from flashbias_patch.why import links
+from tests.support import internals
 
 from .programs import MODEL, PROGRAMS
 
@@ -112,7 +113,7 @@ def test_the_longest_custom_key_decides():
             }
         ],
     }
-    found = links._optimizer(entry, {"paramwise": paramwise, "skipped": 0, "steps": 1})
+    found = internals.optimizer_link(entry, {"paramwise": paramwise, "skipped": 0, "steps": 1})
     assert found["cause"] == "lr 0" and "custom_keys['aqr.bias']" in found["finding"]
 
 

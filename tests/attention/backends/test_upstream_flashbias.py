@@ -59,12 +59,12 @@ def loaded(monkeypatch, home=None, backend=None):
 
 
 def test_found_in_flashbias_home(place, monkeypatch):
-    assert loaded(monkeypatch, place("checkout"))._function is not None
+    assert loaded(monkeypatch, place("checkout")).unavailable() == []
 
 
 def test_found_in_external_of_the_working_directory(place, monkeypatch):
     place("external/FlashBias")
-    assert loaded(monkeypatch, backend="upstream")._function is not None
+    assert loaded(monkeypatch, backend="upstream").unavailable() == []
 
 
 @pytest.mark.parametrize("folder, entry", [("external/FlashBias", None), (".", ""), (".", ".")])
@@ -72,23 +72,23 @@ def test_code_of_the_working_directory_runs_only_on_request(place, monkeypatch, 
     place(folder, "raise SystemExit('executed')")
     if entry is not None:
         monkeypatch.setattr(sys, "path", [entry, *sys.path])
-    missing = loaded(monkeypatch)._missing
-    assert "Set FLASHBIAS_HOME" in missing and loaded(monkeypatch, backend="auto")._function is None
+    (missing,) = loaded(monkeypatch).unavailable()
+    assert "Set FLASHBIAS_HOME" in missing and loaded(monkeypatch, backend="auto").unavailable()
     with pytest.raises(SystemExit):
         loaded(monkeypatch, backend="upstream")
 
 
 def test_found_on_sys_path(place, monkeypatch):
     monkeypatch.syspath_prepend(place("somewhere"))
-    assert loaded(monkeypatch)._function is not None
+    assert loaded(monkeypatch).unavailable() == []
 
 
 def test_not_found_says_where_it_looked(place, monkeypatch, tmp_path):
-    missing = loaded(monkeypatch, str(tmp_path / "nowhere"))._missing
+    (missing,) = loaded(monkeypatch, str(tmp_path / "nowhere")).unavailable()
     for part in ("looked in: FLASHBIAS_HOME", "nowhere", "sys.path", "Set FLASHBIAS_HOME"):
         assert part in missing
     monkeypatch.delenv("FLASHBIAS_HOME")
-    assert "FLASHBIAS_HOME (not set)" in loaded(monkeypatch)._missing
+    assert "FLASHBIAS_HOME (not set)" in loaded(monkeypatch).unavailable()[0]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_not_found_says_where_it_looked(place, monkeypatch, tmp_path):
     ),
 )
 def test_another_file_of_that_name_is_rejected(place, monkeypatch, text, part):
-    assert part in loaded(monkeypatch, place("checkout", text))._missing
+    assert part in loaded(monkeypatch, place("checkout", text)).unavailable()[0]
     assert (
         text.startswith("x") or "flash_bias_func" in text or "flash_bias_triton" not in sys.modules
     )

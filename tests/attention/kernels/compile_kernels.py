@@ -66,7 +66,10 @@ def load():
 
 
 forward, backward, sums, concatenate, tiles, window_common, window_forward, window_backward = load()
+# private name: only Triton is needed here, so that tests/support is not there
 tiles._loaded = True  # no tiles that this machine has tuned
+# private name: as above
+JOIN_KERNEL, SUM_KERNEL = concatenate._join_kernel, concatenate._sum_kernel
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448}  # bytes a program can have
 
 POINTERS = dict(
@@ -326,29 +329,15 @@ def variants(arch):
     yield "prepare", forward.prepare_kernel, made, "fp16", {}, [ONE]
     halves = dict.fromkeys(JOIN_POINTERS, "fp16")
     low = dict(JOIN, LOW=1, PADDING=1, WIDTH=56, REST=8, BLOCK_REST=8, WIDE=True)
-    yield (
-        "low columns, padding",
-        concatenate._join_kernel,
-        low,
-        "fp16",
-        dict(halves, padding="u8"),
-        [ONE],
-    )
+    yield ("low columns, padding", JOIN_KERNEL, low, "fp16", dict(halves, padding="u8"), [ONE])
     halves = dict.fromkeys(JOIN_POINTERS, "bf16")
     added = dict(JOIN, R=0, BLOCK_R=1, PADDING=2, REST=8, BLOCK_REST=8)
-    yield (
-        "added padding",
-        concatenate._join_kernel,
-        added,
-        "bf16",
-        dict(halves, padding="fp32"),
-        [ONE],
-    )
+    yield ("added padding", JOIN_KERNEL, added, "bf16", dict(halves, padding="fp32"), [ONE])
     columns = {f"{name}{i}": size for i in range(3) for name, size in SUM.items()}
     grads = {f"{name}{i}": "fp16" for i in range(3) for name in ("grad", "out")}
     yield (
         "sums",
-        concatenate._sum_kernel,
+        SUM_KERNEL,
         dict(columns, ROWS=concatenate.ROWS, WIDE=False),
         "fp16",
         grads,

@@ -66,8 +66,10 @@ def main():
     assert {"forward_kernel", "rows_kernel", "keys_kernel", "queries_kernel"} <= names, names
     assert all(thread.startswith("flashbias-compile") for _, thread in compiled), compiled
     assert not launched and q.grad is None
+    # private name: a script of its own, which cannot import tests/support
     kept = (launcher._forwards, launcher._backwards, autograd._forward_plans)
-    assert not any(each.steps for each in kept) and not tiles._working
+    working = tiles._working  # private name: as above
+    assert not any(each.steps for each in kept) and not working
     count = len(compiled)
     for problem in selfcheck.problems_of(signature_of(call), False):
         inputs = selfcheck.problem_of(signature_of(call), 0, *problem)

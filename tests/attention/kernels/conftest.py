@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from tests.support import internals
+
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -22,8 +24,5 @@ def nothing_kept():
 @pytest.fixture
 def untuned(monkeypatch, tmp_path):
     """Nothing tuned, nothing tried, and a cache of the test's own."""
-    from flashbias_patch.attention.kernels import tiles
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name, value in (("_tuned", {}), ("_working", {}), ("_loaded", False)):
-        monkeypatch.setattr(tiles, name, value)
+    internals.forget_tiles(monkeypatch)

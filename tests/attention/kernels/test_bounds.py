@@ -7,8 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton", minversion="3.0")
-from flashbias_patch.attention.kernels import cached_launch, launcher_backward, window_tables
+from flashbias_patch.attention.kernels import cached_launch, launcher_backward
 from flashbias_patch.attention.kernels.autograd import fused_attention
+from tests.support import internals
 from tests.support.scripts import load
 
 HALF, BRAIN, FULL = "float16", "bfloat16", "float32"
@@ -109,7 +110,7 @@ def test_inside_the_tensors(monkeypatch, watched, separate, lengths, D, R, dtype
     ],
 )
 def test_windows_inside_the_tensors(watched, name):
-    window_tables._kept.clear()
+    internals.kept_window_tables().clear()
     cases = load("benchmarks/window_cases.py")
     case = cases.Case(**cases.CASES[name])
     case.fused()

@@ -11,8 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.0")
 
-from flashbias_patch.attention.kernels import cached_launch, launcher, tiles  # noqa: E402
+from flashbias_patch.attention.kernels import cached_launch, tiles  # noqa: E402
 from flashbias_patch.attention.kernels.autograd import fused_attention  # noqa: E402
+from tests.support import internals  # noqa: E402
 
 SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cached_launches.py")
 
@@ -37,9 +38,9 @@ def attend(**changes):
 
 def test_a_class_of_calls_is_settled_once():
     attend()
-    kept = dict(launcher._forwards.steps)
+    kept = dict(internals.settled_forwards())
     attend()
-    assert dict(launcher._forwards.steps) == kept and len(kept) == 1
+    assert dict(internals.settled_forwards()) == kept and len(kept) == 1
 
 
 @pytest.mark.parametrize(
@@ -57,20 +58,20 @@ def test_a_class_of_calls_is_settled_once():
 )
 def test_what_makes_another_class(changes):
     attend()
-    (before,) = launcher._forwards.steps
+    (before,) = internals.settled_forwards()
     attend(**changes)
-    assert set(launcher._forwards.steps) > {before}
+    assert set(internals.settled_forwards()) > {before}
 
 
 def test_another_tile_shape_unsettles_everything(monkeypatch):
     attend()
-    (step,) = launcher._forwards.steps.values()
+    (step,) = internals.settled_forwards().values()
     monkeypatch.setattr(tiles, "INTERPRETED", tiles.Config(16, 16, 4, 1))
     attend()
-    assert list(launcher._forwards.steps.values()) == [step]
+    assert list(internals.settled_forwards().values()) == [step]
     tiles.generation += 1
     attend()
-    (other,) = launcher._forwards.steps.values()
+    (other,) = internals.settled_forwards().values()
     assert other is not step and other.attend.options["BLOCK_M"] == 16
 
 
@@ -98,7 +99,7 @@ def test_backwards_kernels_side_by_side(monkeypatch, fails):
         return torch.autograd.grad(fused_attention(q, k, k, factor, factor).square().sum(), (q, k))
 
     want = gradients()
-    _, steps, _ = next(iter(launcher._backwards.steps.values()))
+    _, steps, _ = next(iter(internals.settled_backwards().values()))
     for step, name in zip(steps, ("keys", "queries")):
 
         def noted(*tensors, stream=None, launch=step.launch, name=name):
@@ -108,9 +109,7 @@ def test_backwards_kernels_side_by_side(monkeypatch, fails):
             launch(*tensors)
 
         step.launch = noted
-    monkeypatch.setattr(
-        launcher, "_streams", lambda problem: (Stream("one", notes), Stream("other", notes))
-    )
+    internals.set_streams(monkeypatch, Stream("one", notes), Stream("other", notes))
     assert all(
         torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients(), want)
     )  # rescued where a kernel fails
@@ -125,7 +124,7 @@ def test_backwards_kernels_side_by_side(monkeypatch, fails):
 def test_the_queries_kernels_stream_goes_first(monkeypatch):
     """torch counts priorities downwards, the usual stream's is 0."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority=0: priority)
-    assert launcher._other_stream.__wrapped__(torch.device("cuda")) < 0
+    assert internals.new_stream(torch.device("cuda")) < 0
 
 
 def test_lengths_that_differ_every_time_do_not_pile_up():

@@ -17,6 +17,7 @@ from flashbias_patch.attention.kernels.arguments import Arguments  # noqa: E402
 from flashbias_patch.attention.kernels.autograd import fused_attention  # noqa: E402
 from flashbias_patch.attention.kernels.recompute import Call, dropout_of, keep_mask, plain_backward  # noqa: E402
 from flashbias_patch.attention.reference_attention import attend as attend_dense  # noqa: E402
+from tests.support import internals  # noqa: E402
 from tests.support.reference import of_call  # noqa: E402
 from tests.support.splits import in_parts  # noqa: E402
 
@@ -494,7 +495,7 @@ def test_backward_falls_back_inside_itself(monkeypatch, caplog):
     swallowed."""
     tensors, rest, grad = problem(20, 40, R=3, S=2, mask=(1, 1, 20, 40), p=0.2, shared=True, B=1)
     want = fused(tensors, rest, grad, FULL)
-    monkeypatch.setattr(autograd, "_told", False)
+    internals.warn_anew(monkeypatch)
     monkeypatch.setattr(autograd, "plain_backward", plain_backward)
 
     def broken(*_):
@@ -567,9 +568,9 @@ def test_compiles_into_one_graph():
         0.25,
     )
     utilities = ("test_schema", "test_faketensor")
-    torch.library.opcheck(autograd._op, arguments, test_utils=utilities)
+    torch.library.opcheck(internals.operator(), arguments, test_utils=utilities)
     strided = [torch.randn(1, 2, length, 16).transpose(1, 2) for length in (20, 40, 40)]
     nothing = (None, None, None, [], None, None, None, 0.0)
     torch.library.opcheck(
-        autograd._op, (*strided, *nothing, -0.25), test_utils=utilities
+        internals.operator(), (*strided, *nothing, -0.25), test_utils=utilities
     )  # q is copied, scaled

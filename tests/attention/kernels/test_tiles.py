@@ -11,6 +11,7 @@ pytest.importorskip("triton", minversion="3.0")
 
 from flashbias_patch.attention.kernels import cache, tiles
 from flashbias_patch.attention.kernels.tiles import Config, Key
+from tests.support import internals
 
 pytestmark = pytest.mark.usefixtures("untuned")
 KEY = Key("forward", 90, True, 32, 16, True)
@@ -45,7 +46,7 @@ def test_what_does_not_fit_is_passed_over_and_remembered():
     tiles.first_working(KEY, launch)
     assert count > 1 and tried[count:] == [tiles.SMALLER[0]]
     with pytest.raises(RuntimeError, match="no tile shape fits"):
-        tiles._working.clear()
+        internals.working_tiles().clear()
         tiles.first_working(
             KEY, lambda config: (_ for _ in ()).throw(OutOfResources(1, 0, "registers"))
         )
@@ -54,8 +55,7 @@ def test_what_does_not_fit_is_passed_over_and_remembered():
 def test_tuned_choices_survive_on_disk(monkeypatch):
     chosen = Config(32, 32, 4, 1)
     tiles.remember({KEY: chosen})
-    monkeypatch.setattr(tiles, "_tuned", {})
-    monkeypatch.setattr(tiles, "_loaded", False)
+    internals.reread_tiles(monkeypatch)
     assert tiles.candidates(KEY)[0] == chosen
 
 
@@ -75,7 +75,7 @@ def test_a_forced_shape_is_the_only_one_and_leaves_no_trace():
                 tiles.first_working(KEY, no_room)
         assert tiles.candidates(KEY) == [one]
         raise ZeroDivisionError
-    assert tiles.candidates(KEY) == plain and not tiles._working
+    assert tiles.candidates(KEY) == plain and not internals.working_tiles()
     with tiles.forced(KEY._replace(arch=0), one):  # the interpreter's too
         assert tiles.candidates(KEY._replace(arch=0)) == [one]
 
@@ -105,7 +105,7 @@ def test_the_generation_counts_changes_of_results():
     assert count(lambda: tiles.candidates(KEY)) == 0
     assert count(force) == 2 and inside[0] == start + 1
     assert count(lambda: tiles.remember({KEY: Config(32, 32, 4, 1)})) > 0
-    tiles._working.clear()
+    internals.working_tiles().clear()
     assert count(only(tiles.SMALLER[-1])) > 0, "another one than the first works"
     assert count(only(tiles.SMALLER[-1])) == 0
     assert count(tiles.forget) > 0 and tiles.candidates(KEY)[0] == best
@@ -119,8 +119,7 @@ def elsewhere(monkeypatch, name, value):
 
 
 def again(monkeypatch):
-    monkeypatch.setattr(tiles, "_tuned", {})
-    monkeypatch.setattr(tiles, "_loaded", False)
+    internals.reread_tiles(monkeypatch)
     return tiles.candidates(KEY)[0]
 
 

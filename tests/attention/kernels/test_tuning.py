@@ -16,6 +16,7 @@ from flashbias_patch.attention import tuning_trial as trial  # noqa: E402
 from flashbias_patch.attention.inputs import AttentionInputs  # noqa: E402
 from flashbias_patch.attention.kernels import launcher, tiles  # noqa: E402
 from flashbias_patch.attention.kernels.tiles import INTERPRETED, KERNELS, Config  # noqa: E402
+from tests.support import internals  # noqa: E402
 
 SHIPPED = INTERPRETED
 BEST = Config(64, 32, 8, 3, registers=128)
@@ -95,21 +96,22 @@ def test_the_fastest_wins_and_is_remembered(monkeypatch):
     for row in report.rows:
         assert (row.shipped, row.tuned, row.why) == (SHIPPED, BEST, "")
         assert row.ratio == pytest.approx(1.1**-5)
-        assert tiles._tuned[row.key] == BEST and row.key == trial.class_of(call(), row.kernel)
-    assert tiles.generation > before and not tiles._forced
+        assert internals.tuned_tiles()[row.key] == BEST and row.key == trial.class_of(
+            call(), row.kernel
+        )
+    assert tiles.generation > before and not internals.forced_tiles()
     assert all(
         0 <= elapsed <= seconds for elapsed, seconds, _ in said
     ) and "keys 64 x 32, 8 warps" in str(said)
-    monkeypatch.setattr(tiles, "_tuned", {})
-    monkeypatch.setattr(tiles, "_loaded", False)
+    internals.reread_tiles(monkeypatch)
     tiles.candidates(trial.class_of(call())._replace(arch=90))
-    assert tiles._tuned[trial.class_of(call())] == BEST, "it is on disk"
+    assert internals.tuned_tiles()[trial.class_of(call())] == BEST, "it is on disk"
 
 
 def test_kernels_and_remembering_are_the_callers_choice(monkeypatch):
     report = World(monkeypatch).tune(kernels=["queries"], remember=False)
     assert [row.kernel for row in report.rows] == ["queries"] and report.rows[0].tuned == BEST
-    assert not tiles._tuned
+    assert not internals.tuned_tiles()
 
 
 @pytest.mark.parametrize("where", ["in the call", "in the small one"])
@@ -165,7 +167,7 @@ def test_what_could_not_be_checked_in_time_is_not_remembered(monkeypatch):
 
     monkeypatch.setattr(launcher, "forward", slow_small)
     (row,) = world.tune(kernels=["forward"]).rows
-    assert row.tuned is None and row.why == "the time was up" and not tiles._tuned
+    assert row.tuned is None and row.why == "the time was up" and not internals.tuned_tiles()
 
 
 @pytest.mark.parametrize("ratio, taken", [(0.98, False), (0.96, True), (1.2, False)])
@@ -176,7 +178,7 @@ def test_margin(monkeypatch, ratio, taken):
     )
     monkeypatch.setattr(tune, "shapes_near", lambda key, config: [SHIPPED, BEST])
     (row,) = world.tune(kernels=["forward"]).rows
-    assert (row.tuned == BEST, bool(tiles._tuned)) == (taken, taken)
+    assert (row.tuned == BEST, bool(internals.tuned_tiles())) == (taken, taken)
     assert taken or "3% faster" in row.why
 
 
@@ -200,7 +202,10 @@ def test_a_lost_gpu_ends_it(monkeypatch, caplog):
     world = World(monkeypatch, fails=lambda config: lost if config.block_n == 32 else None)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         world.tune()
-    assert "the forward kernel was tried with 32 x 32, 4 warps" in caplog.text and not tiles._forced
+    assert (
+        "the forward kernel was tried with 32 x 32, 4 warps" in caplog.text
+        and not internals.forced_tiles()
+    )
 
 
 def test_a_shape_that_is_clearly_slower_is_run_once(monkeypatch):

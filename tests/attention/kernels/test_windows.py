@@ -10,18 +10,13 @@ import torch
 
 pytest.importorskip("triton", minversion="3.0")
 from flashbias_patch.attention import chunked_attention
-from flashbias_patch.attention.kernels import (
-    autograd,
-    launcher,
-    tiles,
-    window_patches,
-    window_tables,
-)
+from flashbias_patch.attention.kernels import launcher, tiles, window_patches, window_tables
 from flashbias_patch.attention.kernels import problem as problem_module
 from flashbias_patch.attention.kernels.autograd import fused_attention
 from flashbias_patch.attention.kernels.tiles import Config
 from flashbias_patch.bias.grids import Grid, hidden
 from tests.attention.kernels.test_operator import bfloat16_products  # noqa: F401  a fixture
+from tests.support import internals
 from tests.support.scripts import load
 from tests.support.splits import in_parts
 
@@ -51,7 +46,7 @@ def poisoned(monkeypatch):
         return torch.full(*size, float("nan"), **options)
 
     monkeypatch.setattr(problem_module, "empty", filled)
-    window_tables._kept.clear()
+    internals.kept_window_tables().clear()
 
 
 def check(case):
@@ -178,10 +173,10 @@ def test_tables_are_shared_and_follow_the_centres():
     case.windows.centres.add_(1)
     assert window_tables.tables_of(made) is not first
     check(case)
-    assert len(window_tables._kept) <= window_tables.ROOM
+    assert len(internals.kept_window_tables()) <= window_tables.ROOM
     del case, other, made
     window_tables.tables_of(window_tables.make(*window_tables.arguments(Case(M=7).windows, None)))
-    assert len(window_tables._kept) == 1
+    assert len(internals.kept_window_tables()) == 1
 
 
 @pytest.mark.slow
@@ -235,7 +230,9 @@ def test_compiles_into_one_graph(case):
         *inputs[7:12],
         *window_tables.arguments(inputs.windows, inputs.window_mask),
     )
-    torch.library.opcheck(autograd._op, given, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        internals.operator(), given, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_no_queries():

@@ -13,6 +13,7 @@ import pytest
 
 from flashbias_patch.attention.kernels import tiles
 from tests.integration.distributed import two_ranks
+from tests.support import internals
 
 
 def test_one_rank_falling_back_neither_hangs_nor_changes_the_gradients():
@@ -27,9 +28,7 @@ def test_one_rank_falling_back_neither_hangs_nor_changes_the_gradients():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tiles, "_tuned", {})
-    monkeypatch.setattr(tiles, "_working", {})
-    monkeypatch.setattr(tiles, "_loaded", False)
+    internals.forget_tiles(monkeypatch)
     return tmp_path / "flashbias_patch" / "tuned.json"
 
 
