@@ -30,7 +30,7 @@ help:
 	@echo "make test-old        seams, checkpoints and the family under torch 1.9 (Python 3.8) and 1.13 (Python 3.10)"
 	@echo "make test-torch      the core under torch 2.6 (Python 3.13) and the newest"
 	@echo "make test-triton     the kernels compiled by several versions of Triton, without a GPU"
-	@echo "make lint            ruff (rules and format), mypy and the import contract"
+	@echo "make lint            ruff (rules and format), mypy, the import contract and no private names in tests"
 	@echo "make package         wheel and sdist, checked, installed in a fresh environment and smoke-tested"
 	@echo "make docs            the site, into site/: fails on a dead link or an undocumented public name"
 
@@ -89,6 +89,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/check_imports.py
+	$(BIN)/python tools/check_private_names.py
 
 package: $(VENV)/ready
 	tools/check_package.sh $(BIN)/python

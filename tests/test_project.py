@@ -47,7 +47,8 @@ def test_workflow_runs_what_the_ci_script_runs():
 
 def test_hooks_before_a_commit_run_what_lint_runs():
     lint = read("Makefile").partition("\nlint:")[2].partition("\n\n")[0]
-    for tool in ("ruff check", "ruff format", "mypy", "tools/check_imports.py"):
+    checks = ("tools/check_imports.py", "tools/check_private_names.py")
+    for tool in ("ruff check", "ruff format", "mypy", *checks):
         assert tool in lint and tool in read(".pre-commit-config.yaml")
 
 
@@ -78,6 +79,26 @@ def test_private_names_of_torch_are_read_in_one_file():
         (7, "torch.nn.Module._call_impl"),
         (8, "torch.nn.functional._canonical_mask"),
     ]
+
+
+def test_tests_use_no_private_names_of_the_package():
+    check = load("tools/check_private_names.py")
+    assert check.found() == []
+    source = (
+        "import torch, cached_launches\nfrom torch.utils import _pytree\n"
+        "from flashbias_patch import bias, _mine\nfrom flashbias_patch.bias import _mine as other\n"
+        "torch._C._mine()\ncached_launches._mine()\nmodule._theirs, module._replace(x=1)\n"
+        "class Own:\n    def _own(self):\n        return self._mine + super()._mine\n"
+        "Own()._own()\nbias._own\n"
+        "module._mine = 1\ntorch.ones(3)._mine\nbias.made(1)[0].x._mine\n"
+        "monkeypatch.setattr(bias, '_mine', 1)\nmock.patch.object(bias, '_mine')\n"
+        "monkeypatch.setattr('flashbias_patch.bias._mine', 1)\nmodule._stand_in\n"
+    )
+    private = {"_mine", "_own", "_replace", "_stand_in"}
+    uses = list(check.uses(check.ast.parse(source), private, {"_stand_in"}))
+    assert sorted(line for line, _ in uses) == [3, 4, 12, 13, 14, 15, 16, 17, 18]
+    lines = ["# private name: why", "module._mine", "module._mine"]
+    assert [check.excepted(lines, line) for line in (1, 2, 3)] == [True, True, False]
 
 
 def test_no_modules_of_attention_import_each_other_in_a_circle():
