@@ -55,7 +55,7 @@ def parity(result: Dict[str, Any], table: Table) -> List[str]:
 
 
 def curves_by_step(curves: Dict[str, Any], table: Table) -> List[str]:
-    """How the distances grow: medians of each tenth of the curves."""
+    """The growth of the distances: medians of each tenth of the curves."""
     known = {name: curve["by_tenth"] for name, curve in curves.items() if curve.get("by_tenth")}
     count = max(map(len, known.values()), default=0)
     return [

@@ -270,7 +270,7 @@ def undocumented() -> Iterator[str]:
 
 
 def inherited(module: str, node: ast.ClassDef, method: str) -> bool:
-    """Whether a base class in this package documents the method."""
+    """Does a base class in this package document the method?"""
     for base in node.bases:
         if not isinstance(base, ast.Name):
             continue

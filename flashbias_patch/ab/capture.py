@@ -1,4 +1,4 @@
-"""Where a step's numbers come from: small wraps around torch and OpenMMLab that only ever listen.
+"""Capture the numbers of a step by small wrappers around torch and OpenMMLab that change nothing.
 
 Nothing here reads a value from the device: tensors are kept as they are and read later by the
 probe.
@@ -23,7 +23,7 @@ LOG_BUFFER = ("mmcv.runner.log_buffer", "LogBuffer", "update")
 
 
 class Inbox:
-    """What was heard since the last optimiser step."""
+    """The losses and norms that were captured since the last optimiser step."""
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch

@@ -121,7 +121,7 @@ def _number(cell: str) -> float:
 def summary(
     samples: Sequence[Mapping[str, Any]], visible: Optional[str] = None
 ) -> List[Dict[str, Any]]:
-    """What was seen of each GPU that the run could see: clocks in MHz, degrees Celsius, watts, and
+    """Summarise each GPU that was visible to the run: clocks in MHz, degrees Celsius, watts, and
     {reason: share of the samples} of throttling, over the samples in which it was busy (over all,
     if it never was)."""
     by_gpu: Dict[int, List[Mapping[str, Any]]] = {}

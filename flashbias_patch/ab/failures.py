@@ -1,4 +1,4 @@
-"""What went wrong, or is worth a note, in the runs of two sides: before any figure is compared."""
+"""Find failures and notable events in the runs of two sides, before any figure is compared."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def csv_rows(entries: Sequence[Entry]) -> Iterator[Dict[str, Any]]:
 
 
 def problems(entries: Sequence[Entry]) -> List[str]:
-    """What failed, by date and commit."""
+    """The failures, by date and commit."""
     return [
         f"{entry.date}, {entry.commit}: {words.sentence(entry.verdict)}"
         for entry in entries
@@ -169,7 +169,7 @@ def problems(entries: Sequence[Entry]) -> List[str]:
 
 
 def notes(entries: Sequence[Entry]) -> List[str]:
-    """What makes comparisons differ beside the commit."""
+    """The differences between comparisons other than the commit."""
     found = []
     for what, values in (
         ("commands", {tuple(e.experiment.command) for e in entries}),

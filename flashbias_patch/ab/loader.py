@@ -73,7 +73,7 @@ def note(waits: Tuple[Optional[Wait], Optional[Wait]], who: str) -> str:
 
 
 def by_loader(wait: Optional[Wait], who: str) -> str:
-    """Where there are several loaders, how long each was waited for; empty otherwise."""
+    """Return the time spent waiting for each of several loaders; empty for one loader."""
     if wait is None or not wait.loaders:
         return ""
     shown = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in wait.loaders.items())

@@ -1,4 +1,4 @@
-"""How a run of the command ended: its signs of life while it runs, then its status and message."""
+"""The outcome of a run: its signs of life while it runs, then its status and message."""
 
 from __future__ import annotations
 

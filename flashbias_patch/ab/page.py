@@ -1,4 +1,4 @@
-"""What a report shows: cards and tables, as plain data for a template to lay out."""
+"""The content of a report, cards and tables, as plain data for a template."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
-from . import sides, words
+from . import intervals, sides, words
 from .records import Experiment
 from .verdict import Verdict
 from .words import interval, relative, seconds, size, times, tone
@@ -112,7 +112,7 @@ def _whisker(
     value: float, low: Optional[float], high: Optional[float]
 ) -> Optional[Dict[str, float]]:
     """Positions in percent of an interval on an axis that has 1 in it."""
-    if low is None or high is None or high > words.WIDEST * low:
+    if low is None or high is None or not intervals.is_known(low, high):
         return None
     left, right = min(low, 1.0), max(high, 1.0)
     margin = 0.12 * max(right - left, 0.02)
@@ -125,7 +125,7 @@ def _whisker(
 
 
 def sides_of(experiment: Experiment, verdict: Verdict) -> List[Dict[str, Any]]:
-    """What the page shows of each side that is compared with A."""
+    """The page's part for each side that is compared with A."""
     found = []
     for each in verdict.every:
         pair = sides.pair(experiment, each.side)
@@ -174,7 +174,7 @@ def parts_table(experiment: Experiment, verdict: Verdict) -> List[Dict[str, str]
 
 
 def gradients_table(experiment: Experiment) -> List[Dict[str, str]]:
-    """Whether a gradient ever reached each watched parameter."""
+    """One row per watched parameter: did a gradient ever reach it?"""
     rows = []
     for label in ("A", *sides.labels(experiment.options)):
         for run in experiment.side(label)[:1]:
@@ -250,7 +250,7 @@ def environment_rows(experiment: Experiment) -> List[Tuple[str, str]]:
 
 
 def commands(experiment: Experiment) -> List[Tuple[str, str]]:
-    """How to run each side by hand."""
+    """The commands that run each side by hand."""
     quoted = " ".join(shlex.quote(word) for word in experiment.command)
     options = experiment.options
 

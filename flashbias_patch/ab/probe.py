@@ -265,7 +265,7 @@ class Recorder:
         raise SystemExit(0)
 
     def _begin_profile(self) -> bool:
-        """Whether a profile was asked for and has begun."""
+        """Begin the profile if one is requested; return whether it has begun."""
         if not self.profiled:
             return False
         try:

@@ -56,8 +56,8 @@ class Machine:
 
 
 def end_with_parent() -> Optional[Callable[[], None]]:
-    """What makes Linux end the child if this process is killed by SIGKILL; its other processes end
-    at their next step."""
+    """Return a function that makes Linux end the child if this process is killed by SIGKILL; the
+    child's other processes end at their next step."""
     try:
         prctl = ctypes.CDLL(None, use_errno=True).prctl
     except (OSError, AttributeError):  # no Linux

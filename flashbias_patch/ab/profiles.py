@@ -1,4 +1,4 @@
-"""Where a difference in speed comes from: the time of kernels by class, of each side (recorded by
+"""Explain a difference in speed: the time of kernels by class, per side (recorded by
 profiling.py)."""
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _ms(seconds: float) -> str:
 
 
 def title(experiment: Experiment) -> str:
-    """What the times are of, for the head of the table."""
+    """The source of the times, for the head of the table."""
     profile = profile_of(experiment.side("A"))
     if profile is None:
         return ""

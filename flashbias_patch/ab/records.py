@@ -1,4 +1,4 @@
-"""What a comparison recorded: its processes, trainings, runs, and all of it together."""
+"""The recorded data of a comparison: processes, trainings, runs, and the whole experiment."""
 
 from __future__ import annotations
 
@@ -180,8 +180,8 @@ class Run:
         return "CUDA events" if np.isfinite(self.per_step("cuda_s")).any() else "wall clock"
 
     def memory_kind(self) -> str:
-        """Which memory the run is judged by: the GPU's if it used one, else the process's resident
-        memory."""
+        """The memory that is compared: "cuda" if the run used a GPU, else "rss", the process's
+        resident memory."""
         return "cuda" if np.isfinite(self.per_step("memory", "cuda_peak")).any() else "rss"
 
     def peak_memory(self, of: str = "peak") -> float:
@@ -218,7 +218,7 @@ class Run:
 
     @property
     def random(self) -> Optional[str]:
-        """Where torch's generators stood after the first step of rank 0."""
+        """The state of torch's generators after the first step of rank 0."""
         return self.ranks[0].steps[0].get("random") if self.ranks else None
 
     def no_finite(self, *keys: str) -> Optional[Tuple[int, int]]:

@@ -1,5 +1,5 @@
-"""How many runs of each side are made: a fixed number, or, with `--repeats auto`, as many as make
-the interval of the time per step narrow enough; in both cases no more than `--max-time` allows."""
+"""The number of runs of each side: fixed, or, with `--repeats auto`, as many as make the interval
+of the time per step narrow enough; in both cases no more than `--max-time` allows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import time
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
-from . import sequential, sides
+from . import intervals, sequential, sides
 from .records import Experiment
 from .sequential import MOST
 from .statistics import LEVEL, MEAN_LEVEL, Ratio, quantile
@@ -103,7 +103,7 @@ class Plan:
         return done or (TIME_IS_UP if self.left() < self._next_takes() else "")
 
     def _look(self, made: int) -> str:
-        """Why the interval after `made` repeats needs no further one; empty if it does."""
+        """Return the reason to stop after `made` repeats; empty if more are needed."""
         if any(run.status != "ok" for run in self.experiment.runs):
             return RUN_FAILED
         ratios = widest_first(self.judge(self.experiment))
@@ -152,10 +152,15 @@ def widest_first(verdict: Any) -> List[Tuple[str, Ratio]]:
 
 def look_text(look: Mapping[str, Any]) -> str:
     """One line of progress."""
+    wanted = f"wanted \u00b1{look['wanted']:g}%"
+    if intervals.is_known(look["low"], look["high"]):
+        ends = intervals.between(look["low"], look["high"])
+        interval = f"interval {ends} (\u00b1{look['half_width']:.1f}%, {wanted})"
+    else:
+        interval = f"{intervals.UNKNOWN} the interval ({wanted})"
     said = (
         f"after {look['repeats']} repeats: {look['name']} / unpatched {look['ratio']:.3f}, "
-        f"interval {look['low']:.3f} to {look['high']:.3f} (\u00b1{look['half_width']:.1f}%, "
-        f"wanted \u00b1{look['wanted']:g}%)"
+        f"{interval}"
     )
     if look["half_width"] <= look["wanted"]:
         return f"{said}: narrow enough"
@@ -174,15 +179,20 @@ def duration(seconds: float) -> str:
 
 
 def notes(experiment: Experiment, speed: Optional[Ratio], made: int) -> List[str]:
-    """What a report says of how many repeats were made, and why."""
+    """Return a report's note on the number of repeats, and the reason for it."""
     options, why = experiment.options, experiment.stopped
     limit = f"the {options.get('max_time') or 0:g} min of --max-time were up"
     if options.get("repeats") != AUTO:
         wanted = options.get("repeats")
         return [f"{limit} after {made} of {wanted} repeats"] if why == TIME_IS_UP else []
     ratio = deciding(speed)
-    width = math.inf if ratio is None else half_width(ratio)
-    now = f"\u00b1{width:.1f}%" if math.isfinite(width) else "unknown"
+    known = (
+        ratio is not None
+        and ratio.low is not None
+        and ratio.high is not None
+        and intervals.is_known(ratio.low, ratio.high)
+    )
+    now = f"\u00b1{half_width(ratio):.1f}%" if ratio is not None and known else "unknown"
     wanted = f"\u00b1{options.get('half_width', HALF_WIDTH):g}%"
     count = "1 repeat" if made == 1 else f"{made} repeats"
     says = {

@@ -40,7 +40,7 @@ def _columns(rows: Sequence[Sequence[str]]) -> List[str]:
 
 
 def remarks(experiment: Experiment, verdict: Verdict) -> List[str]:
-    """What a terminal shows below the tables."""
+    """The lines below the tables in a terminal."""
     found = []
     for each in verdict.every:
         calls = page.backends_table(sides.pair(experiment, each.side))

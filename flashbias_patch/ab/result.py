@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from . import sides, words
+from . import intervals, sides, words
 from .parity import ROUNDING
 from .records import Experiment, Run
 from .statistics import Ratio
@@ -136,7 +136,9 @@ def rows(document: Dict[str, Any]) -> List[Tuple[str, str, str, str]]:
         entry = found[key]
         if entry:
             ends = (
-                "" if entry["low"] is None else f" ({words.between(entry['low'], entry['high'])})"
+                ""
+                if entry["low"] is None
+                else f" ({intervals.between(entry['low'], entry['high'])})"
             )
             sides = [
                 f"{entry[side + '_' + unit]:.{digits}f} {unit.replace('mib', 'MiB')}"
@@ -175,7 +177,7 @@ def about(experiment: Experiment) -> Dict[str, Any]:
 
 
 def command(experiment: Experiment) -> str:
-    """How `flashbias ab` was called, absolute paths cut to their last part."""
+    """The arguments of `flashbias ab`, with absolute paths cut to their last part."""
     options = experiment.options
     given = [
         f"--{name} {options[name]}"

@@ -46,8 +46,8 @@ Progress = Callable[[str, Dict[str, Any]], None]
 
 
 class Options(NamedTuple):
-    """How to run. `timeout`: seconds without a step or a byte of output after which a run counts as
-    hung.
+    """Options of the runs. `timeout`: seconds without a step or a byte of output after which a run
+    counts as hung.
 
     `inference`: the command makes no optimiser steps and is to run to its end. `stand_in`: A gets
     functions of flash_attn's names where it is not installed. `process`: the training that is
@@ -82,9 +82,9 @@ class Options(NamedTuple):
 def schedule(
     repeats: Union[int, str], noise_run: bool = True, others: str = "B", with_a: bool = True
 ) -> str:
-    """Which run is what, in order: A B B A A B ..., so that a drift of the machine falls on both
-    alike. `others`: the sides beside A, as "BCD" for A B C D D C B A; `with_a`: A is run too. Empty
-    for "auto": it grows as runs are made.
+    """The sides of the runs, in order: A B B A A B ..., so that a drift of the machine affects both
+    equally. `others`: the sides beside A, as "BCD" for A B C D D C B A; `with_a`: A is run too.
+    Empty for "auto": it grows as runs are made.
 
     A against A needs two As: one more is added where there would be one only.
     """
@@ -95,18 +95,28 @@ def schedule(
     return order + ("A" if with_a and noise_run and repeats == 1 else "")
 
 
+class Prepared(NamedTuple):
+    """A comparison that can be run: the content of its ab.json so far, and the A to be reused."""
+
+    out: str
+    options: Options
+    document: Dict[str, Any]
+    earlier: Optional[saved.Saved]
+
+
 def run_all(
     command: Sequence[str], out: str, options: Options, progress: Optional[Progress] = None
 ) -> Experiment:
-    """Run the whole schedule, then the runs that the verdict still needs (further_runs.next_run).
-    Ctrl-C ends both.
+    """Prepare a comparison and run it: `prepare`, then `run`."""
+    return run(prepare(command, out, options), progress)
 
-    A side that failed is not repeated: what is left of the schedule then has nothing to add. All
-    that was recorded is in the experiment returned, also where `out` vanished or its disk is full;
-    the latter is in its `lost`. Raises saved.Refused, before any run, where
-    `against` cannot be used.
+
+def prepare(command: Sequence[str], out: str, options: Options) -> Prepared:
+    """Check all that can be checked before any run; writes nothing.
+
+    Raises:
+        saved.Refused: `options.against` cannot be used.
     """
-    progress = _careful(progress or (lambda event, run: None))
     out = os.path.abspath(out)
     document: Dict[str, Any] = {
         "format": 1,
@@ -135,6 +145,20 @@ def run_all(
         "runs": [],
     }
     earlier = None if options.against is None else saved.load(options.against, document)
+    return Prepared(out, options, document, earlier)
+
+
+def run(prepared: Prepared, progress: Optional[Progress] = None) -> Experiment:
+    """Run the whole schedule, then the runs that the verdict still needs (further_runs.next_run).
+    Ctrl-C ends both.
+
+    A side that failed is not repeated: the rest of the schedule has then nothing to add. The
+    experiment returned holds all that was recorded, also if the output directory vanished or its
+    disk is full; the latter is in its `lost`.
+    """
+    progress = _careful(progress or (lambda event, run: None))
+    out, options, document, earlier = prepared
+    command = document["command"]
     experiment = reading.build(out, document, [])
     if earlier is not None:
         for entry in saved.copy(earlier, out):

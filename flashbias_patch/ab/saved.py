@@ -49,7 +49,7 @@ class Saved(NamedTuple):
 
 
 def machine() -> Dict[str, Any]:
-    """What ab.json records of the machine and its environment, to be compared by `load`."""
+    """Describe the machine and its environment for ab.json; `load` compares it."""
     variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIXES)}
     return {"name": socket.gethostname(), "driver": driver.version(), "environment": variables}
 
@@ -121,8 +121,9 @@ def copy(saved: Saved, out: str) -> List[Dict[str, Any]]:
 
 
 def other_versions(a: records.Run, b: records.Run) -> Optional[str]:
-    """What is known only once B has run: why `a`, saved, is not of the same machine and versions;
-    None if it is."""
+    """Return the reason why the saved `a` is not of the machine and versions of `b`, or None.
+
+    These are known only after B has run."""
     theirs, ours = dict(a.environment), dict(b.environment)
     if not ours:
         return None
@@ -135,7 +136,7 @@ def other_versions(a: records.Run, b: records.Run) -> Optional[str]:
 
 
 def notes(experiment: records.Experiment) -> List[str]:
-    """What a report says of an A that was not run again."""
+    """Return a report's notes on an A that was not run again."""
     runs = [run for run in experiment.runs if run.saved]
     if not runs:
         return []

@@ -106,7 +106,7 @@ def environment(options: Mapping[str, Any], label: str) -> Dict[str, str]:
 
 
 def is_patched(options: Mapping[str, Any], label: str) -> bool:
-    """Whether a side runs patched: every side but A, unless its own FLASHBIAS_PATCH says no."""
+    """Does a side run patched? Every side but A does, unless its own FLASHBIAS_PATCH is off."""
     own = environment(options, label).get("FLASHBIAS_PATCH")
     return label != "A" if own is None else own.strip().lower() not in settings.FALSE
 

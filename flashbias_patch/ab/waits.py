@@ -1,4 +1,4 @@
-"""How long a step waited for its data: the time in `next()` of torch's data loaders.
+"""Measure the time that a step waits for its data: the time in `next()` of torch's data loaders.
 
 Every loop over a torch.utils.data.DataLoader, and a `next(iterator)` as OpenMMLab's IterLoader
 makes it, goes through `_BaseDataLoaderIter.__next__`; starting the workers goes through
@@ -29,7 +29,7 @@ class Waits:
         self.inside = threading.local()
 
     def take(self) -> Dict[str, float]:
-        """What this thread waited, {loader: seconds}; other threads' waits are dropped."""
+        """Return this thread's waits, {loader: seconds}; those of other threads are dropped."""
         found, self.by_thread = self.by_thread, {}
         return found.get(threading.get_ident(), {})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from . import records
+from . import intervals, records
 from .parity import Parity
 from .statistics import LEVEL, Ratio
 from .table import Metric, metrics
@@ -75,7 +75,7 @@ def _sentence(verdict: Verdict) -> str:
 
 
 def _failure(verdict: Verdict) -> str:
-    """Which side fails, and how."""
+    """Name the side that fails, and its failure."""
     first = {
         side: next((f for f in verdict.failures if f.side == side), None)
         for side in ("A", verdict.side)
@@ -217,18 +217,10 @@ def size(value: float) -> str:
     return f"{value / 2**30:.2f}{SPACE}GiB" if value >= 2**30 else f"{value / 2**20:.0f}{SPACE}MiB"
 
 
-# Ends of an interval that differ by a larger factor are not printed: it says nothing, since the
-# spread between runs is known from too few of them.
-WIDEST = 100.0
-
-
 def ends(ratio: Ratio) -> str:
-    return "-" if ratio.low is None or ratio.high is None else between(ratio.low, ratio.high)
-
-
-def between(low: float, high: float) -> str:
-    """The ends of an interval of ratios."""
-    return "too few runs to tell" if high > WIDEST * low else f"{low:.3f} to {high:.3f}"
+    return (
+        "-" if ratio.low is None or ratio.high is None else intervals.between(ratio.low, ratio.high)
+    )
 
 
 def level(ratio: Ratio) -> str:
@@ -321,7 +313,7 @@ def _ends_of(metric: Metric) -> str:
     if not math.isfinite(metric.low):
         return "-"
     level = "" if metric.level == LEVEL else f" ({metric.level:.4g}%)"
-    return f"{between(metric.low, metric.high)}{level}"
+    return f"{intervals.between(metric.low, metric.high)}{level}"
 
 
 def relative(value: Optional[float]) -> str:

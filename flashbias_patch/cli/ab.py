@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, Optional
 
 from . import ab_options, ab_screen
 from .ab_screen import print_line
+from .terminal import unwritable
 
 NAME = "ab"
 HELP = "run a training command unpatched (A) and patched (B), and say what changed"
@@ -37,6 +38,8 @@ def main(args: argparse.Namespace) -> int:
 def _main(args: argparse.Namespace) -> int:
     command = args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
     problem = ab_options.problem_with(args, command)
+    if problem is None and args.csv is not None:
+        problem = unwritable("--csv", args.csv)
     if problem:
         print(f"flashbias ab: {problem}", file=sys.stderr)
         return 2
@@ -49,10 +52,6 @@ def _main(args: argparse.Namespace) -> int:
         )
         return 2
     out = os.path.expanduser(args.out or os.path.join("runs", time.strftime("ab-%Y%m%d-%H%M%S")))
-    problem = _cannot_write(out)
-    if problem:
-        print(f"flashbias ab: --out: {problem}", file=sys.stderr)
-        return 2
     command = [word.replace("{checkpoint}", args.eval or "") for word in command]
     options = runner.Options(
         repeats=args.repeats,
@@ -76,6 +75,16 @@ def _main(args: argparse.Namespace) -> int:
         profile=args.profile,
     )
 
+    try:
+        prepared = runner.prepare(command, out, options)
+    except saved.Refused as error:
+        print(f"flashbias ab: --against: {error}", file=sys.stderr)
+        return 2
+    problem = _cannot_write(out)
+    if problem:
+        print(f"flashbias ab: --out: {problem}", file=sys.stderr)
+        return 2
+
     ends = (signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, _as_interrupt) for number in ends}
     screen = ab_screen.screen(
@@ -88,10 +97,7 @@ def _main(args: argparse.Namespace) -> int:
     )
     try:
         with screen:
-            experiment = runner.run_all(command, out, options, screen.update)
-    except saved.Refused as error:
-        print_line(f"flashbias ab: --against: {error}", sys.stderr)
-        return 2
+            experiment = runner.run(prepared, screen.update)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

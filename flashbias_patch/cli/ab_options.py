@@ -228,7 +228,7 @@ def problem_with(args: argparse.Namespace, command: List[str]) -> Optional[str]:
 
 
 def _side_problem(args: argparse.Namespace) -> Optional[str]:
-    """What is wrong with --side, --env-a or --env-b, with the option's name."""
+    """Return the problem with --side, --env-a or --env-b, with the option's name, or None."""
     from ..ab import sides
 
     problem = sides.check(args.side)

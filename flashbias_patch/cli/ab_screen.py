@@ -1,4 +1,4 @@
-"""What `flashbias ab` shows in the terminal: its progress, then the verdict."""
+"""The terminal output of `flashbias ab`: its progress, then the verdict."""
 
 from __future__ import annotations
 

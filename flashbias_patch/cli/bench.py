@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any, Dict, List, Sequence
 
-from .terminal import aligned, progress, unknown
+from .terminal import aligned, progress, unknown, unwritable
 
 NAME = "bench"
 HELP = "time the attention backends on this machine, at the shapes of known models"
@@ -53,6 +53,8 @@ def main(args: argparse.Namespace) -> int:
     problem = unknown("--shapes", args.shapes, benchmark.SHAPES) or unknown(
         "--backends", args.backends, benchmark.BACKENDS
     )
+    if args.out is not None:
+        problem = problem or unwritable("--out", args.out, directory=True)
     if problem:
         print(f"flashbias bench: {problem}", file=sys.stderr)
         return 2

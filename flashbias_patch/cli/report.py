@@ -7,6 +7,9 @@ import contextlib
 import json
 import os
 import sys
+from typing import Optional
+
+from .terminal import unwritable
 
 NAME = "report"
 HELP = "write the report of an A/B comparison: HTML, Markdown, JSON, TensorBoard"
@@ -61,6 +64,10 @@ def main(args: argparse.Namespace) -> int:
     if args.history and (args.json or args.tensorboard):
         print("flashbias report: --history: not with --json or --tensorboard", file=sys.stderr)
         return 2
+    problem = _unwritable_option(args)
+    if problem:
+        print(f"flashbias report: {problem}", file=sys.stderr)
+        return 2
     try:
         if args.history:
             return _history(args)
@@ -87,6 +94,16 @@ def main(args: argparse.Namespace) -> int:
         if verdict.detections is not None:
             print(detections.text(verdict.detections))
     return 0
+
+
+def _unwritable_option(args: argparse.Namespace) -> Optional[str]:
+    """Return the message for the first output that cannot be written, or None."""
+    for name in ("html", "markdown", "json", "csv"):
+        path = getattr(args, name)
+        problem = unwritable(f"--{name}", path) if path and path != "-" else None
+        if problem:
+            return problem
+    return unwritable("--tensorboard", args.tensorboard, True) if args.tensorboard else None
 
 
 def _history(args: argparse.Namespace) -> int:

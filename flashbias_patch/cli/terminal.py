@@ -1,7 +1,8 @@
-"""Terminal helpers of the subcommands: checks of names, a progress bar, aligned tables."""
+"""Helpers of the subcommands: checks of names and output paths, a progress bar, aligned tables."""
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, List, Optional, Sequence
 
@@ -10,6 +11,29 @@ def unknown(option: str, names: List[str], known: Any) -> Optional[str]:
     """Return an error message for the `names` that are not in `known`, or None if all are."""
     wrong = [name for name in names if name not in known]
     return f"{option}: {', '.join(wrong)}: not one of {', '.join(known)}" if wrong else None
+
+
+def unwritable(option: str, path: str, directory: bool = False) -> Optional[str]:
+    """Return an error message if `path` cannot be made or written, else None. Creates nothing."""
+    wanted = "a directory" if directory else "a file"
+    problem = None
+    if os.path.isdir(path) and not directory:
+        problem = "it is a directory"
+    elif os.path.exists(path) and not os.path.isdir(path) and directory:
+        problem = "it is a file"
+    elif os.path.exists(path):
+        problem = None if os.access(path, os.W_OK) else "no permission to write to it"
+    else:
+        parent = os.path.dirname(os.path.abspath(path))
+        while not os.path.exists(parent):
+            parent = os.path.dirname(parent)
+        if not os.path.isdir(parent):
+            problem = f"{parent!r} is not a directory"
+        elif not os.access(parent, os.W_OK | os.X_OK):
+            problem = f"no permission to write to {parent!r}"
+    if problem is None:
+        return None
+    return f"{option}: expected {wanted} that can be written, got {path[:200]!r}: {problem}"
 
 
 class progress:

@@ -45,7 +45,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--off", action="store_true", help="run the command unpatched")
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=_seconds,
         default=TIMEOUT,
         metavar="SECONDS",
         help=f"end the command after this time (default {TIMEOUT:g})",
@@ -69,6 +69,16 @@ def _options_after_name(args: argparse.Namespace) -> None:
         action.default = argparse.SUPPRESS
     parser.parse_args(args.cmd[:end], args)
     args.cmd = args.cmd[end:]
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
 
 
 def _count(text: str) -> int:
@@ -95,6 +105,9 @@ def main(args: argparse.Namespace) -> int:
     if shutil.which(command[0]) is None:
         print(f"flashbias why: CMD: {command[0]!r} is not a program on PATH", file=sys.stderr)
         return 127
+    if args.json and args.markdown:
+        print("flashbias why: --json: not with --markdown; give one of them", file=sys.stderr)
+        return 2
     patch = settings.current().patch and not args.off
     with tempfile.TemporaryDirectory(prefix="flashbias-why-") as directory:
         status, output = run_watched(command, directory, args.name, args.steps, patch, args.timeout)

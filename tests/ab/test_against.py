@@ -181,7 +181,8 @@ def test_other_versions_of_b_are_a_failure(tmp_path, words, old):
 
 def test_the_command_line_refuses_in_one_line(tmp_path, words, old, capfd):
     status = cli.main(["ab", "--against", str(tmp_path), "--out", str(tmp_path / "new"), *words])
-    assert status == 2
-    assert "flashbias ab: --against: " in capfd.readouterr().err
+    said = capfd.readouterr()
+    assert status == 2 and said.out == "" and not (tmp_path / "new").exists()
+    assert said.err.startswith("flashbias ab: --against: ") and said.err.count("\n") == 1
     status = cli.main(["ab", "--against", old, "--repeats", "auto", *words])
     assert status == 2 and "--against: not with --repeats auto" in capfd.readouterr().err

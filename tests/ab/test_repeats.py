@@ -250,3 +250,15 @@ def test_the_first_line_says_how_many_runs_there_are_at_most(capsys):
     with ab_screen.PlainScreen("", False):
         assert capsys.readouterr().out.startswith("up to 40 runs: A B B A ... (A unpatched")
     assert ab_screen.MOST_REPEATS == sequential.MOST
+
+
+@pytest.mark.parametrize(
+    "low, high, shown",
+    [
+        (0.9, 1.1, "interval 0.900 to 1.100 (\u00b12.0%, wanted \u00b12%)"),
+        (0.01, 1.1, "too few runs to tell the interval (wanted \u00b12%)"),
+    ],
+)
+def test_ends_that_say_nothing_are_not_printed_while_runs_are_made(low, high, shown):
+    look = dict(repeats=2, name="patched", ratio=1.0, low=low, high=high, half_width=2.0, wanted=2)
+    assert shown in repeats.look_text(look)

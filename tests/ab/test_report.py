@@ -271,12 +271,13 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys, o
     (tmp_path / "ab.json").write_text(json.dumps({"command": ["x"], "options": {}, "runs": []}))
     (tmp_path / "file").write_text("")
     for path, says in (
-        (tmp_path / "file" / "x", "Not a directory"),
-        (tmp_path, "s a directory|exists"),
+        (tmp_path / "file" / "x", "is not a directory"),
+        (tmp_path, "it is a directory|File exists"),
     ):
         assert main.main(["report", str(tmp_path), option, str(path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert re.fullmatch(f"flashbias report: '{path}': .*({says})", line), line
+        assert re.fullmatch(f"flashbias report: .*'{path}': .*({says})", line), line
+        assert f"{option}: expected a " in line or "File exists" in line
 
 
 def test_long_runs_are_thinned():

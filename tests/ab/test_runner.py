@@ -377,10 +377,10 @@ def test_interrupt_ends_the_child_and_still_reports(tmp_path, number):
 def test_first_line_names_the_runs_that_may_follow(tmp_path, monkeypatch, capsys, options, nudged):
     """`make demo` says that it trains four times: A B A are three."""
 
-    def run_all(*given):
+    def run(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "run_all", run_all)
+    monkeypatch.setattr(runner, "run", run)
     parser = argparse.ArgumentParser()
     cli_ab.add_arguments(parser)
     words = [
