@@ -263,7 +263,7 @@ def problem_of(
             parts["q_factor"][:, -1, :, 0], parts["k_factor"][..., 0] = 200.0, -1.0
     segments = signature.segments
     if segments is not None:
-        S = segments.number
+        S = max(segments.number, 2)  # of one alone the gradient is zero: its rounding has no size
         batch, heads = sizes((segments.shared_batch, B), (segments.shared_heads, H))
         weights = draw((batch, M, heads, S), segments.dtype)
         if terms is Terms.LEAST:

@@ -10,6 +10,7 @@ import torch
 
 import flashbias_patch
 from flashbias_patch.bias import BiasTensor, ModalityBias, WindowBias
+from flashbias_patch.patching.seams import bias_generator_check, window_description
 from tests import stand_ins
 from tests.support import internals
 
@@ -59,6 +60,39 @@ def call(batch=B, queries=M, seed=0, dtype=torch.float32, spread=1.0):
     places[:, 0] = 0  # no camera sees it
     names = ("lidar_weights", "camera_weights", "pts_bev_indices", "pts_pers_indices")
     return dict(zip(names, (*weights, cells, places)))
+
+
+FRACTIONS = {
+    "truncate": torch.trunc,
+    "round": torch.round,
+    "ceil": torch.ceil,
+    "a floor of twice the place": lambda t: torch.floor(2 * t) / 2,
+}
+
+
+@pytest.mark.parametrize("way", FRACTIONS)
+@pytest.mark.parametrize("gauss", (False, True), ids=("box", "gauss"))
+def test_a_fork_that_makes_cells_of_fractions_its_own_way(way, gauss):
+    """Described with the same rounding, or left dense: never windows at other cells."""
+    with stand_ins.repository("aqr") as load:
+        plain = load(MODULE).AttentionBiasGenerator(use_gaussian_window=gauss)
+    names = "pts_bev_indices", "pts_pers_indices"
+
+    def forked(**given):
+        return plain(**{**given, **{name: FRACTIONS[way](given[name]) for name in names}})
+
+    given = call()
+    for name in names:
+        fractions = torch.rand(given[name].shape, generator=torch.Generator().manual_seed(3))
+        given[name] = (given[name] + 0.9 * fractions).to(torch.float32)
+    tensors = list(given.values())
+    verdict = bias_generator_check.judge(forked, plain, tensors)
+    if way == "ceil":
+        assert verdict.recipe is None and "values are not those of windows" in verdict.reason
+        return
+    assert verdict.recipe.whole == ("round" if way == "round" else "truncate")
+    ours = window_description.describe(plain, verdict.recipe, *tensors).numbers()
+    torch.testing.assert_close(ours, forked(**given))
 
 
 def compared(ours, theirs, given, form=lambda out: out):

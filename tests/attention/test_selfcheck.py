@@ -150,6 +150,22 @@ def test_infinite_segment_weights_are_caught():
     assert found and "is not finite" in found and "least finite number" in found
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_one_segment_whose_gradient_is_zero_refuses_no_correct_backend(dtype):
+    """Such a gradient is nothing but rounding, which differs with the order of a sum."""
+
+    def in_another_order(inputs):
+        return inputs._replace(q=inputs.q.flip(-1), k=inputs.k.flip(-1))
+
+    inputs = call((), dtype=dtype)
+    M, N = inputs.q.shape[1], inputs.k.shape[1]
+    inputs = inputs._replace(
+        segment_weights=torch.zeros(1, M, 1, 1, dtype=dtype, requires_grad=True),
+        segment_lengths=(N,),
+    )
+    assert check(Twisted(in_another_order), inputs) is None
+
+
 def test_a_gradient_that_is_wrong_by_itself_is_caught():
     """Of a library's kernels alone: where compiling costs seconds, each set of gradients would be
     compiled."""

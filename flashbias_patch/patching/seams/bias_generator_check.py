@@ -1,7 +1,8 @@
 """The check of an AttentionBiasGenerator: its own forward, compared with windows.
 
 A synthetic call of few queries runs through the module's own forward and through the description,
-with several scales. Values and gradients are compared.
+with several scales. Values and gradients are compared. Half of the floating indices have fractions:
+a module that rounds them is described so, one that does anything else keeps its dense bias.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .window_description import ATTRIBUTES, NAMES, SCALE, SIZES, Recipe, Verdict, bias_of
+from .window_description import ATTRIBUTES, NAMES, SCALE, SIZES, WHOLE, Recipe, Verdict, bias_of
 
 QUERIES = 24  # of the synthetic call
 LEAST_PERIOD = 50  # calls; a smaller number in its code is not the period of its debug prints
@@ -36,8 +37,10 @@ def judge(wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> Ve
         return Verdict(reason=f"its arguments have the shapes {shapes}")
     counter = None
     dtype: Optional[torch.dtype] = None
-    # Clamped or not -> the first difference from windows with such a scale.
-    differences: Dict[bool, Optional[str]] = {True: None, False: None}
+    # Scale clamped or not, fractions -> the first difference from such windows.
+    differences: Dict[Tuple[bool, str], Optional[str]] = {
+        (clamped, whole): None for whole in WHOLE for clamped in (True, False)
+    }
     for value in _scales(module):
         with _with_scale(module, value) as scale, _state_kept(module) as changes:
             lidar_weights, camera_weights, *centres = synthetic
@@ -49,24 +52,25 @@ def judge(wrapped: Callable[..., Any], module: Any, tensors: List[Tensor]) -> Ve
             )
             theirs = _run(out, learned, grad)
             dtype = out.dtype
-            for clamped in (True, False):
-                if differences[clamped] is None:
-                    dense = bias_of(module, clamped, *leaves, *centres).dense()[:, 0]
+            for (clamped, whole), difference in differences.items():
+                if difference is None:
+                    dense = bias_of(module, clamped, whole, *leaves, *centres).dense()[:, 0]
                     if dense.shape != out.shape:
                         return Verdict(reason=f"its bias has the shape {tuple(out.shape)}")
                     ours = _run(dense.to(dtype), learned, grad)
-                    differences[clamped] = _difference(ours, theirs, dtype)
+                    differences[clamped, whole] = _difference(ours, theirs, dtype)
         if changes.others:
             return Verdict(reason=f"it changes {', '.join(changes.others)}")
         counter = changes.counter
-    clamps = differences[True] is None
-    if not clamps and differences[False] is not None:
-        return Verdict(reason=differences[True])
+    fitting = [ways for ways, difference in differences.items() if difference is None]
+    if not fitting:
+        return Verdict(reason=next(iter(differences.values())))
+    clamps, whole = fitting[0]
     assert dtype is not None
     periods = () if counter is None else _periods(module)
     if counter is not None and not periods:
         return Verdict(reason=f"it counts its calls in {counter}")
-    return Verdict(Recipe(dtype, clamps, counter, periods))
+    return Verdict(Recipe(dtype, whole, clamps, counter, periods))
 
 
 def _run(out: Tensor, learned: List[Tensor], grad: Tensor) -> List[Optional[Tensor]]:
@@ -116,11 +120,23 @@ def _synthetic(module: Any, tensors: List[Tensor]) -> List[Tensor]:
         torch.empty(B, QUERIES).uniform_(-1, 1, generator=draw).to(t.device, t.dtype)
         for t in weights_like
     ]
-    camera = torch.stack(
-        [indices(module.num_views), indices(module.pers_h), indices(module.pers_w)], -1
-    )
+    views_rows_columns = module.num_views, module.pers_h, module.pers_w
+    camera = torch.stack([indices(size) for size in views_rows_columns], -1)
     bev = indices(module.bev_h) * module.bev_w + indices(module.bev_w)
-    return [*weights, bev.to(bev_like.dtype), camera.to(camera_like.dtype)]
+    cells = torch.tensor(module.bev_h * module.bev_w, device=device)
+    sizes = torch.tensor(views_rows_columns, device=device)
+    return [*weights, _with_fractions(bev, cells, bev_like.dtype),
+            _with_fractions(camera, sizes, camera_like.dtype)]  # fmt: skip
+
+
+def _with_fractions(cells: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the cells in that dtype; if it is floating, half of them lie a quarter or three of a
+    cell further, without reaching a cell beyond the grid."""
+    found = cells.to(dtype)
+    if dtype.is_floating_point:
+        found[:, 4::4] += 0.25
+        found[:, 5::4] += torch.where(cells + 1 < sizes, 0.75, 0.25)[:, 5::4].to(dtype)
+    return found
 
 
 def _scales(module: Any) -> List[Optional[float]]:

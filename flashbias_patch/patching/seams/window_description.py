@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -25,10 +25,18 @@ SCALE = "bias_scale"
 LIMIT = 5.0  # entries are clamped to +- min(LIMIT, max_scale)
 
 
+WHOLE: Dict[str, Callable[[Tensor], Tensor]] = {  # ways to make a cell of a fraction
+    "truncate": torch.trunc,
+    "round": torch.round,
+    "floor": torch.floor,
+}
+
+
 class Recipe(NamedTuple):
     """The recipe by which a module's bias is described."""
 
     dtype: torch.dtype  # of its result
+    whole: str  # a key of WHOLE
     clamped: bool  # True if the scale is clamped to [min_scale, max_scale]
     counter: Optional[str]  # the attribute that counts the calls
     periods: Tuple[int, ...]  # numbers of calls after which it may print
@@ -50,13 +58,14 @@ def describe(
     camera: Tensor,
 ) -> Tensor:
     """The bias of one call as a BiasTensor (B, M, N)."""
-    bias = bias_of(module, recipe.clamped, lidar_weights, camera_weights, bev, camera)
+    bias = bias_of(module, recipe.clamped, recipe.whole, lidar_weights, camera_weights, bev, camera)
     return described(bias, "bmn", recipe.dtype)
 
 
 def bias_of(
     module: Any,
     clamp_scale: bool,
+    whole: str,
     lidar_weights: Tensor,
     camera_weights: Tensor,
     bev: Tensor,
@@ -73,10 +82,10 @@ def bias_of(
     frames = Grid(module.bev_h, module.bev_w), Grid(module.pers_h, module.pers_w, module.num_views)
     if not module.use_local_bias:
         return ModalityBias(weights, tuple(frame.size for frame in frames))
-    cell = bev.long()
+    cell, camera = ((WHOLE[whole](t) if t.is_floating_point() else t).long() for t in (bev, camera))
     row = torch.div(cell, module.bev_w, rounding_mode="floor")
     on_bev = torch.stack([torch.zeros_like(cell), row, cell - row * module.bev_w], -1)
-    centres = torch.stack([on_bev, camera.long()], 2)
+    centres = torch.stack([on_bev, camera], 2)
     sigma = float(module.gaussian_sigma) if module.use_gaussian_window else None
     return WindowBias(weights, centres, frames, module.window_size, sigma)
 
