@@ -9,6 +9,7 @@ dimension is never expanded here.
 from __future__ import annotations
 
 import copy
+import numbers
 from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -152,21 +153,22 @@ class AttentionBias:
         return total
 
     def __mul__(self, factor: object) -> AttentionBias:
-        if isinstance(factor, bool) or not isinstance(factor, (int, float, Tensor)):
+        if isinstance(factor, numbers.Real) and not isinstance(factor, bool):
+            return self._scaled(float(factor))
+        if not isinstance(factor, Tensor):
             return NotImplemented
-        if isinstance(factor, Tensor):
-            heads = self.shape[1]
-            expected_heads = "H" if heads == 1 else heads
-            if not factor.is_floating_point():
-                raise TypeError(f"factor: expected a floating tensor, got {factor.dtype}")
-            if factor.dim() > 1 or (
-                factor.dim() == 1 and heads != 1 and factor.shape[0] not in (1, heads)
-            ):
-                raise ValueError(
-                    f"factor: expected a scalar or one number per head, () or ({expected_heads},), "
-                    f"to multiply a bias of shape (B, H, M, N) = {self.shape}; got "
-                    f"{tuple(factor.shape)}"
-                )
+        heads = self.shape[1]
+        expected_heads = "H" if heads == 1 else heads
+        if not factor.is_floating_point():
+            raise TypeError(f"factor: expected a floating tensor, got {factor.dtype}")
+        if factor.dim() > 1 or (
+            factor.dim() == 1 and heads != 1 and factor.shape[0] not in (1, heads)
+        ):
+            raise ValueError(
+                f"factor: expected a scalar or one number per head, () or ({expected_heads},), "
+                f"to multiply a bias of shape (B, H, M, N) = {self.shape}; got "
+                f"{tuple(factor.shape)}"
+            )
         return self._scaled(factor)
 
     __rmul__ = __mul__

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Optional, Sequence, Tuple, Union
 
 from torch import Tensor
+
+
+def is_int(value: object) -> bool:
+    """True for an int, NumPy's included; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """True for an int or a float, NumPy's included; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def head_last(factor: Union[float, Tensor], trailing: int) -> Union[float, Tensor]:
@@ -19,8 +30,7 @@ def head_last(factor: Union[float, Tensor], trailing: int) -> Union[float, Tenso
 
 def as_four(tensor: Tensor, num_heads: Optional[int], name: str = "tensor") -> Tensor:
     """View (M, N), (B, M, N), (B*H, M, N) or (B, H, M, N) as (B|1, H|1, M, N)."""
-    is_invalid = isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1
-    if num_heads is not None and is_invalid:
+    if num_heads is not None and not (is_int(num_heads) and num_heads >= 1):
         raise ValueError(f"num_heads: expected a positive int or None, got {num_heads!r}")
     if tensor.dim() == 2:
         return tensor[None, None]
@@ -88,7 +98,7 @@ def check_lengths(
     if not lengths:
         raise ValueError(f"{name}: expected at least one length, got none")
     for length in lengths:
-        if isinstance(length, bool) or not isinstance(length, int):
+        if not is_int(length):
             raise TypeError(f"{name}: expected ints, got {length!r} ({type(length).__name__})")
         if length < 0:
             raise ValueError(f"{name}: expected lengths >= 0, got {lengths}")
@@ -97,4 +107,4 @@ def check_lengths(
             f"{name}: expected lengths that sum to the {expected_sum} keys, got {lengths} = "
             f"{sum(lengths)}"
         )
-    return lengths
+    return tuple(map(int, lengths))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import AttentionBias, BiasParts, Shape
-from .checks import check_device, check_floating, check_lengths, head_last
+from .checks import check_device, check_floating, check_lengths, head_last, is_number
 from .factors import Factors, Segments, scaled_visible
 
 
@@ -284,7 +284,7 @@ def _check_scale(scale: Union[float, Tensor]) -> Union[float, Tensor]:
                 f"scale: expected a float, a 0-d tensor or (H,), got {tuple(scale.shape)}"
             )
         return scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if not is_number(scale):
         raise TypeError(f"scale: expected a float or a floating tensor, got {type(scale).__name__}")
     return float(scale)
 

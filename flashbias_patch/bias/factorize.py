@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._torch_internals import RELEASE, Function, once_differentiable
 from .base import AttentionBias, DenseBias, LowRankBias, MaskBias, add_terms
+from .checks import is_int
 from .factors import Factors, full_precision
 
 METHODS = ("auto", "svd", "randomized")
@@ -353,7 +354,7 @@ def _fits(state: FactorState, matrix: Tensor) -> bool:
 def _check(
     rank: Optional[int], energy: Optional[float], method: str, max_error: Optional[float]
 ) -> None:
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    if rank is not None and not (is_int(rank) and rank >= 1):
         raise ValueError(f"rank: expected an int >= 1 or None, got {rank!r}")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy: expected a share in (0, 1] or None, got {energy!r}")

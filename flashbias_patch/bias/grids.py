@@ -15,6 +15,8 @@ from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from .checks import is_int
+
 # The centre of a missing window: no cell of a window around this point is in a grid.
 OUTSIDE = -(1 << 24)
 LARGEST_SIDE = 1 << 22
@@ -35,12 +37,13 @@ class Grid:
     def __post_init__(self) -> None:
         for name in ("rows", "columns", "views"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not is_int(value):
                 raise TypeError(
                     f"Grid.{name}: expected an int, got {value!r} ({type(value).__name__})"
                 )
             if not 1 <= value <= LARGEST_SIDE:
                 raise ValueError(f"Grid.{name}: expected 1 .. {LARGEST_SIDE}, got {value}")
+            object.__setattr__(self, name, int(value))
 
     @property
     def size(self) -> int:

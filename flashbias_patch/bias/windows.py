@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Callable, Optional, Sequence, Tuple, Union
+from typing import Callable, Iterable, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
 from .base import AttentionBias, BiasParts, Shape
-from .checks import check_device, check_floating, head_last
+from .checks import check_device, check_floating, head_last, is_int, is_number
 from .grids import (
     LARGEST_SIDE,
     OUTSIDE,
@@ -210,30 +210,30 @@ def check_frames(frames: Sequence[Grid]) -> Tuple[Grid, ...]:
 
 def check_sides(side: Sides, count: int) -> Tuple[int, ...]:
     """Return one side per frame, else raise TypeError or ValueError."""
-    sides = (side,) * count if isinstance(side, int) else tuple(side)
+    sides = tuple(side) if isinstance(side, Iterable) else (side,) * count
     if len(sides) != count:
         raise ValueError(
             f"side: expected an int or one for each of the {count} frames, got {side!r}"
         )
     for cells in sides:
-        if isinstance(cells, bool) or not isinstance(cells, int):
+        if not is_int(cells):
             raise TypeError(f"side: expected an int, got {cells!r} ({type(cells).__name__})")
         if not 1 <= cells <= LARGEST_SIDE:
             raise ValueError(f"side: expected 1 .. {LARGEST_SIDE} cells, got {cells}")
-    return sides
+    return tuple(map(int, sides))
 
 
 def check_sigmas(sigma: Optional[Sigmas], count: int) -> Optional[Tuple[float, ...]]:
     """Return one sigma per frame, None if all are infinite, else raise TypeError or ValueError."""
     if sigma is None:
         return None
-    sigmas = (sigma,) * count if isinstance(sigma, (int, float)) else tuple(sigma)
+    sigmas = tuple(sigma) if isinstance(sigma, Iterable) else (sigma,) * count
     if len(sigmas) != count:
         raise ValueError(
             f"sigma: expected a float or one for each of the {count} frames, got {sigma!r}"
         )
     for width in sigmas:
-        if isinstance(width, bool) or not isinstance(width, (int, float)):
+        if not is_number(width):
             raise TypeError(f"sigma: expected a float, got {width!r} ({type(width).__name__})")
         if not width > 0:
             raise ValueError(f"sigma: expected a positive width in cells, got {width}")

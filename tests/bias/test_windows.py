@@ -4,8 +4,10 @@ and cells."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -254,6 +256,23 @@ GOOD = dict(weights=torch.zeros(B, M, S), centres=places(), frames=FRAMES, side=
 def test_what_does_not_fit_is_named(change, error, says):
     with pytest.raises(error, match=says):
         WindowBias(**{**GOOD, **change})
+
+
+def test_numbers_of_numpy_are_numbers():
+    """As configurations compute them: grids from ranges and voxels, sides from both."""
+    grid = Grid(np.int64(4), np.int32(5), np.int64(2))
+    assert grid == Grid(4, 5, 2) and all(type(n) is int for n in dataclasses.astuple(grid))
+    weights, centres = torch.ones(1, 2, 1), torch.zeros(1, 2, 1, 3)
+    numpy = WindowBias(weights, centres, (grid,), np.int64(3), sigma=np.float32(0.5))
+    plain = WindowBias(weights, centres, (grid,), 3, sigma=0.5)
+    assert numpy.sides == plain.sides and numpy.sigmas == plain.sigmas
+    assert all(type(n) is int for n in numpy.sides)
+    torch.testing.assert_close((numpy * np.float32(2)).dense(), (plain * 2).dense())
+    lengths = ModalityBias(torch.ones(1, 2, 2), (np.int64(3), np.int64(4)))
+    assert lengths.shape == ModalityBias(torch.ones(1, 2, 2), (3, 4)).shape
+    for wrong in (np.bool_(True), np.float64(3.0)):
+        with pytest.raises(TypeError, match="side: expected an int"):
+            WindowBias(weights, centres, (grid,), wrong)
 
 
 def test_grids_and_calls_that_do_not_fit():
