@@ -150,6 +150,17 @@ STEPS = {
     "square": (lambda t, m: t * t, False),
     "sigmoid": (lambda t, m: t.sigmoid(), False),
     "clone": (lambda t, m: t.clone(), True),
+    "negative by keyword": (lambda t, m: torch.neg(input=t), True),
+    "clamp by keyword": (lambda t, m: torch.clamp(max=0.7, input=t, min=-0.5), True),
+    "denoising by keyword": (
+        lambda t, m: torch.cat(dim=1, tensors=[torch.zeros(B, 3, N, dtype=F64), t]),
+        True,
+    ),
+    "hidden by keyword": (lambda t, m: torch.masked_fill(input=t, mask=m.mask, value=-1.0), False),
+    "where by keyword": (
+        lambda t, m: torch.where(condition=m.mask, input=t, other=torch.zeros((), dtype=F64)),
+        None,
+    ),
     "in place": (
         lambda t, m: t.clone().transpose(0, 1).clone().mul_(m.scale).transpose(0, 1),
         None,
