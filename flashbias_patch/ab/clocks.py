@@ -184,8 +184,8 @@ def notes(a: Sequence[Run], b: Sequence[Run], who: str) -> List[str]:
         if abs(mine - other) > DIFFER * max(mine, other):
             found.append(
                 f"GPU clocks differ: {mine:.0f} MHz unpatched, {other:.0f} MHz {who} on average: "
-                "part of a difference in speed is the clocks'; more repeats, or clocks locked by "
-                "`nvidia-smi -lgc`, tell"
+                "part of a difference in speed comes from the clocks; more repeats, or clocks "
+                "locked by `nvidia-smi -lgc`, show how much"
             )
     throttled: Dict[str, List[str]] = {}
     for run in (*a, *b):
@@ -196,7 +196,7 @@ def notes(a: Sequence[Run], b: Sequence[Run], who: str) -> List[str]:
     for reason, runs in throttled.items():
         found.append(
             f"GPU throttled by {reason} during {', '.join(dict.fromkeys(runs))} of the time: its "
-            "speed is not only the command's"
+            "speed does not depend on the command alone"
         )
     return found
 

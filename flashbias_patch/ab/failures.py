@@ -98,7 +98,7 @@ def notes(experiment: Experiment, runs: List[Run]) -> List[str]:
         names = ", ".join(f"{i + 1} {t.name} ({t.steps} steps)" for i, t in enumerate(many))
         found.append(
             f"the command runs {len(many)} trainings, in the order of their start: {names}; "
-            f"number {chosen + 1} is judged, --process NUMBER or NAME chooses"
+            f"number {chosen + 1} is judged; --process NUMBER or NAME selects another"
         )
     if experiment.options.get("stand_in"):
         found.append(

@@ -53,7 +53,7 @@ def judge(
     if len(labels) > 1:
         found[0].notes.append(
             f"{len(labels)} sides are compared with A: Holm's procedure keeps the chance that any "
-            "is falsely called slower, faster or of other memory at what it is for one, by "
+            "side is falsely called slower, faster or of other memory as low as for one side, by "
             f"intervals of up to {100 - 5 / len(labels):.4g}% for the usual step"
         )
     return found[0]
@@ -114,7 +114,7 @@ def _compare(
         steps = "1 step is" if fewest == 1 else f"{fewest} steps are"
         if fitting != warm:
             verdict.notes.append(
-                f"{steps} too few for a warm-up of {warm}: {fitting} left out instead"
+                f"{steps} too few for a warm-up of {warm}; the warm-up is {fitting} instead"
             )
         warm = fitting
     crowded = [run for run in plain + b if timing_notes.is_crowded(run, experiment)]
@@ -143,8 +143,9 @@ def _compare(
     verdict.notes += timing_notes.notes(verdict, experiment, crowded, made)
     if any(run.redrawn for run in nudged):
         verdict.notes.append(
-            f"{verdict.who}, other random numbers are drawn (by dropout, say): training is held "
-            "against more As that draw others too. Without dropout it can be held against rounding"
+            f"{verdict.who} draws other random numbers (for dropout, for example): training is "
+            "compared with additional As that also draw other random numbers. Without dropout it "
+            "can be compared with rounding"
         )
 
 

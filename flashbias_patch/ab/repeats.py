@@ -165,7 +165,7 @@ def look_text(look: Mapping[str, Any]) -> str:
     if look["half_width"] <= look["wanted"]:
         return f"{said}: narrow enough"
     if look["more"] is None:
-        return f"{said}: not to be reached with {MOST} repeats, if runs go on to differ so much"
+        return f"{said}: cannot be reached with {MOST} repeats, if runs continue to differ so much"
     how = f"about {look['more']} more, {duration(look['seconds'])}"
     late = look["seconds"] > look["left"]
     return f"{said}: {how}" + (
@@ -196,11 +196,11 @@ def notes(experiment: Experiment, speed: Optional[Ratio], made: int) -> List[str
     wanted = f"\u00b1{options.get('half_width', HALF_WIDTH):g}%"
     count = "1 repeat" if made == 1 else f"{made} repeats"
     says = {
-        NARROW: f"{count} made the interval as narrow as was wanted: {now}, wanted {wanted}",
+        NARROW: f"{count} made the interval as narrow as requested: {now}, wanted {wanted}",
         TIME_IS_UP: f"{limit} after {count}: the interval is {now}, wanted {wanted}",
-        MOST_MADE: f"after {count}, the most that are made, the interval is {now}, wanted "
+        MOST_MADE: f"after {count}, the maximum, the interval is {now}, wanted "
         f"{wanted}: a quieter machine or more steps make it narrower",
         NO_INTERVAL: "no more repeats: the steps are too few for an interval",
     }
-    held = "; the interval allows for having been looked at after every repeat"
+    held = "; the interval takes into account that it was evaluated after every repeat"
     return [says[why] + (held if why != NO_INTERVAL else "")] if why in says else []

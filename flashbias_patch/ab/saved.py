@@ -143,14 +143,15 @@ def notes(experiment: records.Experiment) -> List[str]:
     when = datetime.datetime.fromtimestamp(runs[0].started).strftime("%Y-%m-%d %H:%M")
     plain = [run for run in runs if not run.nudged]
     found = [
-        f"A was not run again: it is of {when} ({runs[0].saved}). Runs of A and B do not "
-        "alternate, so a change of the machine in between counts as one of the patch; the interval "
-        "is wider for that"
+        f"A was not run again: its runs were made on {when} ({runs[0].saved}). Runs of A "
+        "and B do not alternate, so the ratios include any change of the machine in between; the "
+        "interval is wider for that reason"
     ]
     if len(plain) < 2:
-        found.append("it has one run of A, so the noise of A against A is unknown")
+        found.append("there is one run of A, so the noise of A against A is unknown")
     if len(plain) == len(runs):
         found.append(
-            "it has no nudged A, so losses that are not identical cannot be held against rounding"
+            "there is no nudged A, so losses that are not identical cannot be compared with "
+            "rounding"
         )
     return found

@@ -40,7 +40,8 @@ def notes(verdict: Verdict, experiment: Experiment, crowded: List[Run], made: in
         found.append(
             f"usual step and mean disagree: {verdict.name} / unpatched is "
             f"{speed.value:.2f} for the usual step and "
-            f"{speed.mean.value:.2f} for the mean of all, which is what the command takes"
+            f"{speed.mean.value:.2f} for the mean of all steps, which decides how long the "
+            "command takes"
         )
     fixed = experiment.options.get("repeats") != repeats.AUTO
     foreseeable = speed and fixed and not crowded and not speed.decided
@@ -53,8 +54,8 @@ def notes(verdict: Verdict, experiment: Experiment, crowded: List[Run], made: in
     if timing.break_even is not None and verdict.speed_word == "faster":
         later = timing.startup[1] - timing.startup[0]
         found.append(
-            f"{verdict.name}, the first step ends {later:.1f} s later: made up for at step "
-            f"{timing.break_even}"
+            f"{verdict.name}: the first step ends {later:.1f} s later; its shorter steps "
+            f"compensate for this at step {timing.break_even}"
         )
     return found
 

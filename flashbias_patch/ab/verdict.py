@@ -19,7 +19,7 @@ class Timing(NamedTuple):
 
     startup: Tuple[float, float]  # from the start of the command to the end of its first step
     total: Tuple[float, float]  # of a run
-    break_even: Optional[int]  # the step at which a faster B has made up for a longer start
+    break_even: Optional[int]  # the step at which a faster B has compensated for a longer start
     stalls: Tuple[Stalls, Stalls]
     waits: Tuple[Optional[Wait], Optional[Wait]] = (None, None)  # for data
 

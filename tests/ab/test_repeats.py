@@ -137,7 +137,7 @@ def test_progress_says_the_width_and_what_is_left():
     late = Bench([90.0], max_time=2.0)
     late.run()
     assert late.said[0].endswith(
-        "not to be reached with 20 repeats, if runs go on to differ so much"
+        "cannot be reached with 20 repeats, if runs continue to differ so much"
     )
     soon = Bench([9.0, 9.0], max_time=2.0, seconds=20.0)
     soon.run()
@@ -177,7 +177,7 @@ def test_the_report_says_why_no_more_were_run(why):
     found.options.update(repeats="auto", half_width=2.0, max_time=7)
     found.stopped = why
     verdict = judge(found)
-    (note,) = (n for n in verdict.notes if "looked at after every repeat" in n)
+    (note,) = (n for n in verdict.notes if "evaluated after every repeat" in n)
     assert "4 repeats" in note and f"±{repeats.half_width(verdict.speed):.1f}%" in note
     assert verdict.speed.level == pytest.approx(sequential.level_at(4, 95.0))
     fixed = synthetic.trial(0, repeats=4)
@@ -206,7 +206,7 @@ def test_runs_of_a_command_end_when_the_interval_is_narrow(tmp_path, monkeypatch
     read = reading.load(str(out))
     assert (read.stopped, read.schedule) == (repeats.NARROW, "ABBA")
     assert json.loads((out / "ab.json").read_text())["options"]["repeats"] == "auto"
-    assert any("as narrow as was wanted" in note for note in judge(read).notes)
+    assert any("as narrow as requested" in note for note in judge(read).notes)
 
 
 def test_a_crash_ends_the_repeats(tmp_path):

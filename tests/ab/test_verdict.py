@@ -208,7 +208,7 @@ def test_unpatched_without_flash_attn_is_offered_the_stand_in():
     assert "--stand-in-for-a" not in judge(found).problems[0]  # patched, flash-attn is not needed
 
 
-def test_a_longer_start_is_made_up_for():
+def test_a_longer_start_is_compensated_for():
     found = synthetic.trial(0, slowdown=-0.3)
     for run in found.runs:
         for line in run.processes[0].steps:
@@ -217,7 +217,7 @@ def test_a_longer_start_is_made_up_for():
         run.seconds = 10.0
     verdict = judge(found)
     assert verdict.timing.startup == (1.0, 4.0) and 80 < verdict.timing.break_even < 130
-    assert any("made up for at step" in note for note in verdict.notes)
+    assert any("compensate for this at step" in note for note in verdict.notes)
     names = [row.name for row in words.figures(verdict)]
     assert names == [
         "time per step, usual",
