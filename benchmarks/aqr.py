@@ -458,7 +458,7 @@ def _give(transformer: Any, bias_of: Any) -> None:
 
 
 class Captured:
-    """What a transformer got and gave in one step, and the gradient of what it gave."""
+    """The inputs and outputs of a transformer in one step, and the outputs' gradients."""
 
     def __init__(self, transformer: Any, active: bool) -> None:
         self.handle = (

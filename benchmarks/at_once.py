@@ -46,7 +46,7 @@ def environment() -> Dict[str, str]:
 
 
 def fits(gib: float, at_work: Sequence[float], most: int, memory: float) -> bool:
-    """Whether one more job may start; the first one always may."""
+    """Return True if one more job may start; the first one always may."""
     return not at_work or (len(at_work) < most and sum(at_work) + gib <= memory)
 
 

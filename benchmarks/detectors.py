@@ -39,7 +39,7 @@ SPEED, INTERVAL = 5.0, 0.5  # StreamPETR's car: metres a second, seconds between
 
 
 class Options(NamedTuple):
-    """What is varied. `size` (W, H); `attn` the class of the cross attention; `fp16` as mmcv's
+    """The varied settings. `size` (W, H); `attn` the class of the cross attention; `fp16` as mmcv's
     Fp16OptimizerHook does."""
 
     device: str = "cuda"

@@ -1,4 +1,4 @@
-"""What guarding costs a call once its class is settled: dispatch.attend against calling the
+"""The cost of guarding a call once its class is settled: dispatch.attend against calling the
 backend.
 
     python benchmarks/guarding.py       (or as a part of benchmarks/overhead.py)

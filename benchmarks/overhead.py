@@ -1,4 +1,4 @@
-"""What the shim costs: import time over a bare interpreter, Python time a call beside the
+"""The cost of the shim: import time over a bare interpreter, Python time a call beside the
 unpatched, and guarding.
 
     python benchmarks/overhead.py [--out benchmarks/results/overhead_cpu.json]

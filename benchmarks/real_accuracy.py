@@ -189,7 +189,7 @@ def compare(words: Sequence[str], dtype: str, folder: str) -> None:
 
 
 class Report:
-    """What is known, saved whenever it grows."""
+    """The results so far, saved after each addition."""
 
     def __init__(self, args: argparse.Namespace, folder: str) -> None:
         self.args, self.folder = args, folder

@@ -131,7 +131,7 @@ def gradients_of(folder: str, name: str) -> str:
 
 
 class Report:
-    """What is known, saved whenever it grows."""
+    """The results so far, saved after each addition."""
 
     def __init__(self, args: argparse.Namespace, folder: str, noise: Sequence[str]) -> None:
         self.args, self.folder, self.noise = args, folder, noise

@@ -225,7 +225,7 @@ def path_of(folder: str, name: str, timed: bool) -> str:
 
 
 class Report:
-    """What is known, saved whenever it grows."""
+    """The results so far, saved after each addition."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args

@@ -230,7 +230,7 @@ def held(run: Run) -> Tuple[int, int]:
 
 
 def synchronisations(run: Run, steps: int) -> Dict[str, int]:
-    """What waits for the GPU over `steps` warm steps: runtime calls, and copies to and from
+    """The waits for the GPU over `steps` warm steps: runtime calls, and copies to and from
     pageable memory."""
     for number in range(5):
         run.step(number)

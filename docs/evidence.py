@@ -34,10 +34,10 @@ def parity(result: Dict[str, Any], table: Table) -> List[str]:
         f"### Parity over {result['steps']} steps",
         "",
         f"{result['family']}, batch {result['bs']}, without dropout, from the same weights on the "
-        "same frame; relative distance from the first unpatched run: of the first step's gradients "
+        "same frame; relative distance from the first unpatched run, of the first step's gradients "
         "(L2), and of the losses over all steps. `unpatched again`: the same once more, which is "
         "the noise of the machine; `nudged`: unpatched with every parameter changed in the last "
-        "place, which is what any other rounding amounts to.",
+        "place, which has the same effect as other rounding.",
         "",
         *table(
             (
@@ -161,7 +161,7 @@ def windows(result: Dict[str, Any], table: Table) -> List[str]:
         f"### Windows over {result['steps']} steps",
         "",
         f"{result['family']}, batch {result['bs']}, without dropout, `aqr`: bias='window', "
-        f"{options}. `dense`: unpatched, the same router's windows painted into a dense bias "
+        f"{options}. `dense`: unpatched, the same router's windows written into a dense bias "
         "(B, M, N), the mask of each cross attention. Times and memory, each process alone; ratios "
         "are to `dense`:",
         "",

@@ -139,7 +139,7 @@ def real_cmt() -> List[str]:
         "",
         source("real_cmt_h200"),
         "",
-        "The other machine's host was faster, and what a step's launches cost weighs on the "
+        "The host of the other machine was faster, and the cost of a step's launches affects the "
         "patched runs most. " + source("real_cmt_again_h200"),
         "",
         *every_run(),
@@ -337,10 +337,11 @@ def parity() -> List[str]:
     return [
         "### Parity",
         "",
-        "Without dropout, against an unpatched run from the same weights: the first step's "
+        "Runs without dropout are compared with an unpatched run from the same weights: the "
+        "first step's "
         "gradient of the "
         "decoder, and the largest relative difference of the loss curves. `again` is the "
-        "unpatched run repeated: the noise.",
+        "unpatched run repeated, which shows the noise.",
         "",
         *table(("detector", "run", "gradient", "losses", "steps"), rows),
         source("real_cmt_h200"),
@@ -415,21 +416,24 @@ def profiles() -> List[str]:
     return [
         "### Where a step goes",
         "",
-        "Milliseconds a step under torch.profiler, which slows the CPU.",
+        "Times are milliseconds per step under torch.profiler, which slows the CPU.",
         "",
         *table(("run", "wall", "GPU busy", "kernels", *kinds), rows),
         source("real_profile_h200"),
         "",
-        f"Patched, with `FLASHBIAS_DTYPE=fp16`, the GPU works {after['gpu_busy_ms'] / busy:.2f} "
+        f"Patched, with `FLASHBIAS_DTYPE=fp16`, the GPU is busy for "
+        f"{after['gpu_busy_ms'] / busy:.2f} "
         "of the unpatched time; "
-        f"with an attention that takes no time at all it would be {rest / busy:.2f}. It works "
+        f"with an attention that takes no time it would be {rest / busy:.2f}. It is busy for "
         f"{after['gpu_busy_ms']:.0f} ms; a step takes {step * 1e3:.0f} ms without the profiler "
         "(another run, "
-        "`real_cmt_h200.json`). The rest it waits for the detector's own Python, which no "
-        "attention changes.",
+        "`real_cmt_h200.json`). During the rest of the step it waits for the detector's own "
+        "Python, which the choice of "
+        "attention does not change.",
         "",
-        "The peak of memory is the image backbone's: checkpointing the decoder's layers as well "
-        "leaves it at "
+        "The image backbone determines the peak of memory: with the decoder's layers "
+        "checkpointed as "
+        "well it is "
         f"{kept:.0f} MiB of {peak:.0f}.",
         "",
     ]
@@ -451,7 +455,8 @@ def family() -> List[str]:
     return [
         "### PETR and StreamPETR",
         "",
-        "Batch 2, ResNet-50, no dropout; StreamPETR streams, its memory filling step by step.",
+        "Batch 2, ResNet-50, no dropout; StreamPETR reads a stream of frames, so its memory "
+        "queue fills step by step.",
         "",
         *table(("detector", "size", "run", *COSTS), rows),
         *table(
@@ -613,16 +618,18 @@ def attention() -> List[str]:
         *table(["shape (B, M, N, H, D, rank)", *methods], rows),
         source("attention_h200"),
         "",
-        "`picked` went by an order of backends measured before; the one that ships "
-        "(attention/order.py) picks `triton "
+        "`picked` used an earlier order of backends; the current order "
+        "(attention/order.py) selects `triton "
         "factors` at every one of these shapes.",
         "",
-        "One call after another, the host's work included, milliseconds:",
+        "Milliseconds of consecutive calls, with the time of the host included:",
         "",
         *table(["shape (B, M, N, H, D, rank)", *walls], small),
         "Relative errors (L2) against float64. FlashAttention-4 with the factors as columns, 40 "
         "of them, gives a wrong "
-        "gradient; `FLASHBIAS_BACKEND=flash` joins at a width where it is right, and checks.",
+        "gradient; `FLASHBIAS_BACKEND=flash` concatenates to a width at which the gradient is "
+        "correct, and "
+        "checks it.",
         "",
         *table(("shape", "method", "output", "worst gradient"), errors),
         f"The grid of odd lengths, ranks, head dims, dtypes and features: {len(ratios)} cases, "
@@ -659,9 +666,9 @@ def flex() -> List[str]:
             ]
         )
     return [
-        "flex_attention beside it, with a bias of rank 8 that learns, 1490 x 22384, batch 2, 8 "
-        "heads of 32, float16. Read by score_mod, factors that need a gradient are refused "
-        "(several reads of one tensor).",
+        "For comparison, flex_attention with a learned bias of rank 8, 1490 x 22384, batch 2, 8 "
+        "heads of 32, float16. flex_attention does not support factors that need a gradient if "
+        "score_mod reads them (several reads of one tensor).",
         "",
         *table(("way", "forward, ms", "forward+backward, ms", "MiB", "error"), rows),
         source(name),
@@ -684,9 +691,8 @@ def ab() -> List[str]:
         ]
     return [
         *lines,
-        "The second command trains with attention dropout 0.1: what B drops is drawn otherwise "
-        "than what A "
-        "drops, so that its training is held against one more A that draws otherwise too.",
+        "The second command trains with attention dropout 0.1: B draws other random numbers "
+        "than A, so its training is compared with one more A that also draws other random numbers.",
         "",
     ]
 
@@ -769,9 +775,9 @@ def flash() -> List[str]:
         "",
         "FlashAttention-4 4.0.0b36. Where its head dims differ (every row but `rank 24 split`) "
         "the gradient of q that "
-        "it returns is wrong, by hand and through the backend alike: those times are not of a "
+        "it returns is wrong, both by hand and through the backend: those times are not of a "
         "usable backward pass. "
-        "The backend has padded v to q's head dim since.",
+        "The backend now pads v to q's head dim.",
         "",
         *table(
             (
@@ -804,7 +810,8 @@ def overhead() -> List[str]:
     return [
         "## Overhead",
         "",
-        "Processor time, on a machine with other work: some microseconds either way between runs.",
+        "The table gives processor time on a machine that had other work to do; it varies by some "
+        "microseconds between runs.",
         "",
         *table(("what", "cost"), rows),
         source("overhead_cpu"),
@@ -822,9 +829,9 @@ def host_calls() -> List[str]:
         "(Python and C), the ratio "
         "of these, operators and allocations of torch. A count has no noise. On the CPU path "
         "SDPA computes; on the "
-        "fused path the kernels' launches are counted as two calls each, and not made. Where a "
+        "fused path each kernel launch is counted as two calls and is not made. If a "
         "bias is given, or the "
-        "class needs flash-attn, there is nothing unpatched to compare with.",
+        "class needs flash-attn, there is no unpatched call to compare with.",
         "",
     ]
     titles = {"host_calls_cpu": "The CPU path", "host_calls_fused": "The fused path"}
@@ -945,7 +952,7 @@ def fusion() -> List[str]:
         "",
         "### A fresh process for each run",
         "",
-        "On another machine and before float32's tile shapes of today.",
+        "These runs were made on another machine and before the current tile shapes of float32.",
         "",
         *table(("detector", "run", *COSTS), training_rows(FRESH)),
         ordered(load(FRESH)) + " " + source(FRESH),
@@ -973,7 +980,7 @@ def camera() -> List[str]:
     return [
         "## Camera detectors",
         "",
-        "The steps of small detectors wait for the host, which varied: where the times of a row "
+        "The steps of small detectors wait for the host, whose speed varied: if the times of a row "
         "differ much, its interval is wide.",
         "",
         *block_table(CAMERA, "detector"),
@@ -1120,7 +1127,8 @@ def windows() -> List[str]:
         "",
         "Batch 2, 1490 queries, 8 heads of 32, 180 x 180 + 6 x 40 x 100 keys, windows of 15 x 15 "
         "in both frames; "
-        "MiB beyond the operands. Each way takes what its user has: a generator paints a dense "
+        "MiB beyond the operands. Each way starts from the input that its user has: a "
+        "generator writes a dense "
         "bias in every call.",
         "",
     ]

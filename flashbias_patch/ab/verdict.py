@@ -118,7 +118,7 @@ class Verdict:
 
     @property
     def succeeded(self) -> bool:
-        """Whether every side was compared, or unpatched alone ran out of memory."""
+        """True if every side was compared, or unpatched alone ran out of memory."""
         return all(v.only_patched_fits or (v.comparable and not v.failed) for v in self.every)
 
     def _fails(self, conditions: Sequence[str]) -> List[str]:

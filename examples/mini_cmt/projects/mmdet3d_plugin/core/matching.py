@@ -1,4 +1,4 @@
-"""Which query answers for which object: a minimum-cost assignment."""
+"""Assign queries to objects at minimum cost."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def renamed_arguments(**renames: str) -> Callable:
 
 
 class _AttentionModule(nn.Module):
-    """What the attention classes share: defaults of the arguments, positions, identity and
+    """The common parts of the attention classes: defaults of the arguments, positions, identity and
     dropout."""
 
     def __init__(
@@ -66,7 +66,7 @@ class _AttentionModule(nn.Module):
         query_pos: Optional[Tensor],
         key_pos: Optional[Tensor],
     ) -> Tuple[Tensor, Tensor, Tensor]:
-        """What the core gets: defaults filled in, positions added, transposed if batch_first."""
+        """Return the core's arguments: defaults and positions added, transposed if batch_first."""
         key = query if key is None else key
         value = key if value is None else value
         if query_pos is not None and key_pos is None and key.shape == query_pos.shape:
