@@ -51,7 +51,10 @@ def _transpose(func: Any, args: Any, kwargs: Any) -> Any:
     tensor, *pair = args
     if not structured(tensor):
         return NotImplemented
-    pair += [kwargs[name] for name in ("dim0", "dim1", "axis0", "axis1") if name in kwargs]
+    pair = [
+        *pair,  # a tuple while torch 2.1 compiles
+        *(kwargs[name] for name in ("dim0", "dim1", "axis0", "axis1") if name in kwargs),
+    ]
     count = len(tensor._layout)
     if len(pair) != 2 or any(not -count <= index < count for index in pair):
         return NotImplemented
