@@ -284,6 +284,13 @@ def test_windows_reach_the_kernels_as_windows():
     assert (~mask).dtype is torch.bool and torch.equal(~mask, ~mask.numbers())
 
 
+def test_an_input_that_is_not_the_first_argument():
+    made = Made()
+    edges = torch.tensor([-0.5, 0.0, 0.5], dtype=F64)
+    found = torch.searchsorted(sorted_sequence=edges, input=made.tensor)
+    assert torch.equal(found, torch.searchsorted(edges, made.dense))
+
+
 def test_a_wrong_size_is_an_error_as_ever():
     made = Made()
     with pytest.raises(ValueError, match="attn_mask of shape"):

@@ -60,20 +60,18 @@ def run(func: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
         with no_functions():
             return func(*args, **kwargs)
     handler = HANDLERS.get(name)
-    if not args:
-        args, kwargs = _positional(kwargs)
-    if handler is not None and args:
-        result = handler(func, args, kwargs)
+    if handler is not None:
+        given, named = (args, kwargs) if args else _positional(kwargs)
+        result = handler(func, given, named) if given else NotImplemented
         if result is not NotImplemented:
             return result
     return on_numbers(func, name, args, kwargs)
 
 
 def _positional(kwargs: Dict[str, Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
-    """Return a call without positional arguments with its first as one, where torch's name for it
-    tells that it is the first."""
+    """Make the first argument of a handled operation positional, by torch's names for it."""
     first = next((name for name in ("tensors", "input") if name in kwargs), None)
-    if first is None or "condition" in kwargs:  # torch.where has its input second
+    if first is None:
         return (), kwargs
     return (kwargs[first],), {name: value for name, value in kwargs.items() if name != first}
 
