@@ -156,7 +156,7 @@ def predict(args: argparse.Namespace, weights: str, out: str) -> None:
     import torch
     from real_worker import options
 
-    run = run_of(args, "unpatched")
+    run = run_of(args, "unpatched", WAYS["unpatched"])
     detector = detectors.build(args.family, args.cmt, args.frame, options(run, args.device))
     detector.net.load_state_dict(torch.load(weights, map_location=args.device))
     at_once.write(out, detect(detector))

@@ -52,15 +52,20 @@ def counterpart(name: str) -> str:
     return re.sub(r" (?:dtype|aqr|backend)=\S+", "", name)
 
 
+def by_counterpart(runs: Sequence[Dict[str, Any]]) -> List[List[Dict[str, Any]]]:
+    """The runs in groups: an unpatched run and all those measured against it."""
+    groups: Dict[str, List[Dict[str, Any]]] = {}
+    for fields in runs:
+        groups.setdefault(counterpart(fields["name"]), []).append(fields)
+    return list(groups.values())
+
+
 def in_order(runs: Sequence[Dict[str, Any]], repeats: int) -> List[Dict[str, Any]]:
     """Each run `repeats` times: per unpatched run, it and those measured against it, forwards and
     backwards in turn."""
-    groups: Dict[str, List[Dict[str, Any]]] = {}
-    for fields in sorted(runs, key=lambda fields: bool(fields["patch"])):
-        groups.setdefault(counterpart(fields["name"]), []).append(fields)
     return [
         {**fields, "repeat": repeat}
-        for group in groups.values()
+        for group in by_counterpart(sorted(runs, key=lambda fields: bool(fields["patch"])))
         for repeat in range(repeats)
         for fields in (group if repeat % 2 == 0 else group[::-1])
     ]
@@ -70,10 +75,7 @@ def in_processes(runs: Sequence[Dict[str, Any]], together: bool) -> List[List[Di
     """The runs of each process: one, or an unpatched run with all those measured against it."""
     if not together:
         return [[fields] for fields in runs]
-    groups: Dict[str, List[Dict[str, Any]]] = {}
-    for fields in runs:
-        groups.setdefault(counterpart(fields["name"]), []).append(fields)
-    return list(groups.values())
+    return by_counterpart(runs)
 
 
 def cmt_runs() -> List[Dict[str, Any]]:

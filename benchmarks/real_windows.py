@@ -30,8 +30,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import at_once
 from real_parity import CLIP, distances
-from real_runs import Run
-from ways import PATCHED, UNPATCHED, add_arguments, checked, size_of
+from ways import PATCHED, UNPATCHED, add_arguments, checked, plan_of, run_of
 
 DROPS = "drop=0.5,supervision=1"  # sensors zeroed in half of the steps, and the router told so
 SEEDS = range(10_000, 10_004)  # of the denoising queries under which the loss at the end is taken
@@ -164,22 +163,7 @@ def work(
     from flashbias_patch.aqr import options as aqr_options
 
     way, steps = WAYS[name], args.time_steps if timed else args.steps
-    run = Run(
-        name,
-        way.patch,
-        dtype=way.dtype,
-        size=size_of(args),
-        bs=1 if args.tiny else args.bs,
-        layers=2 if args.tiny else 6,
-        dropout=0.0,
-        steps=steps,
-    )
-    plan: Dict[str, Any] = {
-        "family": args.family,
-        "checkout": args.cmt,
-        "frame": args.frame,
-        "device": args.device,
-    }
+    run = run_of(args, name, way)._replace(steps=steps)
     if way.dense:
         watch(aqr_options.pairs(args.windows, "--windows"))
     aqr = of_aqr(args.windows, way)
@@ -187,7 +171,7 @@ def work(
     record.update(losses=[], times=[], scales=[], gradients=[])
     peak = 0.0
     with patched(run.dtype, aqr) if run.patch else contextlib.nullcontext():
-        trainer = Trainer(run, plan)
+        trainer = Trainer(run, plan_of(args))
         router = getattr(trainer.detector.net.pts_bbox_head.transformer, "aqr", None)
         assert (router is not None) == way.windows, "the router is not where it should be"
         for i in range(steps):

@@ -62,9 +62,8 @@ def size_of(args: argparse.Namespace) -> str:
     return "160x64" if args.tiny else SIZES[args.family]
 
 
-def run_of(args: argparse.Namespace, name: str) -> Run:
-    """The fields of a training run without dropout."""
-    way = WAYS[name]
+def run_of(args: argparse.Namespace, name: str, way: Any) -> Run:
+    """The fields of a training run without dropout. way: has `patch` and `dtype`."""
     return Run(
         name,
         way.patch,
@@ -77,6 +76,11 @@ def run_of(args: argparse.Namespace, name: str) -> Run:
     )
 
 
+def plan_of(args: argparse.Namespace) -> Dict[str, Any]:
+    """The plan that real_worker.Trainer takes."""
+    return {"family": args.family, "checkout": args.cmt, "frame": args.frame, "device": args.device}
+
+
 @contextlib.contextmanager
 def trainer_of(args: argparse.Namespace, name: str) -> Iterator[Trainer]:
     """A trainer from the weights that all ways have in common, this package installed for a patched
@@ -84,16 +88,11 @@ def trainer_of(args: argparse.Namespace, name: str) -> Iterator[Trainer]:
     from installed import patched
     from real_worker import Trainer
 
-    run = run_of(args, name)
-    plan: Dict[str, Any] = {
-        "family": args.family,
-        "checkout": args.cmt,
-        "frame": args.frame,
-        "device": args.device,
-    }
+    way = WAYS[name]
+    run = run_of(args, name, way)
     with patched(run.dtype) if run.patch else contextlib.nullcontext():
-        trainer = Trainer(run, plan)
-        if WAYS[name].nudge:
+        trainer = Trainer(run, plan_of(args))
+        if way.nudge:
             nudge(trainer.detector.net)
         yield trainer
 

@@ -237,7 +237,6 @@ def cells(run: Dict[str, Any], base: Any) -> List[str]:
 
 
 COSTS = ("s/step", "time", "first step, s", "peak MiB", "memory")
-FIRST_STEP = 2
 ONE_PROCESS = (
     "every run once, in one process, unpatched runs first: no interval, and a drift of "
     "the machine is in the ratios"
@@ -934,8 +933,8 @@ def training_rows(name: str) -> List[List[str]]:
 
 def block_table(name: str, first: str) -> List[str]:
     """Runs that shared a process: their first steps tell nothing and are left out."""
-    place = 2 + FIRST_STEP
     head = [first, "run", *COSTS]
+    place = head.index("first step, s")
     rows = training_rows(name)
     return table(head[:place] + head[place + 1 :], [row[:place] + row[place + 1 :] for row in rows])
 

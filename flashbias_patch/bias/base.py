@@ -9,14 +9,13 @@ dimension is never expanded here.
 from __future__ import annotations
 
 import copy
-import numbers
 from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
 from . import grids
-from .checks import as_four, check_device, check_floating, collapse_expanded, head_last
+from .checks import as_four, check_device, check_floating, collapse_expanded, head_last, is_number
 from .factors import (
     Factors,
     Segments,
@@ -153,7 +152,7 @@ class AttentionBias:
         return total
 
     def __mul__(self, factor: object) -> AttentionBias:
-        if isinstance(factor, numbers.Real) and not isinstance(factor, bool):
+        if is_number(factor):
             return self._scaled(float(factor))
         if not isinstance(factor, Tensor):
             return NotImplemented

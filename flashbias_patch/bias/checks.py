@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import numbers
-from typing import Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Optional, Sequence, Tuple, Union
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeGuard
 
-def is_int(value: object) -> bool:
+
+def is_int(value: object) -> TypeGuard[int]:
     """True for an int, NumPy's included; a bool is none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """True for an int or a float, NumPy's included; a bool is none."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 

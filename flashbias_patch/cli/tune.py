@@ -8,6 +8,7 @@ import importlib
 import sys
 from typing import Any, Dict, List, Sequence, Tuple
 
+from .argument_types import seconds
 from .bench import BENCHMARK
 from .terminal import aligned, progress, unknown
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16")
     parser.add_argument(
         "--seconds",
-        type=_seconds,
+        type=seconds,
         default=180.0,
         metavar="S",
         help="time limit per class (default: 180)",
@@ -53,16 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     instead.add_argument(
         "--forget", action="store_true", help="remove the stored tile shapes of every GPU"
     )
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
-    return value
 
 
 def main(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import time
 from typing import Any, Dict, List, Optional, Tuple
 
 from .. import launch, settings
+from .argument_types import seconds
 from .run import command_of
 
 NAME = "why"
@@ -45,7 +46,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--off", action="store_true", help="run the command unpatched")
     parser.add_argument(
         "--timeout",
-        type=_seconds,
+        type=seconds,
         default=TIMEOUT,
         metavar="SECONDS",
         help=f"end the command after this time (default {TIMEOUT:g})",
@@ -69,16 +70,6 @@ def _options_after_name(args: argparse.Namespace) -> None:
         action.default = argparse.SUPPRESS
     parser.parse_args(args.cmd[:end], args)
     args.cmd = args.cmd[end:]
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
-    return value
 
 
 def _count(text: str) -> int:

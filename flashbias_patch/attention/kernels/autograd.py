@@ -29,7 +29,9 @@ from .recompute import Call, differentiable_backward, plain_backward
 
 log = logging.getLogger("flashbias_patch")
 _told = False
-_forward_plans, _backward_plans = Kept(), Kept()  # cached_call.py, by the signatures of the tensors
+# cached_call.py's, by the signatures of the tensors. Each call reads `steps` itself, with
+# tiles.generation in its key: Kept.find, which compares it, is one more Python call.
+_forward_plans, _backward_plans = Kept(), Kept()
 
 
 def _recompute(call: Call, grad_out: Tensor, error: BaseException) -> Tuple[Any, ...]:

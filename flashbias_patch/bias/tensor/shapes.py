@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ..checks import is_int
 from . import layout as layouts
 from . import terms
 from .core import BiasTensor
@@ -253,7 +254,7 @@ def _chosen(func: Any, args: Any, kwargs: Any, index: Tuple[Any, ...]) -> Any:
         axis = layouts.axis_of(dim)
         if axis is None or axis == "n":
             return NotImplemented
-        if isinstance(entry, numbers.Integral) and not isinstance(entry, bool):
+        if is_int(entry):
             if not -length <= int(entry) < length:
                 return NotImplemented  # the dense tensor raises the error
             position = int(entry) % length

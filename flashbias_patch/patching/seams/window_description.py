@@ -28,7 +28,6 @@ LIMIT = 5.0  # entries are clamped to +- min(LIMIT, max_scale)
 WHOLE: Dict[str, Callable[[Tensor], Tensor]] = {  # ways to make a cell of a fraction
     "truncate": torch.trunc,
     "round": torch.round,
-    "floor": torch.floor,
 }
 
 
