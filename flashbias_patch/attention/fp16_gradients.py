@@ -102,6 +102,15 @@ if not internals.SETUP_CONTEXT:
     _Narrowed, _Widened = _with_context(_Narrowed), _with_context(_Widened)  # type: ignore[misc]
 
 
+def _untransformed(cls: Any) -> Any:
+    """cls.apply without the Python that binds default arguments and looks for transforms: some 120
+    function calls."""
+    return getattr(super(torch.autograd.Function, cls), "apply", cls.apply)
+
+
+_apply_narrowed, _apply_widened = _untransformed(_Narrowed), _untransformed(_Widened)
+
+
 def power_for(grad: Tensor) -> Tensor:
     """(1,) float32: the power of two by which the largest element of `grad` divided is between 4
     and 8."""
@@ -127,9 +136,11 @@ def narrowed(
         else []
     )
     power = None
-    if indices and (internals.is_compiling() or not internals.transformed()):
+    traced = internals.is_compiling()
+    if indices and (traced or not internals.transformed()):
         wanting = [tensors[index] for index in indices]
-        *cast, power = _Narrowed.apply(sum(index < len(narrow) for index in indices), *wanting)
+        apply = _Narrowed.apply if traced else _apply_narrowed
+        *cast, power = apply(sum(index < len(narrow) for index in indices), *wanting)
         for index, tensor in zip(indices, cast):
             tensors[index] = tensor
     cut = len(narrow)
@@ -139,5 +150,6 @@ def narrowed(
 def widened(out: Tensor, dtype: torch.dtype, power: Optional[Tensor]) -> Tensor:
     if power is None:
         return out.to(dtype)
-    wide: Tensor = _Widened.apply(out, power, dtype)
+    apply = _Widened.apply if internals.is_compiling() else _apply_widened
+    wide: Tensor = apply(out, power, dtype)
     return wide
