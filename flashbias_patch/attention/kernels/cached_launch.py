@@ -18,6 +18,7 @@ from triton.compiler import CompiledKernel
 
 from . import tiles
 from .compile_ahead import collecting
+from .direct_launch import Direct, direct
 
 Step = TypeVar("Step")
 # Since Triton 3.3 a compiled kernel is called with the constants too, and skips them.
@@ -47,11 +48,11 @@ class Launch:
     signature.
 
     The first time goes through Triton, which compiles; so does every time in the interpreter.
-    Afterwards the compiled kernel's launcher is called, without what Triton prepares for launch
-    hooks where there are none.
+    Afterwards the compiled kernel's launcher is called, or the C function below it
+    (direct_launch.py), without what Triton prepares for launch hooks where there are none.
     """
 
-    __slots__ = ("kernel", "grid", "numbers", "options", "run", "rest", "launcher", "own")
+    __slots__ = ("kernel", "grid", "numbers", "options", "run", "rest", "direct")
 
     def __init__(
         self, kernel: Any, programs: int, numbers: Tuple[Any, ...], options: Dict[str, Any]
@@ -64,9 +65,7 @@ class Launch:
         )
         self.run: Optional[Callable[..., Any]] = None
         self.rest: Tuple[Any, ...] = ()
-        self.launcher: Optional[Callable[..., Any]] = None
-        # The launcher's arguments between the stream and the kernel's arguments.
-        self.own: Tuple[Any, ...] = ()
+        self.direct: Optional[Direct] = None
 
     def __call__(self, *tensors: Tensor, stream: Optional[int] = None) -> None:
         """On the current stream, or on that one once there is a compiled kernel."""
@@ -79,12 +78,16 @@ class Launch:
 
     def at(self, stream: int, addresses: Sequence[int]) -> None:
         """On that stream, with tensors at these addresses; for a compiled kernel."""
-        if self.launcher is not None:
+        if self.direct is not None:
             enter, leave = HOOKS.launch_enter_hook, HOOKS.launch_exit_hook
             if (enter is None or enter.__class__ is _Chain and not enter.calls) and (
                 leave is None or leave.__class__ is _Chain and not leave.calls
             ):
-                self.launcher(*self.grid, stream, *self.own, *addresses, *self.rest)
+                function, own, packed = self.direct
+                if packed:
+                    function(*self.grid, stream, *own, (*addresses, *self.rest))
+                else:
+                    function(*self.grid, stream, *own, *addresses, *self.rest)
                 return
         self.run(*addresses, *self.rest, stream=stream)  # type: ignore[misc]
 
@@ -103,8 +106,7 @@ class Launch:
             )
             self.rest, self.run = (*self.numbers, *constants), compiled[self.grid]
             if LAUNCHER:
-                self.launcher = compiled.run
-                self.own = (compiled.function, compiled.packed_metadata, None, None, None)
+                self.direct = direct(compiled)
 
 
 def signature(tensors: Iterable[Optional[Tensor]]) -> Tuple[Any, ...]:

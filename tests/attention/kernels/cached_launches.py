@@ -19,12 +19,14 @@ os.environ["FLASHBIAS_PATCH"] = "0"
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 launched = []
 through_triton = []
+planned, direct = [], []  # launches by addresses alone; those not through CudaLauncher.__call__
 handed = []  # addresses of the tensors of every launch
 
 
@@ -41,12 +43,37 @@ def lies_at(address):
 
 
 class Launcher:
+    """Calls `launch` as this Triton's launcher does; `launch` is the C function's stand-in."""
+
+    arg_annotations, kernel_signature = "annotations", b"signature"
+    gsan_enabled = False
+
     def __init__(self, source, metadata):
         self.name = metadata.name if hasattr(metadata, "name") else metadata["name"]
+        self.num_ctas = 1
+        for name in ("global_scratch", "profile_scratch"):
+            setattr(self, f"{name}_size", getattr(metadata, f"{name}_size", 0))
+            setattr(self, f"{name}_align", getattr(metadata, f"{name}_align", 1))
+        self.launch_cooperative_grid = getattr(metadata, "launch_cooperative_grid", False)
+        self.launch_pdl = getattr(metadata, "launch_pdl", False)
 
-    def __call__(self, *arguments, **options):
-        # grid, stream, function, packed metadata, launch metadata, hooks, and then the kernel's own
-        tensors, own = handed.pop(), list(arguments[9:])
+    __call__ = CudaLauncher.__call__
+
+    def launch(self, *arguments):
+        if sys._getframe(1).f_code is not CudaLauncher.__call__.__code__:
+            direct.append(self.name)
+        packed = [isinstance(value, tuple) for value in arguments].index(True)
+        # Before it grid, stream, function and more; after it launch metadata and the two hooks,
+        # which are not there without a hook, and more.
+        first, rest = [*arguments[: packed + 1]], [*arguments[packed + 4 :]]
+        # The kernel's own arguments: one tuple since Triton 3.7.
+        own = rest
+        if isinstance(rest[-1], tuple):
+            own = [*rest.pop()]
+            first += rest
+        tensors = handed.pop()
+        if isinstance(tensors[0], int):
+            planned.append(self.name)
         for place, tensor in enumerate(tensors):
             address = own[place] if isinstance(own[place], int) else own[place].data_ptr()
             # By address alone where a plan hands it over (Launch.at).
@@ -56,7 +83,7 @@ class Launcher:
             )
             assert lies_at(address), (self.name, place)
             own[place] = lies_at(address), address % 16
-        launched.append((self.name, arguments[:3], [(type(value), value) for value in own]))
+        launched.append((self.name, first, [(type(value), value) for value in own]))
 
 
 class Utils:
@@ -153,13 +180,16 @@ if __name__ == "__main__":
     for name in sys.argv[1:] or CASES:
         first = attention(**CASES[name])
         compiled = len(through_triton)
+        assert not planned and not direct, name
         again = attention(**CASES[name])
         assert len(first) >= 4 and first == again, (name, first, again)
         assert compiled and len(through_triton) == compiled, name
+        # Copies are made of a dense bias whose rows are not aligned: there is no plan.
+        assert planned == direct and bool(planned) != ("dense" in CASES[name]), name
         odd = attention(**CASES[name], odd=True)
         assert odd != first and odd == attention(**CASES[name], odd=True), name
         assert attention(**CASES[name]) == first, name
-        del through_triton[:]
+        del through_triton[:], planned[:], direct[:]
         print(
             f"{name}: {len(first)} launches, {sum(len(one[2]) for one in first)} arguments",
             flush=True,

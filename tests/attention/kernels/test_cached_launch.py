@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("triton", minversion="3.0")
+triton = pytest.importorskip("triton", minversion="3.0")
 
-from flashbias_patch.attention.kernels import cached_launch, tiles  # noqa: E402
+from flashbias_patch.attention.kernels import cached_launch, direct_launch, tiles  # noqa: E402
 from flashbias_patch.attention.kernels.autograd import fused_attention  # noqa: E402
 from tests.support import internals  # noqa: E402
 
@@ -132,3 +133,149 @@ def test_lengths_that_differ_every_time_do_not_pile_up():
     for key in range(10):
         kept.keep(key, object())
         assert kept.find(key) is not None and len(kept.steps) <= 3
+
+
+class Through:
+    """A launcher of a kernel without scratch memory, as in Triton 3.0 to 3.2; `launch` notes."""
+
+    launch_cooperative_grid, launch_pdl = False, True
+    arg_annotations, kernel_signature = ["annotation"], b"signature"
+    global_scratch_size = profile_scratch_size = 0
+    gsan_enabled = False
+
+    def __init__(self):
+        self.launched = []
+
+    def launch(self, *arguments):
+        self.launched.append(arguments)
+
+    def __call__(self, *arguments):
+        self.launch(*arguments)
+
+
+class Cooperative(Through):
+    """As in Triton 3.3."""
+
+    def __call__(self, x, y, z, stream, function, *rest):
+        self.launch(x, y, z, stream, function, self.launch_cooperative_grid, None, *rest)
+
+
+class Dependent(Through):
+    """As in Triton 3.4."""
+
+    def __call__(self, x, y, z, stream, function, *rest):
+        grid = x, y, z, stream, function, self.launch_cooperative_grid, self.launch_pdl
+        self.launch(*grid, None, *rest)
+
+
+class Profiled(Through):
+    """As in Triton 3.5 and 3.6."""
+
+    def __call__(self, x, y, z, stream, function, *rest):
+        grid = x, y, z, stream, function, self.launch_cooperative_grid, self.launch_pdl
+        self.launch(*grid, None, None, *rest)
+
+
+class Packed(Through):
+    """As in Triton 3.7 to 3.9."""
+
+    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *own):
+        grid = x, y, z, stream, function, self.launch_cooperative_grid, self.launch_pdl
+        hooks = metadata, launch_metadata, enter, leave
+        self.launch(*grid, *hooks, None, None, self.arg_annotations, self.kernel_signature, own)
+
+
+LAUNCHERS = {
+    Through: direct_launch.TRITON_3_0,
+    Cooperative: direct_launch.TRITON_3_3,
+    Dependent: direct_launch.TRITON_3_4,
+    Profiled: direct_launch.TRITON_3_5,
+    Packed: direct_launch.TRITON_3_7,
+}
+
+
+def launched_at(launcher, monkeypatch):
+    """A compiled launch of a kernel with one number, by this launcher; no hooks."""
+    monkeypatch.setattr(cached_launch, "HOOKS", SimpleNamespace(**NO_HOOKS))
+    compiled = SimpleNamespace(run=launcher, packed_metadata=(4, 1, 0), function=77)
+    launch = cached_launch.Launch(None, 5, (0.5,), {})
+    launch.run, launch.rest = None, (0.5, 64)
+    launch.direct = direct_launch.direct(compiled)
+    return launch
+
+
+NO_HOOKS = {"launch_enter_hook": None, "launch_exit_hook": None}
+# What a compiled kernel calls its launcher with: `launched_at`'s, at addresses 16 and 32.
+CALLED = (5, 1, 1, 9, 77, (4, 1, 0), None, None, None, 16, 32, 0.5, 64)
+
+
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_the_c_function_gets_what_a_launcher_hands_it(kind, monkeypatch):
+    order = LAUNCHERS[kind]
+    monkeypatch.setitem(direct_launch.ORDERS, direct_launch.digest(kind.__call__), order)
+    assert order in direct_launch.ORDERS.values()
+    launcher = kind()
+    launch = launched_at(launcher, monkeypatch)
+    launcher(*CALLED)
+    monkeypatch.setattr(kind, "__call__", forbidden)
+    launch.at(9, [16, 32])
+    through, direct = launcher.launched
+    assert direct == through
+
+
+def forbidden(*arguments):
+    raise AssertionError("called")
+
+
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_an_unknown_launcher_is_called(kind, monkeypatch):
+    """Its source is not one that is known, though it does the same."""
+    launcher, called = kind(), []
+    monkeypatch.setattr(kind, "__call__", lambda self, *arguments: called.append(arguments))
+    launched_at(launcher, monkeypatch).at(9, [16, 32])
+    assert called == [CALLED] and not launcher.launched
+
+
+@pytest.mark.parametrize("needed", direct_launch.UNUSED)
+def test_scratch_memory_is_the_launchers_to_allocate(needed, monkeypatch):
+    known = direct_launch.digest(Packed.__call__)
+    monkeypatch.setitem(direct_launch.ORDERS, known, direct_launch.TRITON_3_7)
+    launcher = Packed()
+    assert launched_at(launcher, monkeypatch).direct.function == launcher.launch
+    setattr(launcher, needed, 1)
+    assert launched_at(launcher, monkeypatch).direct.function is launcher
+
+
+@pytest.mark.parametrize("hook", NO_HOOKS)
+def test_a_hook_installed_later_is_called(hook, monkeypatch):
+    known = direct_launch.digest(Packed.__call__)
+    monkeypatch.setitem(direct_launch.ORDERS, known, direct_launch.TRITON_3_7)
+    launcher, through_triton = Packed(), []
+    launch = launched_at(launcher, monkeypatch)
+    launch.run = lambda *arguments, stream: through_triton.append((stream, arguments))
+    launch.at(9, [16, 32])
+    assert len(launcher.launched) == 1 and not through_triton
+    setattr(cached_launch.HOOKS, hook, print)
+    launch.at(9, [16, 32])
+    assert len(launcher.launched) == 1 and through_triton == [(9, (16, 32, 0.5, 64))]
+
+
+def test_a_kernel_that_fails_to_launch_raises(monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("no room")
+
+    known = direct_launch.digest(Packed.__call__)
+    monkeypatch.setitem(direct_launch.ORDERS, known, direct_launch.TRITON_3_7)
+    launcher = Packed()
+    launcher.launch = fails
+    with pytest.raises(RuntimeError, match="no room"):
+        launched_at(launcher, monkeypatch).at(9, [16, 32])
+
+
+def test_the_installed_tritons_launcher_is_known():
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version > (3, 9):
+        pytest.skip("newer than the launchers that direct_launch.py knows")
+    assert direct_launch.digest(CudaLauncher.__call__) in direct_launch.ORDERS
