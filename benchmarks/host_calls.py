@@ -296,7 +296,7 @@ def patched() -> Iterator[None]:
 def fused_without_launches() -> Iterator[List[str]]:
     """The fused backend takes calls on the CPU, and each launch of a kernel is only noted, by its
     name."""
-    from flashbias_patch.attention import dispatch
+    from flashbias_patch.attention import casts, dispatch
     from flashbias_patch.attention.backends import triton_fused
     from flashbias_patch.attention.kernels import cached_launch
 
@@ -315,7 +315,9 @@ def fused_without_launches() -> Iterator[List[str]]:
 
     with mock.patch.object(triton_fused.TritonFused, "why_not", no_reasons), mock.patch.object(
         dispatch, "_passes_self_check", trusted
-    ), mock.patch.object(cached_launch.Launch, "first", compiled):
+    ), mock.patch.object(cached_launch.Launch, "first", compiled), mock.patch.object(
+        casts, "DEVICE_TYPES", ("cpu",)
+    ), mock.patch.object(casts, "_agree", lambda *given: True):
         yield launched
 
 

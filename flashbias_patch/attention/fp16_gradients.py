@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch_internals as internals
+from . import casts
 
 POWER = torch.float32  # whatever torch's default dtype is
 EXPONENT = 0x7F800000  # the bits of a float32's exponent: without the others it is a power of two
@@ -102,13 +103,47 @@ if not internals.SETUP_CONTEXT:
     _Narrowed, _Widened = _with_context(_Narrowed), _with_context(_Widened)  # type: ignore[misc]
 
 
+class _NarrowedInEager(torch.autograd.Function):
+    """_Narrowed outside compiled graphs, by as few launches as there can be (casts.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> Any:
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        ctx.set_materialize_grads(False)
+        same = [tensor.view_as(tensor) for tensor in tensors[count:]]
+        power = torch.empty(1, dtype=POWER, device=tensors[0].device)
+        return (*casts.narrow(tensors[:count], torch.float16), *same, power)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+        *own, power = grads  # power: None in a second pass
+        return (None, *casts.widened(own, ctx.dtypes, power))
+
+
+class _WidenedInEager(torch.autograd.Function):
+    """_Widened outside compiled graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, power: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.plain = False
+        return out.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        if ctx.plain or torch.is_grad_enabled():
+            narrow, power, _ = _Widened.backward(ctx, grad)
+        else:
+            narrow, power = casts.divided(grad, power_for)
+        return narrow, power, None
+
+
 def _untransformed(cls: Any) -> Any:
-    """cls.apply without the Python that binds default arguments and looks for transforms: some 120
-    function calls."""
+    """cls.apply without the Python that looks for transforms, and under which torch binds default
+    arguments."""
     return getattr(super(torch.autograd.Function, cls), "apply", cls.apply)
 
 
-_apply_narrowed, _apply_widened = _untransformed(_Narrowed), _untransformed(_Widened)
+_apply_narrowed, _apply_widened = map(_untransformed, (_NarrowedInEager, _WidenedInEager))
 
 
 def power_for(grad: Tensor) -> Tensor:
@@ -144,7 +179,12 @@ def narrowed(
         for index, tensor in zip(indices, cast):
             tensors[index] = tensor
     cut = len(narrow)
-    return [t.to(torch.float16) for t in tensors[:cut] if t is not None], tensors[cut:], power
+    made: Sequence[Any] = tensors[:cut]
+    if traced or power is not None:
+        made = [t.to(torch.float16) for t in made]  # those without a gradient
+    else:
+        made = casts.narrow(made, torch.float16)
+    return [*made], tensors[cut:], power
 
 
 def widened(out: Tensor, dtype: torch.dtype, power: Optional[Tensor]) -> Tensor:

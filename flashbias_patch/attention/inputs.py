@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..bias import AttentionBias, BiasTensor, DenseBias, MaskBias, WindowMaskParts, WindowParts
 from ..bias.precision import split_factors
-from . import fp16_gradients
+from . import casts, fp16_gradients
 from .signature import signature_of
 from .values import bounded
 
@@ -225,7 +225,7 @@ def build_in(
             if windows is not None and learned is not None:
                 windows = windows._replace(weights=learned)
         else:
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+            q, k, v = casts.in_dtype(q, k, v, dtype)
     if q_factor is not None and k_factor is not None:
         q_factor, k_factor = _cast_factors(q_factor, k_factor, q)
     padding = key_padding_mask

@@ -113,10 +113,10 @@ def forget_order() -> None:
 
 def forget_capabilities() -> None:
     """Ask the GPU for its compute capability anew."""
-    from flashbias_patch.attention import order
-    from flashbias_patch.attention.backends import flash_attention, triton_fused
+    from flashbias_patch.attention import order, triton_support
+    from flashbias_patch.attention.backends import flash_attention
 
-    for function in (triton_fused._capability, flash_attention._major, order._rows):
+    for function in (triton_support.capability, flash_attention._major, order._rows):
         function.cache_clear()
 
 

@@ -3,39 +3,14 @@ supports."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from typing import Any, Callable, List, NoReturn, Sequence, Tuple
+from typing import Any, Callable, List, NoReturn, Sequence
 
 import torch
 from torch import Tensor
 
-from ..._torch_internals import RELEASE
 from ..inputs import AttentionInputs
+from ..triton_support import missing, reasons_of_device
 from .base import Backend, OnFailure
-
-LEAST_TRITON = (3, 0)
-LEAST_TORCH = (2, 1)
-
-
-@functools.lru_cache(maxsize=None)
-def _missing() -> Tuple[str, ...]:
-    """Reasons why the kernels cannot be imported."""
-    if RELEASE < LEAST_TORCH:
-        return ("torch {} is older than {}.{}".format(torch.__version__, *LEAST_TORCH),)
-    if importlib.util.find_spec("triton") is None:
-        return ("triton is not installed",)
-    import triton
-
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < LEAST_TRITON:
-        return ("triton {} is older than {}.{}".format(triton.__version__, *LEAST_TRITON),)
-    return ()
-
-
-@functools.lru_cache(maxsize=64)
-def _capability(index: int) -> Tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
 
 
 def _reasons_of_windows(inputs: AttentionInputs) -> List[str]:
@@ -77,15 +52,10 @@ class TritonFused(Backend):
         self.attend: Any = None  # kernels.autograd.attend, imported with the first call
 
     def unavailable(self) -> Sequence[str]:
-        return _missing()
+        return missing()
 
     def other_reasons(self, inputs: AttentionInputs) -> List[str]:
-        reasons = []
-        if torch.version.hip:
-            reasons.append("not tried on ROCm")
-        elif _capability(inputs.q.device.index) < (8, 0):
-            major, minor = _capability(inputs.q.device.index)
-            reasons.append(f"compute capability {major}.{minor} is below 8.0")
+        reasons = reasons_of_device(inputs.q.device)
         if inputs.windows is not None or inputs.window_mask is not None:
             reasons += _reasons_of_windows(inputs)
         return reasons

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import re
 import traceback
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 
 from ..._torch_internals import OutOfMemoryError
-from ..inputs import AttentionInputs
+
+if TYPE_CHECKING:
+    from ..inputs import AttentionInputs
 
 # After one of these errors every later CUDA call of the process fails.
 STICKY = (

@@ -50,6 +50,7 @@ def load():
         files = (
             "forward",
             "backward",
+            "casts",
             "sums",
             "concatenate",
             "tiles",
@@ -65,7 +66,17 @@ def load():
                 sys.modules[name] = module
 
 
-forward, backward, sums, concatenate, tiles, window_common, window_forward, window_backward = load()
+(
+    forward,
+    backward,
+    casts,
+    sums,
+    concatenate,
+    tiles,
+    window_common,
+    window_forward,
+    window_backward,
+) = load()
 # private name: only Triton is needed here, so that tests/support is not there
 tiles._loaded = True  # no tiles that this machine has tuned
 # private name: as above
@@ -95,6 +106,8 @@ POINTERS = dict(
     DWINDOWS="fp32",
     CODES="i64",
     ENDS="i32",
+    POWER="fp32",
+    PEAKS="i32",
     SEED="i64",
     DQF="fp32",
     DW="fp32",
@@ -351,6 +364,24 @@ def variants(arch):
     }
     parts = {f"PARTS{i}": "fp32" for i in range(3)}
     yield "sums of parts", sums.sum_kernel, dict(columns, ROWS=32), "fp16", parts, [ONE]
+
+    yield from cast_variants()
+
+
+def cast_variants():
+    tensors = {f"D{i}": 40 for i in range(3)}
+    tensors.update({f"BLOCK{i}": 64 for i in range(3)}, ROWS=64)
+    for half in ("fp16", "bf16"):
+        for scaled in (False, True):
+            source, target = (half, "fp32") if scaled else ("fp32", half)
+            types = {
+                f"{name}{i}": source if name == "X" else target for name in "XY" for i in "012"
+            }
+            yield "casts", casts.cast_kernel, dict(tensors, SCALED=scaled), half, types, [ONE]
+    rows = dict(D=40, BLOCK_D=64, ROWS=64)
+    types = dict(X="fp32", Y="fp16")
+    yield "peaks", casts.peaks_kernel, rows, "fp16", types, [ONE]
+    yield "division", casts.divide_kernel, dict(rows, BLOCK_PEAKS=256), "fp16", types, [ONE]
 
 
 def window_variants(arch):
