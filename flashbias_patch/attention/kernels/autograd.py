@@ -147,7 +147,7 @@ def _forward(inputs: Tuple[Any, ...], training: bool) -> Tuple[Any, ...]:
             else launcher.prepared(q, q_factor, k_factor, scale)
         )
         step = launcher.forward_step(problem, seed, training)
-        plan = cached_call.forward_plan(given, problem, step, prepare)
+        plan = cached_call.forward_plan(given, problem, step, prepare, training)
         _forward_plans.keep(key, plan or False)  # False: always the long way
     return ForwardResult(out, low, lse, seed, problem.q if problem.scaled else None, *factors)
 

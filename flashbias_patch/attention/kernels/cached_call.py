@@ -9,6 +9,7 @@ for the processor, whose time this saves.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -29,6 +30,9 @@ Signed = Tuple[Tuple[Any, ...], List[int]]
 # The tensors that `signed` gets, in order; a plan's names for them.
 FORWARD = ("q", "k", "v", "q_factor", "k_factor", "weights", "dense", "mask", "padding")
 BACKWARD = (*FORWARD, *Passed._fields)
+
+SCRATCH = "scratch"
+ALIGN = 128  # bytes: parts of SCRATCH begin where a cache line does
 
 _is_given: Callable[[Any], bool] = functools.partial(operator.is_not, None)
 _layout: Callable[[Tensor], Tuple[Any, ...]] = operator.attrgetter("shape", "dtype", "device")
@@ -71,6 +75,7 @@ class Draft:
         self.given = [name for name, tensor in zip(names, given) if tensor is not None]
         self.makes: Dict[str, Callable[[], Tensor]] = {}
         self.parts: Dict[str, Tuple[str, int]] = {}  # name: (of which tensor, bytes from there)
+        self.room = 0  # bytes of SCRATCH
         self.tables: Dict[str, Tensor] = {}
         self.launches: List[Tuple[Launch, Sequence[str]]] = []
         self.sums: Dict[str, Sum] = {}  # of the parts that PyTorch sums
@@ -80,6 +85,12 @@ class Draft:
     ) -> None:
         make = torch.zeros if zeros else pb.empty
         self.makes[name] = functools.partial(make, shape, dtype=dtype, device=self.device)
+
+    def scratch(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """A tensor that no result is: a part of one allocation, which the pass frees at its end."""
+        self.parts[name] = SCRATCH, self.room
+        self.room += pb.cdiv(math.prod(shape) * dtype.itemsize, ALIGN) * ALIGN
+        self.make(SCRATCH, (self.room // 4,), torch.float32)
 
     def launch(self, launch: Launch, *names: str) -> None:
         has = {*self.given, *self.makes, *self.parts, *self.tables}
@@ -96,7 +107,7 @@ class Draft:
         if keys.visible is None or padding is None:
             return blocks, ends, ends, ends
         numbers, at_counts = keys.room(padding)
-        self.make(order, (numbers,), torch.int32)
+        self.scratch(order, (numbers,), torch.int32)
         self.parts[counts] = order, 4 * at_counts
         self.launch(keys.visible, "padding", blocks, order, counts)
         return blocks, ends, order, counts
@@ -154,10 +165,13 @@ def _same(given: Sequence[Optional[Tensor]], used: Sequence[Optional[Tensor]]) -
 
 
 def forward_plan(
-    inputs: Arguments, problem: Problem, step: Any, prepare: Optional[Prepare]
+    inputs: Arguments, problem: Problem, step: Any, prepare: Optional[Prepare], training: bool
 ) -> Optional[Plan]:
     """The plan of a forward pass that was computed without one; None if other tensors were copied
-    than those of `prepare`, which copies q and the factors if there are factors."""
+    than those of `prepare`, which copies q and the factors if there are factors.
+
+    Its results are `out`, and in training the other fields of ForwardResult too.
+    """
     if type(step) is not Forward or problem.scaled and prepare is None:
         return None
     unchanged = ["k", "v", "weights", "dense", "mask", "padding"]
@@ -169,13 +183,14 @@ def forward_plan(
     draft = Draft(FORWARD, [getattr(inputs, name) for name in FORWARD])
     dtype = problem.q.dtype
     q, q_factor, k_factor, out, lse = "q", "q_factor", "k_factor", "out", "lse"
+    make = draft.make if training else draft.scratch
     if prepare is not None:
         draft.q = q = "scaled_q"
-        draft.make(q, problem.q.shape, dtype)
+        make(q, problem.q.shape, dtype)
         if prepare.padded:
             q_factor, k_factor = "padded_q_factor", "padded_k_factor"
-            draft.make(q_factor, prepare.q_factor_shape, dtype)
-            draft.make(k_factor, prepare.k_factor_shape, dtype)
+            make(q_factor, prepare.q_factor_shape, dtype)
+            make(k_factor, prepare.k_factor_shape, dtype)
         if prepare.launches:
             draft.launch(
                 prepare.copy, "q", q, "q_factor", q_factor, "k_factor", k_factor
@@ -186,12 +201,12 @@ def forward_plan(
         )
     draft.make("out", step.shape, dtype)
     if step.has_low:
-        draft.make("low", step.shape, dtype)
-    draft.make("lse", step.rows, torch.float32)
+        make("low", step.shape, dtype)
+    make("lse", step.rows, torch.float32)
     if step.splits > 1:
         out, lse = "parts of out", "parts of lse"
-        draft.make(out, (step.splits, *step.shape), torch.float32)
-        draft.make(lse, (step.splits, *step.rows), torch.float32)
+        draft.scratch(out, (step.splits, *step.shape), torch.float32)
+        draft.scratch(lse, (step.splits, *step.rows), torch.float32)
     blocks, ends, order, counts = draft.blocks(step.keys, problem.padding, "forward")
     draft.launch(
         step.attend, q, "k", "v", q_factor, k_factor, "weights", ends, "dense", "mask", "padding",
@@ -222,12 +237,15 @@ def backward_plan(
         return None
     draft = Draft(BACKWARD, given)
     low = "out" if passed.low is None else "low"
-    draft.make("rows", before.shape, before.dtype)
+    draft.scratch("rows", before.shape, before.dtype)
     draft.launch(before.launch, "out", low, "grad_out", "lse", "weights", "q_factor", "rows")
     for step in steps:
         written = {name: f"gradient of {name}" for name in step.sums}
         for name, total in step.sums.items():
-            draft.make(written[name], total.parts, total.kept, total.zeros)
+            if name in sums.plain or total.zeros:
+                draft.make(written[name], total.parts, total.kept, total.zeros)
+            else:
+                draft.scratch(written[name], total.parts, total.kept)
         by_keys = type(step) is ByKeys
         blocks, ends, order, counts = draft.blocks(
             step.keys, None if by_keys else padding, "keys'" if by_keys else "queries'"
