@@ -309,6 +309,10 @@ def fused_without_launches() -> Iterator[List[str]]:
         verdicts[name] = dispatch.TRUSTED
         return True
 
+    def agreed(kind: Any, made: Any, plain: Any) -> bool:
+        casts._checked.add(kind)
+        return True
+
     def compiled(self: Any, tensors: Any) -> None:
         name = self.kernel.__name__
         self.run, self.rest = lambda *given, **options: launched.append(name), self.numbers
@@ -317,7 +321,7 @@ def fused_without_launches() -> Iterator[List[str]]:
         dispatch, "_passes_self_check", trusted
     ), mock.patch.object(cached_launch.Launch, "first", compiled), mock.patch.object(
         casts, "DEVICE_TYPES", ("cpu",)
-    ), mock.patch.object(casts, "_agree", lambda *given: True):
+    ), mock.patch.object(casts, "_agree", agreed):
         yield launched
 
 

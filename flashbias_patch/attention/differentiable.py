@@ -163,7 +163,7 @@ def attach(out: Tensor, inputs: AttentionInputs) -> Tensor:
                 return out
     (
         q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, _, scale,
-        windows, window_mask,
+        windows, window_mask, _,
     ) = inputs  # fmt: skip
     if windows is None and window_mask is None:
         return _apply(

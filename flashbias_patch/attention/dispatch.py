@@ -86,7 +86,9 @@ def _attend_checkpointed(
 ) -> Tensor:
     """The call of a checkpointed function. Its recomputation uses the backend of its forward."""
     # A checkpointed forward runs without grad, but its backend must be able to run in the
-    # recomputation too.
+    # recomputation too, and give the same output.
+    if inputs.out_dtype is not None:
+        inputs = inputs._replace(out_dtype=None)
     signature = signature_of(inputs, grad=True)
     record = checkpointed.begin_call()
     try:

@@ -156,6 +156,10 @@ def power_for(grad: Tensor) -> Tensor:
     return exponent.clamp_min(ONE).view(torch.float32)
 
 
+def _plain(tensors: Sequence[Any], dtype: torch.dtype) -> List[Tensor]:
+    return [tensor.to(dtype) for tensor in tensors]
+
+
 def narrowed(
     narrow: Sequence[Tensor], others: Sequence[Optional[Tensor]]
 ) -> Tuple[List[Tensor], List[Optional[Tensor]], Optional[Tensor]]:
@@ -164,27 +168,24 @@ def narrowed(
 
     Inside transforms of torch.func, plain casts: not every transform takes an autograd.Function.
     """
-    tensors = [*narrow, *others]
-    indices = (
-        [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
-        if torch.is_grad_enabled()
-        else []
-    )
-    power = None
     traced = internals.is_compiling()
+    if not torch.is_grad_enabled():
+        cast = _plain if traced else casts.narrow
+        return [*cast(narrow, torch.float16)], [*others], None
+    tensors = [*narrow, *others]
+    indices = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+    power = None
     if indices and (traced or not internals.transformed()):
         wanting = [tensors[index] for index in indices]
         apply = _Narrowed.apply if traced else _apply_narrowed
-        *cast, power = apply(sum(index < len(narrow) for index in indices), *wanting)
-        for index, tensor in zip(indices, cast):
+        *made, power = apply(sum(index < len(narrow) for index in indices), *wanting)
+        for index, tensor in zip(indices, made):
             tensors[index] = tensor
     cut = len(narrow)
-    made: Sequence[Any] = tensors[:cut]
-    if traced or power is not None:
-        made = [t.to(torch.float16) for t in made]  # those without a gradient
-    else:
-        made = casts.narrow(made, torch.float16)
-    return [*made], tensors[cut:], power
+    # Those without a gradient are not cast yet.
+    cast = _plain if traced or power is not None else casts.narrow
+    made = [t for t in tensors[:cut] if t is not None]
+    return [*cast(made, torch.float16)], tensors[cut:], power
 
 
 def widened(out: Tensor, dtype: torch.dtype, power: Optional[Tensor]) -> Tensor:

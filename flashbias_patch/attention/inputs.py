@@ -44,7 +44,8 @@ class AttentionInputs(NamedTuple):
     floating, additive, may hold -inf; mask (B|1, H|1, M|1, N) bool, True = masked out; key_padding
     (B, N), bool with True = masked out, or floating and additive (may hold -inf);
     windows: a bias of local windows, with weights of at least float32, and window_mask: all but
-    local windows is hidden (bias/grids.py; frames sum to N).
+    local windows is hidden (bias/grids.py; frames sum to N); out_dtype: the dtype that the caller
+    casts the output to. A backend may give it at once, from its unrounded sums.
     """
 
     q: Tensor
@@ -61,6 +62,7 @@ class AttentionInputs(NamedTuple):
     scale: float = 1.0
     windows: Optional[WindowParts] = None
     window_mask: Optional[WindowMaskParts] = None
+    out_dtype: Optional[torch.dtype] = None
 
     @property
     def rank(self) -> int:
@@ -91,6 +93,7 @@ class AttentionInputs(NamedTuple):
             _,
             windows,
             window_mask,
+            _,
         ) = self
         return [
             q,
@@ -145,6 +148,7 @@ class AttentionInputs(NamedTuple):
                 self.scale,
                 windows,
                 window_mask,
+                self.out_dtype,
             ),
         )
         return made
@@ -196,6 +200,7 @@ def build_in(
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"dtype must be {DTYPES_IN_WORDS}, got {dtype!r}")
     q_factor = k_factor = weights = lengths = dense = mask = power = windows = window_mask = None
+    out_dtype = None
     if bias is not None:
         described: AttentionBias = bias if fitted else as_bias(bias, B, H, M, N)  # type: ignore[assignment]
         q_factor, k_factor, segments, dense, mask, windows, window_mask = described.parts()
@@ -216,6 +221,10 @@ def build_in(
         else:
             dense = four if dense is None else dense + four
     if dtype is not None and dtype is not q.dtype:
+        # Where gradients are wanted, autograd casts the output. With dropout a forward without them
+        # may be a checkpoint's, which is computed as its recomputation.
+        if q.dtype is torch.float32 and not (torch.is_grad_enabled() or dropout_p):
+            out_dtype = q.dtype
         if fp16_gradients.wanted(q.dtype, dtype):
             learned = None if windows is None else windows.weights
             (q, k, v), others, power = fp16_gradients.narrowed(
@@ -254,6 +263,7 @@ def build_in(
             scale,
             windows,
             window_mask,
+            out_dtype,
         ),
     ), power
 

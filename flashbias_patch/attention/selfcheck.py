@@ -311,7 +311,7 @@ def problem_of(
         frames, sides = grids_of(N, window_mask.number)
         (centred,) = sizes((window_mask.shared_centres, B))
         parts["window_mask"] = WindowMaskParts(draw.centres(centred, M, frames), frames, sides)
-    return AttentionInputs(**parts)
+    return AttentionInputs(**parts, out_dtype=signature.output)
 
 
 def _lowest(terms: Terms, dtype: torch.dtype) -> float:

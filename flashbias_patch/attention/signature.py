@@ -86,6 +86,7 @@ class CallSignature(NamedTuple):
     aligned: both lengths are multiples of ALIGNMENT.
     grad: a gradient is wanted; implied by dropout (see `signature_of`).
     key_padding: the dtype of the key padding mask.
+    output: the dtype that the output is cast to, if other than `dtype` (AttentionInputs.out_dtype).
     """
 
     device: torch.device
@@ -104,6 +105,7 @@ class CallSignature(NamedTuple):
     key_padding: Optional[torch.dtype] = None
     windows: Optional[WindowSignature] = None
     window_mask: Optional[WindowMaskSignature] = None
+    output: Optional[torch.dtype] = None
 
     def describe(self) -> str:
         """The signature in words, for logs and status: `cuda float16 D32 R8 grad key_padding`."""
@@ -124,6 +126,7 @@ class CallSignature(NamedTuple):
             self.key_padding and "key_padding",
             windows and f"{'' if windows.box else 'gaussian '}windows{windows.number}",
             window_mask and f"window mask{window_mask.number}",
+            self.output and f"to {str(self.output)[6:]}",
         ]  # fmt: skip
         return " ".join(word for word in words if word)
 
@@ -150,6 +153,7 @@ def signature_of(inputs: AttentionInputs, grad: Optional[bool] = None) -> CallSi
         scale,
         windows,
         window_mask,
+        output,
     ) = inputs
     _, M, _, D = q.shape
     _, N, _, Dv = v.shape
@@ -209,6 +213,7 @@ def signature_of(inputs: AttentionInputs, grad: Optional[bool] = None) -> CallSi
             None if padding is None else padding.dtype,
             local,
             local_mask,
+            output,
         ),
     )
     return signature

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashbias_patch import settings
 from tests import stand_ins
 
 pytestmark = pytest.mark.skipif(
@@ -63,3 +64,52 @@ def test_a_patched_call_makes_few_more_calls(host_calls, name, dropout, path):
         assert patched_calls <= largest[path, case] * calls, (case, calls, patched_calls)
         if not dropout or path == "fused":
             assert patched_operators <= operators, (case, operators, patched_operators)
+
+
+FORWARD = ["visible_kernel", "forward_kernel"]
+BACKWARD = ["rows_kernel", "keys_kernel", "visible_kernel", "queries_kernel"]
+
+
+@pytest.mark.parametrize(
+    "dtype, calls, casts_of",
+    [
+        (
+            "fp16", {"eval": 170, "training": 190, "backward": 120},
+            ([], ["peaks_kernel", "divide_kernel"]),
+        ),
+        ("bf16", {"eval": 170, "training": 165, "backward": 95}, (["_to_copy"], [])),
+    ],
+)  # fmt: skip
+def test_casts_are_few_launches(host_calls, monkeypatch, dtype, calls, casts_of):
+    """FLASHBIAS_DTYPE on float32 code: q, k and v are cast in one launch, as are their gradients;
+    without gradients the kernel writes float32."""
+    pytest.importorskip("triton", minversion="3.0")
+    by_torch, before = casts_of
+    expected = {
+        "eval": (["cast_kernel", *FORWARD], []),
+        "training": (["cast_kernel", *FORWARD], ["_to_copy"]),
+        "backward": ([*before, *BACKWARD, "cast_kernel"], by_torch),
+    }
+    target = host_calls.TARGETS["CMT"]
+    monkeypatch.setenv("FLASHBIAS_DTYPE", dtype)
+    settings.reload()
+    try:
+        with stand_ins.repository("cmt") as load, host_calls.fused_without_launches() as launched:
+            module = host_calls.attention(host_calls.load(target, load), target, "cpu")
+            given = host_calls.operands("cpu", False)
+            with host_calls.patched():
+                for case in host_calls.cases(module, given, False):
+                    call = case.prepare()
+                    for _ in range(host_calls.WARM_UP):
+                        call()
+                    del launched[:]
+                    python, c, _ = host_calls.function_calls(call)
+                    kernels, by_pytorch = expected[case.name]
+                    assert launched == kernels, case.name
+                    assert python + c <= calls[case.name], (case.name, python, c)
+                    names = host_calls.operators(call)
+                    copies = [name for name in names if "_to_copy" in name]
+                    assert len(copies) == len(by_pytorch), (case.name, copies)
+    finally:
+        monkeypatch.undo()
+        settings.reload()

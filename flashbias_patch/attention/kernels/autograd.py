@@ -114,8 +114,11 @@ def _windows(inputs: Arguments) -> Optional[win.Windows]:
     )
 
 
-def _forward(inputs: Tuple[Any, ...], training: bool) -> Tuple[Any, ...]:
-    """The fields of ForwardResult. inputs: those of Arguments."""
+def _forward(
+    inputs: Tuple[Any, ...], training: bool, out_dtype: Optional[torch.dtype] = None
+) -> Tuple[Any, ...]:
+    """The fields of ForwardResult. inputs: those of Arguments. out_dtype: the output's, if other
+    than q's."""
     (
         q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale,
         window_weights, window_centres, mask_centres, *_,
@@ -127,13 +130,17 @@ def _forward(inputs: Tuple[Any, ...], training: bool) -> Tuple[Any, ...]:
         signature, addresses = cached_call.signed(
             (q, k, v, q_factor, k_factor, weights, dense, mask, padding)
         )
-        key = signature, tuple(lengths), dropout_p, scale, training, tiles.generation
+        key = (
+            signature, tuple(lengths), dropout_p, scale, training, out_dtype, tiles.generation,
+        )  # fmt: skip
         plan = _forward_plans.steps.get(key)
         if plan:
             planned: Tuple[Any, ...] = plan(addresses, stream)
             return planned
     given = Arguments(*inputs)
     problem = problem_of(given)
+    if out_dtype is not None:
+        problem = problem._replace(out_dtype=out_dtype)
     seed = (
         torch.randint(1 << 62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     )
@@ -476,6 +483,7 @@ def attend(inputs: Any, on_failure: OnFailure) -> Tensor:
         scale,
         windows,
         window_mask,
+        out_dtype,
     ) = inputs
     local: Tuple[Any, ...] = NO_WINDOWS
     if windows is not None or window_mask is not None:
@@ -489,7 +497,7 @@ def attend(inputs: Any, on_failure: OnFailure) -> Tensor:
     ):
         return _apply_untransformed(on_failure, *given)
     out: Tensor
-    out, *_ = _forward(given, False)
+    out, *_ = _forward(given, False, out_dtype)
     return out
 
 
@@ -508,6 +516,7 @@ def fused_attention(
     scale: Optional[float] = None,
     windows: Optional[WindowParts] = None,
     window_mask: Optional[WindowMaskParts] = None,
+    out_dtype: Optional[torch.dtype] = None,
     on_failure: OnFailure = _recompute,
 ) -> Tensor:
     """softmax(q k^T * scale + bias) v by the Triton kernels; differentiable in all but mask and
@@ -519,9 +528,9 @@ def fused_attention(
     H|1, M|1, N) floating; mask (B|1, H|1, M|1, N) bool, True hides; key_padding (B, N) bool (True
     hides) or floating (added). windows and window_mask as bias/grids.py has them, both on the same
     frames (window_patches.why_not says which fit), not with a dense that requires a gradient. A
-    row that sees no key gives zeros. `on_failure` gives the gradients where the backward kernels
-    fail (not in a compiled graph, where plain PyTorch gives them). Inputs are not validated: use
-    `flash_bias_attention` for that.
+    row that sees no key gives zeros. out_dtype: the output is cast to it. `on_failure` gives the
+    gradients where the backward kernels fail (not in a compiled graph, where plain PyTorch gives
+    them). Inputs are not validated: use `flash_bias_attention` for that.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lengths = list(segment_lengths or ()) if segment_weights is not None else []
@@ -543,4 +552,5 @@ def fused_attention(
         scale,
         *local,
     )
-    return _apply(on_failure, given)
+    out = _apply(on_failure, given)
+    return out if out_dtype is None else out.to(out_dtype)

@@ -199,9 +199,9 @@ def forward_plan(
         draft.makes["seed"] = functools.partial(
             torch.randint, 1 << 62, (1,), dtype=torch.int64, device=draft.device
         )
-    draft.make("out", step.shape, dtype)
+    draft.make("out", step.shape, step.dtype)
     if step.has_low:
-        make("low", step.shape, dtype)
+        make("low", step.shape, step.dtype)
     make("lse", step.rows, torch.float32)
     if step.splits > 1:
         out, lse = "parts of out", "parts of lse"

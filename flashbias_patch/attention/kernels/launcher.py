@@ -86,7 +86,7 @@ def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs
     if not q.numel() or not problem.k.numel():
         B, M, _, H, D = problem.sizes
         return (
-            q.new_zeros(B, M, H, D),
+            q.new_zeros(B, M, H, D, dtype=problem.out_dtype),
             None,
             torch.full(problem.lse_shape, math.inf, device=q.device),
         )
@@ -205,11 +205,11 @@ def _class_of(problem: Problem, others: Tuple[Optional[Tensor], ...]) -> Tuple[A
     `others`."""
     (
         q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale, rank,
-        windows,
+        windows, out_dtype,
     ) = problem  # fmt: skip
     tensors = q, k, v, q_factor, k_factor, weights, dense, mask, padding, *others
     local = None if windows is None else windows.signature()
-    return signature(tensors), lengths, dropout_p, scale, rank, local
+    return signature(tensors), lengths, dropout_p, scale, rank, local, out_dtype
 
 
 def _backward_class(problem: Problem, needs: Needs, passed: Passed) -> Tuple[Any, ...]:

@@ -42,7 +42,7 @@ def cast(
     key = signature, dtype, tiles.generation
     plan: Any = _plans.steps.get(key)
     if plan:
-        planned: Tuple[Tensor, ...] = plan(addresses, stream)
+        planned: Tuple[Tensor, ...] = plan(addresses, stream)[:-1]
         return planned
     if plan is None and not _fits(tensors, dtype):
         plan = _plans.keep(key, False)
@@ -59,7 +59,8 @@ def cast(
             draft.make(name, tensor.shape, dtype)
         results = MADE[: len(tensors)]
         draft.launch(launch, *_thrice(names, results), POWER)
-        _plans.keep(key, Plan(draft, results))
+        # With a last result that is None: of one name alone a plan gives no tuple.
+        _plans.keep(key, Plan(draft, (*results, "nothing")))
     return made
 
 

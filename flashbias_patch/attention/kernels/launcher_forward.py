@@ -128,7 +128,8 @@ class Outs:
     def __init__(self, problem: Problem, training: bool, splits: int) -> None:
         B, M, _, H, D = problem.sizes
         self.shape, self.rows, self.splits = (B, M, H, D), problem.lse_shape, splits
-        self.has_low = training and problem.q.dtype != torch.float32
+        self.dtype = problem.q.dtype if problem.out_dtype is None else problem.out_dtype
+        self.has_low = training and self.dtype != torch.float32
         per_program = 16
         self.combine = Launch(
             fwd.combine_kernel, cdiv(M, per_program) * B * H, (B, H, M, splits),
@@ -138,7 +139,7 @@ class Outs:
 
     def allocate(self, problem: Problem) -> Tuple[Tensor, Optional[Tensor], Tensor, Tensor, Tensor]:
         """out, low, lse, and the tensors to which the kernel writes out and lse."""
-        dtype, device = problem.q.dtype, problem.q.device
+        dtype, device = self.dtype, problem.q.device
         out = pb.empty(self.shape, dtype=dtype, device=device)
         low = pb.empty(self.shape, dtype=dtype, device=device) if self.has_low else None
         lse = pb.empty(self.rows, dtype=torch.float32, device=device)

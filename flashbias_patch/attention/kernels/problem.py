@@ -92,6 +92,7 @@ class Problem(NamedTuple):
     scale: float
     rank: int
     windows: Optional[Windows] = None
+    out_dtype: Optional[torch.dtype] = None  # the output's; None: q's
 
     @property
     def sizes(self) -> Tuple[int, int, int, int, int]:

@@ -313,6 +313,9 @@ def variants(arch):
             ),
         ):
             yield name, kernel, dict(base, **more), dtype, rows, choices_of(kind, arch, dtype, base)
+    made = dict(PLAIN, VECTOR=8, APART=False, PARTIAL=False, HAS_LOW=False)
+    tiles_of = choices_of("forward", arch, "fp16", PLAIN)
+    yield "float32 output", forward.forward_kernel, made, "fp16", dict(OUT="fp32"), tiles_of
     yield from window_variants(arch)
     tile = dict(D=40, BLOCK_D=64, BLOCK_M=16)
     for pair in (False, True):

@@ -243,5 +243,30 @@ def test_what_the_caller_interrupts_and_memory_are_not_the_kernels(monkeypatch):
             casts.narrow((q, k, v), torch.float16)
 
 
+def test_repeated_casts_give_as_many_tensors(monkeypatch):
+    """As on a GPU, where a launch is kept once it is compiled: here it does nothing."""
+
+    def compiled(self, tensors):
+        self.run, self.rest = (lambda *given, **options: None), self.numbers
+
+    monkeypatch.setattr(launcher_casts.Launch, "first", compiled)
+    q, k, v = projected()
+    power = torch.ones(1)
+    for _ in range(3):
+        for given in ((q,), (q, k), (q, k, v)):
+            half = [t.half() for t in given]
+            for made, dtype in (
+                (launcher_casts.cast(given, torch.float16), torch.float16),
+                (launcher_casts.cast(half, torch.float32), torch.float32),
+                (launcher_casts.cast(half, torch.float32, power), torch.float32),
+            ):
+                assert type(made) is tuple
+                assert [t.shape for t in made] == [t.shape for t in given]
+                assert all(t.dtype is dtype and t.is_contiguous() for t in made)
+        out, power = launcher_casts.divided(q, torch.float16)
+        assert out.shape == q.shape and out.dtype is torch.float16 and power.shape == (1,)
+        assert launcher_casts.cast((q[..., :3], q[:0]), torch.float16) is None
+
+
 def test_kernels_import_nothing_but_triton():
     assert not hasattr(kernels, "torch")
