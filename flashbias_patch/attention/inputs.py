@@ -31,7 +31,7 @@ TENSORS = (
     "window_mask_centres",
 )
 DTYPES_IN_WORDS = "torch.float16, bfloat16, float32 or float64"
-_NO_TENSORS = (None,) * len(TENSORS)
+NO_TENSORS = (None,) * len(TENSORS)
 _new: Any = tuple.__new__  # AttentionInputs(...) without the Python function around it
 
 
@@ -155,7 +155,7 @@ class AttentionInputs(NamedTuple):
 
     def static(self) -> AttentionInputs:
         """The same call without its tensors."""
-        return self.with_tensors(_NO_TENSORS)
+        return self.with_tensors(NO_TENSORS)
 
     def call_class(self) -> str:
         """The call signature in words: device, dtype, head dims, rank, features (signature.py)."""

@@ -22,9 +22,11 @@ class State(NamedTuple):
 
 
 def now(device: Optional[torch.device] = None) -> State:
-    """The state of the CPU and of one CUDA device (default: the current one)."""
+    """The state of the CPU and of one CUDA device (default: the current one; for a CPU device
+    none)."""
     cpu, cuda = torch.default_generator.get_state(), None
-    if not torch.cuda.is_initialized() or stream_capturing():
+    of_cpu = device is not None and device.type == "cpu"
+    if of_cpu or not torch.cuda.is_initialized() or stream_capturing():
         device = None
     else:
         device = device if device is not None and device.type == "cuda" else torch.device("cuda")

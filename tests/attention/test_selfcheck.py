@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -399,3 +402,20 @@ def test_concurrent_checks_leave_the_default_generator_alone(name):
     assert drawn and torch.equal(torch.stack(drawn), torch.stack([torch.rand(()) for _ in drawn]))
     assert torch.equal(torch.get_rng_state(), state)
     assert found == [None] * 12
+
+
+def test_a_check_of_dropout_does_not_import_dynamo():
+    """torch imports it to call a dispatch mode in which torch.compile compiles nothing; that takes
+    longer than everything else in a first call."""
+    script = (
+        "import sys, torch\n"
+        "from flashbias_patch import flash_bias_attention\n"
+        "q = torch.randn(1, 8, 1, 8, requires_grad=True)\n"
+        "flash_bias_attention(q, q, q, dropout_p=0.1).sum().backward()\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    environment = {**os.environ, "FLASHBIAS_BACKEND": "sdpa", "FLASHBIAS_PATCH": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "False\n")

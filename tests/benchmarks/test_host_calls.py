@@ -24,7 +24,7 @@ LARGEST = {
 }  # fmt: skip
 # Dropout on the CPU is in matrix products, whose backward is kept away from autocast (guard.py).
 LARGEST_WITH_DROPOUT = {
-    **LARGEST, ("auto", "training"): 1.37, ("auto", "backward"): 1.42,
+    **LARGEST, ("auto", "backward"): 1.42,
 }  # fmt: skip
 
 

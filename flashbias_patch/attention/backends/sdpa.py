@@ -131,11 +131,12 @@ def _masks(inputs: AttentionInputs) -> Optional[Tuple[Optional[Tensor], Optional
         return merge_masks(inputs, None, masked, None, False)
     q = inputs.q
     top = (additive.detach() if additive.requires_grad else additive).amax(-1, keepdim=True)
+    batch, heads, rows, _ = top.shape
     if (
         top.is_cpu
         and type(top) is Tensor
         and inputs.segment_weights is None
-        and top.numel() <= FEW
+        and batch * heads * rows <= FEW
         and _tracing_state() is None
     ):
         peaks = top.view(-1).tolist()

@@ -49,7 +49,9 @@ def run(
     """
     recovers = candidate.recovers
     if (hooked is not None or not recovers) and guard.wanted(candidate, inputs, hooked is not None):
-        return guard.Call(candidate, name, signature, inputs, state, hooked).attend(inputs)
+        operands = inputs.tensors()
+        call = guard.Call(candidate, name, signature, inputs, operands, state, hooked)
+        return call.attend(operands)
     out = candidate.recovering(inputs, backward.of_fused) if recovers else candidate(inputs)
     if out.requires_grad and name not in differentiable.OWN and not inputs.dropout_p:
         return differentiable.attach(out, inputs)

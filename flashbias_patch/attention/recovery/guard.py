@@ -29,7 +29,7 @@ from torch import Tensor
 from ... import _torch_internals as internals
 from .. import differentiable, random_state
 from ..backends.base import Backend
-from ..inputs import TENSORS, AttentionInputs
+from ..inputs import NO_TENSORS, TENSORS, AttentionInputs
 from ..signature import CallSignature
 from . import backward
 
@@ -46,7 +46,6 @@ Graph = Tuple[
 _hooks_in_force = internals.saved_tensor_hooks
 _keeps_graph = internals.keeps_graph
 _tracing = internals.tracing_state
-_NOTHING: List[Any] = [None] * len(TENSORS)
 _INDICES = range(len(TENSORS))
 _is_given: Callable[[Any], bool] = functools.partial(operator.is_not, None)
 
@@ -82,7 +81,7 @@ def wanted(backend: Backend, inputs: AttentionInputs, hooked: bool) -> bool:
 class Call:
     """One guarded call: the state that its backward needs, without the tensors.
 
-    present: indices in TENSORS of the tensors that the call has.
+    present: indices in TENSORS of the tensors that the call has. `operands`: all, in that order.
     state: the random state before the forward; None without dropout.
     replay, call_index: of a hooked checkpoint; None elsewhere.
     """
@@ -94,49 +93,57 @@ class Call:
 
     def __init__(
         self, backend: Backend, name: str, signature: CallSignature, inputs: AttentionInputs,
-        state: Optional[random_state.State], replay: Optional[Replay] = None,
+        operands: List[Optional[Tensor]], state: Optional[random_state.State],
+        replay: Optional[Replay] = None,
     ) -> None:  # fmt: skip
         self.backend, self.name, self.signature, self.state = backend, name, signature, state
-        self.present = tuple(compress(_INDICES, map(_is_given, inputs.tensors())))
-        self.static = inputs.static()
+        self.present = tuple(compress(_INDICES, map(_is_given, operands)))
+        self.static = inputs.with_tensors(NO_TENSORS)
         self.replay = replay
         self.call_index = None if replay is None else replay.call_index
         self.graph: Optional[Graph] = None
 
-    def attend(self, inputs: AttentionInputs) -> Tensor:
+    def attend(self, operands: List[Optional[Tensor]]) -> Tensor:
         """The output of the call, whose backward is guarded."""
-        tensors: Tuple[Any, ...] = tuple(filter(_is_given, inputs.tensors()))
         replay = self.replay
         if replay is None:
-            graph = self.graph = self.run(tensors)
+            graph = self.graph = self.run(operands)
         else:
             # The checkpoint must not see what the graph saves. In the forward pass the graph is
             # not needed at all.
             pack: Callable[[Tensor], Any] = _forget if replay.recording else Tensor.detach
             with torch.autograd.graph.saved_tensors_hooks(pack, _same):
-                graph = self.run(tensors)
+                graph = self.run(operands)
             if not replay.recording and self.call_index is not None:
                 replay.graphs[self.call_index] = graph
-        return _apply(self, graph, *tensors)
+        return _apply(self, graph, *filter(_is_given, operands))
 
     def operands(self, inputs: AttentionInputs) -> List[Any]:
         """The tensors of the call that are not None."""
         tensors = inputs.tensors()
         return [tensors[index] for index in self.present]
 
-    def inputs(self, tensors: Sequence[Tensor]) -> AttentionInputs:
-        values = [*_NOTHING]
+    def placed(self, tensors: Sequence[Tensor]) -> List[Any]:
+        """The tensors of the call in the order of TENSORS."""
+        values: List[Any] = [*NO_TENSORS]
         for index, tensor in zip(self.present, tensors):
             values[index] = tensor
-        return self.static.with_tensors(values)
+        return values
 
-    def run(self, tensors: Sequence[Tensor]) -> Graph:
-        """The backend on detached operands. Grad mode is on."""
-        leaves = [
-            tensor.detach().requires_grad_() if tensor.requires_grad else tensor
-            for tensor in tensors
-        ]
-        return self.compute(self.inputs(leaves)), leaves
+    def inputs(self, tensors: Sequence[Tensor]) -> AttentionInputs:
+        return self.static.with_tensors(self.placed(tensors))
+
+    def run(self, operands: Sequence[Any]) -> Graph:
+        """The backend on detached operands, which come in the order of TENSORS. Grad mode is on."""
+        leaves = [*operands]
+        for index in self.present:
+            if leaves[index].requires_grad:
+                leaf = leaves[index] = leaves[index].detach()
+                leaf.requires_grad = True
+        backend, inputs = self.backend, self.static.with_tensors(leaves)
+        # As `compute`, one call less.
+        out = self.compute(inputs) if backend.recovers else backend(inputs)
+        return out, [*filter(_is_given, leaves)]
 
     def compute(self, inputs: AttentionInputs) -> Tensor:
         if self.backend.recovers:
@@ -164,7 +171,7 @@ class Call:
     ) -> Sequence[Optional[Tensor]]:
         """Forward and backward of the same backend, from the random state of its forward."""
         with self.as_in_forward(), torch.enable_grad():
-            graph = self.run(tensors)
+            graph = self.run(self.placed(tensors))
         return differentiate(graph, needs, grad_out)
 
     def differentiable_gradients(

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from flashbias_patch import flash_bias_attention, settings, telemetry
-from flashbias_patch.attention import dispatch
+from flashbias_patch.attention import dispatch, random_state
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.attention.recovery import backward, guard
 from flashbias_patch.attention.reference_attention import attend as attend_dense
@@ -484,9 +484,18 @@ def test_training_with_dropout_and_checkpoints_is_unchanged(patched, monkeypatch
 
 def test_the_operands_come_back_in_their_places():
     inputs = call(FEATURES)
-    made = guard.Call(None, "x", None, inputs, None)
+    made = guard.Call(None, "x", None, inputs, inputs.tensors(), None)
     again = made.inputs(made.operands(inputs))
     assert all(a is b for a, b in zip(again.tensors(), inputs.tensors())) and isinstance(
         again, AttentionInputs
     )
     assert again.static() == inputs.static() == made.static
+
+
+def test_the_random_state_of_a_call_on_the_cpu_is_the_cpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: pytest.fail("looked at CUDA"))
+    state = random_state.now(torch.device("cpu"))
+    drawn = torch.rand(3)
+    assert state.cuda is state.device is None
+    random_state.restore(state)
+    assert torch.equal(torch.rand(3), drawn)
