@@ -162,8 +162,8 @@ VARIABLES: Tuple[Variable, ...] = (
         "verdicts",
         True,
         _switch,
-        "keep on disk which backends passed the self-check on this machine; off: check again in "
-        "every process",
+        "keep on disk which backends passed the self-check on this machine, and Triton's key of "
+        "its installation; off: check and compute again in every process",
     ),
     Variable(
         "summary",

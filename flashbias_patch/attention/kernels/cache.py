@@ -127,6 +127,16 @@ def rows() -> List[Row]:
     return [row for row in found if _whole(row)] if isinstance(found, list) else []
 
 
+def read_own(name: str) -> Any:
+    """What the JSON file `name` holds. OSError or ValueError where it cannot be read, or belongs to
+    another user."""
+    with open(name, encoding="utf-8") as file:
+        owner = os.fstat(file.fileno()).st_uid
+        if hasattr(os, "getuid") and owner not in (os.getuid(), 0):
+            raise OSError("it belongs to another user")
+        return json.load(file)
+
+
 def _whole(row: Any) -> bool:
     if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in NAMES):
         return False

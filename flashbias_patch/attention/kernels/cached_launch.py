@@ -15,8 +15,9 @@ from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Tuple, Typ
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 
-from . import tiles
+from . import kept_key, tiles
 from .compile_ahead import collecting
 from .direct_launch import Direct, direct
 
@@ -94,6 +95,8 @@ class Launch:
     def first(self, tensors: Tuple[Tensor, ...]) -> None:
         """Launch through Triton, and keep what it compiled; compile only, while launches are
         collected."""
+        if isinstance(self.kernel, JITFunction):  # not in the interpreter
+            kept_key.prepare()
         if collecting.get():
             self.kernel.warmup(*tensors, *self.numbers, grid=self.grid, **self.options)
             return
