@@ -15,7 +15,7 @@ from ...bias.grids import WindowMaskParts, WindowParts
 from . import cached_call, launcher, tiles
 from . import window_tables as win
 from .arguments import NO_WINDOWS, Arguments, ForwardResult
-from .cached_launch import Kept
+from .cached_launch import Kept, stream_of
 from .problem import (
     Problem,
     aligned_rows,
@@ -125,7 +125,7 @@ def _forward(
     ) = inputs  # fmt: skip
     plain = window_weights is None and window_centres is None and mask_centres is None
     key, plan = None, None
-    stream = cached_call.stream_of(q) if plain else None
+    stream = stream_of(q) if plain else None
     if stream is not None:
         signature, addresses = cached_call.signed(
             (q, k, v, q_factor, k_factor, weights, dense, mask, padding)
@@ -177,7 +177,7 @@ def _backward(
         lengths, dropout_p, scale, *_ = constants
         plain = window_weights is None and window_centres is None and mask_centres is None
         key, plan = None, None
-        stream = cached_call.stream_of(grad_out) if plain else None
+        stream = stream_of(grad_out) if plain else None
         if stream is not None:
             rank = 0 if q_factor is None else q_factor.shape[-1]
             q = q if scaled_q is None else scaled_q

@@ -16,7 +16,6 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..._torch_internals import current_cuda_device, current_cuda_stream
 from . import problem as pb
 from .arguments import Arguments, ForwardResult
 from .cached_launch import Launch
@@ -49,16 +48,6 @@ def signed(tensors: Sequence[Optional[Tensor]]) -> Signed:
         tuple(map(Tensor.stride, given)),
         tuple([address & 15 for address in addresses]) if odd else None,
     ), addresses  # fmt: skip
-
-
-def stream_of(tensor: Tensor) -> Optional[int]:
-    """The current stream of the tensor's GPU; None where another GPU is the current one."""
-    if not tensor.is_cuda:
-        return 0
-    index = tensor.device.index
-    if current_cuda_device is None or current_cuda_stream is None or current_cuda_device() != index:
-        return None
-    return current_cuda_stream(index)
 
 
 class Draft:

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from ..._torch_internals import current_cuda_device, current_cuda_stream
 from . import kept_key, tiles
 from .compile_ahead import collecting
 from .direct_launch import Direct, direct
@@ -42,6 +43,16 @@ def _takes_launcher() -> bool:
 LAUNCHER = (
     _takes_launcher() and hasattr(HOOKS, "launch_enter_hook") and hasattr(HOOKS, "launch_exit_hook")
 )
+
+
+def stream_of(tensor: Tensor) -> Optional[int]:
+    """The current stream of the tensor's GPU; None where another GPU is the current one."""
+    if not tensor.is_cuda:
+        return 0
+    index = tensor.device.index
+    if current_cuda_device is None or current_cuda_stream is None or current_cuda_device() != index:
+        return None
+    return current_cuda_stream(index)
 
 
 class Launch:
@@ -73,7 +84,12 @@ class Launch:
         if self.run is not None:
             # Addresses, because for a tensor Triton queries the driver every time whether the GPU
             # can read it.
-            self.run(*[tensor.data_ptr() for tensor in tensors], *self.rest, stream=stream)
+            addresses = [*map(Tensor.data_ptr, tensors)]
+            stream = stream_of(tensors[0]) if stream is None else stream
+            if stream is None:
+                self.run(*addresses, *self.rest, stream=None)
+            else:
+                self.at(stream, addresses)
         else:
             self.first(tensors)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import casts, tiles
 from . import problem as pb
-from .cached_call import Draft, Plan, signed, stream_of
-from .cached_launch import Kept, Launch
+from .cached_call import Draft, Plan, signed
+from .cached_launch import Kept, Launch, stream_of
 from .problem import block_columns, cdiv, strides
 
 AT_ONCE = 3  # tensors of one launch

@@ -260,6 +260,24 @@ def test_a_hook_installed_later_is_called(hook, monkeypatch):
     assert len(launcher.launched) == 1 and through_triton == [(9, (16, 32, 0.5, 64))]
 
 
+def test_a_launch_with_tensors_is_direct_too(monkeypatch):
+    """On the current stream of their GPU; through Triton where another GPU is the current one."""
+    known = direct_launch.digest(Packed.__call__)
+    monkeypatch.setitem(direct_launch.ORDERS, known, direct_launch.TRITON_3_7)
+    launcher, through_triton, tensor = Packed(), [], torch.zeros(4)
+    launch = launched_at(launcher, monkeypatch)
+    launch.run = lambda *arguments, stream: through_triton.append((stream, arguments))
+    given = tensor.data_ptr(), 0.5, 64
+    monkeypatch.setattr(cached_launch, "stream_of", lambda tensor: 7)
+    for passed in (None, 9):
+        launch(tensor, stream=passed)
+        _, _, _, stream, *_, own = launcher.launched.pop()
+        assert (stream, own) == (passed or 7, given) and not through_triton
+    monkeypatch.setattr(cached_launch, "stream_of", lambda tensor: None)
+    launch(tensor)
+    assert through_triton == [(None, given)] and not launcher.launched
+
+
 def test_a_kernel_that_fails_to_launch_raises(monkeypatch):
     def fails(*arguments):
         raise RuntimeError("no room")
