@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashbias_patch
+from flashbias_patch import settings
 from flashbias_patch.bias import LowRankBias
 from tests import stand_ins
 
@@ -313,9 +314,8 @@ def fused_without_launches() -> Iterator[List[str]]:
         verdicts[name] = dispatch.TRUSTED
         return True
 
-    def agreed(kind: Any, made: Any, plain: Any) -> bool:
+    def unchecked(kind: Any, made: Any, plain: Any) -> None:
         casts._checked.add(kind)
-        return True
 
     def compiled(self: Any, tensors: Any) -> None:
         name = self.kernel.__name__
@@ -325,14 +325,29 @@ def fused_without_launches() -> Iterator[List[str]]:
         dispatch, "_passes_self_check", trusted
     ), mock.patch.object(cached_launch.Launch, "first", compiled), mock.patch.object(
         casts, "DEVICE_TYPES", ("cpu",)
-    ), mock.patch.object(casts, "_agree", agreed):
-        yield launched
+    ), mock.patch.object(casts, "_check", unchecked):
+        casts.reset()
+        try:
+            yield launched
+        finally:
+            casts.reset()
 
 
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def count_all(device: str, only: Optional[str] = None) -> List[Dict[str, Any]]:
+@contextlib.contextmanager
+def compute_dtype(name: str) -> Iterator[None]:
+    """FLASHBIAS_DTYPE=name."""
+    with mock.patch.dict(os.environ, FLASHBIAS_DTYPE=name):
+        settings.reload()
+        yield
+    settings.reload()
+
+
+def count_all(device: str, only: Optional[str] = None, fused: bool = False) -> List[Dict[str, Any]]:
+    """The rows of the table. fused: calls are computed by the fused backend, which casts float32
+    operands for FLASHBIAS_DTYPE."""
     cuda = device == "cuda"
     rows: List[Dict[str, Any]] = []
     for name, target in TARGETS.items():
@@ -355,6 +370,13 @@ def count_all(device: str, only: Optional[str] = None) -> List[Dict[str, Any]]:
                     cuda,
                     not (bias or target.flash),
                 )
+            for dtype in ("fp16", "bf16") if fused and name == "CMT" else ():
+                module = attention(cls, target, device)
+                given = operands(device, bool(target.keywords.get("batch_first")))
+                row = {"class": name, "features": f"FLASHBIAS_DTYPE={dtype}"}
+                with compute_dtype(dtype):
+                    make = functools.partial(cases, module, given, False)
+                    rows += compared(row, make, cuda, True)
     with stand_ins.repository("cmt") as load_module:
         if only is None:
             load(TARGETS["CMT"], load_module)
@@ -542,7 +564,9 @@ def main() -> None:
         if args.part == "decoders":
             result["decoders"] = decoders(args.repeats)
         else:
-            result["counts"] = count_all(args.device, args.only)
+            result["counts"] = count_all(
+                args.device, args.only, args.path == "fused" or args.device == "cuda"
+            )
             show(result["counts"])
     if args.out:
         with open(args.out, "w") as file:

@@ -104,10 +104,12 @@ def divided(grad: Tensor, power_for: Callable[[Tensor], Tensor]) -> Tuple[Tensor
     kernels = None if internals.is_batch(grad) else _usable((grad,))
     if kernels is not None:
         try:
-            made = kernels.divided(grad, torch.float16)
-            if made is not None:
-                kind = "divided", grad.device
-                if kind in _checked or _agree(kind, made, _divided(grad, power_for)):
+            kind = "divided", grad.device
+            if kind in _checked or _can_check(grad):
+                made = kernels.divided(grad, torch.float16)
+                if made is not None:
+                    if kind not in _checked:
+                        _check(kind, made, _divided(grad, power_for))
                     out, power = made
                     return out, power
         except Exception as error:
@@ -134,11 +136,12 @@ def _by_kernel(
         return None
     device = tensors[0].device
     try:
-        made: Optional[Sequence[Tensor]] = kernels.cast(tensors, dtype, power)
-        if made is not None:
-            kind = dtype, power is None, device
-            if kind in _checked or _agree(kind, made, [_plain(t, dtype, power) for t in tensors]):
-                return made
+        kind = dtype, power is None, device
+        if kind in _checked or _can_check(tensors[0]):
+            made: Optional[Sequence[Tensor]] = kernels.cast(tensors, dtype, power)
+            if made is not None and kind not in _checked:
+                _check(kind, made, [_plain(t, dtype, power) for t in tensors])
+            return made
     except Exception as error:
         _give_up(device, error)
     return None
@@ -178,17 +181,19 @@ def _load(device: torch.device) -> Any:
     return _kernels[device]
 
 
-def _agree(kind: Any, made: Sequence[Tensor], plain: Sequence[Tensor]) -> bool:
-    """True if a kernel gave what PyTorch gives, which is compared once for each `kind` of cast;
-    False while a stream is captured, when nothing can be compared."""
-    if made[0].is_cuda and internals.stream_capturing():
-        return False
+def _can_check(tensor: Tensor) -> bool:
+    """False while a CUDA graph is captured, when nothing can be compared."""
+    return not (tensor.is_cuda and internals.stream_capturing())
+
+
+def _check(kind: Any, made: Sequence[Tensor], plain: Sequence[Tensor]) -> None:
+    """Raise ArithmeticError unless a kernel gave what PyTorch gives; done once for each `kind` of
+    cast."""
     for a, b in zip(made, plain):
         same = a.shape == b.shape and a.dtype is b.dtype
         if not same or not ((a == b) | (a != a) & (b != b)).all():
             raise ArithmeticError(f"a kernel gives other numbers than PyTorch: {kind}")
     _checked.add(kind)
-    return True
 
 
 def _give_up(device: torch.device, error: Exception) -> None:
