@@ -35,6 +35,18 @@ def test_import_is_light():
     assert out == "[]" and err == ""
 
 
+def test_kernels_of_windows_wait_for_a_call_with_windows():
+    """Triton reads the source of each kernel when its module is imported, in the first call."""
+    pytest.importorskip("triton", minversion="3.0")
+    out, _ = python(
+        "import sys, flashbias_patch.attention.kernels.autograd\n"
+        "names = ('window_tables', 'window_common', 'window_forward', 'launcher_windows')\n"
+        "print([m for m in sys.modules if m.endswith(names)])",
+        FLASHBIAS_PATCH="0",
+    )
+    assert out == "[]"
+
+
 @pytest.mark.parametrize("value", ["0", "false", "OFF", "no"])
 def test_off_touches_nothing(value):
     out, _ = python(

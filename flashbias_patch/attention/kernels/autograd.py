@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from ... import _torch_internals as internals
 from ...bias.grids import WindowMaskParts, WindowParts
 from . import cached_call, launcher, tiles
-from . import window_tables as win
 from .arguments import NO_WINDOWS, Arguments, ForwardResult
 from .cached_launch import Kept, stream_of
 from .problem import (
@@ -26,6 +25,11 @@ from .problem import (
     unit_last,
 )
 from .recompute import Call, differentiable_backward, plain_backward
+
+# Modules of windows are imported by the first call with windows: Triton reads the source of every
+# kernel when its module is imported, and half the kernels are theirs.
+if TYPE_CHECKING:
+    from .window_tables import Windows
 
 log = logging.getLogger("flashbias_patch")
 _told = False
@@ -95,7 +99,7 @@ def problem_of(inputs: Arguments, made: Optional[ForwardResult] = None) -> Probl
     )
 
 
-def _windows(inputs: Arguments) -> Optional[win.Windows]:
+def _windows(inputs: Arguments) -> Optional[Windows]:
     weights, centres, mask_centres = (
         inputs.window_weights,
         inputs.window_centres,
@@ -103,7 +107,9 @@ def _windows(inputs: Arguments) -> Optional[win.Windows]:
     )
     if weights is None and centres is None and mask_centres is None:
         return None
-    return win.make(
+    from .window_tables import make
+
+    return make(
         weights,
         centres,
         mask_centres,
@@ -221,7 +227,11 @@ def _differentiable_backward(
 def _call(made: ForwardResult, inputs: Arguments, needs: Sequence[bool]) -> Call:
     """The call as plain PyTorch needs it."""
     windows = _windows(inputs)
-    bias, mask = (None, None) if windows is None else win.parts(windows)
+    bias, mask = None, None
+    if windows is not None:
+        from .window_tables import parts
+
+        bias, mask = parts(windows)
     return Call(
         q=inputs.q,
         k=inputs.k,
@@ -487,7 +497,9 @@ def attend(inputs: Any, on_failure: OnFailure) -> Tensor:
     ) = inputs
     local: Tuple[Any, ...] = NO_WINDOWS
     if windows is not None or window_mask is not None:
-        local = win.arguments(windows, window_mask)
+        from .window_tables import arguments
+
+        local = arguments(windows, window_mask)
     given = (
         q, k, v, q_factor, k_factor, weights, () if weights is None else lengths, dense, mask,
         padding, dropout_p, scale, *local,
@@ -536,7 +548,9 @@ def fused_attention(
     lengths = list(segment_lengths or ()) if segment_weights is not None else []
     local: Tuple[Any, ...] = NO_WINDOWS
     if windows is not None or window_mask is not None:
-        local = win.arguments(windows, window_mask)
+        from .window_tables import arguments
+
+        local = arguments(windows, window_mask)
     given = Arguments(
         q,
         k,

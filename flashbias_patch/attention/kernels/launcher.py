@@ -16,7 +16,6 @@ from .launcher_backward import Needs as Needs
 from .launcher_backward import Passed as Passed
 from .launcher_forward import Forward, Outputs, Prepare
 from .launcher_sums import Sums
-from .launcher_windows import WindowByKeys, WindowByQueries, WindowForward, WindowRows
 from .problem import Problem, on_device, scales_q, unit_last
 from .tiles import Config, first_working
 
@@ -98,7 +97,9 @@ def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs
             return outputs
 
         def attempt(config: Config) -> Outputs:
-            make: Any = Forward if problem.windows is None else WindowForward
+            make: Any = Forward
+            if problem.windows is not None:
+                from .launcher_windows import WindowForward as make
             step = make(problem, training, config)
             answer: Outputs = step(problem, seed)
             _forwards.keep(key, step)
@@ -145,6 +146,8 @@ def _settle(problem: Problem, needs: Needs, passed: Passed) -> Tuple[BackwardSte
     if problem.windows is None:
         make_rows, by_keys, by_queries = Rows, ByKeys, ByQueries
     else:
+        from .launcher_windows import WindowByKeys, WindowByQueries, WindowRows
+
         make_rows, by_keys, by_queries = WindowRows, WindowByKeys, WindowByQueries
     before = make_rows(problem, passed)
     rows = before(problem, passed)
