@@ -111,8 +111,8 @@ class _NarrowedInEager(torch.autograd.Function):
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.set_materialize_grads(False)
         same = [tensor.view_as(tensor) for tensor in tensors[count:]]
-        power = torch.empty(1, dtype=POWER, device=tensors[0].device)
-        return (*casts.narrow(tensors[:count], torch.float16), *same, power)
+        narrow = casts.narrow(tensors[:count], torch.float16)
+        return (*narrow, *same, torch.empty(1, dtype=POWER, device=tensors[0].device))
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
@@ -173,19 +173,24 @@ def narrowed(
         cast = _plain if traced else casts.narrow
         return [*cast(narrow, torch.float16)], [*others], None
     tensors = [*narrow, *others]
-    indices = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+    cut, count = len(narrow), 0
+    indices: List[int] = []
+    for index, tensor in enumerate(tensors):
+        if tensor is not None and tensor.requires_grad:
+            indices += (index,)
+            count += index < cut
     power = None
     if indices and (traced or not internals.transformed()):
         wanting = [tensors[index] for index in indices]
         apply = _Narrowed.apply if traced else _apply_narrowed
-        *made, power = apply(sum(index < len(narrow) for index in indices), *wanting)
+        *made, power = apply(count, *wanting)
         for index, tensor in zip(indices, made):
             tensors[index] = tensor
-    cut = len(narrow)
-    # Those without a gradient are not cast yet.
-    cast = _plain if traced or power is not None else casts.narrow
-    made = [t for t in tensors[:cut] if t is not None]
-    return [*cast(made, torch.float16)], tensors[cut:], power
+    rest: List[Any] = tensors[:cut]
+    if power is None or count < cut:  # those without a gradient are not cast yet
+        cast = _plain if traced or power is not None else casts.narrow
+        rest = [*cast(rest, torch.float16)]
+    return rest, tensors[cut:], power
 
 
 def widened(out: Tensor, dtype: torch.dtype, power: Optional[Tensor]) -> Tensor:

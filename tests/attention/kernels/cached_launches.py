@@ -9,6 +9,7 @@ which are another class.
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import os
@@ -135,7 +136,13 @@ JITFunction.run = lambda self, *args, **kwargs: (
     through_triton.append(self) or _run(self, *args, **kwargs)
 )
 
-from flashbias_patch.attention.kernels import autograd, cached_launch, problem  # noqa: E402
+from flashbias_patch.attention.inputs import AttentionInputs  # noqa: E402
+from flashbias_patch.attention.kernels import (  # noqa: E402
+    autograd,
+    cached_launch,
+    launcher_casts,
+    problem,
+)  # fmt: skip
 
 _launch = cached_launch.Launch.__call__
 _launch_at = cached_launch.Launch.at
@@ -184,7 +191,24 @@ def attention(rank=0, segments=False, dense=False, padding=False, dropout_p=0.0,
     )  # of the first pass, each kernel is finished before the next is begun
 
 
+def casting(odd=False):
+    """Casts to float16, attention without gradients whose output is float32, casts back, and the
+    division of a gradient; what was launched."""
+    del launched[:]
+    with torch.no_grad():
+        wide = [tensor(B, n, H, D, dtype=torch.float32, odd=odd).detach() for n in (M, N, N)]
+        narrow = launcher_casts.cast(wide, torch.float16)
+        out = autograd.attend(AttentionInputs(*narrow, out_dtype=torch.float32), failed)
+        back = launcher_casts.cast(narrow[:2], torch.float32, torch.ones(1))
+        divided, power = launcher_casts.divided(wide[0], torch.float16)
+    made = (*narrow, out, *back, divided, power)
+    halves = [t.dtype is torch.float16 for t in made]
+    assert halves == [True] * 3 + [False] * 3 + [True, False], halves
+    return sorted(launched, key=repr)
+
+
 CASES = {
+    "casts": None,
     "plain": {},
     "factors": dict(rank=8),
     "factors as they are": dict(rank=16),
@@ -194,16 +218,18 @@ CASES = {
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or CASES:
-        first = attention(**CASES[name])
+        given = CASES[name]
+        run = casting if given is None else functools.partial(attention, **given)
+        first = run()
         compiled = len(through_triton)
         assert not direct, name
-        again = attention(**CASES[name])
+        again = run()
         assert len(first) >= 4 and first == again, (name, first, again)
         assert compiled and len(through_triton) == compiled, name
         assert sorted(direct) == [kernel for kernel, *_ in again], name
-        odd = attention(**CASES[name], odd=True)
-        assert odd != first and odd == attention(**CASES[name], odd=True), name
-        assert first == attention(**CASES[name]), name
+        odd = run(odd=True)
+        assert odd != first and odd == run(odd=True), name
+        assert first == run(), name
         del through_triton[:], direct[:]
         print(
             f"{name}: {len(first)} launches, {sum(len(one[2]) for one in first)} arguments",

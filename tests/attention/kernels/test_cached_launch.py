@@ -29,7 +29,7 @@ def test_the_driver_gets_what_triton_would_hand_it():
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert done.returncode == 0 and "settled 5" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and "settled 6" in done.stdout, done.stdout[-3000:]
 
 
 def attend(**changes):
