@@ -325,7 +325,9 @@ def fused_without_launches() -> Iterator[List[str]]:
         dispatch, "_passes_self_check", trusted
     ), mock.patch.object(cached_launch.Launch, "first", compiled), mock.patch.object(
         casts, "DEVICE_TYPES", ("cpu",)
-    ), mock.patch.object(casts, "_check", unchecked):
+    ), mock.patch.object(casts, "_check", unchecked), mock.patch.object(
+        casts, "dispatch_modes", int
+    ):
         casts.reset()
         try:
             yield launched

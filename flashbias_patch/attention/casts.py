@@ -20,6 +20,7 @@ from .recovery import errors
 WIDE = torch.float32
 DEVICE_TYPES: Tuple[str, ...] = ("cuda",)  # tests add "cpu", where Triton interprets the kernels
 _HALF = (torch.float16, torch.bfloat16)
+dispatch_modes = internals.dispatch_modes  # benchmarks that count operators replace it
 # kernels.launcher_casts by device; None where it is not used.
 _kernels: Dict[torch.device, Any] = {}
 _checked: Set[Any] = set()  # the kinds of casts, with their devices, that were compared
@@ -154,9 +155,11 @@ def _usable(tensors: Sequence[Tensor]) -> Any:
     if (
         kernels is None
         or internals.current_transform() is not None
+        or internals.forward_ad._current_level >= 0
         or internals.tracing_state() is not None
+        or dispatch_modes()
     ):
-        return None
+        return None  # whoever follows PyTorch's operators would miss a kernel's cast
     for tensor in tensors:
         if type(tensor) is not Tensor:
             return None

@@ -210,6 +210,32 @@ def test_where_no_kernel_casts(launched):
     assert not launched
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_traced_graph_has_the_casts(dtype, launched):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    given, others = projected(M=3, N=5), projected(M=3, N=5)
+    others = [t * 2 for t in others]
+    graph = make_fx(lambda *t: flash_bias_attention(*t, dtype=dtype))(*given)
+    assert not launched
+    assert torch.equal(graph(*others), flash_bias_attention(*others, dtype=dtype))
+
+
+@pytest.mark.parametrize("grad", (False, True))
+@pytest.mark.parametrize("dtype", HALVES)
+def test_forward_mode_differentiation_goes_through(dtype, grad, launched):
+    """no_grad does not switch it off, and a kernel knows of no tangents."""
+    from torch.autograd import forward_ad
+
+    q, k, v = projected(M=3, N=5)
+    tangent = torch.ones_like(v)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        out = flash_bias_attention(q, k, forward_ad.make_dual(v, tangent), dtype=dtype)
+        found = forward_ad.unpack_dual(out).tangent
+    assert not launched and found.dtype is torch.float32
+    assert torch.allclose(found, torch.ones_like(found), atol=1e-2)
+
+
 @pytest.mark.parametrize("wrong", (False, True))
 def test_a_kernel_that_fails_is_left_alone(wrong, launched, monkeypatch):
     """As is one whose numbers are not PyTorch's."""
