@@ -264,6 +264,13 @@ FAULTS = (
         ATTENTION + "kept_verdicts.py",
     ),
     fault(
+        "kept key: a library rewritten under its old time is not noticed",
+        "attention/kernels/kept_key.py",
+        "state.st_mtime_ns, state.st_ctime_ns",
+        "state.st_mtime_ns, 0",
+        KERNELS + "kept_key.py",
+    ),
+    fault(
         "breaker: a backend that is out is used",
         "attention/dispatch.py",
         "verdict.state is State.OUT and name != replayed:",

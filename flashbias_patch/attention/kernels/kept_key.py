@@ -20,6 +20,7 @@ import functools
 import hashlib
 import logging
 import os
+import sys
 import threading
 from types import CodeType
 from typing import Any, Callable, Iterator, List, Optional, Tuple
@@ -63,8 +64,8 @@ def prepare() -> None:
 
 def _prepare() -> None:
     """Replace Triton's function by one that returns the stored key, or store what it returns."""
-    module = _module()
-    function: Any = getattr(module, "triton_key", None)
+    modules = _modules()
+    function: Any = modules[0].triton_key if modules else None
     if not _is_known(function) or function.cache_info().currsize:
         return
     files = _files()
@@ -76,16 +77,17 @@ def _prepare() -> None:
         if _files() == files:  # not replaced meanwhile
             _store({"files": files, "key": key})
     else:
-        module.triton_key = _returning(key, function)
+        stored = _returning(key, function)
+        for module in modules:
+            if module.triton_key is function:
+                module.triton_key = stored
 
 
-def _module() -> Any:
-    """The module that looks up triton_key when it names a kernel: runtime.cache, in older versions
-    compiler.compiler."""
-    from triton.compiler import compiler
-    from triton.runtime import cache as runtime
-
-    return runtime if hasattr(runtime, "triton_key") else compiler
+def _modules() -> List[Any]:
+    """Triton's modules in which triton_key is looked up; the first has it since it moved there."""
+    names = ("triton.runtime.cache", "triton.compiler.compiler")
+    modules = [sys.modules.get(name) for name in names]
+    return [module for module in modules if hasattr(module, "triton_key")]
 
 
 def _is_known(function: Any) -> bool:

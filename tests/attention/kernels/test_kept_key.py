@@ -53,7 +53,7 @@ class Installation:
         module["__file__"] = str(self.root / "__init__.py")
         exec(source, module)
         found = SimpleNamespace(triton_key=module["triton_key"])
-        self.monkeypatch.setattr(kept_key, "_module", lambda: found)
+        self.monkeypatch.setattr(kept_key, "_modules", lambda: [found])
         self.monkeypatch.setattr(kept_key, "_done", False)
         return found
 
@@ -75,6 +75,23 @@ def installation(monkeypatch, tmp_path):
 def test_the_next_process_does_not_compute_it(installation):
     keys = [installation.key() for _ in range(3)]
     assert len(set(keys)) == 1 and len(installation.computed) == 1
+
+
+def test_every_module_that_looks_it_up_gets_it(installation, monkeypatch):
+    installation.key()
+    module = installation.process()
+    other = SimpleNamespace(triton_key=module.triton_key)
+    unlike = SimpleNamespace(triton_key=lambda: "mine")
+    monkeypatch.setattr(kept_key, "_modules", lambda: [module, other, unlike])
+    kept_key.prepare()
+    assert other.triton_key is module.triton_key and unlike.triton_key() == "mine"
+
+
+def test_a_triton_without_such_a_function_is_left_alone(installation, monkeypatch):
+    installation.process()
+    monkeypatch.setattr(kept_key, "_modules", list)
+    kept_key.prepare()
+    assert not os.path.exists(kept_key.path())
 
 
 def test_a_process_looks_once(installation, monkeypatch):
@@ -219,7 +236,8 @@ def test_the_installed_triton_is_known_and_gets_its_own_key(monkeypatch, tmp_pat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("FLASHBIAS_VERDICTS", "on")
     settings.reload()
-    real, function = kept_key._module(), kept_key._module().triton_key
+    real = kept_key._modules()[0]
+    function = real.triton_key
     keys = []
     for _ in range(2):
         fresh = functools.lru_cache()(function.__wrapped__)
