@@ -212,16 +212,17 @@ def settled_backwards() -> Any:
 
 def set_streams(monkeypatch: Any, usual: Any, other: Any) -> None:
     """Run the two kernels of backward on these streams, as on a GPU."""
-    from flashbias_patch.attention.kernels import launcher
+    from flashbias_patch.attention.kernels import cached_call, launcher
 
     monkeypatch.setattr(launcher, "_streams", lambda problem: (usual, other))
+    monkeypatch.setattr(cached_call, "streams_of", lambda device: (usual, other))
 
 
 def new_stream(device: Any) -> Any:
     """The second stream of backward, made anew: it is kept by device."""
-    from flashbias_patch.attention.kernels import launcher
+    from flashbias_patch.attention.kernels import side_by_side
 
-    return launcher._other_stream.__wrapped__(device)
+    return side_by_side._other_stream.__wrapped__(device)
 
 
 def operator() -> Any:

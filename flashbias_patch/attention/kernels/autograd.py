@@ -209,8 +209,8 @@ def _backward(
         if key is not None and plan is None:
             kept = launcher.backward_steps(problem, wanted, passed)
             if kept is not None:
-                steps, passed = kept
-                plan = cached_call.backward_plan(given, problem, passed, wanted, steps)
+                steps, passed, two_streams = kept
+                plan = cached_call.backward_plan(given, problem, passed, wanted, steps, two_streams)
             _backward_plans.keep(key, plan or False)
         return grads
     except Exception as error:

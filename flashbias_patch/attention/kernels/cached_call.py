@@ -23,6 +23,7 @@ from .launcher_backward import ByKeys, Needs, Passed, Rows
 from .launcher_forward import Forward, Keys, Prepare
 from .launcher_sums import AT_ONCE, Sum, Sums
 from .problem import Problem
+from .side_by_side import side_by_side, streams_of
 
 Signed = Tuple[Tuple[Any, ...], List[int]]
 
@@ -67,6 +68,9 @@ class Draft:
         self.room = 0  # bytes of SCRATCH
         self.tables: Dict[str, Tensor] = {}
         self.launches: List[Tuple[Launch, Sequence[str]]] = []
+        # The index of the keys kernel, after which the queries kernel comes, if they run on two
+        # streams.
+        self.side_by_side: Optional[int] = None
         self.sums: Dict[str, Sum] = {}  # of the parts that PyTorch sums
 
     def make(
@@ -116,10 +120,18 @@ class Plan:
         self.parts = [(places[name], offset) for name, offset in draft.parts.values()]
         self.held = [*draft.tables.values()]
         self.tables = [table.data_ptr() for table in self.held]
-        self.launches = [
+        self.device = draft.device
+        launches = [
             (launch, operator.itemgetter(*[places[name] for name in taken]))
             for launch, taken in draft.launches
         ]
+        at = len(launches) if draft.side_by_side is None else draft.side_by_side
+        # One after another; keys and queries, if they run on two streams; then the rest.
+        self.launches, self.two, self.last = (
+            launches[:at],
+            launches[at : at + 2],
+            launches[at + 2 :],
+        )
         made = {name: place for place, name in enumerate(draft.makes)}
         self.sums = [(made[name], total) for name, total in draft.sums.items()]
         # None lies behind the last one.
@@ -135,10 +147,22 @@ class Plan:
         at += self.tables
         for launch, pick in self.launches:
             launch.at(stream, pick(at))
+        if self.two:
+            self._on_two_streams(at, stream)
         for place, total in self.sums:
             made[place] = total.plain(made[place])  # type: ignore[arg-type]
         made += (None,)
         return self.results(made)
+
+    def _on_two_streams(self, at: List[int], stream: int) -> None:
+        (keys, of_keys), (queries, of_queries) = self.two
+        side_by_side(
+            streams_of(self.device),
+            lambda other: queries.at(other, of_queries(at)),
+            lambda: keys.at(stream, of_keys(at)),
+        )
+        for launch, pick in self.last:
+            launch.at(stream, pick(at))
 
 
 def _compiled(draft: Draft) -> bool:
@@ -212,12 +236,13 @@ def backward_plan(
     passed: Passed,
     needs: Needs,
     kept: Tuple[Any, Sequence[Any], Sums],
+    two_streams: bool,
 ) -> Optional[Plan]:
-    """The plan of a backward pass that was computed without one, on one stream: the rows, a launch
-    over the keys, one over the queries, and the sums. None if its tensors were copied.
+    """The plan of a backward pass that was computed without one: the rows, a launch over the keys,
+    one over the queries, and the sums. None if its tensors were copied.
 
     given: the tensors of BACKWARD, with the copies that forward made. passed: as the kernels got
-    it. kept: launcher.backward_steps.
+    it. kept, two_streams: of launcher.backward_steps.
     """
     before, steps, sums = kept
     q, k, v, q_factor, k_factor, weights, _, dense, mask, padding, *_ = problem
@@ -228,18 +253,24 @@ def backward_plan(
     low = "out" if passed.low is None else "low"
     draft.scratch("rows", before.shape, before.dtype)
     draft.launch(before.launch, "out", low, "grad_out", "lse", "weights", "q_factor", "rows")
+    all_blocks = []
     for step in steps:
-        written = {name: f"gradient of {name}" for name in step.sums}
         for name, total in step.sums.items():
             if name in sums.plain or total.zeros:
-                draft.make(written[name], total.parts, total.kept, total.zeros)
+                draft.make(f"gradient of {name}", total.parts, total.kept, total.zeros)
             else:
-                draft.scratch(written[name], total.parts, total.kept)
+                draft.scratch(f"gradient of {name}", total.parts, total.kept)
         by_keys = type(step) is ByKeys
-        blocks, ends, order, counts = draft.blocks(
-            step.keys, None if by_keys else padding, "keys'" if by_keys else "queries'"
+        all_blocks.append(
+            draft.blocks(
+                step.keys, None if by_keys else padding, "keys'" if by_keys else "queries'"
+            )
         )
-        if by_keys:
+    if two_streams:
+        draft.side_by_side = len(draft.launches)
+    for step, (blocks, ends, order, counts) in zip(steps, all_blocks):
+        written = {name: f"gradient of {name}" for name in step.sums}
+        if type(step) is ByKeys:
             draft.launch(
                 step.launch, "q", "k", "v", "q_factor", "k_factor", "dense", "mask", "padding",
                 blocks, "seed", "grad_out", "rows",

@@ -17,6 +17,7 @@ from .launcher_backward import Passed as Passed
 from .launcher_forward import Forward, Outputs, Prepare
 from .launcher_sums import Sums
 from .problem import Problem, on_device, scales_q, unit_last
+from .side_by_side import Streams, side_by_side, streams_of
 from .tiles import Config, first_working
 
 OVERLAPPED = 1 << 26  # scores, B * H * M * N, from which backward's two kernels run side by side
@@ -62,15 +63,13 @@ def forward_step(problem: Problem, seed: Optional[Tensor], training: bool) -> An
 
 
 def backward_steps(problem: Problem, needs: Needs, passed: Passed) -> Any:
-    """(the steps that `backward` keeps for such a call, their `passed`); None if there are none, or
-    if they run on two streams."""
+    """(the steps that `backward` keeps for such a call, their `passed`, whether they run on two
+    streams); None if there are no steps."""
     passed = passed._replace(grad_out=unit_last(passed.grad_out))
     kept = _backwards.find(_backward_class(problem, needs, passed))
     if kept is None or problem.k.shape[1] == 1:
         return None
-    if len(kept.steps) > 1 and _streams(problem) is not None:
-        return None
-    return kept, passed
+    return kept, passed, len(kept.steps) > 1 and _streams(problem) is not None
 
 
 def forward(problem: Problem, seed: Optional[Tensor], training: bool) -> Outputs:
@@ -175,32 +174,22 @@ def _repeat(steps: List[Any], problem: Problem, passed: Passed, rows: Tensor) ->
         for step, own in zip(steps, made):
             step.run(problem, passed, rows, own)
         return made
-    # The queries kernel is a few long programs, the keys kernel many short ones, which fill the
-    # processors that the long ones leave free. The long ones must begin first: their stream has a
-    # higher priority.
-    (keys, queries), (of_keys, of_queries), (current, other) = steps, made, streams
-    other.wait_stream(current)
-    try:
-        queries.run(problem, passed, rows, of_queries, other.cuda_stream)
-        keys.run(problem, passed, rows, of_keys)
-    finally:
-        # Until here memory allocated on the current stream is used on the other.
-        current.wait_stream(other)
+    (keys, queries), (of_keys, of_queries) = steps, made
+    side_by_side(
+        streams,
+        lambda stream: queries.run(problem, passed, rows, of_queries, stream),
+        lambda: keys.run(problem, passed, rows, of_keys),
+    )
     return made
 
 
-def _streams(problem: Problem) -> Optional[Tuple[Any, Any]]:
-    """The current stream, and another of higher priority; None if running two kernels side by side
-    gains less than it costs the host."""
+def _streams(problem: Problem) -> Optional[Streams]:
+    """The streams of backward's two kernels; None if running them side by side gains less than it
+    costs the host."""
     B, M, N, H, _ = problem.sizes
     if not problem.q.is_cuda or B * H * M * N < OVERLAPPED:
         return None
-    return torch.cuda.current_stream(problem.q.device), _other_stream(problem.q.device)
-
-
-@functools.lru_cache(maxsize=64)
-def _other_stream(device: torch.device) -> Any:
-    return torch.cuda.Stream(device, priority=-1)
+    return streams_of(problem.q.device)
 
 
 def _class_of(problem: Problem, others: Tuple[Optional[Tensor], ...]) -> Tuple[Any, ...]:

@@ -17,6 +17,7 @@ import sys
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ["FLASHBIAS_PATCH"] = "0"
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), *[os.pardir] * 3))
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -28,6 +29,7 @@ from triton.runtime.jit import JITFunction
 launched = []
 through_triton = []
 direct = []  # names of kernels not launched through CudaLauncher.__call__
+forked = []  # launches between the fork and the join of two streams
 handed = []  # addresses of the tensors of every launch
 
 
@@ -136,6 +138,8 @@ JITFunction.run = lambda self, *args, **kwargs: (
     through_triton.append(self) or _run(self, *args, **kwargs)
 )
 
+import pytest  # noqa: E402
+
 from flashbias_patch.attention.inputs import AttentionInputs  # noqa: E402
 from flashbias_patch.attention.kernels import (  # noqa: E402
     autograd,
@@ -143,16 +147,33 @@ from flashbias_patch.attention.kernels import (  # noqa: E402
     launcher_casts,
     problem,
 )  # fmt: skip
+from tests.support import internals  # noqa: E402
 
 _launch = cached_launch.Launch.__call__
 _launch_at = cached_launch.Launch.at
-cached_launch.Launch.at = lambda self, stream, addresses: (
-    handed.append(addresses) or _launch_at(self, stream, addresses)
-)
+
+
+def _at(self, stream, addresses):
+    if sys._getframe(1).f_code is not _launch.__code__:  # there the tensors were noted
+        handed.append(addresses)
+    _launch_at(self, stream, addresses)
+
+
+cached_launch.Launch.at = _at
 cached_launch.Launch.__call__ = lambda self, *tensors, **options: (
     handed.append(tensors) or _launch(self, *tensors, **options)
 )
 problem.arch_of = lambda tensor: problem.Arch(90, 132)
+
+
+class Stream:
+    """Notes in `launched` that it waits."""
+
+    def __init__(self, handle):
+        self.cuda_stream = handle
+
+    def wait_stream(self, other):
+        launched.append(("wait", [self.cuda_stream], [other.cuda_stream]))
 
 
 def failed(call, grad, error):
@@ -186,9 +207,15 @@ def attention(rank=0, segments=False, dense=False, padding=False, dropout_p=0.0,
     grads = torch.autograd.grad(out, wanted, torch.randn(out.shape).half())
     for leaf, grad in zip(wanted, grads):
         assert grad.shape == leaf.shape and grad.dtype == leaf.dtype
-    return sorted(
-        launched, key=repr
-    )  # of the first pass, each kernel is finished before the next is begun
+    if ("wait", [0], [OTHER]) in launched:
+        order = [(name, first[3]) for name, first, _ in launched if name != "wait"]
+        fork, join = (launched.index(("wait", [a], [b])) for a, b in ((OTHER, 0), (0, OTHER)))
+        between = [(name, first[3]) for name, first, _ in launched[fork + 1 : join]]
+        assert between == [("queries_kernel", OTHER), ("keys_kernel", 0)], order
+        forked.extend(between)
+        assert {stream for name, stream in order if name != "queries_kernel"} == {0}, order
+    # Of the first pass, each kernel is finished before the next is begun, on one stream.
+    return sorted([(n, f[:3] + f[4:], own) for n, f, own in launched if n != "wait"], key=repr)
 
 
 def casting(odd=False):
@@ -207,9 +234,11 @@ def casting(odd=False):
     return sorted(launched, key=repr)
 
 
+OTHER = 7  # the handle of the second stream
 CASES = {
     "casts": None,
     "plain": {},
+    "two streams": dict(dropout_p=0.1),
     "factors": dict(rank=8),
     "factors as they are": dict(rank=16),
     "segments": dict(segments=True),
@@ -218,6 +247,9 @@ CASES = {
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or CASES:
+        patch = pytest.MonkeyPatch()
+        if name == "two streams":
+            internals.set_streams(patch, Stream(0), Stream(OTHER))
         given = CASES[name]
         run = casting if given is None else functools.partial(attention, **given)
         first = run()
@@ -225,12 +257,14 @@ if __name__ == "__main__":
         assert not direct, name
         again = run()
         assert len(first) >= 4 and first == again, (name, first, again)
+        assert bool(forked) == (name == "two streams"), name
         assert compiled and len(through_triton) == compiled, name
         assert sorted(direct) == [kernel for kernel, *_ in again], name
         odd = run(odd=True)
         assert odd != first and odd == run(odd=True), name
         assert first == run(), name
-        del through_triton[:], direct[:]
+        patch.undo()
+        del through_triton[:], direct[:], forked[:]
         print(
             f"{name}: {len(first)} launches, {sum(len(one[2]) for one in first)} arguments",
             flush=True,
