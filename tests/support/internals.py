@@ -195,6 +195,13 @@ def forget_tiles(monkeypatch: Any) -> None:
     monkeypatch.setattr(tiles, "_working", {})
 
 
+def forget_tritons_key(monkeypatch: Any) -> None:
+    """As in a process that has not needed Triton's key yet."""
+    from flashbias_patch.attention.kernels import kept_key
+
+    monkeypatch.setattr(kept_key, "_done", False)
+
+
 def settled_forwards() -> Any:
     """Class of calls -> the launch that was settled for it: a second call must not add one."""
     from flashbias_patch.attention.kernels import launcher

@@ -71,7 +71,7 @@ def _prepare() -> None:
     files = _files()
     if files is None:
         return
-    key = next((row["key"] for row in _rows() if row["files"] == files), None)
+    key = next((row["key"] for row in rows() if row["files"] == files), None)
     if key is None:
         key = function()
         if _files() == files:  # not replaced meanwhile
@@ -149,7 +149,8 @@ def path() -> str:
     return os.path.join(cache.directory(), "triton_keys.json")
 
 
-def _rows() -> List[cache.Row]:
+def rows() -> List[cache.Row]:
+    """The keys on disk, each with the digest of the installation's files."""
     try:
         content = cache.read_own(path())
     except FileNotFoundError:
@@ -157,15 +158,17 @@ def _rows() -> List[cache.Row]:
     except (OSError, ValueError, RecursionError) as error:
         log.debug("Triton's keys %s not used: %s", path(), error)
         return []
-    rows = [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
-    return [row for row in rows if all(isinstance(row.get(name), str) for name in ("files", "key"))]
+    found = [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
+    return [
+        row for row in found if all(isinstance(row.get(name), str) for name in ("files", "key"))
+    ]
 
 
 def _store(row: cache.Row) -> None:
     try:
         os.makedirs(cache.directory(), exist_ok=True)
         with cache.locked(path() + ".lock", cache.PATIENCE):
-            others = [other for other in _rows() if other["files"] != row["files"]]
+            others = [other for other in rows() if other["files"] != row["files"]]
             cache.write(path(), [*others, row][-MAX_ROWS:])
     except OSError as error:
         log.debug("Triton's keys %s not written: %s", path(), error)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from flashbias_patch import settings
+from tests.support import internals
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.runtime.jit")
@@ -54,7 +55,7 @@ class Installation:
         exec(source, module)
         found = SimpleNamespace(triton_key=module["triton_key"])
         self.monkeypatch.setattr(kept_key, "_modules", lambda: [found])
-        self.monkeypatch.setattr(kept_key, "_done", False)
+        internals.forget_tritons_key(self.monkeypatch)
         return found
 
     def key(self):
@@ -96,7 +97,7 @@ def test_a_triton_without_such_a_function_is_left_alone(installation, monkeypatc
 
 def test_a_process_looks_once(installation, monkeypatch):
     installation.key()
-    monkeypatch.setattr(kept_key, "_rows", lambda: pytest.fail("read again"))
+    monkeypatch.setattr(kept_key, "rows", lambda: pytest.fail("read again"))
     kept_key.prepare()
 
 
@@ -204,7 +205,7 @@ def test_a_file_of_another_user_counts_as_empty(installation, monkeypatch):
     installation.key()
     owned = os.stat_result((0, 0, 0, 0, 12345, 0, 0, 0, 0, 0))
     monkeypatch.setattr(os, "fstat", lambda handle: owned)
-    assert kept_key._rows() == []
+    assert kept_key.rows() == []
 
 
 def test_a_directory_that_cannot_be_written_costs_a_computation_only(
@@ -242,7 +243,7 @@ def test_the_installed_triton_is_known_and_gets_its_own_key(monkeypatch, tmp_pat
     for _ in range(2):
         fresh = functools.lru_cache()(function.__wrapped__)
         monkeypatch.setattr(real, "triton_key", fresh)
-        monkeypatch.setattr(kept_key, "_done", False)
+        internals.forget_tritons_key(monkeypatch)
         kept_key.prepare()
         keys.append(real.triton_key())
     assert keys[0] == keys[1] and real.triton_key is not fresh and fresh.cache_info().misses == 0
