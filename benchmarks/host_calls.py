@@ -1,10 +1,9 @@
 """The host's work per attention call, counted: function calls, torch operators, allocations; on a
 GPU launches and times.
 
-    python benchmarks/host_calls.py [--out benchmarks/results/host_calls_cpu.json] python
-    benchmarks/host_calls.py --path fused --out benchmarks/results/host_calls_fused.json python
-    benchmarks/host_calls.py --part decoders --out benchmarks/results/host_calls_h100.json       (on
-    a GPU)
+    python benchmarks/host_calls.py --out benchmarks/results/host_calls_cpu.json
+    python benchmarks/host_calls.py --path fused --out benchmarks/results/host_calls_fused.json
+    python benchmarks/host_calls.py --part decoders --out host_calls_h200.json       on a GPU
 
 Counts have no noise. Of one steady-state call of each target class, unpatched and patched: calls of
 Python functions and of C functions (sys.setprofile), operators (TorchDispatchMode), allocations
