@@ -39,6 +39,7 @@ def parity(result: Dict[str, Any], table: Table) -> List[str]:
         "the noise of the machine; `nudged`: unpatched with every parameter changed in the last "
         "place, which has the same effect as other rounding.",
         "",
+        *first_losses(runs),
         *table(
             (
                 "run",
@@ -51,6 +52,21 @@ def parity(result: Dict[str, Any], table: Table) -> List[str]:
             rows,
         ),
         *curves_by_step(curves, table),
+    ]
+
+
+def first_losses(runs: Dict[str, Any]) -> List[str]:
+    """How far the first losses of the two unpatched runs, of the same weights, are apart."""
+    both = [runs.get(name, {}).get("losses") for name in ("unpatched", "unpatched again")]
+    if not all(both):
+        return []
+    first, again = (losses[0] for losses in both)
+    if first == again:
+        return []
+    return [
+        f"The detector is not reproducible: {small(abs(again - first) / first)} between the first "
+        "losses of the two unpatched runs.",
+        "",
     ]
 
 
@@ -124,6 +140,8 @@ def accuracy(result: Dict[str, Any], table: Table) -> List[str]:
 
 def evaluated(found: Dict[str, Any], table: Table) -> List[str]:
     """Of `flashbias ab --eval`."""
+    if not found:
+        return ["No comparison by `flashbias ab --eval` ended.", ""]
     rows = []
     for dtype, each in found.items():
         side = f"`FLASHBIAS_DTYPE={dtype}`"
@@ -200,8 +218,9 @@ def paths(runs: Dict[str, Any], against: Dict[str, Any], table: Table) -> List[s
         rows.append(
             [
                 name,
-                *(moved or run.get("error", ""), small(found.get("gradient_error"))),
-                *(small(path.get("apart")), small(path.get("relative"))),
+                *(len(scales or ()), moved or run.get("error", "")),
+                *map(small, (found.get("gradient_error"), path.get("apart"))),
+                small(path.get("relative")),
                 *(small(losses.get(key)) for key in ("median", "largest")),
             ]
         )
@@ -212,7 +231,8 @@ def paths(runs: Dict[str, Any], against: Dict[str, Any], table: Table) -> List[s
         "",
         *table(
             (
-                *("run", "bias_scale, first and last", "first gradient", "path, at most"),
+                *("run", "steps", "bias_scale, first and last", "first gradient"),
+                "path, at most",
                 *("of its length", "losses, median", "losses, largest"),
             ),
             rows,
@@ -235,6 +255,8 @@ def without_sensors(runs: Dict[str, Any], table: Table) -> List[str]:
         for name, run in runs.items()
         if "under_drop" in run
     ]
+    if not rows:
+        return []
     return [
         "At the end of the path, the loss with both sensors and with the features of one set to "
         "zero, and the mean weights of lidar and cameras that the router then gives:",
