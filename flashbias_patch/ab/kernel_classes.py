@@ -15,7 +15,7 @@ KERNELS = (
     "forward_kernel|combine_kernel|visible_kernel|prepare_kernel|rows_kernel|keys_kernel"
     "|queries_kernel|sum_kernel|_sum_kernel|_join_kernel|window_forward_kernel"
     "|window_rows_kernel|window_keys_kernel|window_queries_kernel|places_kernel|centres_kernel"
-    "|lists_kernel|blocks_kernel"
+    "|lists_kernel|blocks_kernel|cast_kernel|peaks_kernel|divide_kernel"
 )
 
 # (class, pattern): the first that is found in a name decides, so the special ones come first.

@@ -23,8 +23,9 @@ LARGEST = {
     ("fused", "eval"): 1.15, ("fused", "training"): 1.22, ("fused", "backward"): 1.9,
 }  # fmt: skip
 # Dropout on the CPU is in matrix products, whose backward is kept away from autocast (guard.py).
+# In training 1.23 in a process of its own; what other tests import adds up to five calls.
 LARGEST_WITH_DROPOUT = {
-    **LARGEST, ("auto", "backward"): 1.42,
+    **LARGEST, ("auto", "training"): 1.28, ("auto", "backward"): 1.42,
 }  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def test_a_patched_call_makes_few_more_calls(host_calls, name, dropout, path):
 
 
 FORWARD = ["visible_kernel", "forward_kernel"]
-BACKWARD = ["rows_kernel", "keys_kernel", "visible_kernel", "queries_kernel"]
+BACKWARD = ["rows_kernel", "visible_kernel", "keys_kernel", "queries_kernel"]
 
 
 @pytest.mark.parametrize(
