@@ -237,8 +237,7 @@ def casting(odd=False):
 OTHER = 7  # the handle of the second stream
 CASES = {
     "casts": None,
-    "plain": {},
-    "two streams": dict(dropout_p=0.1),
+    "two streams": {},
     "factors": dict(rank=8),
     "factors as they are": dict(rank=16),
     "segments": dict(segments=True),
