@@ -139,11 +139,11 @@ def project(
     weight: Tensor,
     bias: Optional[Tensor],
     num_heads: int,
+    batch_first: bool = True,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Apply the packed in-projection `weight` (3E, E), `bias` (3E,) or None.
+    """Apply the packed in-projection `weight` (3E, E), `bias` (3E,) or None: (B, L, H, D) each.
 
-    query, key and value that are the same tensor share a matrix product. Each result is
-    (*leading, H, D), where `leading` are the two leading dimensions of its input.
+    query, key and value that are the same tensor share a matrix product.
     """
     width = weight.shape[0] // 3
     if key is value:
@@ -159,8 +159,14 @@ def project(
         bq, bk, bv = (None, None, None) if bias is None else bias.chunk(3)
         q, k, v = F.linear(query, wq, bq), F.linear(key, wk, bk), F.linear(value, wv, bv)
     heads = (num_heads, width // num_heads)
-    sizes = (*key.shape[:2], *heads)
-    return q.view(*query.shape[:2], *heads), k.view(sizes), v.view(sizes)
+    if batch_first or query.shape[1] != 1:
+        sizes = (*key.shape[:2], *heads)
+        q, k, v = q.view(*query.shape[:2], *heads), k.view(sizes), v.view(sizes)
+        return (
+            (q, k, v) if batch_first else (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
+        )
+    sizes = (1, key.shape[0], *heads)  # in memory (L, 1, E) and (1, L, E) are the same
+    return q.view(1, query.shape[0], *heads), k.view(sizes), v.view(sizes)
 
 
 def check_lengths(query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> None:

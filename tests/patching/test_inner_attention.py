@@ -766,3 +766,33 @@ def test_a_flash_core_in_a_function_without_ctx_is_an_error():
             out = module(query, key, key)
         with pytest.raises(RuntimeError, match="FlashMHA is recomputed.*without the bias"):
             out.sum().backward()
+
+
+def plain_core(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None,
+               attn_mask=None, key_padding_mask=None, **kwargs):  # fmt: skip
+    out, weights = self.attn(query, key, value)
+    return out + weights.mean()
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("batch, length", [(1, M), (1, 1), (1, 2), (2, 1), (B, M)])
+@pytest.mark.parametrize("shared", ["all", "key and value", "none"])
+def test_a_batch_of_one_is_any_batch(batch, length, batch_first, shared):
+    """(L, 1, E) is read as (1, L, E), which no operator needs to make of it."""
+    cls, original = outer(plain_core)
+    torch.manual_seed(0)
+    module = cls(batch_first=batch_first)
+    drawn = [
+        torch.randn((batch, n, E) if batch_first else (n, batch, E)).requires_grad_()
+        for n in (length, length if shared == "all" else N, N)
+    ]
+    query, key, value = drawn
+    if shared != "none":
+        value = key = query if shared == "all" else key
+    leaves = [query, key, value] if shared == "none" else [query, key]
+    theirs = original(module, query, key, value)
+    their_grads = gradients(module, theirs, leaves)
+    telemetry.reset()
+    ours = module(query, key, value)
+    assert sum(telemetry.calls.values()) - telemetry.calls["original"] > 0
+    assert_equal([ours, *gradients(module, ours, leaves)], [theirs, *their_grads])

@@ -207,9 +207,9 @@ def _compute(
     if not batched:
         query, key, value, key_padding_mask = _batch_of_one(query, key, value, key_padding_mask)
     check_lengths(query, key, value, batch_first)
-    q, k, v = call_adapter.project(query, key, value, in_proj_weight, in_proj_bias, num_heads)
-    if not batch_first:
-        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    q, k, v = call_adapter.project(
+        query, key, value, in_proj_weight, in_proj_bias, num_heads, batch_first
+    )
     own = _NO_BIASES
     if attn_mask is not None and route.is_bias(attn_mask):
         own, attn_mask = (attn_mask,), None
@@ -228,7 +228,7 @@ def _compute(
         dtype=call_adapter.compute_dtype(q.dtype),
         fitted=True,
     )
-    if not batch_first:
+    if not batch_first and query.shape[1] != 1:
         out = out.transpose(0, 1)
     out = F.linear(out.reshape(query.shape), out_proj_weight, out_proj_bias)
     weights = None
