@@ -825,9 +825,8 @@ def host_calls() -> List[str]:
     lines = [
         "## The host's work per call",
         "",
-        "One steady-state call (batch 1) of each class's stand-in, unpatched -> patched: function calls "
-        "(Python and C), the ratio "
-        "of these, operators and allocations of torch. A count has no noise. On the CPU path "
+        "One steady-state call (batch 1) of each class's stand-in, unpatched -> patched: function "
+        "calls (Python and C), the ratio of these, operators and allocations of torch. A count has no noise. On the CPU path "
         "SDPA computes; on the "
         "fused path each kernel launch is counted as two calls and is not made. If a "
         "bias is given, or the "
