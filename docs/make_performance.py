@@ -826,8 +826,8 @@ def host_calls() -> List[str]:
         "## The host's work per call",
         "",
         "One steady-state call (batch 1) of each class's stand-in, unpatched -> patched: function "
-        "calls (Python and C), the ratio of these, operators and allocations of torch. A count has no noise. On the CPU path "
-        "SDPA computes; on the "
+        "calls (Python and C), the ratio of these, operators and allocations of torch. A count has "
+        "no noise. On the CPU path SDPA computes; on the "
         "fused path each kernel launch is counted as two calls and is not made. If a "
         "bias is given, or the "
         "class needs flash-attn, there is no unpatched call to compare with.",
