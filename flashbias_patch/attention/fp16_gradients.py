@@ -26,6 +26,7 @@ from . import casts
 POWER = torch.float32  # whatever torch's default dtype is
 EXPONENT = 0x7F800000  # the bits of a float32's exponent: without the others it is a power of two
 ONE = 1 << 23  # added to the bits, it doubles the number
+LARGEST = 126.0  # exponents of powers between -126 and this are normal, and have an inverse
 
 
 def wanted(source: torch.dtype, dtype: torch.dtype) -> bool:
@@ -133,7 +134,8 @@ class _WidenedInEager(torch.autograd.Function):
         if ctx.plain or torch.is_grad_enabled():
             narrow, power, _ = _Widened.backward(ctx, grad)
         else:
-            narrow, power = casts.divided(grad, power_for)
+            batch = internals.is_batch(grad)
+            narrow, power = casts.divided(grad, power_for_batch if batch else power_for)
         return narrow, power, None
 
 
@@ -154,6 +156,13 @@ def power_for(grad: Tensor) -> Tensor:
     peak: Tensor = torch.linalg.vector_norm(grad, float("inf")).float().view(1)
     exponent = (peak.view(torch.int32) & EXPONENT) - 2 * ONE
     return exponent.clamp_min(ONE).view(torch.float32)
+
+
+def power_for_batch(grad: Tensor) -> Tensor:
+    """power_for of each gradient of a batch (is_grads_batched), whose bits cannot be read."""
+    peak = torch.linalg.vector_norm(grad, float("inf")).float().view(1)
+    exponent = torch.nan_to_num(peak.log2().floor() - 2, nan=LARGEST, posinf=LARGEST)
+    return torch.exp2(exponent.clamp_min(-LARGEST))
 
 
 def _plain(tensors: Sequence[Any], dtype: torch.dtype) -> List[Tensor]:

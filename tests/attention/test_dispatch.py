@@ -354,6 +354,22 @@ def test_a_traced_call_is_not_checked_and_leaves_no_verdict(monkeypatch):
     torch.testing.assert_close(traced(q), flash_bias_attention(q, k, v, backend="sdpa"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_trace_computes_what_the_call_does(backend, dtype, grad):
+    q, k, v = tensors(grad=grad)
+
+    def attend(q, k, v):
+        return flash_bias_attention(q, k, v, dtype=dtype, backend=backend)
+
+    traced = torch.jit.trace(attend, (q, k, v), check_trace=False)
+    q, k, v = (2 * t.detach() for t in (q, k, v))
+    tolerance = 1e-5 if dtype is torch.float32 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(traced(q, k, v), attend(q, k, v), atol=tolerance, rtol=tolerance)
+    assert not telemetry.fallbacks()
+
+
 @since(2, 3, "symbolic sizes as this test makes them")
 @pytest.mark.parametrize("feature", ("none", "padding", "low rank"))
 def test_sizes_may_be_symbols(feature):

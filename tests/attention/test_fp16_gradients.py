@@ -229,3 +229,22 @@ def test_the_casts_do_not_bind_arguments_by_their_signature():
         sys.setprofile(None)
     assert wide.requires_grad and wide.dtype is torch.float32
     assert len(called) < 40 and "bind" not in called, called
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-9, 1.0, 1e4, float("inf"), float("nan")])
+def test_a_batch_of_gradients_is_each_gradient(size):
+    """is_grads_batched: each of them is scaled by its own power, however far apart they are."""
+    tensors = operands(M=3, N=5)
+    out = flash_bias_attention(*tensors, dtype=torch.float16)
+    g = torch.Generator().manual_seed(5)
+    grads = torch.randn(3, *out.shape, generator=g) * torch.tensor([size, 1.0, 1e-7]).view(
+        -1, *[1] * 4
+    )
+    found = torch.autograd.grad(out, tensors, grads, is_grads_batched=True, retain_graph=True)
+    for index, grad in enumerate(grads):
+        one = torch.autograd.grad(out, tensors, grad, retain_graph=True)
+        for batched, alone in zip(found, one):
+            largest = alone.nan_to_num(0.0, 0.0, 0.0).abs().max()
+            torch.testing.assert_close(
+                batched[index], alone, rtol=4e-3, atol=4e-3 * float(largest), equal_nan=True
+            )

@@ -9,7 +9,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..._torch_internals import Function
+from ..._torch_internals import Function, tracing_state
 from .. import chunked_attention, differentiable, reference_attention
 from ..chunked_attention import Chunks
 from ..inputs import TENSORS, AttentionInputs
@@ -24,7 +24,12 @@ class Reference(Backend):
         return self.attend(inputs, None)
 
     def attend(self, inputs: AttentionInputs, chunk_bytes: Optional[int] = None) -> Tensor:
-        """The same with scores of `chunk_bytes` at once (chunked_attention.chunks_of)."""
+        """The same with scores of `chunk_bytes` at once (chunked_attention.chunks_of).
+
+        torch.jit.trace records operators: of an autograd Function there are none.
+        """
+        if tracing_state() is not None:
+            return differentiable.attend(inputs)
         seed = None
         if inputs.dropout_p:
             # Drawn on the CPU whatever the device: reading a CUDA generator would synchronise.

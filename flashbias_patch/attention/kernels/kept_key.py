@@ -71,7 +71,7 @@ def _prepare() -> None:
     files = _files()
     if files is None:
         return
-    key = next((row["key"] for row in rows() if row["files"] == files), None)
+    key = next((row["key"] for row in rows() if row["files"] == files and row["key"]), None)
     if key is None:
         key = function()
         if _files() == files:  # not replaced meanwhile

@@ -201,6 +201,16 @@ def test_a_damaged_file_counts_as_empty(installation, text):
     assert len(installation.computed) == 2
 
 
+def test_an_empty_key_is_no_key(installation):
+    key = installation.key()
+    with open(kept_key.path()) as file:
+        written = file.read()
+    with open(kept_key.path(), "w") as file:
+        file.write(written.replace(key, ""))
+    assert [installation.key(), installation.key()] == [key, key]
+    assert len(installation.computed) == 2
+
+
 def test_a_file_of_another_user_counts_as_empty(installation, monkeypatch):
     installation.key()
     owned = os.stat_result((0, 0, 0, 0, 12345, 0, 0, 0, 0, 0))
