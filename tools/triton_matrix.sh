@@ -11,7 +11,7 @@ DIR=.venv-triton
 JOBS=2
 DISCARD=
 ARCHS=(90 80 86 89)
-BETWEEN=" 3.1.0 3.2.0 3.4.0 " # 86 and 89 have the tiles of 80: the oldest and the newest versions compile them
+BETWEEN=" 3.1.0 3.2.0 3.4.0 3.6.0 " # 86 and 89 have the tiles of 80: the oldest and the newest versions compile them
 VERSIONS=()
 while [ $# -gt 0 ]; do
     case $1 in
