@@ -307,6 +307,15 @@ try:
     from torch.autograd.graph import saved_tensors_hooks as saved_tensors_hooks
 except ImportError:
     saved_tensors_hooks = None  # type: ignore[assignment, misc]
+
+
+def apply_of(cls: Any) -> Callable[..., Any]:
+    """apply of a torch.autograd.Function, without the Python that looks for transforms and binds
+    default arguments. For calls outside transforms and compiled graphs."""
+    found: Callable[..., Any] = getattr(super(torch.autograd.Function, cls), "apply", cls.apply)
+    return found
+
+
 # True if a Function may define setup_context and a forward without ctx (torch 2.0 and later).
 SETUP_CONTEXT: bool = hasattr(torch.autograd.function, "_SingleLevelFunction")
 

@@ -49,10 +49,7 @@ class _Narrow(torch.autograd.Function):
         return (None, *widened(grads, (WIDE,) * len(grads), None))
 
 
-# Function.apply without the Python that looks for transforms, inside which torch casts.
-_narrow: Callable[..., Tuple[Tensor, ...]] = getattr(
-    super(torch.autograd.Function, _Narrow), "apply", _Narrow.apply
-)
+_narrow: Callable[..., Tuple[Tensor, ...]] = internals.apply_of(_Narrow)
 
 
 def in_dtype(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:

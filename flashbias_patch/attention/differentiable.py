@@ -208,7 +208,5 @@ class _Attached(torch.autograd.Function):
 
 
 _NOTHING = (None,) * (1 + len(TENSORS))
-# Function.apply without the Python that looks for transforms, inside which nothing is attached.
-_apply: Callable[..., Tensor] = getattr(
-    super(torch.autograd.Function, _Attached), "apply", _Attached.apply
-)
+# Inside transforms nothing is attached.
+_apply: Callable[..., Tensor] = internals.apply_of(_Attached)

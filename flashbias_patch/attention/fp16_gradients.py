@@ -139,13 +139,7 @@ class _WidenedInEager(torch.autograd.Function):
         return narrow, power, None
 
 
-def _untransformed(cls: Any) -> Any:
-    """cls.apply without the Python that looks for transforms, and under which torch binds default
-    arguments."""
-    return getattr(super(torch.autograd.Function, cls), "apply", cls.apply)
-
-
-_apply_narrowed, _apply_widened = map(_untransformed, (_NarrowedInEager, _WidenedInEager))
+_apply_narrowed, _apply_widened = map(internals.apply_of, (_NarrowedInEager, _WidenedInEager))
 
 
 def power_for(grad: Tensor) -> Tensor:

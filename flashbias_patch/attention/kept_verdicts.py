@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import time
 import zlib
@@ -25,7 +24,6 @@ from .. import driver, settings
 from .._torch_internals import cuda_driver_version
 from .signature import CallSignature
 
-log = logging.getLogger("flashbias_patch")
 # Backends whose source, and whose libraries' versions, `here` names.
 NAMES = ("triton", "sdpa")
 MAX_ROWS = 500  # the newest
@@ -117,16 +115,7 @@ def rows() -> List[Row]:
     """The rows of every place; none where the file cannot be read, or belongs to another user."""
     from .kernels import cache
 
-    try:
-        content = cache.read_own(path())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, RecursionError) as error:
-        log.debug("verdicts %s not used: %s", path(), error)
-        return []
-    texts = (*RowKey._fields, "words", "checked")
-    entries = [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
-    return [row for row in entries if all(isinstance(row.get(name), str) for name in texts)]
+    return cache.own_rows(path(), (*RowKey._fields, "words", "checked"), "verdicts")
 
 
 def reset() -> None:
@@ -185,12 +174,7 @@ def _with_file(total: int, name: str) -> int:
 
 
 def _change(edit: Callable[[List[Row]], List[Row]]) -> None:
-    """Write edit(rows), all or nothing, under a lock; readers take none."""
+    """Write edit(rows)."""
     from .kernels import cache
 
-    try:
-        os.makedirs(cache.directory(), exist_ok=True)
-        with cache.locked(path() + ".lock", cache.PATIENCE):
-            cache.write(path(), edit(rows())[-MAX_ROWS:])
-    except OSError as error:
-        log.debug("verdicts %s not written: %s", path(), error)
+    cache.change(path(), lambda: edit(rows())[-MAX_ROWS:], "verdicts")

@@ -159,14 +159,11 @@ def project(
         bq, bk, bv = (None, None, None) if bias is None else bias.chunk(3)
         q, k, v = F.linear(query, wq, bq), F.linear(key, wk, bk), F.linear(value, wv, bv)
     heads = (num_heads, width // num_heads)
-    if batch_first or query.shape[1] != 1:
-        sizes = (*key.shape[:2], *heads)
-        q, k, v = q.view(*query.shape[:2], *heads), k.view(sizes), v.view(sizes)
-        return (
-            (q, k, v) if batch_first else (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
-        )
-    sizes = (1, key.shape[0], *heads)  # in memory (L, 1, E) and (1, L, E) are the same
-    return q.view(1, query.shape[0], *heads), k.view(sizes), v.view(sizes)
+    leading, of_keys = query.shape[:2], key.shape[:2]
+    if not batch_first and query.shape[1] == 1:  # in memory (L, 1, E) and (1, L, E) are the same
+        batch_first, leading, of_keys = True, leading[::-1], of_keys[::-1]
+    q, k, v = q.view(*leading, *heads), k.view(*of_keys, *heads), v.view(*of_keys, *heads)
+    return (q, k, v) if batch_first else (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
 
 
 def check_lengths(query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> None:

@@ -468,11 +468,8 @@ def _apply(on_failure: OnFailure, inputs: Arguments) -> Tensor:
     return out
 
 
-# Function.apply without the Python that looks for transforms, inside which dispatch.py computes
-# otherwise.
-_apply_untransformed: Callable[..., Tensor] = getattr(
-    super(torch.autograd.Function, _FusedAttention), "apply", _FusedAttention.apply
-)
+# Inside transforms dispatch.py computes otherwise.
+_apply_untransformed: Callable[..., Tensor] = internals.apply_of(_FusedAttention)
 
 
 def attend(inputs: Any, on_failure: OnFailure) -> Tensor:

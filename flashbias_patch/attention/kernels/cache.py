@@ -14,7 +14,7 @@ import logging
 import os
 import tempfile
 import time
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 try:
     import fcntl
@@ -127,14 +127,33 @@ def rows() -> List[Row]:
     return [row for row in found if _whole(row)] if isinstance(found, list) else []
 
 
-def read_own(name: str) -> Any:
-    """What the JSON file `name` holds. OSError or ValueError where it cannot be read, or belongs to
-    another user."""
-    with open(name, encoding="utf-8") as file:
-        owner = os.fstat(file.fileno()).st_uid
-        if hasattr(os, "getuid") and owner not in (os.getuid(), 0):
-            raise OSError("it belongs to another user")
-        return json.load(file)
+def own_rows(name: str, texts: Sequence[str], what: str) -> List[Row]:
+    """The rows of the file `name` of the directory that hold all `texts`; none where it cannot be
+    read, or belongs to another user. what: its name in the log."""
+    try:
+        with open(name, encoding="utf-8") as file:
+            owner = os.fstat(file.fileno()).st_uid
+            if hasattr(os, "getuid") and owner not in (os.getuid(), 0):
+                raise OSError("it belongs to another user")
+            content = json.load(file)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        log.debug("%s %s not used: %s", what, name, error)
+        return []
+    found = [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
+    return [row for row in found if all(isinstance(row.get(text), str) for text in texts)]
+
+
+def change(name: str, edit: Callable[[], List[Row]], what: str) -> None:
+    """Write the rows that edit() makes of those of the file `name`, all or nothing, under a lock;
+    readers take none."""
+    try:
+        os.makedirs(directory(), exist_ok=True)
+        with locked(name + ".lock", PATIENCE):
+            write(name, edit())
+    except OSError as error:
+        log.debug("%s %s not written: %s", what, name, error)
 
 
 def _whole(row: Any) -> bool:

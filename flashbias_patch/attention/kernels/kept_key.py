@@ -8,7 +8,8 @@ most of what the first call costs where its kernels are cached. `prepare` gives 
 
 - every .py and library file of the installation has the size, the time of change and the time of
   modification that it had when the key was computed;
-- Triton's function reads nothing but these files (3.0 to 3.9 do; of others Triton computes it).
+- the code of Triton's function names nothing but what it has in Triton 3.0, 3.2, 3.8 and 3.9,
+  where it reads these files alone.
 
 Otherwise Triton computes the key, and it is stored. FLASHBIAS_VERDICTS=off neither reads nor writes
 the file.
@@ -31,9 +32,10 @@ from ... import settings
 from . import cache
 
 log = logging.getLogger("flashbias_patch")
+WHAT = "Triton's keys"  # in the log
 MAX_ROWS = 20  # the newest; machines that share a home directory have their own
 FILES = (".py", ".pyc", ".so", ".pyd", ".dll")
-# Global names, attributes and texts in the code of triton_key, Triton 3.0 to 3.9.
+# Global names, attributes and texts in the code of triton_key, Triton 3.0, 3.2, 3.8 and 3.9.
 # fmt: off
 NAMES = frozenset((
     "pkgutil", "os", "path", "dirname", "abspath", "join", "__file__", "open", "hashlib", "sha256",
@@ -151,24 +153,12 @@ def path() -> str:
 
 def rows() -> List[cache.Row]:
     """The keys on disk, each with the digest of the installation's files."""
-    try:
-        content = cache.read_own(path())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, RecursionError) as error:
-        log.debug("Triton's keys %s not used: %s", path(), error)
-        return []
-    found = [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
-    return [
-        row for row in found if all(isinstance(row.get(name), str) for name in ("files", "key"))
-    ]
+    return cache.own_rows(path(), ("files", "key"), WHAT)
 
 
 def _store(row: cache.Row) -> None:
-    try:
-        os.makedirs(cache.directory(), exist_ok=True)
-        with cache.locked(path() + ".lock", cache.PATIENCE):
-            others = [other for other in rows() if other["files"] != row["files"]]
-            cache.write(path(), [*others, row][-MAX_ROWS:])
-    except OSError as error:
-        log.debug("Triton's keys %s not written: %s", path(), error)
+    def edit() -> List[cache.Row]:
+        others = [other for other in rows() if other["files"] != row["files"]]
+        return [*others, row][-MAX_ROWS:]
+
+    cache.change(path(), edit, WHAT)

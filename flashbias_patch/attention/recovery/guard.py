@@ -254,9 +254,7 @@ class _Guarded(torch.autograd.Function):
 # Called without the Python that torch wraps them in, six microseconds that are not needed here:
 # Function.apply looks for transforms, inside which differentiable.py computes, and autograd.grad
 # checks a gradient that the pass around ours has checked.
-_apply: Callable[..., Tensor] = getattr(
-    super(torch.autograd.Function, _Guarded), "apply", _Guarded.apply
-)
+_apply: Callable[..., Tensor] = internals.apply_of(_Guarded)
 _run_backward: Callable[..., Any] = internals.run_backward or _by_grad
 
 
