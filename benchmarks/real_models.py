@@ -197,8 +197,8 @@ def main() -> None:
         for family in checkouts
     ]
     parts += [("infer", INFERENCE[family], family, "inference") for family in checkouts]
-    if "cmt" in checkouts:
-        parts += [("batch", BATCH, "cmt", "batches"), ("profile", PROFILE, "cmt", "profiles")]
+    for task, tables, where in (("batch", BATCH, "batches"), ("profile", PROFILE, "profiles")):
+        parts += [(task, tables[family], family, where) for family in checkouts if family in tables]
     parts = [
         each for each in parts if each[0] in args.parts and chosen(each[1], args.only, False, False)
     ]

@@ -195,13 +195,26 @@ INFERENCE = {
     "streampetr": inference_runs("704x256"),
 }
 CHECKOUTS = {"fusion0100": "cmt", "fusion0075": "cmt"}  # of other families: their own name
-BATCH = [
-    run("A fp32"),
-    run("A fp32 800x320", size="800x320"),
-    run("B fp32 dtype=fp16", dtype="fp16"),
-    run("B fp32 dtype=fp16 800x320", dtype="fp16", size="800x320"),
-]
-PROFILE = [run("A fp32"), run("B fp32 dtype=fp16", dtype="fp16"), run("B flash", attn=FLASH)]
+BATCH = {
+    "cmt": [
+        run("A fp32"),
+        run("A fp32 800x320", size="800x320"),
+        run("B fp32 dtype=fp16", dtype="fp16"),
+        run("B fp32 dtype=fp16 800x320", dtype="fp16", size="800x320"),
+    ],
+    "fusion0100": [
+        run("A fp32", size="800x320"),
+        run("B fp32 dtype=fp16", dtype="fp16", size="800x320"),
+    ],
+}
+PROFILE = {
+    family: [
+        run("A fp32", size=size),
+        run("B fp32 dtype=fp16", dtype="fp16", size=size),
+        run("B flash", attn=FLASH, size=size),
+    ]
+    for family, size in (("cmt", "1600x640"), ("fusion0100", "800x320"))
+}
 TINY = {"bs": 1, "layers": 2, "steps": 2, "size": "160x64"}
 
 

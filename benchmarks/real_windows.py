@@ -4,14 +4,16 @@ loss without a sensor.
     python benchmarks/real_windows.py --cmt DIR --frame DIR --out F.json [--steps 200] [--jobs 4]
     ... --windows window=8                      options of the windows (default: window=15)
     ... --timed                                 no ways to time: paths only
+    ... --bias-lr 5e-3                          a learning rate of bias_scale's own
     ... --device cpu --tiny --steps 3 --time-steps 2     a proof that it runs, camera detector
 
 DIRs as for real_models.py; CMT's fusion detector (voxel0100) without dropout, from the same
 weights on the same frame. `dense` is a repository without this package: the same router, its
 windows painted into a dense bias (B, M, N) and repeated over the heads, as the mask of each cross
 attention. First each of --timed is timed in a process of its own, alone. Then the paths over
---steps, several processes at the same time. At their end the loss with nothing, the lidar's and
-the cameras' features set to zero.
+--steps, several processes at the same time; in front of them bias_scale's first gradient, --first
+times at the same weights, since the detector's own kernels are not deterministic. At their end the
+loss with nothing, the lidar's and the cameras' features set to zero.
 """
 
 from __future__ import annotations
@@ -73,6 +75,38 @@ def gradient_of(router: Any, norm: float) -> List[float]:
     if gradient is None:
         return []
     return [float(value) * max(1.0, norm / CLIP) for value in gradient.flatten()]
+
+
+def own_rate(optimizer: Any, parameter: Any, rate: float) -> None:
+    """Train the parameter at a learning rate of its own."""
+    for group in optimizer.param_groups:
+        group["params"] = [each for each in group["params"] if each is not parameter]
+    optimizer.add_param_group({"params": [parameter], "lr": rate})
+
+
+def first_gradients(trainer: Any, router: Any, count: int) -> List[List[float]]:
+    """bias_scale's gradient in the first step, `count` times at the same weights."""
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0
+    found = []
+    for _ in range(count):
+        trainer.step(0)
+        found.append(gradient_of(router, float(trainer.norm)))
+    for group, rate in zip(trainer.optimizer.param_groups, rates):
+        group["lr"] = rate
+    trainer.optimizer.state.clear()
+    return found
+
+
+def mean_and_error(gradients: Sequence[Sequence[float]]) -> Dict[str, Any]:
+    """Means over repeats, and the standard errors of these."""
+    columns = list(zip(*gradients))
+    deviations = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+    return {
+        "mean": [statistics.mean(column) for column in columns],
+        "standard_error": [each / len(gradients) ** 0.5 for each in deviations],
+    }
 
 
 def against(found: Dict[str, Any], base: Dict[str, Any]) -> Dict[str, Any]:
@@ -168,12 +202,16 @@ def work(
         watch(aqr_options.pairs(args.windows, "--windows"))
     aqr = of_aqr(args.windows, way)
     record: Dict[str, Any] = {"about": about(args.device), "aqr": aqr}
-    record.update(losses=[], times=[], scales=[], gradients=[])
+    record.update(losses=[], times=[], scales=[], gradients=[], first_gradients=[])
     peak = 0.0
     with patched(run.dtype, aqr) if run.patch else contextlib.nullcontext():
         trainer = Trainer(run, plan_of(args))
         router = getattr(trainer.detector.net.pts_bbox_head.transformer, "aqr", None)
         assert (router is not None) == way.windows, "the router is not where it should be"
+        if router is not None and args.bias_lr:
+            own_rate(trainer.optimizer, router.bias_scale, args.bias_lr)
+        if router is not None and not timed:
+            record["first_gradients"] = first_gradients(trainer, router, args.first)
         for i in range(steps):
             if router is not None:
                 record["scales"].append(scale_of(router))
@@ -236,8 +274,15 @@ class Report:
         for run in self.timed.values():
             run.pop("gradients", None)
             run.pop("scales", None)
+            run.pop("first_gradients", None)
         return {
             **{key: getattr(self.args, key) for key in ("family", "bs", "steps", "windows")},
+            "bias_lr": self.args.bias_lr,
+            "first_gradient": {
+                name: mean_and_error(run["first_gradients"])
+                for name, run in self.paths.items()
+                if run.get("first_gradients")
+            },
             "timed": self.timed,
             "against_dense": {
                 name: against(run, base)
@@ -258,6 +303,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--timed", nargs="*", choices=WAYS, default=list(TIMED), metavar="WAY")
     parser.add_argument("--steps", type=int, default=200, help="0: times only")
     parser.add_argument("--time-steps", type=int, default=12)
+    parser.add_argument("--first", type=int, default=8, help="times that first gradients are taken")
+    parser.add_argument("--bias-lr", type=float, metavar="RATE", help="default: the model's own")
     parser.add_argument("--windows", default="window=15", metavar="KEY=VALUE,...")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)  # way, timed, file
     given = list(sys.argv[1:] if argv is None else argv)

@@ -242,6 +242,43 @@ def test_gradients_are_those_before_clipping():
     assert real_windows.gradient_of(router, 3.0) == [1.0, -2.0]  # nothing was clipped
 
 
+def test_first_gradients_leave_the_training_as_it_was():
+    import real_windows
+
+    torch.manual_seed(0)
+    router = torch.nn.Module()
+    router.bias_scale = torch.nn.Parameter(torch.tensor(2.5))
+    other = torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = torch.optim.AdamW([other, router.bias_scale], lr=1e-2)
+    real_windows.own_rate(optimizer, router.bias_scale, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 0.5]
+
+    class Trainer:
+        norm = 70.0
+
+        def step(self, i):
+            optimizer.zero_grad()
+            (3 * router.bias_scale + other).backward()
+            optimizer.step()
+
+    Trainer.optimizer = optimizer
+    found = real_windows.first_gradients(Trainer(), router, 3)
+    assert found == [[6.0]] * 3  # before clipping
+    assert (router.bias_scale.item(), other.item()) == (2.5, 1.0)
+    assert not optimizer.state and [group["lr"] for group in optimizer.param_groups] == [1e-2, 0.5]
+    Trainer().step(0)
+    assert router.bias_scale.item() == pytest.approx(2.5 - 0.5, abs=0.1)
+    assert other.item() == pytest.approx(1.0 - 1e-2, abs=1e-3)
+
+
+def test_mean_and_standard_error():
+    import real_windows
+
+    found = real_windows.mean_and_error([[1.0, 5.0], [3.0, 5.0]])
+    assert found == {"mean": [2.0, 5.0], "standard_error": [pytest.approx(1.0), 0.0]}
+    assert real_windows.mean_and_error([[1.5]]) == {"mean": [1.5], "standard_error": [0.0]}
+
+
 def test_windows_by_configuration_in_patched_runs_alone():
     import real_windows
 

@@ -23,7 +23,7 @@ def test_runs_have_unique_names_and_a_counterpart():
     import real_runs
 
     tables = (*real_runs.RUNS.values(), *real_runs.INFERENCE.values())
-    for runs in (*tables, real_runs.BATCH, real_runs.PROFILE):
+    for runs in (*tables, *real_runs.BATCH.values(), *real_runs.PROFILE.values()):
         names = [fields["name"] for fields in runs]
         assert len(set(names)) == len(names)
         assert {real_runs.counterpart(name) for name in names} <= set(names)
