@@ -18,7 +18,7 @@ import sys
 import types
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import torch
 
@@ -275,17 +275,21 @@ def _streampetr_config() -> Any:
 
 
 class Family(NamedTuple):
+    """`float32`: the parts to which mmcv's fp16 does not apply, as the configuration has it."""
+
     config: Callable[[], Any]
     repository: str
     plugin: Tuple[str, ...] = ("projects.mmdet3d_plugin",)
     streaming: bool = False
     lidar: bool = False
+    float32: Tuple[str, ...] = ()
 
 
+CMT_FLOAT32 = ("pts_voxel_encoder", "pts_middle_encoder", "pts_bbox_head")  # custom_fp16
 FAMILIES = {
     "cmt": Family(_cmt_config, "junjie18/CMT"),
-    "fusion0100": Family(_fusion0100_config, "junjie18/CMT", lidar=True),
-    "fusion0075": Family(_fusion0075_config, "junjie18/CMT", lidar=True),
+    "fusion0100": Family(_fusion0100_config, "junjie18/CMT", lidar=True, float32=CMT_FLOAT32),
+    "fusion0075": Family(_fusion0075_config, "junjie18/CMT", lidar=True, float32=CMT_FLOAT32),
     "petr": Family(_petr_config, "megvii-research/PETR"),
     "streampetr": Family(_streampetr_config, "exiawsh/StreamPETR", streaming=True),
 }
@@ -299,6 +303,14 @@ def _inside(folder: str) -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
+
+
+def use_fp16(net: torch.nn.Module, float32: Sequence[str]) -> None:
+    """As mmcv's Fp16OptimizerHook; the parts named in `float32` are then left in that precision, as
+    CMT's own hook leaves them."""
+    importlib.import_module("mmcv.runner").wrap_fp16_model(net)
+    for name in float32:
+        getattr(net, name).fp16_enabled = False
 
 
 def build(family: str, checkout: str, frame: str, options: Options) -> Detector:
@@ -335,7 +347,7 @@ def build(family: str, checkout: str, frame: str, options: Options) -> Detector:
             move_denoising(cls, options.device)
     net = net.to(options.device).train()
     if options.fp16:
-        importlib.import_module("mmcv.runner").wrap_fp16_model(net)
+        use_fp16(net, FAMILIES[family].float32)
 
     def resize(bs: int) -> Callable[[int], Dict[str, Any]]:
         return _batches(read, options, bs, FAMILIES[family])

@@ -119,29 +119,35 @@ def accuracy(result: Dict[str, Any], table: Table) -> List[str]:
         ]
         for name, run in result["trained"].items()
     ]
-    return [
-        f"### Accuracy after {result['steps']} steps on one frame",
-        "",
+    about = (
         f"{result['family']}, batch {result['bs']}, without dropout, learning rate up to "
-        f"{result['lr']:g}; trained from the same weights and evaluated on the frame, each in its "
-        "own way. Boxes are those that CMT's get_bboxes gives, matched with the first unpatched "
-        "run's by their centres (2 m at most); mAP and NDS are nuscenes-devkit's.",
-        "",
-        *table(
-            (
-                *("run", "last loss", "mAP", "NDS", "boxes matched", f"of {least}"),
-                *("centres, m, at most", "scores, at most"),
+        f"{result['lr']:g}"
+    )
+    lines: List[str] = []
+    if len(trained) > 1:
+        lines = [
+            f"### Accuracy after {result['steps']} steps on one frame",
+            "",
+            f"{about}; trained from the same weights and evaluated on the frame, each in its own "
+            "way. Boxes are those that CMT's get_bboxes gives, matched with the first unpatched "
+            "run's by their centres (2 m at most); mAP and NDS are nuscenes-devkit's.",
+            "",
+            *table(
+                (
+                    *("run", "last loss", "mAP", "NDS", "boxes matched", f"of {least}"),
+                    *("centres, m, at most", "scores, at most"),
+                ),
+                trained,
             ),
-            trained,
-        ),
-        *evaluated(result["evaluated"], table),
-    ]
+        ]
+    return [*lines, *evaluated(result, about, table)]
 
 
-def evaluated(found: Dict[str, Any], table: Table) -> List[str]:
-    """Of `flashbias ab --eval`."""
+def evaluated(result: Dict[str, Any], about: str, table: Table) -> List[str]:
+    """Of `flashbias ab --eval`; nothing where no comparison ended."""
+    found = result["evaluated"]
     if not found:
-        return ["No comparison by `flashbias ab --eval` ended.", ""]
+        return []
     rows = []
     for dtype, each in found.items():
         side = f"`FLASHBIAS_DTYPE={dtype}`"
@@ -158,8 +164,11 @@ def evaluated(found: Dict[str, Any], table: Table) -> List[str]:
             ]
         )
     return [
-        "`flashbias ab --eval`, from the weights that the unpatched run trained: unpatched against "
-        "patched; A/A is unpatched against unpatched again.",
+        f"### `flashbias ab --eval` after {result['steps']} steps on one frame",
+        "",
+        f"{about}. From the weights that the unpatched run trained, detections unpatched against "
+        "patched; A/A is unpatched against unpatched again. Boxes are matched by their centres "
+        "(2 m at most); mAP and NDS are nuscenes-devkit's.",
         "",
         *table(
             (
@@ -175,17 +184,41 @@ def evaluated(found: Dict[str, Any], table: Table) -> List[str]:
 def windows(result: Dict[str, Any], table: Table) -> List[str]:
     """By benchmarks/real_windows.py."""
     options = result["windows"] or "by default"
+    rate = f", bias_scale's learning rate {result['bias_lr']:g}" if result.get("bias_lr") else ""
+    times = [
+        "Times and memory, each process alone; ratios are to `dense`:",
+        "",
+        *timed(result["timed"], table),
+    ]
     return [
-        f"### Windows over {result['steps']} steps",
+        f"### Windows over {result['steps']} steps{rate}",
         "",
         f"{result['family']}, batch {result['bs']}, without dropout, `aqr`: bias='window', "
         f"{options}. `dense`: unpatched, the same router's windows written into a dense bias "
-        "(B, M, N), the mask of each cross attention. Times and memory, each process alone; ratios "
-        "are to `dense`:",
+        "(B, M, N), the mask of each cross attention. `dense again`: the same once more, which is "
+        "the noise of the machine.",
         "",
-        *timed(result["timed"], table),
+        *(times if result["timed"] else ()),
+        *first_gradients(result.get("first_gradient", {}), table),
         *paths(result["paths"], result["against_dense"], table),
         *without_sensors(result["paths"], table),
+    ]
+
+
+def first_gradients(found: Dict[str, Any], table: Table) -> List[str]:
+    """bias_scale's gradients at the same weights, with their standard errors."""
+    if not found:
+        return []
+    rows = [
+        [name, *(f"{m:.4f} ± {e:.4f}" for m, e in zip(each["mean"], each["standard_error"]))]
+        for name, each in found.items()
+    ]
+    return [
+        "`bias_scale`'s gradient in the first step, taken several times at the same weights: means "
+        "and their standard errors. `trained with drops` is given other input: without one sensor "
+        "in half of the steps.",
+        "",
+        *table(("run", "gradient"), rows),
     ]
 
 
@@ -227,7 +260,7 @@ def paths(runs: Dict[str, Any], against: Dict[str, Any], table: Table) -> List[s
     return [
         "The path of `bias_scale` against that of `dense`: its gradient in the first step, where "
         "all weights agree; the largest distance of the two paths, and that relative to how far "
-        "the dense one moved. `dense again`: the same once more.",
+        "the dense one moved.",
         "",
         *table(
             (

@@ -212,9 +212,12 @@ def test_the_page_on_accuracy():
     assert "| patched fp16 | the process died |" in text
     assert "| `FLASHBIAS_DTYPE=fp16` | same | 1 of 1 |" in text and "0.2500" in text
     assert "flashbias ab ended with 1" in text
+    assert "### Accuracy after" in text and "### `flashbias ab --eval` after" in text
+    alone = {**result, "trained": {"unpatched": result["trained"]["unpatched"]}}
+    text = "\n".join(make.evidence.accuracy(alone, make.table))
+    assert "### Accuracy" not in text and "| `FLASHBIAS_DTYPE=fp16` | same |" in text
     result["evaluated"] = {}
-    text = "\n".join(make.evidence.accuracy(result, make.table))
-    assert "No comparison" in text and "patched side" not in text
+    assert "ab --eval" not in "\n".join(make.evidence.accuracy(result, make.table))
 
 
 def test_a_path_is_held_against_the_dense_one():
@@ -346,3 +349,9 @@ def test_the_page_on_windows():
     assert "| windows | 2 | 2.50000, 2.40000 | 1.0e-06 | 1.0e-04 | 1.0e-03 |" in text
     assert "| windows | 5.000 | 7.000 | 6.000 | 0.25, -0.50 |" in text
     assert text.count("the process died") >= 2
+    first = {"windows": {"mean": [0.25, -0.5], "standard_error": [0.01, 0.0]}}
+    result.update(timed={}, first_gradient=first, bias_lr=5e-3)
+    text = "\n".join(make.evidence.windows(json.loads(json.dumps(result)), make.table))
+    assert "### Windows over 2 steps, bias_scale's learning rate 0.005" in text
+    assert "Times and memory" not in text
+    assert "| windows | 0.2500 ± 0.0100 | -0.5000 ± 0.0000 |" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -240,12 +241,12 @@ def test_every_run_of_a_benchmark_reaches_the_page(tmp_path, monkeypatch, capsys
     assert order[:6] == ["A fp32", "B fp32", "B flash", "B flash", "B fp32", "A fp32"]
     assert [line["order"] for line in made["runs"]] == list(range(len(order))) and len(order) == 14
     page = load("docs/make_performance.py")
-    monkeypatch.setattr(page, "RESULTS", tmp_path)
-    text = page.runs_of("made")
+    monkeypatch.setattr(sys.modules["measured"], "RESULTS", tmp_path)
+    text = page.detectors.blocks("made")
     rows = [
         [cell.strip() for cell in line.strip("| ").split(" | ")]
         for line in text
-        if line.startswith("| cmt")
+        if line.startswith("| CMT camera")
     ]
     shown = {row[1]: row[2:] for row in rows}
     assert len(rows) == len(shown) == 7 == len(set(order))
@@ -359,6 +360,25 @@ def test_a_real_trace_is_read_on_the_cpu():
     assert "forward" not in vars(layer)
 
 
+def test_fp16_leaves_the_parts_that_a_configuration_names(monkeypatch):
+    import types
+
+    import detectors
+    import torch
+
+    def wrap_fp16_model(net):
+        for module in net.modules():
+            module.fp16_enabled = True
+
+    runner = types.SimpleNamespace(wrap_fp16_model=wrap_fp16_model)
+    monkeypatch.setattr(detectors.importlib, "import_module", {"mmcv.runner": runner}.__getitem__)
+    net = torch.nn.Module()
+    net.img_backbone, net.pts_bbox_head = torch.nn.Module(), torch.nn.Sequential(torch.nn.Module())
+    detectors.use_fp16(net, ("pts_bbox_head",))
+    assert net.fp16_enabled and net.img_backbone.fp16_enabled
+    assert not net.pts_bbox_head.fp16_enabled and net.pts_bbox_head[0].fp16_enabled
+
+
 def test_the_list_needs_no_checkout():
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "real_models.py"), "--list"],
@@ -389,7 +409,7 @@ def repeated(name, seconds, **more):
 def test_repeated_runs_are_one_row_with_an_interval():
     from tests.support.scripts import load
 
-    page = load("docs/make_performance.py")
+    page = load("docs/make_performance.py").detectors
     a, b, lost = page.merged(
         [
             *repeated("A fp32", [1.0, 1.02]),
@@ -403,26 +423,43 @@ def test_repeated_runs_are_one_row_with_an_interval():
     assert page.cells(lost, a)[0] == "out of memory"
     once = page.merged(repeated("A fp32", [1.0]) + repeated("B fp32", [0.5]))
     assert page.cells(once[1], once[0])[1] == "0.50x"  # no interval from one run
-    assert "one process" in page.ordered({}) and page.ordered({"order": "A B B A"}).startswith(
-        "Order: A B B A."
-    )
 
 
 def test_the_page_shows_every_run_of_its_files():
     from tests.support.scripts import load
 
-    page = load("docs/make_performance.py")
-    for name in ("real_cmt_h200", "real_cmt_again_h200", "real_fp16_h200"):
+    page = load("docs/make_performance.py").detectors
+    for name in (*page.FUSION, *page.CAMERA):
         result = page.load(name)
         rows = [
             line
-            for line in page.runs_of(name)
-            if line.startswith("| ") and not line.startswith("| size")
+            for line in page.blocks(name)
+            if line.startswith("| ") and not line.startswith("| detector")
         ]
-        runs = [*result["runs"], *result.get("family", ())]
-        assert len(rows) == len(
-            {(run["family"], run["name"]) for run in runs}
-        )  # repeats are one row
+        runs = {(run["family"], run["name"]) for run in (*result["runs"], *result["family"])}
+        assert len(rows) == len(runs)  # repeats are one row
+
+
+def test_a_readme_shows_each_detector_from_one_result():
+    from tests.support.scripts import load
+
+    page = load("docs/make_performance.py").detectors
+    for kind, first in (("fusion", "fusion CMT"), ("camera", "camera")):
+        rows = [line.split(" | ") for line in page.shown(kind, first)[2:] if line]
+        assert len({(row[0], row[1]) for row in rows}) == len(rows)
+        assert all(
+            any(row[0] == other[0] and other[1] == "unpatched" for other in rows)
+            or "no dropout" in row[1]
+            for row in rows
+        )
+
+
+def test_first_steps_are_of_cold_and_warm_caches():
+    from tests.support.scripts import load
+
+    text = "\n".join(load("docs/make_performance.py").detectors.first_step())
+    assert re.search(r"unpatched \| 3 \| [0-9.]+ \| [0-9.]+, [0-9.]+ \|", text)
+    assert re.search(r"their first step takes 1\.[0-9]+x of the unpatched", text)
 
 
 def test_inference_ends_at_the_loss_and_its_output_is_digested(monkeypatch):
