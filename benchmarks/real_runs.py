@@ -140,7 +140,7 @@ def family_runs(size: str, flash: bool) -> List[Dict[str, Any]]:
 
 
 def fusion_runs(size: str, bs: int) -> List[Dict[str, Any]]:
-    """The detector with its lidar branch, as its configuration has it (dropout 0.1)."""
+    """The detector with its lidar branch (dropout 0.1, as its configuration has it)."""
     rest: Dict[str, Any] = {"size": size, "bs": bs}
     windows = "bias=window,window=15"
     return [
@@ -157,6 +157,7 @@ def fusion_runs(size: str, bs: int) -> List[Dict[str, Any]]:
         run("B flash", attn=FLASH, **rest),
         run("B fp32 dtype=fp16 cp", dtype="fp16", with_cp=True, **rest),
         run("B amp dtype=fp16", dtype="fp16", fp16=True, **rest),
+        run("B flash amp", attn=FLASH, fp16=True, **rest),  # as the configuration has it
         run("B fp32 drop0", dropout=0.0, **rest),
         run("B fp32 dtype=fp16 drop0", dropout=0.0, dtype="fp16", **rest),
     ]
