@@ -93,7 +93,7 @@ def call_times(repeats: int, calls: int) -> dict:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    heads, out = torch.randn(2, 1, 2, 4), torch.randn(1, 2, 2, 4)
+    heads, out = torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 4)
 
     class Constant(Backend):
         name = "triton"

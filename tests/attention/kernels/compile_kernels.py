@@ -1,5 +1,5 @@
-"""Compile every class of kernel variant without a GPU: `python compile_kernels.py [arch ...]`,
-needs only Triton.
+"""Compile every class of kernel variant without a GPU, or those that are named:
+`python compile_kernels.py [arch ...] [name ...]`, needs only Triton.
 
 Tiles are those that tiles.py ships for the architecture; where shared memory has no room the next
 is compiled, as a launch would do. Prints one line a variant; the last is "compiled N". Works from
@@ -476,11 +476,14 @@ def fitting(kernel, constants, dtype, arch, pointers, choices):
     raise RuntimeError("no tile fits into shared memory")
 
 
-def main(archs):
+def main(archs, names):
     count = 0
     for arch in archs:
         for name, kernel, constants, dtype, pointers, choices in variants(arch):
-            if name.startswith("windows: "):
+            if names:
+                if name not in names:
+                    continue
+            elif name.startswith("windows: "):
                 if not (arch == 90 and ALL_WINDOWS) and (
                     arch in COVERING or name not in WINDOW_COVERING
                 ):
@@ -500,4 +503,8 @@ def main(archs):
 
 
 if __name__ == "__main__":
-    main([int(arch) for arch in sys.argv[1:]] or [80, 86, 89, 90])
+    given = sys.argv[1:]
+    main(
+        [int(word) for word in given if word.isdigit()] or [80, 86, 89, 90],
+        [word for word in given if not word.isdigit()],
+    )
