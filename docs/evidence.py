@@ -8,6 +8,13 @@ Table = Callable[..., List[str]]
 PARTS = ("all", "decoder", "head", "image branch", "lidar branch")
 
 
+def detector(result: Dict[str, Any]) -> str:
+    """What was trained: as benchmarks/real_parity.py and its like call it, or with --tiny."""
+    if "--tiny" in result.get("command", ""):
+        return f"{result['family']}, 160x64, two layers, batch 1, {result['device']}"
+    return f"{result['family']}, batch {result['bs']}"
+
+
 def small(value: Any) -> str:
     return "" if value is None else f"{value:.1e}"
 
@@ -33,7 +40,7 @@ def parity(result: Dict[str, Any], table: Table) -> List[str]:
     return [
         f"### Parity over {result['steps']} steps",
         "",
-        f"{result['family']}, batch {result['bs']}, without dropout, from the same weights on the "
+        f"{detector(result)}, without dropout, from the same weights on the "
         "same frame; relative distance from the first unpatched run, of the first step's gradients "
         "(L2), and of the losses over all steps. `unpatched again`: the same once more, which is "
         "the noise of the machine; `nudged`: unpatched with every parameter changed in the last "
@@ -62,7 +69,7 @@ def first_losses(runs: Dict[str, Any]) -> List[str]:
         return []
     first, again = (losses[0] for losses in both)
     if first == again:
-        return []
+        return ["The detector is reproducible there: both unpatched runs are equal.", ""]
     return [
         f"The detector is not reproducible: {small(abs(again - first) / first)} between the first "
         "losses of the two unpatched runs.",
@@ -119,10 +126,7 @@ def accuracy(result: Dict[str, Any], table: Table) -> List[str]:
         ]
         for name, run in result["trained"].items()
     ]
-    about = (
-        f"{result['family']}, batch {result['bs']}, without dropout, learning rate up to "
-        f"{result['lr']:g}"
-    )
+    about = f"{detector(result)}, without dropout, learning rate up to {result['lr']:g}"
     lines: List[str] = []
     if len(trained) > 1:
         lines = [
@@ -193,7 +197,7 @@ def windows(result: Dict[str, Any], table: Table) -> List[str]:
     return [
         f"### Windows over {result['steps']} steps{rate}",
         "",
-        f"{result['family']}, batch {result['bs']}, without dropout, `aqr`: bias='window', "
+        f"{detector(result)}, without dropout, `aqr`: bias='window', "
         f"{options}. `dense`: unpatched, the same router's windows written into a dense bias "
         "(B, M, N), the mask of each cross attention. `dense again`: the same once more, which is "
         "the noise of the machine.",

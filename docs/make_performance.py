@@ -609,6 +609,15 @@ def readme(name: str = "README.md") -> str:
         "([times](docs/performance.md#the-largest-batch-that-fits)): "
         f"{detectors.largest_batches()}."
     )
+    exact = load("real_parity_cpu")["gradients"]
+    parity = (
+        "On the CPU two unpatched runs of CMT's camera detector are equal bit for bit, and the "
+        "patched run's first gradients are within "
+        f"{exact['patched']['all']:.0e} of theirs ([30 steps](docs/performance.md#parity-over-30-"
+        "steps)); on the GPU two unpatched runs of the fusion detector differ as much as an "
+        "unpatched and a patched one ([100 steps](docs/performance.md#parity-over-100-steps))."
+    )
+    assert not exact["unpatched again"]["all"]
     measured = "\n".join(
         [
             *detectors.shown("fusion", "fusion CMT, with lidar"),
@@ -620,6 +629,8 @@ def readme(name: str = "README.md") -> str:
             batch,
             "",
             verdict,
+            "",
+            parity,
         ]
     )
     return f"{before}{MARKS[0]}\n{measured}\n{MARKS[1]}{after}"
