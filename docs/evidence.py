@@ -67,9 +67,11 @@ def first_losses(runs: Dict[str, Any]) -> List[str]:
     both = [runs.get(name, {}).get("losses") for name in ("unpatched", "unpatched again")]
     if not all(both):
         return []
+    if both[0] == both[1]:
+        return ["The detector is reproducible there: both unpatched runs are equal.", ""]
     first, again = (losses[0] for losses in both)
     if first == again:
-        return ["The detector is reproducible there: both unpatched runs are equal.", ""]
+        return []
     return [
         f"The detector is not reproducible: {small(abs(again - first) / first)} between the first "
         "losses of the two unpatched runs.",
