@@ -191,7 +191,7 @@ def _first_working(
             telemetry.calls[name] += 1
             if plan_key is not None and failure is None:
                 plans.keep(plan_key, inputs, signature, candidates, name)
-        if candidates.chosen:
+        if candidates.chosen and name != candidates.names[0]:
             selection.report_pinned(name, inputs, signature)
         return output, name
     selection.refuse(inputs, signature, candidates.names, failure)

@@ -154,6 +154,8 @@ def power_for(grad: Tensor) -> Tensor:
 
 def power_for_batch(grad: Tensor) -> Tensor:
     """power_for of each gradient of a batch (is_grads_batched), whose bits cannot be read."""
+    if not grad.numel():
+        return torch.ones(1, dtype=POWER, device=grad.device)
     peak = torch.linalg.vector_norm(grad, float("inf")).float().view(1)
     exponent = torch.nan_to_num(peak.log2().floor() - 2, nan=LARGEST, posinf=LARGEST)
     return torch.exp2(exponent.clamp_min(-LARGEST))

@@ -16,6 +16,7 @@ import flashbias_patch
 from flashbias_patch import flash_bias_attention, settings, telemetry
 from flashbias_patch.attention import chunked_attention, dispatch, selection
 from flashbias_patch.attention.backends import reference
+from flashbias_patch.attention.backends.base import Backend
 from flashbias_patch.attention.breaker import Phase
 from flashbias_patch.attention.recovery import errors
 from flashbias_patch.attention.signature import signature_of
@@ -282,6 +283,14 @@ def test_an_unsupported_pinned_backend_is_logged_once_and_others_run(monkeypatch
         answer_of()
 
 
+def test_a_backend_named_by_the_call_is_no_fallback(monkeypatch, caplog):
+    monkeypatch.setenv("FLASHBIAS_BACKEND", "upstream")
+    settings.reload()
+    with caplog.at_level(logging.WARNING):
+        flash_bias_attention(*tensors(), backend="reference")
+    assert not telemetry.fallbacks() and not caplog.records
+
+
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
@@ -352,6 +361,32 @@ def test_a_traced_call_is_not_checked_and_leaves_no_verdict(monkeypatch):
     assert not upstream.answered and not telemetry.fallbacks()  # known to fail: not checked again
     assert all("sdpa" not in found for found in dispatch.breakers.by_signature.values())
     torch.testing.assert_close(traced(q), flash_bias_attention(q, k, v, backend="sdpa"))
+
+
+class Kernel(Backend):
+    """Cannot be recorded, and its limits cannot be read from the sizes that a trace sees."""
+
+    name = "triton"
+
+    def other_reasons(self, inputs):
+        return [] if inputs.q.shape[1].bit_length() else ["no queries"]
+
+    def __call__(self, inputs):
+        raise AssertionError("a kernel is recorded")
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_trace_holds_no_kernel(monkeypatch, grad, pinned):
+    only(monkeypatch, Kernel())
+    if pinned:
+        monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
+        settings.reload()
+    q, k, v = tensors(grad=grad)
+    attend = flash_bias_attention
+    traced = torch.jit.trace(lambda q, k, v: attend(q, k, v), (q, k, v), check_trace=False)
+    assert len(telemetry.fallbacks()) == pinned  # which says why sdpa is recorded
+    torch.testing.assert_close(traced(2 * q, k, v), attend(2 * q, k, v, backend="sdpa"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -248,3 +248,13 @@ def test_a_batch_of_gradients_is_each_gradient(size):
             torch.testing.assert_close(
                 batched[index], alone, rtol=4e-3, atol=4e-3 * float(largest), equal_nan=True
             )
+
+
+@pytest.mark.parametrize("sizes", [dict(M=0, N=5), dict(M=3, N=5, B=0)])
+def test_a_batch_of_empty_gradients(sizes):
+    tensors = operands(**sizes)
+    out = flash_bias_attention(*tensors, dtype=torch.float16)
+    grads = torch.zeros(3, *out.shape)
+    found = torch.autograd.grad(out, tensors, grads, is_grads_batched=True)
+    assert [g.shape for g in found] == [(3, *t.shape) for t in tensors]
+    assert not any(g.any() for g in found)

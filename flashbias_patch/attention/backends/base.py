@@ -9,6 +9,7 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ..._torch_internals import tracing_state
 from ..inputs import AttentionInputs
 
 # (call, gradient of the output, error of the backward pass) -> gradients of the call's tensors
@@ -27,6 +28,7 @@ class Backend(abc.ABC):
     equal_head_dims: v must have the head dim of q and k.
     compiled: its kernels are compiled already, as a library's are, so that the self-check can
         afford more problems.
+    traceable: it computes by PyTorch's own operators, which torch.jit.trace records.
     needs_self_check: it is known to be wrong in places, so it computes nothing unchecked.
     recovers: a backward pass that fails takes the gradients from `on_failure` (see `recovering`).
     """
@@ -47,6 +49,7 @@ class Backend(abc.ABC):
     supports_windows = True
     supports_negative_scale = True
     compiled = False
+    traceable = False
     needs_self_check = False
     recovers = False
 
@@ -55,6 +58,8 @@ class Backend(abc.ABC):
         q, v = inputs.q, inputs.v
         if self.device_types is not None and q.device.type not in self.device_types:
             return [f"{_listed([each.upper() for each in self.device_types])} only, got {q.device}"]
+        if not self.traceable and tracing_state() is not None:
+            return ["torch.jit.trace records PyTorch's operators only"]
         reasons = list(self.unavailable())
         if self.dtypes is not None and q.dtype not in self.dtypes:
             names = _listed([str(dtype)[6:] for dtype in self.dtypes])

@@ -19,6 +19,7 @@ from .base import Backend
 
 class Reference(Backend):
     name = "reference"
+    traceable = True
 
     def __call__(self, inputs: AttentionInputs) -> Tensor:
         return self.attend(inputs, None)

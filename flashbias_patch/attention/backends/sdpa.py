@@ -46,6 +46,7 @@ WINDOW_ENTRIES = 1 << 25
 
 class Sdpa(Backend):
     name = "sdpa"
+    traceable = True
     compiled = True
     supports_empty = False
 
