@@ -141,7 +141,9 @@ def main() -> None:
             f"--{family}-commit", default="", metavar="HASH", help="where the checkout has no .git"
         )
     parser.add_argument("--frame", metavar="DIR")
-    parser.add_argument("--families", nargs="+", choices=RUNS, metavar="FAMILY", help=list(RUNS))
+    parser.add_argument(
+        "--families", nargs="+", choices=RUNS, metavar="FAMILY", help=", ".join(RUNS)
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument(
         "--parts",

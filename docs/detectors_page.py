@@ -380,8 +380,7 @@ def camera() -> List[str]:
         "## Camera detectors",
         "",
         "ResNet-50, one nuScenes frame. The steps of small detectors wait for the host, whose "
-        "speed varied: if the times of a row differ much, its interval is wide. CMT without this "
-        "package cannot train a checkpointed layer with a learned bias.",
+        "speed varied: if the times of a row differ much, its interval is wide.",
         "",
         *blocks(newest),
         "Other machines of the same kind, with earlier versions of this package:",

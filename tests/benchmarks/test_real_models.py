@@ -379,6 +379,15 @@ def test_fp16_leaves_the_parts_that_a_configuration_names(monkeypatch):
     assert not net.pts_bbox_head.fp16_enabled and net.pts_bbox_head[0].fp16_enabled
 
 
+def test_help_names_the_families(monkeypatch, capsys):
+    import real_models
+
+    monkeypatch.setattr(sys, "argv", ["real_models.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        real_models.main()
+    assert ended.value.code == 0 and "fusion0100, fusion0075" in capsys.readouterr().out
+
+
 def test_the_list_needs_no_checkout():
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "real_models.py"), "--list"],
