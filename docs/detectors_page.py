@@ -410,6 +410,7 @@ def first_step() -> List[str]:
         "### The first step",
         "",
         f"Seconds of the first training step of {named_detector(runs[0])}, a fresh process each. "
+        "The run was cut in the third of four rounds. "
         "The first patched process compiles and checks the kernels; later ones read both from "
         f"disk, and their first step takes {warm[True] / warm[False]:.2f}x of the unpatched "
         "processes'.",

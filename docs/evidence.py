@@ -108,6 +108,8 @@ def matched(pair: Any) -> List[str]:
     if not pair:
         return ["", "", ""]
     largest = {name: value["largest"] for name, value in pair["differences"].items()}
+    if not pair["matched"]:
+        return [f"0 of {pair['only_a']}", "", ""]
     return [
         f"{pair['matched']} of {pair['matched'] + pair['only_a']}",
         small(largest["centre (m)"]),
@@ -178,7 +180,7 @@ def evaluated(result: Dict[str, Any], about: str, table: Table) -> List[str]:
         "",
         *table(
             (
-                *("patched side", "word", "boxes matched", "centres, m", "scores"),
+                *("patched side", "verdict", "boxes matched", "centres, m", "scores"),
                 *("labels changed", "A/A centres, m", "A/A scores"),
                 *("mAP, A / B", "NDS, A / B"),
             ),
@@ -201,8 +203,12 @@ def windows(result: Dict[str, Any], table: Table) -> List[str]:
         "",
         f"{detector(result)}, without dropout, `aqr`: bias='window', "
         f"{options}. `dense`: unpatched, the same router's windows written into a dense bias "
-        "(B, M, N), the mask of each cross attention. `dense again`: the same once more, which is "
-        "the noise of the machine.",
+        "(B, M, N), the mask of each cross attention."
+        + (
+            " `dense again`: the same once more, which is the noise of the machine."
+            if "dense again" in result["paths"]
+            else ""
+        ),
         "",
         *(times if result["timed"] else ()),
         *first_gradients(result.get("first_gradient", {}), table),
@@ -266,7 +272,7 @@ def paths(runs: Dict[str, Any], against: Dict[str, Any], table: Table) -> List[s
     return [
         "The path of `bias_scale` against that of `dense`: its gradient in the first step, where "
         "all weights agree; the largest distance of the two paths, and that relative to how far "
-        "the dense one moved.",
+        "the dense one moved. Both gradients are those of one step.",
         "",
         *table(
             (

@@ -230,11 +230,17 @@ def flex() -> List[str]:
 def ab() -> List[str]:
     from flashbias_patch.ab.result import rows, says
 
-    lines = ["## `flashbias ab` on the real CMT", ""]
-    for name in ("ab_real_cmt_h200", "ab_real_cmt_fp16_h200"):
+    lines = [
+        "## `flashbias ab` on the real CMT",
+        "",
+        "`real_cmt.py` is a training loop around CMT's own code that is not part of this "
+        "repository.",
+        "",
+    ]
+    for name, dtype in (("ab_real_cmt_h200", "float32"), ("ab_real_cmt_fp16_h200", "fp16")):
         document = load(name)
         lines += [
-            says(document),
+            f"Patched side in {dtype}: {says(document)}",
             "",
             *table(("", "A unpatched", "B patched", "patched / unpatched"), rows(document)),
             source(name),
