@@ -145,20 +145,22 @@ _apply_narrowed, _apply_widened = map(internals.apply_of, (_NarrowedInEager, _Wi
 def power_for(grad: Tensor) -> Tensor:
     """(1,) float32: the power of two by which the largest element of `grad` divided is between 4
     and 8."""
-    if not grad.numel():
-        return torch.ones(1, dtype=POWER, device=grad.device)
-    peak: Tensor = torch.linalg.vector_norm(grad, float("inf")).float().view(1)
-    exponent = (peak.view(torch.int32) & EXPONENT) - 2 * ONE
+    exponent = (_peak(grad).view(torch.int32) & EXPONENT) - 2 * ONE
     return exponent.clamp_min(ONE).view(torch.float32)
 
 
 def power_for_batch(grad: Tensor) -> Tensor:
     """power_for of each gradient of a batch (is_grads_batched), whose bits cannot be read."""
-    if not grad.numel():
-        return torch.ones(1, dtype=POWER, device=grad.device)
-    peak = torch.linalg.vector_norm(grad, float("inf")).float().view(1)
-    exponent = torch.nan_to_num(peak.log2().floor() - 2, nan=LARGEST, posinf=LARGEST)
+    exponent = torch.nan_to_num(_peak(grad).log2().floor() - 2, nan=LARGEST, posinf=LARGEST)
     return torch.exp2(exponent.clamp_min(-LARGEST))
+
+
+def _peak(grad: Tensor) -> Tensor:
+    """(1,) float32: the largest magnitude in `grad`; of an empty one 4, whose power is 1."""
+    if not grad.numel():
+        return torch.full((1,), 4.0, dtype=POWER, device=grad.device)
+    peak: Tensor = torch.linalg.vector_norm(grad, float("inf")).float().view(1)
+    return peak
 
 
 def _plain(tensors: Sequence[Any], dtype: torch.dtype) -> List[Tensor]:
