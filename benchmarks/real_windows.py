@@ -202,7 +202,7 @@ def work(
         watch(aqr_options.pairs(args.windows, "--windows"))
     aqr = of_aqr(args.windows, way)
     record: Dict[str, Any] = {"about": about(args.device), "aqr": aqr}
-    record.update(losses=[], times=[], scales=[], gradients=[], first_gradients=[])
+    record.update(losses=[], times=[], scales=[], gradients=[])
     peak = 0.0
     with patched(run.dtype, aqr) if run.patch else contextlib.nullcontext():
         trainer = Trainer(run, plan_of(args))
@@ -274,7 +274,6 @@ class Report:
         for run in self.timed.values():
             run.pop("gradients", None)
             run.pop("scales", None)
-            run.pop("first_gradients", None)
         return {
             **{key: getattr(self.args, key) for key in ("family", "bs", "steps", "windows")},
             "bias_lr": self.args.bias_lr,

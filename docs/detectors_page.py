@@ -14,20 +14,19 @@ from real_runs import counterpart
 # Results, newest first.
 FUSION = ("fusion_rows_h200", "fusion_blocks_h200")
 FUSION_LATENCY = ("fusion_latency_h200", "inference_h200")
-CAMERA = ("camera_rows_h200", "camera_again_h200", "camera_blocks_h200")
-CAMERA_LATENCY = ("camera_again_h200", "camera_blocks_h200")
+CAMERA = ("camera_rows_h200", "camera_again_h200", "camera_blocks_h200")  # latencies: not the first
 BATCH = ("fusion_batch_h200", "real_batch_h200")
 PROFILE, FIRST_STEP, PARITY = "fusion_profile_h200", "first_step_h200", "real_fp16_h200"
 # The runs that the READMEs show: of each detector those of one result.
 SHOWN = {
     "fusion": {
-        "fusion_rows_h200": r"fusion0100 ([AB] fp32( cp)?|B fp32 dtype=(fp16|bf16)( cp)?)",
-        "fusion_blocks_h200": r"fusion0075 .*",
+        FUSION[0]: r"fusion0100 ([AB] fp32( cp)?|B fp32 dtype=(fp16|bf16)( cp)?)",
+        FUSION[1]: r"fusion0075 .*",
     },
     "camera": {
-        "camera_rows_h200": r"cmt (([AB] fp32|B fp32 dtype=fp16|B flash)( 800x320)?"
+        CAMERA[0]: r"cmt (([AB] fp32|B fp32 dtype=fp16|B flash)( 800x320)?"
         r"|A amp|B amp dtype=fp16|A fp32 cp|B fp32 dtype=fp16 cp)|streampetr .*",
-        "camera_blocks_h200": r"petr .*",
+        CAMERA[-1]: r"petr .*",
     },
 }
 DETECTORS = {
@@ -58,11 +57,7 @@ def words_of(run: Dict[str, Any]) -> str:
         )
         if run[field]
     ]
-    return ", ".join(
-        parts
-        + ([] if run["dropout"] else ["no dropout"])
-        + (["again"] if "again" in run["name"] else [])
-    )
+    return ", ".join(parts + ([] if run["dropout"] else ["no dropout"]))
 
 
 def merged(runs: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
@@ -137,31 +132,23 @@ def apart(run: Dict[str, Any], base: Dict[str, Any]) -> float:
     return largest
 
 
-def parity_rows(runs: List[Dict[str, Any]], half: bool = False) -> List[List[Any]]:
-    """Of the runs with `FLASHBIAS_DTYPE=fp16` (half) or the others."""
-    named = {(run.get("family"), run["name"]): run for run in runs}
+def parity_rows(runs: List[Dict[str, Any]]) -> List[List[Any]]:
+    """Of the patched runs without dropout, those with `FLASHBIAS_DTYPE=fp16` last."""
+    named = {(run["family"], run["name"]): run for run in runs}
     rows = []
-    for run in runs:
-        base = named.get(
-            (run.get("family"), counterpart(run["name"].replace(" again", "").replace(" cp", "")))
-        )
-        if (run.get("dtype") == "fp16") != half:
+    for run in sorted(runs, key=lambda run: run["dtype"] == "fp16"):
+        base = named.get((run["family"], counterpart(run["name"])))
+        if run["dropout"] or "gradient_error" not in run or base is None or base is run:
             continue
-        if (
-            run.get("dropout") == 0.0
-            and "gradient_error" in run
-            and base is not None
-            and base is not run
-        ):
-            rows.append(
-                [
-                    f"{run['family']} {run['size']}",
-                    words_of(run),
-                    f"{run['gradient_error']:.1e}",
-                    f"{apart(run, base):.1e}",
-                    len(run["losses"]),
-                ]
-            )
+        rows.append(
+            [
+                f"{run['family']} {run['size']}",
+                words_of(run),
+                f"{run['gradient_error']:.1e}",
+                f"{apart(run, base):.1e}",
+                len(run["losses"]),
+            ]
+        )
     return rows
 
 
@@ -307,14 +294,14 @@ def training_rows(name: str, wanted: str = ".*") -> List[List[str]]:
             named_detector(run),
             words_of(run),
             *cells(run, named.get((run["family"], counterpart(run["name"])))),
-            slope(run),
+            scale_gradient(run),
         ]
         for run in runs
         if re.fullmatch(wanted, f"{run['family']} {run['name']}")
     ]
 
 
-def slope(run: Dict[str, Any]) -> str:
+def scale_gradient(run: Dict[str, Any]) -> str:
     """bias_scale's gradient in the last step."""
     seen = run.get("bias_scale_and_gradient")
     return "" if not seen else "none" if seen[-1][1] is None else f"{seen[-1][1]:.3g}"
@@ -339,13 +326,16 @@ def shown(kind: str, first: str) -> List[str]:
 
 def blocks(name: str) -> List[str]:
     """Every training run of a result."""
-    result = load(name)
-    note = f"; {result['note']}" if "note" in result else ""
     return [
         *block_table(training_rows(name), "detector"),
-        f"Order: {result['order']}{note}. " + source(name),
+        f"{order_of(load(name))} " + source(name),
         "",
     ]
+
+
+def order_of(result: Dict[str, Any]) -> str:
+    note = f"; {result['note']}" if "note" in result else ""
+    return f"Order: {result['order']}{note}."
 
 
 def fusion() -> List[str]:
@@ -388,7 +378,7 @@ def camera() -> List[str]:
         *(line for name in before for line in blocks(name)),
         "### Latency of camera detectors",
         "",
-        *(line for name in CAMERA_LATENCY for line in latency(name)),
+        *(line for name in CAMERA[1:] for line in latency(name)),
         *first_step(),
         *parity(),
     ]
@@ -396,7 +386,8 @@ def camera() -> List[str]:
 
 def first_step() -> List[str]:
     """What a process pays once, with a cold and a warm cache."""
-    runs = load(FIRST_STEP)["runs"]
+    result = load(FIRST_STEP)
+    runs = result["runs"]
     times: Dict[bool, List[float]] = {}
     for run in runs:
         times.setdefault(run["patch"], []).append(run["times"][0])
@@ -410,13 +401,12 @@ def first_step() -> List[str]:
         "### The first step",
         "",
         f"Seconds of the first training step of {named_detector(runs[0])}, a fresh process each. "
-        "The run was cut in the third of four rounds. "
         "The first patched process compiles and checks the kernels; later ones read both from "
         f"disk, and their first step takes {warm[True] / warm[False]:.2f}x of the unpatched "
         "processes'.",
         "",
         *table(("run", "processes", "the first one", "the others"), rows),
-        source(FIRST_STEP),
+        f"{order_of(result)} " + source(FIRST_STEP),
         "",
     ]
 
@@ -432,10 +422,7 @@ def parity() -> List[str]:
         "`FLASHBIAS_DTYPE=fp16`, gradients are scaled on their way through "
         "(attention/fp16_gradients.py).",
         "",
-        *table(
-            ("detector", "run", "gradient", "losses", "steps"),
-            [*parity_rows(runs), *parity_rows(runs, half=True)],
-        ),
+        *table(("detector", "run", "gradient", "losses", "steps"), parity_rows(runs)),
         source(PARITY),
         "",
     ]
@@ -444,7 +431,7 @@ def parity() -> List[str]:
 def small_detectors(page: str) -> str:
     """The sentence on inference and small detectors. `page`: in front of an anchor."""
     found: Dict[Any, List[float]] = {}
-    for name in reversed(CAMERA_LATENCY):  # the newest of each detector
+    for name in reversed(CAMERA[1:]):  # the newest of each detector
         times: Dict[Any, List[float]] = {}
         for run in load(name)["inference"]:
             key = run["family"], run["size"], run["name"]

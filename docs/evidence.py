@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, List
 
-Table = Callable[..., List[str]]
+from measured import table
+
 PARTS = ("all", "decoder", "head", "image branch", "lidar branch")
 
 
@@ -19,7 +20,7 @@ def small(value: Any) -> str:
     return "" if value is None else f"{value:.1e}"
 
 
-def parity(result: Dict[str, Any], table: Table) -> List[str]:
+def parity(result: Dict[str, Any]) -> List[str]:
     """By benchmarks/real_parity.py."""
     gradients, curves, runs = result["gradients"], result["curves"], result["runs"]
     parts = [part for part in PARTS if any(part in each for each in gradients.values())]
@@ -58,7 +59,7 @@ def parity(result: Dict[str, Any], table: Table) -> List[str]:
             ),
             rows,
         ),
-        *curves_by_step(curves, table),
+        *curves_by_step(curves),
     ]
 
 
@@ -79,7 +80,7 @@ def first_losses(runs: Dict[str, Any]) -> List[str]:
     ]
 
 
-def curves_by_step(curves: Dict[str, Any], table: Table) -> List[str]:
+def curves_by_step(curves: Dict[str, Any]) -> List[str]:
     """The growth of the distances: medians of each tenth of the curves."""
     known = {name: curve["by_tenth"] for name, curve in curves.items() if curve.get("by_tenth")}
     count = max(map(len, known.values()), default=0)
@@ -117,7 +118,7 @@ def matched(pair: Any) -> List[str]:
     ]
 
 
-def accuracy(result: Dict[str, Any], table: Table) -> List[str]:
+def accuracy(result: Dict[str, Any]) -> List[str]:
     """By benchmarks/real_accuracy.py."""
     least = f"score {result['confident']:g} or more"
     trained = [
@@ -148,10 +149,10 @@ def accuracy(result: Dict[str, Any], table: Table) -> List[str]:
                 trained,
             ),
         ]
-    return [*lines, *evaluated(result, about, table)]
+    return [*lines, *evaluated(result, about)]
 
 
-def evaluated(result: Dict[str, Any], about: str, table: Table) -> List[str]:
+def evaluated(result: Dict[str, Any], about: str) -> List[str]:
     """Of `flashbias ab --eval`; nothing where no comparison ended."""
     found = result["evaluated"]
     if not found:
@@ -189,14 +190,14 @@ def evaluated(result: Dict[str, Any], about: str, table: Table) -> List[str]:
     ]
 
 
-def windows(result: Dict[str, Any], table: Table) -> List[str]:
+def windows(result: Dict[str, Any]) -> List[str]:
     """By benchmarks/real_windows.py."""
     options = result["windows"] or "by default"
     rate = f", bias_scale's learning rate {result['bias_lr']:g}" if result.get("bias_lr") else ""
     times = [
         "Times and memory, each process alone; ratios are to `dense`:",
         "",
-        *timed(result["timed"], table),
+        *timed(result["timed"]),
     ]
     return [
         f"### Windows over {result['steps']} steps{rate}",
@@ -211,13 +212,13 @@ def windows(result: Dict[str, Any], table: Table) -> List[str]:
         ),
         "",
         *(times if result["timed"] else ()),
-        *first_gradients(result.get("first_gradient", {}), table),
-        *paths(result["paths"], result["against_dense"], table),
-        *without_sensors(result["paths"], table),
+        *first_gradients(result.get("first_gradient", {})),
+        *paths(result["paths"], result["against_dense"]),
+        *without_sensors(result["paths"]),
     ]
 
 
-def first_gradients(found: Dict[str, Any], table: Table) -> List[str]:
+def first_gradients(found: Dict[str, Any]) -> List[str]:
     """bias_scale's gradients at the same weights, with their standard errors."""
     if not found:
         return []
@@ -234,7 +235,7 @@ def first_gradients(found: Dict[str, Any], table: Table) -> List[str]:
     ]
 
 
-def timed(runs: Dict[str, Any], table: Table) -> List[str]:
+def timed(runs: Dict[str, Any]) -> List[str]:
     base = runs.get("dense", {})
     rows = []
     for name, run in runs.items():
@@ -254,7 +255,7 @@ def timed(runs: Dict[str, Any], table: Table) -> List[str]:
     return table(("run", "s/step", "time", "first step, s", "peak MiB", "memory"), rows)
 
 
-def paths(runs: Dict[str, Any], against: Dict[str, Any], table: Table) -> List[str]:
+def paths(runs: Dict[str, Any], against: Dict[str, Any]) -> List[str]:
     rows = []
     for name, run in runs.items():
         found = against.get(name, {})
@@ -285,7 +286,7 @@ def paths(runs: Dict[str, Any], against: Dict[str, Any], table: Table) -> List[s
     ]
 
 
-def without_sensors(runs: Dict[str, Any], table: Table) -> List[str]:
+def without_sensors(runs: Dict[str, Any]) -> List[str]:
     """Losses at the end, and the mean weights that a router gives with both sensors and without."""
     sensors = ("none", "lidar", "cameras")
     rows = [
@@ -316,7 +317,7 @@ def without_sensors(runs: Dict[str, Any], table: Table) -> List[str]:
     ]
 
 
-SECTIONS: Dict[str, Callable[[Dict[str, Any], Table], List[str]]] = {
+SECTIONS: Dict[str, Callable[[Dict[str, Any]], List[str]]] = {
     "real_parity": parity,
     "real_accuracy": accuracy,
     "real_windows": windows,

@@ -458,7 +458,7 @@ def fusion_evidence() -> List[str]:
     lines: List[str] = []
     for begin, section in evidence.SECTIONS.items():
         for path in sorted(RESULTS.glob(f"{begin}_*.json")):
-            lines += [*section(load(path.stem), table), source(path.stem), ""]
+            lines += [*section(load(path.stem)), source(path.stem), ""]
     return lines
 
 

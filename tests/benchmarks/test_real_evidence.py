@@ -122,14 +122,14 @@ def test_the_page_has_what_is_known_of_unfinished_runs():
         "curves": real_parity.summary(runs, ("unpatched again",)),
     }
     make = load("docs/make_performance.py")
-    text = "\n".join(make.evidence.parity(json.loads(json.dumps(result)), make.table))
+    text = "\n".join(make.evidence.parity(json.loads(json.dumps(result))))
     assert "| unpatched again | 1.0e-07 | 0.0e+00 | 0.0e+00 | 10.000, 10.000 | 1 |" in text
     assert "| patched |  |  |  | the process died | 0 |" in text
     assert "reproducible" not in text  # the first losses are equal; the rest is not known
     runs["unpatched again"]["losses"] = [10.0, 9.0]
-    assert "reproducible there" in "\n".join(make.evidence.parity(result, make.table))
+    assert "reproducible there" in "\n".join(make.evidence.parity(result))
     runs["unpatched again"]["losses"] = [11.0]
-    assert "not reproducible: 1.0e-01" in "\n".join(make.evidence.parity(result, make.table))
+    assert "not reproducible: 1.0e-01" in "\n".join(make.evidence.parity(result))
 
 
 def test_the_learning_rate_grows_and_falls():
@@ -208,7 +208,7 @@ def test_the_page_on_accuracy():
         },
     }
     make = load("docs/make_performance.py")
-    text = "\n".join(make.evidence.accuracy(json.loads(json.dumps(result)), make.table))
+    text = "\n".join(make.evidence.accuracy(json.loads(json.dumps(result))))
     assert "| unpatched | 2.000 | 0.5000 | 0.4000 |  |" in text
     assert "| patched | 2.500 | no devkit |  | 1 of 1 | 1 of 1 |" in text
     assert "| patched fp16 | the process died |" in text
@@ -216,10 +216,10 @@ def test_the_page_on_accuracy():
     assert "flashbias ab ended with 1" in text
     assert "### Accuracy after" in text and "### `flashbias ab --eval` after" in text
     alone = {**result, "trained": {"unpatched": result["trained"]["unpatched"]}}
-    text = "\n".join(make.evidence.accuracy(alone, make.table))
+    text = "\n".join(make.evidence.accuracy(alone))
     assert "### Accuracy" not in text and "| `FLASHBIAS_DTYPE=fp16` | same |" in text
     result["evaluated"] = {}
-    assert "ab --eval" not in "\n".join(make.evidence.accuracy(result, make.table))
+    assert "ab --eval" not in "\n".join(make.evidence.accuracy(result))
 
 
 def test_a_path_is_held_against_the_dense_one():
@@ -346,14 +346,14 @@ def test_the_page_on_windows():
         },
     }
     make = load("docs/make_performance.py")
-    text = "\n".join(make.evidence.windows(json.loads(json.dumps(result)), make.table))
+    text = "\n".join(make.evidence.windows(json.loads(json.dumps(result))))
     assert "| windows | 0.250 | 0.50x | 4.0 | 5000 | 0.12x |" in text
     assert "| windows | 2 | 2.50000, 2.40000 | 1.0e-06 | 1.0e-04 | 1.0e-03 |" in text
     assert "| windows | 5.000 | 7.000 | 6.000 | 0.25, -0.50 |" in text
     assert text.count("the process died") >= 2
     first = {"windows": {"mean": [0.25, -0.5], "standard_error": [0.01, 0.0]}}
     result.update(timed={}, first_gradient=first, bias_lr=5e-3)
-    text = "\n".join(make.evidence.windows(json.loads(json.dumps(result)), make.table))
+    text = "\n".join(make.evidence.windows(json.loads(json.dumps(result))))
     assert "### Windows over 2 steps, bias_scale's learning rate 0.005" in text
     assert "Times and memory" not in text
     assert "| windows | 0.2500 ± 0.0100 | -0.5000 ± 0.0000 |" in text
