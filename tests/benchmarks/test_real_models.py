@@ -428,7 +428,7 @@ def test_repeated_runs_are_one_row_with_an_interval():
     )
     assert a["step_s"] == pytest.approx(1.01) and a["peak_MiB"] == 101.0
     cells = page.cells(b, a)
-    assert cells[:1] == ["0.505"] and cells[1].startswith("0.50x (0.4") and cells[2] == "9.0"
+    assert cells[:1] == ["0.505"] and cells[1].startswith("0.50x (0.4") and cells[2] == "9.0, 9.0"
     assert page.cells(lost, a)[0] == "out of memory"
     once = page.merged(repeated("A fp32", [1.0]) + repeated("B fp32", [0.5]))
     assert page.cells(once[1], once[0])[1] == "0.50x"  # no interval from one run
