@@ -155,6 +155,7 @@ def _usable(tensors: Sequence[Tensor]) -> Any:
         or internals.forward_ad._current_level >= 0
         or internals.tracing_state() is not None
         or dispatch_modes()
+        or True in map(Tensor.is_neg, tensors)  # a kernel reads memory
     ):
         return None  # whoever follows PyTorch's operators would miss a kernel's cast
     for tensor in tensors:

@@ -20,6 +20,9 @@ from .problem import (
     aligned_rows,
     as_bytes,
     block_columns,
+    in_memory,
+    is_given,
+    is_negated,
     keeps_apart,
     scales_q,
     unit_last,
@@ -129,6 +132,9 @@ def _forward(
         q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale,
         window_weights, window_centres, mask_centres, *_,
     ) = inputs  # fmt: skip
+    terms = q_factor, k_factor, weights, dense, padding, window_weights
+    if True in map(is_negated, filter(is_given, (q, k, v, *terms))):
+        return _forward(tuple(map(in_memory, inputs)), training, out_dtype)
     plain = window_weights is None and window_centres is None and mask_centres is None
     key, plan = None, None
     stream = stream_of(q) if plain else None
@@ -175,6 +181,8 @@ def _backward(
     """The eight gradients in the order of launcher.Needs, None for each that is not needed. saved,
     constants: see _save."""
     try:
+        if True in map(is_negated, filter(is_given, (grad_out, *saved))):
+            grad_out, saved = in_memory(grad_out), tuple(map(in_memory, saved))
         (
             out, low, lse, seed, scaled_q, padded_q_factor, padded_k_factor,
             q, k, v, q_factor, k_factor, weights, dense, mask, padding,

@@ -34,18 +34,17 @@ BACKWARD = (*FORWARD, *Passed._fields)
 SCRATCH = "scratch"
 ALIGN = 128  # bytes: parts of SCRATCH begin where a cache line does
 
-_is_given: Callable[[Any], bool] = functools.partial(operator.is_not, None)
 _layout: Callable[[Tensor], Tuple[Any, ...]] = operator.attrgetter("shape", "dtype", "device")
 
 
 def signed(tensors: Sequence[Optional[Tensor]]) -> Signed:
     """(the properties that a launch depends on, as in cached_launch.signature; the addresses of the
     tensors that are not None)."""
-    given: Tuple[Tensor, ...] = tuple(filter(_is_given, tensors))  # type: ignore[arg-type]
+    given: Tuple[Tensor, ...] = tuple(filter(pb.is_given, tensors))  # type: ignore[arg-type]
     addresses = [*map(Tensor.data_ptr, given)]
     odd = functools.reduce(operator.or_, addresses) & 15
     return (
-        tuple(map(_is_given, tensors)), tuple(map(_layout, given)),
+        tuple(map(pb.is_given, tensors)), tuple(map(_layout, given)),
         tuple(map(Tensor.stride, given)),
         tuple([address & 15 for address in addresses]) if odd else None,
     ), addresses  # fmt: skip

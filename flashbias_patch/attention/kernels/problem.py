@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 from typing import (
     TYPE_CHECKING,
     Any,
+    Callable,
     ContextManager,
     Dict,
     List,
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from .window_tables import Windows
 
 LOG2E = 1.4426950408889634
+is_given: Callable[[Any], bool] = functools.partial(operator.is_not, None)
+# Whether memory holds the negative of a tensor, as that of x.conj().imag does.
+is_negated: Callable[[Any], bool] = Tensor.is_neg
 COLUMNS = 16  # common.COLUMNS
 COPIED = 1 << 26  # bytes of a mask or dense bias up to which it is copied to align its rows
 # The least scale for folding: a folded lse is divided by the scale, and must not leave float16's
@@ -252,6 +257,11 @@ def block_columns(columns: int) -> int:
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up; triton.cdiv takes a microsecond."""
     return -(-a // b)
+
+
+def in_memory(value: Any) -> Any:
+    """`value`; a tensor so that memory holds its own values, which is what kernels read."""
+    return value.resolve_neg() if isinstance(value, Tensor) else value
 
 
 def unit_last(tensor: Tensor) -> Tensor:

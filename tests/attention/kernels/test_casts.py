@@ -296,3 +296,12 @@ def test_repeated_casts_give_as_many_tensors(monkeypatch):
 
 def test_kernels_import_nothing_but_triton():
     assert not hasattr(kernels, "torch")
+
+
+def test_a_tensor_whose_memory_holds_its_negative(launched):
+    """As that of x.conj().imag does."""
+    q, k, v = (tensor.contiguous() for tensor in projected())
+    found = casts.narrow((q, torch._neg_view(-k), v), torch.float16)
+    assert torch.equal(found[1], k.to(torch.float16)) and not launched
+    casts.narrow((q, k, v), torch.float16)
+    assert launched

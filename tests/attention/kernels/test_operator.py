@@ -305,6 +305,23 @@ def test_strided_views_are_not_copied(monkeypatch):
     assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(others, found[0]))
 
 
+def test_tensors_whose_memory_holds_their_negative():
+    """As that of x.conj().imag does."""
+    case = problem(20, 70, R=2, S=2, dense=(1, 2, 20, 70), padding="float")
+    tensors, rest, grad = case
+    leaves = [t.clone().requires_grad_() for t in tensors]
+
+    def results(of):
+        q, k, v, *terms = [of(leaf) for leaf in leaves]
+        arguments = dict(zip(("q_factor", "k_factor", "segment_weights", "dense"), terms), **rest)
+        arguments["key_padding"] = of(arguments["key_padding"])
+        return grads(fused_attention(q, k, v, **arguments), leaves, of(grad))
+
+    assert torch._neg_view(grad).is_neg() and not torch._neg_view(grad).resolve_neg().is_neg()
+    found = results(lambda tensor: torch._neg_view(-tensor))
+    assert all(torch.equal(a, b) for a, b in zip(found, results(lambda tensor: tensor)))
+
+
 def test_rows_of_masks_begin_at_multiples_of_16(monkeypatch):
     mask, dense = (
         torch.rand(1, 2, 9, 21) < 0.5,
