@@ -197,7 +197,8 @@ def fusion() -> List[str]:
         "### Latency",
         "",
         "Forward passes in evaluation mode without gradients, from images and points to the "
-        "head's output; the median of 20 after 10, then of the runs.",
+        "head's output; the median of 20 after 10, then of the runs. The first call is that of the "
+        "first run, which compiles and checks the kernels where it is patched.",
         "",
         *latencies(*FUSION_LATENCY),
         "Other machines of the same kind:",
