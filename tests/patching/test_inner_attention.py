@@ -796,3 +796,29 @@ def test_a_batch_of_one_is_any_batch(batch, length, batch_first, shared):
     ours = module(query, key, value)
     assert sum(telemetry.calls.values()) - telemetry.calls["original"] > 0
     assert_equal([ours, *gradients(module, ours, leaves)], [theirs, *their_grads])
+
+
+def layout_core(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None,
+                attn_mask=None, key_padding_mask=None, **kwargs):  # fmt: skip
+    out, _ = self.attn(query, key, value)
+    self.seen = [step for step, size in zip(out.stride(), out.shape) if size > 1]
+    return out
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("batch, length", [(1, M), (2, 1), (B, M)])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("training, grad", [(True, True), (True, False), (False, False)])
+def test_the_output_lies_in_memory_as_torchs(batch, length, batch_first, shared, training, grad):
+    """So that what can be viewed unpatched can be patched."""
+    cls, original = outer(layout_core)
+    module = cls(batch_first=batch_first).train(training)
+    query, key = (torch.randn((batch, n, E) if batch_first else (n, batch, E)) for n in (length, N))
+    key = query if shared else key
+    with torch.set_grad_enabled(grad):
+        theirs = original(module, query, key, key)
+        seen = module.seen
+        telemetry.reset()
+        assert_equal([module(query, key, key)], [theirs])
+    assert module.seen == seen
+    assert sum(telemetry.calls.values()) - telemetry.calls["original"] > 0

@@ -75,7 +75,7 @@ _FUNCTION_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 _SAME_NAMES = tuple(
     name
     for name in InnerCall._fields
-    if name not in ("batch_first", "dropout_p", "average_attn_weights")
+    if name not in ("batch_first", "dropout_p", "average_attn_weights", "length_first")
 )
 
 

@@ -30,6 +30,9 @@ _NOTHING: Dict[str, Any] = {}
 _LINEAR = (getattr(nn.modules.linear, "NonDynamicallyQuantizableLinear", nn.Linear), nn.Linear)
 NAME = "nn.MultiheadAttention"
 _NESTED = hasattr(Tensor, "is_nested")  # since torch 1.12
+# torch's own output is (L, B, E) in memory, but for what its fast path computes: self attention in
+# evaluation.
+_FAST_PATH = RELEASE >= (1, 12)
 
 
 # The output, and its attention weights or None.
@@ -38,7 +41,7 @@ AttentionResult = Tuple[Tensor, Optional[LazyWeights]]
 
 class InnerCall(NamedTuple):
     """One call of torch's multi-head attention; sequences are (L, B, E), (B, L, E) if
-    `batch_first`, or (L, E)."""
+    `batch_first`, or (L, E). `length_first`: the output (B, L, E) is (L, B, E) in memory."""
 
     query: Tensor
     key: Tensor
@@ -54,6 +57,7 @@ class InnerCall(NamedTuple):
     key_padding_mask: Optional[Tensor]
     need_weights: bool
     average_attn_weights: bool
+    length_first: bool = False
 
 
 def attend_module(
@@ -110,6 +114,10 @@ def attend_module(
         "need_weights": need_weights,
         "average_attn_weights": average_attn_weights,
     }
+    if module.batch_first and not (
+        _FAST_PATH and query is key and not module.training and not torch.is_grad_enabled()
+    ):
+        call["length_first"] = True
     result = attend(open_route, unsupported, call)
     if result is None:
         masks = masks_with_biases(open_route, InnerCall(**call))
@@ -201,6 +209,7 @@ def _compute(
     key_padding_mask: Optional[Tensor],
     need_weights: bool,
     average_attn_weights: bool,
+    length_first: bool = False,
 ) -> AttentionResult:
     batched = query.ndim == 3
     batch_first = batch_first or not batched
@@ -228,9 +237,13 @@ def _compute(
         dtype=call_adapter.compute_dtype(q.dtype),
         fitted=True,
     )
-    if not batch_first and query.shape[1] != 1:
+    turned = length_first and len(q) != 1
+    if turned or not batch_first and query.shape[1] != 1:
         out = out.transpose(0, 1)
-    out = F.linear(out.reshape(query.shape), out_proj_weight, out_proj_bias)
+    out = out.flatten(2) if turned else out.reshape(query.shape)
+    out = F.linear(out, out_proj_weight, out_proj_bias)
+    if turned:
+        out = out.transpose(0, 1)
     weights = None
     if need_weights:
         weights = LazyWeights.of(
