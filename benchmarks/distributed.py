@@ -1,15 +1,20 @@
 """Several processes, one GPU each: does a patched detector train as it should, and does it scale?
 
     torchrun --nproc_per_node 2 benchmarks/distributed.py ddp --cmt DIR --frame DIR [--out F.json]
-    torchrun --nproc_per_node 2 benchmarks/distributed.py fsdp [--out F.json] ... --device cpu
-    --tiny                                          gloo on the CPU: a proof that it runs
+    torchrun --nproc_per_node 2 benchmarks/distributed.py fsdp [--out F.json]
+    ... --device cpu --tiny                         gloo on the CPU: a proof that it runs
 
-ddp, on the real CMT under DistributedDataParallel: gradients    of one global batch (a different
-  image and its own boxes on every sample), reduced over the processes, against one process that is
-  given the whole batch; no dropout; the same process asked twice is the noise throughput   samples
-  a second of one process alone and of all, unpatched and patched (FLASHBIAS_DTYPE=fp16) fault
-  the backend fails on the last rank alone, forward and backward: nothing may hang, losses must stay
-fsdp, on examples/mini_cmt: losses and parameters under fully_shard against DistributedDataParallel.
+ddp, on the real CMT under DistributedDataParallel:
+* gradients: of one global batch (a different image and its own boxes on every sample), reduced over
+  the processes, against one process that is given the whole batch; no dropout; the same process
+  asked twice is the noise
+* throughput: samples a second of one process alone and of all, unpatched and patched
+  (FLASHBIAS_DTYPE=fp16)
+* fault: the backend fails on the last rank alone, forward and backward: nothing may hang, losses
+  must stay
+
+fsdp, on examples/mini_cmt: losses and parameters under fully_shard against DistributedDataParallel,
+with checkpointed decoder layers and without.
 """
 
 from __future__ import annotations
@@ -373,13 +378,13 @@ def _break_backward(flag: List[int], culprit: Broken) -> Callable[[], None]:
 
 def fsdp(processes: Processes, tiny: bool, steps: int) -> Dict[str, Any]:
     """Losses of every rank and the parameters at the end, fully_shard against DDP; patched and
-    not."""
+    not, with checkpointed layers and without."""
     spec = importlib.util.spec_from_file_location(
         "mini_cmt_train", str(ROOT / "examples/mini_cmt/tools/train.py")
     )
     train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
-    argv = ["--dropout", "0", "--no-cp", "--device", "cuda" if processes.cuda else "cpu"]
+    argv = ["--dropout", "0", "--device", "cuda" if processes.cuda else "cpu"]
     argv += (
         ["--queries", "40", "--bev", "12", "--image-size", "128x64"]
         if tiny
@@ -387,7 +392,8 @@ def fsdp(processes: Processes, tiny: bool, steps: int) -> Dict[str, Any]:
     )
     args = train.parse_args(argv)
 
-    def run(shard: bool) -> Any:
+    def run(shard: bool, checkpointed: bool) -> Any:
+        args.with_cp = checkpointed
         config, model = train.build(args)
         model = model.to(processes.device).train()
         batch = train.to_device(
@@ -421,13 +427,22 @@ def fsdp(processes: Processes, tiny: bool, steps: int) -> Dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() / 2**20 if processes.cuda else 0.0
         return losses, torch.cat([w.detach().flatten() for w in weights]).double(), peak
 
-    truth, weights, _ = run(False)
+    truth, weights, _ = run(False, False)
     result: Dict[str, Any] = {"steps": steps, "losses_ddp_unpatched": processes.gather(truth)}
-    for name, way in (("unpatched", contextlib.nullcontext), ("patched", patched)):
+    for name, way, checkpointed in (
+        ("unpatched", contextlib.nullcontext, False),
+        ("patched", patched, False),
+        ("unpatched, checkpointed", contextlib.nullcontext, True),
+        ("patched, checkpointed", patched, True),
+    ):
         with way():
             before = dict(telemetry.calls)
-            losses, found, peak = run(True)
-            calls = {key: count - before.get(key, 0) for key, count in telemetry.calls.items()}
+            losses, found, peak = run(True, checkpointed)
+            calls = {
+                key: count - before.get(key, 0)
+                for key, count in telemetry.calls.items()
+                if count != before.get(key, 0)
+            }
         worst = max(abs(a - b) / abs(b) for a, b in zip(losses, truth))
         result[name] = {
             "losses": processes.gather(losses),

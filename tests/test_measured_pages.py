@@ -7,14 +7,6 @@ import pytest
 from tests.support.scripts import ROOT, load
 
 RESULTS = ROOT / "benchmarks" / "results"
-ROUTED = next(
-    (
-        path
-        for path in (RESULTS / f"aqr_real_cmt_{where}.json" for where in ("h200", "cpu"))
-        if path.exists()
-    ),
-    None,
-)
 
 
 def test_reliability_page():
@@ -33,8 +25,8 @@ def test_router_on_mini_cmt():
     )
 
 
-@pytest.mark.skipif(ROUTED is None, reason="not measured yet")
-def test_router_on_the_real_cmt():
+@pytest.mark.parametrize("name", ["aqr_real_cmt_h200", "aqr_windows_h200"])
+def test_router_on_the_real_cmt(name):
     made = load("examples/aqr/real_cmt.py")
-    report = json.loads(ROUTED.read_text())
+    report = json.loads((RESULTS / f"{name}.json").read_text())
     assert between(*made.MARKS[report.get("windows") is not None]) == made.tables(report)
