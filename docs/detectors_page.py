@@ -28,25 +28,36 @@ CAMERA = ("camera_rows_h200",)
 SMALL = ("streampetr_h200", "petr_h200")
 CAMERA_LATENCY = ("camera_latency_1600_h200", "camera_latency_800_h200", "small_latency_h200")
 BATCH = ("fusion_batch_h200", "real_batch_h200")
+RAN = (
+    "The repository's own code, with ResNet-50 as image branch in every detector, random weights, "
+    "no GridMask, and one nuScenes frame with one sweep of lidar points that is in memory: loading "
+    "of data is not measured."
+)
 PROFILE, FIRST_STEP, PARITY = "fusion_profile_h200", "first_step_h200", "real_fp16_h200"
 # The runs that the READMEs show: of each detector those of one machine.
 SHOWN = {
     "fusion": {
         FUSION[0]: r"\S+ ([AB] fp32( cp)?|B fp32 dtype=fp16( cp)?|A amp|B flash( amp)?)",
         FUSION[1]: r"\S+ ([AB] fp32|B fp32 dtype=fp16|B flash)",
-        FUSION[2]: r"\S+ (A amp|B flash amp)",
+        FUSION[2]: r"\S+ (A fp32 cp|B fp32 dtype=fp16 cp|A amp|B flash amp)",
     },
     "camera": {
-        CAMERA[0]: r"cmt (([AB] fp32|B fp32 dtype=fp16|B flash)( 800x320)?"
-        r"|A amp|B amp dtype=fp16|A fp32 cp|B fp32 dtype=fp16 cp)",
-        SMALL[0]: r"\S+ ([AB] fp32|B fp32 dtype=fp16|B flash) drop0",
-        SMALL[1]: r"\S+ ([AB] fp32|B fp32 dtype=fp16) drop0",
+        CAMERA[0]: r"cmt (([AB] fp32|B fp32 dtype=fp16|B flash|A fp32 cp|B fp32 dtype=fp16 cp)"
+        r"( 800x320)?|A amp|B amp dtype=fp16)",
+        SMALL[0]: r".*",
+        SMALL[1]: r".*",
     },
 }
 
 
 def batches() -> List[str]:
-    lines = ["### The largest batch that fits", ""]
+    lines = [
+        "### The largest batch that fits",
+        "",
+        "Without checkpointing, in a given share of the H200's memory (of PyTorch's allocator, "
+        "without the CUDA context). In parentheses the time of one step at that batch.",
+        "",
+    ]
     for name in BATCH:
         found = load(name)["batches"]
         caps = [row["cap_GiB"] for row in found[0]["batches"]]
@@ -134,8 +145,9 @@ def profile() -> List[str]:
         "",
         "Patched, with `FLASHBIAS_DTYPE=fp16`, the GPU is busy for "
         f"{patched['gpu_busy_ms'] / base['gpu_busy_ms']:.2f} of the unpatched time; with an "
-        f"attention that takes no time it would be {rest / base['gpu_busy_ms']:.2f}. The rest of "
-        f"the step waits for the host, which launches {patched['kernels']:.0f} kernels: "
+        f"attention that takes no time it would be {rest / base['gpu_busy_ms']:.2f}. For the "
+        "rest of the step the GPU waits for the host, which launches "
+        f"{patched['kernels']:.0f} kernels: "
         f"{own:.0f} of them outside the transformer's forward pass, in voxels, head, loss and "
         "backward pass.",
         "",
@@ -177,12 +189,15 @@ def fusion() -> List[str]:
     return [
         "## The fusion detector",
         "",
-        "Fusion CMT with its lidar branch (spconv) and ResNet-50 as image branch. Ratios are "
-        "patched / unpatched with 95% intervals, to the unpatched run of the same kind. Attention "
-        "dropout is 0.1 where the row does not say otherwise. CMT's configuration as it is "
-        "has `PETRMultiheadFlashAttention` and mmcv's fp16; its counterpart here is the unpatched "
-        "`PETRMultiheadAttention` with mmcv's fp16, because the old flash-attn that the class "
-        "needs does not run with this PyTorch.",
+        "Fusion CMT with its lidar branch (spconv). " + RAN + " Ratios are patched / unpatched "
+        "with 95% intervals, to the unpatched run of the same kind: those that `flashbias ab` "
+        "gives, of midmeans, with unpaired intervals. A ratio can therefore differ from the "
+        "quotient of the medians in front of it. Attention dropout is 0.1 where the row does not "
+        "say otherwise. CMT's configuration has `PETRMultiheadFlashAttention` and mmcv's fp16. Its "
+        "counterpart here is the unpatched `PETRMultiheadAttention` with mmcv's fp16, because the "
+        "old flash-attn that the class needs does not run with this PyTorch. An unpatched run with "
+        "that flash-attn would not hold the scores either: do not expect this saving of memory "
+        "there.",
         "",
         *blocks(*FUSION),
         "Other machines of the same kind:",
@@ -198,7 +213,8 @@ def fusion() -> List[str]:
         "",
         "Forward passes in evaluation mode without gradients, from images and points to the "
         "head's output; the median of 20 after 10, then of the runs. The first call is that of the "
-        "first run, which compiles and checks the kernels where it is patched.",
+        "first run. Where it is patched it compiles and checks the kernels, unless an earlier "
+        "run on the machine has.",
         "",
         *latencies(*FUSION_LATENCY),
         "Other machines of the same kind:",
@@ -212,8 +228,9 @@ def camera() -> List[str]:
     return [
         "## Camera detectors",
         "",
-        "ResNet-50, one nuScenes frame. The steps of small detectors wait for the host, whose "
-        "speed varied: if the times of a row differ much, its interval is wide.",
+        RAN + " CMT's camera configuration has VoVNet; PETR's and StreamPETR's have checkpointing "
+        "and dropout 0.1, for which there is no row here. The steps of small detectors wait for "
+        "the host, whose speed varied: if the times of a row differ much, its interval is wide.",
         "",
         *blocks(*CAMERA),
         "StreamPETR and PETR, on another machine of the same kind:",
@@ -221,8 +238,8 @@ def camera() -> List[str]:
         *blocks(*SMALL),
         "### Latency of camera detectors",
         "",
-        "As above. For stretches of many calls the host took 1.3 to 1.8 times as long as in "
-        "others, unpatched and patched alike; compare the fastest runs of both.",
+        "As above. For many calls in a row the host took 1.3 to 1.8 times as long as for others, "
+        "unpatched and patched alike.",
         "",
         *latencies(*CAMERA_LATENCY),
         *first_step(),
@@ -292,15 +309,17 @@ def small_detectors(page: str) -> str:
         bare, ours = (statistics.median(found[family, size, name + suffix]) for name in names)
         ratios.append(f"{DETECTORS[family]} {size} {ours / bare:.2f}x")
     return (
-        f"Inference at batch 1 takes, of the unpatched time: {', '.join(ratios)} "
+        f"Inference at batch 1, patched / unpatched: {', '.join(ratios)} "
         f"([latencies]({page}#latency-of-camera-detectors)). The steps of small detectors wait for "
-        "the host and gain little or nothing. Measure yours with `flashbias ab`."
+        "the host: they gain little, or become slower. Measure yours with `flashbias ab`."
     )
 
 
 def how_to_read(page: str) -> str:
     """Notes under the table: precision, and what dropout means for losses and memory. `page`: in
     front of an anchor."""
+    memory = load("ab_real_cmt_h200")["headline"]["memory"]
+    reserved = memory["reserved_mib"]
     runs = {run["name"]: run for run in merged(load(CAMERA[0])["runs"])}
     bare, patched, without = (
         runs["A fp32"],
@@ -308,8 +327,11 @@ def how_to_read(page: str) -> str:
         (runs["A fp32 drop0"], runs["B fp32 drop0"]),
     )
     return (
-        "`float32`: results have the error of PyTorch's own float32. Losses are not in this "
-        "table: attention dropout "
+        "Without `FLASHBIAS_DTYPE`, results are as accurate as PyTorch's own float32. Peak memory "
+        "is what PyTorch's allocator has handed out (`torch.cuda.max_memory_allocated`); it "
+        f"reserves more, unpatched and patched: {reserved[0]:.0f} and {reserved[1]:.0f} MiB in a "
+        f"comparison where {memory['a_mib']:.0f} and {memory['b_mib']:.0f} were handed out. Losses "
+        "are not in this table: attention dropout "
         "draws other random numbers in every run, so that losses differ; they are compared "
         "without dropout under "
         f"[Parity]({page}#parity). At 1600x640 memory is "

@@ -213,9 +213,16 @@ def windows(result: Dict[str, Any]) -> List[str]:
         "",
         *(times if result["timed"] else ()),
         *first_gradients(result.get("first_gradient", {})),
+        *cut_paths(result),
         *paths(result["paths"], result["against_dense"]),
         *without_sensors(result["paths"]),
     ]
+
+
+def cut_paths(result: Dict[str, Any]) -> List[str]:
+    """Where the paths were ended before their last step."""
+    made = max(len(run.get("scales", ())) for run in result["paths"].values())
+    return [f"The paths were cut after {made} steps.", ""] if made < result["steps"] else []
 
 
 def first_gradients(found: Dict[str, Any]) -> List[str]:

@@ -39,8 +39,9 @@ def source(name: str) -> str:
     about = result.get("about") or result.get("environment", result)
     command = result.get("command", f"python benchmarks/{name.rsplit('_', 1)[0]}.py")
     device = about.get("device") or about.get("gpu") or "CPU"
+    version = about.get("flashbias_patch")
     return (
-        f"From `benchmarks/results/{name}.json` (commit {commit}); {device}, torch "
-        f"{about['torch']}; "
+        f"From `benchmarks/results/{name}.json` (last changed in commit {commit}); {device}, torch "
+        f"{about['torch']}{f', flashbias_patch {version}' if version else ''}; "
         f"`{command}`."
     )

@@ -21,7 +21,8 @@ wheels addict terminaltables pycocotools pyquaternion shapely plyfile trimesh pr
     platformdirs tomli importlib_metadata packaging pyyaml tqdm matplotlib opencv-python-headless scipy scikit-learn numba pandas scikit-image networkx \
     tensorboard einops
 from_source --no-deps mmdet3d==1.0.0rc6
-[ -z "${SPCONV-spconv-cu126==2.3.8}" ] || wheels "${SPCONV-spconv-cu126==2.3.8}" cumm-cu126==0.7.11
+SPCONV=${SPCONV-spconv-cu126==2.3.8 cumm-cu126==0.7.11}
+[ -z "$SPCONV" ] || wheels $SPCONV
 wheels ".[report]"
 
 if [ -z "${WHEELS_ONLY:-}" ]; then # mmdet3d 1.0.0rc6 asserts mmcv <= 1.7.0

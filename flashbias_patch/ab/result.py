@@ -147,10 +147,14 @@ def rows(document: Dict[str, Any]) -> List[Tuple[str, str, str, str]]:
             table.append((name, *sides, f"{entry['ratio']:.2f}x{ends}, {entry['word']}"))
     training = found["training"]
     if training["loss_difference"] is not None:
-        noise = max(training["loss_noise"] or 0.0, training["loss_drift"] or 0.0)
-        apart = (
-            f"A from A {words.relative(noise)}, B from A "
-            f"{words.relative(training['loss_difference'])}"
+        apart = ", ".join(
+            f"{name} {words.relative(value)}"
+            for name, value in (
+                ("A from A", training["loss_noise"] or 0.0),
+                ("a nudged A from A", training["loss_drift"]),
+                ("B from A", training["loss_difference"]),
+            )
+            if value is not None
         )
         table.append(("loss", "", "", f"{training_word(document)}: {apart}"))
     return [tuple(str(cell) for cell in row) for row in table]  # type: ignore[misc]
