@@ -291,16 +291,18 @@ def parity() -> List[str]:
     ]
 
 
-def small_detectors(page: str) -> str:
+def inference_ratios(page: str) -> str:
     """The sentence on inference and small detectors. `page`: in front of an anchor."""
     found: Dict[Any, List[float]] = {}
-    for name in CAMERA_LATENCY:
+    for name in (*FUSION_LATENCY, *CAMERA_LATENCY):
         for run in load(name)["inference"]:
             key = run["family"], run["size"], run["name"]
             found.setdefault(key, []).append(run["latency_ms"])
     names = ("A fp32 b1", "B fp32 b1")
     ratios = []
     for family, size, suffix in (
+        ("fusion0100", "800x320", ""),
+        ("fusion0075", "1600x640", ""),
         ("cmt", "1600x640", ""),
         ("cmt", "800x320", " 800x320"),
         ("petr", "1408x512", ""),
@@ -310,7 +312,8 @@ def small_detectors(page: str) -> str:
         ratios.append(f"{DETECTORS[family]} {size} {ours / bare:.2f}x")
     return (
         f"Inference at batch 1, patched / unpatched: {', '.join(ratios)} "
-        f"([latencies]({page}#latency-of-camera-detectors)). The steps of small detectors wait for "
+        f"(latencies of [fusion]({page}#latency) and [camera]({page}#latency-of-camera-detectors) "
+        "detectors). The steps of small detectors wait for "
         "the host: they gain little, or become slower. Measure yours with `flashbias ab`."
     )
 

@@ -671,7 +671,7 @@ def readme(name: str = "README.md") -> str:
             *detectors.shown("camera", "camera detectors"),
             detectors.how_to_read("docs/performance.md"),
             "",
-            detectors.small_detectors("docs/performance.md"),
+            detectors.inference_ratios("docs/performance.md"),
             "",
             batch,
             "",
