@@ -239,7 +239,8 @@ def _compute(
     )
     turned = length_first and len(q) != 1
     if turned or not batch_first and query.shape[1] != 1:
-        out = out.transpose(0, 1)
+        # Contiguous, as in torch's own: one product with the bias added, not one for each position.
+        out = out.transpose(0, 1).contiguous()
     out = out.flatten(2) if turned else out.reshape(query.shape)
     out = F.linear(out, out_proj_weight, out_proj_bias)
     if turned:
