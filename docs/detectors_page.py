@@ -269,8 +269,7 @@ def first_step() -> List[str]:
         "processes'.",
         "",
         *table(("run", "processes", "the first one", "the others"), rows),
-        f"{order_of(result)} " + source(FIRST_STEP),
-        "",
+        *sources(FIRST_STEP),
     ]
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "docs")]
 import detectors_page as detectors  # noqa: E402
 import evidence  # noqa: E402
-from measured import RESULTS, load, source, table  # noqa: E402
+from measured import RESULTS, apart, load, source, table  # noqa: E402
 
 MARKS = ("<!-- measured -->", "<!-- /measured -->")
 
@@ -62,9 +62,7 @@ def distributed() -> List[str]:
     ]
     fault = load("distributed_fault_h200")["fault"]
     worst = max(
-        abs(a - b) / abs(b)
-        for own, other in zip(fault["losses_with_fault"], fault["losses"])
-        for a, b in zip(own, other)
+        max(apart(own, other)) for own, other in zip(fault["losses_with_fault"], fault["losses"])
     )
     return [
         *lines,
@@ -96,13 +94,10 @@ def fsdp() -> List[str]:
         for way, run in found.items():
             if not isinstance(run, dict):
                 continue
-            apart = [
-                [abs(a - b) / abs(b) for a, b in zip(own, other)]
-                for own, other in zip(run["losses"], truth)
-            ]
+            ranks = [apart(own, other) for own, other in zip(run["losses"], truth)]
             rows.append(
                 [
-                    *(way, f"{max(each[0] for each in apart):.1e}", f"{max(map(max, apart)):.1e}"),
+                    *(way, f"{max(each[0] for each in ranks):.1e}", f"{max(map(max, ranks)):.1e}"),
                     *(f"{run['weights']:.1e}", f"{run['peak_MiB']:.0f}" if run["peak_MiB"] else ""),
                 ]
             )
@@ -660,8 +655,8 @@ def readme(name: str = "README.md") -> str:
         "On the CPU two unpatched runs of CMT's camera detector are equal bit for bit, and the "
         "patched run's first gradients are within "
         f"{max(exact['patched'].values()):.0e} of theirs ([30 steps](docs/performance.md#parity-"
-        "over-30-steps)); on the GPU two unpatched runs of the fusion detector differ by similar "
-        "amounts as an unpatched and a patched one "
+        "over-30-steps)); on the GPU two unpatched runs of the fusion detector differ about "
+        "as much as an unpatched and a patched one do "
         "([100 steps](docs/performance.md#parity-over-100-steps))."
     )
     assert not exact["unpatched again"]["all"]

@@ -26,6 +26,11 @@ def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> List[str]:
     ]
 
 
+def apart(losses: Iterable[float], others: Iterable[float]) -> List[float]:
+    """Relative differences of two loss curves."""
+    return [abs(a - b) / abs(b) for a, b in zip(losses, others)]
+
+
 def source(name: str) -> str:
     """Where a section's figures come from: file, commit, and what produced it."""
     path = RESULTS / f"{name}.json"

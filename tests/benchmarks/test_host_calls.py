@@ -122,6 +122,7 @@ def test_projections_of_several_samples_are_single_products(host_calls, monkeypa
     pytest.importorskip("triton", minversion="3.0")
     monkeypatch.setattr(host_calls, "B", 3)
     target, found = host_calls.TARGETS[name], []
+    kinds = ("addmm.default", "bmm.default", "add.Tensor")
     with stand_ins.repository(target.repository) as load, host_calls.fused_without_launches():
         module = host_calls.attention(host_calls.load(target, load), target, "cpu")
         given = host_calls.operands("cpu", bool(target.keywords))
@@ -130,14 +131,11 @@ def test_projections_of_several_samples_are_single_products(host_calls, monkeypa
                 calls = {
                     case.name: case.prepare() for case in host_calls.cases(module, given, False)
                 }
-                for name in ("eval", "training"):
+                for case in ("eval", "training"):
                     for _ in range(host_calls.WARM_UP):
-                        calls[name]()
-                    names = host_calls.operators(calls[name])
-                    found.append([names.count(f"aten.{kind}") for kind in KINDS] + [len(names)])
-    (*unpatched,), (*patched,) = found[:2], found[2:]
+                        calls[case]()
+                    names = host_calls.operators(calls[case])
+                    found.append([names.count(f"aten.{kind}") for kind in kinds] + [len(names)])
+    unpatched, patched = found[:2], found[2:]
     for theirs, ours in zip(unpatched, patched):
         assert ours[0] == theirs[0] > 0 and all(b <= a for a, b in zip(theirs, ours)), found
-
-
-KINDS = ("addmm.default", "bmm.default", "add.Tensor")

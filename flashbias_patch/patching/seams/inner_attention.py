@@ -237,13 +237,13 @@ def _compute(
         dtype=call_adapter.compute_dtype(q.dtype),
         fitted=True,
     )
-    turned = length_first and len(q) != 1
-    if turned or not batch_first and query.shape[1] != 1:
-        # Contiguous, as in torch's own: one product with the bias added, not one for each position.
+    turned = len(q) != 1 and (length_first or not batch_first)
+    if turned:
+        # Contiguous, as in torch's own: then F.linear adds the bias within its product.
         out = out.transpose(0, 1).contiguous()
     out = out.flatten(2) if turned else out.reshape(query.shape)
     out = F.linear(out, out_proj_weight, out_proj_bias)
-    if turned:
+    if turned and batch_first:
         out = out.transpose(0, 1)
     weights = None
     if need_weights:
