@@ -79,6 +79,10 @@ class FlashAttention(Backend):
 
     def __call__(self, inputs: AttentionInputs) -> Tensor:
         generation = next(g for g in GENERATIONS if not _reasons_of(g, inputs))
+        # flash-attn and `join` read memory, which does not know of PyTorch's negative bit.
+        inputs = inputs.with_tensors(
+            [None if tensor is None else tensor.resolve_neg() for tensor in inputs.tensors()]
+        )
         original, masked_rows = inputs, _fully_masked_rows(inputs)
         padding = inputs.key_padding
         if padding is not None and padding.dtype is not torch.bool:

@@ -146,6 +146,16 @@ def test_triton_and_torch_columns_attend_alike(flash, written_by):
     check(call(M=3, N=17, H=2, R=3, shared=True, key_padding=torch.arange(17).expand(2, 17) > 11))
 
 
+@pytest.mark.parametrize("terms", [True, False])
+def test_operands_whose_memory_holds_their_negative(flash, written_by, terms):
+    """As that of x.conj().imag does."""
+    flash.install(4)
+    padding = torch.linspace(-4, 4, 17).expand(2, 17) if terms else None
+    inputs = call(M=3, N=17, H=2, R=3 if terms else 0, key_padding=padding)
+    tensors = [t if t is None else torch._neg_view(-t) for t in inputs.tensors()]
+    assert torch.equal(backend(inputs.with_tensors(tensors)), backend(inputs))
+
+
 @pytest.mark.parametrize(
     "infinite", [lambda d: d, lambda d: torch.zeros(d.shape).masked_fill(d, float("-inf"))]
 )
