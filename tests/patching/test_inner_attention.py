@@ -807,18 +807,19 @@ def layout_core(self, query, key=None, value=None, identity=None, query_pos=None
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("batch, length", [(1, M), (2, 1), (B, M)])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", ["all", "query and key", "none"])
 @pytest.mark.parametrize("training, grad", [(True, True), (True, False), (False, False)])
 def test_the_output_lies_in_memory_as_torchs(batch, length, batch_first, shared, training, grad):
     """So that what can be viewed unpatched can be patched."""
     cls, original = outer(layout_core)
     module = cls(batch_first=batch_first).train(training)
     query, key = (torch.randn((batch, n, E) if batch_first else (n, batch, E)) for n in (length, N))
-    key = query if shared else key
+    key = key if shared == "none" else query
+    value = key if shared != "query and key" else torch.randn_like(key)
     with torch.set_grad_enabled(grad):
-        theirs = original(module, query, key, key)
+        theirs = original(module, query, key, value)
         seen = module.seen
         telemetry.reset()
-        assert_equal([module(query, key, key)], [theirs])
+        assert_equal([module(query, key, value)], [theirs])
     assert module.seen == seen
     assert sum(telemetry.calls.values()) - telemetry.calls["original"] > 0

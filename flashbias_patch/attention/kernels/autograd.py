@@ -132,7 +132,9 @@ def _forward(
         q, k, v, q_factor, k_factor, weights, lengths, dense, mask, padding, dropout_p, scale,
         window_weights, window_centres, mask_centres, *_,
     ) = inputs  # fmt: skip
-    terms = q_factor, k_factor, weights, dense, padding, window_weights
+    terms = (
+        q_factor, k_factor, weights, dense, padding, window_weights, window_centres, mask_centres,
+    )  # fmt: skip
     if True in map(is_negated, filter(is_given, (q, k, v, *terms))):
         return _forward(tuple(map(in_memory, inputs)), training, out_dtype)
     plain = window_weights is None and window_centres is None and mask_centres is None

@@ -115,7 +115,7 @@ def attend_module(
         "average_attn_weights": average_attn_weights,
     }
     if module.batch_first and not (
-        _FAST_PATH and query is key and not module.training and not torch.is_grad_enabled()
+        _FAST_PATH and query is key is value and not (module.training or torch.is_grad_enabled())
     ):
         call["length_first"] = True
     result = attend(open_route, unsupported, call)

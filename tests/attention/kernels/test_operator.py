@@ -17,6 +17,7 @@ from flashbias_patch.attention.kernels.arguments import Arguments  # noqa: E402
 from flashbias_patch.attention.kernels.autograd import fused_attention  # noqa: E402
 from flashbias_patch.attention.kernels.recompute import Call, dropout_of, keep_mask, plain_backward  # noqa: E402
 from flashbias_patch.attention.reference_attention import attend as attend_dense  # noqa: E402
+from flashbias_patch.bias.grids import Grid, WindowMaskParts, WindowParts  # noqa: E402
 from tests.support import internals  # noqa: E402
 from tests.support.reference import of_call  # noqa: E402
 from tests.support.splits import in_parts  # noqa: E402
@@ -320,6 +321,28 @@ def test_tensors_whose_memory_holds_their_negative():
     assert torch._neg_view(grad).is_neg() and not torch._neg_view(grad).resolve_neg().is_neg()
     found = results(lambda tensor: torch._neg_view(-tensor))
     assert all(torch.equal(a, b) for a, b in zip(found, results(lambda tensor: tensor)))
+
+
+@pytest.mark.parametrize("name", ["weights", "centres", "mask centres"])
+def test_windows_whose_memory_holds_their_negative(name):
+    grid, rows = Grid(6, 8, 1), torch.arange(8)
+    q, k, weights = torch.randn(1, 8, 2, 16), torch.randn(1, 48, 2, 16), torch.randn(1, 8, 2, 1)
+    centres = torch.stack([rows * 0, rows % 5, rows % 4], -1).int().view(1, 8, 1, 3)
+
+    def result(of):
+        def changed(own, tensor):
+            return of(tensor) if own == name else tensor
+
+        return fused_attention(
+            q, k, k,
+            windows=WindowParts(
+                changed("weights", weights), changed("centres", centres), (grid,), (3,), ()
+            ),
+            window_mask=WindowMaskParts(changed("mask centres", centres), (grid,), (5,)),
+        )  # fmt: skip
+
+    found = result(lambda tensor: torch._neg_view(-tensor))
+    assert torch.equal(found, result(lambda tensor: tensor))
 
 
 def test_rows_of_masks_begin_at_multiples_of_16(monkeypatch):
