@@ -19,12 +19,13 @@ PARTS ?= attention bias failures family kernels patching
 CORE = $(foreach part,$(PARTS),$($(part)))
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-slow test-openmmlab test-py38 test-old test-torch test-triton lint package docs clean
+.PHONY: help demo test test-slow test-gpu test-openmmlab test-py38 test-old test-torch test-triton lint package docs clean
 
 help:
 	@echo "make demo            unpatched against patched: trains examples/mini_cmt both ways, writes $(DEMO)/report.html"
 	@echo "make test            the default tests"
 	@echo "make test-slow       the heavier tiers: Triton's interpreter, browser, long trainings"
+	@echo "make test-gpu        the tests that need a CUDA GPU, on it; the others never use one"
 	@echo "make test-openmmlab  integration with real mmcv, mmdet3d and mmengine (builds .venv-openmmlab)"
 	@echo "make test-py38       the core under Python 3.8, torch 2.1 and wrapt 1.14"
 	@echo "make test-old        seams, checkpoints and the family under torch 1.9 (Python 3.8) and 1.13 (Python 3.10)"
@@ -57,6 +58,9 @@ test: $(VENV)/ready
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "(slow or browser) and not openmmlab"
+
+test-gpu: $(VENV)/ready
+	TEST_ON_GPU=1 $(BIN)/python -m pytest -q -m gpu
 
 test-triton:
 	tools/triton_matrix.sh

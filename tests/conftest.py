@@ -7,21 +7,30 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["FLASHBIAS_PATCH"] = "0"  # tests install by themselves
+# Kernels run in Triton's interpreter, on the CPU, or, under `make test-gpu`, on a GPU. CUDA and
+# Triton read these variables once.
+ON_GPU = os.environ.get("TEST_ON_GPU") == "1"
+if not ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from tests.support.capabilities import FASTEST, needs_sdpa
+from tests.support.capabilities import FASTEST, needs_sdpa  # noqa: E402
 
 pytest_plugins = ["tests.support.fixtures"]
 
 if torch.__version__.startswith("1.9."):  # where strides count unless told otherwise
     torch.testing.assert_close = functools.partial(torch.testing.assert_close, check_stride=False)
-if not torch.cuda.is_available():  # read when triton is first imported, whichever test does that
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):
-    """Torch before 2.0 has no scaled_dot_product_attention."""
+    """What this run's device or torch cannot run is skipped."""
+    if not (ON_GPU and torch.cuda.is_available()):
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and TEST_ON_GPU=1"))
     if FASTEST != "sdpa":
         for item in items:
             if "sdpa" in getattr(getattr(item, "callspec", None), "params", {}).values():

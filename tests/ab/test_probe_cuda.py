@@ -223,7 +223,7 @@ for i in range(14):
 """  # noqa: E501
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_on_a_real_gpu(tmp_path, ranks):
     """No synchronisation in a step, the GPU's own time, loss, norm, peak and reserved memory."""

@@ -12,7 +12,7 @@ from flashbias_patch.bias import LowRankBias, ModalityBias
 from tests.attention.backends.test_sdpa_and_reference import dense_attention
 from tests.support.capabilities import checkpoint_options
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 HALVES = (torch.float16, torch.bfloat16)
 FLOOR = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 pytest.importorskip("triton", minversion="3.0")
 
 from flashbias_patch.attention.kernels import cached_launch, direct_launch  # noqa: E402

@@ -13,7 +13,7 @@ from flashbias_patch.attention.backends import sdpa
 from flashbias_patch.attention.inputs import AttentionInputs
 from flashbias_patch.bias import DenseBias, LowRankBias, ModalityBias
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 LEAST = torch.finfo(FULL).min
 H, D = 4, 32
@@ -133,6 +133,24 @@ def test_a_low_logsumexp_made_by_factors(backend, dtype, keys):
     for mine, true in zip((out, *found), exact):
         assert mine.isfinite().all()
         assert (mine - true).norm() <= 4 * FLOOR[dtype] * true.norm() + 1e-2
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_whose_memory_holds_their_negative(backend, dtype):
+    """As that of x.conj().imag does."""
+    leaves = [draw(2, n, H, D).to(dtype).requires_grad_() for n in (70, 193, 193)]
+    leaves += [draw(2, H, 70, 193).requires_grad_()]
+    grad = draw(2, 70, H, D).to(dtype)
+
+    def results(of):
+        q, k, v, bias = map(of, leaves)
+        out = flash_bias_attention(q, k, v, DenseBias(bias), backend=backend)
+        return [out, *torch.autograd.grad(out, leaves, of(grad))]
+
+    want = results(lambda tensor: tensor)
+    for mine, true in zip(results(lambda tensor: torch._neg_view(-tensor)), want):
+        assert (mine - true).norm() <= 1e-3 * true.norm()  # sums in any order
 
 
 def test_a_long_mask_is_unsupported():

@@ -8,7 +8,7 @@ import torch
 
 from flashbias_patch.bias import LowRankBias, SquaredDistanceBias, factorize, split_factors
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 F64 = torch.float64
 
 

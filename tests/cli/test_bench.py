@@ -226,7 +226,7 @@ def test_times_and_memory_of_a_gpu(monkeypatch):
     assert benchmark.extra_mib(events.work, on_gpu) == 200
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_real_gpu(tmp_path):
     words = ["bench", "--shapes", "tiny", "streampetr-r50", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -194,7 +194,7 @@ def test_on_one_device_nothing_is_opened(installed, write, monkeypatch):
     ).tolist() == [6]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_indices_on_a_real_gpu(installed, write):
     mixed = {
         "batch_idx": torch.tensor([5, 6, 7]),

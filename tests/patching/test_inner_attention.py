@@ -809,11 +809,17 @@ def layout_core(self, query, key=None, value=None, identity=None, query_pos=None
 @pytest.mark.parametrize("batch, length", [(1, M), (2, 1), (B, M)])
 @pytest.mark.parametrize("shared", ["all", "query and key", "none"])
 @pytest.mark.parametrize("training, grad", [(True, True), (True, False), (False, False)])
-def test_the_output_lies_in_memory_as_torchs(batch, length, batch_first, shared, training, grad):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_output_lies_in_memory_as_torchs(
+    batch, length, batch_first, shared, training, grad, device
+):
     """So that what can be viewed unpatched can be patched."""
     cls, original = outer(layout_core)
-    module = cls(batch_first=batch_first).train(training)
-    query, key = (torch.randn((batch, n, E) if batch_first else (n, batch, E)) for n in (length, N))
+    module = cls(batch_first=batch_first).to(device).train(training)
+    query, key = (
+        torch.randn((batch, n, E) if batch_first else (n, batch, E), device=device)
+        for n in (length, N)
+    )
     key = key if shared == "none" else query
     value = key if shared != "query and key" else torch.randn_like(key)
     with torch.set_grad_enabled(grad):

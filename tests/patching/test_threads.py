@@ -188,7 +188,7 @@ def test_checkpoints_in_threads(patched, kind, backward_in):  # noqa: F811
     assert_equal(results[1], results[0])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_data_parallel(patched):  # noqa: F811
     call = Call()
     model = torch.nn.DataParallel(

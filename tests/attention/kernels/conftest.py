@@ -1,14 +1,10 @@
-"""The kernels run in Triton's interpreter, on the CPU. Triton reads the variable when a kernel is
-decorated."""
+"""Tests of the kernels: each begins with no launch settled by another."""
 
 import importlib.util
-import os
 
 import pytest
 
 from tests.support import internals
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
