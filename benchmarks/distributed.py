@@ -4,6 +4,10 @@
     torchrun --nproc_per_node 2 benchmarks/distributed.py fsdp [--out F.json]
     ... --device cpu --tiny                         gloo on the CPU: a proof that it runs
 
+With fewer GPUs than processes, those of ddp share them through gloo, because NCCL wants a GPU for
+each: what is compared stays the same, but throughput is not measured. fully_shard does not run on a
+GPU with gloo.
+
 ddp, on the real CMT under DistributedDataParallel:
 * gradients: of one global batch (a different image and its own boxes on every sample), reduced over
   the processes, against one process that is given the whole batch; no dropout; the same process
@@ -122,11 +126,14 @@ class Processes:
     def __init__(self, args: argparse.Namespace) -> None:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.cuda = args.device == "cuda"
-        self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.cuda else "cpu"
+        self.gpus = torch.cuda.device_count() if self.cuda else 0
+        self.a_gpu_each = self.gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.device = "cpu"
         if self.cuda:
+            self.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % self.gpus}"
             torch.cuda.set_device(self.device)
         dist.init_process_group(
-            "nccl" if self.cuda else "gloo", timeout=datetime.timedelta(seconds=180)
+            "nccl" if self.a_gpu_each else "gloo", timeout=datetime.timedelta(seconds=180)
         )
 
     def ddp(self, net: nn.Module) -> DistributedDataParallel:
@@ -469,7 +476,7 @@ def main() -> None:
         "--parts",
         nargs="+",
         choices=("gradients", "throughput", "fault"),
-        default=["gradients", "throughput", "fault"],
+        help="default: all; without throughput where processes share a GPU",
     )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", metavar="F.json")
@@ -479,11 +486,20 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     processes = Processes(args)
+    shared = processes.cuda and not processes.a_gpu_each
+    if shared and (args.task == "fsdp" or "throughput" in (args.parts or ())):
+        needs = "fsdp" if args.task == "fsdp" else "--parts throughput"
+        parser.error(
+            f"{needs} needs a GPU for each process; GPUs: {processes.gpus}, processes: "
+            f"{processes.world}"
+        )
+    parts = args.parts or ["gradients", *([] if shared else ["throughput"]), "fault"]
     steps, each = (3, 1) if args.tiny else (args.steps, args.bs)
     words = " ".join(os.path.basename(a.rstrip("/")) if "/" in a else a for a in sys.argv[1:])
     result: Dict[str, Any] = {
         "device": torch.cuda.get_device_name() if processes.cuda else "CPU",
         "processes": processes.world,
+        "gpus": processes.gpus,
         "torch": torch.__version__,
         "backend": dist.get_backend(),
         "command": f"torchrun --nproc_per_node {processes.world} benchmarks/distributed.py {words}",
@@ -500,11 +516,11 @@ def main() -> None:
         save("fsdp", fsdp(processes, args.tiny, steps))
     else:
         cmt = Cmt(args, processes)
-        if "gradients" in args.parts:
+        if "gradients" in parts:
             save("gradients", gradients(cmt, processes, 1))
-        if "throughput" in args.parts:
+        if "throughput" in parts:
             save("throughput", throughput(cmt, processes, each, steps))
-        if "fault" in args.parts:
+        if "fault" in parts:
             save("fault", fault(cmt, processes, 1, max(4, steps // 2)))
     dist.barrier()
     dist.destroy_process_group()
