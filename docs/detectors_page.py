@@ -4,7 +4,7 @@ benchmarks/real_models.py: for make_performance.py, which puts docs/ and benchma
 from __future__ import annotations
 
 import statistics
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 from detector_rows import (
     DETECTORS,
@@ -18,6 +18,7 @@ from detector_rows import (
     words_of,
 )
 from measured import load, source, table
+from real_runs import counterpart
 
 FUSION = ("fusion0100_h200", "fusion0075_h200", "fusion0075_kinds_h200")
 FUSION_ELSEWHERE = ("fusion0100_before_h200", "fusion0075_drop0_h200")
@@ -27,6 +28,12 @@ FUSION_LATENCY_ELSEWHERE = ("fusion0100_latency_before_h200", "fusion0100_latenc
 CAMERA = ("camera_rows_h200",)
 SMALL = ("streampetr_h200", "petr_h200")
 CAMERA_LATENCY = ("camera_latency_1600_h200", "camera_latency_800_h200", "small_latency_h200")
+SIX_LATENCY = (
+    *("fusion0100_latency_b6_again_h200", "fusion0075_latency_b6_h200"),
+    *("fusion0075_latency_amp_b6_h200", "camera_latency_1600_b6_h200"),
+    *("camera_latency_1600_amp_b6_h200", "camera_latency_800_b6_h200"),
+    *("small_latency_b6_h200", "streampetr_latency_b6_h200"),
+)
 BATCH = ("fusion_batch_h200", "real_batch_h200")
 RAN = (
     "The repository's own code, with ResNet-50 as image branch in every detector, random weights, "
@@ -55,18 +62,22 @@ def batches() -> List[str]:
         "### The largest batch that fits",
         "",
         "Without checkpointing, in a given share of the H200's memory (of PyTorch's allocator, "
-        "without the CUDA context). In parentheses the time of one step at that batch.",
+        "without the CUDA context). In parentheses the time of one step at that batch, where the "
+        "GPU did nothing else.",
         "",
     ]
     for name in BATCH:
-        found = load(name)["batches"]
+        result = load(name)
+        found = result["batches"]
         caps = [row["cap_GiB"] for row in found[0]["batches"]]
         rows = [
             [
                 f"{DETECTORS[run['family']]}, {run['size']}",
                 words_of(run),
                 *(
-                    f"{row['batch']} ({row['step_s']:.2f} s)" if row["step_s"] else row["batch"]
+                    f"{row['batch']} ({row['step_s']:.2f} s)"
+                    if row["step_s"] and not result.get("shared_gpu")
+                    else row["batch"]
                     for row in run["batches"]
                 ),
             ]
@@ -242,6 +253,12 @@ def camera() -> List[str]:
         "unpatched and patched alike.",
         "",
         *latencies(*CAMERA_LATENCY),
+        "### Latency of six samples at once",
+        "",
+        "As above, with six samples in each call: the GPU then has more to do than the host, and "
+        "times vary little.",
+        "",
+        *latencies(*SIX_LATENCY),
         *first_step(),
         *parity(),
     ]
@@ -290,38 +307,46 @@ def parity() -> List[str]:
     ]
 
 
-def inference_ratios(page: str) -> str:
-    """The sentence on inference and small detectors. `page`: in front of an anchor."""
+def inference_ratios(page: str) -> List[str]:
+    """The table of a README on inference, and the sentence on small detectors. `page`: in front of
+    an anchor."""
     found: Dict[Any, List[float]] = {}
-    for name in (*FUSION_LATENCY, *CAMERA_LATENCY):
+    for name in (*FUSION_LATENCY, *CAMERA_LATENCY, *SIX_LATENCY):
         for run in load(name)["inference"]:
-            key = run["family"], run["size"], run["name"]
+            key = run["family"], run["size"], run["bs"], run["name"].partition(" b")[0]
             found.setdefault(key, []).append(run["latency_ms"])
-    names = ("A fp32 b1", "B fp32 b1")
-    ratios = []
-    for family, size, suffix in (
-        ("fusion0100", "800x320", ""),
-        ("fusion0075", "1600x640", ""),
-        ("cmt", "1600x640", ""),
-        ("cmt", "800x320", " 800x320"),
-        ("petr", "1408x512", ""),
-        ("streampetr", "704x256", ""),
-    ):
-        bare, ours = (statistics.median(found[family, size, name + suffix]) for name in names)
-        ratios.append(f"{DETECTORS[family]} {size} {ours / bare:.2f}x")
-    return (
-        f"Inference at batch 1, patched / unpatched: {', '.join(ratios)} "
-        f"(latencies of [fusion]({page}#latency) and [camera]({page}#latency-of-camera-detectors) "
-        "detectors). The steps of small detectors wait for "
-        "the host: they gain little, or become slower. Measure yours with `flashbias ab`."
-    )
+    ms = {key: statistics.median(each) for key, each in found.items()}
+
+    def ratio(family: str, size: str, batch: int, kind: str) -> str:
+        key, base = ((family, size, batch, name) for name in (kind, counterpart(kind)))
+        return f"{ms[key] / ms[base]:.2f}x" if key in ms and base in ms else "-"
+
+    kinds = ("B fp32", "B fp32 dtype=fp16", "B amp dtype=fp16")
+    columns = [(batch, kind) for batch in (1, 6) for kind in kinds]
+    heads = ("", ", `FLASHBIAS_DTYPE=fp16`", ", mmcv's fp16 on both sides")
+    return [
+        *table(
+            ("inference, patched / unpatched", *(f"batch {b}{h}" for b in (1, 6) for h in heads)),
+            [
+                [f"{DETECTORS[family]}, {size}", *(ratio(family, size, *each) for each in columns)]
+                for family, size in sorted({key[:2] for key in ms}, key=_in_readme)
+            ],
+        ),
+        f"Latencies: of [fusion]({page}#latency) and [camera]({page}#latency-of-camera-detectors) "
+        f"detectors, and of [six samples]({page}#latency-of-six-samples-at-once). At batch 1 small "
+        "detectors wait for the host: they gain little, or become slower. Measure yours with "
+        "`flashbias ab`.",
+    ]
+
+
+def _in_readme(detector: Tuple[str, str]) -> Tuple[int, bool]:
+    family, size = detector
+    return list(DETECTORS).index(family), size == "800x320"
 
 
 def how_to_read(page: str) -> str:
     """Notes under the table: precision, and what dropout means for losses and memory. `page`: in
     front of an anchor."""
-    memory = load("ab_real_cmt_h200")["headline"]["memory"]
-    reserved = memory["reserved_mib"]
     runs = {run["name"]: run for run in merged(load(CAMERA[0])["runs"])}
     bare, patched, without = (
         runs["A fp32"],
@@ -331,8 +356,7 @@ def how_to_read(page: str) -> str:
     return (
         "Without `FLASHBIAS_DTYPE`, results are as accurate as PyTorch's own float32. Peak memory "
         "is what PyTorch's allocator has handed out (`torch.cuda.max_memory_allocated`); it "
-        f"reserves more, unpatched and patched: {reserved[0]:.0f} and {reserved[1]:.0f} MiB in a "
-        f"comparison where {memory['a_mib']:.0f} and {memory['b_mib']:.0f} were handed out. Losses "
+        "reserves more, unpatched and patched. Losses "
         "are not in this table: attention dropout "
         "draws other random numbers in every run, so that losses differ; they are compared "
         "without dropout under "

@@ -17,25 +17,19 @@ import evidence  # noqa: E402
 from measured import RESULTS, apart, load, source, table  # noqa: E402
 
 MARKS = ("<!-- measured -->", "<!-- /measured -->")
+AB = (
+    (
+        "ab_fusion0100_fp16_h200",
+        "ab_fusion0100_fp16",
+        "Attention dropout 0.1, as configured, and `FLASHBIAS_DTYPE=fp16`",
+    ),
+    ("ab_fusion0100_h200", "ab_fusion0100", "Without dropout, float32"),
+)
 
 
 def distributed() -> List[str]:
-    name = "distributed_h100"
-    result = load(name)
-    grads = [
-        [
-            way,
-            *(
-                f"{result['gradients'][way][key]:.1e}"
-                for key in (
-                    "ddp_against_one_process",
-                    "one_process_against_unpatched",
-                    "ddp_against_unpatched_one_process",
-                )
-            ),
-        ]
-        for way in ("unpatched", "patched", "patched dtype=fp16")
-    ]
+    two, shared = "distributed_h100", "distributed_shared_h200"
+    result = load(two)
     speed = [
         [
             row["name"],
@@ -46,32 +40,58 @@ def distributed() -> List[str]:
         ]
         for row in result["throughput"]
     ]
-    lines = [
+    return [
         "## Several GPUs",
         "",
-        f"The real CMT under DistributedDataParallel, {result['processes']} processes. Relative "
-        "distance of the reduced gradients from those of one process with the whole batch; the "
-        "same process twice: "
-        f"{result['gradients']['noise']:.1e}.",
+        "The real CMT under DistributedDataParallel, against one process that has the whole batch. "
+        "More than two GPUs were not tried.",
+        "",
+        "Two processes with a GPU each (NCCL):",
+        "",
+        *reduced_gradients(result),
+        *table(("run", "processes", "s/step", "samples/s", "scaling"), speed),
+        source(two),
+        "",
+        *failing_rank("distributed_fault_h200"),
+        "Newer: two processes that share a GPU (gloo), whose throughput says nothing:",
+        "",
+        *reduced_gradients(load(shared)),
+        *failing_rank(shared),
+    ]
+
+
+def reduced_gradients(result: Dict[str, Any]) -> List[str]:
+    """How far DDP's gradients are from those of one process."""
+    found = result["gradients"]
+    columns = {
+        "DDP - one process": "ddp_against_one_process",
+        "one process - unpatched one": "one_process_against_unpatched",
+        "DDP - unpatched one": "ddp_against_unpatched_one_process",
+    }
+    return [
+        f"Relative distance of the gradients; one process asked twice: {found['noise']:.1e}.",
         "",
         *table(
-            ("run", "DDP - one process", "one process - unpatched one", "DDP - unpatched one"),
-            grads,
+            ("run", *columns),
+            [
+                [way, *(f"{found[way][key]:.1e}" for key in columns.values())]
+                for way in ("unpatched", "patched", "patched dtype=fp16")
+            ],
         ),
-        *table(("run", "processes", "s/step", "samples/s", "scaling"), speed),
     ]
-    fault = load("distributed_fault_h200")["fault"]
+
+
+def failing_rank(name: str) -> List[str]:
+    """Losses with a fault on one process."""
+    fault = load(name)["fault"]
     worst = max(
         max(apart(own, other)) for own, other in zip(fault["losses_with_fault"], fault["losses"])
     )
     return [
-        *lines,
-        source(name),
-        "",
         f"With a backend failing on the last process alone ({fault['struck'][-1]} times) losses "
         "differ by at most "
         f"{worst:.1e}, and the processes' weights {'agree' if fault['ranks_agree'] else 'DIFFER'}. "
-        + source("distributed_fault_h200"),
+        + source(name),
         "",
     ]
 
@@ -86,7 +106,7 @@ def fsdp() -> List[str]:
         "and in all, and the relative distance of the parameters at the end.",
         "",
     ]
-    for name in ("fsdp_h200", "fsdp_cpu"):
+    for name in ("fsdp_h200", "fsdp_one_h200", "fsdp_cpu"):
         result = load(name)
         found = result["fsdp"]
         truth = found["losses_ddp_unpatched"]
@@ -102,13 +122,17 @@ def fsdp() -> List[str]:
                 ]
             )
         lines += [
-            f"{result['processes']} processes, {result['backend']}, {found['steps']} steps:",
+            f"{counted(result['processes'])}, {result['backend']}, {found['steps']} steps:",
             "",
             *table(("run", "losses, first step", "all steps", "parameters", "peak MiB"), rows),
             source(name),
             "",
         ]
     return lines
+
+
+def counted(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
 def attention() -> List[str]:
@@ -264,16 +288,17 @@ def ab() -> List[str]:
     from flashbias_patch.ab.result import rows, says
 
     lines = [
-        "## `flashbias ab` on the real CMT",
+        "## `flashbias ab` on fusion CMT",
         "",
-        "`real_cmt.py` is a training loop around CMT's own code that is not part of this "
-        "repository.",
+        "The training of `cmt_voxel0100_r50_800x320_cbgs.py`, batch 2. `real_cmt.py` is a training "
+        "loop around CMT's own code that is not part of this repository. The detector is not "
+        "deterministic on a GPU, unpatched either, which is why two unpatched runs differ.",
         "",
     ]
-    for name, dtype in (("ab_real_cmt_h200", "float32"), ("ab_real_cmt_fp16_h200", "fp16")):
+    for name, report, kind in AB:
         document = load(name)
         lines += [
-            f"Patched side in {dtype}: {says(document)}",
+            f"{kind}: {says(document)} [The whole report](reports/{report}.md).",
             "",
             *table(("", "A unpatched", "B patched", "patched / unpatched"), rows(document)),
             source(name),
@@ -281,8 +306,8 @@ def ab() -> List[str]:
         ]
     return [
         *lines,
-        "The second command trains with attention dropout 0.1: B draws other random numbers "
-        "than A, so its training is compared with one more A that also draws other random numbers.",
+        "With dropout B draws other random numbers than A: its training is compared with one "
+        "more A that draws other ones too.",
         "",
     ]
 
@@ -640,10 +665,9 @@ def readme(name: str = "README.md") -> str:
     from flashbias_patch.ab.result import says
 
     verdict = (
-        "`flashbias ab` on CMT camera, 1600x640, batch 2, without dropout, in fresh processes; "
-        "unpatched runs, one of them with nudged weights, give the noise "
-        "([all of it](docs/performance.md#flashbias-ab-on-the-real-cmt)): "
-        f"{says(load('ab_real_cmt_h200'))}"
+        "`flashbias ab` on the training of fusion CMT 0100, batch 2, in fresh processes "
+        "([tables and reports](docs/performance.md#flashbias-ab-on-fusion-cmt)). "
+        + " ".join(f"{kind}: {says(load(name))}" for name, _, kind in AB)
     )
     batch = (
         "**The largest batch that fits, unpatched -> patched** with `FLASHBIAS_DTYPE=fp16` "
@@ -666,7 +690,7 @@ def readme(name: str = "README.md") -> str:
             *detectors.shown("camera", "camera detectors"),
             detectors.how_to_read("docs/performance.md"),
             "",
-            detectors.inference_ratios("docs/performance.md"),
+            *detectors.inference_ratios("docs/performance.md"),
             "",
             batch,
             "",
