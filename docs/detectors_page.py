@@ -332,10 +332,10 @@ def inference_ratios(page: str) -> List[str]:
                 for family, size in sorted({key[:2] for key in ms}, key=_in_readme)
             ],
         ),
-        f"Latencies: of [fusion]({page}#latency) and [camera]({page}#latency-of-camera-detectors) "
-        f"detectors, and of [six samples]({page}#latency-of-six-samples-at-once). At batch 1 small "
-        "detectors wait for the host: they gain little, or become slower. Measure yours with "
-        "`flashbias ab`.",
+        f"`-`: not measured. Latencies: of [fusion]({page}#latency) and "
+        f"[camera]({page}#latency-of-camera-detectors) detectors, and of "
+        f"[six samples]({page}#latency-of-six-samples-at-once). At batch 1 small detectors wait "
+        "for the host: they gain little, or become slower. Measure yours with `flashbias ab`.",
     ]
 
 

@@ -307,9 +307,16 @@ def ab() -> List[str]:
     return [
         *lines,
         "With dropout B draws other random numbers than A: its training is compared with one "
-        "more A that draws other ones too.",
+        "more A that draws other ones too, the redrawn A. The word on the loss says whether B "
+        "leaves the noise for three steps in a row; the percentages are the largest differences "
+        "at single steps ([how both are found](ab.md#how-the-verdict-is-reached)).",
         "",
     ]
+
+
+def interval(name: str) -> str:
+    time = load(name)["headline"]["time"]
+    return f"(95% interval of the time: {time['low']:.2f} to {time['high']:.2f}.)"
 
 
 def bias_memory() -> List[str]:
@@ -667,7 +674,7 @@ def readme(name: str = "README.md") -> str:
     verdict = (
         "`flashbias ab` on the training of fusion CMT 0100, batch 2, in fresh processes "
         "([tables and reports](docs/performance.md#flashbias-ab-on-fusion-cmt)). "
-        + " ".join(f"{kind}: {says(load(name))}" for name, _, kind in AB)
+        + " ".join(f"{kind}: {says(load(name))} {interval(name)}" for name, _, kind in AB)
     )
     batch = (
         "**The largest batch that fits, unpatched -> patched** with `FLASHBIAS_DTYPE=fp16` "

@@ -146,12 +146,13 @@ def rows(document: Dict[str, Any]) -> List[Tuple[str, str, str, str]]:
             ]
             table.append((name, *sides, f"{entry['ratio']:.2f}x{ends}, {entry['word']}"))
     training = found["training"]
+    drawn = any(run.get("redrawn") for run in document["runs"])
     if training["loss_difference"] is not None:
         apart = ", ".join(
             f"{name} {words.relative(value)}"
             for name, value in (
                 ("A from A", training["loss_noise"] or 0.0),
-                ("a nudged A from A", training["loss_drift"]),
+                (f"a {'redrawn' if drawn else 'nudged'} A from A", training["loss_drift"]),
                 ("B from A", training["loss_difference"]),
             )
             if value is not None

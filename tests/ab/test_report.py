@@ -205,6 +205,11 @@ def test_result_holds_the_figures_and_no_path_of_the_machine():
     time, memory, loss = result.rows(found)
     assert time[0] == "time per step" and time[3].endswith("faster") and memory[2] == "3359 MiB"
     assert loss[3].startswith("differs: A from A")
+    nudged = {**head, "training": {**head["training"], "loss_drift": 0.5}}
+    for drawn, name in ((False, "nudged"), (True, "redrawn")):
+        runs = [{**found["runs"][0], "redrawn": drawn}]
+        said = result.rows({**found, "headline": nudged, "runs": runs})[2][3]
+        assert f"a {name} A from A 50" in said
     assert result.says(found).replace(" ", " ") == words.sentence(verdict).replace("\u00a0", " ")
     long = synthetic.trial(0, repeats=1, steps=5000)
     kept = result.compact(long, judge(long))
