@@ -483,6 +483,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.task == "ddp" and not (args.cmt and args.frame):
         parser.error("ddp needs --cmt and --frame")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and here is none; --device cpu needs none")
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     processes = Processes(args)
