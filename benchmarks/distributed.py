@@ -1,4 +1,4 @@
-"""Several processes, one GPU each: does a patched detector train as it should, and does it scale?
+"""Several processes: does a patched detector train as it should, and does it scale?
 
     torchrun --nproc_per_node 2 benchmarks/distributed.py ddp --cmt DIR --frame DIR [--out F.json]
     torchrun --nproc_per_node 2 benchmarks/distributed.py fsdp [--out F.json]
