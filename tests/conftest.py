@@ -9,8 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["FLASHBIAS_PATCH"] = "0"  # tests install by themselves
 # Kernels run in Triton's interpreter, on the CPU, or, under `make test-gpu`, on a GPU. CUDA and
 # Triton read these variables once.
-ON_GPU = os.environ.get("TEST_ON_GPU") == "1"
-if not ON_GPU:
+ON_GPU = os.environ.get("TEST_ON_GPU", "0") not in ("", "0")
+if ON_GPU:
+    os.environ.pop("TRITON_INTERPRET", None)
+else:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -27,10 +29,12 @@ if torch.__version__.startswith("1.9."):  # where strides count unless told othe
 
 def pytest_collection_modifyitems(items):
     """What this run's device or torch cannot run is skipped."""
-    if not (ON_GPU and torch.cuda.is_available()):
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU, and TEST_ON_GPU=1"))
+    if ON_GPU and not torch.cuda.is_available():
+        raise pytest.UsageError("TEST_ON_GPU is set, but torch finds no CUDA GPU")
+    other = "TEST_ON_GPU is set: only tests marked gpu" if ON_GPU else "runs with make test-gpu"
+    for item in items:
+        if bool(item.get_closest_marker("gpu")) != ON_GPU:
+            item.add_marker(pytest.mark.skip(reason=other))
     if FASTEST != "sdpa":
         for item in items:
             if "sdpa" in getattr(getattr(item, "callspec", None), "params", {}).values():

@@ -123,7 +123,9 @@ def summary(
 ) -> List[Dict[str, Any]]:
     """Summarise each GPU that was visible to the run: clocks in MHz, degrees Celsius, watts, and
     {reason: share of the samples} of throttling, over the samples in which it was busy (over all,
-    if it never was)."""
+    if it never was). `visible`: CUDA_VISIBLE_DEVICES, of which "" and "-1" hide all GPUs."""
+    if visible is not None and visible.strip() in ("", "-1"):
+        return []
     by_gpu: Dict[int, List[Mapping[str, Any]]] = {}
     for sample in samples:
         by_gpu.setdefault(sample["index"], []).append(sample)

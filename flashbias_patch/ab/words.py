@@ -162,9 +162,9 @@ def clauses(speed: Optional[Tuple[float, str]], memory: Optional[Tuple[float, st
         value, word = speed
         says.append(
             {
-                "faster": f"takes {times(value)} the time (faster)",
-                "slower": f"takes {times(value)} the time (slower)",
-                "no difference": "takes the same time",
+                "faster": f"takes {times(value)} the time per step (faster)",
+                "slower": f"takes {times(value)} the time per step (slower)",
+                "no difference": "takes the same time per step",
             }.get(word, UNCLEAR.format("speed"))
         )
     if memory is not None:

@@ -139,9 +139,9 @@ def test_an_option_of_a_that_differs_is_named(tmp_path, words, old, options, sai
 
 
 def test_a_variable_that_differs_is_named(tmp_path, words, old, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    assert "CUDA_VISIBLE_DEVICES: None there, '7' here" in refusal(tmp_path, words, old)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "7")
+        assert "CUDA_VISIBLE_DEVICES: '' there, '7' here" in refusal(tmp_path, words, old)
     monkeypatch.setenv("FLASHBIAS_BACKEND", "sdpa")  # changes B alone
     assert against(tmp_path, words, old)[1] == ["B", "B"]
 

@@ -109,6 +109,12 @@ def test_clocks_that_differ_are_warned_of():
     assert "GPU clocks</h2>" not in report.html(synthetic.trial(0), judge(synthetic.trial(0)))
 
 
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_a_run_without_visible_gpus_has_no_clocks(hidden):
+    samples = [clocks.parse(BUSY)]
+    assert clocks.summary(samples, None) and not clocks.summary(samples, hidden)
+
+
 def test_runs_of_ab_are_watched(tmp_path, monkeypatch):
     environ = fake(tmp_path, f"echo '{BUSY}'; echo $$ >> {tmp_path}/pids; exec sleep 60\n")
     monkeypatch.setenv("PATH", environ["PATH"])

@@ -72,8 +72,8 @@ def test_sentence_and_cards_say_the_verdict():
     verdict = judge(experiment)
     text = words.sentence(verdict)
     assert re.fullmatch(
-        r"Patched takes 0\.7\d× the time \(faster\), needs 0\.41× the memory and does not train "
-        r"the same from step 40 on\.",
+        r"Patched takes 0\.7\d× the time per step \(faster\), needs 0\.41× the memory and does "
+        r"not train the same from step 40 on\.",
         text,
     )
     speed, memory, training = page.headlines(verdict)

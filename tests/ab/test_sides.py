@@ -143,9 +143,9 @@ def test_every_side_is_judged_against_a():
     assert verdict.fails(FAIL_IF) == ["slower: C (sdpa)", "differs: D (old)"]
     assert verdict.fails([]) == [] and verdict.succeeded
     text = words.sentence(verdict)
-    assert text.startswith("Patched takes the same time") and "C (sdpa) takes 1." in text
+    assert text.startswith("Patched takes the same time per step") and "C (sdpa) takes 1." in text
     assert re.search(
-        r"D \(old\) takes 0\.\d\d× the time \(faster\).* does not train the same", text
+        r"D \(old\) takes 0\.\d\d× the time per step \(faster\).* does not train the same", text
     )
 
 
