@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from typing import Any, Dict, Iterable, List
+from typing import Any, Dict, Iterable, List, Sequence
 
 import numpy as np
 from measured import apart, load, table
@@ -70,20 +70,22 @@ def merged(runs: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
 def ratio(run: Dict[str, Any], base: Dict[str, Any]) -> str:
     """Time against the unpatched run, with the 95% interval that `flashbias ab` gives where runs
     were repeated."""
+    text = f"{run['step_s'] / base['step_s']:.2f}x"  # of the medians
+    if run is base:
+        return text
+    return interval(base.get("repeats", ()), run.get("repeats", ()), 2) or text
+
+
+def interval(base: Sequence[Any], runs: Sequence[Any], uncounted: int) -> str:
+    """Ratio of the times of several runs to those of several others, with its interval; "" where
+    there are too few. `uncounted`: first steps or calls of each."""
     from flashbias_patch.ab.statistics import compare_times
 
-    text = f"{run['step_s'] / base['step_s']:.2f}x"  # of the medians
-    sides = [
-        [np.array(each["times"][2:]) for each in side.get("repeats", ())] for side in (base, run)
-    ]
-    if run is base or min(map(len, sides)) < 2:
-        return text
-    found = compare_times(sides[0], sides[1])
-    return (
-        text
-        if found is None or found.low is None
-        else f"{found.value:.2f}x ({found.low:.2f} to {found.high:.2f})"
-    )
+    sides = [[np.array(run["times"][uncounted:]) for run in side] for side in (base, runs)]
+    found = compare_times(sides[0], sides[1]) if min(map(len, sides)) > 1 else None
+    if found is None or found.low is None:
+        return ""
+    return f"{found.value:.2f}x ({found.low:.2f} to {found.high:.2f})"
 
 
 def cells(run: Dict[str, Any], base: Any) -> List[str]:
@@ -157,14 +159,18 @@ def latency_table(names: Iterable[str]) -> List[str]:
             continue
         base = [r for r in found.get((name, family, counterpart(kind)), ()) if "latency_ms" in r]
         ms = statistics.median(run["latency_ms"] for run in done)
-        against = statistics.median(run["latency_ms"] for run in base) if base else None
+        versus = "-"
+        if base:
+            bare = statistics.median(run["latency_ms"] for run in base)
+            versus = "1.00x" if kind == base[0]["name"] else interval(base, done, 10)
+            versus = versus or f"{ms / bare:.2f}x"
         rows.append(
             [
                 named_detector(done[0]),
                 words_of({**done[0], "dropout": 0.1}),
                 f"{ms:.1f}",
                 ", ".join(f"{run['latency_ms']:.1f}" for run in done),
-                f"{ms / against:.2f}x" if against else "-",
+                versus,
                 f"{1e3 * done[0]['bs'] / ms:.1f}",
                 f"{done[0]['first_ms']:.0f}",
                 f"{max(run['peak_MiB'] for run in done):.0f}",
@@ -175,19 +181,23 @@ def latency_table(names: Iterable[str]) -> List[str]:
 
 
 def parity_rows(runs: List[Dict[str, Any]]) -> List[List[Any]]:
-    """Of the patched runs without dropout, those with `FLASHBIAS_DTYPE=fp16` last."""
+    """Of the runs without dropout, against the first unpatched one: detector, run, first gradient,
+    losses of the first step and of all, steps. Those with `FLASHBIAS_DTYPE=fp16` last."""
     named = {(run["family"], run["name"]): run for run in runs}
     rows = []
     for run in sorted(runs, key=lambda run: run["dtype"] == "fp16"):
         base = named.get((run["family"], counterpart(run["name"])))
-        if run["dropout"] or "gradient_error" not in run or base is None or base is run:
+        if run["dropout"] or "gradient_error" not in run or base is None:
             continue
+        again = [each["losses"] for each in run["repeats"][base is run :]]
+        losses = [apart(each, base["losses"]) for each in again]
         rows.append(
             [
-                f"{run['family']} {run['size']}",
-                words_of(run),
+                f"{DETECTORS[run['family']]} {run['size']}",
+                words_of(run) + (", again" if base is run else ""),
                 f"{run['gradient_error']:.1e}",
-                f"{max(apart(run['losses'], base['losses'])):.1e}",
+                f"{max(each[0] for each in losses):.1e}",
+                f"{max(map(max, losses)):.1e}",
                 len(run["losses"]),
             ]
         )

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Tuple
 from detector_rows import (
     DETECTORS,
     block_table,
+    interval,
     latency_table,
     merged,
     named_detector,
@@ -62,8 +63,8 @@ def batches() -> List[str]:
         "### The largest batch that fits",
         "",
         "Without checkpointing, in a given share of the H200's memory (of PyTorch's allocator, "
-        "without the CUDA context). In parentheses the time of one step at that batch, where the "
-        "GPU did nothing else.",
+        "without the CUDA context), searched once. In parentheses the time of one step at that "
+        "batch. Those of the camera are left out, because other programs used the GPU meanwhile.",
         "",
     ]
     for name in BATCH:
@@ -255,8 +256,10 @@ def camera() -> List[str]:
         *latencies(*CAMERA_LATENCY),
         "### Latency of six samples at once",
         "",
-        "As above, with six samples in each call: the GPU then has more to do than the host, and "
-        "times vary little.",
+        "As [one sample at a time](#latency), with six copies of the frame in each call. The GPU "
+        "then has more to do: fusion 0075, camera 1600x640 and PETR wait for it, and their times "
+        "vary little. Of the others, patched, the host still makes some runs up to 1.4 times as "
+        "long.",
         "",
         *latencies(*SIX_LATENCY),
         *first_step(),
@@ -297,11 +300,18 @@ def parity() -> List[str]:
         "### Parity",
         "",
         "Without dropout, against an unpatched run from the same weights: the first step's "
-        "gradient of the decoder, and the largest relative difference of the loss curves. With "
+        "gradient of the decoder, and relative differences of the losses, in the first step and "
+        "the largest of all. Two unpatched runs of these camera detectors are equal. Patched ones "
+        "round otherwise from the first step on, and training amplifies that: after some steps "
+        "single losses differ by several per cent, as they do after a change of the weights in "
+        "the last digit ([nudged](#flashbias-ab-on-the-real-cmt)). With "
         "`FLASHBIAS_DTYPE=fp16`, gradients are scaled on their way through "
         "(attention/fp16_gradients.py).",
         "",
-        *table(("detector", "run", "gradient", "losses", "steps"), parity_rows(runs)),
+        *table(
+            ("detector", "run", "first gradient", "loss, first step", "losses, all", "steps"),
+            parity_rows(runs),
+        ),
         source(PARITY),
         "",
     ]
@@ -310,16 +320,15 @@ def parity() -> List[str]:
 def inference_ratios(page: str) -> List[str]:
     """The table of a README on inference, and the sentence on small detectors. `page`: in front of
     an anchor."""
-    found: Dict[Any, List[float]] = {}
+    found: Dict[Any, List[Any]] = {}
     for name in (*FUSION_LATENCY, *CAMERA_LATENCY, *SIX_LATENCY):
         for run in load(name)["inference"]:
             key = run["family"], run["size"], run["bs"], run["name"].partition(" b")[0]
-            found.setdefault(key, []).append(run["latency_ms"])
-    ms = {key: statistics.median(each) for key, each in found.items()}
+            found.setdefault(key, []).append(run)
 
     def ratio(family: str, size: str, batch: int, kind: str) -> str:
         key, base = ((family, size, batch, name) for name in (kind, counterpart(kind)))
-        return f"{ms[key] / ms[base]:.2f}x" if key in ms and base in ms else "-"
+        return interval(found[base], found[key], 10) if key in found and base in found else "-"
 
     kinds = ("B fp32", "B fp32 dtype=fp16", "B amp dtype=fp16")
     columns = [(batch, kind) for batch in (1, 6) for kind in kinds]
@@ -329,10 +338,11 @@ def inference_ratios(page: str) -> List[str]:
             ("inference, patched / unpatched", *(f"batch {b}{h}" for b in (1, 6) for h in heads)),
             [
                 [f"{DETECTORS[family]}, {size}", *(ratio(family, size, *each) for each in columns)]
-                for family, size in sorted({key[:2] for key in ms}, key=_in_readme)
+                for family, size in sorted({key[:2] for key in found}, key=_in_readme)
             ],
         ),
-        f"`-`: not measured. Latencies: of [fusion]({page}#latency) and "
+        "2 or 3 runs a kind. `-`: not measured. `FLASHBIAS_DTYPE=fp16` is compared with unpatched "
+        f"float32. Latencies: of [fusion]({page}#latency) and "
         f"[camera]({page}#latency-of-camera-detectors) detectors, and of "
         f"[six samples]({page}#latency-of-six-samples-at-once). At batch 1 small detectors wait "
         "for the host: they gain little, or become slower. Measure yours with `flashbias ab`.",
@@ -347,6 +357,8 @@ def _in_readme(detector: Tuple[str, str]) -> Tuple[int, bool]:
 def how_to_read(page: str) -> str:
     """Notes under the table: precision, and what dropout means for losses and memory. `page`: in
     front of an anchor."""
+    memory = load("ab_real_cmt_h200")["headline"]["memory"]
+    reserved = memory["reserved_mib"]
     runs = {run["name"]: run for run in merged(load(CAMERA[0])["runs"])}
     bare, patched, without = (
         runs["A fp32"],
@@ -356,7 +368,8 @@ def how_to_read(page: str) -> str:
     return (
         "Without `FLASHBIAS_DTYPE`, results are as accurate as PyTorch's own float32. Peak memory "
         "is what PyTorch's allocator has handed out (`torch.cuda.max_memory_allocated`); it "
-        "reserves more, unpatched and patched. Losses "
+        f"reserves more, unpatched and patched: {reserved[0]:.0f} and {reserved[1]:.0f} MiB in a "
+        f"comparison where {memory['a_mib']:.0f} and {memory['b_mib']:.0f} were handed out. Losses "
         "are not in this table: attention dropout "
         "draws other random numbers in every run, so that losses differ; they are compared "
         "without dropout under "

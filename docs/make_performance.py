@@ -17,13 +17,15 @@ import evidence  # noqa: E402
 from measured import RESULTS, apart, load, source, table  # noqa: E402
 
 MARKS = ("<!-- measured -->", "<!-- /measured -->")
+# Result, report, and what was compared.
 AB = (
+    ("ab_fusion0100_h200", "ab_fusion0100", "Fusion 0100, without dropout, float32"),
     (
         "ab_fusion0100_fp16_h200",
         "ab_fusion0100_fp16",
-        "Attention dropout 0.1, as configured, and `FLASHBIAS_DTYPE=fp16`",
+        "Fusion 0100, attention dropout 0.1, patched with `FLASHBIAS_DTYPE=fp16`",
     ),
-    ("ab_fusion0100_h200", "ab_fusion0100", "Without dropout, float32"),
+    ("ab_real_cmt_h200", "", "Camera 1600x640, without dropout, float32"),
 )
 
 
@@ -53,7 +55,9 @@ def distributed() -> List[str]:
         source(two),
         "",
         *failing_rank("distributed_fault_h200"),
-        "Newer: two processes that share a GPU (gloo), whose throughput says nothing:",
+        "Newer: two processes that share a GPU (gloo); throughput was not measured. Patched, a "
+        "batch of one is computed without transposes since, and so rounds otherwise than a larger "
+        "one does:",
         "",
         *reduced_gradients(load(shared)),
         *failing_rank(shared),
@@ -64,12 +68,12 @@ def reduced_gradients(result: Dict[str, Any]) -> List[str]:
     """How far DDP's gradients are from those of one process."""
     found = result["gradients"]
     columns = {
-        "DDP - one process": "ddp_against_one_process",
-        "one process - unpatched one": "one_process_against_unpatched",
-        "DDP - unpatched one": "ddp_against_unpatched_one_process",
+        "DDP from one process": "ddp_against_one_process",
+        "one process from an unpatched one": "one_process_against_unpatched",
+        "DDP from an unpatched one": "ddp_against_unpatched_one_process",
     }
     return [
-        f"Relative distance of the gradients; one process asked twice: {found['noise']:.1e}.",
+        f"Relative distances of the gradients; of one process, run twice: {found['noise']:.1e}.",
         "",
         *table(
             ("run", *columns),
@@ -102,8 +106,10 @@ def fsdp() -> List[str]:
         "### FSDP2",
         "",
         "examples/mini_cmt under `fully_shard`, against the losses and parameters of unpatched "
-        "DistributedDataParallel: the largest relative difference of the losses in the first step "
-        "and in all, and the relative distance of the parameters at the end.",
+        "DistributedDataParallel without checkpointing: the largest relative difference of the "
+        "losses in the first step and in all, and the relative distance of the parameters at the "
+        "end. With one process nothing is divided: it shows that FSDP2's hooks and checkpointing "
+        "work together with the patches on a GPU.",
         "",
     ]
     for name in ("fsdp_h200", "fsdp_one_h200", "fsdp_cpu"):
@@ -288,17 +294,23 @@ def ab() -> List[str]:
     from flashbias_patch.ab.result import rows, says
 
     lines = [
-        "## `flashbias ab` on fusion CMT",
+        "## `flashbias ab` on the real CMT",
         "",
-        "The training of `cmt_voxel0100_r50_800x320_cbgs.py`, batch 2. `real_cmt.py` is a training "
-        "loop around CMT's own code that is not part of this repository. The detector is not "
-        "deterministic on a GPU, unpatched either, which is why two unpatched runs differ.",
+        "A is unpatched, B patched; batch 2, `PETRMultiheadAttention`, and otherwise as "
+        "[above](#the-fusion-detector). The command is a training loop around CMT's own code that "
+        "is not part of this repository, so that it cannot be repeated exactly; it puts names in "
+        "the place of an old flash-attn, which is imported and not called (`--stub-flash`). "
+        "The fusion detector is not deterministic on a GPU, unpatched either: two unpatched runs "
+        "differ. Of its two comparisons, the one with dropout would not notice a difference of "
+        "20% ([which are noticed](ab.md#how-the-verdict-is-reached)). Another machine, and another "
+        "training loop, than those of the tables above: other ratios.",
         "",
     ]
     for name, report, kind in AB:
         document = load(name)
+        whole = f" [The whole report](reports/{report}.md)." if report else ""
         lines += [
-            f"{kind}: {says(document)} [The whole report](reports/{report}.md).",
+            f"{kind}: {says(document)}{whole}",
             "",
             *table(("", "A unpatched", "B patched", "patched / unpatched"), rows(document)),
             source(name),
@@ -308,15 +320,24 @@ def ab() -> List[str]:
         *lines,
         "With dropout B draws other random numbers than A: its training is compared with one "
         "more A that draws other ones too, the redrawn A. The word on the loss says whether B "
-        "leaves the noise for three steps in a row; the percentages are the largest differences "
-        "at single steps ([how both are found](ab.md#how-the-verdict-is-reached)).",
+        "differs from A, for three steps in a row, by more than three times as much as As differ "
+        "from each other; the percentages are the largest differences at single steps "
+        "([how both are found](ab.md#how-the-verdict-is-reached)).",
         "",
     ]
 
 
 def interval(name: str) -> str:
-    time = load(name)["headline"]["time"]
-    return f"(95% interval of the time: {time['low']:.2f} to {time['high']:.2f}.)"
+    """How sure the ratio of times is, and what the run pays before its first step."""
+    found = load(name)["headline"]
+    time, total = found["time"], found.get("total_s")
+    text = f"95% interval of the time per step: {time['low']:.2f} to {time['high']:.2f}"
+    if total:
+        text += (
+            f"; the first step ends later, so that these short runs took "
+            f"{total[1] / total[0]:.2f}x as long (even after {found['break_even_step']} steps)"
+        )
+    return text + "."
 
 
 def bias_memory() -> List[str]:
@@ -671,14 +692,16 @@ def readme(name: str = "README.md") -> str:
     after = rest.partition(MARKS[1])[2]
     from flashbias_patch.ab.result import says
 
-    verdict = (
-        "`flashbias ab` on the training of fusion CMT 0100, batch 2, in fresh processes "
-        "([tables and reports](docs/performance.md#flashbias-ab-on-fusion-cmt)). "
-        + " ".join(f"{kind}: {says(load(name))} {interval(name)}" for name, _, kind in AB)
-    )
+    verdict = [
+        "`flashbias ab`, 12 steps in each of several fresh processes, batch 2 "
+        "([tables, reports, and what such a comparison notices]"
+        "(docs/performance.md#flashbias-ab-on-the-real-cmt)):",
+        "",
+        *(f"* {kind}: {says(load(name))} {interval(name)}" for name, _, kind in AB),
+    ]
     batch = (
         "**The largest batch that fits, unpatched -> patched** with `FLASHBIAS_DTYPE=fp16` "
-        "([times](docs/performance.md#the-largest-batch-that-fits)): "
+        "([searched once](docs/performance.md#the-largest-batch-that-fits)): "
         f"{detectors.largest_batches()}."
     )
     exact = load("real_parity_cpu")["gradients"]
@@ -701,7 +724,7 @@ def readme(name: str = "README.md") -> str:
             "",
             batch,
             "",
-            verdict,
+            *verdict,
             "",
             parity,
         ]
