@@ -195,8 +195,8 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> Any:
     tensor, *_ = args
     if not structured(tensor) or len(tensor._family()) > 1:
         return NotImplemented
-    with no_functions():
-        if tensor.is_leaf and tensor.requires_grad:
+    with no_functions():  # without a graph, a change leaves the gradient as it was
+        if tensor.requires_grad and (tensor.is_leaf or not torch.is_grad_enabled()):
             return NotImplemented
     name = IN_PLACE[name_of(func)]
     result = HANDLERS[name](getattr(Tensor, name), args, kwargs)
@@ -281,5 +281,5 @@ def _detach(func: Any, args: Any, kwargs: Any) -> Any:
     tensor, *_ = args
     if not structured(tensor):
         return NotImplemented
-    with torch.no_grad():  # this detaches the description
-        return derived(func, args, kwargs, tensor._bias, tensor._layout, is_view=True)
+    with torch.no_grad():  # this detaches the description; changes of `data` are counted too
+        return derived(Tensor.detach, args, kwargs, tensor._bias, tensor._layout, is_view=True)

@@ -51,6 +51,8 @@ class BiasTensor(Tensor):
     _children: List[Any]  # weak references
     _shares: bool  # it shares the memory of its parents, or may
     _dense: Optional[Tensor]
+    _dense_version: Optional[int]  # of _dense when it was computed; views of it change it too
+    _shared: bool  # its memory is in other hands, whose changes cannot be seen
     _observed: bool  # its own gradient is needed: all tensors computed from it are dense
     _used: bool  # attention has read the description
     # gradients of the tensor itself, while torch.autograd.grad runs for it
@@ -63,7 +65,7 @@ class BiasTensor(Tensor):
         Raises:
             ValueError: the shape does not fit.
         """
-        if self._bias is None or self._must_be_dense() or self._bias.shape[2:] != (M, N):
+        if not self._described() or self._bias.shape[2:] != (M, N):  # type: ignore[union-attr]
             return None
         reading = layouts.readable(self._layout, B, H, M, N)
         if reading is None:
@@ -86,11 +88,15 @@ class BiasTensor(Tensor):
                 internals.is_inference(self._dense) and not torch.is_inference_mode_enabled()
             ):
                 with torch.enable_grad(), no_functions(), _uncounted(), _without_modes():
-                    self._dense = self._make()
+                    dense = self._make()
+                    if self._made_elsewhere():
+                        dense, self._bias = _Numbers.apply(dense.detach(), self), None
+                self._dense, self._dense_version = dense, _version_of(dense)
             return self._dense
 
     def _make(self) -> Tensor:
-        if self._replay is not None:
+        outdated = not self._shares and any(parent._changed() for parent in self._parents)
+        if self._replay is not None and (self._bias is None or not outdated):
             function, args, kwargs = tree_map(to_numbers, self._replay)
             made: Tensor = function(*args, **kwargs)
             return made
@@ -99,8 +105,31 @@ class BiasTensor(Tensor):
     def _learned(self) -> List[Tensor]:
         return [] if self._bias is None else [t for t in self._bias.tensors() if t.requires_grad]
 
+    def _described(self) -> bool:
+        """Return True if the description holds and may be used."""
+        return not (
+            self._bias is None or self._must_be_dense() or self._changed() or self._made_elsewhere()
+        )
+
     def _must_be_dense(self) -> bool:
         return self._observed or any(parent._must_be_dense() for parent in self._parents)
+
+    def _changed(self) -> bool:
+        """Return True if its memory was changed through a view, or may have been."""
+        if (
+            self._shared
+            or self._dense_version is not None
+            and self._dense_version != _version_of(self._dense)
+        ):
+            return True
+        return self._shares and any(parent._changed() for parent in self._parents)
+
+    def _made_elsewhere(self) -> bool:
+        """Return True if another autograd.Function returned it: gradients must pass through that,
+        and the description, which was read inside it, has none."""
+        with no_functions():
+            made_by = self.grad_fn
+        return made_by is not None and getattr(made_by, "_forward_cls", None) is not _Describe
 
     def _ancestors(self) -> List[BiasTensor]:
         ancestors: List[BiasTensor] = []
@@ -247,13 +276,14 @@ def _wrapper(bias: Optional[AttentionBias], layout: Layout, dtype: torch.dtype) 
     )
     result._bias, result._layout, result._replay, result._parents = bias, layout, None, ()
     result._children, result._dense, result._wanted, result._handle = [], None, None, None
-    result._observed = result._used = result._shares = False
+    result._observed = result._used = result._shares = result._shared = False
+    result._dense_version = None
     return result
 
 
 def rebind(tensor: BiasTensor, bias: Optional[AttentionBias], layout: Layout) -> None:
     """Set the value of a tensor after a change in place: `bias`, or `_dense` if that is None."""
-    tensor._bias, tensor._layout = bias, layout
+    tensor._bias, tensor._layout, tensor._dense_version = bias, layout, None
     if bias is not None:
         tensor._dense = None
     learned = (
@@ -310,6 +340,23 @@ class _Describe(internals.Function):
                 for a, b in zip(gradients, through_dense)
             ]
         return (None, None, None, None, *gradients)
+
+
+class _Numbers(internals.Function):
+    """Connect the dense tensor of a BiasTensor to whatever returned that."""
+
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, tensor: BiasTensor) -> Tensor:
+        return dense.view_as(dense)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, grad
+
+
+def _version_of(tensor: Optional[Tensor]) -> Optional[int]:
+    """Return the number of changes in place; None where torch does not count them."""
+    return None if tensor is None or internals.is_inference(tensor) else tensor._version
 
 
 def _through_numbers(

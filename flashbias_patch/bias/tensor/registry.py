@@ -39,6 +39,18 @@ METADATA = {
     "dim_order",
     "set grad",
 }
+# What they return can change the memory unseen: torch does not count it.
+HAND_OUT = {
+    "numpy",
+    "__array__",
+    "data_ptr",
+    "storage",
+    "_storage",
+    "typed_storage",
+    "_typed_storage",
+    "untyped_storage",
+    "__dlpack__",
+}
 NUMBERS = {"T", "mT", "H", "mH", "data", "grad", "real", "imag"}
 Handler = Callable[..., Any]
 HANDLERS: Dict[str, Handler] = {}
@@ -106,6 +118,10 @@ def on_numbers(func: Any, name: str, args: Tuple[Any, ...], kwargs: Dict[str, An
             relative._before_change()
     plain_args, plain_kwargs = tree_map(to_numbers, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
+    for tensor in biases:
+        if name in HAND_OUT or internals.is_inference(tensor.numbers()):
+            for relative in tensor._family():
+                relative._shared = True
     for relative in family:
         rebind(relative, None, relative._layout)
     return next((tensor for tensor in changed if result is tensor._dense), result)
@@ -157,12 +173,7 @@ def derived(
 
 def structured(value: Any) -> bool:
     """Return True for a BiasTensor that has a description which may be used."""
-    return (
-        type(value) is BiasTensor
-        and value._bias is not None
-        and not value._must_be_dense()
-        and not traced()
-    )
+    return type(value) is BiasTensor and value._described() and not traced()
 
 
 @handles("__repr__", "__str__", "__format__")
