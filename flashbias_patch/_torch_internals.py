@@ -360,11 +360,16 @@ def free_memory(device: torch.device) -> int:
 
 def is_inference(tensor: torch.Tensor) -> bool:
     """Return True if a tensor was created in inference mode (torch 1.9 has no method for that)."""
+    return version(tensor) is None
+
+
+def version(tensor: torch.Tensor) -> Optional[int]:
+    """Return the number of changes in place of a tensor and its views; None in inference mode,
+    where torch does not count them."""
     try:
-        tensor._version  # noqa: B018
+        return tensor._version
     except RuntimeError:
-        return True
-    return False
+        return None
 
 
 if hasattr(torch.Tensor, "is_inference"):

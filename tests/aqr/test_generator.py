@@ -95,6 +95,20 @@ def test_a_fork_that_makes_cells_of_fractions_its_own_way(way, gauss):
     torch.testing.assert_close(ours, forked(**given))
 
 
+@pytest.mark.parametrize("how", ["replaced", "changed"])
+def test_other_offsets_after_the_first_call(generators, how):
+    """As a loaded checkpoint has them."""
+    plain, patched = generators
+    theirs, ours = plain(), patched()
+    for module in (theirs, ours):
+        module(**call())
+        if how == "replaced":
+            module.x_offsets = module.x_offsets + 1
+        else:
+            module.x_offsets.add_(1)
+    compared(ours, theirs, call())
+
+
 def compared(ours, theirs, given, form=lambda out: out):
     """Outputs, and gradients of weights and scale, of both."""
     found = []

@@ -214,6 +214,15 @@ def test_core_alone(patched):
     torch.testing.assert_close(masked, expected)
 
 
+def test_an_output_projection_without_a_weight(patched):
+    """Wrapped, or quantised."""
+    core = patched.FlashMHA(E, H)
+    q, kv = torch.randn(2, 5, E), torch.randn(2, 7, E)
+    out, _ = core(q, kv, kv)
+    core.out_proj = torch.nn.Sequential(core.out_proj)
+    assert torch.equal(core(q, kv, kv)[0], out)
+
+
 @pytest.mark.parametrize(
     "arguments", [dict(kdim=8, vdim=8), dict(add_bias_kv=True), dict(add_zero_attn=True)]
 )

@@ -65,7 +65,7 @@ class BiasTensor(Tensor):
         Raises:
             ValueError: the shape does not fit.
         """
-        if not self._described() or self._bias.shape[2:] != (M, N):  # type: ignore[union-attr]
+        if self._bias is None or not self._described() or self._bias.shape[2:] != (M, N):
             return None
         reading = layouts.readable(self._layout, B, H, M, N)
         if reading is None:
@@ -91,7 +91,7 @@ class BiasTensor(Tensor):
                     dense = self._make()
                     if self._made_elsewhere():
                         dense, self._bias = _Numbers.apply(dense.detach(), self), None
-                self._dense, self._dense_version = dense, _version_of(dense)
+                self._dense, self._dense_version = dense, internals.version(dense)
             return self._dense
 
     def _make(self) -> Tensor:
@@ -116,11 +116,10 @@ class BiasTensor(Tensor):
 
     def _changed(self) -> bool:
         """Return True if its memory was changed through a view, or may have been."""
-        if (
-            self._shared
-            or self._dense_version is not None
-            and self._dense_version != _version_of(self._dense)
-        ):
+        dense, version = self._dense, self._dense_version
+        if self._shared:
+            return True
+        if dense is not None and version is not None and version != internals.version(dense):
             return True
         return self._shares and any(parent._changed() for parent in self._parents)
 
@@ -352,11 +351,6 @@ class _Numbers(internals.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return None, grad
-
-
-def _version_of(tensor: Optional[Tensor]) -> Optional[int]:
-    """Return the number of changes in place; None where torch does not count them."""
-    return None if tensor is None or internals.is_inference(tensor) else tensor._version
 
 
 def _through_numbers(

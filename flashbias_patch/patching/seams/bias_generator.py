@@ -25,7 +25,7 @@ from ...attention.selfcheck import undisturbed
 from ...bias.tensor.core import traced
 from .base import Args, Kwargs, Seam
 from .bias_generator_check import judge
-from .comparison import plain_attributes
+from .comparison import Buffers, plain_attributes
 from .window_description import ATTRIBUTES, NAMES, SCALE, Recipe, Verdict, bounded, describe
 
 
@@ -36,6 +36,7 @@ class GeneratorSeam(Seam):
         super().__init__(cls)
         self.checking = False
         self.verdicts: Dict[Any, Verdict] = {}
+        self.buffers = Buffers()
 
     def __call__(self, wrapped: Callable[..., Any], module: Any, args: Args, kwargs: Kwargs) -> Any:
         arguments = dict(zip(NAMES, args), **kwargs)
@@ -58,9 +59,10 @@ class GeneratorSeam(Seam):
             *(getattr(module, name, None) for name in ATTRIBUTES),
             *plain_attributes(module),
         )
+        buffers = self.buffers.of(module, settings, without=SCALE)
         dtypes = (*(tensor.dtype for tensor in tensors), getattr(scale, "dtype", None))
         device = tensors[0].device
-        key = settings, dtypes, device.type, torch.is_autocast_enabled()
+        key = settings, buffers, dtypes, device.type, torch.is_autocast_enabled()
         verdict = self.verdicts.get(key)
         if verdict is not None:
             return verdict

@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Any, Tuple
+import weakref
+from typing import Any, Dict, Tuple
 
 from torch import nn
+
+from ... import _torch_internals as internals
 
 
 def plain_attributes(module: nn.Module) -> Tuple[Tuple[str, Any], ...]:
     """The attributes that a module's forward may depend on, besides its class and tensors. Ints may
-    be counts of calls."""
-    held = module.__dict__.items()
+    be counts of calls: see `integers`."""
     return tuple(
-        (name, value)
-        for name, value in held
-        if type(value) in (bool, float, str) and name != "_is_replica"
+        (name, _plain(value))
+        for name, value in module.__dict__.items()
+        if (type(value) in (bool, float, str) or _is_sequence(value)) and name != "_is_replica"
     )
+
+
+def integers(module: nn.Module) -> Tuple[Tuple[str, int], ...]:
+    return tuple((name, value) for name, value in module.__dict__.items() if type(value) is int)
+
+
+class Buffers:
+    """The values of modules' buffers, read again only where a buffer was changed or replaced."""
+
+    def __init__(self) -> None:
+        self.read: Any = weakref.WeakKeyDictionary()  # module -> (state, values)
+        self.latest: Dict[Any, Tuple[Any, ...]] = {}  # by kind of module
+
+    def of(self, module: nn.Module, kind: Any, without: str) -> Tuple[Any, ...]:
+        """nn.DataParallel copies modules and buffers in each step: for a copy, those of the last
+        module of its kind."""
+        if getattr(module, "_is_replica", False) and kind in self.latest:
+            return self.latest[kind]
+        held = [(name, tensor) for name, tensor in module.named_buffers() if name != without]
+        state = [(name, tensor.data_ptr(), internals.version(tensor)) for name, tensor in held]
+        before, values = self.read.get(module, (None, ()))
+        if before != state:
+            values = tuple((name, tuple(tensor.flatten().tolist())) for name, tensor in held)
+            self.read[module] = state, values
+        self.latest[kind] = values
+        return self.latest[kind]
+
+
+def _is_sequence(value: Any) -> bool:
+    return (
+        type(value) in (tuple, list)
+        and len(value) <= 8
+        and all(type(each) in (bool, float, str, int) for each in value)
+    )
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if type(value) is list else value

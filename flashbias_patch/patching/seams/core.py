@@ -145,8 +145,11 @@ class CoreSeam(Seam):
             dtype=call_adapter.compute_dtype(upstream),
             fitted=True,
         )
-        flat = out.reshape(B, M, H * D).to(module.out_proj.weight.dtype)
-        projected: Tensor = module.out_proj(flat)
+        flat = out.reshape(B, M, H * D)
+        weight = getattr(module.out_proj, "weight", None)  # a method, if the layer is quantised
+        projected: Tensor = module.out_proj(
+            flat.to(weight.dtype) if isinstance(weight, Tensor) else flat
+        )
         return projected
 
 
