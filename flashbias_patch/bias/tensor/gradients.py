@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..._torch_internals import tree_map
 from .core import BiasTensor, graph_task, no_functions, rebind, to_numbers
-from .learned_gradient import learned_gradient
+from .learned_gradient import learned_gradient, sum_of
 from .notices import log_dense
 from .registry import handles, name_of, structured
 
@@ -53,7 +53,8 @@ def _grad(func: Any, args: Any, kwargs: Any) -> Any:
         native = func(*args, **kwargs) if tensor.is_leaf else None
         if not (tensor.is_leaf and tensor.requires_grad):
             return native
-    return learned_gradient(tensor, tuple(leaf.grad for leaf in tensor._bias.tensors()), native)
+    learned = learned_gradient(tensor, tuple(leaf.grad for leaf in tensor._bias.tensors()), None)
+    return learned if native is None else sum_of(learned, native)
 
 
 @handles("retain_grad", "register_hook", "register_post_accumulate_grad_hook")

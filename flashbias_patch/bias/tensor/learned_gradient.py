@@ -25,7 +25,7 @@ class LearnedGradient(Tensor):
     ) -> Any:
         name = func.overloadpacket.__name__
         if name in ("add", "add_") and len(args) == 2:
-            return _sum_of(*args)
+            return sum_of(*args)
         if name in ("detach", "clone", "alias", "view_as"):
             return args[0]
         raise NotImplementedError(
@@ -45,7 +45,7 @@ def learned_gradient(
     return gradient
 
 
-def _sum_of(first: Tensor, second: Tensor) -> LearnedGradient:
+def sum_of(first: Tensor, second: Tensor) -> LearnedGradient:
     if type(first) is not LearnedGradient:
         first, second = second, first
     assert isinstance(first, LearnedGradient)
