@@ -59,12 +59,12 @@ class GeneratorSeam(Seam):
             *(getattr(module, name, None) for name in ATTRIBUTES),
             *plain_attributes(module),
         )
-        buffers = self.buffers.of(module, settings, without=SCALE)
+        buffers = self.buffers.number(module, settings, without=SCALE)
         dtypes = (*(tensor.dtype for tensor in tensors), getattr(scale, "dtype", None))
         device = tensors[0].device
         key = settings, buffers, dtypes, device.type, torch.is_autocast_enabled()
         verdict = self.verdicts.get(key)
-        if verdict is not None:
+        if verdict is not None and buffers is not None:
             return verdict
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return Verdict(reason="a CUDA graph is captured")

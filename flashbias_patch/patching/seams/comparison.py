@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
+import torch
 from torch import nn
 
 from ... import _torch_internals as internals
@@ -25,24 +26,33 @@ def integers(module: nn.Module) -> Tuple[Tuple[str, int], ...]:
 
 
 class Buffers:
-    """The values of modules' buffers, read again only where a buffer was changed or replaced."""
+    """Tells modules apart whose buffers have other values: a number for each set of values. They
+    are read again only where a buffer was changed or replaced."""
 
     def __init__(self) -> None:
-        self.read: Any = weakref.WeakKeyDictionary()  # module -> (state, values)
-        self.latest: Dict[Any, Tuple[Any, ...]] = {}  # by kind of module
+        self.numbers: Dict[Any, int] = {}  # by values
+        self.read: Any = weakref.WeakKeyDictionary()  # module -> (state, number)
+        self.latest: Dict[Any, int] = {}  # by kind of module
 
-    def of(self, module: nn.Module, kind: Any, without: str) -> Tuple[Any, ...]:
-        """nn.DataParallel copies modules and buffers in each step: for a copy, those of the last
-        module of its kind."""
+    def number(self, module: nn.Module, kind: Any, without: str) -> Optional[int]:
+        """None while a CUDA graph is captured, where values cannot be read.
+
+        nn.DataParallel copies modules and buffers in each step: a copy has the number of the last
+        module of its kind.
+        """
         if getattr(module, "_is_replica", False) and kind in self.latest:
             return self.latest[kind]
         held = [(name, tensor) for name, tensor in module.named_buffers() if name != without]
         state = [(name, tensor.data_ptr(), internals.version(tensor)) for name, tensor in held]
-        before, values = self.read.get(module, (None, ()))
+        before, number = self.read.get(module, (None, 0))
         if before != state:
+            on_gpu = any(tensor.is_cuda for _, tensor in held)
+            if on_gpu and torch.cuda.is_current_stream_capturing():
+                return None
             values = tuple((name, tuple(tensor.flatten().tolist())) for name, tensor in held)
-            self.read[module] = state, values
-        self.latest[kind] = values
+            number = self.numbers.setdefault(values, len(self.numbers))
+            self.read[module] = state, number
+        self.latest[kind] = number
         return self.latest[kind]
 
 
