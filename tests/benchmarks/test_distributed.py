@@ -1,8 +1,10 @@
-"""The distributed benchmark's sharded part, and the launcher, on two processes of the CPU."""
+"""The distributed benchmark's batches and its sharded part, and the launcher, on two processes of
+the CPU."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -41,6 +43,50 @@ def environment():
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import ranks
+
+    return ranks
+
+
+def test_points_turn_as_boxes_do(ranks):
+    points = torch.tensor([[1.0, 0.0, 2.0, 0.5, 0.1], [0.0, 3.0, -1.0, 0.25, 0.0]])
+    quarter = ranks.turned(points, math.pi / 2)
+    expected = torch.tensor([[0.0, 1.0, 2.0, 0.5, 0.1], [-3.0, 0.0, -1.0, 0.25, 0.0]])
+    torch.testing.assert_close(quarter, expected, atol=1e-6, rtol=0)
+    assert points[0, 0] == 1.0  # the given points stay
+
+
+class Normalised(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lidar, self.image = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm2d(3)
+        self.image.eval()  # as a backbone with norm_eval
+
+    def forward(self, return_loss, x):
+        return {"loss": self.lidar(x).square().sum(), "accuracy": x.sum()}
+
+
+def test_a_part_of_a_batch_has_the_whole_batch_gradient(ranks):
+    torch.manual_seed(0)
+    net, whole = Normalised(), torch.randn(8, 3) * 2 + 1
+    image = {name: value.clone() for name, value in net.image.state_dict().items()}
+    ranks.freeze_statistics(net, {"x": whole})
+    torch.testing.assert_close(net.lidar.running_mean, whole.mean(0))
+    torch.testing.assert_close(net.lidar.running_var, whole.var(0))
+    assert all(torch.equal(image[name], value) for name, value in net.image.state_dict().items())
+
+    def gradient(x):
+        net.zero_grad()
+        ranks.loss_of(net, {"x": x}).backward()
+        return ranks.gradient(net)
+
+    parts = gradient(whole[:3]) + gradient(whole[3:])
+    torch.testing.assert_close(parts, gradient(whole), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
