@@ -68,7 +68,7 @@ class Normalised(torch.nn.Module):
         self.image.eval()  # as a backbone with norm_eval
 
     def forward(self, return_loss, x):
-        return {"loss": self.lidar(x).square().sum(), "accuracy": x.sum()}
+        return {"loss": (self.lidar(x) * x).sum(), "accuracy": x.sum()}
 
 
 def test_a_part_of_a_batch_has_the_whole_batch_gradient(ranks):
