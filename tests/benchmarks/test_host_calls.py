@@ -19,13 +19,14 @@ pytestmark = pytest.mark.skipif(
 )
 # patched / unpatched function calls, with a margin of a few calls
 LARGEST = {
-    ("auto", "eval"): 1.15, ("auto", "training"): 1.25, ("auto", "backward"): 1.15,
-    ("fused", "eval"): 1.15, ("fused", "training"): 1.22, ("fused", "backward"): 1.9,
+    ("auto", "eval"): 1.15, ("auto", "training"): 1.28, ("auto", "backward"): 1.15,
+    ("fused", "eval"): 1.15, ("fused", "training"): 1.26, ("fused", "backward"): 1.9,
 }  # fmt: skip
 # Dropout on the CPU is in matrix products, whose backward is kept away from autocast (guard.py).
-# In training 1.23 in a process of its own; what other tests import adds up to five calls.
+# In training four calls put the attention weights into the graph. 1.28 in a process of its own;
+# what other tests import adds up to five calls.
 LARGEST_WITH_DROPOUT = {
-    **LARGEST, ("auto", "training"): 1.28, ("auto", "backward"): 1.42,
+    **LARGEST, ("auto", "training"): 1.33, ("auto", "backward"): 1.42,
 }  # fmt: skip
 
 
