@@ -101,7 +101,8 @@ class Samples:
             boxes.rotate(0.2 * i)
             self.boxes.append(boxes.to(device))
             if given["points"] is not None:
-                self.points.append(turned(given["points"][i], 0.2 * i))
+                points = turned(given["points"][i], 0.2 * i)
+                self.points.append(detectors.thinned(points, detector.voxels))
 
     def take(self, first: int, count: int) -> Dict[str, Any]:
         chosen = range(first, first + count)

@@ -61,6 +61,21 @@ def test_points_turn_as_boxes_do(ranks):
     assert points[0, 0] == 1.0  # the given points stay
 
 
+def test_a_full_voxel_keeps_its_first_points(ranks):
+    voxels = ranks.detectors.Voxels((-1.0, -1.0, -1.0), (0.5, 0.5, 1.0), 2)
+    g = torch.Generator().manual_seed(3)
+    points = torch.rand(200, 5, generator=g) * 2 - 1
+    thin = ranks.detectors.thinned(points, voxels)
+    expected, count = [], {}
+    for point in points:
+        cell = tuple(((point[:3] + 1) / torch.tensor([0.5, 0.5, 1.0])).floor().tolist())
+        count[cell] = count.get(cell, 0) + 1
+        if count[cell] <= 2:
+            expected.append(point)
+    assert torch.equal(thin, torch.stack(expected)) and len(thin) < 70
+    assert torch.equal(ranks.detectors.thinned(thin, voxels), thin)
+
+
 class Normalised(torch.nn.Module):
     def __init__(self):
         super().__init__()
