@@ -256,6 +256,24 @@ def scaled(frame: Frame, size: Tuple[int, int]) -> Tuple[torch.Tensor, Any, Any]
     return torch.from_numpy(np.stack(images)), np.stack(intrinsics), matrices
 
 
+def lidar_features(net: torch.nn.Module, batch: Dict[str, Any]) -> List[torch.Tensor]:
+    """What the lidar branch of a detector makes of a batch, (B, C, H, W) each; no gradients."""
+    with torch.no_grad():
+        return list(net.extract_pts_feat(batch["points"], None, batch["img_metas"]))  # type: ignore
+
+
+def hold_lidar(net: torch.nn.Module, features: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    """The lidar branch of a detector makes `features` of any points from now on, and takes no part
+    in training: leaves, for their gradients.
+
+    Its sparse convolutions and their voxels have another order in each run on a GPU. That rounding
+    alone changes the first gradient by some per cent, and hides what attention does.
+    """
+    held = [feature.detach().clone().requires_grad_() for feature in features]
+    net.extract_pts_feat = lambda *args, **kwargs: held  # type: ignore[assignment]
+    return held
+
+
 def _layers(model: Any) -> Any:
     return model.pts_bbox_head.transformer.decoder.transformerlayers
 

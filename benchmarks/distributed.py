@@ -12,7 +12,8 @@ ddp, on the real CMT (--model: its camera detector, or fusion with lidar) under
 DistributedDataParallel:
 * gradients: of one global batch (on every sample a different image, points and boxes of its own),
   reduced over the processes, against one process that is given the whole batch; no dropout, batch
-  normalisation with statistics that do not change; the same process asked twice is the noise
+  normalisation with statistics that do not change, one output of the lidar branch for all; the same
+  process asked twice is the noise
 * throughput: samples a second of one process alone and of all, unpatched, patched, and patched with
   FLASHBIAS_DTYPE=fp16, in rounds that go through them forwards and backwards in turn
 * fault: the backend fails on the last rank alone, forward and backward: nothing may hang, losses
@@ -42,6 +43,7 @@ os.environ.setdefault("FLASHBIAS_PATCH", "0")  # installed and uninstalled below
 
 import torch
 import torch.distributed as dist
+from detectors import hold_lidar, lidar_features
 from faulty_rank import fault
 from installed import patched
 from ranks import (
@@ -57,6 +59,7 @@ from ranks import (
     without_noise,
 )
 from sharded import fsdp
+from torch import Tensor
 
 WAYS: Dict[str, Callable[[], Any]] = {
     "unpatched": contextlib.nullcontext,
@@ -68,34 +71,39 @@ WAYS: Dict[str, Callable[[], Any]] = {
 def gradients(builder: Builder, processes: Processes, each: int) -> Dict[str, Any]:
     """Relative distance of DDP's gradients from those of one process that has the whole batch."""
     total = each * processes.world
+    features: List[Tensor] = []  # of the lidar branch, the same for all: its order changes
 
-    def alone(batch_of: Callable[[Samples], Dict[str, Any]], wrap: bool) -> Any:
+    def alone(first: int, count: int, wrap: bool) -> Any:
         detector = builder.build(each, 0.0)
         without_noise(detector.net.pts_bbox_head)
         samples = Samples(detector, total, processes.device)
         freeze_statistics(detector.net, samples.take(0, 1))
-        freeze_unused(detector.net, samples.take(0, 1))
+        if detector.voxels and not features:
+            features.extend(lidar_features(detector.net, samples.take(0, total)))
+            for feature in features:
+                dist.broadcast(feature, 0)
+        held: List[Tensor] = []
+        if features:
+            held = hold_lidar(detector.net, [f[first : first + count] for f in features])
+        freeze_unused(detector.net, samples.take(first, count))
+        for feature in held:
+            feature.grad = None
         net = processes.ddp(detector.net) if wrap else detector.net
         torch.manual_seed(3)
-        loss = loss_of(net, batch_of(samples))
+        loss = loss_of(net, samples.take(first, count))
         loss.backward()
         return gradient(detector.net), float(loss)
 
-    def whole(samples: Samples) -> Dict[str, Any]:
-        return samples.take(0, total)
-
-    def share(samples: Samples) -> Dict[str, Any]:
-        return samples.take(processes.rank * each, each)
-
     result: Dict[str, Any] = {"samples_a_process": each}
     with single_process():
-        truth, loss = alone(whole, False)
-        result["noise"] = distance(alone(whole, False)[0], truth)
+        truth, loss = alone(0, total, False)
+        result["noise"] = distance(alone(0, total, False)[0], truth)
+        result["lidar_held"] = bool(features)
     for name, way in WAYS.items():
         with way():
             with single_process():
-                own = alone(whole, False)[0]
-            reduced, part = alone(share, True)
+                own = alone(0, total, False)[0]
+            reduced, part = alone(processes.rank * each, each, True)
         result[name] = {
             "ddp_against_one_process": distance(reduced, own),
             "one_process_against_unpatched": distance(own, truth),

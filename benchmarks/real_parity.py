@@ -1,12 +1,17 @@
 """Does a real detector train the same patched? Gradients of the first step and a hundred losses.
 
     python benchmarks/real_parity.py --cmt DIR --frame DIR --out F.json [--steps 100] [--jobs 4]
+    ... --hold-lidar                            the lidar branch's output is a given one
     ... --device cpu --tiny --steps 4           a proof that it runs, with the camera detector
 
 DIRs as for real_models.py; CMT's fusion detector (voxel0100) without dropout, from the same weights
 on the same frame: unpatched, unpatched again (the noise of the machine), unpatched with every
 parameter changed in the last place (the noise of any change), and patched. Each in a process of its
 own, several at the same time: nothing is timed.
+
+The lidar branch computes in another order in each run on a GPU, so that two unpatched runs differ
+by some per cent. --hold-lidar computes its output once and gives it to every run: what differs then
+is attention. Its gradient is compared as that of the lidar branch.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import logging
 import math
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -27,6 +33,7 @@ import at_once
 from ways import NOISE, WAYS, add_arguments, checked, trainer_of
 
 CLIP = 35.0  # real_worker.Trainer clips the norm of all gradients to it
+LIDAR = "lidar features"  # the process that computes them
 PARTS = (  # of a detector, by the beginning of its parameters' names
     ("decoder", "pts_bbox_head.transformer."),
     ("head", "pts_bbox_head."),
@@ -89,7 +96,23 @@ def gradient_distances(found: Dict[str, Any], base: Dict[str, Any]) -> Dict[str,
     return {part: math.sqrt(a / b) if b else 0.0 for part, (a, b) in squares.items()}
 
 
+def save_lidar(args: argparse.Namespace, folder: str) -> None:
+    """Compute the output of the lidar branch for all runs."""
+    import detectors
+    import torch
+
+    logging.disable(logging.INFO)
+    with trainer_of(args, "unpatched") as trainer:
+        features = detectors.lidar_features(trainer.detector.net, trainer.batch(0))
+        torch.save(features, lidar_of(folder))
+
+
+def lidar_of(folder: str) -> str:
+    return os.path.join(folder, "lidar.pt")
+
+
 def child(args: argparse.Namespace, name: str, folder: str) -> None:
+    import detectors
     import torch
     from real_worker import about
 
@@ -98,6 +121,10 @@ def child(args: argparse.Namespace, name: str, folder: str) -> None:
     logging.disable(logging.INFO)
     out = path_of(folder, name)
     with trainer_of(args, name) as trainer:
+        held: List[Any] = []
+        if args.hold_lidar:
+            features = torch.load(lidar_of(folder), map_location=trainer.device)
+            held = detectors.hold_lidar(trainer.detector.net, features)
         record: Dict[str, Any] = {"about": about(args.device), "losses": [], "grad_norms": []}
         for i in range(args.steps):
             loss = float(trainer.step(i))
@@ -106,14 +133,14 @@ def child(args: argparse.Namespace, name: str, folder: str) -> None:
             record["grad_norms"].append(norm)
             if i == 0:
                 scale = max(1.0, norm / CLIP)
-                torch.save(
-                    {
-                        name: p.grad.float().cpu() * scale
-                        for name, p in trainer.detector.net.named_parameters()
-                        if p.grad is not None
-                    },
-                    out + ".partial",
-                )
+                gradients = {
+                    name: p.grad.float().cpu() * scale
+                    for name, p in trainer.detector.net.named_parameters()
+                    if p.grad is not None
+                }
+                for number, feature in enumerate(held):
+                    gradients[f"pts_features.{number}"] = feature.grad.cpu()
+                torch.save(gradients, out + ".partial")
                 os.replace(out + ".partial", gradients_of(folder, name))
             if i % 10 == 0 or i == args.steps - 1:
                 record["peak_MiB"] = round(trainer.peak_mib(), 1)
@@ -174,6 +201,7 @@ class Report:
             "family": self.args.family,
             "bs": self.args.bs,
             "steps": self.args.steps,
+            "lidar_held": self.args.hold_lidar,
             "gradients": self.gradients,
             "curves": summary(self.runs, self.noise),
             "runs": self.runs,
@@ -187,21 +215,26 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     )
     add_arguments(parser)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument(
+        "--hold-lidar", action="store_true", help="give every run one output of the lidar branch"
+    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # way, folder
     args = checked(parser, parser.parse_args(argv))
     if args.child:
-        child(args, *args.child)
+        name, folder = args.child
+        save_lidar(args, folder) if name == LIDAR else child(args, name, folder)
         return
     given = list(sys.argv[1:] if argv is None else argv)
     with tempfile.TemporaryDirectory() as folder:
         report = Report(args, folder, NOISE)
+
+        def command(name: str) -> List[str]:
+            return [str(Path(__file__).resolve()), *given, "--child", name, folder]
+
+        if args.hold_lidar:
+            subprocess.run([sys.executable, *command(LIDAR)], check=True, timeout=args.timeout)
         jobs = [
-            at_once.Job(
-                name,
-                [str(Path(__file__).resolve()), *given, "--child", name, folder],
-                path_of(folder, name),
-                WAYS[name].gib,
-            )
+            at_once.Job(name, command(name), path_of(folder, name), WAYS[name].gib)
             for name in args.ways
         ]
         at_once.run(jobs, args.jobs, args.memory, args.timeout, report.changed)

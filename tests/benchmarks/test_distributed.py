@@ -76,6 +76,30 @@ def test_a_full_voxel_keeps_its_first_points(ranks):
     assert torch.equal(ranks.detectors.thinned(thin, voxels), thin)
 
 
+def test_a_held_lidar_branch_is_not_trained(ranks):
+    class Detector(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lidar, self.head = torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)
+
+        def extract_pts_feat(self, points, image_features, metas):
+            return [self.lidar(points)]
+
+        def forward(self, return_loss, points, img_metas):
+            return {"loss": self.head(self.extract_pts_feat(points, None, img_metas)[0]).sum()}
+
+    net, batch = Detector(), {"points": torch.randn(2, 3), "img_metas": []}
+    features = ranks.detectors.lidar_features(net, batch)
+    assert not features[0].requires_grad
+    before = ranks.loss_of(net, batch)
+    (held,) = ranks.detectors.hold_lidar(net, features)
+    loss = ranks.loss_of(net, {**batch, "points": None})
+    assert loss == before
+    loss.backward()
+    assert net.lidar.weight.grad is None
+    torch.testing.assert_close(held.grad, net.head.weight.expand(2, 4))
+
+
 class Normalised(torch.nn.Module):
     def __init__(self):
         super().__init__()
