@@ -99,8 +99,10 @@ def missing() -> List[str]:
 
 
 is_compiling: Callable[[], bool] = getattr(
-    getattr(torch, "compiler", None), "is_compiling", _no
-)  # since torch 2.3
+    getattr(torch, "compiler", None),  # since torch 2.3
+    "is_compiling",
+    getattr(torch._utils, "is_compiling", _no),  # since torch 2.1
+)
 
 
 def _probed_graph_task() -> int:
@@ -370,6 +372,21 @@ def version(tensor: torch.Tensor) -> Optional[int]:
         return tensor._version
     except RuntimeError:
         return None
+
+
+# A context in which changes in place of a tensor are not counted; None where torch has none.
+same_version: Optional[Callable[[torch.Tensor], ContextManager[Any]]] = getattr(
+    torch.autograd, "_unsafe_preserve_version_counter", None
+)
+
+
+def is_freed(tensor: torch.Tensor) -> bool:
+    """Return True if the memory of a tensor was given back, as FSDP does with parameters."""
+    try:
+        storage = tensor.untyped_storage() if RELEASE >= (2, 0) else tensor.storage()
+        return tensor.numel() > 0 and len(storage) == 0
+    except (NotImplementedError, RuntimeError):  # it has no storage of its own
+        return False
 
 
 if hasattr(torch.Tensor, "is_inference"):

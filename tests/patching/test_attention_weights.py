@@ -333,7 +333,7 @@ def test_a_fully_masked_row_is_zero():
     "reentrant", [pytest.param(False, marks=since(1, 11, "use_reentrant")), True]
 )
 def test_inside_a_checkpoint_of_the_inner_attention(reentrant):
-    """Weights that are ignored do no harm. Used, they have the right gradient, or raise."""
+    """Weights that are ignored do no harm. Used, they have the right gradient."""
 
     def forward(
         self,
@@ -363,11 +363,7 @@ def test_inside_a_checkpoint_of_the_inner_attention(reentrant):
         ours = module(query, key, key)
         torch.testing.assert_close(ours, theirs)
         torch.testing.assert_close(module.kept.detach(), their_weights.detach())
-        if reentrant and module.in_loss:
-            with pytest.raises(RuntimeError, match="have no gradient"):
-                gradients_by_backward(module, ours, [query, key])
-        else:
-            assert_equal(gradients_by_backward(module, ours, [query, key]), their_grads)
+        assert_equal(gradients_by_backward(module, ours, [query, key]), their_grads)
 
 
 def gradients_by_backward(module, out, leaves):

@@ -28,6 +28,7 @@ from ..._torch_internals import (
 )
 from ...bias import AttentionBias
 from ...bias.tensor.core import to_numbers
+from ..lazy_weights import for_checkpoint
 from .replay import Replay, carried, hooked, innermost, mapped, note_uninstall, restored
 
 _watching = False
@@ -129,6 +130,7 @@ def _apply_checkpoint(cls: Any, function: Any, preserve_rng_state: Any, *args: A
     """
     if RELEASE < (1, 11):  # a described bias that torch saves there comes back as NaN
         args = tree_map(to_numbers, args)
+    function = for_checkpoint(function)
     if (
         torch.is_grad_enabled()
         and hooked() is None

@@ -16,8 +16,8 @@ from ... import settings
 from ..._torch_internals import RELEASE, global_backward_hooks, tracing_state
 from ...attention import dispatch
 from ...attention.api import attention_output
+from ...attention.lazy_weights import LazyWeights
 from ...attention.recovery import replay
-from ...attention.weights import LazyWeights
 from ...bias import AttentionBias
 from .. import call_adapter, route, unreachable
 from ..call_adapter import Bias, check_lengths

@@ -1,0 +1,388 @@
+"""The attention weights that torch.nn.MultiheadAttention returns, computed when they are used."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .. import _torch_internals as internals
+from ..bias import AttentionBias
+from .weights import CallArguments
+
+_HALF = (torch.float16, torch.bfloat16)
+_make_wrapper_subclass = internals.wrapper_subclass
+_without_torch_function = internals.no_functions
+_forward_ad = internals.forward_ad
+_is_compiling = internals.is_compiling
+_same_version = internals.same_version
+
+
+class LazyWeights(Tensor):
+    """Attention weights that are computed when something other than their shape is first used.
+
+    Every torch function that receives them works on the computed tensor, `_result`, whose gradients
+    reach q, k and the bias. Code that is not a torch function, such as an autograd.Function, uses
+    the object, which is in the graph itself. `_Connect` puts it there. Where either changes in the
+    graph (a change in place, a hook, another Function), the other follows: `_rebind`, `_Values`.
+    The weights are those before dropout.
+    """
+
+    _call: Optional[CallArguments]
+    _result: Optional[Tensor]
+    _node: Any  # the object's grad_fn which `_result` follows, or which follows it; None: _Connect
+    _follows: bool  # `_result` must follow the object, as it has no graph of its own
+    _output: Optional[_Output]
+
+    @staticmethod
+    def of(
+        q: Tensor, k: Tensor, bias: Optional[AttentionBias], attn_mask: Optional[Tensor],
+        key_padding_mask: Optional[Tensor], average: bool, batched: bool,
+    ) -> LazyWeights:  # fmt: skip
+        """The weights of one call, whose arguments are those of `attention_weights`.
+
+        Args:
+            average: over the heads, (B, M, N); else (B, H, M, N).
+            batched: False leaves B, which is 1, out of the shape.
+        """
+        B, M, H, _ = q.shape
+        N, dtype = k.shape[1], q.dtype
+        if batched:
+            shape: Tuple[int, ...] = (B, M, N) if average else (B, H, M, N)
+        else:
+            shape = (M, N) if average else (H, M, N)
+        if q.is_cuda and dtype in _HALF and torch.is_autocast_enabled():
+            dtype = torch.float32  # what torch's softmax returns under CUDA's autocast
+        grad = torch.is_grad_enabled()
+        call = CallArguments(q, k, bias, attn_mask, key_padding_mask, average, batched, grad, dtype)
+        # A Function without jvp fails in forward-mode differentiation.
+        if grad and internals.current_transform() is None and _forward_ad._current_level < 0:
+            weights: LazyWeights = _connect(call, shape, *call.tensors)
+        else:
+            weights = _make_wrapper_subclass(LazyWeights, shape, dtype=dtype, device=q.device)
+        weights._call, weights._result, weights._node = call, None, None
+        weights._follows, weights._output = False, None
+        return weights
+
+    def computed(self) -> Tensor:
+        """The weights as an ordinary tensor."""
+        if self._output is not None:
+            self._output.used = True
+        if self._result is None:
+            self._compute()
+        assert self._result is not None
+        if torch.is_grad_enabled() and not _is_compiling():
+            node = self._own_node()
+            if (
+                node is not None
+                and node is not self._node
+                and (self._follows or not _is_connect(node))
+            ):
+                self._result, self._node = _Values.apply(self, self._result.data), node
+        return self._result
+
+    def _compute(self) -> None:
+        call = self._call
+        assert call is not None
+        self._call = None
+        # In the grad mode of the call, whatever that of the reader is.
+        if _is_compiling():
+            with torch.inference_mode(False), torch.set_grad_enabled(call.grad):
+                self._result = call.weights(call.tensors)
+            return
+        with_graph = call.grad
+        # Read without gradients, the object's own place in the graph is enough.
+        if with_graph and (self._follows or not torch.is_grad_enabled()):
+            self._follows = self.requires_grad
+            with_graph = not self._follows
+        with torch.inference_mode(False), torch.set_grad_enabled(with_graph), call.saving():
+            self._result = call.weights(call.tensors)
+        if with_graph and self.requires_grad and _same_version is not None:
+            # It leaves the call, which can be freed. For code that saved it nothing has changed.
+            with _without_torch_function(), _same_version(self):
+                self.detach_()
+                self._rebind()
+
+    def _own_node(self) -> Any:
+        with _without_torch_function():
+            return self.grad_fn
+
+    def _rebind(self) -> None:
+        """The object follows `_result` in the graph."""
+        result = self._result
+        assert result is not None
+        with _without_torch_function():
+            if result.requires_grad:
+                with torch.enable_grad():
+                    _Follow.apply(self, result)
+            else:
+                self.detach_()
+        self._node = self._own_node()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _is_compiling() and func not in _METADATA:
+            return func(*_computed(args), **_computed(kwargs))
+        weights = args[0] if args and isinstance(args[0], LazyWeights) else None
+        if func in _METADATA or (weights is not None and weights._answers(func)):
+            with _without_torch_function():
+                return func(*args, **kwargs)
+        if func in _BACKWARD:
+            return _BACKWARD[func](*args, **kwargs)
+        if func in _DETACH:
+            with torch.no_grad():
+                return func(*_computed(args), **_computed(kwargs))
+        if weights is None or not _changes(func):
+            return func(*_computed(args), **_computed(kwargs))
+        result = weights.computed()
+        before = result.requires_grad, result.grad_fn
+        returned = func(*_computed(args), **_computed(kwargs))
+        if func in _HOOKS or before != (result.requires_grad, result.grad_fn):
+            weights._rebind()
+        return returned
+
+    def _answers(self, func: Any) -> bool:
+        """True if the object itself must answer, from its place in the graph."""
+        if func in _HOOKS and (self._result is None or self._follows):
+            with _without_torch_function():
+                self._follows = self.requires_grad
+            return self._follows
+        return func == _GRAD and self._follows
+
+    def _in_graph(self) -> List[Tensor]:
+        """Tensors whose gradients together are that of the weights."""
+        result = self._result
+        if result is None or self._follows or not result.requires_grad:
+            return [self]
+        return [self, result] if self.requires_grad and self._node is None else [result]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # C++ code, for which no torch function is called. Its graph is that of the object.
+        return func(*_computed(args, detach=True), **_computed(kwargs or {}, detach=True))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+_NAMES = ("shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad", "_base")
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in _NAMES),
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.__len__,
+    Tensor.is_floating_point,
+    torch.is_floating_point,
+}
+_GRAD: Any = Tensor.grad.__get__  # type: ignore[union-attr]
+_HOOKS = {Tensor.register_hook, Tensor.retain_grad}
+_DETACH = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+
+
+def _roots(value: Any) -> Any:
+    """`value`, where a backward pass begins, with a tensor of the same place in the graph for every
+    LazyWeights."""
+    if isinstance(value, LazyWeights):
+        with torch.enable_grad():
+            return _Root.apply(value) if value.requires_grad else value.computed()
+    return type(value)(map(_roots, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+    torch.autograd.backward(_roots(tensors), *_computed(args), **_computed(kwargs))
+
+
+def _backward_of(weights: Any, *args: Any, **kwargs: Any) -> None:
+    _roots(weights).backward(*_computed(args), **_computed(kwargs))
+
+
+def _grad(
+    outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwargs: Any
+) -> Tuple[Optional[Tensor], ...]:
+    """torch.autograd.grad, for inputs whose gradient may be at two places of the graph."""
+    outputs, grad_outputs = _roots(outputs), _computed(grad_outputs)
+    given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    if not any(isinstance(each, LazyWeights) for each in given):
+        return torch.autograd.grad(outputs, given, grad_outputs, *args, **kwargs)
+    places = [each._in_graph() if isinstance(each, LazyWeights) else [each] for each in given]
+    names = ("retain_graph", "create_graph", "only_inputs", "allow_unused")
+    kwargs.update(zip(names, args))
+    unused_allowed = kwargs.pop("allow_unused", None) or kwargs.get("materialize_grads", False)
+    flat = [tensor for place in places for tensor in place]
+    with _without_torch_function():
+        found = iter(torch.autograd.grad(outputs, flat, grad_outputs, allow_unused=True, **kwargs))
+    gradients: List[Optional[Tensor]] = []
+    for place in places:
+        parts = [part for part in (next(found) for _ in place) if part is not None]
+        if not parts and not unused_allowed:
+            raise RuntimeError(
+                "One of the differentiated Tensors appears to not have been used in the graph. "
+                "Set allow_unused=True if this is the desired behavior."
+            )
+        gradients.append(sum(parts[1:], parts[0]) if parts else None)
+    return tuple(gradients)
+
+
+_BACKWARD: Dict[Any, Callable[..., Any]] = {
+    torch.autograd.grad: _grad,
+    torch.autograd.backward: _backward,
+    Tensor.backward: _backward_of,
+}
+
+
+def _changes(func: Any) -> bool:
+    """True for functions that change a tensor, or its place in the graph."""
+    name: str = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return (
+            name in ("__set__", "__setitem__") or name.startswith("__i") and name not in _NO_CHANGE
+        )
+    return name.endswith("_") or func in _HOOKS
+
+
+_NO_CHANGE = ("__invert__", "__index__", "__int__", "__iter__")
+
+
+def _computed(value: Any, detach: bool = False) -> Any:
+    """`value` with every LazyWeights in it, or in its lists, tuples and dicts, computed.
+
+    detach: without the graph of those that are in one themselves.
+    """
+    if isinstance(value, LazyWeights):
+        computed = value.computed()
+        with _without_torch_function():
+            return computed.detach() if detach and value.requires_grad else computed
+    if type(value) in (list, tuple):
+        return type(value)([_computed(item, detach) for item in value])
+    if type(value) is dict:
+        return {key: _computed(item, detach) for key, item in value.items()}
+    return value
+
+
+class _Connect(internals.Function):
+    """Weights in the graph of q, k, the masks and the bias, for gradients of the object itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: CallArguments, shape: Tuple[int, ...], *tensors: Tensor
+    ) -> LazyWeights:
+        ctx.call = call
+        ctx.materialize_grads = False
+        weights: LazyWeights = _make_wrapper_subclass(
+            LazyWeights, shape, dtype=call.dtype, device=tensors[0].device
+        )
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, grad: Optional[Tensor]) -> Any:
+        call, needed = ctx.call, ctx.needs_input_grad[2:]
+        if grad is None:
+            return (None,) * (2 + len(needed))
+        create_graph = torch.is_grad_enabled()
+        # Not the call's own, whose hooks would see these gradients too.
+        tensors = [t.view_as(t) if create_graph else t.detach() for t in call.tensors]
+        if not create_graph:
+            for tensor, need in zip(tensors, needed):
+                tensor.requires_grad_(need)
+        with torch.enable_grad():
+            gradients = iter(
+                torch.autograd.grad(
+                    call.weights(tensors),
+                    [t for t, need in zip(tensors, needed) if need],
+                    grad,
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+            )
+        return (None, None, *(next(gradients) if need else None for need in needed))
+
+
+_connect = internals.apply_of(_Connect)
+
+
+def _is_connect(node: Any) -> bool:
+    return getattr(node, "_forward_cls", None) is _Connect
+
+
+class _Values(internals.Function):
+    """The computed tensor follows the object in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: LazyWeights, values: Tensor) -> Tensor:
+        ctx.mark_dirty(values)  # not a view, which could not be changed in place
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+class _Follow(internals.Function):
+    """The object follows the computed tensor in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: LazyWeights, result: Tensor) -> LazyWeights:
+        ctx.mark_dirty(weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, grad
+
+
+class _Root(internals.Function):
+    """A tensor of zeros in the place that the object has in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: LazyWeights) -> Tensor:
+        zero = torch.zeros((), dtype=weights.dtype, device=weights.device)
+        return zero.expand(weights.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad
+
+
+class _Output:
+    """Weights among the outputs of a reentrant checkpoint: whether anybody used them."""
+
+    used = False
+
+
+def for_checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a reentrant checkpoint: a recomputation returns None for attention weights
+    that nobody used.
+
+    The checkpoint would differentiate them all, with gradients of zeros.
+    """
+    outputs: List[_Output] = []
+
+    def noted(value: Any) -> Any:
+        if isinstance(value, LazyWeights):
+            value._output = value._output or _Output()
+            outputs.append(value._output)
+        return value
+
+    def used(found: Iterator[_Output], value: Any) -> Any:
+        if not isinstance(value, LazyWeights):
+            return value
+        if not next(found).used:
+            return None
+        if value._output is not None:  # of a checkpoint inside this one
+            value._output.used = True
+        return value
+
+    def run(*args: Any) -> Any:
+        result = function(*args)
+        each = partial(used, iter(outputs)) if torch.is_grad_enabled() else noted
+        return tuple(map(each, result)) if type(result) is tuple else each(result)
+
+    return run

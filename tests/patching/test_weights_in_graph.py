@@ -1,0 +1,289 @@
+"""Attention weights as a tensor in the graph: changed in place, hooked, differentiated twice, or
+returned by a checkpoint, and then given to code that torch functions do not show."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.patching.test_attention_weights import gradients_by_backward, keeping, kept
+from tests.patching.test_inner_attention import M, N, outer, sequences
+from tests.patching.test_weights_elsewhere import WAYS, Reversed, Squared
+from tests.support.capabilities import REENTRANT, needs_compile, since
+
+from .test_parity import assert_equal
+
+# Before, C++ code cannot ask for the values of a tensor that has none yet.
+pytestmark = since(1, 11, "__torch_dispatch__")
+
+
+@pytest.fixture(autouse=True)
+def _installed(installed):
+    pass
+
+
+def compared(use, forward=None, leaves=()):
+    """What `use` makes of the weights, and all gradients: patched as unpatched.
+
+    use: the weights and the module's output -> a tensor.
+    """
+    cls, original = outer(forward or keeping(kept))
+    torch.manual_seed(0)
+    module, (query, key) = cls(), sequences()
+
+    def run(call):
+        out = call(query, key, key)
+        used = use(module.kept, out)
+        weight = torch.linspace(-1, 1, used.numel()).view(used.shape)
+        total = (used * weight).sum() + out.square().mean()
+        found = [used.detach().clone(), *gradients_by_backward(module, total, [query, key])]
+        return [None if each is None else each.clone() for each in found]
+
+    theirs = run(lambda *args: original(module, *args))
+    ours = run(module)
+    assert_equal(ours, theirs)
+
+
+def changed(change, use):
+    def way(w, out):
+        change(w)
+        return use(w)
+
+    return way
+
+
+def assigned(w):
+    w[..., 1:3] = 0.25
+
+
+def without_graph(w):
+    with torch.no_grad():
+        w.sum()
+
+
+def scripted_in_place(w):
+    torch.jit.script(_doubled)(w)
+
+
+def _doubled(w):
+    return w.mul_(2)
+
+
+CHANGES = {
+    "mul_": lambda w: w.mul_(3),
+    "clamp_": lambda w: w.clamp_(max=0.2),
+    "setitem": assigned,
+    "detach_": lambda w: w.detach_(),
+    "hook": lambda w: w.register_hook(lambda grad: 3 * grad),
+    "read": lambda w: w.sum(),
+    "read without graph": without_graph,
+    "logged": lambda w: w.detach().numpy(),
+    "logged, then changed": lambda w: (w.detach().numpy(), w.mul_(3)),
+    "scripted": scripted_in_place,
+    "two hooks": lambda w: (
+        w.register_hook(lambda grad: 3 * grad),
+        w.sum(),
+        w.register_hook(lambda grad: grad - 1),
+    ),
+}
+USES = {
+    "torch": torch.square,
+    "reversal": Reversed.apply,
+    "function": Squared.apply,
+    "reentrant checkpoint": lambda w: checkpoint(torch.square, w, **REENTRANT),
+    "both": lambda w: Squared.apply(w) + w.exp(),
+    "both, torch first": lambda w: w.exp() + Squared.apply(w),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script.*:DeprecationWarning", "ignore:None of the inputs"
+)
+@pytest.mark.parametrize("use", list(USES))
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_what_is_done_to_them_first_counts(change, use):
+    compared(changed(CHANGES[change], USES[use]))
+
+
+def returning(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None,
+              attn_mask=None, key_padding_mask=None, **kwargs):  # fmt: skip
+    out, self.kept = checkpoint(self.attn, query, key, value, **REENTRANT)
+    return query + out
+
+
+def _attention(self, query, key, value):
+    return self.attn(query, key, value)
+
+
+def nested(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None,
+           attn_mask=None, key_padding_mask=None, **kwargs):  # fmt: skip
+    def inner(query, key, value):
+        return checkpoint(self.attn, query, key, value, **REENTRANT)
+
+    out, self.kept = checkpoint(inner, query, key, value, **REENTRANT)
+    return query + out
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script.*:DeprecationWarning", "ignore:None of the inputs"
+)
+@pytest.mark.parametrize("forward", [returning, nested])
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=since(1, 11, "use_reentrant")) if way == "checkpoint" else way
+        for way in WAYS
+    ],
+)
+def test_those_that_a_reentrant_checkpoint_returns(way, forward):
+    compared(lambda w, out: WAYS[way](w), forward)
+
+
+@pytest.mark.parametrize("change", ["mul_", "hook", "read without graph"])
+def test_those_of_a_reentrant_checkpoint_changed(change):
+    compared(changed(CHANGES[change], USES["both"]), returning)
+
+
+def test_a_second_backward_pass_through_a_reentrant_checkpoint():
+    cls, original = outer(returning)
+    module, (query, key) = cls(), sequences()
+
+    def run(call):
+        out = call(query, key, key)
+        total = Squared.apply(module.kept).sum() + out.square().mean()
+        query.grad = None
+        total.backward(retain_graph=True)
+        total.backward()
+        return [query.grad.clone()]
+
+    theirs = run(lambda *args: original(module, *args))
+    assert_equal(run(module), theirs)
+
+
+@pytest.mark.parametrize("reentrant", [pytest.param(False, marks=since(1, 11, "reentrant")), True])
+def test_requires_grad_is_known_in_a_recomputation(reentrant):
+    options = REENTRANT if reentrant else {"use_reentrant": False}
+
+    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None,
+                attn_mask=None, key_padding_mask=None, **kwargs):  # fmt: skip
+        def attention(query, key, value):
+            out, weights = self.attn(query, key, value)
+            if weights.requires_grad or not torch.is_grad_enabled():
+                out = out + Squared.apply(weights).sum()
+            return out
+
+        self.kept = query
+        return query + checkpoint(attention, query, key, value, **options)
+
+    compared(lambda w, out: out, forward)
+
+
+@pytest.mark.parametrize("use", ["torch", "function", "reversal", "both", "both, torch first"])
+def test_gradients_of_the_weights_themselves(use):
+    """GradCAM and its relatives: retain_grad, torch.autograd.grad, backward from the weights."""
+    cls, original = outer(keeping(kept))
+    module, (query, key) = cls(), sequences()
+
+    def run(call):
+        found = []
+        call(query, key, key)
+        module.kept.retain_grad()
+        USES[use](module.kept).square().sum().backward()
+        found.append(module.kept.grad)
+        call(query, key, key)
+        found += torch.autograd.grad(USES[use](module.kept).square().sum(), module.kept)
+        call(query, key, key)
+        found += torch.autograd.grad(module.kept, query, torch.ones(3, M, N))
+        call(query, key, key)
+        query.grad = None
+        module.kept.backward(torch.linspace(-1, 1, 3 * M * N).view(3, M, N))
+        found.append(query.grad)
+        query.grad = None
+        out = call(query, key, key)
+        torch.autograd.backward([out, module.kept], [torch.ones_like(out), torch.ones(3, M, N)])
+        found.append(query.grad)
+        call(query, key, key)
+        found += torch.autograd.grad(query.sum(), [module.kept, query], allow_unused=True)
+        with pytest.raises(RuntimeError, match="not have been used in the graph"):
+            torch.autograd.grad(query.sum(), module.kept)
+        return [None if each is None else each.clone() for each in found]
+
+    theirs = run(lambda *args: original(module, *args))
+    assert_equal(run(module), theirs)
+
+
+@pytest.mark.parametrize("use", ["reversal", "torch"])
+def test_a_gradient_penalty(use):
+    """Gradients of gradients: the reversal is linear, its second derivative is in the weights."""
+    cls, original = outer(keeping(kept))
+    module, (query, key) = cls(), sequences()
+
+    def run(call):
+        call(query, key, key)
+        loss = (USES[use](module.kept) * torch.linspace(-1, 1, N)).sum()
+        (gradient,) = torch.autograd.grad(loss, query, create_graph=True)
+        return gradients_by_backward(module, gradient.square().sum() * 100, [query, key])
+
+    theirs = run(lambda *args: original(module, *args))
+    assert_equal(run(module), theirs)
+
+
+@since(2, 0, "a forward mode for attention")
+def test_forward_mode():
+    from torch.autograd import forward_ad
+
+    cls, original = outer(keeping(lambda self, out, weights: out))
+    module, (query, key) = cls(), sequences()
+
+    def run(call):
+        with forward_ad.dual_level():
+            return [forward_ad.unpack_dual(call(forward_ad.make_dual(query, query * 2), key, key))]
+
+    theirs = run(lambda *args: original(module, *args))
+    assert_equal(run(module)[0], theirs[0])
+
+
+@needs_compile
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_in_a_compiled_function(backend):
+    torch._dynamo.reset()
+
+    def use(w):
+        return (w * w).mean(0) + w[..., :2].sum()
+
+    compiled = torch.compile(use, backend=backend)
+    compared(lambda w, out: compiled(w))
+
+
+def test_kept_weights_keep_nothing_else():
+    """After the backward pass, weights that a module keeps do not hold what attention was given."""
+    cls, _ = outer(keeping(kept))
+    for use in (torch.square, lambda w: w.detach().sum()):
+        module, (query, key) = cls(), sequences()
+        query = query * 1
+        reference = weakref.ref(query)
+        out = module(query, key, key)
+        (out.sum() + use(module.kept).sum()).backward()
+        del out, query
+        gc.collect()
+        assert module.kept.shape and (use is not torch.square or reference() is None)
+
+
+@since(2, 0, "resize_ of a storage")
+def test_memory_that_was_freed_is_an_error():
+    """FSDP frees parameters after a module's forward."""
+    cls, _ = outer(keeping(kept))
+    module, (query, key) = cls(), sequences()
+    bias = torch.randn(M, N).requires_grad_()
+    out = module(query, key, key, attention_bias=bias)
+    size = bias.untyped_storage().size()
+    bias.untyped_storage().resize_(0)
+    assert module.kept.requires_grad and module.kept._base is None  # as FSDP asks of outputs
+    with pytest.raises(RuntimeError, match="memory of attention_bias was freed"):
+        module.kept.sum()
+    bias.untyped_storage().resize_(size)
+    out.sum().backward()
