@@ -73,27 +73,32 @@ def gradients(builder: Builder, processes: Processes, each: int) -> Dict[str, An
     total = each * processes.world
     features: List[Tensor] = []  # of the lidar branch, the same for all: its order changes
 
-    def alone(first: int, count: int, wrap: bool) -> Any:
+    def build() -> Any:
         detector = builder.build(each, 0.0)
         without_noise(detector.net.pts_bbox_head)
-        samples = Samples(detector, total, processes.device)
-        freeze_statistics(detector.net, samples.take(0, 1))
-        if detector.voxels and not features:
-            features.extend(lidar_features(detector.net, samples.take(0, total)))
-            for feature in features:
-                dist.broadcast(feature, 0)
-        held: List[Tensor] = []
+        return detector, Samples(detector, total, processes.device)
+
+    def alone(first: int, count: int, wrap: bool) -> Any:
+        detector, samples = build()
         if features:
-            held = hold_lidar(detector.net, [f[first : first + count] for f in features])
+            hold_lidar(detector.net, [f[:1] for f in features])
+        freeze_statistics(detector.net, samples.take(0, 1))
+        if features:
+            hold_lidar(detector.net, [f[first : first + count] for f in features])
         freeze_unused(detector.net, samples.take(first, count))
-        for feature in held:
-            feature.grad = None
         net = processes.ddp(detector.net) if wrap else detector.net
         torch.manual_seed(3)
         loss = loss_of(net, samples.take(first, count))
         loss.backward()
         return gradient(detector.net), float(loss)
 
+    detector, samples = build()
+    if detector.voxels:
+        freeze_statistics(detector.net, samples.take(0, 1))
+        features.extend(lidar_features(detector.net, samples.take(0, total)))
+        for feature in features:
+            dist.broadcast(feature, 0)
+    del detector, samples
     result: Dict[str, Any] = {"samples_a_process": each}
     with single_process():
         truth, loss = alone(0, total, False)
