@@ -31,8 +31,9 @@ SMALL = ("streampetr_h200", "petr_h200")
 CAMERA_LATENCY = ("camera_latency_1600_h200", "camera_latency_800_h200", "small_latency_h200")
 SIX_LATENCY = (
     *("fusion0100_latency_b6_again_h200", "fusion0075_latency_b6_h200"),
-    *("fusion0075_latency_amp_b6_h200", "camera_latency_1600_b6_h200"),
-    *("camera_latency_1600_amp_b6_h200", "camera_latency_800_b6_h200"),
+    *("fusion0100_latency_amp_b6_h200", "fusion0075_latency_amp_b6_h200"),
+    *("camera_latency_1600_b6_h200", "camera_latency_1600_amp_b6_h200"),
+    "camera_latency_800_b6_h200",
     *("small_latency_b6_h200", "streampetr_latency_b6_h200"),
 )
 BATCH = ("fusion_batch_h200", "real_batch_h200")

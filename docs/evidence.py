@@ -6,6 +6,12 @@ from typing import Any, Callable, Dict, List
 
 from measured import table
 
+HELD = (
+    "Sparse convolutions and their voxels have another order in each run on a GPU, and that "
+    "rounding hides what attention does. Here the lidar branch's output was computed once and "
+    "given to every run (`--hold-lidar`); its gradient is compared as that of the lidar branch, "
+    "which is not trained."
+)
 PARTS = ("all", "decoder", "head", "image branch", "lidar branch")
 
 
@@ -38,9 +44,11 @@ def parity(result: Dict[str, Any]) -> List[str]:
                 len(losses),
             ]
         )
+    held = result.get("lidar_held", False)
     return [
-        f"### Parity over {result['steps']} steps",
+        f"### Parity over {result['steps']} steps{', lidar held' if held else ''}",
         "",
+        *([HELD, ""] if held else []),
         f"{detector(result)}, without dropout, from the same weights on the "
         "same frame; relative distance from the first unpatched run, of the first step's gradients "
         "(L2), and of the losses over all steps. `unpatched again`: the same once more, which is "
