@@ -374,7 +374,8 @@ def for_checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     def used(found: Iterator[_Output], value: Any) -> Any:
         if not isinstance(value, LazyWeights):
             return value
-        if not next(found).used:
+        output = next(found, None)
+        if output is not None and not output.used:
             return None
         if value._output is not None:  # of a checkpoint inside this one
             value._output.used = True

@@ -143,6 +143,39 @@ def test_those_that_a_reentrant_checkpoint_returns(way, forward):
     compared(lambda w, out: WAYS[way](w), forward)
 
 
+@pytest.mark.parametrize("use", ["torch", "function"])
+def test_those_of_a_checkpoint_with_a_learned_bias(use):
+    """It is made non-reentrant."""
+    cls, original = outer(
+        lambda self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None,
+        attn_mask=None, key_padding_mask=None, **kwargs: self.checkpointed(query, key, value)
+    )  # fmt: skip
+    cls.checkpointed = checkpointed
+    module, (query, key) = cls(), sequences()
+    bias = torch.randn(M, N).requires_grad_()
+
+    def run(call):
+        bias.grad = None
+        out = call(query, key, key)
+        total = USES[use](module.kept).square().sum() + out.square().mean()
+        found = gradients_by_backward(module, total, [query, key])
+        return [None if each is None else each.clone() for each in [*found, bias.grad]]
+
+    module.mask = bias
+    theirs = run(lambda *args: original(module, *args))
+    module.mask = None
+    assert_equal(run(lambda *args: module(*args, attention_bias=bias)), theirs)
+
+
+def checkpointed(self, query, key, value):
+    def attention(query, key, value):
+        return self.attn(query, key, value, attn_mask=self.mask)
+
+    options = REENTRANT if self.mask is None else {"use_reentrant": False}
+    out, self.kept = checkpoint(attention, query, key, value, **options)
+    return query + out
+
+
 @pytest.mark.parametrize("change", ["mul_", "hook", "read without graph"])
 def test_those_of_a_reentrant_checkpoint_changed(change):
     compared(changed(CHANGES[change], USES["both"]), returning)

@@ -130,17 +130,18 @@ def _apply_checkpoint(cls: Any, function: Any, preserve_rng_state: Any, *args: A
     """
     if RELEASE < (1, 11):  # a described bias that torch saves there comes back as NaN
         args = tree_map(to_numbers, args)
-    function = for_checkpoint(function)
     if (
         torch.is_grad_enabled()
         and hooked() is None
         and any(tensor.requires_grad for tensor in _tensors_in_force())
     ):
         if RELEASE < (1, 11):
+            function = for_checkpoint(function)
             return _with_learned_arguments(cls, function, preserve_rng_state, args)
         return _checkpoint(
             function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
         )
+    function = for_checkpoint(function)
     return super(_CheckpointFunction, cls).apply(function, preserve_rng_state, *args)
 
 
