@@ -7,6 +7,7 @@ features that this torch lacks, for `flashbias doctor` and the log.
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from typing import (
     TYPE_CHECKING,
@@ -101,7 +102,7 @@ def missing() -> List[str]:
 is_compiling: Callable[[], bool] = getattr(
     getattr(torch, "compiler", None),  # since torch 2.3
     "is_compiling",
-    getattr(torch._utils, "is_compiling", _no),  # since torch 2.1
+    _no,
 )
 
 
@@ -225,6 +226,20 @@ def transformed() -> bool:
     """Return True if a transform of torch.func or a level of forward-mode differentiation is
     active."""
     return current_transform() is not None or forward_ad._current_level >= 0
+
+
+@contextlib.contextmanager
+def outside_transforms() -> Iterator[None]:
+    """A context without the transforms of torch.func in force, where torch can leave them."""
+    leave = getattr(_pyfunctorch(), "temporarily_pop_interpreter_stack", None)
+    with contextlib.ExitStack() as stack:
+        while leave is not None and current_transform() is not None:
+            stack.enter_context(leave())
+        yield
+
+
+def _pyfunctorch() -> Any:
+    return sys.modules.get("torch._functorch.pyfunctorch")
 
 
 def modes() -> List[Any]:

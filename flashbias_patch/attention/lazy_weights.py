@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -10,14 +12,14 @@ from torch import Tensor
 
 from .. import _torch_internals as internals
 from ..bias import AttentionBias
+from .recovery import replay
 from .weights import CallArguments
 
 _HALF = (torch.float16, torch.bfloat16)
 _make_wrapper_subclass = internals.wrapper_subclass
 _without_torch_function = internals.no_functions
 _forward_ad = internals.forward_ad
-_is_compiling = internals.is_compiling
-_same_version = internals.same_version
+_same_version = internals.same_version or (lambda _: contextlib.nullcontext())
 
 
 class LazyWeights(Tensor):
@@ -33,6 +35,7 @@ class LazyWeights(Tensor):
     _call: Optional[CallArguments]
     _result: Optional[Tensor]
     _node: Any  # the object's grad_fn which `_result` follows, or which follows it; None: _Connect
+    _seen: Any  # the grad_fn of `_result` then: a view of it can change it
     _follows: bool  # `_result` must follow the object, as it has no graph of its own
     _output: Optional[_Output]
 
@@ -62,46 +65,69 @@ class LazyWeights(Tensor):
             weights: LazyWeights = _connect(call, shape, *call.tensors)
         else:
             weights = _make_wrapper_subclass(LazyWeights, shape, dtype=dtype, device=q.device)
-        weights._call, weights._result, weights._node = call, None, None
+        weights._call, weights._result, weights._node, weights._seen = call, None, None, None
         weights._follows, weights._output = False, None
         return weights
 
     def computed(self) -> Tensor:
         """The weights as an ordinary tensor."""
+        # Made outside a transform and read inside, what is kept must not be of the transform.
+        if internals.current_transform() is not None and self.requires_grad:
+            with internals.outside_transforms():
+                return self._in_step()
+        return self._in_step()
+
+    def _in_step(self) -> Tensor:
+        """`_result`, in step with the object."""
         if self._output is not None:
             self._output.used = True
         if self._result is None:
             self._compute()
-        assert self._result is not None
-        if torch.is_grad_enabled() and not _is_compiling():
+        result = self._result
+        assert result is not None
+        if self._changed():
+            if torch.is_grad_enabled():
+                self._rebind()
+            elif replay.inside_function():
+                raise RuntimeError(
+                    "attention weights were changed through a view, and then given to an "
+                    "autograd.Function (or a reentrant checkpoint): their gradient would be that "
+                    "of the weights before the change; give it weights.clone()"
+                )
+        elif torch.is_grad_enabled():
             node = self._own_node()
             if (
                 node is not None
                 and node is not self._node
                 and (self._follows or not _is_connect(node))
             ):
-                self._result, self._node = _Values.apply(self, self._result.data), node
-        return self._result
+                self._result = result = _Values.apply(self, result.data)
+                self._node, self._seen = node, result.grad_fn
+        return result
+
+    def _changed(self) -> bool:
+        """True if a view of `_result` was changed with a graph."""
+        result = self._result
+        return result is not None and result.grad_fn is not self._seen
 
     def _compute(self) -> None:
         call = self._call
-        assert call is not None
-        self._call = None
-        # In the grad mode of the call, whatever that of the reader is.
-        if _is_compiling():
-            with torch.inference_mode(False), torch.set_grad_enabled(call.grad):
-                self._result = call.weights(call.tensors)
+        if call is None:  # another thread was first
             return
-        with_graph = call.grad
-        # Read without gradients, the object's own place in the graph is enough.
-        if with_graph and (self._follows or not torch.is_grad_enabled()):
-            self._follows = self.requires_grad
-            with_graph = not self._follows
+        # With a graph if the call's was made with one, whatever the reader's mode is; read without
+        # gradients, the object's own place in the graph is enough.
+        with_graph = call.grad and torch.is_grad_enabled() and not self._follows
+        connected = self.requires_grad
+        if call.grad and not connected:  # in a transform
+            with_graph = True
         with torch.inference_mode(False), torch.set_grad_enabled(with_graph), call.saving():
-            self._result = call.weights(call.tensors)
-        if with_graph and self.requires_grad and _same_version is not None:
+            result = call.weights(call.tensors)
+        self._follows = connected and not with_graph
+        self._result, self._seen = result, result.grad_fn
+        self._call = None
+        if connected and with_graph and internals.same_version is not None:
             # It leaves the call, which can be freed. For code that saved it nothing has changed.
-            with _without_torch_function(), _same_version(self):
+            with _without_torch_function(), internals.same_version(self):
                 self.detach_()
                 self._rebind()
 
@@ -113,38 +139,20 @@ class LazyWeights(Tensor):
         """The object follows `_result` in the graph."""
         result = self._result
         assert result is not None
-        with _without_torch_function():
+        with _without_torch_function(), torch.enable_grad():
+            if self.retains_grad and result.requires_grad:
+                result.retain_grad()
             if result.requires_grad:
-                with torch.enable_grad():
-                    _Follow.apply(self, result)
+                _Follow.apply(self, result)
             else:
                 self.detach_()
-        self._node = self._own_node()
+        self._node, self._seen, self._follows = self._own_node(), result.grad_fn, False
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if _is_compiling() and func not in _METADATA:
-            return func(*_computed(args), **_computed(kwargs))
-        weights = args[0] if args and isinstance(args[0], LazyWeights) else None
-        if func in _METADATA or (weights is not None and weights._answers(func)):
-            with _without_torch_function():
-                return func(*args, **kwargs)
-        if func in _BACKWARD:
-            return _BACKWARD[func](*args, **kwargs)
-        if func in _DETACH:
-            with torch.no_grad():
-                return func(*_computed(args), **_computed(kwargs))
-        if weights is None or not _changes(func):
-            return func(*_computed(args), **_computed(kwargs))
-        result = weights.computed()
-        before = result.requires_grad, result.grad_fn
-        returned = func(*_computed(args), **_computed(kwargs))
-        if func in _HOOKS or before != (result.requires_grad, result.grad_fn):
-            weights._rebind()
-        return returned
+        return _run(func, args, kwargs or {})
 
     def _answers(self, func: Any) -> bool:
         """True if the object itself must answer, from its place in the graph."""
@@ -152,7 +160,7 @@ class LazyWeights(Tensor):
             with _without_torch_function():
                 self._follows = self.requires_grad
             return self._follows
-        return func == _GRAD and self._follows
+        return func in _GRAD and self._follows
 
     def _in_graph(self) -> List[Tensor]:
         """Tensors whose gradients together are that of the weights."""
@@ -182,7 +190,7 @@ _METADATA = {
     Tensor.is_floating_point,
     torch.is_floating_point,
 }
-_GRAD: Any = Tensor.grad.__get__  # type: ignore[union-attr]
+_GRAD = {getattr(Tensor.grad, name) for name in ("__get__", "__set__", "__delete__")}
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 _DETACH = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 
@@ -191,6 +199,8 @@ def _roots(value: Any) -> Any:
     """`value`, where a backward pass begins, with a tensor of the same place in the graph for every
     LazyWeights."""
     if isinstance(value, LazyWeights):
+        if value._output is not None:
+            value._output.used = True
         with torch.enable_grad():
             return _Root.apply(value) if value.requires_grad else value.computed()
     return type(value)(map(_roots, value)) if isinstance(value, (list, tuple)) else value
@@ -238,6 +248,45 @@ _BACKWARD: Dict[Any, Callable[..., Any]] = {
 }
 
 
+def _run_directly(func: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    """Call a torch function one of whose arguments is a LazyWeights."""
+    weights = args[0] if args and isinstance(args[0], LazyWeights) else None
+    if func in _METADATA or (weights is not None and weights._answers(func)):
+        with _without_torch_function():
+            return func(*args, **kwargs)
+    if func in _BACKWARD:
+        return _BACKWARD[func](*args, **kwargs)
+    if func in _DETACH:
+        with torch.no_grad():
+            return func(*_computed(args), **_computed(kwargs))
+    if weights is None or not _changes(func):
+        returned = func(*_computed(args), **_computed(kwargs))
+        # As torch's own methods that have nothing to do: float(), contiguous().
+        return returned if weights is None or returned is not weights._result else weights
+    result = weights.computed()
+    before = result.requires_grad, result.grad_fn
+    returned = func(*_computed(args), **_computed(kwargs))
+    if func in _HOOKS:
+        with _without_torch_function(), _same_version(weights):
+            weights._rebind()
+    elif before != (result.requires_grad, result.grad_fn):
+        weights._rebind()
+    return weights if returned is result else returned
+
+
+_run = _run_directly
+
+
+def shield_from_dynamo(dynamo: Any) -> None:
+    """Make torch.compile break its graph where weights are used, and compile nothing inside."""
+    global _run
+    _run = internals.outside_of_dynamo(dynamo, _run_directly)
+
+
+if "torch._dynamo" in sys.modules:
+    shield_from_dynamo(sys.modules["torch._dynamo"])
+
+
 def _changes(func: Any) -> bool:
     """True for functions that change a tensor, or its place in the graph."""
     name: str = getattr(func, "__name__", "")
@@ -257,9 +306,11 @@ def _computed(value: Any, detach: bool = False) -> Any:
     detach: without the graph of those that are in one themselves.
     """
     if isinstance(value, LazyWeights):
-        computed = value.computed()
-        with _without_torch_function():
-            return computed.detach() if detach and value.requires_grad else computed
+        if not detach:
+            return value.computed()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not value.requires_grad):
+            computed = value.computed()
+        return computed.detach() if value.requires_grad else computed
     if type(value) in (list, tuple):
         return type(value)([_computed(item, detach) for item in value])
     if type(value) is dict:

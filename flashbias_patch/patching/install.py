@@ -333,6 +333,9 @@ def _shield_from_dynamo(dynamo: Any) -> None:
     from .._torch_internals import outside_of_dynamo
 
     _call = outside_of_dynamo(dynamo, _call_directly)
+    weights = sys.modules.get("flashbias_patch.attention.lazy_weights")
+    if weights is not None:
+        weights.shield_from_dynamo(dynamo)
 
 
 def patched() -> List[Dict[str, str]]:

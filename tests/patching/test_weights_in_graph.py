@@ -4,7 +4,9 @@ returned by a checkpoint, and then given to code that torch functions do not sho
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.patching.test_attention_weights import gradients_by_backward, keeping, kept
 from tests.patching.test_inner_attention import M, N, outer, sequences
 from tests.patching.test_weights_elsewhere import WAYS, Reversed, Squared
-from tests.support.capabilities import REENTRANT, needs_compile, since
+from tests.support.capabilities import REENTRANT, needs_compile, needs_transforms, since
 
 from .test_parity import assert_equal
 
@@ -90,6 +92,16 @@ CHANGES = {
         w.register_hook(lambda grad: grad - 1),
     ),
 }
+CHANGES["read, changed, hooked"] = lambda w: (
+    without_graph(w),
+    w.mul_(2),
+    w.register_hook(lambda grad: 3 * grad),
+)
+CHANGES["given away, then hooked"] = lambda w: (
+    Reversed.apply(w),
+    w.register_hook(lambda grad: 3 * grad),
+)
+CHANGES["changed by way of float()"] = lambda w: w.float().mul_(2)
 USES = {
     "torch": torch.square,
     "reversal": Reversed.apply,
@@ -281,15 +293,110 @@ def test_forward_mode():
 
 
 @needs_compile
+@pytest.mark.parametrize("change", [None, "logged", "hook", "given away, then hooked", "mul_"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_in_a_compiled_function(backend):
+def test_in_a_compiled_function(backend, change):
     torch._dynamo.reset()
 
     def use(w):
         return (w * w).mean(0) + w[..., :2].sum()
 
     compiled = torch.compile(use, backend=backend)
-    compared(lambda w, out: compiled(w))
+    compared(changed(CHANGES[change] if change else (lambda w: None), compiled))
+    compared(lambda w, out: compiled(w) + Squared.apply(w).sum())
+
+
+@pytest.mark.parametrize("change", [lambda w: w[0].mul_(2), lambda w: w[..., 0].zero_()])
+def test_a_change_through_a_view_counts_or_is_an_error(change):
+    """What a Function is given is known before its forward runs, and then it is too late."""
+    compared(changed(change, torch.square))
+    compared(changed(change, lambda w: Squared.apply(w.clone())))
+    cls, _ = outer(keeping(kept))
+    for use in ("function", "reversal", "reentrant checkpoint"):
+        module, (query, key) = cls(), sequences()
+        module(query, key, key)
+        change(module.kept)
+        with pytest.raises(RuntimeError, match=r"changed through a view, .* give it weights.clone"):
+            USES[use](module.kept)
+
+
+@needs_transforms
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("change", [None, "logged", "read"])
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_inside_a_transform(transform, change):
+    def use(w):
+        x = torch.linspace(-1, 1, w.numel()).view(w.shape)
+        if transform == "vmap":
+            return torch.func.vmap(lambda row: row * w[0])(x)
+        if transform == "grad":
+            return w.square() + torch.func.grad(lambda x: (x * w).square().sum())(x)
+        return torch.func.jvp(lambda y: y.square() * w, (x,), (x,))[1]
+
+    compared(changed(CHANGES[change] if change else (lambda w: None), use))
+
+
+def test_the_gradient_that_was_kept_can_be_taken_back():
+    cls, original = outer(keeping(kept))
+    module, (query, key) = cls(), sequences()
+
+    def run(call):
+        call(query, key, key)
+        w = module.kept
+        w.retain_grad()
+        Squared.apply(w).sum().backward(retain_graph=True)
+        w.grad = None
+        w.square().sum().backward()
+        return [w.grad.clone()]
+
+    theirs = run(lambda *args: original(module, *args))
+    assert_equal(run(module), theirs)
+
+
+@pytest.mark.parametrize("forward", [returning, nested])
+def test_a_backward_pass_from_those_of_a_reentrant_checkpoint(forward):
+    cls, original = outer(forward)
+    module, (query, key) = cls(), sequences()
+
+    def run(call):
+        found = []
+        for both in (False, True):
+            query.grad = None
+            out = call(query, key, key)
+            gradient = torch.linspace(-1, 1, 3 * M * N).view(3, M, N)
+            if both:
+                torch.autograd.backward([out, module.kept], [torch.ones_like(out), gradient])
+            else:
+                module.kept.backward(gradient)
+            found.append(query.grad.clone())
+        return found
+
+    theirs = run(lambda *args: original(module, *args))
+    assert_equal(run(module), theirs)
+
+
+def test_first_read_by_several_threads():
+    cls, _ = outer(keeping(kept))
+    module, (query, key) = cls(), sequences()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(10):
+            module(query, key, key)
+            w = module.kept
+            with ThreadPoolExecutor(4) as pool:
+                values = list(pool.map(torch.square, [w] * 4))
+            assert all(torch.equal(values[0], value) for value in values)
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_methods_without_effect_return_the_weights():
+    cls, _ = outer(keeping(kept))
+    module, (query, key) = cls(), sequences()
+    module(query, key, key)
+    w = module.kept
+    assert w.float() is w and w.contiguous() is w and w.mul_(1) is w and w.requires_grad_() is w
 
 
 def test_kept_weights_keep_nothing_else():

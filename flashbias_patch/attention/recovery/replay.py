@@ -321,6 +321,11 @@ def _of_functions() -> Optional[Replay]:
     return replay
 
 
+def inside_function() -> bool:
+    """True inside the forward of a torch.autograd.Function."""
+    return bool(_contexts()[0])
+
+
 def _contexts() -> Tuple[List[Any], bool]:
     """(the `ctx` of each Function whose forward is on the stack, the innermost first; whether every
     such Function has one)."""
