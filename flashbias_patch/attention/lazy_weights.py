@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ class LazyWeights(Tensor):
     _node: Any  # the object's grad_fn which `_result` follows, or which follows it; None: _Connect
     _seen: Any  # the grad_fn of `_result` then: a view of it can change it
     _follows: bool  # `_result` must follow the object, as it has no graph of its own
-    _output: Optional[_Output]
+    _output: Any  # of checkpointed_weights.py: notes that somebody used them
 
     @staticmethod
     def of(
@@ -400,41 +399,3 @@ class _Root(internals.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad
-
-
-class _Output:
-    """Weights among the outputs of a reentrant checkpoint: whether anybody used them."""
-
-    used = False
-
-
-def for_checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of a reentrant checkpoint: a recomputation returns None for attention weights
-    that nobody used.
-
-    The checkpoint would differentiate them all, with gradients of zeros.
-    """
-    outputs: List[_Output] = []
-
-    def noted(value: Any) -> Any:
-        if isinstance(value, LazyWeights):
-            value._output = value._output or _Output()
-            outputs.append(value._output)
-        return value
-
-    def used(found: Iterator[_Output], value: Any) -> Any:
-        if not isinstance(value, LazyWeights):
-            return value
-        output = next(found, None)
-        if output is not None and not output.used:
-            return None
-        if value._output is not None:  # of a checkpoint inside this one
-            value._output.used = True
-        return value
-
-    def run(*args: Any) -> Any:
-        result = function(*args)
-        each = partial(used, iter(outputs)) if torch.is_grad_enabled() else noted
-        return tuple(map(each, result)) if type(result) is tuple else each(result)
-
-    return run

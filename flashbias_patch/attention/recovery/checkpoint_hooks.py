@@ -28,7 +28,7 @@ from ..._torch_internals import (
 )
 from ...bias import AttentionBias
 from ...bias.tensor.core import to_numbers
-from ..lazy_weights import for_checkpoint
+from ..checkpointed_weights import for_checkpoint
 from .replay import Replay, carried, hooked, innermost, mapped, note_uninstall, restored
 
 _watching = False
