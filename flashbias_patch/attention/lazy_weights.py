@@ -4,21 +4,111 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Any, Callable, Dict, List, Optional, Tuple
+import weakref
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from .. import _torch_internals as internals
 from ..bias import AttentionBias
+from . import weights as computing
 from .recovery import replay
-from .weights import CallArguments
 
 _HALF = (torch.float16, torch.bfloat16)
 _make_wrapper_subclass = internals.wrapper_subclass
 _without_torch_function = internals.no_functions
 _forward_ad = internals.forward_ad
 _same_version = internals.same_version or (lambda _: contextlib.nullcontext())
+
+
+class CallArguments:
+    """The arguments of one attention call, from which its weights can be computed.
+
+    `tensors`: q, k, then the masks and the tensors of the bias.
+    """
+
+    def __init__(
+        self, q: Tensor, k: Tensor, bias: Optional[AttentionBias], attn_mask: Optional[Tensor],
+        key_padding_mask: Optional[Tensor], average: bool, batched: bool, grad: bool,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.bias, self.average, self.batched, self.grad = bias, average, batched, grad
+        self.dtype = dtype
+        self.hooks = _hooks_in_force()
+        self.masked = attn_mask is not None, key_padding_mask is not None
+        self.tensors: List[Tensor] = [q, k]
+        self.versions: List[Tuple[str, Tensor, int]] = []  # of what may be changed in place
+        if attn_mask is not None:
+            self.add("attn_mask", attn_mask)
+        if key_padding_mask is not None:
+            self.add("key_padding_mask", key_padding_mask)
+        if bias is not None:
+            for tensor in bias.tensors():
+                self.add("attention_bias", tensor)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.tensors += (tensor,)
+        try:
+            self.versions += ((name, tensor, tensor._version),)
+        except RuntimeError:  # of inference mode: torch does not count its changes
+            pass
+
+    def check(self) -> None:
+        """Raise RuntimeError if an argument is not what it was."""
+        for name, tensor, version in self.versions:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"{name} was changed in place after the attention that used it, so its "
+                    "weights cannot be computed "
+                    "any more: read the weights earlier, or change a copy"
+                )
+            if internals.is_freed(tensor):
+                raise RuntimeError(
+                    f"the memory of {name} was freed after the attention that used it (as "
+                    "FSDP does with parameters after a module's forward), so its weights cannot "
+                    "be computed any more: read the weights inside that module"
+                )
+
+    def weights(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The weights, from `tensors` in place of the call's own."""
+        self.check()
+        given = iter(tensors)
+        q, k = next(given), next(given)
+        masks = [next(given) if present else None for present in self.masked]
+        bias = self.bias
+        if bias is not None and tensors is not self.tensors:
+            bias = bias._map(lambda _: next(given))
+        with _no_autocast(q.device.type):
+            weights = computing.attention_weights(
+                q, k, bias, attn_mask=masks[0], key_padding_mask=masks[1]
+            )
+            if self.average:
+                weights = weights.mean(1)
+            return (weights if self.batched else weights[0]).to(self.dtype)
+
+    def saving(self) -> ContextManager[Any]:
+        """Return a context in which a checkpoint that began after the call counts no saved tensors.
+
+        The weights are computed only once: its recomputation would save fewer.
+        """
+        if _hooks_in_force() == self.hooks:
+            return contextlib.nullcontext()
+        return internals.own_saved_tensors(Tensor.detach, lambda saved: saved)
+
+
+def _hooks_in_force() -> Any:
+    """A weak reference to the saved-tensor hooks in force, those of a checkpoint too."""
+    hooks = replay.innermost.get()
+    return None if hooks is None else weakref.ref(hooks)
+
+
+def _no_autocast(device_type: str) -> Any:
+    return (
+        internals.autocast(device_type, enabled=False)
+        if device_type in ("cpu", "cuda")
+        else contextlib.nullcontext()
+    )
 
 
 class LazyWeights(Tensor):
@@ -161,7 +251,7 @@ class LazyWeights(Tensor):
             return self._follows
         return func in _GRAD and self._follows
 
-    def _in_graph(self) -> List[Tensor]:
+    def places(self) -> List[Tensor]:
         """Tensors whose gradients together are that of the weights."""
         result = self._result
         if result is None or self._follows or not result.requires_grad:
@@ -173,7 +263,7 @@ class LazyWeights(Tensor):
         cls, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         # C++ code, for which no torch function is called. Its graph is that of the object.
-        return func(*_computed(args, detach=True), **_computed(kwargs or {}, detach=True))
+        return func(*computed_in(args, detach=True), **computed_in(kwargs or {}, detach=True))
 
     def __hash__(self) -> int:
         return id(self)
@@ -191,60 +281,9 @@ _METADATA = {
 }
 _GRAD = {getattr(Tensor.grad, name) for name in ("__get__", "__set__", "__delete__")}
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
+# Functions that begin a backward pass, and what takes their place: filled by weights_gradients.py.
+BACKWARD: Dict[Any, Callable[..., Any]] = {}
 _DETACH = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
-
-
-def _roots(value: Any) -> Any:
-    """`value`, where a backward pass begins, with a tensor of the same place in the graph for every
-    LazyWeights."""
-    if isinstance(value, LazyWeights):
-        if value._output is not None:
-            value._output.used = True
-        with torch.enable_grad():
-            return _Root.apply(value) if value.requires_grad else value.computed()
-    return type(value)(map(_roots, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-    torch.autograd.backward(_roots(tensors), *_computed(args), **_computed(kwargs))
-
-
-def _backward_of(weights: Any, *args: Any, **kwargs: Any) -> None:
-    _roots(weights).backward(*_computed(args), **_computed(kwargs))
-
-
-def _grad(
-    outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwargs: Any
-) -> Tuple[Optional[Tensor], ...]:
-    """torch.autograd.grad, for inputs whose gradient may be at two places of the graph."""
-    outputs, grad_outputs = _roots(outputs), _computed(grad_outputs)
-    given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    if not any(isinstance(each, LazyWeights) for each in given):
-        return torch.autograd.grad(outputs, given, grad_outputs, *args, **kwargs)
-    places = [each._in_graph() if isinstance(each, LazyWeights) else [each] for each in given]
-    names = ("retain_graph", "create_graph", "only_inputs", "allow_unused")
-    kwargs.update(zip(names, args))
-    unused_allowed = kwargs.pop("allow_unused", None) or kwargs.get("materialize_grads", False)
-    flat = [tensor for place in places for tensor in place]
-    with _without_torch_function():
-        found = iter(torch.autograd.grad(outputs, flat, grad_outputs, allow_unused=True, **kwargs))
-    gradients: List[Optional[Tensor]] = []
-    for place in places:
-        parts = [part for part in (next(found) for _ in place) if part is not None]
-        if not parts and not unused_allowed:
-            raise RuntimeError(
-                "One of the differentiated Tensors appears to not have been used in the graph. "
-                "Set allow_unused=True if this is the desired behavior."
-            )
-        gradients.append(sum(parts[1:], parts[0]) if parts else None)
-    return tuple(gradients)
-
-
-_BACKWARD: Dict[Any, Callable[..., Any]] = {
-    torch.autograd.grad: _grad,
-    torch.autograd.backward: _backward,
-    Tensor.backward: _backward_of,
-}
 
 
 def _run_directly(func: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
@@ -253,18 +292,18 @@ def _run_directly(func: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> A
     if func in _METADATA or (weights is not None and weights._answers(func)):
         with _without_torch_function():
             return func(*args, **kwargs)
-    if func in _BACKWARD:
-        return _BACKWARD[func](*args, **kwargs)
+    if func in BACKWARD:
+        return BACKWARD[func](*args, **kwargs)
     if func in _DETACH:
         with torch.no_grad():
-            return func(*_computed(args), **_computed(kwargs))
+            return func(*computed_in(args), **computed_in(kwargs))
     if weights is None or not _changes(func):
-        returned = func(*_computed(args), **_computed(kwargs))
+        returned = func(*computed_in(args), **computed_in(kwargs))
         # As torch's own methods that have nothing to do: float(), contiguous().
         return returned if weights is None or returned is not weights._result else weights
     result = weights.computed()
     before = result.requires_grad, result.grad_fn
-    returned = func(*_computed(args), **_computed(kwargs))
+    returned = func(*computed_in(args), **computed_in(kwargs))
     if func in _HOOKS:
         with _without_torch_function(), _same_version(weights):
             weights._rebind()
@@ -299,7 +338,7 @@ def _changes(func: Any) -> bool:
 _NO_CHANGE = ("__invert__", "__index__", "__int__", "__iter__")
 
 
-def _computed(value: Any, detach: bool = False) -> Any:
+def computed_in(value: Any, detach: bool = False) -> Any:
     """`value` with every LazyWeights in it, or in its lists, tuples and dicts, computed.
 
     detach: without the graph of those that are in one themselves.
@@ -311,9 +350,9 @@ def _computed(value: Any, detach: bool = False) -> Any:
             computed = value.computed()
         return computed.detach() if value.requires_grad else computed
     if type(value) in (list, tuple):
-        return type(value)([_computed(item, detach) for item in value])
+        return type(value)([computed_in(item, detach) for item in value])
     if type(value) is dict:
-        return {key: _computed(item, detach) for key, item in value.items()}
+        return {key: computed_in(item, detach) for key, item in value.items()}
     return value
 
 
@@ -386,16 +425,3 @@ class _Follow(internals.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return None, grad
-
-
-class _Root(internals.Function):
-    """A tensor of zeros in the place that the object has in the graph."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: LazyWeights) -> Tensor:
-        zero = torch.zeros((), dtype=weights.dtype, device=weights.device)
-        return zero.expand(weights.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad

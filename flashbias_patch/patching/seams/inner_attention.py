@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from ... import settings
 from ..._torch_internals import RELEASE, global_backward_hooks, tracing_state
-from ...attention import dispatch
+from ...attention import (
+    dispatch,
+    weights_gradients,  # noqa: F401  registers itself
+)
 from ...attention.api import attention_output
 from ...attention.lazy_weights import LazyWeights
 from ...attention.recovery import replay
