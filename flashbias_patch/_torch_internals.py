@@ -100,10 +100,8 @@ def missing() -> List[str]:
 
 
 is_compiling: Callable[[], bool] = getattr(
-    getattr(torch, "compiler", None),  # since torch 2.3
-    "is_compiling",
-    _no,
-)
+    getattr(torch, "compiler", None), "is_compiling", _no
+)  # since torch 2.3
 
 
 def _probed_graph_task() -> int:
@@ -231,15 +229,12 @@ def transformed() -> bool:
 @contextlib.contextmanager
 def outside_transforms() -> Iterator[None]:
     """A context without the transforms of torch.func in force, where torch can leave them."""
-    leave = getattr(_pyfunctorch(), "temporarily_pop_interpreter_stack", None)
+    functorch = sys.modules.get("torch._functorch.pyfunctorch")
+    leave = getattr(functorch, "temporarily_pop_interpreter_stack", None)
     with contextlib.ExitStack() as stack:
         while leave is not None and current_transform() is not None:
             stack.enter_context(leave())
         yield
-
-
-def _pyfunctorch() -> Any:
-    return sys.modules.get("torch._functorch.pyfunctorch")
 
 
 def modes() -> List[Any]:
@@ -337,14 +332,12 @@ def apply_of(cls: Any) -> Callable[..., Any]:
 SETUP_CONTEXT: bool = hasattr(torch.autograd.function, "_SingleLevelFunction")
 
 
-def own_saved_tensors(
-    pack: Callable[[Any], Any], unpack: Callable[[Any], Any]
-) -> ContextManager[Any]:
-    """Return saved_tensors_hooks(pack, unpack), or a null context where torch has or allows
-    none."""
+def uncounted_saved_tensors() -> ContextManager[Any]:
+    """Return a context whose saved tensors stay as they are, and are not counted by a checkpoint
+    around it; a null context where torch has or allows no hooks."""
     if saved_tensors_hooks is None or not saved_tensor_hooks_allowed():
         return contextlib.nullcontext()
-    return saved_tensors_hooks(pack, unpack)
+    return saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
 
 
 # The error of a failed CUDA allocation. Before torch 1.13 it is a RuntimeError with that message.

@@ -94,7 +94,7 @@ class CallArguments:
         """
         if _hooks_in_force() == self.hooks:
             return contextlib.nullcontext()
-        return internals.own_saved_tensors(Tensor.detach, lambda saved: saved)
+        return internals.uncounted_saved_tensors()
 
 
 def _hooks_in_force() -> Any:

@@ -116,7 +116,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
             enter(internals.autocast(kind, enabled=False))
         enter(torch.autograd.set_detect_anomaly(False))
         # Inside a checkpoint, its hooks would take the check's tensors for the layer's own.
-        enter(internals.own_saved_tensors(Tensor.detach, lambda saved: saved))
+        enter(internals.uncounted_saved_tensors())
         yield
 
 

@@ -48,8 +48,8 @@ def computed(monkeypatch):
     return calls
 
 
-def keeping(take, **options):
-    """A forward that keeps what `take` makes of its attention's result."""
+def calling(call):
+    """A forward as PETR's attention has it: returns `call(self, query, key, value, masks)`."""
 
     def forward(
         self,
@@ -63,12 +63,19 @@ def keeping(take, **options):
         key_padding_mask=None,
         **kwargs,
     ):
-        result = self.attn(
-            query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, **options
-        )
-        return query + take(self, *result)
+        masks = dict(attn_mask=attn_mask, key_padding_mask=key_padding_mask)
+        return call(self, query, key, value, masks)
 
     return forward
+
+
+def keeping(take, **options):
+    """A forward that keeps what `take` makes of its attention's result."""
+
+    def call(self, query, key, value, masks):
+        return query + take(self, *self.attn(query, key, value, **masks, **options))
+
+    return calling(call)
 
 
 def kept(self, out, probabilities):
@@ -335,24 +342,13 @@ def test_a_fully_masked_row_is_zero():
 def test_inside_a_checkpoint_of_the_inner_attention(reentrant):
     """Weights that are ignored do no harm. Used, they have the right gradient."""
 
-    def forward(
-        self,
-        query,
-        key=None,
-        value=None,
-        identity=None,
-        query_pos=None,
-        key_pos=None,
-        attn_mask=None,
-        key_padding_mask=None,
-        **kwargs,
-    ):
+    def call(self, query, key, value, masks):
         options = {"use_reentrant": False} if not reentrant else REENTRANT
         out, probabilities = checkpoint(self.attn, query, key, value, **options)
         self.kept = probabilities
         return query + out + (probabilities.square().mean() if self.in_loss else 0)
 
-    cls, original = outer(forward)
+    cls, original = outer(calling(call))
     module, (query, key) = cls(), sequences()
     for module.in_loss in (False, True):
         theirs = original(module, query, key, key)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.patching.test_attention_weights import gradients_by_backward, keeping, kept
+from tests.patching.test_attention_weights import calling, gradients_by_backward, keeping, kept
 from tests.patching.test_inner_attention import B, M, N, given_masks, outer, sequences
 from tests.support.capabilities import REENTRANT, since
 
@@ -147,22 +147,11 @@ def test_a_reentrant_checkpoint_computes_none_for_who_ignores_them(monkeypatch):
         weights, "attention_weights", lambda *a, **k: calls.append(1) or real(*a, **k)
     )
 
-    def forward(
-        self,
-        query,
-        key=None,
-        value=None,
-        identity=None,
-        query_pos=None,
-        key_pos=None,
-        attn_mask=None,
-        key_padding_mask=None,
-        **kwargs,
-    ):
+    def call(self, query, key, value, masks):
         out, _ = checkpoint(self.attn, query, key, value, **REENTRANT)
         return query + out
 
-    cls, _ = outer(forward)
+    cls, _ = outer(calling(call))
     module, (query, key) = cls(), sequences()
     module(query, key, key).sum().backward()
     assert not calls

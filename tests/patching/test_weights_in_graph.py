@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.patching.test_attention_weights import gradients_by_backward, keeping, kept
+from tests.patching.test_attention_weights import calling, gradients_by_backward, keeping, kept
 from tests.patching.test_inner_attention import M, N, outer, sequences
 from tests.patching.test_weights_elsewhere import WAYS, Reversed, Squared
 from tests.support.capabilities import REENTRANT, needs_compile, needs_transforms, since
@@ -121,18 +121,14 @@ def test_what_is_done_to_them_first_counts(change, use):
     compared(changed(CHANGES[change], USES[use]))
 
 
-def returning(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None,
-              attn_mask=None, key_padding_mask=None, **kwargs):  # fmt: skip
+@calling
+def returning(self, query, key, value, masks):
     out, self.kept = checkpoint(self.attn, query, key, value, **REENTRANT)
     return query + out
 
 
-def _attention(self, query, key, value):
-    return self.attn(query, key, value)
-
-
-def nested(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None,
-           attn_mask=None, key_padding_mask=None, **kwargs):  # fmt: skip
+@calling
+def nested(self, query, key, value, masks):
     def inner(query, key, value):
         return checkpoint(self.attn, query, key, value, **REENTRANT)
 
@@ -158,11 +154,7 @@ def test_those_that_a_reentrant_checkpoint_returns(way, forward):
 @pytest.mark.parametrize("use", ["torch", "function"])
 def test_those_of_a_checkpoint_with_a_learned_bias(use):
     """It is made non-reentrant."""
-    cls, original = outer(
-        lambda self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None,
-        attn_mask=None, key_padding_mask=None, **kwargs: self.checkpointed(query, key, value)
-    )  # fmt: skip
-    cls.checkpointed = checkpointed
+    cls, original = outer(checkpointed)
     module, (query, key) = cls(), sequences()
     bias = torch.randn(M, N).requires_grad_()
 
@@ -179,7 +171,8 @@ def test_those_of_a_checkpoint_with_a_learned_bias(use):
     assert_equal(run(lambda *args: module(*args, attention_bias=bias)), theirs)
 
 
-def checkpointed(self, query, key, value):
+@calling
+def checkpointed(self, query, key, value, masks):
     def attention(query, key, value):
         return self.attn(query, key, value, attn_mask=self.mask)
 
@@ -213,8 +206,8 @@ def test_a_second_backward_pass_through_a_reentrant_checkpoint():
 def test_requires_grad_is_known_in_a_recomputation(reentrant):
     options = REENTRANT if reentrant else {"use_reentrant": False}
 
-    def forward(self, query, key=None, value=None, identity=None, query_pos=None, key_pos=None,
-                attn_mask=None, key_padding_mask=None, **kwargs):  # fmt: skip
+    @calling
+    def forward(self, query, key, value, masks):
         def attention(query, key, value):
             out, weights = self.attn(query, key, value)
             if weights.requires_grad or not torch.is_grad_enabled():

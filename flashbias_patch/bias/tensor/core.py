@@ -387,16 +387,12 @@ def _uncounted() -> ContextManager[Any]:
 
     The dense tensor is computed only once, so a recomputation would save fewer tensors.
     """
-    return internals.own_saved_tensors(Tensor.detach, _as_it_is)
+    return internals.uncounted_saved_tensors()
 
 
 def _without_modes() -> ContextManager[Any]:
     """Return a context without dispatch modes, whose tensors must not be kept."""
     return internals.without_modes() if internals.dispatch_modes() else contextlib.nullcontext()
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
 
 
 def to_numbers(value: Any) -> Any:
