@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import weakref
 from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple
 
@@ -19,6 +20,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _make_wrapper_subclass = internals.wrapper_subclass
 _without_torch_function = internals.no_functions
 _forward_ad = internals.forward_ad
+_lock = threading.RLock()  # a first read by several threads
 _same_version = internals.same_version or (lambda _: contextlib.nullcontext())
 
 
@@ -162,9 +164,10 @@ class LazyWeights(Tensor):
         """The weights as an ordinary tensor."""
         # Made outside a transform and read inside, what is kept must not be of the transform.
         if internals.current_transform() is not None and self.requires_grad:
-            with internals.outside_transforms():
+            with internals.outside_transforms(), _lock:
                 return self._in_step()
-        return self._in_step()
+        with _lock:
+            return self._in_step()
 
     def _in_step(self) -> Tensor:
         """`_result`, in step with the object."""
@@ -201,8 +204,7 @@ class LazyWeights(Tensor):
 
     def _compute(self) -> None:
         call = self._call
-        if call is None:  # another thread was first
-            return
+        assert call is not None
         # With a graph if the call's was made with one, whatever the reader's mode is; read without
         # gradients, the object's own place in the graph is enough.
         with_graph = call.grad and torch.is_grad_enabled() and not self._follows
