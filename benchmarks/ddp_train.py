@@ -34,7 +34,6 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1, help="of the attention")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    args.size = args.size or ("800x320" if args.model == "fusion0100" else "1600x640")
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     processes = Processes(args.device)

@@ -203,7 +203,6 @@ def main() -> None:
         parser.error("--device cuda needs a GPU, and here is none; --device cpu needs none")
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
-    args.size = args.size or ("800x320" if args.model == "fusion0100" else "1600x640")
     processes = Processes(args.device)
     shared = processes.cuda and not processes.a_gpu_each
     if shared and (args.task == "fsdp" or "throughput" in (args.parts or ())):

@@ -67,7 +67,8 @@ class Builder:
         self.args, self.processes = args, processes
 
     def build(self, bs: int, dropout: float) -> Any:
-        size = "160x64" if self.args.tiny else self.args.size
+        usual = "800x320" if self.args.model == "fusion0100" else "1600x640"
+        size = "160x64" if self.args.tiny else self.args.size or usual
         width, height = map(int, size.split("x"))
         return detectors.build(
             self.args.model,
