@@ -271,9 +271,12 @@ def outside_of_dynamo(dynamo: Any, function: Callable[..., Any]) -> Callable[...
 
     `dynamo.disable` does this with eight function calls around each call. They are needed only
     while dynamo is active in this thread (checked on torch 2.13). If this torch cannot tell whether
-    dynamo is active, they always run.
+    dynamo is active, they always run. Before torch 2.8 it cannot: each question takes a reference
+    from the answer (None, or dynamo's callback), until Python frees it and the process crashes.
     """
     disabled: Callable[..., Any] = dynamo.disable(function)
+    if RELEASE < (2, 8):
+        return disabled
     callback = getattr(
         getattr(getattr(_C, "_dynamo", None), "eval_frame", None), "get_eval_frame_callback", None
     )

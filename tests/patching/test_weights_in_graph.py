@@ -299,6 +299,21 @@ def test_in_a_compiled_function(backend, change):
     compared(lambda w, out: compiled(w) + Squared.apply(w).sum())
 
 
+@needs_compile
+def test_calls_keep_the_references_of_dynamo():
+    """torch 2.6 and 2.7 give away dynamo's callback, or None, each time they are asked for it."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda w: (w * w).mean(0) + w[..., :2].sum(), backend="eager")
+    cls, _ = outer(keeping(kept))
+    module, (query, key) = cls(), sequences()
+    before = sys.getrefcount(None)  # from Python 3.12 on always the same
+    for _ in range(1000):
+        module(query, key, key)
+    assert abs(sys.getrefcount(None) - before) < 500
+    for _ in range(20):
+        compiled(module.kept)
+
+
 @pytest.mark.parametrize("change", [lambda w: w[0].mul_(2), lambda w: w[..., 0].zero_()])
 def test_a_change_through_a_view_counts_or_is_an_error(change):
     """What a Function is given is known before its forward runs, and then it is too late."""
