@@ -15,6 +15,7 @@ from typing import (
     Callable,
     ContextManager,
     Dict,
+    Iterable,
     Iterator,
     List,
     MutableMapping,
@@ -389,6 +390,43 @@ def version(tensor: torch.Tensor) -> Optional[int]:
 same_version: Optional[Callable[[torch.Tensor], ContextManager[Any]]] = getattr(
     torch.autograd, "_unsafe_preserve_version_counter", None
 )
+
+
+# The place of a tensor in the graph, for torch.autograd.grad, which then calls no function of the
+# tensor's class; None before torch 2.2.
+gradient_edge: Optional[Callable[[torch.Tensor], Any]] = getattr(
+    getattr(torch.autograd, "graph", None), "get_gradient_edge", None
+)
+
+
+def listed(inputs: Any) -> List[Any]:
+    """Return the inputs of torch.autograd.grad as a list; a GradientEdge is a tuple."""
+    return [inputs] if isinstance(inputs, torch.Tensor) or hasattr(inputs, "node") else [*inputs]
+
+
+def sum_of_gradients(
+    tensor: torch.Tensor,
+    parts: Iterable[Optional[torch.Tensor]],
+    allow_unused: Optional[bool],
+    materialize_grads: bool,
+) -> Optional[torch.Tensor]:
+    """Return the gradient of `tensor`, which stands at several places of the graph, from those of
+    the places, as torch.autograd.grad does with these keywords.
+
+    Raises:
+        RuntimeError: none was used, and that is not allowed; the text is torch.autograd.grad's.
+    """
+    found = [part for part in parts if part is not None]
+    if found:
+        return sum(found[1:], found[0])
+    if materialize_grads:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    if not allow_unused:
+        raise RuntimeError(
+            "One of the differentiated Tensors appears to not have been used in the graph. "
+            "Set allow_unused=True if this is the desired behavior."
+        )
+    return None
 
 
 def is_freed(tensor: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _torch_internals as internals
 from ..bias import AttentionBias
+from . import observe
 from . import weights as computing
 from .recovery import replay
 
@@ -27,7 +28,8 @@ _same_version = internals.same_version or (lambda _: contextlib.nullcontext())
 class CallArguments:
     """The arguments of one attention call, from which its weights can be computed.
 
-    `tensors`: q, k, then the masks and the tensors of the bias.
+    `tensors`: q, k, then the masks and the tensors of the bias. `handles`: leaves that mark uses of
+    bias tensors, see observe.py.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class CallArguments:
         self.hooks = _hooks_in_force()
         self.masked = attn_mask is not None, key_padding_mask is not None
         self.tensors: List[Tensor] = [q, k]
+        self.handles: List[Tensor] = []
         self.versions: List[Tuple[str, Tensor, int]] = []  # of what may be changed in place
         if attn_mask is not None:
             self.add("attn_mask", attn_mask)
@@ -48,6 +51,8 @@ class CallArguments:
         if bias is not None:
             for tensor in bias.tensors():
                 self.add("attention_bias", tensor)
+            if bias._sources:
+                self.handles = observe.handles_of(bias)
 
     def add(self, name: str, tensor: Tensor) -> None:
         self.tensors += (tensor,)
@@ -153,7 +158,7 @@ class LazyWeights(Tensor):
         call = CallArguments(q, k, bias, attn_mask, key_padding_mask, average, batched, grad, dtype)
         # A Function without jvp fails in forward-mode differentiation.
         if grad and internals.current_transform() is None and _forward_ad._current_level < 0:
-            weights: LazyWeights = _connect(call, shape, *call.tensors)
+            weights: LazyWeights = _connect(call, shape, *call.tensors, *call.handles)
         else:
             weights = _make_wrapper_subclass(LazyWeights, shape, dtype=dtype, device=q.device)
         weights._call, weights._result, weights._node, weights._seen = call, None, None, None
@@ -253,12 +258,21 @@ class LazyWeights(Tensor):
             return self._follows
         return func in _GRAD and self._follows
 
-    def places(self) -> List[Tensor]:
-        """Tensors whose gradients together are that of the weights."""
+    def places(self) -> List[Any]:
+        """Where the gradients stand that together are those of the weights: tensors, and the
+        object's own place in the graph."""
         result = self._result
         if result is None or self._follows or not result.requires_grad:
-            return [self]
-        return [self, result] if self.requires_grad and self._node is None else [result]
+            return [self._place()]
+        return [self._place(), result] if self.requires_grad and self._node is None else [result]
+
+    def _place(self) -> Any:
+        if not self.requires_grad:
+            return self.computed()
+        if internals.gradient_edge is None:
+            return self
+        with _without_torch_function():
+            return internals.gradient_edge(self)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -377,6 +391,8 @@ class _Connect(internals.Function):
         call, needed = ctx.call, ctx.needs_input_grad[2:]
         if grad is None:
             return (None,) * (2 + len(needed))
+        leaves = (None,) * len(call.handles)
+        needed = needed[: len(call.tensors)]
         create_graph = torch.is_grad_enabled()
         # Not the call's own, whose hooks would see these gradients too.
         tensors = [t.view_as(t) if create_graph else t.detach() for t in call.tensors]
@@ -387,13 +403,13 @@ class _Connect(internals.Function):
             gradients = iter(
                 torch.autograd.grad(
                     call.weights(tensors),
-                    [t for t, need in zip(tensors, needed) if need],
+                    [*(t for t, need in zip(tensors, needed) if need), *call.handles],
                     grad,
                     create_graph=create_graph,
                     allow_unused=True,
                 )
             )
-        return (None, None, *(next(gradients) if need else None for need in needed))
+        return (None, None, *(next(gradients) if need else None for need in needed), *leaves)
 
 
 _connect = internals.apply_of(_Connect)

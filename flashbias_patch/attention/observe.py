@@ -30,11 +30,25 @@ def observed(out: Tensor, inputs: AttentionInputs, bias: AttentionBias) -> Tenso
     """`out`, with a node that computes the gradient of the bias tensors behind `bias`."""
     if not (torch.is_grad_enabled() and out.requires_grad) or internals.transformed():
         return out
-    handles = [handle for tensor, _ in bias._sources for handle in tensor.handle()]
+    handles = handles_of(bias)
     result: Tensor = _Observed.apply(
         inputs.static(), bias._sources, out, len(handles), *handles, *inputs.tensors()
     )
     return result
+
+
+def observed_scores(scores: Tensor, bias: AttentionBias) -> Tensor:
+    """`scores`, (B, H, M, N), with a node that passes their gradient to the bias tensors behind
+    `bias`."""
+    if not torch.is_grad_enabled() or internals.transformed():
+        return scores
+    result: Tensor = _ObservedScores.apply(bias._sources, scores, *handles_of(bias))
+    return result
+
+
+def handles_of(bias: AttentionBias) -> List[Tensor]:
+    """Leaves that mark uses of the bias tensors behind `bias` in a graph."""
+    return [handle for tensor, _ in bias._sources for handle in tensor.handle()]
 
 
 class _Observed(internals.Function):
@@ -49,48 +63,68 @@ class _Observed(internals.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Optional[Tensor]) -> Any:
-        rest = (None,) * (ctx.handles + len(ctx.saved_tensors))
+        saved = ctx.saved_tensors  # a checkpoint gives them once
         if grad is not None:
             for tensor, reading in ctx.sources:
-                wanted = [one for one in (tensor, *tensor._ancestors()) if one._wanted is not None]
-                if wanted:
-                    _deliver(
-                        ctx.static.with_tensors(ctx.saved_tensors), grad, tensor, reading, wanted
-                    )
-        return (None, None, grad, None, *rest)
+                if _wanted(tensor):
+                    gradient = _gradient_of_scores(ctx.static.with_tensors(saved), grad)
+                    _deliver(gradient, tensor, reading)
+        return (None, None, grad, None, *(None,) * (ctx.handles + len(saved)))
 
 
-def _deliver(
-    inputs: AttentionInputs,
-    grad: Tensor,
-    tensor: BiasTensor,
-    reading: str,
-    wanted: List[BiasTensor],
-) -> None:
+class _ObservedScores(internals.Function):
+    @staticmethod
+    def forward(ctx: Any, sources: Any, scores: Tensor, *handles: Tensor) -> Tensor:
+        ctx.sources, ctx.handles = sources, len(handles)
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(scores)
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, grad: Optional[Tensor]) -> Any:
+        if grad is not None:
+            for tensor, reading in ctx.sources:
+                if _wanted(tensor):
+                    _deliver(grad, tensor, reading)
+        return (None, grad, *(None,) * ctx.handles)
+
+
+def _wanted(tensor: BiasTensor) -> List[BiasTensor]:
+    """That tensor and those it was computed from, if somebody asked for their gradient."""
+    return [one for one in (tensor, *tensor._ancestors()) if one._wanted is not None]
+
+
+def _gradient_of_scores(inputs: AttentionInputs, grad: Tensor) -> Tensor:
+    """(B, H, M, N), from the gradient of the output."""
     if inputs.dropout_p:
         raise RuntimeError(DROPOUT)
     B, M, H, _ = inputs.q.shape
     wide = torch.promote_types(torch.float32, grad.dtype)
     zeros = torch.zeros(B, H, M, inputs.k.shape[1], dtype=wide, device=grad.device)
-    dense = zeros if inputs.dense is None else zeros + inputs.dense.detach()
-    inputs = inputs._replace(
-        q=inputs.q.detach().to(wide),
-        k=inputs.k.detach().to(wide),
-        v=inputs.v.detach().to(wide),
-        dense=dense,
-    )
-    grad = grad.detach().to(wide)
-    if internals.is_batch(grad):
-        inputs = inputs._replace(dense=dense.requires_grad_())
+    again = torch.is_grad_enabled()  # create_graph
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor if again else tensor.detach()
+
+    dense = zeros if inputs.dense is None else zeros + kept(inputs.dense)
+    q, k, v = (kept(tensor).to(wide) for tensor in (inputs.q, inputs.k, inputs.v))
+    inputs, grad = inputs._replace(q=q, k=k, v=v, dense=dense), kept(grad).to(wide)
+    if again or internals.is_batch(grad):
+        dense.requires_grad_()
         needs = [name == "dense" for name in TENSORS]
         gradient = differentiable.gradients(inputs, needs, grad)[TENSORS.index("dense")]
         assert gradient is not None
     else:
         chunks = chunked_attention.chunks_of(inputs)
         gradient = chunked_attention.gradients(inputs, grad, ["dense"], chunks)["dense"]
+    return gradient
+
+
+def _deliver(gradient: Tensor, tensor: BiasTensor, reading: str) -> None:
+    """Add what the gradient of the scores, (B, H, M, N), gives to the gradients asked for."""
     gradient = layouts.as_read(gradient, reading)
     with no_functions():
         gradient = gradient.sum_to_size(tensor.shape)
-    for one in wanted:
+    for one in _wanted(tensor):
         assert one._wanted is not None
         one._wanted.append(tensor.gradient_for(one, gradient))

@@ -7,7 +7,7 @@ from typing import Optional, Union
 from torch import Tensor
 
 from ..bias import AttentionBias
-from . import reference_attention
+from . import observe, reference_attention
 from .inputs import build
 
 
@@ -25,4 +25,7 @@ def attention_weights(
     A row whose keys are all masked is zero.
     """
     inputs = build(q, k, k, bias, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
-    return reference_attention.weights(inputs)
+    scores = reference_attention.scores(inputs)
+    if isinstance(bias, AttentionBias) and bias._sources:
+        scores = observe.observed_scores(scores, bias)
+    return reference_attention.normalized(scores)

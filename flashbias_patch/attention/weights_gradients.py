@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Tuple
+from contextlib import nullcontext
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from .. import _torch_internals as internals
+from ..bias import BiasTensor
 from .lazy_weights import BACKWARD, LazyWeights, computed_in
-
-_without_torch_function = internals.no_functions
 
 
 class _Root(internals.Function):
@@ -49,27 +49,26 @@ def _grad(
     outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwargs: Any
 ) -> Tuple[Optional[Tensor], ...]:
     """torch.autograd.grad, for inputs whose gradient may be at two places of the graph."""
+    kwargs.update(zip(("retain_graph", "create_graph", "only_inputs", "allow_unused"), args))
     outputs, grad_outputs = _roots(outputs), computed_in(grad_outputs)
-    given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    given = internals.listed(inputs)
+    order = sorted(range(len(given)), key=lambda index: not isinstance(given[index], BiasTensor))
+    if order and isinstance(given[order[0]], BiasTensor):
+        # With a bias in front torch calls its function, and that comes back for the weights.
+        found = torch.autograd.grad(outputs, [given[i] for i in order], grad_outputs, **kwargs)
+        return tuple(found[order.index(index)] for index in range(len(given)))
     if not any(isinstance(each, LazyWeights) for each in given):
-        return torch.autograd.grad(outputs, given, grad_outputs, *args, **kwargs)
+        return torch.autograd.grad(outputs, given, grad_outputs, **kwargs)
     places = [each.places() if isinstance(each, LazyWeights) else [each] for each in given]
-    names = ("retain_graph", "create_graph", "only_inputs", "allow_unused")
-    kwargs.update(zip(names, args))
-    unused_allowed = kwargs.pop("allow_unused", None) or kwargs.get("materialize_grads", False)
+    unused = (kwargs.pop("allow_unused", None), kwargs.pop("materialize_grads", False))
     flat = [tensor for place in places for tensor in place]
-    with _without_torch_function():
-        found = iter(torch.autograd.grad(outputs, flat, grad_outputs, allow_unused=True, **kwargs))
-    gradients: List[Optional[Tensor]] = []
-    for place in places:
-        parts = [part for part in (next(found) for _ in place) if part is not None]
-        if not parts and not unused_allowed:
-            raise RuntimeError(
-                "One of the differentiated Tensors appears to not have been used in the graph. "
-                "Set allow_unused=True if this is the desired behavior."
-            )
-        gradients.append(sum(parts[1:], parts[0]) if parts else None)
-    return tuple(gradients)
+    # A place that is the object itself must not come back here.
+    with internals.no_functions() if internals.gradient_edge is None else nullcontext():
+        parts = iter(torch.autograd.grad(outputs, flat, grad_outputs, allow_unused=True, **kwargs))
+    return tuple(
+        internals.sum_of_gradients(tensor, [next(parts) for _ in place], *unused)
+        for tensor, place in zip(given, places)
+    )
 
 
 BACKWARD[torch.autograd.grad] = _grad

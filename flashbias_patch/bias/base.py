@@ -388,7 +388,9 @@ class SumBias(AttentionBias):
         return tuple(tensor for term in self.terms for tensor in term.tensors())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> AttentionBias:
-        return SumBias([term._map(function) for term in self.terms])
+        other = SumBias([term._map(function) for term in self.terms])
+        other._sources = self._sources
+        return other
 
     def _terms(self) -> Tuple[AttentionBias, ...]:
         return self.terms

@@ -173,12 +173,13 @@ class BiasTensor(Tensor):
 
     def gradient_for(self, ancestor: BiasTensor, grad: Tensor) -> Tensor:
         """Return the gradient of `ancestor` from a dense gradient of this tensor."""
+        again = torch.is_grad_enabled()  # create_graph
         with torch.enable_grad(), no_functions():
             leaf = ancestor.numbers().detach().requires_grad_()
             value = self._made_of(ancestor, leaf)
             if value is leaf:
                 return grad.to(leaf.dtype)
-            (gradient,) = torch.autograd.grad(value, leaf, grad.to(value.dtype))
+            (gradient,) = torch.autograd.grad(value, leaf, grad.to(value.dtype), create_graph=again)
         return gradient
 
     def _made_of(self, ancestor: BiasTensor, leaf: Tensor) -> Tensor:

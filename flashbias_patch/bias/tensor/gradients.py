@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from ... import _torch_internals as internals
 from ..._torch_internals import tree_map
 from .core import BiasTensor, graph_task, no_functions, rebind, to_numbers
 from .learned_gradient import learned_gradient, sum_of
@@ -98,10 +99,11 @@ def _autograd_grad(func: Any, args: Any, kwargs: Any) -> Any:
         "allow_unused",
     )
     arguments = dict(zip(names, args), **kwargs)
+    if arguments.pop("is_grads_batched", False):
+        return _one_by_one(arguments)
     outputs, inputs = tree_map(to_numbers, arguments.pop("outputs")), arguments.pop("inputs")
-    single = isinstance(inputs, Tensor)
-    requested = [inputs] if single else list(inputs)
-    unused_allowed = bool(arguments.pop("allow_unused", False))
+    requested = internals.listed(inputs)
+    unused = (arguments.pop("allow_unused", None), arguments.pop("materialize_grads", False))
     internal: List[Tensor] = []
     spans: List[Tuple[int, int]] = []
     for tensor in requested:
@@ -117,22 +119,30 @@ def _autograd_grad(func: Any, args: Any, kwargs: Any) -> Any:
         gradients = func(outputs, internal, allow_unused=True, **arguments)
         results = []
         for tensor, (start, stop) in zip(requested, spans):
-            parts = [part for part in gradients[start:stop] if part is not None]
+            parts = list(gradients[start:stop])
             if type(tensor) is BiasTensor:
-                parts = [
-                    *(tensor._wanted or ()),
-                    *(part for part in parts if part.shape == tensor.shape and part.dim()),
-                ]
-            total = None if not parts else sum(parts[1:], parts[0])
-            if total is None and not unused_allowed:
-                raise RuntimeError(
-                    "One of the differentiated Tensors appears to not have been used in the "
-                    "graph. Set allow_unused=True "
-                    "if this is the desired behavior."
-                )
-            results.append(total)
+                dense = [part for part in parts if part is not None and part.dim()]
+                parts = [*(tensor._wanted or ()), *dense]
+            results.append(internals.sum_of_gradients(tensor, parts, *unused))
     finally:
         for tensor in requested:
             if type(tensor) is BiasTensor:
                 tensor._wanted = None
     return tuple(results)
+
+
+def _one_by_one(arguments: Dict[str, Any]) -> Tuple[Optional[Tensor], ...]:
+    """torch.autograd.grad for a batch of gradients: what vmap computes does not leave it."""
+    grads, last = (
+        internals.listed(arguments.pop("grad_outputs")),
+        arguments.pop("retain_graph", None),
+    )
+    count = next(len(grad) for grad in grads if grad is not None)
+    found = []
+    for index in range(count):
+        each = [None if grad is None else grad[index] for grad in grads]
+        retain = True if index + 1 < count else last
+        found.append(torch.autograd.grad(grad_outputs=each, retain_graph=retain, **arguments))
+    return tuple(
+        None if any(part is None for part in parts) else torch.stack(parts) for parts in zip(*found)
+    )
