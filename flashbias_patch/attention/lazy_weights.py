@@ -77,8 +77,10 @@ class CallArguments:
                     "be computed any more: read the weights inside that module"
                 )
 
-    def weights(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The weights, from `tensors` in place of the call's own."""
+    def weights(
+        self, tensors: Sequence[Tensor], handles: Optional[Sequence[Tensor]] = None
+    ) -> Tensor:
+        """The weights, from `tensors`, and `handles`, in place of the call's own."""
         self.check()
         given = iter(tensors)
         q, k = next(given), next(given)
@@ -88,7 +90,7 @@ class CallArguments:
             bias = bias._map(lambda _: next(given))
         with _no_autocast(q.device.type):
             weights = computing.attention_weights(
-                q, k, bias, attn_mask=masks[0], key_padding_mask=masks[1]
+                q, k, bias, attn_mask=masks[0], key_padding_mask=masks[1], handles=handles
             )
             if self.average:
                 weights = weights.mean(1)
@@ -394,7 +396,9 @@ class _Connect(internals.Function):
         leaves = (None,) * len(call.handles)
         needed = needed[: len(call.tensors)]
         create_graph = torch.is_grad_enabled()
-        # Not the call's own, whose hooks would see these gradients too.
+        # Not the call's own, whose hooks would see these gradients too; and q's graph can lead to
+        # the same handles.
+        handles = [torch.zeros_like(handle, requires_grad=True) for handle in call.handles]
         tensors = [t.view_as(t) if create_graph else t.detach() for t in call.tensors]
         if not create_graph:
             for tensor, need in zip(tensors, needed):
@@ -402,8 +406,8 @@ class _Connect(internals.Function):
         with torch.enable_grad():
             gradients = iter(
                 torch.autograd.grad(
-                    call.weights(tensors),
-                    [*(t for t, need in zip(tensors, needed) if need), *call.handles],
+                    call.weights(tensors, handles),
+                    [*(t for t, need in zip(tensors, needed) if need), *handles],
                     grad,
                     create_graph=create_graph,
                     allow_unused=True,

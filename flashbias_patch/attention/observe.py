@@ -7,7 +7,7 @@ passes through a node that does nothing else.
 
 from __future__ import annotations
 
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -37,12 +37,15 @@ def observed(out: Tensor, inputs: AttentionInputs, bias: AttentionBias) -> Tenso
     return result
 
 
-def observed_scores(scores: Tensor, bias: AttentionBias) -> Tensor:
+def observed_scores(
+    scores: Tensor, bias: AttentionBias, handles: Optional[Sequence[Tensor]] = None
+) -> Tensor:
     """`scores`, (B, H, M, N), with a node that passes their gradient to the bias tensors behind
-    `bias`."""
+    `bias`. It is run on the way to `handles`, by default those of the tensors."""
     if not torch.is_grad_enabled() or internals.transformed():
         return scores
-    result: Tensor = _ObservedScores.apply(bias._sources, scores, *handles_of(bias))
+    handles = handles_of(bias) if handles is None else handles
+    result: Tensor = _ObservedScores.apply(bias._sources, scores, *handles)
     return result
 
 

@@ -148,6 +148,20 @@ def test_a_penalty_on_it(calls, kind, of):
     calls.compare(run)
 
 
+@pytest.mark.parametrize("use", ["torch", "function", "both"])
+@pytest.mark.parametrize("create_graph", [True, False])
+def test_a_layer_counts_once(calls, create_graph, use):
+    """The weights of a second layer, whose queries come from a layer with the same bias."""
+
+    def run(call, mask):
+        first = call(calls.query, calls.key, calls.key, attn_mask=mask * calls.scale)
+        call(first, calls.key, calls.key, attn_mask=mask)
+        loss = USES[use](calls.module.kept).square().sum()
+        return [g.detach() for g in torch.autograd.grad(loss, [mask], create_graph=create_graph)]
+
+    calls.compare(run)
+
+
 @pytest.mark.parametrize(
     "wanted", [pytest.param("weights", marks=since(2, 2, "GradientEdge")), "bias"]
 )
