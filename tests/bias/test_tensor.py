@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint as checkpoints
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flashbias_patch import flash_bias_attention
@@ -698,6 +698,7 @@ steps = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(("window", "gauss", "modality")), steps)
+@example("window", ["batch", "batch", "queries", "listed queries"])  # an index of nothing
 def test_any_chain_of_steps(kind, names):
     made = Made(kind)
     found, exact = made.tensor, made.dense

@@ -89,6 +89,9 @@ class BiasTensor(Tensor):
             ):
                 with torch.enable_grad(), no_functions(), _uncounted(), _without_modes():
                     dense = self._make()
+                    if dense.requires_grad and not self._shares and dense._is_view():
+                        # Changed in place, a view would lose its hooks.
+                        dense = _Follow.apply(dense, dense.data)
                     if self._made_elsewhere():
                         dense, self._bias = _Numbers.apply(dense.detach(), self), None
                 self._dense, self._dense_version = dense, internals.version(dense)
@@ -131,9 +134,12 @@ class BiasTensor(Tensor):
         return made_by is not None and getattr(made_by, "_forward_cls", None) is not _Describe
 
     def _ancestors(self) -> List[BiasTensor]:
+        """Return the tensors that it was computed from, each once."""
         ancestors: List[BiasTensor] = []
         for parent in self._parents:
-            ancestors += [parent, *parent._ancestors()]
+            for one in (parent, *parent._ancestors()):
+                if all(one is not other for other in ancestors):
+                    ancestors.append(one)
         return ancestors
 
     def _family(self) -> List[BiasTensor]:
@@ -269,10 +275,38 @@ def new(
     return result
 
 
-def _wrapper(bias: Optional[AttentionBias], layout: Layout, dtype: torch.dtype) -> BiasTensor:
-    assert bias is not None
+def dense_view(owner: BiasTensor, view: Tensor) -> BiasTensor:
+    """Return `view`, of the memory of `owner`'s dense tensor, as a BiasTensor without description:
+    its changes in place are changes of `owner`."""
+    layout = tuple(layouts.dim_of(layouts.SAME, size) for size in view.shape)
+    result = _wrapper(None, layout, view.dtype, view.device)
+    result._dense, result._dense_version = view, internals.version(view)
+    result._parents, result._shares = (owner,), True
+    owner._children.append(weakref.ref(result))
+    if view.requires_grad:
+        rebind(result, None, layout)
+    return result
+
+
+def connect_leaf(tensor: BiasTensor) -> None:
+    """Make the dense tensor of a leaf follow the leaf in the graph, to which all gradients go."""
+    values = tensor.numbers().detach()
+    with torch.enable_grad(), no_functions():
+        tensor._dense = _Follow.apply(tensor, values)
+    tensor._dense_version = internals.version(values)
+
+
+def _wrapper(
+    bias: Optional[AttentionBias],
+    layout: Layout,
+    dtype: torch.dtype,
+    device: Optional[torch.device] = None,
+) -> BiasTensor:
+    if device is None:
+        assert bias is not None
+        device = bias.tensors()[0].device
     result = internals.wrapper_subclass(
-        BiasTensor, layouts.shape_of(layout), dtype=dtype, device=bias.tensors()[0].device
+        BiasTensor, layouts.shape_of(layout), dtype=dtype, device=device
     )
     result._bias, result._layout, result._replay, result._parents = bias, layout, None, ()
     result._children, result._dense, result._wanted, result._handle = [], None, None, None
@@ -340,6 +374,19 @@ class _Describe(internals.Function):
                 for a, b in zip(gradients, through_dense)
             ]
         return (None, None, None, None, *gradients)
+
+
+class _Follow(internals.Function):
+    """Put `values` in the graph in the place of `tensor`, whose values they are."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, values: Tensor) -> Tensor:
+        ctx.mark_dirty(values)  # not a view
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
 
 
 class _Numbers(internals.Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _torch_internals as internals
 from ..._torch_internals import tree_map
-from .core import BiasTensor, graph_task, no_functions, rebind, to_numbers
+from .core import BiasTensor, connect_leaf, graph_task, no_functions, rebind, to_numbers
 from .learned_gradient import learned_gradient, sum_of
 from .notices import log_dense
 from .registry import handles, name_of, structured
@@ -34,9 +34,8 @@ def _requires_grad(func: Any, args: Any, kwargs: Any) -> Any:
     )
     # A leaf of the user: the gradient must be that of the tensor itself.
     if value and graph_task() == -1:
-        tensor._parents, tensor._replay = (), None
-        dense = tensor.numbers().detach().requires_grad_()
-        tensor._bias, tensor._dense = None, dense
+        connect_leaf(tensor)
+        tensor._parents, tensor._replay, tensor._bias = (), None, None
     # A leaf of a checkpoint, which passes the gradient to the tensor that this one was detached
     # from.
     else:
@@ -48,14 +47,37 @@ def _requires_grad(func: Any, args: Any, kwargs: Any) -> Any:
 @handles("get grad")
 def _grad(func: Any, args: Any, kwargs: Any) -> Any:
     tensor, *_ = args
-    if tensor._observed or tensor._bias is None:
-        return None if tensor._dense is None else tensor._dense.grad
+    if not _leads(tensor):
+        dense = tensor._observed or tensor._bias is None
+        return tensor._dense.grad if dense and tensor._dense is not None else None
     with no_functions():
-        native = func(*args, **kwargs) if tensor.is_leaf else None
-        if not (tensor.is_leaf and tensor.requires_grad):
+        native = func(*args, **kwargs)
+        if not tensor.is_leaf:
             return native
-    learned = learned_gradient(tensor, tuple(leaf.grad for leaf in tensor._bias.tensors()), None)
+    parts = () if tensor._bias is None else tuple(leaf.grad for leaf in tensor._bias.tensors())
+    if all(part is None for part in parts) and (native is not None or tensor._bias is None):
+        return native
+    learned = learned_gradient(tensor, parts, None)
     return learned if native is None else sum_of(learned, native)
+
+
+@handles("set grad")
+def _set_grad(func: Any, args: Any, kwargs: Any) -> Any:
+    tensor, *rest = args
+    if not _leads(tensor) and tensor._dense is not None:
+        return func(tensor._dense, *rest, **kwargs)
+    with no_functions():
+        return func(*args, **kwargs)
+
+
+def _is_leaf(tensor: BiasTensor) -> bool:
+    with no_functions():
+        return tensor.is_leaf and tensor.requires_grad
+
+
+def _leads(tensor: BiasTensor) -> bool:
+    """True if its dense tensor follows it in the graph: gradients and hooks are its own."""
+    return _is_leaf(tensor) or tensor._made_elsewhere()
 
 
 @handles("retain_grad", "register_hook", "register_post_accumulate_grad_hook")
@@ -70,6 +92,8 @@ def _observe(func: Any, args: Any, kwargs: Any) -> Any:
             )
         log_dense(name_of(func), tensor)
         tensor._observed = True
+        if _is_leaf(tensor):
+            connect_leaf(tensor)
         # Code that does not dispatch in Python, such as a checkpoint, passes the gradient to the
         # tensor itself, or to one computed from it: from there it must reach the dense one.
         queue = [tensor]
@@ -78,6 +102,9 @@ def _observe(func: Any, args: Any, kwargs: Any) -> Any:
             if each.requires_grad and not each.is_leaf:
                 each.numbers()
                 rebind(each, None, each._layout)
+    if _leads(tensor):
+        with no_functions():
+            return func(*args, **kwargs)
     return func(tensor.numbers(), *rest, **kwargs)
 
 

@@ -12,7 +12,7 @@ import torch
 from ... import _torch_internals as internals
 from ..._torch_internals import tree_flatten, tree_map
 from ..base import AttentionBias
-from .core import BiasTensor, new, no_functions, rebind, to_numbers, traced
+from .core import BiasTensor, dense_view, new, no_functions, rebind, to_numbers, traced
 from .layout import Layout
 from .notices import log_dense
 
@@ -37,7 +37,6 @@ METADATA = {
     "is_same_size",
     "is_tensor",
     "dim_order",
-    "set grad",
 }
 # What they return can change the memory unseen: torch does not count it.
 HAND_OUT = {
@@ -124,7 +123,14 @@ def on_numbers(func: Any, name: str, args: Tuple[Any, ...], kwargs: Dict[str, An
                 relative._shared = True
     for relative in family:
         rebind(relative, None, relative._layout)
+    if type(result) is torch.Tensor and result._is_view() and torch.is_grad_enabled():
+        owner = next((tensor for tensor in biases if _is_view_of(result, tensor._dense)), None)
+        return result if owner is None else dense_view(owner, result)
     return next((tensor for tensor in changed if result is tensor._dense), result)
+
+
+def _is_view_of(view: torch.Tensor, dense: Optional[torch.Tensor]) -> bool:
+    return dense is not None and view._base is (dense._base if dense._is_view() else dense)
 
 
 def changes_first(name: str) -> bool:

@@ -237,6 +237,8 @@ def _chosen(func: Any, args: Any, kwargs: Any, index: Tuple[Any, ...]) -> Any:
     index: one entry per dimension, and None for a new dimension.
     """
     tensor, *_ = args
+    if not all(map(layouts.size_of, tensor._layout)):
+        return NotImplemented  # of an empty tensor torch allows any index
     bias, dims = tensor._bias, iter(tensor._layout)
     new_dims: List[Any] = []
     lists = 0
