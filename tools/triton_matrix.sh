@@ -11,7 +11,9 @@ DIR=.venv-triton
 JOBS=2
 DISCARD=
 ARCHS=(90 80 86 89)
-BETWEEN=" 3.1.0 3.2.0 3.4.0 3.6.0 " # 86 and 89 have the tiles of 80: the oldest and the newest versions compile them
+# 86 and 89 have the tiles of 80: the oldest and the newest versions compile them, and every variant. Those between
+# compile a half on 80 and the other half on 90, the next version the other way round.
+BETWEEN=" 3.1.0 3.2.0 3.4.0 3.6.0 "
 VERSIONS=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -55,9 +57,9 @@ install() { # VERSION; prints which version of Triton that is
     "$DIR/$1/bin/python" -c 'import triton; print(triton.__version__)'
 }
 
-one() { # VERSION ARCH; the status is left in a file, so that every other one still runs
+one() { # VERSION ARCH [HALF]; the status is left in a file, so that every other one still runs
     local log=$DIR/logs/$1-$2 start=$SECONDS status=0
-    TRITON_CACHE_DIR=$DIR/cache/$1-$2 "$DIR/$1/bin/python" tests/attention/kernels/compile_kernels.py "$2" > "$log.log" 2>&1 || status=$?
+    TRITON_CACHE_DIR=$DIR/cache/$1-$2 "$DIR/$1/bin/python" tests/attention/kernels/compile_kernels.py "$2" ${3:+"$3"} > "$log.log" 2>&1 || status=$?
     echo "$status $((SECONDS - start))" > "$log.status"
     [ "$status" = 0 ] || tail -n 25 "$log.log" | sed "s/^/    /"
     echo "[$1] arch $2: $(tail -n 1 "$log.log" | cut -c1-100), $((SECONDS - start)) s"
@@ -68,11 +70,20 @@ archs() { # VERSION
     case $BETWEEN in *" $1 "*) echo 90 80 ;; *) echo "${ARCHS[@]}" ;; esac
 }
 
+half() { # VERSION ARCH
+    case "$1 $2" in
+        "3.1.0 80" | "3.2.0 90" | "3.4.0 80" | "3.6.0 90") echo even ;;
+        "3.1.0 90" | "3.2.0 80" | "3.4.0 90" | "3.6.0 80") echo odd ;;
+    esac
+}
+
 for version in "${VERSIONS[@]}"; do
     start=$SECONDS
     install "$version" > "$DIR/logs/$version"
     echo "[$version] triton $(cat "$DIR/logs/$version"), installed in $((SECONDS - start)) s"
-    archs "$version" | tr ' ' '\n' | xargs -P "$JOBS" -I{} bash -c 'one "$@"' one "$version" {}
+    # xargs reads a blank at the end of a line as "goes on".
+    for arch in $(archs "$version"); do echo $version $arch $(half "$version" "$arch"); done |
+        xargs -P "$JOBS" -L 1 bash -c 'one "$@"' one
     rm -rf "$DIR/cache"
     [ -z "$DISCARD" ] || rm -rf "${DIR:?}/$version"
 done

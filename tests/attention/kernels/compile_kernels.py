@@ -1,5 +1,6 @@
 """Compile every class of kernel variant without a GPU, or those that are named:
-`python compile_kernels.py [arch ...] [name ...]`, needs only Triton.
+`python compile_kernels.py [even|odd] [arch ...] [name ...]`, needs only Triton; even and odd are
+each a half of the variants.
 
 Tiles are those that tiles.py ships for the architecture; where shared memory has no room the next
 is compiled, as a launch would do. Prints one line a variant; the last is "compiled N". Works from
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import os
 import re
 import sys
@@ -243,6 +245,7 @@ ALL_WINDOWS = tuple(int(part) for part in triton.__version__.split(".")[:2]) not
     (3, 2),
     (3, 4),
 )
+HALVES = "even", "odd"
 ONE = tiles.Config(0, 0, 4, 2)  # of kernels without a choice
 JOIN = dict(
     HEADS=8,
@@ -476,9 +479,10 @@ def fitting(kernel, constants, dtype, arch, pointers, choices):
     raise RuntimeError("no tile fits into shared memory")
 
 
-def main(archs, names):
+def main(archs, names, half):
     count = 0
     for arch in archs:
+        turn = itertools.cycle(HALVES)
         for name, kernel, constants, dtype, pointers, choices in variants(arch):
             if names:
                 if name not in names:
@@ -489,6 +493,8 @@ def main(archs, names):
                 ):
                     continue
             elif name not in COVERING.get(arch, [name]):
+                continue
+            if half not in (None, next(turn)):
                 continue
             began = time.time()
             built, config = fitting(kernel, constants, dtype, arch, pointers, choices)
@@ -506,5 +512,6 @@ if __name__ == "__main__":
     given = sys.argv[1:]
     main(
         [int(word) for word in given if word.isdigit()] or [80, 86, 89, 90],
-        [word for word in given if not word.isdigit()],
+        [word for word in given if not (word.isdigit() or word in HALVES)],
+        next((word for word in given if word in HALVES), None),
     )
