@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from flashbias_patch import flash_bias_attention
 from flashbias_patch.bias import LowRankBias, ModalityBias, described
 from tests.patching.test_weights_elsewhere import Reversed
+from tests.support import internals
 from tests.support.capabilities import REENTRANT, since
 
 M, N = 5, 7
@@ -183,3 +184,11 @@ def test_a_bias_that_is_used_twice():
         out = case.attend(case.q, case.mask - case.other - case.other)
         found.append(torch.autograd.grad(out.sin().sum(), case.other)[0])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_views_of_a_lasting_bias_leave_nothing_behind():
+    mask = Case(True).mask
+    for _ in range(20):
+        (mask[:2] + 1).sum()
+        (mask[..., 2:] + 1).sum()
+    assert len(internals.children_of(mask)) <= 2

@@ -32,6 +32,11 @@ def description_of(tensor: Any) -> Any:
     return tensor._bias
 
 
+def children_of(tensor: Any) -> Any:
+    """References to what was computed from a BiasTensor."""
+    return tensor._children
+
+
 def layout_of(tensor: Any) -> Any:
     """The order of a BiasTensor's axes, with which it can be made again from its description."""
     return tensor._layout

@@ -155,6 +155,13 @@ class BiasTensor(Tensor):
                 )
         return relatives
 
+    def _descend_from(self, parents: Tuple[BiasTensor, ...], shares: bool) -> None:
+        self._parents, self._shares = parents, shares
+        reference = weakref.ref(self)
+        for parent in parents:
+            alive = [each for each in parent._children if each() is not None]
+            parent._children = [*alive, reference]
+
     def _living(self) -> List[BiasTensor]:
         return [
             child for child in (reference() for reference in self._children) if child is not None
@@ -268,10 +275,8 @@ def new(
         result: BiasTensor = _Describe.apply(None, bias, layout, dtype, *learned)
     else:
         result = _wrapper(bias, layout, dtype)
-    result._replay, result._parents, result._shares = replay, parents, is_view
-    reference = weakref.ref(result)
-    for parent in parents:
-        parent._children.append(reference)
+    result._replay = replay
+    result._descend_from(parents, is_view)
     return result
 
 
@@ -281,8 +286,7 @@ def dense_view(owner: BiasTensor, view: Tensor) -> BiasTensor:
     layout = tuple(layouts.dim_of(layouts.SAME, size) for size in view.shape)
     result = _wrapper(None, layout, view.dtype, view.device)
     result._dense, result._dense_version = view, internals.version(view)
-    result._parents, result._shares = (owner,), True
-    owner._children.append(weakref.ref(result))
+    result._descend_from((owner,), True)
     if view.requires_grad:
         rebind(result, None, layout)
     return result
