@@ -11,8 +11,8 @@ DIR=.venv-triton
 JOBS=2
 DISCARD=
 ARCHS=(90 80 86 89)
-# 86 and 89 have the tiles of 80: the oldest and the newest versions compile them, and every variant. Those between
-# compile a half on 80 and the other half on 90, the next version the other way round.
+# The oldest and the newest version compile every variant; 86 and 89, which have the tiles of 80, only the newest.
+# Those between compile a quarter of the variants on 80 and another on 90; four of them compile all.
 BETWEEN=" 3.1.0 3.2.0 3.4.0 3.6.0 "
 VERSIONS=()
 while [ $# -gt 0 ]; do
@@ -57,7 +57,7 @@ install() { # VERSION; prints which version of Triton that is
     "$DIR/$1/bin/python" -c 'import triton; print(triton.__version__)'
 }
 
-one() { # VERSION ARCH [HALF]; the status is left in a file, so that every other one still runs
+one() { # VERSION ARCH [PART]; the status is left in a file, so that every other one still runs
     local log=$DIR/logs/$1-$2 start=$SECONDS status=0
     TRITON_CACHE_DIR=$DIR/cache/$1-$2 "$DIR/$1/bin/python" tests/attention/kernels/compile_kernels.py "$2" ${3:+"$3"} > "$log.log" 2>&1 || status=$?
     echo "$status $((SECONDS - start))" > "$log.status"
@@ -67,13 +67,15 @@ one() { # VERSION ARCH [HALF]; the status is left in a file, so that every other
 export -f one
 
 archs() { # VERSION
-    case $BETWEEN in *" $1 "*) echo 90 80 ;; *) echo "${ARCHS[@]}" ;; esac
+    case " 3.0.0$BETWEEN" in *" $1 "*) echo 90 80 ;; *) echo "${ARCHS[@]}" ;; esac
 }
 
-half() { # VERSION ARCH
+part() { # VERSION ARCH
     case "$1 $2" in
-        "3.1.0 80" | "3.2.0 90" | "3.4.0 80" | "3.6.0 90") echo even ;;
-        "3.1.0 90" | "3.2.0 80" | "3.4.0 90" | "3.6.0 80") echo odd ;;
+        "3.1.0 90" | "3.2.0 80") echo 1/4 ;;
+        "3.2.0 90" | "3.4.0 80") echo 2/4 ;;
+        "3.4.0 90" | "3.6.0 80") echo 3/4 ;;
+        "3.6.0 90" | "3.1.0 80") echo 4/4 ;;
     esac
 }
 
@@ -82,7 +84,7 @@ for version in "${VERSIONS[@]}"; do
     install "$version" > "$DIR/logs/$version"
     echo "[$version] triton $(cat "$DIR/logs/$version"), installed in $((SECONDS - start)) s"
     # xargs reads a blank at the end of a line as "goes on".
-    for arch in $(archs "$version"); do echo $version $arch $(half "$version" "$arch"); done |
+    for arch in $(archs "$version"); do echo $version $arch $(part "$version" "$arch"); done |
         xargs -P "$JOBS" -L 1 bash -c 'one "$@"' one
     rm -rf "$DIR/cache"
     [ -z "$DISCARD" ] || rm -rf "${DIR:?}/$version"

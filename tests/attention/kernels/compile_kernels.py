@@ -1,6 +1,6 @@
 """Compile every class of kernel variant without a GPU, or those that are named:
-`python compile_kernels.py [even|odd] [arch ...] [name ...]`, needs only Triton; even and odd are
-each a half of the variants.
+`python compile_kernels.py [PART/PARTS] [arch ...] [name ...]`, needs only Triton; 2/4 is the second
+quarter of the variants.
 
 Tiles are those that tiles.py ships for the architecture; where shared memory has no room the next
 is compiled, as a launch would do. Prints one line a variant; the last is "compiled N". Works from
@@ -245,7 +245,6 @@ ALL_WINDOWS = tuple(int(part) for part in triton.__version__.split(".")[:2]) not
     (3, 2),
     (3, 4),
 )
-HALVES = "even", "odd"
 ONE = tiles.Config(0, 0, 4, 2)  # of kernels without a choice
 JOIN = dict(
     HEADS=8,
@@ -479,10 +478,10 @@ def fitting(kernel, constants, dtype, arch, pointers, choices):
     raise RuntimeError("no tile fits into shared memory")
 
 
-def main(archs, names, half):
+def main(archs, names, part, parts):
     count = 0
     for arch in archs:
-        turn = itertools.cycle(HALVES)
+        turn = itertools.cycle(range(1, parts + 1))
         for name, kernel, constants, dtype, pointers, choices in variants(arch):
             if names:
                 if name not in names:
@@ -494,7 +493,7 @@ def main(archs, names, half):
                     continue
             elif name not in COVERING.get(arch, [name]):
                 continue
-            if half not in (None, next(turn)):
+            if next(turn) != part:
                 continue
             began = time.time()
             built, config = fitting(kernel, constants, dtype, arch, pointers, choices)
@@ -510,8 +509,9 @@ def main(archs, names, half):
 
 if __name__ == "__main__":
     given = sys.argv[1:]
+    part = next((word for word in given if "/" in word), "1/1")
     main(
         [int(word) for word in given if word.isdigit()] or [80, 86, 89, 90],
-        [word for word in given if not (word.isdigit() or word in HALVES)],
-        next((word for word in given if word in HALVES), None),
+        [word for word in given if not (word.isdigit() or word == part)],
+        *map(int, part.split("/")),
     )

@@ -255,14 +255,15 @@ def test_random_state_and_modes_are_left_alone(monkeypatch):
 
 
 FEATURES = {
-    "factors": {},
-    "segments and dropout": dict(
-        segment_weights=torch.randn(1, 17, 1, 2), segment_lengths=(11, 9), dropout_p=0.2
-    ),
-    "mask and padding": dict(
+    "factors, mask and padding": dict(
         mask=torch.rand(1, 1, 17, 20) < 0.3, key_padding=torch.arange(20)[None] > 17
     ),
-    "dense": dict(dense=torch.randn(1, 2, 17, 20).requires_grad_()),
+    "segments, dense and dropout": dict(
+        segment_weights=torch.randn(1, 17, 1, 2),
+        segment_lengths=(11, 9),
+        dense=torch.randn(1, 2, 17, 20).requires_grad_(),
+        dropout_p=0.2,
+    ),
 }
 
 
