@@ -10,7 +10,7 @@ from flashbias_patch import flash_bias_attention
 from flashbias_patch.bias import LowRankBias, ModalityBias, described
 from tests.patching.test_weights_elsewhere import Reversed
 from tests.support import internals
-from tests.support.capabilities import REENTRANT, since
+from tests.support.capabilities import REENTRANT, RELEASE, since
 
 M, N = 5, 7
 
@@ -92,6 +92,43 @@ def leaf_whose_gradient_is_cleared(c):
     return [mask.grad]
 
 
+def leaf_that_is_frozen_for_a_while(c):
+    mask = c.leaf()
+    c.attend(c.q, mask).sin().sum().backward()
+    mask.requires_grad_(False)
+    frozen = c.attend(c.q, mask).sin()
+    mask.requires_grad = True
+    (frozen.sum() + c.attend(c.q, mask * 2).sin().sum()).backward()
+    return [mask.grad]
+
+
+def leaf_of_a_changed_bias(c):
+    mask = c.mask.detach()
+    mask[..., 0] = 1.0
+    mask[:, 2:].mul_(3)
+    mask.requires_grad_()
+    (c.attend(c.q, mask).sin().sum() + Reversed.apply(mask).square().sum()).backward()
+    return [mask.grad]
+
+
+def leaf_of_a_bias_that_is_changed_afterwards(c):
+    mask = c.mask.detach().requires_grad_()
+    c.mask.mul_(c.scale)
+    c.mask[..., 2:].zero_()
+    (c.attend(c.q, c.mask + mask).sin().sum() + mask.square().sum()).backward()
+    return [mask.grad]
+
+
+def leaf_in_an_optimizer(c):
+    mask = c.leaf()
+    optimizer = torch.optim.AdamW([mask], 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        c.attend(c.q, mask * c.scale).sin().sum().backward()
+        optimizer.step()
+    return [mask.detach() * 1, mask.grad]
+
+
 def retained_gradient_that_is_cleared(c):
     c.mask.retain_grad()
     c.attend(c.q, c.mask).sin().sum().backward(retain_graph=True)
@@ -162,6 +199,8 @@ WAYS = [way for way in WAYS if way.__code__.co_varnames[:1] == ("c",)]
 @since(1, 11, "__torch_dispatch__")
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_gradients_are_those_of_the_dense_tensor(way):
+    if way is leaf_that_is_frozen_for_a_while and RELEASE < (2, 1):
+        pytest.skip("there it is torch's error of a change in place")
     theirs, ours = Case(False).results(way), Case(True).results(way)
     assert any(each is not None for each in theirs)
     for one, other in zip(ours, theirs):

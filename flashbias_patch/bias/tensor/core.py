@@ -292,10 +292,23 @@ def dense_view(owner: BiasTensor, view: Tensor) -> BiasTensor:
     return result
 
 
+def is_leaf(tensor: BiasTensor) -> bool:
+    """Return True for a leaf that has a gradient."""
+    with no_functions():
+        return tensor.is_leaf and tensor.requires_grad
+
+
+def follows(tensor: BiasTensor) -> bool:
+    """Return True if the dense tensor is what `connect_leaf` made."""
+    made_by = None if tensor._dense is None else tensor._dense.grad_fn
+    return getattr(made_by, "_forward_cls", None) is _Follow
+
+
 def connect_leaf(tensor: BiasTensor) -> None:
     """Make the dense tensor of a leaf follow the leaf in the graph, to which all gradients go."""
     values = tensor.numbers().detach()
-    with torch.enable_grad(), no_functions():
+    # For code that saved the values nothing has changed.
+    with torch.enable_grad(), no_functions(), (internals.same_version or _nothing)(values):
         tensor._dense = _Follow.apply(tensor, values)
     tensor._dense_version = internals.version(values)
 
@@ -331,6 +344,10 @@ def rebind(tensor: BiasTensor, bias: Optional[AttentionBias], layout: Layout) ->
     )
     if learned and torch.is_grad_enabled():
         _Describe.apply(tensor, bias, layout, tensor.dtype, *learned)
+
+
+def _nothing(_: Tensor) -> ContextManager[Any]:
+    return contextlib.nullcontext()
 
 
 class _Describe(internals.Function):

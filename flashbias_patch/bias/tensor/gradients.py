@@ -9,7 +9,16 @@ from torch import Tensor
 
 from ... import _torch_internals as internals
 from ..._torch_internals import tree_map
-from .core import BiasTensor, connect_leaf, graph_task, no_functions, rebind, to_numbers
+from .core import (
+    BiasTensor,
+    connect_leaf,
+    graph_task,
+    is_leaf,
+    no_functions,
+    rebind,
+    to_numbers,
+    traced,
+)
 from .learned_gradient import learned_gradient, sum_of
 from .notices import log_dense
 from .registry import handles, name_of, structured
@@ -20,13 +29,19 @@ def _requires_grad(func: Any, args: Any, kwargs: Any) -> Any:
     tensor, *rest = args
     value = next(iter((*rest, *kwargs.values())), True)
     with no_functions():
-        if bool(value) == tensor.requires_grad or not structured(tensor):
-            if tensor._bias is None and tensor._dense is not None:
-                tensor._dense.requires_grad_(bool(value))
-            return func(*args, **kwargs)
+        same = bool(value) == tensor.requires_grad
         func(*args, **kwargs)
+    returned = tensor if name_of(func) == "requires_grad_" else None
+    if same or traced():
+        return returned
     bias = tensor._bias
-    assert bias is not None
+    if bias is None or not tensor._described():  # there is only the dense tensor
+        if value:
+            connect_leaf(tensor)
+        else:
+            tensor._dense = tensor.numbers().detach()
+        tensor._parents, tensor._replay, tensor._bias = (), None, None
+        return returned
     leaf = (
         None
         if not value
@@ -41,7 +56,7 @@ def _requires_grad(func: Any, args: Any, kwargs: Any) -> Any:
     else:
         tensor._bias = leaf if value else bias._map(Tensor.detach)
         tensor._parents, tensor._replay, tensor._dense = (), None, None
-    return tensor if name_of(func) == "requires_grad_" else None
+    return returned
 
 
 @handles("get grad")
@@ -70,14 +85,9 @@ def _set_grad(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
-def _is_leaf(tensor: BiasTensor) -> bool:
-    with no_functions():
-        return tensor.is_leaf and tensor.requires_grad
-
-
 def _leads(tensor: BiasTensor) -> bool:
     """True if its dense tensor follows it in the graph: gradients and hooks are its own."""
-    return _is_leaf(tensor) or tensor._made_elsewhere()
+    return is_leaf(tensor) or tensor._made_elsewhere()
 
 
 @handles("retain_grad", "register_hook", "register_post_accumulate_grad_hook")
@@ -92,7 +102,7 @@ def _observe(func: Any, args: Any, kwargs: Any) -> Any:
             )
         log_dense(name_of(func), tensor)
         tensor._observed = True
-        if _is_leaf(tensor):
+        if is_leaf(tensor):
             connect_leaf(tensor)
         # Code that does not dispatch in Python, such as a checkpoint, passes the gradient to the
         # tensor itself, or to one computed from it: from there it must reach the dense one.

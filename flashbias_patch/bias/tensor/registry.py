@@ -12,7 +12,17 @@ import torch
 from ... import _torch_internals as internals
 from ..._torch_internals import tree_flatten, tree_map
 from ..base import AttentionBias
-from .core import BiasTensor, dense_view, new, no_functions, rebind, to_numbers, traced
+from .core import (
+    BiasTensor,
+    dense_view,
+    follows,
+    is_leaf,
+    new,
+    no_functions,
+    rebind,
+    to_numbers,
+    traced,
+)
 from .layout import Layout
 from .notices import log_dense
 
@@ -122,7 +132,9 @@ def on_numbers(func: Any, name: str, args: Tuple[Any, ...], kwargs: Dict[str, An
             for relative in tensor._family():
                 relative._shared = True
     for relative in family:
-        rebind(relative, None, relative._layout)
+        # A leaf shares memory with what it was detached from, not the graph.
+        if not (is_leaf(relative) and follows(relative)):
+            rebind(relative, None, relative._layout)
     if type(result) is torch.Tensor and result._is_view() and torch.is_grad_enabled():
         owner = next((tensor for tensor in biases if _is_view_of(result, tensor._dense)), None)
         return result if owner is None else dense_view(owner, result)
