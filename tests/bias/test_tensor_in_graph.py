@@ -225,6 +225,14 @@ def test_a_bias_that_is_used_twice():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+def test_the_strides_of_a_view_are_its_own():
+    for view in (lambda mask: mask[..., 2:], lambda mask: mask[..., 2:].t(), lambda mask: mask[1:]):
+        theirs, ours = view(Case(False).mask), view(Case(True).mask)
+        assert ours.is_contiguous() == theirs.is_contiguous()
+        assert ours.contiguous().view(-1).shape == theirs.contiguous().view(-1).shape
+    assert Case(True).mask[..., 2:].stride() == (N, 1)
+
+
 def test_views_of_a_lasting_bias_leave_nothing_behind():
     mask = Case(True).mask
     for _ in range(20):

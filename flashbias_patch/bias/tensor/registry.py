@@ -37,8 +37,6 @@ METADATA = {
     "is_complex",
     "is_signed",
     "element_size",
-    "stride",
-    "is_contiguous",
     "__len__",
     "__hash__",
     "get_device",
@@ -46,7 +44,6 @@ METADATA = {
     "result_type",
     "is_same_size",
     "is_tensor",
-    "dim_order",
 }
 # What they return can change the memory unseen: torch does not count it.
 HAND_OUT = {
@@ -192,6 +189,15 @@ def derived(
 def structured(value: Any) -> bool:
     """Return True for a BiasTensor that has a description which may be used."""
     return type(value) is BiasTensor and value._described() and not traced()
+
+
+@handles("stride", "is_contiguous", "dim_order")
+def _strides(func: Any, args: Any, kwargs: Any) -> Any:
+    tensor, *rest = args
+    if tensor._bias is None:  # it may be a view
+        return func(tensor.numbers(), *rest, **kwargs)
+    with no_functions():
+        return func(*args, **kwargs)
 
 
 @handles("__repr__", "__str__", "__format__")
