@@ -393,7 +393,7 @@ same_version: Optional[Callable[[torch.Tensor], ContextManager[Any]]] = getattr(
 
 
 # The place of a tensor in the graph, for torch.autograd.grad, which then calls no function of the
-# tensor's class; None before torch 2.2.
+# tensor's class; None where torch has none (2.1; 2.6 has it).
 gradient_edge: Optional[Callable[[torch.Tensor], Any]] = getattr(
     getattr(torch.autograd, "graph", None), "get_gradient_edge", None
 )

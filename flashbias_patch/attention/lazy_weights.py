@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _torch_internals as internals
 from ..bias import AttentionBias
+from ..bias.tensor.core import Values
 from . import observe
 from . import weights as computing
 from .recovery import replay
@@ -126,7 +127,7 @@ class LazyWeights(Tensor):
     Every torch function that receives them works on the computed tensor, `_result`, whose gradients
     reach q, k and the bias. Code that is not a torch function, such as an autograd.Function, uses
     the object, which is in the graph itself. `_Connect` puts it there. Where either changes in the
-    graph (a change in place, a hook, another Function), the other follows: `_rebind`, `_Values`.
+    graph (a change in place, a hook, another Function), the other follows: `_rebind`, `Values`.
     The weights are those before dropout.
     """
 
@@ -200,7 +201,7 @@ class LazyWeights(Tensor):
                 and node is not self._node
                 and (self._follows or not _is_connect(node))
             ):
-                self._result = result = _Values.apply(self, result.data)
+                self._result = result = Values.apply(self, result.data)
                 self._node, self._seen = node, result.grad_fn
         return result
 
@@ -421,19 +422,6 @@ _connect = internals.apply_of(_Connect)
 
 def _is_connect(node: Any) -> bool:
     return getattr(node, "_forward_cls", None) is _Connect
-
-
-class _Values(internals.Function):
-    """The computed tensor follows the object in the graph."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: LazyWeights, values: Tensor) -> Tensor:
-        ctx.mark_dirty(values)  # not a view, which could not be changed in place
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None
 
 
 class _Follow(internals.Function):

@@ -91,7 +91,7 @@ class BiasTensor(Tensor):
                     dense = self._make()
                     if dense.requires_grad and not self._shares and dense._is_view():
                         # Changed in place, a view would lose its hooks.
-                        dense = _Follow.apply(dense, dense.data)
+                        dense = Values.apply(dense, dense.data)
                     if self._made_elsewhere():
                         dense, self._bias = _Numbers.apply(dense.detach(), self), None
                 self._dense, self._dense_version = dense, internals.version(dense)
@@ -301,7 +301,7 @@ def is_leaf(tensor: BiasTensor) -> bool:
 def follows(tensor: BiasTensor) -> bool:
     """Return True if the dense tensor is what `connect_leaf` made."""
     made_by = None if tensor._dense is None else tensor._dense.grad_fn
-    return getattr(made_by, "_forward_cls", None) is _Follow
+    return getattr(made_by, "_forward_cls", None) is Values
 
 
 def connect_leaf(tensor: BiasTensor) -> None:
@@ -309,7 +309,7 @@ def connect_leaf(tensor: BiasTensor) -> None:
     values = tensor.numbers().detach()
     # For code that saved the values nothing has changed.
     with torch.enable_grad(), no_functions(), (internals.same_version or _nothing)(values):
-        tensor._dense = _Follow.apply(tensor, values)
+        tensor._dense = Values.apply(tensor, values)
     tensor._dense_version = internals.version(values)
 
 
@@ -397,7 +397,7 @@ class _Describe(internals.Function):
         return (None, None, None, None, *gradients)
 
 
-class _Follow(internals.Function):
+class Values(internals.Function):
     """Put `values` in the graph in the place of `tensor`, whose values they are."""
 
     @staticmethod

@@ -34,29 +34,25 @@ def _requires_grad(func: Any, args: Any, kwargs: Any) -> Any:
     returned = tensor if name_of(func) == "requires_grad_" else None
     if same or traced():
         return returned
-    bias = tensor._bias
-    if bias is None or not tensor._described():  # there is only the dense tensor
+    # A leaf of the user: the gradient must be that of the tensor itself.
+    if not structured(tensor) or value and graph_task() == -1:
         if value:
             connect_leaf(tensor)
         else:
             tensor._dense = tensor.numbers().detach()
-        tensor._parents, tensor._replay, tensor._bias = (), None, None
-        return returned
-    leaf = (
-        None
-        if not value
-        else bias._map(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t)
-    )
-    # A leaf of the user: the gradient must be that of the tensor itself.
-    if value and graph_task() == -1:
-        connect_leaf(tensor)
-        tensor._parents, tensor._replay, tensor._bias = (), None, None
+        tensor._bias = None
     # A leaf of a checkpoint, which passes the gradient to the tensor that this one was detached
     # from.
     else:
-        tensor._bias = leaf if value else bias._map(Tensor.detach)
-        tensor._parents, tensor._replay, tensor._dense = (), None, None
+        assert tensor._bias is not None
+        tensor._bias = tensor._bias._map(_leaf_of if value else Tensor.detach)
+        tensor._dense = None
+    tensor._parents, tensor._replay = (), None
     return returned
+
+
+def _leaf_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
 
 
 @handles("get grad")
@@ -170,10 +166,8 @@ def _autograd_grad(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _one_by_one(arguments: Dict[str, Any]) -> Tuple[Optional[Tensor], ...]:
     """torch.autograd.grad for a batch of gradients: what vmap computes does not leave it."""
-    grads, last = (
-        internals.listed(arguments.pop("grad_outputs")),
-        arguments.pop("retain_graph", None),
-    )
+    grads = internals.listed(arguments.pop("grad_outputs"))
+    last = arguments.pop("retain_graph", None)
     count = next(len(grad) for grad in grads if grad is not None)
     found = []
     for index in range(count):
